@@ -1,0 +1,198 @@
+"""A model as libprune sees it: named axes, their sizes, and every parameter in terms of them.
+
+`libprune.describe` derives an `Architecture` from a model and its family file; from here on no
+model is needed: costs, score tables and plans are computed from the description alone, and
+`artifacts/architecture.json` holds all of it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.axes import Expr, parse_expr
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One stored tensor: the axes of each of its dimensions, in storage order."""
+
+    name: str
+    dims: tuple[Expr, ...]
+    layer: int | None
+    part: str | None
+
+
+@dataclass(frozen=True)
+class Map:
+    """One linear map of a block. ``transposed`` says that its weight is stored ``[input, output]``."""
+
+    module: str
+    layer: int
+    part: str
+    input: Expr
+    output: Expr
+    transposed: bool
+
+    @property
+    def weight(self) -> str:
+        """Name of the weight."""
+        return f"{self.module}.weight"
+
+
+@dataclass(frozen=True)
+class PartShape:
+    """A prunable part of every block: its axis, and the unit counts that the stock config can say."""
+
+    axis: str
+    module: str
+    expressible: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The solved description of one model.
+
+    Attributes:
+        family: name of the family file.
+        sizes: axis name to size.
+        layers: number of blocks.
+        layers_path: module path of the list of blocks.
+        parts: part name (``attention``, ``mlp``) to its shape.
+        parameters: every parameter of the model once (a tied one under its first name).
+        maps: the linear maps of all blocks.
+        cache: what the KV cache holds per token and block.
+        fingerprint: digest of the dense model's weights and config; names the model in artifacts.
+    """
+
+    family: str
+    sizes: Mapping[str, int]
+    layers: int
+    layers_path: str
+    parts: Mapping[str, PartShape]
+    parameters: tuple[Parameter, ...]
+    maps: tuple[Map, ...]
+    cache: Expr
+    fingerprint: str = ""
+
+    def units(self, part: str) -> int:
+        """Number of units of a part in one block."""
+        return self.sizes[self.parts[part].axis]
+
+    def blocks(self) -> Iterator[tuple[int, str]]:
+        """Every (layer, part), layer by layer."""
+        return ((layer, part) for layer in range(self.layers) for part in self.parts)
+
+    @cached_property
+    def _maps_of(self) -> dict[tuple[int, str], tuple[Map, ...]]:
+        table: dict[tuple[int, str], list[Map]] = {block: [] for block in self.blocks()}
+        for entry in self.maps:
+            table[entry.layer, entry.part].append(entry)
+        return {block: tuple(entries) for block, entries in table.items()}
+
+    @cached_property
+    def _parameters_of(self) -> dict[tuple[int, str], tuple[Parameter, ...]]:
+        table: dict[tuple[int, str], list[Parameter]] = {block: [] for block in self.blocks()}
+        for entry in self.parameters:
+            if entry.layer is not None and entry.part is not None:
+                table[entry.layer, entry.part].append(entry)
+        return {block: tuple(entries) for block, entries in table.items()}
+
+    def maps_of(self, layer: int, part: str) -> tuple[Map, ...]:
+        """The linear maps of one part of one block."""
+        return self._maps_of[layer, part]
+
+    def parameters_of(self, layer: int, part: str) -> tuple[Parameter, ...]:
+        """The parameters of one part of one block, norms included."""
+        return self._parameters_of[layer, part]
+
+    def consumers(self, layer: int, part: str) -> tuple[Map, ...]:
+        """The maps whose *input* carries the part's axis; masking that input is what removal means."""
+        axis = self.parts[part].axis
+        return tuple(entry for entry in self.maps_of(layer, part) if axis in entry.input.names)
+
+    def carriers(self, layer: int, part: str) -> Iterator[tuple[Parameter, int, NDArray[np.int64]]]:
+        """Every (parameter, dimension, unit of each position) of a block that carries the part's axis."""
+        axis = self.parts[part].axis
+        for parameter in self.parameters_of(layer, part):
+            for dim, expr in enumerate(parameter.dims):
+                if axis in expr.names:
+                    yield parameter, dim, expr.units(axis, self.sizes)
+
+    def numel(self, parameter: Parameter, sizes: Mapping[str, int] | None = None) -> int:
+        """Number of elements of a parameter, for other axis sizes if they are given."""
+        return prod(dim.size(sizes or self.sizes) for dim in parameter.dims)
+
+    @property
+    def decoder_parameters(self) -> int:
+        """Parameters inside the blocks."""
+        return sum(self.numel(p) for p in self.parameters if p.layer is not None)
+
+    @property
+    def total_parameters(self) -> int:
+        """All parameters, tied ones counted once."""
+        return sum(self.numel(p) for p in self.parameters)
+
+    def to_json(self) -> str:
+        """The description as JSON, readable by `from_json`."""
+        return json.dumps(
+            {
+                "family": self.family,
+                "fingerprint": self.fingerprint,
+                "sizes": dict(self.sizes),
+                "layers": self.layers,
+                "layers_path": self.layers_path,
+                "cache": str(self.cache),
+                "parts": {
+                    name: {"axis": p.axis, "module": p.module, "expressible": list(p.expressible)}
+                    for name, p in self.parts.items()
+                },
+                "parameters": [
+                    {"name": p.name, "dims": [str(d) for d in p.dims], "layer": p.layer, "part": p.part}
+                    for p in self.parameters
+                ],
+                "maps": [
+                    {
+                        "module": m.module,
+                        "layer": m.layer,
+                        "part": m.part,
+                        "input": str(m.input),
+                        "output": str(m.output),
+                        "transposed": m.transposed,
+                    }
+                    for m in self.maps
+                ],
+            },
+            indent=1,
+        )
+
+    @staticmethod
+    def from_json(text: str) -> "Architecture":
+        """Read what `to_json` wrote."""
+        data: dict[str, Any] = json.loads(text)
+        return Architecture(
+            family=data["family"],
+            fingerprint=data["fingerprint"],
+            sizes=data["sizes"],
+            layers=data["layers"],
+            layers_path=data["layers_path"],
+            cache=parse_expr(data["cache"]),
+            parts={
+                name: PartShape(p["axis"], p["module"], tuple(p["expressible"])) for name, p in data["parts"].items()
+            },
+            parameters=tuple(
+                Parameter(p["name"], tuple(parse_expr(d) for d in p["dims"]), p["layer"], p["part"])
+                for p in data["parameters"]
+            ),
+            maps=tuple(
+                Map(
+                    m["module"], m["layer"], m["part"], parse_expr(m["input"]), parse_expr(m["output"]), m["transposed"]
+                )
+                for m in data["maps"]
+            ),
+        )

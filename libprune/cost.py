@@ -1,0 +1,67 @@
+"""What units cost and what a plan leaves, counted from the axes alone."""
+
+from dataclasses import dataclass
+
+from libprune.architecture import Architecture, Parameter
+from libprune.plan import Plan
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model, or a pruned shape of it, amounts to.
+
+    Attributes:
+        decoder: parameters inside the blocks.
+        total: all parameters, tied ones once.
+        macs: multiply-accumulates of linear maps per token, with the output head and without the
+            attention products (which depend on the context).
+        cache: elements of the KV cache per token.
+    """
+
+    decoder: int
+    total: int
+    macs: int
+    cache: int
+
+
+def unit_parameters(architecture: Architecture, layer: int, part: str) -> int:
+    """Parameters that go with one unit of a part, biases on its outputs included."""
+    return sum(
+        int((units == 0).sum()) * (architecture.numel(parameter) // parameter.dims[dim].size(architecture.sizes))
+        for parameter, dim, units in architecture.carriers(layer, part)
+    )
+
+
+def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
+    """Parameters that no unit carries and that go only with the whole part: norms, the consumer's bias."""
+    carried = unit_parameters(architecture, layer, part) * architecture.units(part)
+    return sum(map(architecture.numel, architecture.parameters_of(layer, part))) - carried
+
+
+def size(architecture: Architecture, plan: Plan) -> Size:
+    """The exact size of the model that a plan leaves."""
+    decoder = macs = cache = 0
+    for layer, part in architecture.blocks():
+        if plan.gone(layer, part):
+            continue
+        sizes = _sizes(architecture, plan, layer, part)
+        decoder += sum(architecture.numel(p, sizes) for p in architecture.parameters_of(layer, part))
+        macs += sum(m.input.size(sizes) * m.output.size(sizes) for m in architecture.maps_of(layer, part))
+        if architecture.parts[part].axis in architecture.cache.names:
+            cache += architecture.cache.size(sizes)
+    outside = architecture.total_parameters - architecture.decoder_parameters
+    head = architecture.sizes["vocab"] * architecture.sizes["model"]
+    return Size(decoder=decoder, total=decoder + outside, macs=macs + head, cache=cache)
+
+
+def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) -> tuple[int, ...]:
+    """The shape of a parameter that stays, in storage order."""
+    if parameter.layer is None or parameter.part is None:
+        sizes = dict(architecture.sizes)
+    else:
+        sizes = _sizes(architecture, plan, parameter.layer, parameter.part)
+    return tuple(dim.size(sizes) for dim in parameter.dims)
+
+
+def _sizes(architecture: Architecture, plan: Plan, layer: int, part: str) -> dict[str, int]:
+    return {**architecture.sizes, architecture.parts[part].axis: plan.kept(layer, part)}

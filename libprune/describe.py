@@ -1,0 +1,194 @@
+"""From a transformers model and its family file to an `Architecture`. A closed world: whatever
+the family file does not speak of stops here, by name.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from libprune.architecture import Architecture, Map, Parameter, PartShape
+from libprune.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
+from libprune.errors import FamilyError, NotExpressibleError, nearest
+from libprune.family import Family, family_of
+
+_TRANSPOSED = (Conv1D, nn.Embedding)
+"""Modules that store the weight of a map as ``[input, output]``."""
+
+
+def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, ...] = ()) -> Architecture:
+    """Solve the axes of a model; meta tensors are enough.
+
+    Args:
+        model: a transformers model of a known family.
+        fingerprint: digest of its weights, kept in the result.
+        accept: config keys that the family file does not know and the user vouches for.
+
+    Raises:
+        FamilyError: for an unknown family, config key or parameter, or sizes that contradict.
+    """
+    family = family_of(model.config.model_type)
+    check_config(family, model.config, accept)
+    parameters, maps = _walk(model, family)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    sizes = solve(_config_equations(family, model.config) + _weight_equations(parameters, shapes))
+    return Architecture(
+        family=family.family,
+        sizes=sizes,
+        layers=len(model.get_submodule(family.layers)),
+        layers_path=family.layers,
+        parts={
+            name: PartShape(part.axis, part.module, expressible(family, model.config, sizes, part.axis))
+            for name, part in family.parts.items()
+        },
+        parameters=tuple(parameters),
+        maps=tuple(maps),
+        cache=parse_expr(family.cache),
+        fingerprint=fingerprint,
+    )
+
+
+def check_config(family: Family, config: PreTrainedConfig, accept: tuple[str, ...] = ()) -> None:
+    """Refuse config keys and values that the family file does not speak of."""
+    known = family.config.known | set(accept) | PreTrainedConfig().to_dict().keys() | _BOOKKEEPING
+    for key, value in config.to_dict().items():
+        if key not in known:
+            raise FamilyError(
+                f"the config of this {config.model_type} model has {key!r} = {value!r}, of which family "
+                f"{family.family!r} says nothing{nearest(key, known)}. If no size depends on it, list it "
+                "in prepare.accept_config"
+            )
+        allowed = family.config.fixed.get(key)
+        if allowed is not None and value not in allowed:
+            raise FamilyError(f"config key {key!r} = {value!r} is not supported by family {family.family!r}: {allowed}")
+
+
+_BOOKKEEPING = frozenset(
+    {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "tie_word_embeddings"}
+    | {"model_type", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "auto_map"}
+)
+
+
+def new_config(
+    family: Family, config: PreTrainedConfig, sizes: dict[str, int], layers: tuple[int, ...]
+) -> PreTrainedConfig:
+    """The config of a model whose every block has the given sizes.
+
+    Args:
+        layers: the blocks that are left, by their index in ``config``.
+
+    Raises:
+        NotExpressibleError: if a key would need two values, or the config class refuses the shape.
+    """
+    data = config.to_dict()
+    for key, expressions in family.config.expressions.items():
+        values = {str(expr): expr.size(sizes) for expr in expressions}
+        if len(set(values.values())) > 1:
+            both = " and ".join(f"{text} = {value}" for text, value in values.items())
+            raise NotExpressibleError(f"config key {key!r} of family {family.family!r} must be both {both}")
+        data[key] = next(iter(values.values()))
+    data[family.config.layers] = len(layers)
+    for key in family.config.per_layer_lists:
+        if data.get(key) is not None:
+            data[key] = [data[key][layer] for layer in layers]
+    try:
+        return type(config).from_dict(data)
+    except Exception as error:  # the strict config classes raise their own, undocumented types
+        raise NotExpressibleError(f"{type(config).__name__} refuses the pruned shape: {_last_line(error)}") from error
+
+
+def expressible(family: Family, config: PreTrainedConfig, sizes: dict[str, int], axis: str) -> tuple[int, ...]:
+    """The counts of an axis, 1 to its size, that a stock config of the family can say."""
+
+    def fits(count: int) -> bool:
+        try:
+            new_config(family, config, {**sizes, axis: count}, tuple(range(getattr(config, family.config.layers))))
+        except NotExpressibleError:
+            return False
+        return True
+
+    return tuple(count for count in range(1, sizes[axis] + 1) if fits(count))
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def _config_equations(family: Family, config: PreTrainedConfig) -> list[Equation]:
+    return [
+        Equation(expr, getattr(config, key), f"config key {key!r}")
+        for key, expressions in family.config.expressions.items()
+        for expr in expressions
+        if getattr(config, key, None) is not None
+    ]
+
+
+def _weight_equations(parameters: list[Parameter], shapes: dict[str, tuple[int, ...]]) -> list[Equation]:
+    for parameter in parameters:
+        if len(parameter.dims) != len(shapes[parameter.name]):
+            raise FamilyError(
+                f"{parameter.name} has shape {list(shapes[parameter.name])}, described as {_dims(parameter)}"
+            )
+    return [
+        Equation(expr, shapes[parameter.name][dim], f"dimension {dim} of {parameter.name}")
+        for parameter in parameters
+        for dim, expr in enumerate(parameter.dims)
+    ]
+
+
+def _dims(parameter: Parameter) -> str:
+    return "[" + ", ".join(map(str, parameter.dims)) + "]"
+
+
+def _walk(model: PreTrainedModel, family: Family) -> tuple[list[Parameter], list[Map]]:
+    """Every parameter once, and every map of the blocks, in the model's own order."""
+    own = {name for name, _ in model.named_parameters()}
+    parameters: list[Parameter] = []
+    maps: list[Map] = []
+    undescribed = {name for name, p in model.named_modules() if any(True for _ in p.named_parameters(recurse=False))}
+    for path, layer, part, description in _described(model, family):
+        module = _module(model, path, family)
+        undescribed.discard(path)
+        transposed = isinstance(module, _TRANSPOSED)
+        if isinstance(description, LinearMap) and layer is not None and part is not None:
+            maps.append(Map(path, layer, part, description.input, description.output, transposed))
+        for name, _ in module.named_parameters(recurse=False):
+            if f"{path}.{name}" in own:
+                dims = _parameter_dims(name, description, transposed)
+                parameters.append(Parameter(f"{path}.{name}", dims, layer, part))
+    if undescribed:
+        first = sorted(undescribed)[0]
+        names = [f"{first}.{name}" for name, _ in model.get_submodule(first).named_parameters(recurse=False)]
+        raise FamilyError(
+            f"family {family.family!r} does not describe parameter {names[0]!r} ({len(undescribed)} such "
+            f"module(s)); add its module to libprune/families/{family.family}.yaml (docs/notation.md)"
+        )
+    order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    return sorted(parameters, key=lambda p: order[p.name]), maps
+
+
+def _described(
+    model: PreTrainedModel, family: Family
+) -> Iterator[tuple[str, int | None, str | None, LinearMap | Expr]]:
+    for layer in range(len(model.get_submodule(family.layers))):
+        for name, part in family.parts.items():
+            for path, description in part.parsed.items():
+                yield f"{family.layers}.{layer}.{path}", layer, name, description
+    for path, text in family.outside.items():
+        yield path, None, None, parse_map(text)
+
+
+def _module(model: PreTrainedModel, path: str, family: Family) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise FamilyError(f"family {family.family!r} describes module {path!r}, which this model lacks") from error
+
+
+def _parameter_dims(name: str, description: LinearMap | Expr, transposed: bool) -> tuple[Expr, ...]:
+    if isinstance(description, Expr):
+        return (description,)
+    if name == "bias":
+        return (description.output,)
+    return (description.input, description.output) if transposed else (description.output, description.input)

@@ -1,0 +1,143 @@
+"""Family files: which axes the modules of an architecture are made of.
+
+A family file is all that anyone writes for a new architecture. `docs/notation.md` explains it;
+statistics, scores, costs, masks, slices and the pruned config are derived from it.
+"""
+
+from collections.abc import Mapping
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from libprune.axes import Expr, LinearMap, parse_expr, parse_map
+from libprune.errors import FamilyError, nearest
+
+FOLDER = Path(__file__).parent / "families"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, ignored_types=(cached_property,)
+    )
+
+
+class Part(_Strict):
+    """A part of a block, attention or MLP, whose output is added to the residual stream."""
+
+    axis: str
+    """The axis whose indices are the units that can be removed."""
+    module: str
+    """The submodule of the block that computes the part; its other modules are norms around it."""
+    modules: dict[str, str]
+    """Module path inside the block to its map or vector. All of them go when the part goes."""
+
+    @cached_property
+    def parsed(self) -> dict[str, LinearMap | Expr]:
+        """The modules with their descriptions read."""
+        return {path: parse_map(text) for path, text in self.modules.items()}
+
+
+class ConfigKeys(_Strict):
+    """How the Hugging Face config of the family says the sizes."""
+
+    layers: str
+    """The key that holds the number of blocks."""
+    sizes: dict[str, str | list[str]]
+    """Key to the expression(s) whose size it holds. A key with two expressions needs both equal."""
+    per_layer_lists: list[str] = Field(default_factory=list)
+    """Keys that hold one entry a block; the entries of a deleted block go with it."""
+    fixed: dict[str, list[Any]] = Field(default_factory=dict)
+    """Keys of which only the listed values are understood."""
+    inert: list[str] = Field(default_factory=list)
+    """Keys that no prunable size depends on."""
+
+    @field_validator("sizes")
+    @classmethod
+    def _readable(cls, sizes: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+        for texts in sizes.values():
+            for text in [texts] if isinstance(texts, str) else texts:
+                parse_expr(text)
+        return sizes
+
+    @cached_property
+    def expressions(self) -> dict[str, tuple[Expr, ...]]:
+        """The sizes with their expressions read, always as tuples."""
+        return {
+            key: tuple(parse_expr(text) for text in ([texts] if isinstance(texts, str) else texts))
+            for key, texts in self.sizes.items()
+        }
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Every key that the family file speaks of."""
+        return frozenset({self.layers, *self.sizes, *self.per_layer_lists, *self.fixed, *self.inert})
+
+
+class Family(_Strict):
+    """The description of one architecture family."""
+
+    family: str
+    model_types: list[str]
+    """The `model_type` values of Hugging Face configs that this file describes."""
+    layers: str
+    """Path of the list of blocks."""
+    parts: dict[str, Part]
+    outside: dict[str, str]
+    """Module path to map or vector, for what lies outside the blocks."""
+    cache: str
+    """What the KV cache holds per token and block."""
+    config: ConfigKeys
+
+    @field_validator("outside")
+    @classmethod
+    def _readable(cls, outside: dict[str, str]) -> dict[str, str]:
+        for text in outside.values():
+            parse_map(text)
+        return outside
+
+    @field_validator("parts")
+    @classmethod
+    def _parts_readable(cls, parts: dict[str, Part]) -> dict[str, Part]:
+        for part in parts.values():
+            carried = [text for text in part.modules.values() if part.axis in text.split("->")[0].split()]
+            if not carried:
+                raise ValueError(f"no map of the part takes axis {part.axis!r} as its input")
+            assert part.parsed
+        return parts
+
+
+@cache
+def families() -> Mapping[str, Family]:
+    """All families that ship with libprune, by name."""
+    return {path.stem: load_family(path) for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def load_family(path: Path) -> Family:
+    """Read one family file.
+
+    Raises:
+        FamilyError: if the file is not valid, with the place.
+    """
+    try:
+        return Family.model_validate(yaml.safe_load(path.read_text()))
+    except (ValidationError, ValueError) as error:
+        raise FamilyError(f"family file {path.name}: {error}") from error
+
+
+def family_of(model_type: str) -> Family:
+    """The family that describes a `model_type`.
+
+    Raises:
+        FamilyError: for an unknown one, with the known ones and what to write.
+    """
+    known = {name: family for family in families().values() for name in family.model_types}
+    if model_type not in known:
+        raise FamilyError(
+            f"no family file describes model_type {model_type!r}; known: {', '.join(sorted(known))}"
+            f"{nearest(model_type, known)}. To add it, write libprune/families/{model_type}.yaml: "
+            "the axes of each module of a block and the config keys of their sizes (docs/notation.md)"
+        )
+    return known[model_type]

@@ -1,0 +1,90 @@
+"""Masking, which defines what removal means, and slicing, which must equal it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from libprune.architecture import Architecture, Map, Parameter
+from libprune.plan import Plan
+
+
+def input_mask(architecture: Architecture, plan: Plan, consumer: Map) -> NDArray[np.bool_]:
+    """Which input positions of a consumer stay; shape ``[input]``."""
+    axis = architecture.parts[consumer.part].axis
+    return consumer.input.kept(axis, architecture.sizes, plan.keep[consumer.layer, consumer.part])
+
+
+@contextmanager
+def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator[None]:
+    """Inside the context the dense model computes what the pruned one will.
+
+    A removed unit is a zero at the consumer's input (the consumer's bias stays); a removed part is
+    a zero contribution to the residual stream, bias included.
+    """
+    handles = []
+    for layer, part in architecture.blocks():
+        for consumer in architecture.consumers(layer, part):
+            module = model.get_submodule(consumer.module)
+            if plan.gone(layer, part):
+                handles.append(module.register_forward_hook(_zero_output))
+            elif not plan.keep[layer, part].all():
+                weight = next(module.parameters())
+                mask = torch.from_numpy(input_mask(architecture, plan, consumer)).to(weight.device, weight.dtype)
+                handles.append(module.register_forward_pre_hook(partial(_mask_input, mask)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mask_input(mask: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0] * mask, *args[1:])
+
+
+def _zero_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
+
+
+def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, parameter: Parameter) -> Tensor | None:
+    """The rows and columns of a parameter that the plan keeps; None if its whole part goes."""
+    if parameter.layer is None or parameter.part is None:
+        return tensor
+    if plan.gone(parameter.layer, parameter.part):
+        return None
+    axis = architecture.parts[parameter.part].axis
+    keep = plan.keep[parameter.layer, parameter.part]
+    for dim, expr in enumerate(parameter.dims):
+        positions = expr.kept(axis, architecture.sizes, keep)
+        if not positions.all():
+            tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(positions)))
+    return tensor.contiguous()
+
+
+def sliced_name(architecture: Architecture, plan: Plan, parameter: Parameter) -> str:
+    """The name of a parameter in the pruned model, where deleted layers leave no gap."""
+    if parameter.layer is None:
+        return parameter.name
+    prefix = f"{architecture.layers_path}."
+    inside = parameter.name.removeprefix(f"{prefix}{parameter.layer}.")
+    return f"{prefix}{plan.layers.index(parameter.layer)}.{inside}"
+
+
+def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: Plan) -> dict[str, Tensor]:
+    """All parameters of the pruned model by their new names.
+
+    Args:
+        state: the dense model's parameters by name; read one at a time, so it may be lazy.
+    """
+    sliced = {}
+    for parameter in architecture.parameters:
+        tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
+        if tensor is not None:
+            sliced[sliced_name(architecture, plan, parameter)] = tensor
+    return sliced
