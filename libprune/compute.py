@@ -1,0 +1,76 @@
+"""Device, precision and batches for the stages that run a model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from libprune.errors import LibpruneError
+
+_CPU_BF16 = {"amx_bf16", "avx512_bf16"}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a params value; `auto` is a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LibpruneError(f"compute.device = {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a params value; `auto` is bfloat16 where the hardware multiplies it natively."""
+    if name != "auto":
+        return _DTYPES[name]
+    native = device.type != "cpu" or bool(_CPU_BF16 & _cpu_flags())
+    return torch.bfloat16 if native else torch.float32
+
+
+def named_dtype(name: str, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of a params value, with what `auto` means there."""
+    return otherwise if name == "auto" else _DTYPES[name]
+
+
+def _cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return set()
+    lines = (line for line in info.read_text().splitlines() if line.startswith("flags"))
+    return set(next(lines, "").split())
+
+
+def batches(ids: NDArray[np.int64], batch_tokens: int, device: torch.device, label: str) -> Iterator[tuple[int, Tensor]]:
+    """Batches of whole sequences with a progress bar.
+
+    Args:
+        ids: token ids, ``[sequences, length]``.
+        batch_tokens: tokens in a batch; at least one sequence is taken.
+
+    Yields:
+        The index of the batch's first sequence, and its ids ``[batch, length]`` on the device.
+    """
+    step = max(1, batch_tokens // ids.shape[1])
+    with tqdm(total=len(ids), desc=label, unit="seq", mininterval=1.0) as bar:
+        for start in range(0, len(ids), step):
+            chunk = ids[start : start + step]
+            yield start, torch.from_numpy(chunk).to(device)
+            bar.update(len(chunk))
+
+
+def sequence_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean next-token negative log-likelihood of each sequence, in nats; shape ``[batch]``, float32."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.stack(
+        [F.cross_entropy(logits[i, :-1].float(), ids[i, 1:]) for i in range(len(ids))]
+    )

@@ -1,0 +1,103 @@
+"""The diagonal of the Hessian, estimated by squared per-sequence gradients."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from libprune.architecture import Architecture, Map
+from libprune.compute import sequence_losses
+from libprune.errors import StatisticsError
+
+
+@dataclass
+class SquaredGradients:
+    """Running sums over calibration sequences.
+
+    Attributes:
+        squares: parameter name to the sum over i of (dL_i/dW)^2, L_i the mean-token loss; float32.
+        sequences: sequences seen.
+    """
+
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    sequences: int = 0
+
+    def diagonal(self, name: str, n_tok: int, estimator: str) -> Tensor:
+        """The estimate of the Hessian diagonal of the mean-token loss, for one parameter.
+
+        `fisher_sample` is mean_i g_i^2, as often written; `fisher` multiplies it by the n_tok
+        loss-counted tokens of a sequence, over which the mean in L_i shrinks independent token
+        gradients (empirical Fisher: Kunstner et al. 2019, "Limitations of the empirical Fisher
+        approximation", which also says when it is not the Hessian).
+        """
+        assert estimator in {"fisher", "fisher_sample"}
+        return self.squares[name] * ((n_tok if estimator == "fisher" else 1) / self.sequences)
+
+
+def collect_squared_gradients(
+    model: PreTrainedModel, architecture: Architecture, batches: Iterable[tuple[int, Tensor]]
+) -> SquaredGradients:
+    """Squared gradients of every sequence at the cost of one batched backward pass.
+
+    The gradient of a linear map for one sequence is the product of its output gradients and its
+    inputs over that sequence's tokens, so autograd only computes the former.
+
+    Raises:
+        StatisticsError: naming the parameter and sequence whose gradient is not finite.
+    """
+    sums = SquaredGradients()
+    with _collecting(model, architecture, sums) as state:
+        for first, ids in batches:
+            state["first"] = first
+            sequence_losses(model, ids).sum().backward()
+            sums.sequences += len(ids)
+    return sums
+
+
+@contextmanager
+def _collecting(model: PreTrainedModel, architecture: Architecture, sums: SquaredGradients) -> Iterator[dict[str, int]]:
+    state = {"first": 0}
+    model.requires_grad_(False)
+    embedding = model.get_input_embeddings()
+    handles = [embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))]
+    for entry in architecture.maps:
+        hook = partial(_watch_output, entry, sums, state)
+        handles.append(model.get_submodule(entry.module).register_forward_hook(hook))
+    try:
+        yield state
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_output(
+    entry: Map, sums: SquaredGradients, state: dict[str, int], module: nn.Module, args: tuple[Tensor], output: Tensor
+) -> None:
+    x = args[0].detach()
+    has_bias = getattr(module, "bias", None) is not None
+
+    def on_gradient(gradient: Tensor) -> None:
+        for i in range(len(x)):
+            inputs, deltas = x[i], gradient[i]
+            weight = inputs.T @ deltas if entry.transposed else deltas.T @ inputs
+            _add_square(sums, entry.weight, weight, state["first"] + i)
+            if has_bias:
+                _add_square(sums, f"{entry.module}.bias", deltas.sum(0, dtype=torch.float32), state["first"] + i)
+
+    output.register_hook(on_gradient)
+
+
+def _add_square(sums: SquaredGradients, name: str, gradient: Tensor, sequence: int) -> None:
+    if not torch.isfinite(gradient).all():
+        raise StatisticsError(
+            f"the gradient of {name} is not finite for calibration sequence {sequence}; try compute.dtype: float32, "
+            "and check that the model is sound on this text"
+        )
+    values = gradient.float()
+    if name not in sums.squares:
+        sums.squares[name] = torch.zeros_like(values)
+    sums.squares[name].addcmul_(values, values)

@@ -1,0 +1,214 @@
+"""params.yaml, typed: one section a stage, validated as a whole before any stage works.
+
+Every stage validates the whole file, so that a typing error in a late section does not surface
+after minutes of collecting.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from libprune.errors import ParamsError, nearest
+
+Count = Annotated[int, Field(ge=1)]
+Floor = Annotated[int, Field(ge=0)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Prepare(_Section):
+    """Where the dense model comes from."""
+
+    model: str
+    """`package://NAME/path/file.gguf`, a local folder, a local GGUF file, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit, for a hub id."""
+    dtype: Dtype = "auto"
+    """Storage type of the dense model; `auto` keeps the source's."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    accept_config: tuple[str, ...] = Field(default=(), strict=False)
+    """Config keys that the family file does not know and that no size depends on."""
+
+
+class Tokenize(_Section):
+    """What the statistics are collected on, and what the models are judged on."""
+
+    text: str
+    """`package://NAME/path`, a local file or folder (txt, jsonl, csv, parquet), or a hub data set id."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    column: str = "text"
+    """Column that holds the text."""
+    evaluation_text: str | None = None
+    """Another text for evaluation, same forms; without it the last documents of `text` are set apart."""
+    evaluation_split: str = "test"
+    """Split of `evaluation_text`, if that is a hub data set."""
+    evaluation_share: float = Field(default=0.3, gt=0, lt=1)
+    """Share of the documents set apart for evaluation when there is no `evaluation_text`."""
+    calibration_sequences: Count = 256
+    calibration_length: Annotated[int, Field(ge=2)] = 128
+    """Tokens of a calibration sequence."""
+    evaluation_windows: Count = 16
+    evaluation_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of an evaluation window."""
+    seed: int = 0
+    """Which calibration sequences are drawn."""
+
+
+class Compute(_Section):
+    """How the stages that run the model run it."""
+
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    dtype: Dtype = "auto"
+    """`auto`: bfloat16 on GPUs and on CPUs with bf16 matrix units, float32 elsewhere."""
+    batch_tokens: Count = 2048
+    """Tokens in a batch, rounded down to whole sequences (at least one)."""
+
+
+class Gradients(_Section):
+    """The mean gradient and per-unit first-order statistics."""
+
+    sequences: Count | None = 128
+    """Calibration sequences used, from the first; null: all."""
+    storage_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class Hessian(_Section):
+    """The diagonal of the Hessian."""
+
+    estimator: Literal["fisher", "fisher_sample", "none"] = "fisher"
+    """`fisher`: n_tok mean_i g_i^2; `fisher_sample`: mean_i g_i^2; `none`: collect nothing."""
+    sequences: Count | None = 128
+    """Calibration sequences used, from the first; null: all."""
+    storage_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class Activations(_Section):
+    """Forward-only statistics."""
+
+    sequences: Count | None = None
+    """Calibration sequences used, from the first; null: all."""
+
+
+class Score(_Section):
+    """How much the loss of a unit matters."""
+
+    criterion: str = "unit_fisher"
+    """A name from `libprune.criteria.CRITERIA`."""
+    scaling: Literal["none", "zscore", "minmax", "rank"] = "none"
+    """Per layer and type; lets a criterion that is only comparable there enter `global`."""
+    magnitude_norm: Literal["l1", "l2"] = "l1"
+    """Sum of absolute or of squared weights."""
+    wanda_norm: Literal["l1", "l2", "mean", "max"] = "l2"
+    """Norm of each input feature over the calibration tokens."""
+    fisher_over: Literal["sequence", "token"] = "sequence"
+    """What `unit_fisher` squares the mask gradient over."""
+    seed: int = 0
+    """For `random`."""
+
+
+class Allocate(_Section):
+    """How much goes where."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of parameters to remove."""
+    ratio_of: Literal["decoder", "total"] = "decoder"
+    """Parameters inside the blocks, or all of them."""
+    method: Literal["uniform", "global"] = "uniform"
+    shape: Literal["auto", "uniform", "per_layer"] = "auto"
+    """`uniform` loads everywhere and is refused where the plan differs by layer; `auto` takes it where it can."""
+    rank_by: Literal["score", "importance"] = "score"
+    """Importance per parameter, or importance."""
+    min_groups: Floor = 1
+    """Attention groups that each layer keeps; 0 lets a whole attention go."""
+    min_channels: Floor = 1
+    """MLP channels that each layer keeps; 0 lets a whole MLP go."""
+    channel_multiple: Count = 1
+    """The kept channels of a pruned MLP are a multiple of this."""
+    freeze_first: Floor = 0
+    """Layers at the input that keep everything."""
+    freeze_last: Floor = 0
+    """Layers at the output that keep everything."""
+    allow_layer_removal: bool = False
+    """Whether a layer may lose both its attention and its MLP."""
+
+
+class Slice(_Section):
+    """How the pruned model is made."""
+
+    repair: Literal["none", "local"] = "local"
+    """`local`: least squares on the consumers' weights, from the cached Gram matrices."""
+    damping: Annotated[float, Field(gt=0)] = 1e-3
+    """Ridge of the repair, relative to the mean diagonal of the Gram matrix."""
+    dtype: Dtype = "auto"
+    """Storage type of the pruned model; `auto` keeps the dense model's."""
+
+
+class Evaluate(_Section):
+    """What is measured on both models."""
+
+    prompt_tokens: Count = 256
+    """Length of the prompt for prefill speed."""
+    decode_tokens: Count = 16
+    """Tokens generated for decode speed."""
+    rounds: Count = 5
+    """Timed rounds; dense and pruned alternate in each."""
+
+
+class Params(_Section):
+    """The whole of params.yaml."""
+
+    prepare: Prepare
+    tokenize: Tokenize
+    compute: Compute = Compute()
+    gradients: Gradients = Gradients()
+    hessian: Hessian = Hessian()
+    activations: Activations = Activations()
+    score: Score = Score()
+    allocate: Allocate = Allocate()
+    slice: Slice = Slice()
+    evaluate: Evaluate = Evaluate()
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate a params file.
+
+    Raises:
+        ParamsError: naming the key, what is wrong with it, and the nearest known key.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ParamsError(f"{path} does not exist; run from the project folder or pass --params") from error
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Params.model_validate(data)
+    except ValidationError as error:
+        raise ParamsError(f"{path}: " + "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())) from error
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    place = ".".join(map(str, loc))
+    if kind != "extra_forbidden":
+        return f"{place}: {message}"
+    known = _fields(loc[:-1])
+    return f"unknown key {place!r}{nearest(str(loc[-1]), known)} (known: {', '.join(known)})"
+
+
+def _fields(loc: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Params
+    for name in loc:
+        annotation = section.model_fields[str(name)].annotation
+        assert annotation is not None
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,121 @@
+"""Models and texts from where users have them: installed packages, local files, the hub."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from libprune.errors import SourceError
+from libprune.params import Prepare
+
+_PACKAGE = "package://"
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def resolve(source: str) -> Path | None:
+    """The local path of a source, or None for a hub id.
+
+    `package://NAME/path` is a file inside an installed package, found without importing it.
+
+    Raises:
+        SourceError: if the package or the path does not exist.
+    """
+    if source.startswith(_PACKAGE):
+        return _package_file(source)
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or path.suffix in {".gguf", ".txt", *_BUILDERS}:
+        raise SourceError(f"{source} does not exist (seen from {Path.cwd()})")
+    return None
+
+
+def _package_file(source: str) -> Path:
+    name, _, inside = source.removeprefix(_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError(f"{source}: no installed package is named {name!r}; install it with pip")
+    path = Path(spec.submodule_search_locations[0]) / inside
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*") if p.is_file())[:5] if path.parent.is_dir() else []
+        raise SourceError(f"{source}: package {name!r} has no such file; in that folder: {', '.join(beside) or 'none'}")
+    return path
+
+
+def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dense model, on the CPU, and its tokenizer.
+
+    A GGUF file is dequantised to float32 unless another dtype is asked for, and its quantization
+    marks are taken off, so that the model can be saved again.
+
+    Raises:
+        SourceError: if it cannot be found or read, or is quantized.
+    """
+    path = resolve(params.model)
+    where: dict[str, Any] = {"revision": params.revision, "trust_remote_code": params.trust_remote_code}
+    name: str | Path = path or params.model
+    dtype: Any = params.dtype if params.dtype == "auto" else getattr(torch, params.dtype)
+    if path is not None and path.is_file():
+        where["gguf_file"], name = path.name, path.parent
+        dtype = torch.float32 if dtype == "auto" else dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {_first_line(error)}") from error
+    if "gguf_file" in where:
+        _forget_quantization(model)
+    elif getattr(model.config, "quantization_config", None) is not None:
+        raise SourceError(
+            f"prepare.model = {params.model!r} is quantized ({model.config.quantization_config.quant_method}); "
+            "prune the unquantized model and quantize the result"
+        )
+    return model.eval(), tokenizer
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Take the GGUF marks off a dequantised model; with them `save_pretrained` refuses."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if mark in vars(model):
+            delattr(model, mark)
+
+
+def load_documents(source: str, config: str | None, split: str, column: str) -> list[str]:
+    """The non-blank documents of a text source, in their order.
+
+    Local files go through the same `datasets.load_dataset` as hub data sets; a file of unknown
+    ending is read as text, one document a line.
+
+    Raises:
+        SourceError: if it cannot be read or has no such column.
+    """
+    from datasets import load_dataset
+
+    path = resolve(source)
+    try:
+        if path is None:
+            data = load_dataset(source, config, split=split)
+        else:
+            builder, files = _builder(path)
+            data = load_dataset(builder, data_files=files, split="train")
+    except (OSError, ValueError) as error:
+        raise SourceError(f"text {source!r} cannot be loaded: {_first_line(error)}") from error
+    if column not in data.column_names:
+        raise SourceError(f"text {source!r} has no column {column!r}; it has {', '.join(data.column_names)}")
+    return [document for document in data[column] if document and document.strip()]
+
+
+def _builder(path: Path) -> tuple[str, list[str]]:
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    kinds = {_BUILDERS.get(file.suffix, "text") for file in files}
+    if len(kinds) != 1:
+        raise SourceError(f"text {str(path)!r} holds files of {len(kinds)} kinds: {', '.join(sorted(kinds)) or 'none'}")
+    return kinds.pop(), [str(file) for file in files]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

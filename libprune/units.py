@@ -1,0 +1,47 @@
+"""Sums over units: from any per-element quantity to one number a unit."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from libprune.architecture import Architecture
+from libprune.errors import StatisticsError, missing_key
+
+
+def sum_positions(values: Tensor, units: NDArray[np.int64], count: int) -> Tensor:
+    """Sum the last dimension, positions, by the unit that owns them: ``[..., positions] -> [..., units]``.
+
+    Positions of no unit (-1) are left out.
+    """
+    if len(units) == count and (units == np.arange(count)).all():
+        return values
+    owned = np.flatnonzero(units >= 0)
+    index = torch.from_numpy(units[owned]).to(values.device)
+    out = values.new_zeros(*values.shape[:-1], count)
+    chosen = values if len(owned) == len(units) else values[..., torch.from_numpy(owned).to(values.device)]
+    return out.index_add_(-1, index, chosen)
+
+
+def unit_sums(architecture: Architecture, layer: int, part: str, values: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    """Sum a per-element quantity over every element that carries a unit's index; ``[units]``.
+
+    Args:
+        architecture: the model's description.
+        layer: which block.
+        part: which part of it.
+        values: parameter name to a tensor of the parameter's shape.
+
+    Raises:
+        StatisticsError: if a parameter has no entry.
+    """
+    count = architecture.units(part)
+    total = torch.zeros(count, dtype=torch.float64)
+    for parameter, dim, units in architecture.carriers(layer, part):
+        if parameter.name not in values:
+            raise StatisticsError(missing_key(parameter.name, values, "the collected statistics"))
+        tensor = values[parameter.name].double().movedim(dim, -1)
+        total += sum_positions(tensor.reshape(-1, tensor.shape[-1]).sum(0), units, count).cpu()
+    return total.numpy()
