@@ -1,16 +1,19 @@
 """Forward-only statistics: norms at every map's input, Gram matrices at the consumers'."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture, Map
 from libprune.errors import StatisticsError
+from libprune.units import unit_sums
 
 NORMS = ("l1", "l2", "mean", "max")
 
@@ -50,6 +53,11 @@ class ActivationSums:
 
     inputs: dict[str, InputSums] = field(default_factory=dict)
     tokens: int = 0
+
+    def layer_tensors(self, architecture: Architecture, layer: int) -> dict[str, Tensor]:
+        """What is stored of one block, for all its maps."""
+        maps = [entry for part in architecture.parts for entry in architecture.maps_of(layer, part)]
+        return {name: tensor for entry in maps for name, tensor in self.tensors(entry.module).items()}
 
     def tensors(self, module: str) -> dict[str, Tensor]:
         """What is stored of one map: norms, mean and variance of its input, and E[x x^T] at a consumer."""
@@ -126,3 +134,22 @@ def _require_finite(sums: ActivationSums, first: int) -> None:
                 f"the input of {module} is not finite in the batch from calibration sequence {first}; "
                 "try compute.dtype: float32, and check that the model is sound on this text"
             )
+
+
+def activation_columns(
+    sums: ActivationSums, architecture: Architecture, weights: Mapping[str, Tensor], layer: int, part: str
+) -> dict[str, NDArray[np.float64]]:
+    """Per-unit sums of |W_ij| a_j of a block, for every norm a of the input features."""
+    columns = {}
+    for kind in NORMS:
+        terms = {
+            entry.weight: _weighted(entry, weights[entry.weight].detach().cpu(), sums, kind)
+            for entry in architecture.maps_of(layer, part)
+        }
+        columns[f"wanda_{kind}"] = unit_sums(architecture, layer, part, terms, weights_only=True)
+    return columns
+
+
+def _weighted(entry: Map, weight: Tensor, sums: ActivationSums, kind: str) -> Tensor:
+    norm = sums.inputs[entry.module].norm(kind, sums.tokens).cpu()
+    return weight.abs().float() * (norm[:, None] if entry.transposed else norm)

@@ -47,11 +47,17 @@ class Map:
 
 @dataclass(frozen=True)
 class PartShape:
-    """A prunable part of every block: its axis, and the unit counts that the stock config can say."""
+    """A prunable part of every block: its axis, its module, and the unit counts that the stock config
+    can say (None: any).
+    """
 
     axis: str
     module: str
-    expressible: tuple[int, ...]
+    expressible: tuple[int, ...] | None
+
+    def says(self, count: int) -> bool:
+        """Whether the stock config can say this many units in every layer."""
+        return self.expressible is None or count in self.expressible
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ class Architecture:
                 "layers_path": self.layers_path,
                 "cache": str(self.cache),
                 "parts": {
-                    name: {"axis": p.axis, "module": p.module, "expressible": list(p.expressible)}
+                    name: {"axis": p.axis, "module": p.module, "expressible": p.expressible}
                     for name, p in self.parts.items()
                 },
                 "parameters": [
@@ -183,7 +189,7 @@ class Architecture:
             layers_path=data["layers_path"],
             cache=parse_expr(data["cache"]),
             parts={
-                name: PartShape(p["axis"], p["module"], tuple(p["expressible"])) for name, p in data["parts"].items()
+                name: PartShape(p["axis"], p["module"], _counts(p["expressible"])) for name, p in data["parts"].items()
             },
             parameters=tuple(
                 Parameter(p["name"], tuple(parse_expr(d) for d in p["dims"]), p["layer"], p["part"])
@@ -196,3 +202,7 @@ class Architecture:
                 for m in data["maps"]
             ),
         )
+
+
+def _counts(values: list[int] | None) -> tuple[int, ...] | None:
+    return None if values is None else tuple(values)

@@ -6,7 +6,7 @@ Nothing is ever opened for writing in place: outputs may be hard links into a ca
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from libprune.architecture import Architecture
 from libprune.errors import ArtifactError, missing_key
+from libprune.plan import Plan
 
 Columns = dict[str, NDArray[Any]]
 """A table: column name to an array of one value a row."""
@@ -124,6 +125,16 @@ def write_json(target: Path, content: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: Path, stage: str) -> dict[str, Any]:
+    """The content of a JSON file.
+
+    Raises:
+        ArtifactError: naming the stage that makes it.
+    """
+    content: dict[str, Any] = json.loads(require(path, stage).read_text())
+    return content
+
+
 def require(path: Path, stage: str) -> Path:
     """The path, if it exists.
 
@@ -138,6 +149,18 @@ def require(path: Path, stage: str) -> Path:
 def encode_meta(meta: Mapping[str, Any]) -> dict[str, str]:
     """Metadata as one sorted JSON text under one key: safetensors orders several keys at random."""
     return {_KEY: json.dumps(meta, sort_keys=True)}
+
+
+def decode_meta(path: Path, raw: Mapping[str, str] | None, stage: str) -> dict[str, Any]:
+    """What `encode_meta` wrote.
+
+    Raises:
+        ArtifactError: if the file was not written by libprune.
+    """
+    if not raw or _KEY not in raw:
+        raise ArtifactError(f"{path} carries no libprune metadata; delete it and run `dvc repro {stage}`")
+    meta: dict[str, Any] = json.loads(raw[_KEY])
+    return meta
 
 
 def write_table(target: Path, columns: Columns, meta: Mapping[str, Any]) -> None:
@@ -158,10 +181,8 @@ def read_table(path: Path, stage: str) -> tuple[Columns, dict[str, Any]]:
         table = pq.read_table(require(path, stage))
     except pa.ArrowInvalid as error:
         raise ArtifactError(f"{path} is damaged ({error}); delete it and run `dvc repro {stage}`") from error
-    raw = (table.schema.metadata or {}).get(_KEY.encode())
-    if raw is None:
-        raise ArtifactError(f"{path} carries no libprune metadata; delete it and run `dvc repro {stage}`")
-    return {name: table[name].to_numpy() for name in table.column_names}, json.loads(raw)
+    raw = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    return {name: table[name].to_numpy() for name in table.column_names}, decode_meta(path, raw, stage)
 
 
 def column(table: Columns, name: str, where: str) -> NDArray[Any]:
@@ -199,3 +220,51 @@ def unit_index(architecture: Architecture) -> Columns:
     rows = [(layer, part, unit) for layer, part in architecture.blocks() for unit in range(architecture.units(part))]
     layers, parts, units = zip(*rows, strict=True)
     return {"layer_idx": np.array(layers), "group_type": np.array(parts, dtype=object), "group_idx": np.array(units)}
+
+
+def write_units(
+    target: Path,
+    architecture: Architecture,
+    columns_of: Callable[[int, str], Mapping[str, NDArray[np.float64]]],
+    meta: Mapping[str, Any],
+) -> None:
+    """Write a per-unit table, one row a unit in the order of `unit_index`, sums in float64.
+
+    Args:
+        target: the Parquet file.
+        architecture: the model's description.
+        columns_of: the named per-unit arrays ``[units]`` of a (layer, part).
+        meta: origin of the values.
+    """
+    blocks = [columns_of(layer, part) for layer, part in architecture.blocks()]
+    columns: Columns = {name: np.concatenate([np.asarray(block[name]) for block in blocks]) for name in blocks[0]}
+    write_table(target, unit_index(architecture) | columns, meta)
+
+
+def read_plan(layout: Layout, architecture: Architecture) -> tuple[Plan, dict[str, Any]]:
+    """The plan and its metadata.
+
+    Raises:
+        ArtifactError: if it belongs to another model or lacks a unit.
+    """
+    table, meta = read_table(layout.plan, "allocate")
+    same_origin(layout.plan, meta, {"model": architecture.fingerprint})
+    keep = column(table, "keep", str(layout.plan))
+    check_rows(architecture, table, layout.plan)
+    return Plan(dict(split_blocks(architecture, keep))), meta
+
+
+def check_rows(architecture: Architecture, table: Columns, path: Path) -> None:
+    """Stop unless a table has one row a unit, in the order of `unit_index`."""
+    for name, expected in unit_index(architecture).items():
+        if not np.array_equal(column(table, name, str(path)), expected):
+            raise ArtifactError(f"{path}: the rows do not list the units of this model in order; run `dvc repro`")
+
+
+def split_blocks(architecture: Architecture, values: NDArray[Any]) -> Iterator[tuple[tuple[int, str], NDArray[Any]]]:
+    """Cut a per-unit column into the blocks' own arrays."""
+    start = 0
+    for layer, part in architecture.blocks():
+        stop = start + architecture.units(part)
+        yield (layer, part), values[start:stop]
+        start = stop

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -50,7 +49,9 @@ def _cpu_flags() -> set[str]:
     return set(next(lines, "").split())
 
 
-def batches(ids: NDArray[np.int64], batch_tokens: int, device: torch.device, label: str) -> Iterator[tuple[int, Tensor]]:
+def batches(
+    ids: NDArray[np.int64], batch_tokens: int, device: torch.device, label: str
+) -> Iterator[tuple[int, Tensor]]:
     """Batches of whole sequences with a progress bar.
 
     Args:
@@ -69,8 +70,18 @@ def batches(ids: NDArray[np.int64], batch_tokens: int, device: torch.device, lab
 
 
 def sequence_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Mean next-token negative log-likelihood of each sequence, in nats; shape ``[batch]``, float32."""
+    """Mean next-token negative log-likelihood of each sequence, in nats; shape ``[batch]``, float32.
+
+    The last position has no target. It is ignored rather than cut off: slicing the logits, by far
+    the largest tensor, would copy them forward and pad them backward.
+    """
     logits = model(input_ids=ids, use_cache=False).logits
-    return torch.stack(
-        [F.cross_entropy(logits[i, :-1].float(), ids[i, 1:]) for i in range(len(ids))]
+    targets = torch.full_like(ids, _NO_TARGET)
+    targets[:, :-1] = ids[:, 1:]
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=_NO_TARGET, reduction="none"
     )
+    return losses.view_as(ids).sum(1) / (ids.shape[1] - 1)
+
+
+_NO_TARGET = -100

@@ -2,6 +2,7 @@
 the family file does not speak of stops here, by name.
 """
 
+import random
 from collections.abc import Iterator
 
 from torch import nn
@@ -66,7 +67,16 @@ def check_config(family: Family, config: PreTrainedConfig, accept: tuple[str, ..
 
 _BOOKKEEPING = frozenset(
     {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "tie_word_embeddings"}
-    | {"model_type", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "auto_map"}
+    | {
+        "model_type",
+        "transformers_version",
+        "_name_or_path",
+        "_model_name_or_path",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "auto_map",
+    }
 )
 
 
@@ -98,8 +108,12 @@ def new_config(
         raise NotExpressibleError(f"{type(config).__name__} refuses the pruned shape: {_last_line(error)}") from error
 
 
-def expressible(family: Family, config: PreTrainedConfig, sizes: dict[str, int], axis: str) -> tuple[int, ...]:
-    """The counts of an axis, 1 to its size, that a stock config of the family can say."""
+def expressible(family: Family, config: PreTrainedConfig, sizes: dict[str, int], axis: str) -> tuple[int, ...] | None:
+    """The counts of an axis, 1 to its size, that a stock config of the family can say; None if any.
+
+    The config class itself is asked. On a long axis some counts are asked first, and if none of
+    them is refused the rest is taken as said; writing the pruned config asks again.
+    """
 
     def fits(count: int) -> bool:
         try:
@@ -108,7 +122,14 @@ def expressible(family: Family, config: PreTrainedConfig, sizes: dict[str, int],
             return False
         return True
 
-    return tuple(count for count in range(1, sizes[axis] + 1) if fits(count))
+    counts = range(1, sizes[axis] + 1)
+    asked = counts if len(counts) <= _ASKED else random.Random(0).sample(counts, _ASKED)
+    if all(map(fits, asked)):
+        return None
+    return tuple(filter(fits, counts))
+
+
+_ASKED = 128
 
 
 def _last_line(error: Exception) -> str:

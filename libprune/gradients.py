@@ -1,18 +1,20 @@
 """First-order statistics: the mean gradient of every block parameter, and the squared mask gradient of every unit."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture, Map
 from libprune.compute import sequence_losses
 from libprune.errors import StatisticsError
-from libprune.units import sum_positions
+from libprune.units import sum_positions, unit_sums
 
 Block = tuple[int, str]
 
@@ -150,3 +152,18 @@ def _require_finite(values: Tensor, first: int, what: str) -> None:
             f"{what} is not finite for calibration sequence {sequence}; try compute.dtype: float32, "
             "and check that the model is sound on this text"
         )
+
+
+def gradient_columns(
+    sums: GradientSums, architecture: Architecture, weights: Mapping[str, Tensor], n_tok: int, layer: int, part: str
+) -> dict[str, NDArray[np.float64]]:
+    """Per-unit first-order sums of a block: sum |W G|, sum W G, and the unit Fisher both ways."""
+    names = [parameter.name for parameter in architecture.parameters_of(layer, part)]
+    signed = {name: weights[name].detach().cpu().double() * sums.mean_gradient(name).double() for name in names}
+    block = (layer, part)
+    return {
+        "taylor": unit_sums(architecture, layer, part, {name: tensor.abs() for name, tensor in signed.items()}),
+        "taylor_signed": unit_sums(architecture, layer, part, signed),
+        "unit_fisher_sequence": sums.unit_fisher(block, n_tok, "sequence").numpy(),
+        "unit_fisher_token": sums.unit_fisher(block, n_tok, "token").numpy(),
+    }

@@ -1,17 +1,20 @@
 """The diagonal of the Hessian, estimated by squared per-sequence gradients."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture, Map
 from libprune.compute import sequence_losses
 from libprune.errors import StatisticsError
+from libprune.units import unit_sums
 
 
 @dataclass
@@ -101,3 +104,21 @@ def _add_square(sums: SquaredGradients, name: str, gradient: Tensor, sequence: i
     if name not in sums.squares:
         sums.squares[name] = torch.zeros_like(values)
     sums.squares[name].addcmul_(values, values)
+
+
+def hessian_columns(
+    sums: SquaredGradients,
+    architecture: Architecture,
+    weights: Mapping[str, Tensor],
+    n_tok: int,
+    estimator: str,
+    layer: int,
+    part: str,
+) -> dict[str, NDArray[np.float64]]:
+    """Per-unit second-order sum of a block: half the sum of |W^2 H|, in nats."""
+    names = {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}
+    terms = {
+        name: 0.5 * (weights[name].detach().cpu().double().square() * sums.diagonal(name, n_tok, estimator).cpu()).abs()
+        for name in names
+    }
+    return {"fisher": unit_sums(architecture, layer, part, terms)}

@@ -5,7 +5,7 @@ after minutes of collecting.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -70,7 +70,7 @@ class Compute(_Section):
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     dtype: Dtype = "auto"
     """`auto`: bfloat16 on GPUs and on CPUs with bf16 matrix units, float32 elsewhere."""
-    batch_tokens: Count = 2048
+    batch_tokens: Count = 1024
     """Tokens in a batch, rounded down to whole sequences (at least one)."""
 
 
@@ -126,6 +126,8 @@ class Allocate(_Section):
     method: Literal["uniform", "global"] = "uniform"
     shape: Literal["auto", "uniform", "per_layer"] = "auto"
     """`uniform` loads everywhere and is refused where the plan differs by layer; `auto` takes it where it can."""
+    split: Literal["proportional", "importance"] = "importance"
+    """How `uniform` divides the budget: near-equal shares of each part, or least summed importance."""
     rank_by: Literal["score", "importance"] = "score"
     """Importance per parameter, or importance."""
     min_groups: Floor = 1
@@ -194,7 +196,8 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     try:
         return Params.model_validate(data)
     except ValidationError as error:
-        raise ParamsError(f"{path}: " + "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())) from error
+        problems = "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())
+        raise ParamsError(f"{path}: {problems}") from error
 
 
 def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
@@ -208,7 +211,5 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
 def _fields(loc: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Params
     for name in loc:
-        annotation = section.model_fields[str(name)].annotation
-        assert annotation is not None
-        section = annotation
+        section = cast(type[BaseModel], section.model_fields[str(name)].annotation)
     return list(section.model_fields)

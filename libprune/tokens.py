@@ -80,7 +80,7 @@ def read_tokens(path: Path, model: str, sequences: int | None = None) -> tuple[I
     """
     table, meta = read_table(path, "tokenize")
     same_origin(path, meta, {"model": model})
-    ids = np.stack(table["input_ids"]).astype(np.int64)
+    ids = np.stack(list(table["input_ids"])).astype(np.int64)
     if sequences is not None and sequences > len(ids):
         raise SourceError(
             f"{sequences} calibration sequences are asked for, {path} holds {len(ids)}; "

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libprune.architecture import Architecture
+from libprune.cost import unit_parameters
 from libprune.errors import StatisticsError, missing_key
 
 
@@ -25,7 +26,9 @@ def sum_positions(values: Tensor, units: NDArray[np.int64], count: int) -> Tenso
     return out.index_add_(-1, index, chosen)
 
 
-def unit_sums(architecture: Architecture, layer: int, part: str, values: Mapping[str, Tensor]) -> NDArray[np.float64]:
+def unit_sums(
+    architecture: Architecture, layer: int, part: str, values: Mapping[str, Tensor], weights_only: bool = False
+) -> NDArray[np.float64]:
     """Sum a per-element quantity over every element that carries a unit's index; ``[units]``.
 
     Args:
@@ -33,6 +36,7 @@ def unit_sums(architecture: Architecture, layer: int, part: str, values: Mapping
         layer: which block.
         part: which part of it.
         values: parameter name to a tensor of the parameter's shape.
+        weights_only: leave biases out, for quantities that they do not have.
 
     Raises:
         StatisticsError: if a parameter has no entry.
@@ -40,8 +44,24 @@ def unit_sums(architecture: Architecture, layer: int, part: str, values: Mapping
     count = architecture.units(part)
     total = torch.zeros(count, dtype=torch.float64)
     for parameter, dim, units in architecture.carriers(layer, part):
+        if weights_only and parameter.name.endswith(".bias"):
+            continue
         if parameter.name not in values:
             raise StatisticsError(missing_key(parameter.name, values, "the collected statistics"))
         tensor = values[parameter.name].double().movedim(dim, -1)
         total += sum_positions(tensor.reshape(-1, tensor.shape[-1]).sum(0), units, count).cpu()
     return total.numpy()
+
+
+def weight_columns(
+    architecture: Architecture, weights: Mapping[str, Tensor], layer: int, part: str
+) -> dict[str, NDArray[np.float64]]:
+    """Cost in parameters, sum of |W| and sum of W^2 of each unit of a block."""
+    names = [parameter.name for parameter in architecture.parameters_of(layer, part)]
+    absolute = {name: weights[name].detach().abs() for name in names}
+    squares = {name: tensor.square() for name, tensor in absolute.items()}
+    return {
+        "cost": np.full(architecture.units(part), unit_parameters(architecture, layer, part)),
+        "magnitude_l1": unit_sums(architecture, layer, part, absolute),
+        "magnitude_l2": unit_sums(architecture, layer, part, squares),
+    }

@@ -1,0 +1,323 @@
+"""Allocation: which units go, so that a given share of the parameters is removed.
+
+In every block the units go in ascending order of rank, in steps: one unit, or as many channels as
+keep their count a multiple. What differs between methods is how far each block goes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune import cost
+from libprune.architecture import Architecture
+from libprune.artifacts import Columns
+from libprune.errors import BudgetError, LibpruneError
+from libprune.params import Allocate
+from libprune.plan import Plan
+
+Block = tuple[int, str]
+_FLOORS = {"attention": "min_groups", "mlp": "min_channels"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next removal in a block: which units, what they cost, their rank and summed importance."""
+
+    units: tuple[int, ...]
+    cost: int
+    rank: float
+    importance: float
+
+
+Ladders = Mapping[Block, tuple[Step, ...]]
+"""For every block the removals that are allowed, in the order in which they happen."""
+
+
+def target_parameters(architecture: Architecture, params: Allocate) -> int:
+    """How many parameters are to go."""
+    base = architecture.decoder_parameters if params.ratio_of == "decoder" else architecture.total_parameters
+    return round(params.ratio * base)
+
+
+def allocate(architecture: Architecture, scores: Columns, params: Allocate) -> Plan:
+    """Decide which units stay.
+
+    Args:
+        architecture: the model's description.
+        scores: the importance table, rows in the order of `libprune.artifacts.unit_index`.
+        params: budget, method and limits.
+
+    Raises:
+        BudgetError: if the target cannot be reached under the floors, or not in the asked shape.
+    """
+    ladders = build_ladders(architecture, scores, params)
+    target = target_parameters(architecture, params)
+    depth = METHODS[params.method](architecture, ladders, target, params)
+    plan = _plan(architecture, ladders, depth)
+    _check_reached(architecture, ladders, plan, target, params)
+    return plan
+
+
+def result_shape(architecture: Architecture, plan: Plan, params: Allocate) -> str:
+    """`uniform` or `per_layer`, as asked for or as the plan allows.
+
+    Raises:
+        BudgetError: if `uniform` is asked for and the plan is not.
+    """
+    reason = _not_uniform(architecture, plan)
+    if params.shape == "uniform" and reason:
+        raise BudgetError(
+            f"allocate.shape is uniform, but {reason}; choose allocate.method: uniform without frozen layers, "
+            "or allocate.shape: per_layer"
+        )
+    return "per_layer" if reason or params.shape == "per_layer" else "uniform"
+
+
+def _not_uniform(architecture: Architecture, plan: Plan) -> str | None:
+    if not plan.uniform:
+        return "the layers of this plan differ in width"
+    layer = plan.layers[0]
+    for part, shape in architecture.parts.items():
+        if not shape.says(plan.kept(layer, part)):
+            return f"the stock config of this family cannot say {plan.kept(layer, part)} {part} units"
+    return None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan, the shape it is to be saved in, and its overlap with the plans of its components."""
+
+    plan: Plan
+    shape: str
+    overlap: Mapping[str, float]
+
+    @property
+    def keep_column(self) -> NDArray[np.bool_]:
+        """The plan as a column of the importance table."""
+        return np.concatenate(list(self.plan.keep.values()))
+
+
+def decide(architecture: Architecture, scores: Columns, meta: Mapping[str, Any], params: Allocate) -> Decision:
+    """Check that the scores may be used as asked, allocate, and settle the shape.
+
+    Raises:
+        LibpruneError: if the scores do not compare across layers and the method needs that, or the
+            budget or shape cannot be had.
+    """
+    _require_comparable(meta, params)
+    plan = allocate(architecture, scores, params)
+    components = [name for name in scores if name in COMPARED_COMPONENTS]
+    overlap = {}
+    for name in components if len(components) > 1 else []:
+        alone = scores | {"importance": scores[name], "score": scores[name] / scores["cost"]}
+        overlap[name] = jaccard(plan, allocate(architecture, alone, params))
+    return Decision(plan, result_shape(architecture, plan, params), overlap)
+
+
+COMPARED_COMPONENTS = ("taylor", "fisher")
+"""Parts of a second-order criterion: a kept set equal to the first's says that the second did nothing."""
+
+
+def _require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
+    if params.method == "global" and not meta["comparable"] and meta["scaling"] == "none":
+        raise LibpruneError(
+            f"{meta['criterion']} compares only within a layer and type, so allocate.method: global would rank "
+            "unlike things; set score.scaling to zscore, minmax or rank, or allocate.method to uniform"
+        )
+
+
+def summary(
+    architecture: Architecture, decision: Decision, meta: Mapping[str, Any], params: Allocate
+) -> dict[str, Any]:
+    """The content of `metrics/allocation.json`."""
+    plan = decision.plan
+    dense, left = cost.size(architecture, Plan.dense(architecture)), cost.size(architecture, plan)
+    return {
+        "criterion": meta["criterion"],
+        "scaling": meta["scaling"],
+        "method": params.method,
+        "ratio": params.ratio,
+        "ratio_of": params.ratio_of,
+        "shape": decision.shape,
+        "target_parameters": target_parameters(architecture, params),
+        "removed_parameters": dense.decoder - left.decoder,
+        "decoder_share_removed": 1 - left.decoder / dense.decoder,
+        "total_share_removed": 1 - left.total / dense.total,
+        "kept_set_overlap": dict(decision.overlap),
+        "units": {part: architecture.units(part) for part in architecture.parts},
+        "kept": [{part: plan.kept(layer, part) for part in architecture.parts} for layer in range(architecture.layers)],
+    }
+
+
+def build_ladders(architecture: Architecture, scores: Columns, params: Allocate) -> Ladders:
+    """The allowed removals of every block; ties break by unit."""
+    ladders: dict[Block, tuple[Step, ...]] = {}
+    start = 0
+    for layer, part in architecture.blocks():
+        rows = slice(start, start + architecture.units(part))
+        start = rows.stop
+        frozen = layer < params.freeze_first or layer >= architecture.layers - params.freeze_last
+        rank, importance = scores[params.rank_by][rows], scores["importance"][rows]
+        ladders[layer, part] = () if frozen else _ladder(architecture, layer, part, rank, importance, params)
+    return ladders
+
+
+def _ladder(
+    architecture: Architecture,
+    layer: int,
+    part: str,
+    rank: NDArray[np.float64],
+    importance: NDArray[np.float64],
+    params: Allocate,
+) -> tuple[Step, ...]:
+    multiple = params.channel_multiple if part == "mlp" else 1
+    floor = getattr(params, _FLOORS[part])
+    unit_cost = cost.unit_parameters(architecture, layer, part)
+    order = np.argsort(rank, kind="stable")
+    steps, gone = [], 0
+    while gone < len(order):
+        size = (len(order) - gone) % multiple or multiple
+        left = len(order) - gone - size
+        if left < floor:
+            break
+        units = order[gone : gone + size]
+        overhead = cost.part_overhead(architecture, layer, part) if left == 0 else 0
+        total = size * unit_cost + overhead
+        steps.append(Step(tuple(units.tolist()), total, float(rank[units].mean()), float(importance[units].sum())))
+        gone += size
+    return tuple(steps)
+
+
+def _global(architecture: Architecture, ladders: Ladders, target: int, params: Allocate) -> dict[Block, int]:
+    """The lowest ranks over all blocks first; ties break by layer, then type, then unit.
+
+    A removal that no longer fits is passed over, so that the target is missed by less than the
+    cheapest removal that is left.
+    """
+    order = sorted(
+        (step.rank, layer, list(architecture.parts).index(part), position)
+        for (layer, part), steps in ladders.items()
+        for position, step in enumerate(steps)
+    )
+    depth = dict.fromkeys(ladders, 0)
+    removed = 0
+    for _, layer, part_index, position in order:
+        block = (layer, list(architecture.parts)[part_index])
+        step = ladders[block][position]
+        fits = removed + step.cost <= target and depth[block] == position
+        if fits and (params.allow_layer_removal or not _empties_layer(architecture, ladders, depth, block)):
+            depth[block] += 1
+            removed += step.cost
+    return depth
+
+
+def _empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block) -> bool:
+    """Whether one more removal in a block would leave its layer with nothing."""
+    layer, _ = block
+    left = 0
+    for part in architecture.parts:
+        other = (layer, part)
+        taken = depth[other] + (1 if other == block else 0)
+        left += architecture.units(part) - sum(len(step.units) for step in ladders[other][:taken])
+    return left == 0
+
+
+def _uniform(architecture: Architecture, ladders: Ladders, target: int, params: Allocate) -> dict[Block, int]:
+    """The same number of removals in every layer that is not frozen.
+
+    Of all splits between the parts, those that come nearest to the target (within one removal of
+    the cheapest part in every layer) are considered; `split` chooses among them.
+    """
+    layers = [layer for layer in range(architecture.layers) if any(ladders[layer, p] for p in architecture.parts)]
+    if not layers:
+        return dict.fromkeys(ladders, 0)
+    options = {part: _options(architecture, ladders[layers[0], part], part, params) for part in architecture.parts}
+    splits = [dict(zip(options, chosen, strict=True)) for chosen in _near(ladders, layers, options, target)]
+    best = min(splits, key=lambda split: _split_order(architecture, ladders, layers, split, target, params))
+    return {(layer, part): best[part] if layer in layers else 0 for layer, part in ladders}
+
+
+def _options(architecture: Architecture, ladder: tuple[Step, ...], part: str, params: Allocate) -> list[int]:
+    """How many removals leave a count that the result's shape can hold."""
+    kept = architecture.units(part) - np.cumsum([0, *(len(step.units) for step in ladder)])
+    any_count = params.shape == "per_layer"
+    shape = architecture.parts[part]
+    return [i for i, count in enumerate(kept) if i == 0 or any_count or (count > 0 and shape.says(int(count)))]
+
+
+def _near(ladders: Ladders, layers: list[int], options: dict[str, list[int]], target: int) -> list[tuple[int, ...]]:
+    """The splits whose removed parameters are as near to the target as the finest part allows."""
+    spent = {part: np.array([_spent(ladders, layers, part, i) for i in options[part]]) for part in options}
+    tolerance = min(len(layers) * ladders[layers[0], part][0].cost for part in options if ladders[layers[0], part])
+    finest = min(
+        options, key=lambda part: len(layers) * min((s.cost for s in ladders[layers[0], part]), default=np.inf)
+    )
+    others = [part for part in options if part != finest]
+    candidates = []
+    for indices in product(*(range(len(options[part])) for part in others)):
+        rest = target - sum(int(spent[part][i]) for part, i in zip(others, indices, strict=True))
+        fill = int(np.abs(spent[finest] - rest).argmin())
+        chosen = dict(zip(others, indices, strict=True)) | {finest: fill}
+        miss = abs(int(spent[finest][fill]) - rest)
+        candidates.append((miss, tuple(options[part][chosen[part]] for part in options)))
+    nearest_miss = min(miss for miss, _ in candidates)
+    return [split for miss, split in candidates if miss <= max(nearest_miss, tolerance)]
+
+
+def _spent(ladders: Ladders, layers: list[int], part: str, steps: int) -> int:
+    return sum(step.cost for layer in layers for step in ladders[layer, part][:steps])
+
+
+def _split_order(
+    architecture: Architecture,
+    ladders: Ladders,
+    layers: list[int],
+    split: Mapping[str, int],
+    target: int,
+    params: Allocate,
+) -> tuple[float, ...]:
+    chosen = [step for layer in layers for part, i in split.items() for step in ladders[layer, part][:i]]
+    miss = abs(target - sum(step.cost for step in chosen))
+    if params.split == "importance":
+        return (sum(step.importance for step in chosen), miss)
+    shares = [
+        sum(len(step.units) for step in ladders[layers[0], part][:i]) / architecture.units(part)
+        for part, i in split.items()
+    ]
+    return (max(shares) - min(shares), miss)
+
+
+METHODS = {"uniform": _uniform, "global": _global}
+
+
+def _plan(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int]) -> Plan:
+    keep = {block: np.ones(architecture.units(block[1]), dtype=bool) for block in ladders}
+    for block, steps in depth.items():
+        for step in ladders[block][:steps]:
+            keep[block][list(step.units)] = False
+    return Plan(keep)
+
+
+def _check_reached(architecture: Architecture, ladders: Ladders, plan: Plan, target: int, params: Allocate) -> None:
+    """Stop when the target is missed by more than the coarsest single removal the method can make."""
+    removed = architecture.decoder_parameters - cost.size(architecture, plan).decoder
+    costs = [step.cost for steps in ladders.values() for step in steps]
+    grain = max(costs, default=0) * (architecture.layers if params.method == "uniform" else 1)
+    if abs(target - removed) > grain:
+        most = sum(costs) / (target / params.ratio)
+        raise BudgetError(
+            f"allocate.ratio = {params.ratio} of the {params.ratio_of} parameters cannot be removed: floors, frozen "
+            f"layers and shape leave at most {most:.3f}; the nearest plan removes {removed:,} of {target:,} "
+            "parameters. Lower the ratio, min_groups, min_channels or the frozen layers"
+        )
+
+
+def jaccard(one: Plan, two: Plan) -> float:
+    """Overlap of the kept sets of two plans: kept in both over kept in either."""
+    both = sum(int((one.keep[block] & two.keep[block]).sum()) for block in one.keep)
+    either = sum(int((one.keep[block] | two.keep[block]).sum()) for block in one.keep)
+    return both / either

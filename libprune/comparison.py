@@ -1,0 +1,79 @@
+"""The dense and the pruned model measured side by side, as metrics."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from libprune import cost
+from libprune.architecture import Architecture
+from libprune.artifacts import Layout, read_architecture, read_plan, require, same_origin
+from libprune.checkpoint import load_model, read_provenance
+from libprune.compute import resolve_device, resolve_dtype
+from libprune.evaluation import Losses, Speed, compare_speed, perplexity, perplexity_ratio, window_losses
+from libprune.params import Compute, Evaluate
+from libprune.plan import Plan
+from libprune.tokens import read_tokens
+
+
+def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any]:
+    """Measure both models; the content of `metrics/evaluation.json`.
+
+    Raises:
+        LibpruneError: if an artifact is missing or foreign.
+    """
+    architecture = read_architecture(layout)
+    plan, plan_meta = read_plan(layout, architecture)
+    provenance = read_provenance(require(layout.pruned, "slice"))
+    same_origin(layout.pruned, provenance["plan"], plan_meta)
+    ids, tokens_meta = read_tokens(layout.evaluation, architecture.fingerprint)
+    device = resolve_device(compute.device)
+    dtype = resolve_dtype(compute.dtype, device)
+    dense = load_model(layout.model, dtype).to(device)
+    pruned = load_model(layout.pruned, dtype, trust_remote_code=plan_meta["shape"] == "per_layer").to(device)
+
+    models = {"dense": dense, "pruned": pruned}
+    losses = [window_losses(model, ids, compute.batch_tokens, name) for name, model in models.items()]
+    prompt = torch.from_numpy(ids.reshape(1, -1)[:, : params.prompt_tokens]).to(device)
+    speed = compare_speed(dense, pruned, prompt, params.decode_tokens, params.rounds)
+    ratio = perplexity_ratio(losses[0], losses[1])
+    return {
+        "dense": _one(architecture, Plan.dense(architecture), losses[0], speed.dense, dtype),
+        "pruned": _one(architecture, plan, losses[1], speed.pruned, dtype) | _removed(architecture, plan),
+        "perplexity_ratio": {"value": ratio.value, "se": ratio.error},
+        "speed": {name: value for name, value in asdict(speed).items() if name not in {"dense", "pruned"}},
+        "protocol": {
+            "text": tokens_meta["source"],
+            "windows": len(ids),
+            "length": ids.shape[1],
+            "prompt_tokens": prompt.shape[1],
+            "decode_tokens": params.decode_tokens,
+            "rounds": params.rounds,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+        },
+    }
+
+
+def _one(architecture: Architecture, plan: Plan, losses: Losses, speed: Speed, dtype: torch.dtype) -> dict[str, Any]:
+    estimate, size = perplexity(losses), cost.size(architecture, plan)
+    return {
+        "perplexity": estimate.value,
+        "perplexity_se": estimate.error,
+        "decoder_parameters": size.decoder,
+        "total_parameters": size.total,
+        "bytes": size.total * dtype.itemsize,
+        "cache_bytes": size.cache * dtype.itemsize,
+        "macs_per_token": size.macs,
+        "prefill": speed.prefill,
+        "decode": speed.decode,
+    }
+
+
+def _removed(architecture: Architecture, plan: Plan) -> dict[str, float]:
+    dense, left = cost.size(architecture, Plan.dense(architecture)), cost.size(architecture, plan)
+    return {
+        "decoder_share_removed": 1 - left.decoder / dense.decoder,
+        "total_share_removed": 1 - left.total / dense.total,
+        "macs_share_removed": 1 - left.macs / dense.macs,
+    }

@@ -1,0 +1,193 @@
+"""Criteria: from cached per-unit sums to the importance of every unit.
+
+A criterion is a pure function of named arrays. `CRITERIA` is the one list of them; each record says
+which stages' tables it reads, whether its values compare across layers and types, and its source.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.artifacts import Columns, Layout, check_rows, column, read_architecture, read_table, same_origin
+from libprune.errors import ArtifactError, LibpruneError, StatisticsError, nearest
+from libprune.params import Score
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One criterion.
+
+    Attributes:
+        components: function of the joined tables and the score params, giving named per-unit
+            arrays that add up to the importance.
+        stages: the stages whose per-unit tables it reads, beside the weights' own.
+        comparable: whether values compare across layers and types; otherwise only within one
+            layer and type.
+        unit: what the importance is measured in.
+        source: paper of the formula.
+    """
+
+    components: Callable[[Columns, Score], dict[str, Values]]
+    stages: tuple[str, ...]
+    comparable: bool
+    unit: str
+    source: str
+
+
+def _read(table: Columns, name: str) -> Values:
+    return np.asarray(column(table, name, "the joined statistics tables"), dtype=np.float64)
+
+
+def _magnitude(table: Columns, params: Score) -> dict[str, Values]:
+    """Sum of |W|, or of W^2, over the unit's weights."""
+    return {"magnitude": _read(table, f"magnitude_{params.magnitude_norm}")}
+
+
+def _taylor(table: Columns, params: Score) -> dict[str, Values]:
+    """Sum of |W G|: first order, the absolute change of the loss weight by weight."""
+    return {"taylor": _read(table, "taylor")}
+
+
+def _fisher(table: Columns, params: Score) -> dict[str, Values]:
+    """Half the sum of |W^2 H|: second order, diagonal."""
+    return {"fisher": _read(table, "fisher")}
+
+
+def _taylor_2nd(table: Columns, params: Score) -> dict[str, Values]:
+    """First and second order together: sum |W G| + |W^2 H| / 2."""
+    return _taylor(table, params) | _fisher(table, params)
+
+
+def _wanda(table: Columns, params: Score) -> dict[str, Values]:
+    """Sum of |W_ij| a_j, with a_j a norm of input feature j over the calibration tokens."""
+    return {"wanda": _read(table, f"wanda_{params.wanda_norm}")}
+
+
+def _unit_fisher(table: Columns, params: Score) -> dict[str, Values]:
+    """Half the Fisher information of the unit's own mask."""
+    return {"unit_fisher": _read(table, f"unit_fisher_{params.fisher_over}")}
+
+
+def _random(table: Columns, params: Score) -> dict[str, Values]:
+    """Seeded noise per parameter, the floor that every criterion must clear."""
+    cost = _read(table, "cost")
+    return {"random": np.random.default_rng(params.seed).random(len(cost)) * cost}
+
+
+CRITERIA = {
+    "magnitude": Criterion(_magnitude, (), False, "weight", "Han et al. 2015; Li et al. 2017"),
+    "taylor": Criterion(_taylor, ("gradients",), True, "nats", "Molchanov et al. 2019; Ma et al. 2023 (LLM-Pruner)"),
+    "taylor_2nd": Criterion(_taylor_2nd, ("gradients", "hessian"), True, "nats", "Ma et al. 2023 (LLM-Pruner)"),
+    "fisher": Criterion(_fisher, ("hessian",), True, "nats", "LeCun et al. 1989; Theis et al. 2018"),
+    "wanda": Criterion(_wanda, ("activations",), False, "activation", "Sun et al. 2024 (Wanda), summed by unit"),
+    "unit_fisher": Criterion(_unit_fisher, ("gradients",), True, "nats", "Theis et al. 2018; Kwon et al. 2022"),
+    "random": Criterion(_random, (), True, "none", ""),
+}
+
+
+def find_criterion(name: str) -> Criterion:
+    """The record of a criterion.
+
+    Raises:
+        LibpruneError: for an unknown name, with the known ones.
+    """
+    if name not in CRITERIA:
+        known = ", ".join(CRITERIA)
+        raise LibpruneError(f"score.criterion = {name!r} is unknown{nearest(name, CRITERIA)} (known: {known})")
+    return CRITERIA[name]
+
+
+def join_tables(layout: Layout, criterion: Criterion) -> tuple[Columns, dict[str, Any]]:
+    """The columns of all per-unit tables that a criterion reads, and their common origin.
+
+    Raises:
+        ArtifactError: if a table is missing, or was made from another model or other text.
+    """
+    architecture = read_architecture(layout)
+    joined, meta = read_table(layout.weights, "prepare")
+    same_origin(layout.weights, meta, {"model": architecture.fingerprint})
+    origin = {"model": architecture.fingerprint}
+    for stage in criterion.stages:
+        path = layout.root / stage / "units.parquet"
+        if path.parent.exists() and not path.exists():
+            raise ArtifactError(
+                f"this criterion needs the {stage} stage, which collected nothing; set hessian.estimator to fisher"
+            )
+        table, found = read_table(path, stage)
+        same_origin(path, found, origin)
+        check_rows(architecture, table, path)
+        origin |= {"tokens": found["tokens"]}
+        joined |= table
+    return joined, origin
+
+
+def score_units(table: Columns, params: Score) -> Columns:
+    """The global importance table.
+
+    Args:
+        table: joined per-unit columns: `layer_idx`, `group_type`, `group_idx`, `cost` (parameters)
+            and what the criterion reads.
+        params: criterion and scaling.
+
+    Returns:
+        The index columns, `importance`, `cost`, `score`, and the criterion's components. `score`
+        is importance per parameter; for scaled importance, which is already relative to units of
+        the same cost, it is the importance itself.
+
+    Raises:
+        StatisticsError: naming the first unit whose importance is not finite.
+    """
+    components = find_criterion(params.criterion).components(table, params)
+    importance = np.sum(list(components.values()), axis=0)
+    _require_finite(importance, table, params.criterion)
+    cost = _read(table, "cost")
+    if params.scaling == "none":
+        score = importance / cost
+    else:
+        importance = score = scale(importance, table, params.scaling)
+    index = {name: table[name] for name in ("layer_idx", "group_type", "group_idx")}
+    return {**index, "importance": importance, "cost": table["cost"], "score": score, **components}
+
+
+def scale(importance: Values, table: Columns, how: str) -> Values:
+    """Put the importance of each layer and type on a scale of its own.
+
+    `zscore`: mean 0 and standard deviation 1; `minmax`: 0 to 1; `rank`: (rank + 1/2) / units. Where
+    all units of a layer and type are equal they become 0, 0 and 1/2.
+    """
+    scaled = np.empty_like(importance)
+    for layer, part in sorted(set(zip(table["layer_idx"].tolist(), table["group_type"].tolist(), strict=True))):
+        rows = (table["layer_idx"] == layer) & (table["group_type"] == part)
+        scaled[rows] = SCALINGS[how](importance[rows])
+    return scaled
+
+
+def _zscore(values: Values) -> Values:
+    spread = values.std()
+    return (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)
+
+
+def _minmax(values: Values) -> Values:
+    spread = np.ptp(values)
+    return (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
+
+
+def _rank(values: Values) -> Values:
+    if np.ptp(values) == 0:
+        return np.full_like(values, 0.5)
+    return (np.argsort(np.argsort(values, kind="stable"), kind="stable") + 0.5) / len(values)
+
+
+SCALINGS = {"zscore": _zscore, "minmax": _minmax, "rank": _rank}
+
+
+def _require_finite(importance: Values, table: Columns, criterion: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(importance))
+    if len(bad):
+        place = f"layer {table['layer_idx'][bad[0]]}, {table['group_type'][bad[0]]} unit {table['group_idx'][bad[0]]}"
+        raise StatisticsError(f"{criterion} is not finite for {len(bad)} unit(s), the first in {place}")

@@ -1,0 +1,126 @@
+"""Writing a pruned model as a Hugging Face folder that loads elsewhere.
+
+Two shapes of result: `uniform`, every layer alike, in a stock config that everything loads; and
+`per_layer`, any width in any layer, with a modeling file of a few lines beside the weights.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from libprune.architecture import Architecture
+from libprune.checkpoint import load_config
+from libprune.describe import new_config
+from libprune.family import Family, families
+from libprune.plan import Plan
+
+MODELING_FILE = "modeling_pruned.py"
+_TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
+_TOKENIZER_FILES = (
+    "token",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "generation_config",
+)
+
+
+def write_pruned(
+    folder: Path, dense: Path, architecture: Architecture, plan: Plan, shape: str, state: Mapping[str, Tensor]
+) -> None:
+    """Write a pruned model as a Hugging Face folder.
+
+    Args:
+        folder: an existing, empty folder.
+        dense: the dense model's folder; tokenizer, chat template and generation config come from it.
+        shape: `uniform` or `per_layer`.
+        state: the pruned parameters by their new names (`libprune.surgery.slice_state`).
+
+    Raises:
+        NotExpressibleError: if the family's config cannot hold the shape.
+    """
+    family = families()[architecture.family]
+    config = load_config(dense)
+    dtype = next(iter(state.values())).dtype
+    pruned = pruned_config(family, config, architecture, plan, shape)
+    pruned["dtype"] = str(dtype).removeprefix("torch.")
+    if "per_layer_config" in pruned:
+        (folder / MODELING_FILE).write_text(_modeling_code(family, config))
+    (folder / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
+    save_torch_state_dict(dict(state), folder, safe_serialization=True)
+    for path in dense.iterdir():
+        if path.name.startswith(_TOKENIZER_FILES):
+            shutil.copyfile(path, folder / path.name)
+
+
+def pruned_config(
+    family: Family, config: PreTrainedConfig, architecture: Architecture, plan: Plan, shape: str
+) -> dict[str, Any]:
+    """The content of config.json for the shape that a plan leaves."""
+    if shape == "uniform":
+        data = new_config(family, config, _layer_sizes(architecture, plan, plan.layers[0]), plan.layers).to_dict()
+        data["architectures"] = config.architectures
+        return data
+    data = new_config(family, config, dict(architecture.sizes), plan.layers).to_dict()
+    _, model_class, config_class = _stock_classes(config)
+    data["architectures"] = [f"Pruned{model_class}"]
+    data["auto_map"] = {
+        "AutoConfig": f"{Path(MODELING_FILE).stem}.Pruned{config_class}",
+        "AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.Pruned{model_class}",
+    }
+    data["per_layer_config"] = {
+        str(index): _layer_overrides(family, architecture, plan, layer) for index, layer in enumerate(plan.layers)
+    }
+    return data
+
+
+def _layer_sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
+    """Axis sizes in one layer; a part that is gone keeps its dense size (it is skipped, not built)."""
+    left = {
+        shape.axis: plan.kept(layer, part) for part, shape in architecture.parts.items() if not plan.gone(layer, part)
+    }
+    return {**architecture.sizes, **left}
+
+
+def _layer_overrides(family: Family, architecture: Architecture, plan: Plan, layer: int) -> dict[str, Any]:
+    sizes = _layer_sizes(architecture, plan, layer)
+    pruned_axes = {shape.axis for shape in architecture.parts.values()}
+    overrides: dict[str, Any] = {
+        key: expressions[0].size(sizes)
+        for key, expressions in family.config.expressions.items()
+        if expressions[0].names & pruned_axes
+    }
+    skip = [part for part in architecture.parts if plan.gone(layer, part)]
+    return {**overrides, "skip": skip} if skip else overrides
+
+
+def _stock_classes(config: PreTrainedConfig) -> tuple[str, str, str]:
+    """Transformers' package, causal model class and config class of a config."""
+    model_class = (config.architectures or [""])[0]
+    return type(config).__module__.split(".")[-2], model_class, type(config).__name__
+
+
+def _modeling_code(family: Family, config: PreTrainedConfig) -> str:
+    package, model_class, config_class = _stock_classes(config)
+    parts = {
+        name: (part.module, [path for path in part.modules if not path.startswith(f"{part.module}.")])
+        for name, part in family.parts.items()
+    }
+    return Template(_TEMPLATE.read_text()).substitute(
+        package=package,
+        model_class=model_class,
+        config_class=config_class,
+        layer_class=model_class.replace("ForCausalLM", "DecoderLayer"),
+        layers=family.layers,
+        parts=repr(parts),
+    )

@@ -1,0 +1,131 @@
+"""The headline table and a short report in Markdown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Metrics = Mapping[str, Any]
+Rows = list[tuple[str, ...]]
+
+
+def headline(evaluation: Metrics) -> Rows:
+    """Rows of the headline table: what, dense, pruned, change."""
+    dense, pruned, speed = evaluation["dense"], evaluation["pruned"], evaluation["speed"]
+    ratio = evaluation["perplexity_ratio"]
+    return [
+        (
+            "perplexity",
+            f"{dense['perplexity']:.2f} ± {dense['perplexity_se']:.2f}",
+            f"{pruned['perplexity']:.2f} ± {pruned['perplexity_se']:.2f}",
+            f"× {ratio['value']:.3f} ± {ratio['se']:.3f}",
+        ),
+        _count("decoder parameters", dense["decoder_parameters"], pruned["decoder_parameters"]),
+        _count("all parameters", dense["total_parameters"], pruned["total_parameters"]),
+        _count("weights, MB", dense["bytes"] / 1e6, pruned["bytes"] / 1e6),
+        _count("KV cache, bytes a token", dense["cache_bytes"], pruned["cache_bytes"]),
+        _speed(
+            "prefill, tokens/s", dense["prefill"], pruned["prefill"], speed["prefill_ratio"], speed["prefill_spread"]
+        ),
+        _speed("decode, tokens/s", dense["decode"], pruned["decode"], speed["decode_ratio"], speed["decode_spread"]),
+    ]
+
+
+def _count(name: str, dense: float, pruned: float) -> tuple[str, ...]:
+    return name, f"{dense:,.0f}", f"{pruned:,.0f}", f"{100 * (pruned / dense - 1):+.1f} %"
+
+
+def _speed(name: str, dense: float, pruned: float, ratio: float, spread: list[float]) -> tuple[str, ...]:
+    return name, f"{dense:,.0f}", f"{pruned:,.0f}", f"× {ratio:.2f} ({spread[0]:.2f} to {spread[1]:.2f})"
+
+
+def text_table(rows: Rows, header: tuple[str, ...]) -> str:
+    """A table for the terminal, the first column left and the others right aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([row[0].ljust(len(first)), *rest]))
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def markdown_table(rows: Rows, header: tuple[str, ...]) -> str:
+    """The same as a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
+    lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
+    return "\n".join(lines)
+
+
+HEADER = ("", "dense", "pruned", "change")
+
+
+def how_to_load(folder: str, shape: str) -> str:
+    """The line of Python that loads the result."""
+    remote = "" if shape == "uniform" else ", trust_remote_code=True"
+    return f'AutoModelForCausalLM.from_pretrained("{folder}"{remote})'
+
+
+def markdown(evaluation: Metrics, allocation: Metrics, pruning: Metrics, folder: str) -> str:
+    """The report."""
+    shape = allocation["shape"]
+    kind = {
+        "uniform": "a stock config, no custom code",
+        "per_layer": "layers of different widths, a modeling file inside",
+    }[shape]
+    return "\n".join(
+        [
+            "# Pruning report",
+            "",
+            markdown_table(headline(evaluation), HEADER),
+            "",
+            _what_was_measured(evaluation),
+            "",
+            "## What was cut",
+            "",
+            f"Asked for {100 * allocation['ratio']:.1f} % of the {allocation['ratio_of']} parameters; removed "
+            f"{100 * allocation['decoder_share_removed']:.2f} % of the decoder's and "
+            f"{100 * allocation['total_share_removed']:.2f} % of all. Criterion `{allocation['criterion']}` "
+            f"(scaling `{allocation['scaling']}`), allocation `{allocation['method']}`, repair `{pruning['repair']}`.",
+            "",
+            *_overlaps(allocation),
+            markdown_table(_layers(allocation), ("layer", *allocation["units"])),
+            "",
+            "## How to load it",
+            "",
+            f"`{folder}` has the shape `{shape}`: {kind}.",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            f"model = {how_to_load(folder, shape)}",
+            "```",
+            "",
+            f"A fresh process without libprune loaded it; its logits differ from the masked dense model's by "
+            f"{pruning['logit_difference']:.1e} of {pruning['logit_scale']:.1f}, and it generates.",
+            "",
+        ]
+    )
+
+
+def _what_was_measured(evaluation: Metrics) -> str:
+    protocol = evaluation["protocol"]
+    return (
+        f"Perplexity on {protocol['windows']} windows of {protocol['length']} tokens of {protocol['text']}, disjoint "
+        f"from the calibration text; ± is one standard error over windows, for the ratio over paired windows. Speed: "
+        f"median of {protocol['rounds']} alternating rounds, prompt {protocol['prompt_tokens']} tokens, "
+        f"{protocol['dtype']} on {protocol['device']}; in brackets the slowest and fastest round."
+    )
+
+
+def _overlaps(allocation: Metrics) -> list[str]:
+    lines = [
+        f"The kept set overlaps with that of `{name}` alone by {value:.4f} (Jaccard)."
+        for name, value in allocation["kept_set_overlap"].items()
+    ]
+    return [*lines, ""] if lines else []
+
+
+def _layers(allocation: Metrics) -> Rows:
+    units = allocation["units"]
+    return [
+        (str(layer), *(f"{kept[part]} of {units[part]}" for part in units))
+        for layer, kept in enumerate(allocation["kept"])
+    ]

@@ -1,0 +1,106 @@
+"""Proof that a pruned folder loads: a fresh process without libprune computes its logits.
+
+The process cannot import libprune, has no network, and reads nothing but the folder.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from libprune.errors import LibpruneError
+
+_SCRIPT = """
+import sys
+sys.modules["libprune"] = None
+folder, remote, tokens, result = sys.argv[1:]
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+ids = load_file(tokens)["ids"]
+model = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, trust_remote_code=remote == "remote", local_files_only=True
+).eval()
+with torch.no_grad():
+    logits = model(input_ids=ids).logits
+    prompt = ids[:1, : max(1, ids.shape[1] // 2)]
+    new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+save_file({"logits": logits, "generated": new[:, prompt.shape[1] :].contiguous()}, result)
+"""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far the reloaded model's logits lie from the masked dense model's.
+
+    Attributes:
+        difference: largest absolute difference of a logit.
+        scale: largest absolute logit.
+    """
+
+    difference: float
+    scale: float
+
+    @property
+    def relative(self) -> float:
+        """Difference over scale."""
+        return self.difference / self.scale
+
+
+def verify_folder(folder: Path, ids: Tensor, expected: Tensor, remote: bool, tolerance: float = 1e-4) -> Verification:
+    """Load a folder in a fresh process and compare its float32 logits.
+
+    Args:
+        folder: the pruned model's folder.
+        ids: token ids, ``[batch, length]``.
+        expected: the masked (and repaired) dense model's logits, ``[batch, length, vocab]`` float32.
+        remote: whether the folder's own modeling file has to be trusted.
+        tolerance: largest relative difference allowed.
+
+    Raises:
+        LibpruneError: if it does not load, does not generate, or computes something else.
+    """
+    found = _reload(folder, ids, remote)
+    difference = float((found["logits"] - expected).abs().max())
+    result = Verification(difference, float(expected.abs().max()))
+    if not result.relative <= tolerance:
+        raise LibpruneError(
+            f"the pruned model in {folder} loads but computes something else: logits differ by {difference:.3g} "
+            f"of {result.scale:.3g} from the masked dense model. This is a defect of libprune; please report the plan"
+        )
+    if found["generated"].shape[1] < 1:
+        raise LibpruneError(f"the pruned model in {folder} loads but generates nothing")
+    return result
+
+
+def _reload(folder: Path, ids: Tensor, remote: bool) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as scratch:
+        tokens, result = Path(scratch, "tokens.safetensors"), Path(scratch, "result.safetensors")
+        save_file({"ids": ids.contiguous()}, tokens)
+        command = [sys.executable, "-I", "-c", _SCRIPT, str(folder.resolve()), "remote" if remote else "stock"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
+        done = subprocess.run(
+            [*command, str(tokens), str(result)],
+            capture_output=True,
+            text=True,
+            cwd=scratch,
+            env=environment,
+            check=False,
+        )
+        if done.returncode != 0:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise LibpruneError(f"the pruned model in {folder} does not load in a fresh process: {last}")
+        return {name: tensor.clone() for name, tensor in load_file(result).items()}
+
+
+def reference_logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """Logits of a model on the given ids, ``[batch, length, vocab]`` in float32."""
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float()

@@ -1,0 +1,37 @@
+"""allocate: which units go, so that the asked share of the parameters does."""
+
+from libprune import stage
+
+
+def main(
+    params: stage.ParamsFile = stage.PARAMS,
+    artifacts: stage.Root = stage.ROOT,
+    metrics: stage.Metrics = stage.METRICS,
+) -> None:
+    """Turn scores and a budget into a plan."""
+    import typer
+
+    from libprune.allocation import decide, summary
+    from libprune.artifacts import Layout, read_architecture, read_table, same_origin, write_json, write_table
+    from libprune.params import load_params
+
+    layout, settings = Layout(artifacts), load_params(params).allocate
+    architecture = read_architecture(layout)
+    scores, meta = read_table(layout.scores, "score")
+    same_origin(layout.scores, meta, {"model": architecture.fingerprint})
+    decision = decide(architecture, scores, meta, settings)
+    write_table(
+        layout.plan, scores | {"keep": decision.keep_column}, meta | settings.model_dump() | {"shape": decision.shape}
+    )
+    result = summary(architecture, decision, meta, settings)
+    write_json(metrics / "allocation.json", result)
+    typer.echo(
+        f"asked for {100 * result['ratio']:.2f} % of the {result['ratio_of']} parameters, removed "
+        f"{100 * result['decoder_share_removed']:.2f} % of the decoder's and "
+        f"{100 * result['total_share_removed']:.2f} % of all; shape {result['shape']}"
+    )
+
+
+app = stage.app(main)
+if __name__ == "__main__":
+    app()

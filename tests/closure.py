@@ -1,0 +1,38 @@
+"""Which files of this project a module runs: the closure of its imports, found by reading, not by running."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DATA = {
+    "libprune/family.py": "libprune/families",
+    "libprune/pruned_folder.py": "libprune/modeling_pruned.py.tmpl",
+}
+"""Files that a module reads beside its own code."""
+
+
+def imports(path: Path) -> set[Path]:
+    """The project files that one file imports, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            candidates = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            candidates = [alias.name for alias in node.names]
+        else:
+            continue
+        files = (ROOT / f"{name.replace('.', '/')}.py" for name in candidates)
+        found |= {file for file in files if file.exists()}
+    return found
+
+
+def closure(entry: Path) -> set[str]:
+    """All project files that running a file can load, itself included, relative to the root."""
+    todo, seen = [entry], set()
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen.add(path)
+            todo.extend(imports(path))
+    files = {str(path.relative_to(ROOT)) for path in seen}
+    return files | {data for module, data in DATA.items() if module in files}

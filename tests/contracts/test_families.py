@@ -1,0 +1,318 @@
+"""The contract that every family passes: sliced equals masked, described equals Hugging Face.
+
+A family joins by one entry in `tests/models.py`.
+"""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from libprune import cost
+from libprune.architecture import Architecture
+from libprune.checkpoint import WeightFiles, load_model
+from libprune.plan import Plan
+from libprune.pruned_folder import write_pruned
+from libprune.surgery import masked, slice_state
+from tests.models import (
+    FAMILIES,
+    PLANS,
+    WINDOW,
+    Dense,
+    Pruned,
+    plan_of,
+    prune,
+    random_plan,
+    tokens,
+    write_dense,
+)
+
+STOCK = ["uniform", "shallow"]
+CUSTOM = ["per_layer", "holes"]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def dense(request, tmp_path_factory) -> Dense:
+    return write_dense(FAMILIES[request.param](0), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def pruned(request, dense, tmp_path_factory) -> Pruned:
+    plan = random_plan(dense.architecture, request.param)
+    custom = request.param in CUSTOM
+    assert plan.uniform is not custom
+    return prune(dense, plan, custom, tmp_path_factory.mktemp("pruned"))
+
+
+stock_only = pytest.mark.parametrize("pruned", STOCK, indirect=True)
+custom_only = pytest.mark.parametrize("pruned", CUSTOM, indirect=True)
+
+
+def logits(model: nn.Module, ids: Tensor, **options) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **options).logits
+
+
+def masked_logits(dense: Dense, plan: Plan, ids: Tensor, **options) -> Tensor:
+    with masked(dense.model, dense.architecture, plan):
+        return logits(dense.model, ids, **options)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+# The description
+
+
+def test_every_parameter_is_described_with_its_shape(dense):
+    keep_all = Plan.dense(dense.architecture)
+    described = {p.name: cost.shape_after(dense.architecture, keep_all, p) for p in dense.architecture.parameters}
+    assert described == {name: tuple(p.shape) for name, p in dense.model.named_parameters()}
+
+
+def test_the_tensor_parallel_plan_of_transformers_agrees(dense):
+    """Column-wise: the output carries the prunable axis and the input does not; row-wise: the other way round."""
+    described = {}
+    for entry in dense.architecture.maps:
+        axis = dense.architecture.parts[entry.part].axis
+        carries = (axis in entry.input.names, axis in entry.output.names)
+        path = re.sub(r"\.\d+\.", ".*.", entry.module.removeprefix("model."))
+        described[path] = {(False, True): "colwise", (True, False): "rowwise"}[carries]
+    stock = dense.model.config.base_model_tp_plan
+    assert described == {path: how for path, how in stock.items() if how in {"colwise", "rowwise"}}
+
+
+def test_units_and_overhead_add_up(dense):
+    architecture = dense.architecture
+    total = 0
+    for layer, part in architecture.blocks():
+        overhead = cost.part_overhead(architecture, layer, part)
+        axis = architecture.parts[part].axis
+        whole = [p for p in architecture.parameters_of(layer, part) if all(axis not in d.names for d in p.dims)]
+        assert overhead == sum(map(architecture.numel, whole)) > 0
+        total += cost.unit_parameters(architecture, layer, part) * architecture.units(part) + overhead
+    assert total == architecture.decoder_parameters == count(dense.model.get_submodule("model.layers"))
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_the_description_survives_json(dense):
+    assert Architecture.from_json(dense.architecture.to_json()) == dense.architecture
+
+
+# Slicing
+
+
+def test_sliced_equals_masked(pruned):
+    ids = tokens()
+    expected = masked_logits(pruned.dense, pruned.plan, ids)
+    assert_close(logits(pruned.model, ids), expected)
+    assert (expected - logits(pruned.dense.model, ids)).abs().max() > 0.01, "the plan changes nothing that could show"
+
+
+def test_sliced_equals_masked_behind_padding(pruned):
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    expected = masked_logits(pruned.dense, pruned.plan, ids, attention_mask=mask)
+    assert_close(logits(pruned.model, ids, attention_mask=mask)[mask.bool()], expected[mask.bool()])
+
+
+@settings(max_examples=6)
+@given(data=st.data())
+def test_any_plan_is_sliced_as_masked(dense, tmp_path_factory, data):
+    """Any count anywhere: whole parts, whole layers and the whole decoder gone included."""
+    blocks = list(dense.architecture.blocks())
+    counts = {block: data.draw(st.integers(0, dense.architecture.units(block[1])), str(block)) for block in blocks}
+    plan = plan_of(dense.architecture, lambda *block: counts[block], data.draw(st.integers(0, 99), "seed"))
+    assume(not plan.uniform)
+    pruned = prune(dense, plan, True, tmp_path_factory.mktemp("any"))
+    assert_close(logits(pruned.model, tokens()), masked_logits(dense, plan, tokens()))
+    assert cost.size(dense.architecture, plan).total == count(pruned.model)
+
+
+def test_the_stored_type_is_kept(dense, tmp_path):
+    half, folder = tmp_path / "half", tmp_path / "pruned"
+    dense.model.save_pretrained(half, state_dict={k: v.bfloat16() for k, v in dense.model.state_dict().items()})
+    folder.mkdir()
+    plan = random_plan(dense.architecture, "uniform")
+    write_pruned(
+        folder, half, dense.architecture, plan, "uniform", slice_state(WeightFiles(half), dense.architecture, plan)
+    )
+    assert {tensor.dtype for tensor in WeightFiles(folder).values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+# What it costs
+
+
+def predicted_size(pruned: Pruned) -> cost.Size:
+    return cost.size(pruned.dense.architecture, pruned.plan)
+
+
+def test_predicted_size_is_the_actual_size(pruned):
+    size = predicted_size(pruned)
+    assert size.total == count(pruned.model)
+    assert size.decoder == count(pruned.model.get_submodule("model.layers"))
+    assert size.macs == sum(m.weight.numel() for m in pruned.model.modules() if isinstance(m, nn.Linear))
+
+
+def test_predicted_cache_is_the_actual_cache(pruned):
+    """Fewer tokens than the window, so that sliding layers still hold all of them."""
+    ids = tokens(batch=2, length=WINDOW - 2)
+    with torch.no_grad():
+        cache = pruned.model(ids, past_key_values=DynamicCache(config=pruned.model.config)).past_key_values
+    gone = [pruned.plan.gone(layer, "attention") for layer in pruned.plan.layers]
+    held = [(layer.keys.numel() + layer.values.numel()) / ids.numel() for layer in cache.layers]
+    assert sum(h for h, g in zip(held, gone, strict=True) if not g) == predicted_size(pruned).cache
+    assert all(h <= 1 for h, g in zip(held, gone, strict=True) if g), "a removed attention only counts its tokens"
+
+
+# Where it loads
+
+
+@stock_only
+def test_a_uniform_result_is_a_stock_model(pruned):
+    """Without remote code; so is a model of which only whole layers were removed."""
+    assert type(pruned.model) is type(pruned.dense.model)
+    assert not list(pruned.folder.glob("*.py"))
+    config = json.loads((pruned.folder / "config.json").read_text())
+    assert not config.keys() & {"auto_map", "per_layer_config"}
+    assert config["num_hidden_layers"] == len(pruned.plan.layers)
+
+
+@custom_only
+def test_a_per_layer_result_is_refused_without_its_own_code(pruned):
+    with pytest.raises(RuntimeError, match="is a per-layer attribute"):
+        load_model(pruned.folder, torch.float32)
+
+
+def test_a_missing_part_is_refused_by_stock_code_too(dense, tmp_path):
+    """With only whole parts gone, stock code could build the model and fill them with random weights."""
+    architecture = dense.architecture
+    gone = {(0, "mlp"), (1, "attention")}
+    plan = plan_of(architecture, lambda layer, part: 0 if (layer, part) in gone else architecture.units(part))
+    pruned = prune(dense, plan, True, tmp_path)
+    with pytest.raises(RuntimeError, match="is a per-layer attribute"):
+        load_model(pruned.folder, torch.float32)
+
+
+def test_tied_weights_stay_tied_and_are_stored_once(pruned):
+    tied = pruned.dense.model.config.tie_word_embeddings
+    assert (pruned.model.get_input_embeddings().weight is pruned.model.get_output_embeddings().weight) is tied
+    assert set(WeightFiles(pruned.folder)) == {name for name, _ in pruned.model.named_parameters()}
+
+
+def test_eager_and_sdpa_attention_agree(pruned):
+    model = pruned.reload()
+    assert model.config._attn_implementation == "sdpa"
+    expected = logits(model, tokens())
+    model.set_attn_implementation("eager")
+    used = {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+    assert used == {"eager"}
+    assert_close(logits(model, tokens()), expected)
+
+
+def test_two_cached_steps_compute_what_one_pass_does(pruned):
+    ids = tokens()
+    cache = DynamicCache(config=pruned.model.config)
+    first = logits(pruned.model, ids[:, :7], past_key_values=cache)
+    second = logits(pruned.model, ids[:, 7:], past_key_values=cache)
+    assert cache.get_seq_length() == ids.shape[1]
+    assert_close(torch.cat([first, second], dim=1), logits(pruned.model, ids, use_cache=False))
+
+
+def greedy(model: PreTrainedModel, **options) -> Tensor:
+    """Ten tokens after a left-padded batch of prompts."""
+    ids = tokens(length=8)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, pad_token_id=0, **options)
+
+
+def test_generation_is_the_same_with_and_without_the_cache(pruned):
+    text = greedy(pruned.model, use_cache=False)
+    assert text.shape == (2, 18)
+    assert torch.equal(greedy(pruned.model), text)
+
+
+@custom_only
+def test_generation_is_the_same_with_a_static_cache(pruned):
+    assert torch.equal(greedy(pruned.model, cache_implementation="static"), greedy(pruned.model))
+
+
+def test_what_is_saved_again_loads_again(pruned, tmp_path):
+    pruned.reload().save_pretrained(tmp_path)
+    again = load_model(tmp_path, torch.float32, trust_remote_code=pruned.custom)
+    assert_close(logits(again, tokens()), logits(pruned.model, tokens()))
+
+
+def test_gradients_reach_every_parameter(pruned):
+    model = pruned.reload().train()
+    model(tokens(), labels=tokens()).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+FRESH_PROCESS = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+sys.modules["libprune"] = None
+folder, result = sys.argv[1:]
+ids = load_file(result)["ids"]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+model.set_attn_implementation("eager")
+assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"eager"}
+model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+with torch.no_grad():
+    save_file({"logits": model(ids).logits}, result)
+"""
+
+
+@pytest.mark.parametrize(("dense", "pruned"), [("llama", "holes")], indirect=True)
+def test_a_fresh_process_computes_the_same_and_says_nothing(pruned, tmp_path):
+    """What classes and modules this process has already loaded hides defects of the modeling file."""
+    result = tmp_path / "result.safetensors"
+    save_file({"ids": tokens()}, result)
+    quiet_by_itself = {**os.environ, "TRANSFORMERS_VERBOSITY": "warning", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-W", "always", "-c", FRESH_PROCESS, str(pruned.folder), str(result)]
+    done = subprocess.run(command, env=quiet_by_itself, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert_close(load_file(result)["logits"], logits(pruned.model, tokens()))
+
+
+@pytest.fixture
+def complaints(caplog):
+    """Everything that is logged at WARNING or above, by transformers too, even what it says only once."""
+    library = logging.getLogger("transformers")
+    verbosity = transformers.logging.get_verbosity()
+    logging.Logger.warning_once.cache_clear()
+    transformers.logging.set_verbosity_warning()
+    library.addHandler(caplog.handler)
+    yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    library.removeHandler(caplog.handler)
+    transformers.logging.set_verbosity(verbosity)
+
+
+def test_loading_and_generating_say_nothing(pruned, complaints: Callable[[], list[str]]):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        greedy(pruned.reload())
+    assert [str(warning.message) for warning in warned] + complaints() == []

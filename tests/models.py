@@ -1,0 +1,163 @@
+"""Tiny random models, one entry a family; kinds of plans; and the way from a model and a plan to a pruned folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from libprune.architecture import Architecture
+from libprune.checkpoint import WeightFiles, load_model
+from libprune.describe import describe
+from libprune.plan import Plan
+from libprune.pruned_folder import write_pruned
+from libprune.surgery import slice_state
+
+VOCAB = 37
+WINDOW = 5
+"""Tokens that a sliding layer sees; prompts are longer, so that the window shows."""
+
+_COMMON = {"vocab_size": VOCAB, "intermediate_size": 13, "num_hidden_layers": 4, "eos_token_id": None}
+_MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
+_LONG_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def _tiny(config_class: type[PreTrainedConfig], **settings: Any) -> Callable[[int], PreTrainedModel]:
+    """Makes a model of the config from a seed, every parameter random, norms and biases too."""
+
+    def make(seed: int) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config_class(**_COMMON, **settings))
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+        return model.eval()
+
+    return make
+
+
+def _heads(hidden: int, groups: int, queries: int, head_dim: int | None = None) -> dict[str, int]:
+    """Hidden size, `groups` KV heads, `queries` query heads for each; without a head size the config's own rule."""
+    explicit = {} if head_dim is None else {"head_dim": head_dim}
+    return {"hidden_size": hidden, "num_key_value_heads": groups, "num_attention_heads": groups * queries, **explicit}
+
+
+# Odd sizes that tell the axes apart, and all that a family can have: biases, tied weights, windows.
+FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
+    "llama": _tiny(LlamaConfig, **_heads(30, 3, 2, 8), attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama_mha": _tiny(LlamaConfig, **_heads(36, 6, 1), rope_parameters=_LONG_ROPE),
+    "mistral": _tiny(MistralConfig, **_heads(28, 2, 3, 10), sliding_window=WINDOW),
+    "qwen2": _tiny(Qwen2Config, **_heads(36, 3, 2), **_MIXED_LAYERS),
+    "qwen3": _tiny(Qwen3Config, **_heads(26, 3, 3, 4), **_MIXED_LAYERS, attention_bias=True, tie_word_embeddings=True),
+}
+
+
+def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
+    """Token ids, the same in every call; longer than the window of the sliding layers."""
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+Counts = Callable[[int, str], int]
+"""Units kept in a (layer, part)."""
+
+
+def plan_of(architecture: Architecture, counts: Counts, seed: int = 0) -> Plan:
+    """Keeps the given counts; which units stay is random and differs by layer."""
+    rng = np.random.default_rng(seed)
+
+    def keep(layer: int, part: str) -> np.ndarray:
+        units = architecture.units(part)
+        return rng.permutation(np.arange(units) < counts(layer, part))
+
+    return Plan({block: keep(*block) for block in architecture.blocks()})
+
+
+def _uniform(architecture: Architecture, rng: np.random.Generator) -> Counts:
+    def fewer(part: str) -> list[int]:
+        return [n for n in range(1, architecture.units(part)) if architecture.parts[part].says(n)]
+
+    count = {part: int(rng.choice(fewer(part))) for part in architecture.parts}
+    return lambda layer, part: count[part]
+
+
+def _per_layer(architecture: Architecture, rng: np.random.Generator) -> Counts:
+    count = {block: int(rng.integers(1, architecture.units(block[1]) + 1)) for block in architecture.blocks()}
+    return lambda layer, part: count[layer, part]
+
+
+def _holes(architecture: Architecture, rng: np.random.Generator) -> Counts:
+    """The first attention, one MLP and one whole layer are gone."""
+    left = _per_layer(architecture, rng)
+    gone = {(0, "attention"), (1, "mlp"), (2, "attention"), (2, "mlp")}
+    return lambda layer, part: 0 if (layer, part) in gone else left(layer, part)
+
+
+def _shallow(architecture: Architecture, rng: np.random.Generator) -> Counts:
+    """One whole layer is gone, the others keep everything."""
+    deleted = int(rng.integers(architecture.layers))
+    return lambda layer, part: 0 if layer == deleted else architecture.units(part)
+
+
+PLANS = {"uniform": _uniform, "per_layer": _per_layer, "holes": _holes, "shallow": _shallow}
+"""Kinds of plans, by name; `uniform` and `shallow` fit the stock config of a family."""
+
+
+def random_plan(architecture: Architecture, kind: str, seed: int = 0) -> Plan:
+    """A plan of one of the `PLANS`."""
+    return plan_of(architecture, PLANS[kind](architecture, np.random.default_rng(seed)), seed)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A model, its folder and its description."""
+
+    folder: Path
+    model: PreTrainedModel
+    architecture: Architecture
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model as it was reloaded from its folder; ``custom``: with the folder's own modeling file."""
+
+    dense: Dense
+    plan: Plan
+    folder: Path
+    custom: bool
+    model: PreTrainedModel
+
+    def reload(self) -> PreTrainedModel:
+        """Another copy, for tests that change the model."""
+        return load_model(self.folder, torch.float32, trust_remote_code=self.custom)
+
+
+def write_dense(model: PreTrainedModel, folder: Path) -> Dense:
+    """Save a model and load it again, as the pipeline has it."""
+    model.save_pretrained(folder)
+    loaded = load_model(folder, torch.float32)
+    return Dense(folder, loaded, describe(loaded))
+
+
+def prune(dense: Dense, plan: Plan, custom: bool, folder: Path) -> Pruned:
+    """Slice, write and reload, in the stock config's shape or with a modeling file of its own."""
+    state = slice_state(WeightFiles(dense.folder), dense.architecture, plan)
+    shape = "per_layer" if custom else "uniform"
+    write_pruned(folder, dense.folder, dense.architecture, plan, shape, state)
+    return Pruned(dense, plan, folder, custom, load_model(folder, torch.float32, trust_remote_code=custom))

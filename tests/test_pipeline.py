@@ -1,0 +1,163 @@
+"""The whole pipeline on a tiny model: with only the declared files, and under DVC."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import tiny
+from tests.closure import ROOT
+
+ORDER = ["prepare", "tokenize", "gradients", "hessian", "activations"]
+ORDER += ["score", "allocate", "slice", "evaluate", "report"]
+TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
+
+
+def run(command: list[str], cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "DVC_NO_ANALYTICS": "1",
+    }
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {
+        "model": str(tiny.write_model(folder / "model")),
+        "text": str(tiny.write_text(folder / "text.txt")),
+    }
+
+
+def stages() -> dict:
+    return yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def outputs(stage: dict) -> list[str]:
+    entries = [*stage.get("outs", []), *stage.get("metrics", [])]
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def copy(path: str, source: Path, target: Path) -> None:
+    (target / path).parent.mkdir(parents=True, exist_ok=True)
+    if (source / path).is_dir():
+        shutil.copytree(source / path, target / path, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copyfile(source / path, target / path)
+
+
+def test_each_stage_needs_only_what_it_declares(tmp_path, sources):
+    """Every stage runs in a folder that holds its declared code, inputs and params, and nothing else."""
+    pipeline, made = stages(), tmp_path / "made"
+    made.mkdir()
+    params = tiny.write_params(tmp_path / "params.yaml", **sources)
+    for name in ORDER:
+        stage, folder = pipeline[name], tmp_path / name
+        for dep in stage["deps"]:
+            copy(dep, ROOT if dep.startswith(("libprune/", "stages/")) else made, folder)
+        for package in ("libprune", "stages"):
+            (folder / package / "__init__.py").touch()
+        shutil.copyfile(params, folder / "params.yaml")
+        command = stage["cmd"].replace("python", sys.executable, 1).split()
+        # -P keeps nothing but the folder itself and the installed libraries on the path.
+        run([command[0], "-c", _only_here(folder, command[2])], folder)
+        for out in outputs(stage):
+            copy(out, folder, made)
+    evaluation = json.loads((made / "metrics/evaluation.json").read_text())
+    assert evaluation["pruned"]["decoder_share_removed"] == pytest.approx(0.2, abs=0.02)
+    assert evaluation["dense"]["perplexity"] > 1
+    assert "from_pretrained" in (made / "report/report.md").read_text()
+
+
+def _only_here(folder: Path, module: str) -> str:
+    """A program that runs a stage with this folder's code and no other copy of libprune."""
+    return (
+        f"import sys; sys.path[:] = [{str(folder)!r}] + [p for p in sys.path if p and p != {str(ROOT)!r}]; "
+        f"sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]; "
+        f"import runpy; sys.argv = [{module!r}]; runpy.run_module({module!r}, run_name='__main__')"
+    )
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, sources) -> Path:
+    """A fresh repository with the tiny params, reproduced once."""
+    folder = tmp_path_factory.mktemp("project")
+    for path in TRACKED:
+        copy(path, ROOT, folder)
+    copy(".dvc/config", ROOT, folder)
+    copy(".dvc/.gitignore", ROOT, folder)
+    tiny.write_params(folder / "params.yaml", **sources)
+    run(["git", "init", "-q"], folder)
+    commit(folder)
+    first = run(["dvc", "repro"], folder)
+    assert stages_run(first) == ORDER
+    commit(folder)
+    return folder
+
+
+def commit(folder: Path) -> None:
+    run(["git", "add", "-A"], folder)
+    run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "state"], folder)
+
+
+def stages_run(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The stages that really ran, in an order that respects the pipeline."""
+    found = {line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")}
+    return [name for name in ORDER if name in found]
+
+
+def change(folder: Path, section: str, key: str, value: object) -> None:
+    path = folder / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    params[section][key] = value
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics/evaluation.json").read_text())
+
+
+def test_a_second_repro_runs_nothing(project):
+    assert stages_run(run(["dvc", "repro"], project)) == []
+
+
+def test_another_criterion_reruns_from_score_and_switching_back_restores(project):
+    before = metrics(project)
+    change(project, "score", "criterion", "magnitude")
+    assert stages_run(run(["dvc", "repro"], project)) == ["score", "allocate", "slice", "evaluate", "report"]
+    assert metrics(project)["pruned"]["perplexity"] != before["pruned"]["perplexity"]
+    assert "score.criterion" in run(["dvc", "params", "diff"], project).stdout
+    change(project, "score", "criterion", "unit_fisher")
+    assert stages_run(run(["dvc", "repro"], project)) == []
+    assert metrics(project) == before
+
+
+def test_per_layer_result_from_an_experiment(project):
+    """Another allocation, as users try one; the result has layers of different widths and loads."""
+    done = run(["dvc", "exp", "run", "-S", "allocate.method=global", "-S", "allocate.min_channels=0"], project)
+    assert stages_run(done) == ["allocate", "slice", "evaluate", "report"]
+    assert (project / "artifacts/pruned/modeling_pruned.py").exists()
+    assert "perplexity" in run(["dvc", "metrics", "diff"], project).stdout
+    run(["git", "checkout", "-q", "."], project)
+    run(["dvc", "checkout", "-q"], project)
+
+
+def test_a_wrong_param_stops_at_once_and_loses_nothing(project):
+    change(project, "allocate", "ratio", 0.99)
+    done = run(["dvc", "repro"], project, check=False)
+    assert done.returncode != 0
+    assert "allocate.ratio" in done.stderr
+    assert not (project / "artifacts/plan.parquet").exists()
+    change(project, "allocate", "ratio", 0.2)
+    assert stages_run(run(["dvc", "repro"], project)) == []
