@@ -26,8 +26,8 @@ from libprune.compute import resolve_device, resolve_dtype
 from libprune.errors import LibpruneError
 from libprune.evaluation import perplexity, perplexity_ratio, window_losses
 from libprune.params import Allocate, Params, Score
-from libprune.report import markdown_table
 from libprune.repair import repair_local
+from libprune.report import markdown_table
 from libprune.surgery import masked
 from libprune.tokens import read_tokens
 

@@ -225,7 +225,7 @@ def unit_index(architecture: Architecture) -> Columns:
 def write_units(
     target: Path,
     architecture: Architecture,
-    columns_of: Callable[[int, str], Mapping[str, NDArray[np.float64]]],
+    columns_of: Callable[[int, str], Mapping[str, NDArray[Any]]],
     meta: Mapping[str, Any],
 ) -> None:
     """Write a per-unit table, one row a unit in the order of `unit_index`, sums in float64.

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from libprune.errors import LibpruneError
+from libprune.errors import LibpruneError, StatisticsError
 
 _CPU_BF16 = {"amx_bf16", "avx512_bf16"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,14 +63,14 @@ def batches(
         The index of the batch's first sequence, and its ids ``[batch, length]`` on the device.
     """
     step = max(1, batch_tokens // ids.shape[1])
-    with tqdm(total=len(ids), desc=label, unit="seq", mininterval=1.0) as bar:
+    with tqdm(total=len(ids), desc=label, unit="seq") as bar:
         for start in range(0, len(ids), step):
             chunk = ids[start : start + step]
             yield start, torch.from_numpy(chunk).to(device)
             bar.update(len(chunk))
 
 
-def sequence_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def sequence_losses(model: PreTrainedModel, ids: Int[Tensor, "batch length"]) -> Float[Tensor, " batch"]:
     """Mean next-token negative log-likelihood of each sequence, in nats; shape ``[batch]``, float32.
 
     The last position has no target. It is ignored rather than cut off: slicing the logits, by far
@@ -85,3 +86,23 @@ def sequence_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 _NO_TARGET = -100
+
+
+def require_finite(values: Shaped[Tensor, "batch ..."], first: int, what: str) -> None:
+    """Stop at a value that is not finite.
+
+    Args:
+        values: ``[batch, ...]``, one entry a calibration sequence.
+        first: index of the batch's first sequence.
+        what: what the values are, for the message.
+
+    Raises:
+        StatisticsError: naming what it is and the sequence.
+    """
+    finite = torch.isfinite(values.reshape(len(values), -1)).all(1)
+    if not finite.all():
+        sequence = first + int((~finite).nonzero()[0])
+        raise StatisticsError(
+            f"{what} is not finite for calibration sequence {sequence}; try compute.dtype: float32, "
+            "and check that the model is sound on this text"
+        )

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from libprune.compute import batches, sequence_losses
 
-Losses = NDArray[np.float64]
+Losses = Float[np.ndarray, " windows"]
 
 
 def window_losses(model: PreTrainedModel, ids: NDArray[np.int64], batch_tokens: int, label: str) -> Losses:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture, Map
-from libprune.compute import sequence_losses
-from libprune.errors import StatisticsError
+from libprune.compute import require_finite, sequence_losses
 from libprune.units import sum_positions, unit_sums
 
 Block = tuple[int, str]
@@ -76,7 +75,7 @@ def collect_gradients(
         for first, ids in batches:
             state.first, state.n_tok = first, ids.shape[1] - 1
             losses = sequence_losses(model, ids)
-            _require_finite(losses.detach(), first, "the loss")
+            require_finite(losses.detach(), first, "the loss")
             losses.sum().backward()
             sums.sequences += len(ids)
             sums.tokens += ids.numel()
@@ -124,34 +123,24 @@ def _watch_input(
     architecture: Architecture, consumer: Map, sums: GradientSums, state: _Batch, module: nn.Module, args: tuple[Tensor]
 ) -> None:
     """Forward pre-hook: when the gradient of the consumer's input arrives, add up the mask gradients."""
-    x = args[0]
+    x = args[0].detach()  # holding the tensor itself would tie its graph into a cycle that is never freed
 
     def on_gradient(gradient: Tensor) -> None:
         axis = architecture.parts[consumer.part].axis
         units = consumer.input.units(axis, architecture.sizes)
-        products = x.detach().float() * gradient.float()
+        products = x.float() * gradient.float()
         mask = sum_positions(products, units, architecture.units(consumer.part))
-        _require_finite(mask, state.first, f"the gradient at the input of {consumer.module}")
+        require_finite(mask, state.first, f"the gradient at the input of {consumer.module}")
         block = (consumer.layer, consumer.part)
         _add(sums.by_sequence, block, mask.sum(1).double().square().sum(0))
         _add(sums.by_token, block, (mask * state.n_tok).square().sum((0, 1), dtype=torch.float64))
 
-    x.register_hook(on_gradient)
+    args[0].register_hook(on_gradient)
 
 
 def _add(table: dict[Block, Tensor], block: Block, values: Tensor) -> None:
     values = values.cpu()
     table[block] = table[block] + values if block in table else values
-
-
-def _require_finite(values: Tensor, first: int, what: str) -> None:
-    finite = torch.isfinite(values.flatten(1) if values.ndim > 1 else values[:, None]).all(1)
-    if not finite.all():
-        sequence = first + int((~finite).nonzero()[0])
-        raise StatisticsError(
-            f"{what} is not finite for calibration sequence {sequence}; try compute.dtype: float32, "
-            "and check that the model is sound on this text"
-        )
 
 
 def gradient_columns(

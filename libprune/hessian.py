@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture, Map
-from libprune.compute import sequence_losses
-from libprune.errors import StatisticsError
+from libprune.compute import require_finite, sequence_losses
 from libprune.units import unit_sums
 
 
@@ -50,7 +49,7 @@ def collect_squared_gradients(
     inputs over that sequence's tokens, so autograd only computes the former.
 
     Raises:
-        StatisticsError: naming the parameter and sequence whose gradient is not finite.
+        StatisticsError: naming the module and sequence whose gradient is not finite.
     """
     sums = SquaredGradients()
     with _collecting(model, architecture, sums) as state:
@@ -84,26 +83,22 @@ def _watch_output(
     has_bias = getattr(module, "bias", None) is not None
 
     def on_gradient(gradient: Tensor) -> None:
-        for i in range(len(x)):
-            inputs, deltas = x[i], gradient[i]
+        require_finite(gradient, state["first"], f"the gradient at the output of {entry.module}")
+        for inputs, deltas in zip(x, gradient, strict=True):
             weight = inputs.T @ deltas if entry.transposed else deltas.T @ inputs
-            _add_square(sums, entry.weight, weight, state["first"] + i)
+            _add_square(sums, entry.weight, weight)
             if has_bias:
-                _add_square(sums, f"{entry.module}.bias", deltas.sum(0, dtype=torch.float32), state["first"] + i)
+                _add_square(sums, f"{entry.module}.bias", deltas.sum(0, dtype=torch.float32))
 
     output.register_hook(on_gradient)
 
 
-def _add_square(sums: SquaredGradients, name: str, gradient: Tensor, sequence: int) -> None:
-    if not torch.isfinite(gradient).all():
-        raise StatisticsError(
-            f"the gradient of {name} is not finite for calibration sequence {sequence}; try compute.dtype: float32, "
-            "and check that the model is sound on this text"
-        )
+def _add_square(sums: SquaredGradients, name: str, gradient: Tensor) -> None:
     values = gradient.float()
-    if name not in sums.squares:
-        sums.squares[name] = torch.zeros_like(values)
-    sums.squares[name].addcmul_(values, values)
+    if name in sums.squares:
+        sums.squares[name].addcmul_(values, values)
+    else:
+        sums.squares[name] = values.square()
 
 
 def hessian_columns(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from libprune.architecture import Architecture, Map
@@ -12,7 +13,12 @@ from libprune.plan import Plan
 from libprune.surgery import input_mask
 
 
-def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, damping: float) -> Tensor:
+def least_squares(
+    weight: Float[Tensor, "output input"],
+    gram: Float[Tensor, "input input"],
+    kept: Bool[Tensor, " input"],
+    damping: float,
+) -> Float[Tensor, "output input"]:
     """The weights on the kept inputs that best reproduce the dense output.
 
     W_K' = argmin ||W x - W_K' x_K||^2 + lambda ||W_K' - W_K||^2

@@ -1,9 +1,11 @@
 """Sums over units: from any per-element quantity to one number a unit."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -12,7 +14,9 @@ from libprune.cost import unit_parameters
 from libprune.errors import StatisticsError, missing_key
 
 
-def sum_positions(values: Tensor, units: NDArray[np.int64], count: int) -> Tensor:
+def sum_positions(
+    values: Float[Tensor, "*batch positions"], units: Int[np.ndarray, " positions"], count: int
+) -> Float[Tensor, "*batch units"]:
     """Sum the last dimension, positions, by the unit that owns them: ``[..., positions] -> [..., units]``.
 
     Positions of no unit (-1) are left out.
@@ -55,7 +59,7 @@ def unit_sums(
 
 def weight_columns(
     architecture: Architecture, weights: Mapping[str, Tensor], layer: int, part: str
-) -> dict[str, NDArray[np.float64]]:
+) -> dict[str, NDArray[Any]]:
     """Cost in parameters, sum of |W| and sum of W^2 of each unit of a block."""
     names = [parameter.name for parameter in architecture.parameters_of(layer, part)]
     absolute = {name: weights[name].detach().abs() for name in names}

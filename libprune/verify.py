@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,7 +54,13 @@ class Verification:
         return self.difference / self.scale
 
 
-def verify_folder(folder: Path, ids: Tensor, expected: Tensor, remote: bool, tolerance: float = 1e-4) -> Verification:
+def verify_folder(
+    folder: Path,
+    ids: Int[Tensor, "batch length"],
+    expected: Float[Tensor, "batch length vocab"],
+    remote: bool,
+    tolerance: float = 1e-4,
+) -> Verification:
     """Load a folder in a fresh process and compare its float32 logits.
 
     Args:
@@ -99,7 +106,7 @@ def _reload(folder: Path, ids: Tensor, remote: bool) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in load_file(result).items()}
 
 
-def reference_logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
+def reference_logits(model: torch.nn.Module, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length vocab"]:
     """Logits of a model on the given ids, ``[batch, length, vocab]`` in float32."""
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits

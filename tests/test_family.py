@@ -36,9 +36,11 @@ def test_no_model_type_is_described_twice():
 
 
 def test_an_unknown_model_type_is_told_what_is_known_and_what_to_write():
-    message = r"'qwen3_next'; known: llama, mistral, qwen2, qwen3; did you mean 'qwen3'.*families/qwen3_next\.yaml"
-    with pytest.raises(FamilyError, match=message):
+    with pytest.raises(FamilyError) as error:
         family_of("qwen3_next")
+    known = ", ".join(sorted(name for family in families().values() for name in family.model_types))
+    assert f"'qwen3_next'; known: {known}; did you mean 'qwen3'" in str(error.value)
+    assert "libprune/families/qwen3_next.yaml" in str(error.value)
 
 
 @pytest.fixture

@@ -5,7 +5,25 @@ from pathlib import Path
 
 import yaml
 
-WORDS = "the a cat dog bird river house sees finds leaves old small green today never and then".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "river",
+    "house",
+    "sees",
+    "finds",
+    "leaves",
+    "old",
+    "small",
+    "green",
+    "today",
+    "never",
+    "and",
+    "then",
+]
 
 
 def write_text(path: Path, documents: int = 60) -> Path:
