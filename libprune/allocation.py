@@ -130,26 +130,15 @@ def _require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
         )
 
 
-def summary(
-    architecture: Architecture, decision: Decision, meta: Mapping[str, Any], params: Allocate
-) -> dict[str, Any]:
+def summary(architecture: Architecture, decision: Decision, params: Allocate) -> dict[str, Any]:
     """The content of `metrics/allocation.json`."""
-    plan = decision.plan
-    dense, left = cost.size(architecture, Plan.dense(architecture)), cost.size(architecture, plan)
+    removed = _removed(architecture, decision.plan)
     return {
-        "criterion": meta["criterion"],
-        "scaling": meta["scaling"],
-        "method": params.method,
-        "ratio": params.ratio,
-        "ratio_of": params.ratio_of,
-        "shape": decision.shape,
         "target_parameters": target_parameters(architecture, params),
-        "removed_parameters": dense.decoder - left.decoder,
-        "decoder_share_removed": 1 - left.decoder / dense.decoder,
-        "total_share_removed": 1 - left.total / dense.total,
+        "removed_parameters": removed,
+        "decoder_share_removed": removed / architecture.decoder_parameters,
+        "total_share_removed": removed / architecture.total_parameters,
         "kept_set_overlap": dict(decision.overlap),
-        "units": {part: architecture.units(part) for part in architecture.parts},
-        "kept": [{part: plan.kept(layer, part) for part in architecture.parts} for layer in range(architecture.layers)],
     }
 
 
@@ -253,9 +242,7 @@ def _near(ladders: Ladders, layers: list[int], options: dict[str, list[int]], ta
     """The splits whose removed parameters are as near to the target as the finest part allows."""
     spent = {part: np.array([_spent(ladders, layers, part, i) for i in options[part]]) for part in options}
     tolerance = min(len(layers) * ladders[layers[0], part][0].cost for part in options if ladders[layers[0], part])
-    finest = min(
-        options, key=lambda part: len(layers) * min((s.cost for s in ladders[layers[0], part]), default=np.inf)
-    )
+    finest = min(options, key=lambda part: min((step.cost for step in ladders[layers[0], part]), default=np.inf))
     others = [part for part in options if part != finest]
     candidates = []
     for indices in product(*(range(len(options[part])) for part in others)):
@@ -303,17 +290,24 @@ def _plan(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, in
 
 
 def _check_reached(architecture: Architecture, ladders: Ladders, plan: Plan, target: int, params: Allocate) -> None:
-    """Stop when the target is missed by more than the coarsest single removal the method can make."""
-    removed = architecture.decoder_parameters - cost.size(architecture, plan).decoder
-    costs = [step.cost for steps in ladders.values() for step in steps]
-    grain = max(costs, default=0) * (architecture.layers if params.method == "uniform" else 1)
-    if abs(target - removed) > grain:
-        most = sum(costs) / (target / params.ratio)
+    """Stop when more is asked for than the method can remove at all; coarse steps alone are no error."""
+    removed = _removed(architecture, plan)
+    cheapest = min((step.cost for steps in ladders.values() for step in steps), default=0)
+    if target - removed <= cheapest:
+        return
+    everything = METHODS[params.method](architecture, ladders, architecture.total_parameters, params)
+    most = _removed(architecture, _plan(architecture, ladders, everything))
+    if most < target:
+        base = target / params.ratio
         raise BudgetError(
-            f"allocate.ratio = {params.ratio} of the {params.ratio_of} parameters cannot be removed: floors, frozen "
-            f"layers and shape leave at most {most:.3f}; the nearest plan removes {removed:,} of {target:,} "
-            "parameters. Lower the ratio, min_groups, min_channels or the frozen layers"
+            f"allocate.ratio = {params.ratio} of the {params.ratio_of} parameters cannot be removed: under the floors, "
+            f"frozen layers and shape {params.method} removes at most {most / base:.3f} ({most:,} parameters of "
+            f"{target:,} asked for). Lower the ratio, min_groups, min_channels or the number of frozen layers"
         )
+
+
+def _removed(architecture: Architecture, plan: Plan) -> int:
+    return architecture.decoder_parameters - cost.size(architecture, plan).decoder
 
 
 def jaccard(one: Plan, two: Plan) -> float:

@@ -84,6 +84,11 @@ class Layout:
         return self.root / "plan.parquet"
 
     @property
+    def comparison(self) -> Path:
+        """Everything measured of the dense and the pruned model."""
+        return self.root / "evaluation.json"
+
+    @property
     def pruned(self) -> Path:
         """The pruned model, a Hugging Face folder."""
         return self.root / "pruned"

@@ -19,6 +19,9 @@ from transformers import (
 from libprune.artifacts import read_json, writing_folder
 from libprune.errors import ArtifactError, missing_key
 
+PROVENANCE = "libprune.json"
+"""The file of a pruned folder that says how it was made."""
+
 
 class WeightFiles(Mapping[str, Tensor]):
     """The tensors of a model folder, read from its safetensors files one at a time."""
@@ -91,4 +94,4 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: if the folder was not written by libprune.
     """
-    return read_json(folder / "libprune.json", "slice")
+    return read_json(folder / PROVENANCE, "slice")

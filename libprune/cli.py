@@ -15,17 +15,17 @@ def main() -> None:
 
 
 @app.command()
-def show(artifacts: stage.Root = stage.ROOT, metrics: stage.Metrics = stage.METRICS) -> None:
+def show(artifacts: stage.Root = stage.ROOT) -> None:
     """Print the headline table, where the pruned model lies, and how to load it."""
     from libprune.artifacts import Layout, read_json
     from libprune.report import HEADER, headline, how_to_load, text_table
 
+    layout = Layout(artifacts)
     with stage.user_errors():
-        evaluation = read_json(metrics / "evaluation.json", "evaluate")
-        allocation = read_json(metrics / "allocation.json", "allocate")
-    pruned = Layout(artifacts).pruned
-    typer.echo(text_table(headline(evaluation), HEADER))
-    typer.echo(f"\nmodel:  {pruned}\nload:   {how_to_load(str(pruned), allocation['shape'])}\nreport: report/report.md")
+        result = read_json(layout.comparison, "evaluate")
+    typer.echo(text_table(headline(result), HEADER))
+    load = how_to_load(str(layout.pruned), result["plan"]["shape"])
+    typer.echo(f"\nmodel:  {layout.pruned}\nload:   {load}\nreport: report/report.md")
 
 
 @app.command()

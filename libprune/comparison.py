@@ -17,7 +17,7 @@ from libprune.tokens import read_tokens
 
 
 def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any]:
-    """Measure both models; the content of `metrics/evaluation.json`.
+    """Measure both models; the content of `artifacts/evaluation.json`, all that the report needs.
 
     Raises:
         LibpruneError: if an artifact is missing or foreign.
@@ -38,6 +38,10 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
     speed = compare_speed(dense, pruned, prompt, params.decode_tokens, params.rounds)
     ratio = perplexity_ratio(losses[0], losses[1])
     return {
+        "plan": plan_meta,
+        "pruning": {name: provenance[name] for name in ("slice", "proof", "versions")},
+        "units": {part: architecture.units(part) for part in architecture.parts},
+        "kept": [{part: plan.kept(layer, part) for part in architecture.parts} for layer in range(architecture.layers)],
         "dense": _one(architecture, Plan.dense(architecture), losses[0], speed.dense, dtype),
         "pruned": _one(architecture, plan, losses[1], speed.pruned, dtype) | _removed(architecture, plan),
         "perplexity_ratio": {"value": ratio.value, "se": ratio.error},
@@ -76,4 +80,15 @@ def _removed(architecture: Architecture, plan: Plan) -> dict[str, float]:
         "decoder_share_removed": 1 - left.decoder / dense.decoder,
         "total_share_removed": 1 - left.total / dense.total,
         "macs_share_removed": 1 - left.macs / dense.macs,
+    }
+
+
+def headline_metrics(result: dict[str, Any]) -> dict[str, Any]:
+    """The few figures of `metrics/evaluation.json`, which `dvc metrics diff` and `dvc exp show` print."""
+    shares = ("decoder_share_removed", "total_share_removed", "macs_share_removed")
+    return {
+        "dense": {name: result["dense"][name] for name in ("perplexity", "perplexity_se")},
+        "pruned": {name: result["pruned"][name] for name in ("perplexity", "perplexity_se", *shares)},
+        "perplexity_ratio": result["perplexity_ratio"],
+        "speed": {name: result["speed"][name] for name in ("prefill_ratio", "decode_ratio")},
     }

@@ -44,11 +44,11 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._dense)
 
 
-def prune(layout: Layout, folder: Path, params: Slice) -> dict[str, Any]:
+def prune(layout: Layout, folder: Path, params: Slice) -> dict[str, float]:
     """Write the pruned model into an empty folder and prove that it loads.
 
     Returns:
-        What was done, for metrics: repair, shape, and how near the reloaded logits are.
+        How near the reloaded logits are, for metrics.
 
     Raises:
         LibpruneError: if an artifact is missing or foreign, or the result fails its proof.
@@ -61,14 +61,10 @@ def prune(layout: Layout, folder: Path, params: Slice) -> dict[str, Any]:
     weights = _Weights(dense, repaired, stored)
     write_pruned(folder, layout.model, architecture, plan, meta["shape"], slice_state(weights, architecture, plan))
     shutil.copyfile(layout.plan, folder / "plan.parquet")
-    result = {
-        "repair": params.repair,
-        "damping": params.damping,
-        "shape": meta["shape"],
-        "repaired_maps": len(repaired),
-    }
-    (folder / "libprune.json").write_text(json.dumps({"plan": meta, "slice": result, **_versions()}, indent=2) + "\n")
-    return result | _prove(layout, folder, architecture, plan, weights, meta["shape"])
+    proof = _prove(layout, folder, architecture, plan, weights, meta["shape"])
+    made = {"plan": meta, "slice": params.model_dump(), "repaired_maps": len(repaired), "proof": proof, **_versions()}
+    (folder / PROVENANCE).write_text(json.dumps(made, indent=2) + "\n")
+    return proof
 
 
 def _repaired(
@@ -86,7 +82,7 @@ def _repaired(
 
 def _prove(
     layout: Layout, folder: Path, architecture: Architecture, plan: Plan, weights: Mapping[str, Tensor], shape: str
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Compare the folder, loaded in a fresh process, with the dense model under the same weights and the mask."""
     model = load_model(layout.model, torch.float32)
     _set_weights(model, architecture, weights)

@@ -64,68 +64,67 @@ def how_to_load(folder: str, shape: str) -> str:
     return f'AutoModelForCausalLM.from_pretrained("{folder}"{remote})'
 
 
-def markdown(evaluation: Metrics, allocation: Metrics, pruning: Metrics, folder: str) -> str:
-    """The report."""
-    shape = allocation["shape"]
-    kind = {
-        "uniform": "a stock config, no custom code",
-        "per_layer": "layers of different widths, a modeling file inside",
-    }[shape]
-    return "\n".join(
-        [
-            "# Pruning report",
-            "",
-            markdown_table(headline(evaluation), HEADER),
-            "",
-            _what_was_measured(evaluation),
-            "",
-            "## What was cut",
-            "",
-            f"Asked for {100 * allocation['ratio']:.1f} % of the {allocation['ratio_of']} parameters; removed "
-            f"{100 * allocation['decoder_share_removed']:.2f} % of the decoder's and "
-            f"{100 * allocation['total_share_removed']:.2f} % of all. Criterion `{allocation['criterion']}` "
-            f"(scaling `{allocation['scaling']}`), allocation `{allocation['method']}`, repair `{pruning['repair']}`.",
-            "",
-            *_overlaps(allocation),
-            markdown_table(_layers(allocation), ("layer", *allocation["units"])),
-            "",
-            "## How to load it",
-            "",
-            f"`{folder}` has the shape `{shape}`: {kind}.",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM",
-            f"model = {how_to_load(folder, shape)}",
-            "```",
-            "",
-            f"A fresh process without libprune loaded it; its logits differ from the masked dense model's by "
-            f"{pruning['logit_difference']:.1e} of {pruning['logit_scale']:.1f}, and it generates.",
-            "",
-        ]
-    )
+def markdown(result: Metrics, folder: str) -> str:
+    """The report.
+
+    Args:
+        result: the content of `artifacts/evaluation.json`.
+        folder: where the pruned model lies.
+    """
+    sections = [
+        ["# Pruning report", markdown_table(headline(result), HEADER), _what_was_measured(result["protocol"])],
+        ["## What was cut", _what_was_cut(result), *_overlaps(result["plan"]), _layers(result)],
+        ["## How to load it", *_loading(result, folder)],
+    ]
+    return "\n\n".join(text for section in sections for text in section) + "\n"
 
 
-def _what_was_measured(evaluation: Metrics) -> str:
-    protocol = evaluation["protocol"]
+def _what_was_measured(protocol: Metrics) -> str:
     return (
         f"Perplexity on {protocol['windows']} windows of {protocol['length']} tokens of {protocol['text']}, disjoint "
         f"from the calibration text; ± is one standard error over windows, for the ratio over paired windows. Speed: "
         f"median of {protocol['rounds']} alternating rounds, prompt {protocol['prompt_tokens']} tokens, "
-        f"{protocol['dtype']} on {protocol['device']}; in brackets the slowest and fastest round."
+        f"{protocol['decode_tokens']} tokens decoded, {protocol['dtype']} on {protocol['device']}; in brackets the "
+        "slowest and fastest round."
     )
 
 
-def _overlaps(allocation: Metrics) -> list[str]:
-    lines = [
-        f"The kept set overlaps with that of `{name}` alone by {value:.4f} (Jaccard)."
-        for name, value in allocation["kept_set_overlap"].items()
-    ]
-    return [*lines, ""] if lines else []
+def _what_was_cut(result: Metrics) -> str:
+    plan, pruned = result["plan"], result["pruned"]
+    return (
+        f"Asked for {100 * plan['ratio']:.1f} % of the {plan['ratio_of']} parameters; removed "
+        f"{100 * pruned['decoder_share_removed']:.2f} % of the decoder's, {100 * pruned['total_share_removed']:.2f} % "
+        f"of all, and {100 * pruned['macs_share_removed']:.2f} % of the multiplications a token. Criterion "
+        f"`{plan['criterion']}` (scaling `{plan['scaling']}`), allocation `{plan['method']}`, repair "
+        f"`{result['pruning']['slice']['repair']}`."
+    )
 
 
-def _layers(allocation: Metrics) -> Rows:
-    units = allocation["units"]
+def _overlaps(plan: Metrics) -> list[str]:
     return [
-        (str(layer), *(f"{kept[part]} of {units[part]}" for part in units))
-        for layer, kept in enumerate(allocation["kept"])
+        f"The kept set overlaps with that of `{name}` alone by {value:.4f} (Jaccard)."
+        for name, value in plan["kept_set_overlap"].items()
+    ]
+
+
+def _layers(result: Metrics) -> str:
+    units = result["units"]
+    rows: Rows = [
+        (str(layer), *(f"{kept[part]} of {units[part]}" for part in units)) for layer, kept in enumerate(result["kept"])
+    ]
+    return markdown_table(rows, ("layer", *units))
+
+
+def _loading(result: Metrics, folder: str) -> list[str]:
+    shape, proof = result["plan"]["shape"], result["pruning"]["proof"]
+    kind = {
+        "uniform": "a stock config, no custom code",
+        "per_layer": "layers of different widths, a modeling file inside",
+    }[shape]
+    code = f"from transformers import AutoModelForCausalLM\nmodel = {how_to_load(folder, shape)}"
+    return [
+        f"`{folder}` has the shape `{shape}`: {kind}.",
+        f"```python\n{code}\n```",
+        f"A fresh process without libprune loaded it; its logits differ from the masked dense model's by "
+        f"{proof['logit_difference']:.1e} of {proof['logit_scale']:.1f}, and it generates.",
     ]

@@ -20,15 +20,14 @@ def main(
     scores, meta = read_table(layout.scores, "score")
     same_origin(layout.scores, meta, {"model": architecture.fingerprint})
     decision = decide(architecture, scores, meta, settings)
-    write_table(
-        layout.plan, scores | {"keep": decision.keep_column}, meta | settings.model_dump() | {"shape": decision.shape}
-    )
-    result = summary(architecture, decision, meta, settings)
+    chosen = {"shape": decision.shape, "kept_set_overlap": dict(decision.overlap)}
+    write_table(layout.plan, scores | {"keep": decision.keep_column}, meta | settings.model_dump() | chosen)
+    result = summary(architecture, decision, settings)
     write_json(metrics / "allocation.json", result)
     typer.echo(
-        f"asked for {100 * result['ratio']:.2f} % of the {result['ratio_of']} parameters, removed "
+        f"asked for {100 * settings.ratio:.2f} % of the {settings.ratio_of} parameters, removed "
         f"{100 * result['decoder_share_removed']:.2f} % of the decoder's and "
-        f"{100 * result['total_share_removed']:.2f} % of all; shape {result['shape']}"
+        f"{100 * result['total_share_removed']:.2f} % of all; shape {decision.shape}"
     )
 
 

@@ -10,12 +10,14 @@ def main(
 ) -> None:
     """Measure both models on the evaluation windows, and time them alternately."""
     from libprune.artifacts import Layout, write_json
-    from libprune.comparison import compare
+    from libprune.comparison import compare, headline_metrics
     from libprune.params import load_params
 
-    settings = load_params(params)
-    result = compare(Layout(artifacts), settings.compute, settings.evaluate)
-    write_json(metrics / "evaluation.json", result | {"peak_memory_bytes": stage.peak_memory()})
+    layout, settings = Layout(artifacts), load_params(params)
+    result = compare(layout, settings.compute, settings.evaluate)
+    memory = {"peak_memory_bytes": stage.peak_memory()}
+    write_json(layout.comparison, result | memory)
+    write_json(metrics / "evaluation.json", headline_metrics(result) | memory)
 
 
 app = stage.app(main)

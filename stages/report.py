@@ -10,18 +10,16 @@ from libprune import stage
 
 def main(
     artifacts: stage.Root = stage.ROOT,
-    metrics: stage.Metrics = stage.METRICS,
     report: Annotated[Path, typer.Option("--report", help="The folder of the report.")] = Path("report"),
 ) -> None:
-    """Write report/report.md from the metrics."""
+    """Write report/report.md from what evaluate measured."""
     from libprune.artifacts import Layout, read_json, writing
     from libprune.report import markdown
 
-    evaluation = read_json(metrics / "evaluation.json", "evaluate")
-    allocation = read_json(metrics / "allocation.json", "allocate")
-    pruning = read_json(metrics / "slice.json", "slice")
+    layout = Layout(artifacts)
+    result = read_json(layout.comparison, "evaluate")
     with writing(report / "report.md") as partial:
-        partial.write_text(markdown(evaluation, allocation, pruning, str(Layout(artifacts).pruned)))
+        partial.write_text(markdown(result, str(layout.pruned)))
 
 
 app = stage.app(main)

@@ -5,6 +5,7 @@ An allocation joins by its entry in `METHODS`.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ class Shape:
 
     def removable(self, params: Allocate) -> dict[str, int]:
         """Units of each part that one layer can lose at most."""
-        kept = next(k for k in range(self.ffn + 1) if k >= params.min_channels and k % params.channel_multiple == 0)
+        kept = -(-params.min_channels // params.channel_multiple) * params.channel_multiple
         return {"attention": max(0, self.kv - params.min_groups), "mlp": max(0, self.ffn - kept)}
 
     def reachable(self, params: Allocate) -> int:
@@ -70,6 +71,7 @@ class Shape:
     def unfrozen(self, params: Allocate) -> range:
         return range(params.freeze_first, self.layers - params.freeze_last)
 
+    @cache
     def architecture(self) -> Architecture:
         gates = {f"mlp.gate{i}": "ffn|model" for i in range(self.gates)}
         heads = {"q": "kv q d|model", "k": "kv d|model", "v": "kv d|model", "o": "model|kv q d"}
@@ -102,9 +104,9 @@ class Shape:
         return np.array(layer * self.layers)
 
     def table(self, score: np.ndarray) -> Columns:
-        costs = self.unit_costs()
-        index = unit_index(self.architecture())
-        return {**index, "importance": score * costs, "cost": costs, "score": np.asarray(score, dtype=float)}
+        """The importance table of the given scores, one a unit."""
+        costs, score = self.unit_costs(), np.asarray(score, dtype=float)
+        return {**unit_index(self.architecture()), "importance": score * costs, "cost": costs, "score": score}
 
 
 EQUAL_COSTS = Shape(q=1, d=1, gates=3)
@@ -117,11 +119,11 @@ def shapes(draw):
     kv = draw(st.integers(1, 4))
     counts = draw(st.sets(st.integers(1, kv)))
     return Shape(
-        layers=draw(st.integers(1, 4)),
+        layers=draw(st.integers(1, 3)),
         kv=kv,
         q=draw(small),
         d=draw(small),
-        ffn=draw(st.integers(1, 12)),
+        ffn=draw(st.integers(1, 9)),
         model=draw(st.integers(1, 6)),
         gates=draw(st.integers(1, 2)),
         bias=draw(st.booleans()),
@@ -131,7 +133,7 @@ def shapes(draw):
 
 @st.composite
 def requests(draw, method: str):
-    """A shape, distinct scores, and params whose ratio can be had: `share` of what floors and frozen layers leave."""
+    """A shape, distinct scores, and params whose ratio floors and frozen layers leave in reach."""
     shape = draw(shapes())
     params = Allocate(
         method=method,
@@ -145,11 +147,16 @@ def requests(draw, method: str):
         freeze_last=draw(st.integers(0, 1)),
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    scores = shape.table((1 + rng.permutation(len(shape.unit_costs()))) / 8)
+    scores = (1 + rng.permutation(len(shape.unit_costs()))) / 8
     assume(params.min_channels + params.channel_multiple <= shape.ffn)
     ratio = draw(st.floats(0.05, 1)) * shape.reachable(params) / shape.decoder
     assume(0 < ratio < 1)
     return shape, scores, params.model_copy(update={"ratio": ratio})
+
+
+def drawn(data: st.DataObject, method: str) -> tuple[Shape, Columns, Allocate]:
+    shape, scores, params = data.draw(requests(method))
+    return shape, shape.table(scores), params
 
 
 def removed_parameters(shape: Shape, plan: Plan) -> int:
@@ -168,7 +175,7 @@ def removed_parameters(shape: Shape, plan: Plan) -> int:
 @given(st.data())
 def test_what_is_removed_is_what_was_asked_for(method, data):
     """Within one removal, in every layer for uniform; counted by hand, by the cost module and in the summary alike."""
-    shape, scores, params = data.draw(requests(method))
+    shape, scores, params = drawn(data, method)
     architecture = shape.architecture()
     assert architecture.decoder_parameters == shape.decoder
     decision = decide(architecture, scores, META, params)
@@ -186,7 +193,7 @@ def test_what_is_removed_is_what_was_asked_for(method, data):
 @every_method
 @given(st.data())
 def test_floors_multiples_and_frozen_layers_are_respected(method, data):
-    shape, scores, params = data.draw(requests(method))
+    shape, scores, params = drawn(data, method)
     plan = allocate(shape.architecture(), scores, params)
     for (layer, part), keep in plan.keep.items():
         kept = int(keep.sum())
@@ -202,7 +209,7 @@ def test_floors_multiples_and_frozen_layers_are_respected(method, data):
 @every_method
 @given(st.data())
 def test_in_every_block_the_units_of_least_rank_go(method, data):
-    shape, scores, params = data.draw(requests(method))
+    shape, scores, params = drawn(data, method)
     architecture = shape.architecture()
     plan = allocate(architecture, scores, params)
     for block, rank in split_blocks(architecture, scores[params.rank_by]):
@@ -213,7 +220,7 @@ def test_in_every_block_the_units_of_least_rank_go(method, data):
 @every_method
 @given(st.data())
 def test_the_same_scores_give_the_same_plan(method, data):
-    shape, scores, params = data.draw(requests(method))
+    shape, scores, params = drawn(data, method)
     architecture = shape.architecture()
     one, two = (allocate(architecture, {k: v.copy() for k, v in scores.items()}, params) for _ in range(2))
     assert jaccard(one, two) == 1
@@ -251,7 +258,7 @@ def test_the_ranks_of_a_ladder_never_descend_even_where_steps_differ_in_size(mul
 
 @given(st.data())
 def test_global_stops_only_when_nothing_more_fits(data):
-    shape, scores, params = data.draw(requests("global"))
+    shape, scores, params = drawn(data, "global")
     architecture = shape.architecture()
     plan = allocate(architecture, scores, params)
     left = round(params.ratio * shape.decoder) - removed_parameters(shape, plan)
@@ -303,7 +310,7 @@ def test_a_layer_goes_only_where_that_is_allowed(allowed, order, ratio):
 
 @given(st.data())
 def test_uniform_removes_the_same_count_in_every_layer_and_only_what_a_stock_config_can_say(data):
-    shape, scores, params = data.draw(requests("uniform"))
+    shape, scores, params = drawn(data, "uniform")
     params = params.model_copy(update={"shape": data.draw(st.sampled_from(["auto", "per_layer"]))})
     architecture = shape.architecture()
     try:
@@ -321,7 +328,7 @@ def test_uniform_removes_the_same_count_in_every_layer_and_only_what_a_stock_con
 @given(st.data())
 def test_uniform_comes_as_near_as_any_split_or_within_the_cheapest_removal_in_every_layer(data):
     """Against all splits tried one by one; among those so near, `split` takes what it says."""
-    shape, scores, params = data.draw(requests("uniform"))
+    shape, scores, params = drawn(data, "uniform")
     architecture, layers = shape.architecture(), shape.unfrozen(params)
     importance, proportional = (
         allocate(architecture, scores, params.model_copy(update={"split": split}))
@@ -367,27 +374,24 @@ def test_a_ratio_out_of_reach_is_refused_with_the_share_in_reach(method, shape, 
     params = Allocate(method=method, ratio=0.999, shape="per_layer", **limits)
     reachable = shape.reachable(params)
     assume(reachable + max(shape.group_cost, shape.channel_cost) * shape.layers < 0.99 * shape.decoder)
-    share = re.escape(f"{reachable / shape.decoder:.3f}")
-    with pytest.raises(BudgetError, match=rf"allocate\.ratio = 0\.999 of the decoder .* leave at most {share};"):
+    told = re.escape(f"({reachable:,} parameters of {round(0.999 * shape.decoder):,} asked for)")
+    with pytest.raises(BudgetError, match=rf"allocate\.ratio = 0\.999 of the decoder .* removes at most .* {told}"):
         allocate(shape.architecture(), shape.table(np.arange(float(len(shape.unit_costs())))), params)
 
 
-@pytest.mark.xfail(strict=True, reason="a miss by a whole group (in every layer) is accepted even if nothing is left")
 @every_method
 def test_a_miss_is_refused_when_nothing_more_can_be_removed(method):
     shape = Shape(layers=2, ffn=4)
-    params = Allocate(method=method, shape="per_layer", min_groups=3, min_channels=4, ratio=0.25)
-    assert shape.reachable(params) < 0.21 * shape.decoder
-    with pytest.raises(BudgetError):
+    params = Allocate(method=method, shape="per_layer", min_groups=3, min_channels=4, ratio=0.33)
+    assert 0.19 < shape.reachable(params) / shape.decoder < 0.2
+    with pytest.raises(BudgetError, match=r"removes at most 0\.19. \(120 parameters of 205 asked for\)"):
         allocate(shape.architecture(), shape.table(np.arange(16.0)), params)
 
 
-@pytest.mark.xfail(strict=True, reason="the share in reach counts group counts that the stock config cannot say")
 def test_the_share_in_reach_is_that_of_the_asked_shape():
     shape = Shape(expressible=(3, 4))
     params = Allocate(method="uniform", ratio=0.9, min_channels=12, shape="uniform")
-    share = re.escape(f"{shape.layers * shape.group_cost / shape.decoder:.3f}")
-    with pytest.raises(BudgetError, match=f"at most {share};"):
+    with pytest.raises(BudgetError, match=rf"at most .* \({shape.layers * shape.group_cost} parameters"):
         allocate(shape.architecture(), shape.table(np.arange(48.0)), params)
 
 
@@ -459,6 +463,6 @@ def test_a_second_order_criterion_reports_how_far_each_part_alone_would_agree(me
     both = decided(parts)
     for name, values in parts.items():
         assert both.overlap[name] == jaccard(both.plan, allocate(architecture, shape.table(values / costs), params))
-    silent = decided(parts | {"fisher": 0 * costs})
+    silent = decided(parts | {"fisher": np.zeros(48)})
     assert silent.overlap["taylor"] == 1, "a second order of nothing changes nothing"
     assert decided({"taylor": parts["taylor"]}).overlap == {}
