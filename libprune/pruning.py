@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from libprune.architecture import Architecture, Map
 from libprune.artifacts import Layout, read_architecture, read_plan, require, same_origin
-from libprune.checkpoint import WeightFiles, load_model
+from libprune.checkpoint import PROVENANCE, WeightFiles, load_model
 from libprune.collection import read_meta, read_tensor
 from libprune.compute import named_dtype
 from libprune.params import Slice
