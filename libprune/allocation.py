@@ -89,10 +89,13 @@ def _not_uniform(architecture: Architecture, plan: Plan) -> str | None:
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, the shape it is to be saved in, and its overlap with the plans of its components."""
+    """A plan, the shape it is to be saved in, how it split the budget, and its overlap with the plans of
+    the criterion's components.
+    """
 
     plan: Plan
     shape: str
+    split: str
     overlap: Mapping[str, float]
 
     @property
@@ -108,14 +111,17 @@ def decide(architecture: Architecture, scores: Columns, meta: Mapping[str, Any],
         LibpruneError: if the scores do not compare across layers and the method needs that, or the
             budget or shape cannot be had.
     """
+    comparable = meta["comparable"] and meta["scaling"] == "none"
     _require_comparable(meta, params)
+    if params.split == "auto":
+        params = params.model_copy(update={"split": "importance" if comparable else "proportional"})
     plan = allocate(architecture, scores, params)
     components = [name for name in scores if name in COMPARED_COMPONENTS]
     overlap = {}
     for name in components if len(components) > 1 else []:
         alone = scores | {"importance": scores[name], "score": scores[name] / scores["cost"]}
         overlap[name] = jaccard(plan, allocate(architecture, alone, params))
-    return Decision(plan, result_shape(architecture, plan, params), overlap)
+    return Decision(plan, result_shape(architecture, plan, params), params.split, overlap)
 
 
 COMPARED_COMPONENTS = ("taylor", "fisher")

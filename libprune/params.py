@@ -126,8 +126,9 @@ class Allocate(_Section):
     method: Literal["uniform", "global"] = "uniform"
     shape: Literal["auto", "uniform", "per_layer"] = "auto"
     """`uniform` loads everywhere and is refused where the plan differs by layer; `auto` takes it where it can."""
-    split: Literal["proportional", "importance"] = "importance"
-    """How `uniform` divides the budget: near-equal shares of each part, or least summed importance."""
+    split: Literal["auto", "proportional", "importance"] = "auto"
+    """How `uniform` divides the budget: near-equal shares of each part, or least summed importance;
+    `auto`: the latter where the scores compare between parts."""
     rank_by: Literal["score", "importance"] = "score"
     """Importance per parameter, or importance."""
     min_groups: Floor = 1

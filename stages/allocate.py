@@ -20,7 +20,7 @@ def main(
     scores, meta = read_table(layout.scores, "score")
     same_origin(layout.scores, meta, {"model": architecture.fingerprint})
     decision = decide(architecture, scores, meta, settings)
-    chosen = {"shape": decision.shape, "kept_set_overlap": dict(decision.overlap)}
+    chosen = {"shape": decision.shape, "split": decision.split, "kept_set_overlap": dict(decision.overlap)}
     write_table(layout.plan, scores | {"keep": decision.keep_column}, meta | settings.model_dump() | chosen)
     result = summary(architecture, decision, settings)
     write_json(metrics / "allocation.json", result)

@@ -1,8 +1,6 @@
 """Masking and slicing on tensors whose entries say where they belong, and on weights zeroed by hand."""
 
-import copy
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -140,32 +138,6 @@ def test_slicing_twice_is_slicing_once(first, data):
     expected = slice_state(state, architecture, once)
     assert twice.keys() == expected.keys()
     assert all(torch.equal(twice[name], expected[name]) for name in expected)
-
-
-class ReadOnce(Mapping):
-    """A lazy state: counts how often each tensor is read."""
-
-    def __init__(self, tensors):
-        self.tensors, self.reads = tensors, dict.fromkeys(tensors, 0)
-
-    def __getitem__(self, name):
-        self.reads[name] += 1
-        return self.tensors[name]
-
-    def __iter__(self):
-        return iter(self.tensors)
-
-    def __len__(self):
-        return len(self.tensors)
-
-
-def test_a_lazy_state_is_read_once_and_not_changed():
-    architecture = attention(BLOCK)
-    tensors = random_state(architecture)
-    state = ReadOnce(copy.deepcopy(tensors))
-    slice_state(state, architecture, Plan({(0, "attention"): heads(0, 2)}))
-    assert set(state.reads.values()) == {1}
-    assert all(torch.equal(state.tensors[name], tensors[name]) for name in tensors)
 
 
 # Masking, on a Llama with biases everywhere: 3 groups of 2 query heads of size 8, 13 channels

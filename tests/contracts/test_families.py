@@ -198,6 +198,11 @@ def test_a_uniform_result_is_a_stock_model(pruned):
     assert config["num_hidden_layers"] == len(pruned.plan.layers)
 
 
+def test_the_config_names_the_class_that_is_loaded(pruned):
+    config = json.loads((pruned.folder / "config.json").read_text())
+    assert config["architectures"] == [type(pruned.model).__name__]
+
+
 @custom_only
 def test_a_per_layer_result_is_refused_without_its_own_code(pruned):
     with pytest.raises(RuntimeError, match="is a per-layer attribute"):
