@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from libprune.architecture import Architecture, Map, Parameter, PartShape
 from libprune.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
-from libprune.errors import FamilyError, NotExpressibleError, nearest
+from libprune.errors import FamilyError, NotationError, NotExpressibleError, nearest
 from libprune.family import Family, family_of
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
@@ -33,11 +33,14 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
     check_config(family, model.config, accept)
     parameters, maps = _walk(model, family)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    sizes = solve(_config_equations(family, model.config) + _weight_equations(parameters, shapes))
+    try:
+        sizes = solve(_config_equations(family, model.config) + _weight_equations(parameters, shapes))
+    except NotationError as error:
+        raise FamilyError(f"family {family.family!r} does not fit this model: {error}") from error
     return Architecture(
         family=family.family,
         sizes=sizes,
-        layers=len(model.get_submodule(family.layers)),
+        layers=_layers(model, family),
         layers_path=family.layers,
         parts={
             name: PartShape(part.axis, part.module, expressible(family, model.config, sizes, part.axis))
@@ -52,19 +55,30 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
 
 def check_config(family: Family, config: PreTrainedConfig, accept: tuple[str, ...] = ()) -> None:
     """Refuse config keys and values that the family file does not speak of."""
+    for key, advice in _NOT_DENSE.items():
+        if key in config.to_dict():
+            raise FamilyError(f"this {config.model_type} model has {key!r} in its config: {advice}")
     known = family.config.known | set(accept) | PreTrainedConfig().to_dict().keys() | _BOOKKEEPING
-    for key, value in config.to_dict().items():
-        if key not in known:
+    values = config.to_dict()
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        listed = ", ".join(f"{key!r} = {values[key]!r}" for key in unknown)
+        raise FamilyError(
+            f"the config of this {config.model_type} model has {listed}, of which family "
+            f"{family.family!r} says nothing{nearest(unknown[0], known)}; if no size depends on it, list it in "
+            "prepare.accept_config"
+        )
+    for key, allowed in family.config.fixed.items():
+        if key in values and values[key] not in allowed:
             raise FamilyError(
-                f"the config of this {config.model_type} model has {key!r} = {value!r}, of which family "
-                f"{family.family!r} says nothing{nearest(key, known)}. If no size depends on it, list it "
-                "in prepare.accept_config"
+                f"config key {key!r} = {values[key]!r} is not supported by family {family.family!r}: {allowed}"
             )
-        allowed = family.config.fixed.get(key)
-        if allowed is not None and value not in allowed:
-            raise FamilyError(f"config key {key!r} = {value!r} is not supported by family {family.family!r}: {allowed}")
 
 
+_NOT_DENSE = {
+    "quantization_config": "prune the unquantized model and quantize the result",
+    "per_layer_config": "its layers differ in width already; prune the dense model it came from",
+}
 _BOOKKEEPING = frozenset(
     {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "tie_word_embeddings"}
     | {
@@ -164,40 +178,40 @@ def _dims(parameter: Parameter) -> str:
 
 def _walk(model: PreTrainedModel, family: Family) -> tuple[list[Parameter], list[Map]]:
     """Every parameter once, and every map of the blocks, in the model's own order."""
-    own = {name for name, _ in model.named_parameters()}
-    parameters: list[Parameter] = []
+    own = [name for name, _ in model.named_parameters()]
+    found: dict[str, Parameter] = {}
     maps: list[Map] = []
-    undescribed = {name for name, p in model.named_modules() if any(True for _ in p.named_parameters(recurse=False))}
     for path, layer, part, description in _described(model, family):
         module = _module(model, path, family)
-        undescribed.discard(path)
         transposed = isinstance(module, _TRANSPOSED)
         if isinstance(description, LinearMap) and layer is not None and part is not None:
             maps.append(Map(path, layer, part, description.input, description.output, transposed))
         for name, _ in module.named_parameters(recurse=False):
-            if f"{path}.{name}" in own:
+            if isinstance(description, Expr) or name in {"weight", "bias"}:
                 dims = _parameter_dims(name, description, transposed)
-                parameters.append(Parameter(f"{path}.{name}", dims, layer, part))
+                found[f"{path}.{name}"] = Parameter(f"{path}.{name}", dims, layer, part)
+    undescribed = [name for name in own if name not in found]
     if undescribed:
-        first = sorted(undescribed)[0]
-        names = [f"{first}.{name}" for name, _ in model.get_submodule(first).named_parameters(recurse=False)]
         raise FamilyError(
-            f"family {family.family!r} does not describe parameter {names[0]!r} ({len(undescribed)} such "
-            f"module(s)); add its module to libprune/families/{family.family}.yaml (docs/notation.md)"
+            f"family {family.family!r} does not describe {len(undescribed)} parameter(s) of this model, the first "
+            f"{undescribed[0]!r}; add its module to libprune/families/{family.family}.yaml (docs/notation.md)"
         )
-    order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    return sorted(parameters, key=lambda p: order[p.name]), maps
+    return [found[name] for name in own], maps
 
 
 def _described(
     model: PreTrainedModel, family: Family
 ) -> Iterator[tuple[str, int | None, str | None, LinearMap | Expr]]:
-    for layer in range(len(model.get_submodule(family.layers))):
+    for layer in range(_layers(model, family)):
         for name, part in family.parts.items():
             for path, description in part.parsed.items():
                 yield f"{family.layers}.{layer}.{path}", layer, name, description
     for path, text in family.outside.items():
         yield path, None, None, parse_map(text)
+
+
+def _layers(model: PreTrainedModel, family: Family) -> int:
+    return len(list(_module(model, family.layers, family).children()))
 
 
 def _module(model: PreTrainedModel, path: str, family: Family) -> nn.Module:

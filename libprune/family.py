@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from libprune.axes import Expr, LinearMap, parse_expr, parse_map
 from libprune.errors import FamilyError, nearest
@@ -91,6 +91,12 @@ class Family(_Strict):
     """What the KV cache holds per token and block."""
     config: ConfigKeys
 
+    @field_validator("cache")
+    @classmethod
+    def _cache_readable(cls, cache: str) -> str:
+        parse_expr(cache)
+        return cache
+
     @field_validator("outside")
     @classmethod
     def _readable(cls, outside: dict[str, str]) -> dict[str, str]:
@@ -102,17 +108,17 @@ class Family(_Strict):
     @classmethod
     def _parts_readable(cls, parts: dict[str, Part]) -> dict[str, Part]:
         for part in parts.values():
-            carried = [text for text in part.modules.values() if part.axis in text.split("->")[0].split()]
-            if not carried:
+            maps = [entry for entry in part.parsed.values() if isinstance(entry, LinearMap)]
+            if not any(part.axis in entry.input.names for entry in maps):
                 raise ValueError(f"no map of the part takes axis {part.axis!r} as its input")
-            assert part.parsed
         return parts
 
 
 @cache
 def families() -> Mapping[str, Family]:
     """All families that ship with libprune, by name."""
-    return {path.stem: load_family(path) for path in sorted(FOLDER.glob("*.yaml"))}
+    found = [load_family(path) for path in sorted(FOLDER.glob("*.yaml"))]
+    return {family.family: family for family in found}
 
 
 def load_family(path: Path) -> Family:
@@ -123,7 +129,7 @@ def load_family(path: Path) -> Family:
     """
     try:
         return Family.model_validate(yaml.safe_load(path.read_text()))
-    except (ValidationError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise FamilyError(f"family file {path.name}: {error}") from error
 
 

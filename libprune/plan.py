@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ class Plan:
         """Whether the whole part is removed."""
         return self.kept(layer, part) == 0
 
-    @property
+    @cached_property
     def layers(self) -> tuple[int, ...]:
         """The layers that are left, by their index in the dense model."""
         return tuple(sorted({layer for layer, part in self.keep if not self.gone(layer, part)}))

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from libprune.architecture import Architecture
 from libprune.checkpoint import load_config
@@ -85,10 +85,12 @@ def pruned_config(
 
 
 def _layer_sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
-    """Axis sizes in one layer; a part that is gone keeps its dense size (it is skipped, not built)."""
-    left = {
-        shape.axis: plan.kept(layer, part) for part, shape in architecture.parts.items() if not plan.gone(layer, part)
-    }
+    """Axis sizes in one layer.
+
+    A part that is gone is written with one unit. It is skipped, not built; but stock code, which does
+    not know `skip`, must see a width of its own and refuse the folder, not fill the part with random weights.
+    """
+    left = {shape.axis: max(1, plan.kept(layer, part)) for part, shape in architecture.parts.items()}
     return {**architecture.sizes, **left}
 
 
@@ -106,7 +108,7 @@ def _layer_overrides(family: Family, architecture: Architecture, plan: Plan, lay
 
 def _stock_classes(config: PreTrainedConfig) -> tuple[str, str, str]:
     """Transformers' package, causal model class and config class of a config."""
-    model_class = (config.architectures or [""])[0]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
     return type(config).__module__.split(".")[-2], model_class, type(config).__name__
 
 

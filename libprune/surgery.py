@@ -35,7 +35,7 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
                 handles.append(module.register_forward_hook(_zero_output))
             elif not plan.keep[layer, part].all():
                 weight = next(module.parameters())
-                mask = torch.from_numpy(input_mask(architecture, plan, consumer)).to(weight.device, weight.dtype)
+                mask = torch.from_numpy(input_mask(architecture, plan, consumer)).to(weight.device)
                 handles.append(module.register_forward_pre_hook(partial(_mask_input, mask)))
     try:
         yield
@@ -45,7 +45,7 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
 
 
 def _mask_input(mask: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0] * mask, *args[1:])
+    return (args[0].masked_fill(~mask, 0), *args[1:])
 
 
 def _zero_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, para
     for dim, expr in enumerate(parameter.dims):
         positions = expr.kept(axis, architecture.sizes, keep)
         if not positions.all():
-            tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(positions)))
+            tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(positions)).to(tensor.device))
     return tensor.contiguous()
 
 

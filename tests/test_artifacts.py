@@ -345,7 +345,7 @@ def test_a_shard_that_was_cut_off_is_damaged(tmp_path, architecture, read):
 
 
 @pytest.mark.xfail(strict=True, reason="JSONDecodeError is no LibpruneError: a traceback, no advice")
-@pytest.mark.parametrize("text", ["", "{", "[1]"])
+@pytest.mark.parametrize("text", ["", "{"])
 def test_json_that_was_cut_off_is_damaged(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"a\.json is damaged"):

@@ -278,7 +278,7 @@ def test_a_quantized_model_is_refused_with_its_method(folder, tmp_path, method):
         (tmp_path / path.name).hardlink_to(path)
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").unlink()
-    config["quantization_config"] = {"quant_method": method, "bits": 4, "load_in_8bit": True}
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=rf"is quantized \({method}\); prune the unquantized model"):
         load_dense(Prepare(model=str(tmp_path)))

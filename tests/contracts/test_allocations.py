@@ -464,12 +464,15 @@ def test_a_second_order_criterion_reports_how_far_each_part_alone_would_agree(me
     architecture, costs = shape.architecture(), shape.unit_costs()
     parts = {"taylor": np.array(first) * costs / 4, "fisher": np.array(second) * costs / 4}
 
-    def decided(components: dict[str, np.ndarray]):
-        return decide(architecture, shape.table(sum(components.values()) / costs) | components, META, params)
+    def table(components: dict[str, np.ndarray]) -> Columns:
+        importance = np.sum(list(components.values()), axis=0)
+        return unit_index(architecture) | {"importance": importance, "cost": costs, "score": importance / costs}
 
-    both = decided(parts)
+    def overlap(components: dict[str, np.ndarray]) -> dict[str, float]:
+        return dict(decide(architecture, table(components) | components, META, params).overlap)
+
+    both, one = overlap(parts), allocate(architecture, table(parts), params)
     for name, values in parts.items():
-        assert both.overlap[name] == jaccard(both.plan, allocate(architecture, shape.table(values / costs), params))
-    silent = decided(parts | {"fisher": np.zeros(48)})
-    assert silent.overlap["taylor"] == 1, "a second order of nothing changes nothing"
-    assert decided({"taylor": parts["taylor"]}).overlap == {}
+        assert both[name] == jaccard(one, allocate(architecture, table({name: values}), params))
+    assert overlap(parts | {"fisher": np.zeros(48)})["taylor"] == 1, "a second order of nothing changes nothing"
+    assert overlap({"taylor": parts["taylor"]}) == {}
