@@ -434,6 +434,18 @@ def test_scores_that_do_not_compare_are_refused_in_global_unless_scaled():
     assert decide(architecture, scores, meta, Allocate(method="uniform")).plan.uniform
 
 
+@pytest.mark.parametrize(
+    ("meta", "split"),
+    [({}, "importance"), ({"comparable": False}, "proportional"), ({"scaling": "rank"}, "proportional")],
+)
+def test_the_budget_is_split_by_importance_only_where_scores_compare(meta, split):
+    shape = Shape()
+    decision = decide(shape.architecture(), shape.table(np.arange(48.0)), META | meta, Allocate())
+    assert decision.split == split
+    plan = allocate(shape.architecture(), shape.table(np.arange(48.0)), Allocate(split=split))
+    assert jaccard(decision.plan, plan) == 1
+
+
 @every_method
 @pytest.mark.parametrize("ratio_of", ["decoder", "total"])
 def test_the_ratio_counts_what_it_says(method, ratio_of):
@@ -460,7 +472,7 @@ def test_jaccard_is_kept_in_both_over_kept_in_either():
 @settings(max_examples=10)
 @given(st.permutations(range(48)), st.permutations(range(48)))
 def test_a_second_order_criterion_reports_how_far_each_part_alone_would_agree(method, first, second):
-    shape, params = Shape(), Allocate(method=method, ratio=0.4)
+    shape, params = Shape(), Allocate(method=method, ratio=0.4, split="importance")
     architecture, costs = shape.architecture(), shape.unit_costs()
     parts = {"taylor": np.array(first) * costs / 4, "fisher": np.array(second) * costs / 4}
 
