@@ -173,7 +173,8 @@ def _ladder(
     floor = getattr(params, _FLOORS[part])
     unit_cost = cost.unit_parameters(architecture, layer, part)
     order = np.argsort(rank, kind="stable")
-    steps, gone = [], 0
+    steps: list[Step] = []
+    gone = 0
     while gone < len(order):
         size = (len(order) - gone) % multiple or multiple
         left = len(order) - gone - size
@@ -182,7 +183,9 @@ def _ladder(
         units = order[gone : gone + size]
         overhead = cost.part_overhead(architecture, layer, part) if left == 0 else 0
         total = size * unit_cost + overhead
-        steps.append(Step(tuple(units.tolist()), total, float(rank[units].mean()), float(importance[units].sum())))
+        # The mean of equal ranks may round down; ranks that descend would let a later step sort first.
+        mean = max(float(rank[units].mean()), steps[-1].rank if steps else -np.inf)
+        steps.append(Step(tuple(units.tolist()), total, mean, float(importance[units].sum())))
         gone += size
     return tuple(steps)
 
@@ -231,9 +234,19 @@ def _uniform(architecture: Architecture, ladders: Ladders, target: int, params: 
     if not layers:
         return dict.fromkeys(ladders, 0)
     options = {part: _options(architecture, ladders[layers[0], part], part, params) for part in architecture.parts}
+    full = {part: len(ladders[layers[0], part]) for part in options}
+    may_empty = params.allow_layer_removal and len(layers) < architecture.layers
+    if not may_empty and all(_empties_part(architecture, ladders[layers[0], part], part) for part in options):
+        last = next(iter(options))
+        options[last] = [count for count in options[last] if count < full[last]]
     splits = [dict(zip(options, chosen, strict=True)) for chosen in _near(ladders, layers, options, target)]
     best = min(splits, key=lambda split: _split_order(architecture, ladders, layers, split, target, params))
     return {(layer, part): best[part] if layer in layers else 0 for layer, part in ladders}
+
+
+def _empties_part(architecture: Architecture, ladder: tuple[Step, ...], part: str) -> bool:
+    """Whether all steps of a ladder together leave the part without a unit."""
+    return sum(len(step.units) for step in ladder) == architecture.units(part)
 
 
 def _options(architecture: Architecture, ladder: tuple[Step, ...], part: str, params: Allocate) -> list[int]:
@@ -276,12 +289,12 @@ def _split_order(
     chosen = [step for layer in layers for part, i in split.items() for step in ladders[layer, part][:i]]
     miss = abs(target - sum(step.cost for step in chosen))
     if params.split == "importance":
-        return (sum(step.importance for step in chosen), miss)
+        return (float(sum(step.importance for step in chosen)), float(miss))
     shares = [
         sum(len(step.units) for step in ladders[layers[0], part][:i]) / architecture.units(part)
         for part, i in split.items()
     ]
-    return (max(shares) - min(shares), miss)
+    return (max(shares) - min(shares), float(miss))
 
 
 METHODS = {"uniform": _uniform, "global": _global}

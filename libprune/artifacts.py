@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from libprune.architecture import Architecture
-from libprune.errors import ArtifactError, missing_key
+from libprune.errors import ArtifactError, LibpruneError, missing_key
 from libprune.plan import Plan
 
 Columns = dict[str, NDArray[Any]]
@@ -136,8 +136,22 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     Raises:
         ArtifactError: naming the stage that makes it.
     """
-    content: dict[str, Any] = json.loads(require(path, stage).read_text())
+    with damage(path, stage):
+        content: dict[str, Any] = json.loads(require(path, stage).read_text())
     return content
+
+
+@contextmanager
+def damage(path: Path, stage: str) -> Iterator[None]:
+    """Turn the errors of a file that cannot be decoded into an ArtifactError that says what to do."""
+    try:
+        yield
+    except LibpruneError:
+        raise
+    except Exception as error:  # pyarrow, safetensors and json each raise several types of their own
+        raise ArtifactError(
+            f"{path} is damaged ({type(error).__name__}: {error}); delete it and run `dvc repro {stage}`"
+        ) from error
 
 
 def require(path: Path, stage: str) -> Path:
@@ -173,7 +187,7 @@ def write_table(target: Path, columns: Columns, meta: Mapping[str, Any]) -> None
     arrays = {name: pa.array(list(v)) if v.ndim > 1 else pa.array(v) for name, v in columns.items()}
     table = pa.table(arrays).replace_schema_metadata(encode_meta(meta))
     with writing(target) as partial:
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, write_page_checksum=True)
 
 
 def read_table(path: Path, stage: str) -> tuple[Columns, dict[str, Any]]:
@@ -182,12 +196,10 @@ def read_table(path: Path, stage: str) -> tuple[Columns, dict[str, Any]]:
     Raises:
         ArtifactError: if it is missing or was not written by libprune.
     """
-    try:
-        table = pq.read_table(require(path, stage))
-    except pa.ArrowInvalid as error:
-        raise ArtifactError(f"{path} is damaged ({error}); delete it and run `dvc repro {stage}`") from error
-    raw = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    return {name: table[name].to_numpy() for name in table.column_names}, decode_meta(path, raw, stage)
+    with damage(path, stage):
+        table = pq.read_table(require(path, stage), page_checksum_verification=True)
+        raw = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        return {name: table[name].to_numpy() for name in table.column_names}, decode_meta(path, raw, stage)
 
 
 def column(table: Columns, name: str, where: str) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture
-from libprune.artifacts import Layout, decode_meta, encode_meta, read_architecture, require
+from libprune.artifacts import Layout, damage, decode_meta, encode_meta, read_architecture, require
 from libprune.checkpoint import load_model
 from libprune.compute import batches, resolve_device, resolve_dtype
 from libprune.errors import ArtifactError, missing_key
@@ -80,10 +80,11 @@ def read_tensor(folder: Path, layer: int, name: str, stage: str) -> Tensor:
     Raises:
         ArtifactError: if the shard or the tensor is missing.
     """
-    with safe_open(require(shard(folder, layer), stage), framework="pt") as file:
+    path = require(shard(folder, layer), stage)
+    with damage(path, stage), safe_open(path, framework="pt") as file:
         names = list(file.keys())
         if name not in names:
-            raise ArtifactError(missing_key(name, names, str(shard(folder, layer))))
+            raise ArtifactError(missing_key(name, names, str(path)))
         tensor: Tensor = file.get_tensor(name)
     return tensor
 
@@ -91,7 +92,7 @@ def read_tensor(folder: Path, layer: int, name: str, stage: str) -> Tensor:
 def read_meta(folder: Path, stage: str) -> dict[str, Any]:
     """What the shards of a stage say of their origin."""
     path = require(shard(folder, 0), stage)
-    with safe_open(path, framework="pt") as file:
+    with damage(path, stage), safe_open(path, framework="pt") as file:
         return decode_meta(path, file.metadata(), stage)
 
 

@@ -168,8 +168,7 @@ def scale(importance: Values, table: Columns, how: str) -> Values:
 
 
 def _zscore(values: Values) -> Values:
-    spread = values.std()
-    return (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)
+    return (values - values.mean()) / values.std() if np.ptp(values) > 0 else np.zeros_like(values)
 
 
 def _minmax(values: Values) -> Values:

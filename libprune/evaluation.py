@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 
@@ -42,7 +43,11 @@ def perplexity(losses: Losses) -> Estimate:
     """
     mean = float(losses.mean())
     error = float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-    return Estimate(math.exp(mean), math.exp(mean) * error)
+    value = math.exp(mean) if mean < _LARGEST else math.inf
+    return Estimate(value, value * error)
+
+
+_LARGEST = math.log(sys.float_info.max)
 
 
 def perplexity_ratio(dense: Losses, pruned: Losses) -> Estimate:

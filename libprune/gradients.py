@@ -95,6 +95,7 @@ class _Batch:
 def _collecting(model: PreTrainedModel, architecture: Architecture, sums: GradientSums) -> Iterator[_Batch]:
     state, handles = _Batch(), []
     wanted = {p.name for p in architecture.parameters if p.layer is not None}
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)
         if name in wanted:
@@ -108,6 +109,8 @@ def _collecting(model: PreTrainedModel, architecture: Architecture, sums: Gradie
     finally:
         for handle in handles:
             handle.remove()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
 
 
 def _take_gradient(name: str, sums: GradientSums, parameter: Tensor) -> None:
@@ -123,6 +126,7 @@ def _watch_input(
     architecture: Architecture, consumer: Map, sums: GradientSums, state: _Batch, module: nn.Module, args: tuple[Tensor]
 ) -> None:
     """Forward pre-hook: when the gradient of the consumer's input arrives, add up the mask gradients."""
+    require_finite(args[0].detach(), state.first, f"the input of {consumer.module}")
     x = args[0].detach()  # holding the tensor itself would tie its graph into a cycle that is never freed
 
     def on_gradient(gradient: Tensor) -> None:

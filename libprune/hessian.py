@@ -63,6 +63,7 @@ def collect_squared_gradients(
 @contextmanager
 def _collecting(model: PreTrainedModel, architecture: Architecture, sums: SquaredGradients) -> Iterator[dict[str, int]]:
     state = {"first": 0}
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     embedding = model.get_input_embeddings()
     handles = [embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))]
@@ -74,6 +75,8 @@ def _collecting(model: PreTrainedModel, architecture: Architecture, sums: Square
     finally:
         for handle in handles:
             handle.remove()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
 
 
 def _watch_output(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from libprune.errors import SourceError
 from libprune.params import Prepare
@@ -57,7 +57,9 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     where: dict[str, Any] = {"revision": params.revision, "trust_remote_code": params.trust_remote_code}
     name: str | Path = path or params.model
     dtype: Any = params.dtype if params.dtype == "auto" else getattr(torch, params.dtype)
-    if path is not None and path.is_file():
+    if path is None or path.is_dir():
+        _refuse_quantized(params, name, where)
+    else:
         where["gguf_file"], name = path.name, path.parent
         dtype = torch.float32 if dtype == "auto" else dtype
     try:
@@ -67,12 +69,22 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {_first_line(error)}") from error
     if "gguf_file" in where:
         _forget_quantization(model)
-    elif getattr(model.config, "quantization_config", None) is not None:
-        raise SourceError(
-            f"prepare.model = {params.model!r} is quantized ({model.config.quantization_config.quant_method}); "
-            "prune the unquantized model and quantize the result"
-        )
     return model.eval(), tokenizer
+
+
+def _refuse_quantized(params: Prepare, name: str | Path, where: dict[str, Any]) -> None:
+    """Stop before transformers looks for the quantizer's package, or dequantises without being asked."""
+    try:
+        config = AutoConfig.from_pretrained(name, **where)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {_first_line(error)}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise SourceError(
+            f"prepare.model = {params.model!r} is quantized ({method}); prune the unquantized model and quantize "
+            "the result"
+        )
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
@@ -102,11 +114,17 @@ def load_documents(source: str, config: str | None, split: str, column: str) -> 
         else:
             builder, files = _builder(path)
             data = load_dataset(builder, data_files=files, split="train")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the builders raise several types of their own
         raise SourceError(f"text {source!r} cannot be loaded: {_first_line(error)}") from error
     if column not in data.column_names:
         raise SourceError(f"text {source!r} has no column {column!r}; it has {', '.join(data.column_names)}")
-    return [document for document in data[column] if document and document.strip()]
+    documents = [document for document in data[column] if document]
+    if not all(isinstance(document, str) for document in documents):
+        raise SourceError(f"column {column!r} of text {source!r} holds {type(documents[0]).__name__}, not text")
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise SourceError(f"text {source!r} holds no document")
+    return documents
 
 
 def _builder(path: Path) -> tuple[str, list[str]]:

@@ -62,7 +62,7 @@ def weight_columns(
 ) -> dict[str, NDArray[Any]]:
     """Cost in parameters, sum of |W| and sum of W^2 of each unit of a block."""
     names = [parameter.name for parameter in architecture.parameters_of(layer, part)]
-    absolute = {name: weights[name].detach().abs() for name in names}
+    absolute = {name: weights[name].detach().double().abs() for name in names}
     squares = {name: tensor.square() for name, tensor in absolute.items()}
     return {
         "cost": np.full(architecture.units(part), unit_parameters(architecture, layer, part)),

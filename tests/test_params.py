@@ -160,7 +160,6 @@ def test_a_value_out_of_range_or_of_another_type_is_refused_with_its_place(load,
         load(data)
 
 
-@pytest.mark.xfail(strict=True, reason="an infinite damping passes gt=0 and makes every repaired weight nan")
 def test_an_infinite_damping_is_refused(load):
     data = shipped()
     data["slice"]["damping"] = float("inf")

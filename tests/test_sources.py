@@ -134,7 +134,6 @@ def test_a_hub_text_that_cannot_be_reached_is_named():
         load_documents("nobody/nothing", None, "train", "text")
 
 
-@pytest.mark.xfail(strict=True, reason="DatasetGenerationError, StopIteration, AttributeError escape as tracebacks")
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -271,7 +270,6 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path):
         load_dense(Prepare(model=str(tmp_path / "model.gguf")))
 
 
-@pytest.mark.xfail(strict=True, reason="transformers raises ImportError first, or dequantizes (fp8, mxfp4) unasked")
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "mxfp4", "unheard-of"])
 def test_a_quantized_model_is_refused_with_its_method(folder, tmp_path, method):
     for path in folder.iterdir():

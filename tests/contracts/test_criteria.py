@@ -237,7 +237,6 @@ def test_the_order_is_kept_and_a_blocks_own_level_is_taken_out(how, case, factor
         assert (np.diff(scaled[rows][order]) >= 0).all()
 
 
-@pytest.mark.xfail(strict=True, reason="np.std of equal values may be an ulp above 0, so all become +1 or -1")
 @given(st.floats(1e-6, 1e6), st.integers(2, 9))
 def test_equal_values_have_zscore_0_whatever_they_are(value, count):
     table = {"layer_idx": np.zeros(count), "group_type": np.array(["mlp"] * count, dtype=object)}
