@@ -29,7 +29,7 @@ def headline(evaluation: Metrics) -> Rows:
     ]
 
 
-def _count(name: str, dense: float, pruned: float) -> tuple[str, ...]:
+def _count(name: str, dense: int | float, pruned: int | float) -> tuple[str, ...]:
     return name, f"{dense:,.0f}", f"{pruned:,.0f}", f"{100 * (pruned / dense - 1):+.1f} %"
 
 
