@@ -116,7 +116,7 @@ def decide(architecture: Architecture, scores: Columns, meta: Mapping[str, Any],
     if params.split == "auto":
         params = params.model_copy(update={"split": "importance" if comparable else "proportional"})
     plan = allocate(architecture, scores, params)
-    components = [name for name in scores if name in COMPARED_COMPONENTS]
+    components = [name for name in scores if name in COMPARED_COMPONENTS and meta["scaling"] == "none"]
     overlap = {}
     for name in components if len(components) > 1 else []:
         alone = scores | {"importance": scores[name], "score": scores[name] / scores["cost"]}
@@ -216,6 +216,8 @@ def _global(architecture: Architecture, ladders: Ladders, target: int, params: A
 def _empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block) -> bool:
     """Whether one more removal in a block would leave its layer with nothing."""
     layer, _ = block
+    if depth[block] + 1 < len(ladders[block]):
+        return False
     left = 0
     for part in architecture.parts:
         other = (layer, part)
@@ -233,20 +235,38 @@ def _uniform(architecture: Architecture, ladders: Ladders, target: int, params: 
     layers = [layer for layer in range(architecture.layers) if any(ladders[layer, p] for p in architecture.parts)]
     if not layers:
         return dict.fromkeys(ladders, 0)
-    options = {part: _options(architecture, ladders[layers[0], part], part, params) for part in architecture.parts}
-    full = {part: len(ladders[layers[0], part]) for part in options}
+    first = {part: ladders[layers[0], part] for part in architecture.parts}
+    options = {part: _options(architecture, first[part], part, params) for part in first}
+    spent = {part: _totals([[step.cost for step in ladders[layer, part]] for layer in layers]) for part in first}
+    lost = {part: _totals([[step.importance for step in ladders[layer, part]] for layer in layers]) for part in first}
+    gone = {part: _totals([[len(step.units) for step in first[part]]]) / architecture.units(part) for part in first}
     may_empty = params.allow_layer_removal and len(layers) < architecture.layers
-    if not may_empty and all(_empties_part(architecture, ladders[layers[0], part], part) for part in options):
-        last = next(iter(options))
-        options[last] = [count for count in options[last] if count < full[last]]
-    splits = [dict(zip(options, chosen, strict=True)) for chosen in _near(ladders, layers, options, target)]
-    best = min(splits, key=lambda split: _split_order(architecture, ladders, layers, split, target, params))
+    allowed = [
+        split for split in _splits(options, spent, target) if may_empty or any(gone[p][split[p]] < 1 for p in split)
+    ]
+
+    def miss(split: Split) -> float:
+        return abs(target - float(sum(spent[part][i] for part, i in split.items())))
+
+    def preference(split: Split) -> float:
+        if params.split == "importance":
+            return float(sum(lost[part][i] for part, i in split.items()))
+        shares = [float(gone[part][i]) for part, i in split.items()]
+        return max(shares) - min(shares)
+
+    cheapest = min((len(layers) * steps[0].cost for steps in first.values() if steps), default=0)
+    reach = max(cheapest, min(map(miss, allowed)))
+    best = min((split for split in allowed if miss(split) <= reach), key=lambda split: (preference(split), miss(split)))
     return {(layer, part): best[part] if layer in layers else 0 for layer, part in ladders}
 
 
-def _empties_part(architecture: Architecture, ladder: tuple[Step, ...], part: str) -> bool:
-    """Whether all steps of a ladder together leave the part without a unit."""
-    return sum(len(step.units) for step in ladder) == architecture.units(part)
+Split = Mapping[str, int]
+"""For each part the number of removals in every layer."""
+
+
+def _totals(values: list[list[Any]]) -> NDArray[np.float64]:
+    """Sums over layers of the first 0, 1, 2, ... steps; ``[steps + 1]``."""
+    return np.concatenate([[0.0], np.cumsum(np.sum(np.array(values, dtype=np.float64), axis=0))])
 
 
 def _options(architecture: Architecture, ladder: tuple[Step, ...], part: str, params: Allocate) -> list[int]:
@@ -257,44 +277,22 @@ def _options(architecture: Architecture, ladder: tuple[Step, ...], part: str, pa
     return [i for i, count in enumerate(kept) if i == 0 or any_count or (count > 0 and shape.says(int(count)))]
 
 
-def _near(ladders: Ladders, layers: list[int], options: dict[str, list[int]], target: int) -> list[tuple[int, ...]]:
-    """The splits whose removed parameters are as near to the target as the finest part allows."""
-    spent = {part: np.array([_spent(ladders, layers, part, i) for i in options[part]]) for part in options}
-    tolerance = min(len(layers) * ladders[layers[0], part][0].cost for part in options if ladders[layers[0], part])
-    finest = min(options, key=lambda part: min((step.cost for step in ladders[layers[0], part]), default=np.inf))
-    others = [part for part in options if part != finest]
-    candidates = []
-    for indices in product(*(range(len(options[part])) for part in others)):
-        rest = target - sum(int(spent[part][i]) for part, i in zip(others, indices, strict=True))
-        fill = int(np.abs(spent[finest] - rest).argmin())
-        chosen = dict(zip(others, indices, strict=True)) | {finest: fill}
-        miss = abs(int(spent[finest][fill]) - rest)
-        candidates.append((miss, tuple(options[part][chosen[part]] for part in options)))
-    nearest_miss = min(miss for miss, _ in candidates)
-    return [split for miss, split in candidates if miss <= max(nearest_miss, tolerance)]
-
-
-def _spent(ladders: Ladders, layers: list[int], part: str, steps: int) -> int:
-    return sum(step.cost for layer in layers for step in ladders[layer, part][:steps])
-
-
-def _split_order(
-    architecture: Architecture,
-    ladders: Ladders,
-    layers: list[int],
-    split: Mapping[str, int],
+def _splits(
+    options: Mapping[str, list[int]],
+    spent: Mapping[str, NDArray[np.float64]],
     target: int,
-    params: Allocate,
-) -> tuple[float, ...]:
-    chosen = [step for layer in layers for part, i in split.items() for step in ladders[layer, part][:i]]
-    miss = abs(target - sum(step.cost for step in chosen))
-    if params.split == "importance":
-        return (float(sum(step.importance for step in chosen)), float(miss))
-    shares = [
-        sum(len(step.units) for step in ladders[layers[0], part][:i]) / architecture.units(part)
-        for part, i in split.items()
-    ]
-    return (max(shares) - min(shares), float(miss))
+) -> list[Split]:
+    """For every choice in the other parts the two choices nearest to the target in the part of finest steps."""
+    finest = min(options, key=lambda part: spent[part][1] if len(spent[part]) > 1 else np.inf)
+    others = [part for part in options if part != finest]
+    choices = np.array(options[finest])
+    splits: list[Split] = []
+    for chosen in product(*(options[part] for part in others)):
+        rest = target - sum(spent[part][i] for part, i in zip(others, chosen, strict=True))
+        order = np.argsort(np.abs(spent[finest][choices] - rest), kind="stable")
+        for fill in choices[order[:2]]:
+            splits.append(dict(zip(others, chosen, strict=True)) | {finest: int(fill)})
+    return splits
 
 
 METHODS = {"uniform": _uniform, "global": _global}

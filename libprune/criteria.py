@@ -168,7 +168,8 @@ def scale(importance: Values, table: Columns, how: str) -> Values:
 
 
 def _zscore(values: Values) -> Values:
-    return (values - values.mean()) / values.std() if np.ptp(values) > 0 else np.zeros_like(values)
+    spread = values.std()
+    return (values - values.mean()) / spread if np.ptp(values) > 0 and spread > 0 else np.zeros_like(values)
 
 
 def _minmax(values: Values) -> Values:

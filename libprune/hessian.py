@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture, Map
 from libprune.compute import require_finite, sequence_losses
+from libprune.errors import StatisticsError
 from libprune.units import unit_sums
 
 
@@ -57,6 +58,9 @@ def collect_squared_gradients(
             state["first"] = first
             sequence_losses(model, ids).sum().backward()
             sums.sequences += len(ids)
+    for name, squares in sums.squares.items():
+        if not torch.isfinite(squares).all():
+            raise StatisticsError(f"a squared gradient of {name} overflows; try compute.dtype: float32")
     return sums
 
 

@@ -56,7 +56,8 @@ class Tokenize(_Section):
     calibration_sequences: Count = 256
     calibration_length: Annotated[int, Field(ge=2)] = 128
     """Tokens of a calibration sequence."""
-    evaluation_windows: Count = 16
+    evaluation_windows: Annotated[int, Field(ge=2)] = 16
+    """At least two, for a standard error."""
     evaluation_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of an evaluation window."""
     seed: int = 0

@@ -127,6 +127,21 @@ def load_documents(source: str, config: str | None, split: str, column: str) -> 
     return documents
 
 
+def require_other_text(text: str, split: str, evaluation_text: str, evaluation_split: str) -> None:
+    """Stop if the text to evaluate on is the text to calibrate on.
+
+    Raises:
+        SourceError: if both name the same file, or the same split of the same data set.
+    """
+    path, other = resolve(text), resolve(evaluation_text)
+    same = path.samefile(other) if path and other else text == evaluation_text and split == evaluation_split
+    if same:
+        raise SourceError(
+            f"tokenize.evaluation_text is the text to calibrate on ({text!r}); set it to null to set documents "
+            "apart, or name another text or split"
+        )
+
+
 def _builder(path: Path) -> tuple[str, list[str]]:
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     kinds = {_BUILDERS.get(file.suffix, "text") for file in files}

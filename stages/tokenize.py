@@ -9,7 +9,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     from libprune.artifacts import Layout, read_architecture, require
     from libprune.params import load_params
-    from libprune.sources import load_documents
+    from libprune.sources import load_documents, require_other_text
     from libprune.tokens import draw, split_documents, spread, windows, write_tokens
 
     layout, settings = Layout(artifacts), load_params(params).tokenize
@@ -19,6 +19,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     if settings.evaluation_text is None:
         calibration, evaluation = split_documents(documents, settings.evaluation_share)
     else:
+        require_other_text(settings.text, settings.split, settings.evaluation_text, settings.evaluation_split)
         calibration = documents
         evaluation = load_documents(
             settings.evaluation_text, settings.config, settings.evaluation_split, settings.column

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from libprune.checkpoint import write_dense
 from libprune.errors import ArtifactError, SourceError
 from libprune.params import Prepare
-from libprune.sources import load_dense, load_documents, resolve
+from libprune.sources import load_dense, load_documents, require_other_text, resolve
 from libprune.tokens import draw, read_tokens, split_documents, spread, windows, write_tokens
 from tests.tiny import WORDS, write_model, write_text
 
@@ -280,3 +280,15 @@ def test_a_quantized_model_is_refused_with_its_method(folder, tmp_path, method):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=rf"is quantized \({method}\); prune the unquantized model"):
         load_dense(Prepare(model=str(tmp_path)))
+
+
+def test_the_text_to_calibrate_on_is_refused_for_evaluation(tmp_path):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("a\n")
+    two.write_text("b\n")
+    require_other_text(str(one), "train", str(two), "test")
+    require_other_text("owner/data", "train", "owner/data", "test")
+    for source, split in ((str(one), "test"), ("owner/data", "train")):
+        text = str(one) if split == "test" else source
+        with pytest.raises(SourceError, match="is the text to calibrate on"):
+            require_other_text(text, "train", source, split)
