@@ -4,9 +4,9 @@ In every block the units go in ascending order of rank, in steps: one unit, or a
 keep their count a multiple. What differs between methods is how far each block goes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -241,9 +241,11 @@ def _uniform(architecture: Architecture, ladders: Ladders, target: int, params: 
     lost = {part: _totals([[step.importance for step in ladders[layer, part]] for layer in layers]) for part in first}
     gone = {part: _totals([[len(step.units) for step in first[part]]]) / architecture.units(part) for part in first}
     may_empty = params.allow_layer_removal and len(layers) < architecture.layers
-    allowed = [
-        split for split in _splits(options, spent, target) if may_empty or any(gone[p][split[p]] < 1 for p in split)
-    ]
+
+    def allowed(split: Split) -> bool:
+        return may_empty or any(gone[part][i] < 1 for part, i in split.items())
+
+    splits = _splits(options, spent, target, allowed)
 
     def miss(split: Split) -> float:
         return abs(target - float(sum(spent[part][i] for part, i in split.items())))
@@ -255,8 +257,8 @@ def _uniform(architecture: Architecture, ladders: Ladders, target: int, params: 
         return max(shares) - min(shares)
 
     cheapest = min((len(layers) * steps[0].cost for steps in first.values() if steps), default=0)
-    reach = max(cheapest, min(map(miss, allowed)))
-    best = min((split for split in allowed if miss(split) <= reach), key=lambda split: (preference(split), miss(split)))
+    reach = max(cheapest, min(map(miss, splits)))
+    best = min((split for split in splits if miss(split) <= reach), key=lambda split: (preference(split), miss(split)))
     return {(layer, part): best[part] if layer in layers else 0 for layer, part in ladders}
 
 
@@ -281,8 +283,9 @@ def _splits(
     options: Mapping[str, list[int]],
     spent: Mapping[str, NDArray[np.float64]],
     target: int,
+    allowed: Callable[[Split], bool],
 ) -> list[Split]:
-    """For every choice in the other parts the two choices nearest to the target in the part of finest steps."""
+    """For every choice in the other parts the allowed one nearest to the target in the part of finest steps."""
     finest = min(options, key=lambda part: spent[part][1] if len(spent[part]) > 1 else np.inf)
     others = [part for part in options if part != finest]
     choices = np.array(options[finest])
@@ -290,8 +293,8 @@ def _splits(
     for chosen in product(*(options[part] for part in others)):
         rest = target - sum(spent[part][i] for part, i in zip(others, chosen, strict=True))
         order = np.argsort(np.abs(spent[finest][choices] - rest), kind="stable")
-        for fill in choices[order[:2]]:
-            splits.append(dict(zip(others, chosen, strict=True)) | {finest: int(fill)})
+        fills = (dict(zip(others, chosen, strict=True)) | {finest: int(fill)} for fill in choices[order])
+        splits.extend(islice(filter(allowed, fills), 1))
     return splits
 
 
