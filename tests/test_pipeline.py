@@ -99,6 +99,8 @@ def project(tmp_path_factory, sources) -> Path:
     copy(".dvc/.gitignore", ROOT, folder)
     tiny.write_params(folder / "params.yaml", **sources)
     run(["git", "init", "-q"], folder)
+    run(["git", "config", "user.name", "t"], folder)
+    run(["git", "config", "user.email", "t@example.com"], folder)
     commit(folder)
     first = run(["dvc", "repro"], folder)
     assert stages_run(first) == ORDER
@@ -108,7 +110,7 @@ def project(tmp_path_factory, sources) -> Path:
 
 def commit(folder: Path) -> None:
     run(["git", "add", "-A"], folder)
-    run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "state"], folder)
+    run(["git", "commit", "-q", "-m", "state"], folder)
 
 
 def stages_run(done: subprocess.CompletedProcess[str]) -> list[str]:
