@@ -1,6 +1,7 @@
 """Device, precision and batches for the stages that run a model."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -68,6 +70,20 @@ def batches(
             chunk = ids[start : start + step]
             yield start, torch.from_numpy(chunk).to(device)
             bar.update(len(chunk))
+
+
+@contextmanager
+def hooked(model: PreTrainedModel) -> Iterator[list[RemovableHandle]]:
+    """A list for the handles of hooks; on exit they are removed and every `requires_grad` is as it was."""
+    handles: list[RemovableHandle] = []
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
 
 
 def sequence_losses(model: PreTrainedModel, ids: Int[Tensor, "batch length"]) -> Float[Tensor, " batch"]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture, Map
-from libprune.compute import require_finite, sequence_losses
+from libprune.compute import hooked, require_finite, sequence_losses
 from libprune.units import sum_positions, unit_sums
 
 Block = tuple[int, str]
@@ -93,24 +93,18 @@ class _Batch:
 
 @contextmanager
 def _collecting(model: PreTrainedModel, architecture: Architecture, sums: GradientSums) -> Iterator[_Batch]:
-    state, handles = _Batch(), []
+    state = _Batch()
     wanted = {p.name for p in architecture.parameters if p.layer is not None}
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
-        if name in wanted:
-            handles.append(parameter.register_post_accumulate_grad_hook(partial(_take_gradient, name, sums)))
-    for layer, part in architecture.blocks():
-        for consumer in architecture.consumers(layer, part):
-            hook = partial(_watch_input, architecture, consumer, sums, state)
-            handles.append(model.get_submodule(consumer.module).register_forward_pre_hook(hook))
-    try:
-        yield state
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model) as handles:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
+            parameter.requires_grad_(name in wanted)
+            if name in wanted:
+                handles.append(parameter.register_post_accumulate_grad_hook(partial(_take_gradient, name, sums)))
+        for layer, part in architecture.blocks():
+            for consumer in architecture.consumers(layer, part):
+                hook = partial(_watch_input, architecture, consumer, sums, state)
+                handles.append(model.get_submodule(consumer.module).register_forward_pre_hook(hook))
+        yield state
 
 
 def _take_gradient(name: str, sums: GradientSums, parameter: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture, Map
-from libprune.compute import require_finite, sequence_losses
+from libprune.compute import hooked, require_finite, sequence_losses
 from libprune.errors import StatisticsError
 from libprune.units import unit_sums
 
@@ -67,20 +67,14 @@ def collect_squared_gradients(
 @contextmanager
 def _collecting(model: PreTrainedModel, architecture: Architecture, sums: SquaredGradients) -> Iterator[dict[str, int]]:
     state = {"first": 0}
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    embedding = model.get_input_embeddings()
-    handles = [embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))]
-    for entry in architecture.maps:
-        hook = partial(_watch_output, entry, sums, state)
-        handles.append(model.get_submodule(entry.module).register_forward_hook(hook))
-    try:
+    with hooked(model) as handles:
+        model.requires_grad_(False)
+        embedding = model.get_input_embeddings()
+        handles.append(embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True)))
+        for entry in architecture.maps:
+            hook = partial(_watch_output, entry, sums, state)
+            handles.append(model.get_submodule(entry.module).register_forward_hook(hook))
         yield state
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
 
 
 def _watch_output(
