@@ -21,13 +21,13 @@ import yaml
 from libprune import allocation, criteria
 from libprune.artifacts import Layout, read_architecture
 from libprune.checkpoint import WeightFiles, load_model
-from libprune.collection import read_tensor
 from libprune.compute import resolve_device, resolve_dtype
 from libprune.errors import LibpruneError
 from libprune.evaluation import perplexity, perplexity_ratio, window_losses
 from libprune.params import Allocate, Params, Score
 from libprune.repair import repair_local
 from libprune.report import markdown_table
+from libprune.shards import read_tensor
 from libprune.surgery import masked
 from libprune.tokens import read_tokens
 

@@ -1,9 +1,9 @@
-"""Forward-only statistics: norms at every map's input, Gram matrices at the consumers'."""
+"""Forward-only statistics: norms and moments at every map's input, Gram matrices and histograms at the consumers'."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,145 +11,156 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from libprune.accumulator import Accumulator, Group
 from libprune.architecture import Architecture, Map
-from libprune.errors import StatisticsError
-from libprune.units import unit_sums
+from libprune.compute import hooked, require_finite
+from libprune.params import Activations
+from libprune.statistics import Cosine, Gram, Histogram, InputMoments, State, Statistic, entropy, frequency
+from libprune.units import sum_positions, unit_sums
 
 NORMS = ("l1", "l2", "mean", "max")
+HISTOGRAM_STRIDE = 4
+"""One token in so many enters the histograms, at other positions in each sequence."""
+ACTIVE = 0.125
+"""A value counts as active from this share of the root mean square of the layer's consumer input."""
+
+_GRAM, _HISTOGRAM, _BLOCK = ".input_gram", ".input_histogram", "block"
 
 
-@dataclass
-class InputSums:
-    """Running sums at the input of one map, over tokens; each ``[input]``, float64 or (max) float32.
-
-    Attributes:
-        total: sum of x.
-        absolute: sum of |x|.
-        square: sum of x^2.
-        largest: maximum of |x|.
-        gram: sum of x x^T, ``[input, input]`` float32, at consumers only.
-    """
-
-    total: Tensor
-    absolute: Tensor
-    square: Tensor
-    largest: Tensor
-    gram: Tensor | None = None
-
-    def norm(self, kind: str, tokens: int) -> Tensor:
-        """A norm of each input feature: l1 = sum |x|, l2 = sqrt(sum x^2), mean = |mean x|, max = max |x|."""
-        values = {
-            "l1": self.absolute,
-            "l2": self.square.sqrt(),
-            "mean": (self.total / tokens).abs(),
-            "max": self.largest.double(),
-        }
-        return values[kind].float()
+def activation_groups(architecture: Architecture, section: Activations) -> list[Group]:
+    """The statistics of every layer."""
+    return [_layer_group(architecture, layer, section) for layer in range(architecture.layers)]
 
 
-@dataclass
-class ActivationSums:
-    """Sums of every map, by module name, and the tokens seen."""
-
-    inputs: dict[str, InputSums] = field(default_factory=dict)
-    tokens: int = 0
-
-    def layer_tensors(self, architecture: Architecture, layer: int) -> dict[str, Tensor]:
-        """What is stored of one block, for all its maps."""
-        maps = [entry for part in architecture.parts for entry in architecture.maps_of(layer, part)]
-        return {name: tensor for entry in maps for name, tensor in self.tensors(entry.module).items()}
-
-    def tensors(self, module: str) -> dict[str, Tensor]:
-        """What is stored of one map: norms, mean and variance of its input, and E[x x^T] at a consumer."""
-        sums = self.inputs[module]
-        mean = sums.total / self.tokens
-        stored = {f"{module}.input_norm_{kind}": sums.norm(kind, self.tokens) for kind in NORMS if kind != "mean"}
-        stored[f"{module}.input_mean"] = mean.float()
-        stored[f"{module}.input_variance"] = (sums.square / self.tokens - mean.square()).clamp(min=0).float()
-        if sums.gram is not None:
-            stored[f"{module}.input_gram"] = sums.gram / self.tokens
-        return stored
+def _layer_group(architecture: Architecture, layer: int, section: Activations) -> Group:
+    group: dict[str, Statistic] = {_BLOCK: Cosine()}
+    for part in architecture.parts:
+        consumers = architecture.consumers(layer, part)
+        for entry in architecture.maps_of(layer, part):
+            width = entry.input.size(architecture.sizes)
+            group[entry.module] = InputMoments(width)
+            if entry in consumers:
+                group[entry.module + _GRAM] = Gram(width, getattr(torch, section.storage_dtype))
+                group[entry.module + _HISTOGRAM] = Histogram(width)
+    return group
 
 
 def collect_activations(
-    model: PreTrainedModel, architecture: Architecture, batches: Iterable[tuple[int, Tensor]]
-) -> ActivationSums:
-    """One forward pass over the batches.
+    model: PreTrainedModel,
+    architecture: Architecture,
+    batches: Iterable[tuple[int, int, Tensor]],
+    sums: Accumulator,
+) -> None:
+    """Add batches to the sums, with one forward pass over each sequence, without the head.
+
+    Args:
+        model: the model.
+        architecture: its description.
+        batches: number, index of the first sequence and ids ``[batch, length]`` of each batch.
+        sums: of the `activation_groups`.
 
     Raises:
-        StatisticsError: naming the module and batch whose input is not finite.
+        StatisticsError: naming the module and sequence whose input is not finite.
     """
-    sums = ActivationSums()
-    with _collecting(model, architecture, sums), torch.no_grad():
-        for first, ids in batches:
+    with _collecting(model, architecture, sums) as collector, torch.no_grad():
+        for _, first, ids in batches:
+            collector.begin(first)
             model.base_model(input_ids=ids, use_cache=False)
-            sums.tokens += ids.numel()
-            _require_finite(sums, first)
-    return sums
 
 
 @contextmanager
-def _collecting(model: PreTrainedModel, architecture: Architecture, sums: ActivationSums) -> Iterator[None]:
-    handles = []
-    for layer, part in architecture.blocks():
-        consumers = {entry.module for entry in architecture.consumers(layer, part)}
-        for entry in architecture.maps_of(layer, part):
-            hook = partial(_watch_input, entry, entry.module in consumers, sums)
-            handles.append(model.get_submodule(entry.module).register_forward_pre_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _collecting(model: PreTrainedModel, architecture: Architecture, sums: Accumulator) -> Iterator["_Collector"]:
+    collector = _Collector(sums)
+    with hooked(model) as handles:
+        for entry in architecture.maps:
+            module = model.get_submodule(entry.module)
+            handles.append(module.register_forward_pre_hook(partial(collector.input, entry)))
+        for layer in range(architecture.layers):
+            block = model.get_submodule(f"{architecture.layers_path}.{layer}")
+            handles.append(block.register_forward_hook(partial(collector.block, layer), with_kwargs=True))
+        yield collector
 
 
-def _watch_input(entry: Map, with_gram: bool, sums: ActivationSums, module: nn.Module, args: tuple[Tensor]) -> None:
-    x = args[0].flatten(0, -2).float()
-    magnitude = x.abs()
-    now = InputSums(
-        total=x.sum(0, dtype=torch.float64),
-        absolute=magnitude.sum(0, dtype=torch.float64),
-        square=x.square().sum(0, dtype=torch.float64),
-        largest=magnitude.amax(0),
-        gram=x.T @ x if with_gram else None,
-    )
-    before = sums.inputs.get(entry.module)
-    sums.inputs[entry.module] = now if before is None else _merge(before, now)
+class _Collector:
+    """Turns inputs into updates of the sums. Maps that share an input, as q, k and v do, are measured once."""
 
+    def __init__(self, sums: Accumulator) -> None:
+        self.sums = sums
 
-def _merge(one: InputSums, two: InputSums) -> InputSums:
-    return InputSums(
-        total=one.total + two.total,
-        absolute=one.absolute + two.absolute,
-        square=one.square + two.square,
-        largest=torch.maximum(one.largest, two.largest),
-        gram=None if one.gram is None or two.gram is None else one.gram.add_(two.gram),
-    )
+    def begin(self, first: int) -> None:
+        """A batch begins."""
+        self._first = first
+        self._shared: tuple[Tensor, State] | None = None
 
+    def input(self, entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of a map."""
+        x = args[0]
+        if self._shared is None or self._shared[0] is not x:
+            require_finite(x, self._first, f"the input of {entry.module}")
+            moments = self.sums.groups[entry.layer][entry.module].measure(x.flatten(0, -2).float())
+            self._shared = x, moments
+        self.sums.join(entry.layer, entry.module, self._shared[1])
+        if entry.module + _GRAM in self.sums.groups[entry.layer]:
+            self.sums.update(entry.layer, entry.module + _GRAM, x.flatten(0, -2))
+            self.sums.update(entry.layer, entry.module + _HISTOGRAM, self._sampled(x))
 
-def _require_finite(sums: ActivationSums, first: int) -> None:
-    for module, entry in sums.inputs.items():
-        if not torch.isfinite(entry.square).all():
-            raise StatisticsError(
-                f"the input of {module} is not finite in the batch from calibration sequence {first}; "
-                "try compute.dtype: float32, and check that the model is sound on this text"
-            )
+    def _sampled(self, x: Tensor) -> Tensor:
+        """The tokens whose position and sequence add up to a multiple of the stride."""
+        sequence = torch.arange(self._first, self._first + x.shape[0], device=x.device)
+        position = torch.arange(x.shape[1], device=x.device)
+        return x[(sequence[:, None] + position) % HISTOGRAM_STRIDE == 0]
+
+    def block(
+        self, layer: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """Forward hook of a block."""
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output if isinstance(output, Tensor) else output[0]
+        self.sums.update(layer, _BLOCK, before.flatten(0, -2), after.flatten(0, -2))
 
 
 def activation_columns(
-    sums: ActivationSums, architecture: Architecture, weights: Mapping[str, Tensor], layer: int, part: str
+    architecture: Architecture, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], layer: int, part: str
 ) -> dict[str, NDArray[np.float64]]:
-    """Per-unit sums of |W_ij| a_j of a block, for every norm a of the input features."""
+    """Per-unit forward statistics of a block.
+
+    `wanda_*`: sum over the unit's weights of |W_ij| a_j, for every norm a of the input features.
+    `activation_*`: what the unit's own positions carry at the consumer's input, on average:
+    magnitude (mean |x|), variance, range (max - min), entropy (nats, over `BINS` bins), and
+    frequency (share of values of at least `ACTIVE` times the layer's root mean square).
+    """
     columns = {}
     for kind in NORMS:
         terms = {
-            entry.weight: _weighted(entry, weights[entry.weight].detach().cpu(), sums, kind)
+            entry.weight: _weighted(entry, weights[entry.weight], tensors, kind)
             for entry in architecture.maps_of(layer, part)
         }
         columns[f"wanda_{kind}"] = unit_sums(architecture, layer, part, terms, weights_only=True)
+    consumer = architecture.consumers(layer, part)[0]
+    units = consumer.input.units(architecture.parts[part].axis, architecture.sizes)
+    number = architecture.units(part)
+    positions = sum_positions(torch.ones(len(units), dtype=torch.float64), units, number)
+    for name, values in _features(tensors, consumer.module).items():
+        columns[f"activation_{name}"] = (sum_positions(values.double(), units, number) / positions).numpy()
     return columns
 
 
-def _weighted(entry: Map, weight: Tensor, sums: ActivationSums, kind: str) -> Tensor:
-    norm = sums.inputs[entry.module].norm(kind, sums.tokens).cpu()
+def _weighted(entry: Map, weight: Tensor, tensors: Mapping[str, Tensor], kind: str) -> Tensor:
+    of = f"{entry.module}.input_mean" if kind == "mean" else f"{entry.module}.input_norm_{kind}"
+    norm = tensors[of].abs()
     return weight.abs().float() * (norm[:, None] if entry.transposed else norm)
+
+
+def _features(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """Statistics of every input feature of a consumer."""
+    variance, mean = tensors[f"{module}.input_variance"], tensors[f"{module}.input_mean"]
+    counts = tensors[module + _HISTOGRAM]
+    root_mean_square = float((variance + mean.square()).mean().sqrt())
+    tokens = float(tensors[f"{module}.input_tokens"])
+    return {
+        "magnitude": tensors[f"{module}.input_norm_l1"] / tokens,
+        "variance": variance,
+        "range": tensors[f"{module}.input_max"] - tensors[f"{module}.input_min"],
+        "entropy": entropy(counts),
+        "frequency": frequency(counts, ACTIVE * root_mean_square),
+    }

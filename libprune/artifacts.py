@@ -99,14 +99,14 @@ def writing(target: Path) -> Iterator[Path]:
     """A path to write a file or a folder at, which takes the place of `target` only on success."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    _remove(partial)
+    remove(partial)
     try:
         yield partial
         if partial.is_dir():
-            _remove(target)
+            remove(target)
         partial.replace(target)
     finally:
-        _remove(partial)
+        remove(partial)
 
 
 @contextmanager
@@ -117,7 +117,8 @@ def writing_folder(target: Path) -> Iterator[Path]:
         yield partial
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,106 +1,354 @@
-"""What the collecting stages share: the model, the calibration batches, and the layer shards they write."""
+"""What the collecting stages share: the model, the calibration batches, and sums that survive a kill."""
 
-from collections.abc import Callable, Iterator, Mapping
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
+import typer
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from libprune.accumulator import (
+    ROWS,
+    UNITS,
+    Accumulator,
+    Checkpoints,
+    Group,
+    read_states,
+    state_bytes,
+    stored_bytes,
+)
 from libprune.architecture import Architecture
-from libprune.artifacts import Layout, damage, decode_meta, encode_meta, read_architecture, require
-from libprune.checkpoint import load_model
-from libprune.compute import batches, resolve_device, resolve_dtype
-from libprune.errors import ArtifactError, missing_key
+from libprune.artifacts import (
+    Columns,
+    Layout,
+    encode_meta,
+    read_architecture,
+    remove,
+    require,
+    unit_index,
+    write_table,
+    writing_folder,
+)
+from libprune.checkpoint import WeightFiles, load_model
+from libprune.compute import resolve_device, resolve_dtype
+from libprune.errors import StatisticsError
+from libprune.memory import checkpoint_blocks, fits_in_memory, gigabytes, offload_maps, require_room
+from libprune.parallel import World, join_world, shard_blocks
 from libprune.params import Compute
+from libprune.shards import shard
 from libprune.tokens import read_tokens
+
+ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
+RowsOf = Callable[[Architecture, Mapping[str, Tensor], int], Columns]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A model on its device and the batches to run through it.
+    """A model on its device and the text to run through it.
 
     Attributes:
-        n_tok: loss-counted tokens of a sequence.
+        weights: the dense model's parameters, read from its files.
+        ids: the chosen calibration sequences, ``[sequences, length]``.
+        available: calibration sequences that there are.
+        compute: the params of how to run the model.
         meta: what the collected artifacts say of their origin.
+        work: the folder of unfinished work.
     """
 
     model: PreTrainedModel
     architecture: Architecture
-    batches: Iterator[tuple[int, Tensor]]
-    n_tok: int
+    weights: WeightFiles
+    ids: NDArray[np.int64]
+    available: int
+    device: torch.device
+    compute: Compute
+    world: World
     meta: dict[str, Any]
+    work: Path
+
+    @property
+    def n_tok(self) -> int:
+        """Loss-counted tokens of a sequence."""
+        return self.ids.shape[1] - 1
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the blocks are checkpointed."""
+        return self.compute.gradient_checkpointing or self.compute.offload == "cpu"
+
+    @property
+    def at_once(self) -> int:
+        """Sequences that `compute.batch_tokens` allow in one pass."""
+        return max(1, self.compute.batch_tokens // self.ids.shape[1])
 
 
-def set_up(layout: Layout, compute: Compute, sequences: int | None, label: str) -> Calibration:
+def set_up(layout: Layout, compute: Compute, sequences: int | None) -> Calibration:
     """Load what a collecting stage needs.
 
     Raises:
         LibpruneError: if an artifact is missing or foreign, or the device cannot be used.
     """
     architecture = read_architecture(layout)
-    ids, tokens_meta = read_tokens(layout.calibration, architecture.fingerprint, sequences)
-    device = resolve_device(compute.device)
+    ids, tokens_meta = read_tokens(layout.calibration, architecture.fingerprint, None)
+    chosen, _ = read_tokens(layout.calibration, architecture.fingerprint, sequences)
+    world = join_world()
+    device = resolve_device(compute.device, world.local_rank)
     dtype = resolve_dtype(compute.dtype, device)
-    model = load_model(require(layout.model, "prepare"), dtype).to(device)
+    model = place(load_model(require(layout.model, "prepare"), dtype), architecture, compute, world, device)
     meta = {
         "model": architecture.fingerprint,
         "tokens": tokens_meta["tokens"],
-        "sequences": len(ids),
+        "sequences": len(chosen),
         "length": ids.shape[1],
         "compute_dtype": str(dtype).removeprefix("torch."),
     }
-    return Calibration(model, architecture, batches(ids, compute.batch_tokens, device, label), ids.shape[1] - 1, meta)
+    weights = WeightFiles(layout.model)
+    work = layout.root.parent / ".work"
+    return Calibration(model, architecture, weights, chosen, len(ids), device, compute, world, meta, work)
 
 
-def write_layers(
-    folder: Path,
-    architecture: Architecture,
-    tensors_of: Callable[[int], Mapping[str, Tensor]],
-    meta: Mapping[str, Any],
-) -> None:
-    """Write one safetensors shard a layer, `layer-000.safetensors` and so on."""
-    for layer in range(architecture.layers):
-        tensors = {name: tensor.contiguous() for name, tensor in tensors_of(layer).items()}
-        save_file(tensors, shard(folder, layer), metadata=encode_meta(meta))
+def place(
+    model: PreTrainedModel, architecture: Architecture, compute: Compute, world: World, device: torch.device
+) -> PreTrainedModel:
+    """The model where it is to run: on the device, offloaded, or shared out."""
+    if world.sharded:
+        shard_blocks(model, architecture, device)
+    elif compute.offload == "cpu":
+        offload_maps(model, architecture, device)
+    else:
+        model = model.to(device)
+    if compute.gradient_checkpointing or compute.offload == "cpu":  # offloaded weights must not wait for backward
+        checkpoint_blocks(model, architecture)
+    return model
 
 
-def shard(folder: Path, layer: int) -> Path:
-    """The file of one layer."""
-    return folder / f"layer-{layer:03d}.safetensors"
+@dataclass
+class Collection:
+    """The sums of one collecting stage, and the way of its batches through them."""
+
+    run: Calibration
+    stage: str
+    accumulator: Accumulator
+    checkpoints: Checkpoints
+    size: int
+
+    def batches(self) -> Iterator[tuple[int, int, Tensor]]:
+        """The batches that the sums do not hold yet, with a progress bar; the sums are saved between them.
+
+        Yields:
+            The batch's number, the index of its first sequence, and its ids ``[batch, length]``.
+
+        With several processes each takes every so-manieth batch. Where the model is shared out
+        all must run equally often: one without a batch repeats the last one, which is not counted.
+        """
+        world, sums, ids = self.run.world, self.accumulator, self.run.ids
+        total = -(-len(ids) // self.size)
+        with self._bar() as bar:
+            for step in range(sums.done, -(-total // world.size)):
+                number = step * world.size + world.rank
+                sums.counting = number < total
+                if sums.counting or world.sharded:
+                    first = min(number, total - 1) * self.size
+                    yield number, first, torch.from_numpy(ids[first : first + self.size]).to(self.run.device)
+                sums.counting, sums.done = True, step + 1
+                self._save_if_due()
+                bar.update(self._seen() * ids.shape[1] - bar.n)
+
+    def merge(self) -> bool:
+        """Join the sums of all processes in the first; whether this is the first."""
+        world = self.run.world
+        if world.size > 1:
+            self.checkpoints.save(self.accumulator, self._seen())
+            world.barrier()
+        if world.first:
+            for rank in range(1, world.size):
+                folder = _rank_folder(self.checkpoints.folder.parent, World(rank, world.size))
+                saved = Checkpoints(folder, 0.0).path(self.accumulator.done, self._seen())
+                for group, statistics in enumerate(self.accumulator.groups):
+                    self.accumulator.merge(group, read_states(saved, group, statistics))
+        world.barrier()
+        return world.first
+
+    def _seen(self) -> int:
+        """Sequences that all processes have in their sums."""
+        return seen(self.run, self.accumulator.done, self.size)
+
+    def _save_if_due(self) -> None:
+        world = self.run.world
+        if world.agreed(self.checkpoints.due()):
+            self.checkpoints.save(self.accumulator, self._seen())
+            world.barrier()  # the older one must stay until every process has this one
+            self.checkpoints.keep_only(self.accumulator.done, self._seen())
+
+    def _bar(self) -> Any:
+        length, hidden = self.run.ids.shape[1], None if self.run.world.first else True
+        total, done = len(self.run.ids) * length, self._seen() * length
+        return tqdm(total=total, initial=done, desc=self.stage, unit="tok", unit_scale=True, disable=hidden)
 
 
-def read_tensor(folder: Path, layer: int, name: str, stage: str) -> Tensor:
-    """One tensor of a layer's shard.
+def seen(run: Calibration, done: int, size: int) -> int:
+    """Sequences in the sums of all processes together after a number of batches each."""
+    return min(done * run.world.size * size, len(run.ids))
+
+
+@contextmanager
+def collecting(
+    run: Calibration, stage: str, target: Path, groups: Sequence[Group], size: int, identity: Mapping[str, Any]
+) -> Iterator[Collection]:
+    """Sums of a stage that go on where a killed run of the same stage on the same input stopped.
+
+    Args:
+        run: the model and the text.
+        stage: the name of the stage.
+        target: the artifact that will be written.
+        groups: the statistics of every layer and of the whole model.
+        size: sequences in a batch.
+        identity: what the sums depend on beside the model and the text; not the number of
+            sequences, since the sums of the first ones are the same for any number.
 
     Raises:
-        ArtifactError: if the shard or the tensor is missing.
+        LibpruneError: if the disk has no room, or a value is not finite.
     """
-    path = require(shard(folder, layer), stage)
-    with damage(path, stage), safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        if name not in names:
-            raise ArtifactError(missing_key(name, names, str(path)))
-        tensor: Tensor = file.get_tensor(name)
-    return tensor
+    seconds = float(os.environ.get("LIBPRUNE_CHECKPOINT_SECONDS", "30"))
+    home = run.work / stage / fingerprint(run, {**identity, "batch_sequences": size})
+    folder = _rank_folder(home, run.world)
+    with _only_one(run.work / f"{stage}-{run.world.rank}.lock"):
+        checkpoints = Checkpoints(folder, seconds)
+        size_of_states = state_bytes(groups)
+        on_disk = run.compute.sums == "disk" or (run.compute.sums == "auto" and not fits_in_memory(size_of_states))
+        _announce(run, stage, target, groups, size_of_states, on_disk)
+        live = folder / "live"
+        remove(live)
+        accumulator = Accumulator(groups, live if on_disk else None)
+        _resume(run, home, checkpoints, accumulator, size)
+        try:
+            yield Collection(run, stage, accumulator, checkpoints, size)
+        except StatisticsError as error:
+            raise StatisticsError(f"{error}{_kept(checkpoints, stage)}") from error
+        accumulator.close()
+        run.world.barrier()
+        if run.world.first:
+            remove(home)
 
 
-def read_meta(folder: Path, stage: str) -> dict[str, Any]:
-    """What the shards of a stage say of their origin."""
-    path = require(shard(folder, 0), stage)
-    with damage(path, stage), safe_open(path, framework="pt") as file:
-        return decode_meta(path, file.metadata(), stage)
+def fingerprint(run: Calibration, identity: Mapping[str, Any]) -> str:
+    """Digest of all that the sums depend on, this code included."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    origin = {key: value for key, value in run.meta.items() if key != "sequences"}
+    world = {"processes": run.world.size, "torch": torch.__version__, "device": run.device.type}
+    digest.update(json.dumps(origin | world | dict(identity), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
-def block_parameters(architecture: Architecture, layer: int) -> list[str]:
-    """Names of all parameters of one block."""
-    return [p.name for part in architecture.parts for p in architecture.parameters_of(layer, part)]
+def _rank_folder(home: Path, world: World) -> Path:
+    return home / f"process-{world.rank}-of-{world.size}"
 
 
-def stored(tensor: Tensor, dtype: str) -> Tensor:
-    """A tensor in its storage dtype."""
-    return tensor.to(getattr(torch, dtype))
+def _resume(run: Calibration, home: Path, checkpoints: Checkpoints, accumulator: Accumulator, size: int) -> None:
+    """Load the newest checkpoint that every process has and that holds the first of the chosen sequences."""
+    folders = [_rank_folder(home, World(rank, run.world.size)) for rank in range(run.world.size)]
+    common = set.intersection(*(set(Checkpoints(folder, 0.0).available()) for folder in folders))
+    fitting = {(done, sequences) for done, sequences in common if sequences == seen(run, done, size)}
+    run.world.barrier()
+    if fitting:
+        done, sequences = max(fitting)
+        accumulator.load(checkpoints.path(done, sequences), done)
+        checkpoints.keep_only(done, sequences)
+        if run.world.first:
+            typer.echo(f"continues from a saved state: {sequences} of {len(run.ids)} sequences are done")
+
+
+def _kept(checkpoints: Checkpoints, stage: str) -> str:
+    saved = checkpoints.available()
+    if not saved:
+        return ""
+    sequences = saved[-1][1]
+    return f"; the sums of the first {sequences} sequences are kept: {stage}.sequences: {sequences} finishes with them"
+
+
+def _announce(run: Calibration, stage: str, target: Path, groups: Sequence[Group], states: int, on_disk: bool) -> None:
+    """Say what will be written, before any work, and stop if it does not fit."""
+    stored, scratch = sum(map(stored_bytes, groups)), (3 if on_disk else 2) * states
+    if run.world.first:
+        where = "files mapped from disk" if on_disk else "memory"
+        typer.echo(
+            f"{stage}: {gigabytes(stored)} will be written to {target}; sums of {gigabytes(states)} in {where}, "
+            f"up to {gigabytes(scratch)} of scratch in {run.work}"
+        )
+    advice = f"free some, or collect less ({stage} and compute sections of the params file)"
+    require_room({target: stored, run.work: scratch * run.world.size}, stage, advice)
+
+
+def write_artifact(
+    run: Calibration,
+    target: Path,
+    sums: Accumulator,
+    columns_of: ColumnsOf,
+    extra: Mapping[str, Any],
+    rows_of: RowsOf | None = None,
+) -> dict[str, Columns]:
+    """Write what was collected: a safetensors shard a layer, and the tables; whole or not at all.
+
+    Args:
+        run: the model and the text.
+        target: the folder.
+        sums: the joined sums.
+        columns_of: per-unit columns of a block, from the layer's tensors and the weights.
+        extra: what the metadata say beside the origin.
+        rows_of: rows of `layers.parquet`, from a layer's tensors.
+
+    Returns:
+        The tables that were written, by name.
+    """
+    architecture, meta = run.architecture, run.meta | dict(extra)
+    blocks: list[Columns] = []
+    rows: list[Columns] = []
+    with writing_folder(target) as folder:
+        for layer in range(architecture.layers):
+            tensors = sums.finish(layer)
+            stored = {name: t.contiguous() for name, t in tensors.items() if not name.startswith((ROWS, UNITS))}
+            save_file(stored, shard(folder, layer), metadata=encode_meta(meta))
+            blocks += [columns_of(architecture, tensors, run.weights, layer, part) for part in architecture.parts]
+            if rows_of is not None:
+                rows.append(rows_of(architecture, tensors, layer))
+        tables = {"units": unit_index(architecture) | _joined(blocks)}
+        if rows:
+            tables["layers"] = _joined(rows)
+        for name, table in tables.items():
+            write_table(folder / f"{name}.parquet", table, meta)
+    return tables
+
+
+def _joined(tables: Sequence[Columns]) -> Columns:
+    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+
+
+@contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Wait until no other process, such as one whose parent was killed, works on the same stage."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            typer.echo(f"waits for process {file.read().strip()}, which runs this stage already", err=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

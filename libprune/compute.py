@@ -19,10 +19,12 @@ _CPU_BF16 = {"amx_bf16", "avx512_bf16"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of a params value; `auto` is a GPU if there is one."""
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a params value; `auto` is a GPU if there is one, `cuda` the one of this process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -1,156 +1,212 @@
-"""First-order statistics: the mean gradient of every block parameter, and the squared mask gradient of every unit."""
+"""First-order statistics: the mean gradient of every block parameter, and how every unit's mask gradient behaves."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from libprune.architecture import Architecture, Map
-from libprune.compute import hooked, require_finite, sequence_losses
+from libprune.accumulator import ROWS, UNITS, Accumulator, Group
+from libprune.architecture import Architecture, Map, Parameter
+from libprune.artifacts import Columns
+from libprune.backward import watching, weight_gradient
+from libprune.compute import require_finite, sequence_losses
+from libprune.errors import StatisticsError
+from libprune.params import Gradients
+from libprune.statistics import BatchRows, Gram, MaskGradient, Statistic, Sum, count
 from libprune.units import sum_positions, unit_sums
 
-Block = tuple[int, str]
 
+def gradient_groups(architecture: Architecture, n_tok: int, batches: int, section: Gradients) -> list[Group]:
+    """The statistics of every layer, and the loss.
 
-@dataclass
-class GradientSums:
-    """Running sums over calibration sequences.
-
-    With L_i the mean-token loss of sequence i in nats, n_tok its loss-counted tokens, and s_t(u) =
-    sum over the positions p of unit u of x_p dL_i/dx_p at token t of the consumer's input (the
-    gradient of L_i by the unit's own mask is the sum of s_t over t):
-
-    Attributes:
-        gradients: parameter name to the sum over i of dL_i/dW, float32.
-        by_sequence: block to the sum over i of (sum_t s_t)^2; ``[units]``, float64.
-        by_token: block to the sum over i and t of (n_tok s_t)^2; ``[units]``, float64.
-        sequences: sequences seen.
-        tokens: input tokens seen.
-        loss: sum over i of L_i.
+    Args:
+        architecture: the model's description.
+        n_tok: loss-counted tokens of a sequence.
+        batches: the most batches that the text has.
+        section: storage type, and whether to keep whole second moments.
     """
+    layers = [_layer_group(architecture, layer, n_tok, batches, section) for layer in range(architecture.layers)]
+    return [*layers, {"loss": Sum((), sums=torch.float64)}]
 
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    by_sequence: dict[Block, Tensor] = field(default_factory=dict)
-    by_token: dict[Block, Tensor] = field(default_factory=dict)
-    sequences: int = 0
-    tokens: int = 0
-    loss: float = 0.0
 
-    def mean_gradient(self, name: str) -> Tensor:
-        """G = mean over sequences of the gradient of a parameter."""
-        return self.gradients[name] / self.sequences
-
-    def unit_fisher(self, block: Block, n_tok: int, over: str) -> Tensor:
-        """Half the Fisher information of each unit's mask, per token, in nats; ``[units]``.
-
-        `sequence`: n_tok/2 E_i[(sum_t s_t)^2]; `token`: E_t[(n_tok s_t)^2]/2. The two agree when
-        the tokens of a sequence are independent. Second-order term of the loss along the mask
-        (Optimal Brain Damage, LeCun et al. 1989, with the Fisher in place of the Hessian).
-        """
-        if over == "sequence":
-            return 0.5 * n_tok * self.by_sequence[block] / self.sequences
-        return 0.5 * self.by_token[block] / self.tokens
+def _layer_group(architecture: Architecture, layer: int, n_tok: int, batches: int, section: Gradients) -> Group:
+    group: dict[str, Statistic] = {}
+    dtype = getattr(torch, section.storage_dtype)
+    for part in architecture.parts:
+        for parameter in architecture.parameters_of(layer, part):
+            shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
+            group[parameter.name] = Sum(shape, dtype=dtype)
+            group[ROWS + parameter.name] = BatchRows(batches)
+        group[UNITS + part] = MaskGradient(architecture.units(part), n_tok)
+        consumers = architecture.consumers(layer, part)
+        for entry in architecture.maps_of(layer, part):
+            sides = {"output": entry.output} | ({"input": entry.input} if entry in consumers else {})
+            for side, expr in sides.items():
+                width = expr.size(architecture.sizes)
+                group[f"{entry.module}.{side}_gradient_square"] = Sum((width,), sums=torch.float64)
+                if section.second_moments == "full" and entry in consumers:
+                    group[f"{entry.module}.{side}_gradient_gram"] = Gram(width)
+    return group
 
 
 def collect_gradients(
-    model: PreTrainedModel, architecture: Architecture, batches: Iterable[tuple[int, Tensor]]
-) -> GradientSums:
-    """One forward and backward pass over the batches.
+    model: PreTrainedModel,
+    architecture: Architecture,
+    batches: Iterable[tuple[int, int, Tensor]],
+    sums: Accumulator,
+    at_once: int,
+    recompute: bool = False,
+) -> None:
+    """Add batches to the sums, with one forward and backward pass over each sequence.
 
-    Each parameter's gradient leaves the model as soon as backward has it, summed in float32, so a
-    low-precision model adds no error over batches.
+    Gradients leave the device map by map as backward produces them and are summed in float32, so
+    a low-precision model adds no error over batches.
+
+    Args:
+        model: the model.
+        architecture: its description.
+        batches: number, index of the first sequence and ids ``[batch, length]`` of each batch.
+        sums: of the `gradient_groups`.
+        at_once: sequences in one pass; batches are cut to that.
+        recompute: whether the blocks are checkpointed.
 
     Raises:
         StatisticsError: naming the first layer, from the output, and the sequence whose loss or
             gradient is not finite.
     """
-    sums = GradientSums()
-    with _collecting(model, architecture, sums) as state:
-        for first, ids in batches:
-            state.first, state.n_tok = first, ids.shape[1] - 1
-            losses = sequence_losses(model, ids)
-            require_finite(losses.detach(), first, "the loss")
-            losses.sum().backward()
-            sums.sequences += len(ids)
-            sums.tokens += ids.numel()
-            sums.loss += float(losses.detach().double().sum())
-    return sums
+    collector = _Collector(architecture, sums)
+    vectors = {p.name: p for p in architecture.parameters if p.layer is not None}
+    for entry in architecture.maps:
+        vectors.pop(entry.weight)
+        vectors.pop(f"{entry.module}.bias", None)
+    with watching(model, architecture, collector.output, collector.input, recompute) as tape, torch.enable_grad():
+        handles = [_watch_vector(model, parameter, collector) for parameter in vectors.values()]
+        try:
+            for number, first, ids in batches:
+                for start in range(0, len(ids), at_once):
+                    chunk = ids[start : start + at_once]
+                    collector.begin(number, len(ids), chunk, last=start + at_once >= len(ids))
+                    tape.first = first + start
+                    collector.first = first + start
+                    losses = sequence_losses(model, chunk)
+                    require_finite(losses.detach(), tape.first, "the loss")
+                    tape.backward(losses.sum())
+                    total = losses.detach().double().sum().cpu()
+                    sums.update(architecture.layers, "loss", total, count(len(chunk)))
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
-@dataclass
-class _Batch:
-    """What the hooks need to know of the batch in progress."""
-
-    first: int = 0
-    n_tok: int = 1
-
-
-@contextmanager
-def _collecting(model: PreTrainedModel, architecture: Architecture, sums: GradientSums) -> Iterator[_Batch]:
-    state = _Batch()
-    wanted = {p.name for p in architecture.parameters if p.layer is not None}
-    with hooked(model) as handles:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in wanted)
-            if name in wanted:
-                handles.append(parameter.register_post_accumulate_grad_hook(partial(_take_gradient, name, sums)))
-        for layer, part in architecture.blocks():
-            for consumer in architecture.consumers(layer, part):
-                hook = partial(_watch_input, architecture, consumer, sums, state)
-                handles.append(model.get_submodule(consumer.module).register_forward_pre_hook(hook))
-        yield state
+def _watch_vector(
+    model: PreTrainedModel, parameter: Parameter, collector: "_Collector"
+) -> "torch.utils.hooks.RemovableHandle":
+    tensor = model.get_parameter(parameter.name).requires_grad_(True)
+    assert parameter.layer is not None
+    return tensor.register_post_accumulate_grad_hook(partial(collector.vector, parameter.name, parameter.layer))
 
 
-def _take_gradient(name: str, sums: GradientSums, parameter: Tensor) -> None:
-    assert parameter.grad is not None
-    if name in sums.gradients:
-        sums.gradients[name] += parameter.grad.cpu()
-    else:
-        sums.gradients[name] = parameter.grad.float().cpu()
-    parameter.grad = None
+class _Collector:
+    """Turns what backward brings into updates of the sums."""
 
+    def __init__(self, architecture: Architecture, sums: Accumulator) -> None:
+        self.architecture = architecture
+        self.sums = sums
+        self.first = 0
+        self._biased = {p.name for p in architecture.parameters}
+        self._pending: dict[str, Tensor] = {}
+        self._full = any(name.endswith("_gram") for name in sums.groups[0])
 
-def _watch_input(
-    architecture: Architecture, consumer: Map, sums: GradientSums, state: _Batch, module: nn.Module, args: tuple[Tensor]
-) -> None:
-    """Forward pre-hook: when the gradient of the consumer's input arrives, add up the mask gradients."""
-    require_finite(args[0].detach(), state.first, f"the input of {consumer.module}")
-    x = args[0].detach()  # holding the tensor itself would tie its graph into a cycle that is never freed
+    def begin(self, number: int, sequences: int, chunk: Tensor, last: bool) -> None:
+        """A pass over some sequences of a batch begins."""
+        self._number, self._sequences, self._last = number, sequences, last
+        self._n_tok = chunk.shape[1] - 1
 
-    def on_gradient(gradient: Tensor) -> None:
-        axis = architecture.parts[consumer.part].axis
-        units = consumer.input.units(axis, architecture.sizes)
-        products = x.float() * gradient.float()
-        mask = sum_positions(products, units, architecture.units(consumer.part))
-        require_finite(mask, state.first, f"the gradient at the input of {consumer.module}")
-        block = (consumer.layer, consumer.part)
-        _add(sums.by_sequence, block, mask.sum(1).double().square().sum(0))
-        _add(sums.by_token, block, (mask * state.n_tok).square().sum((0, 1), dtype=torch.float64))
+    def vector(self, name: str, layer: int, parameter: Tensor) -> None:
+        """The gradient of a norm's weight, from autograd."""
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad, None
+        self._take(name, layer, gradient)
 
-    args[0].register_hook(on_gradient)
+    def output(self, entry: Map, x: Tensor, delta: Tensor) -> None:
+        """The gradient at a map's output: those of its weight and bias, and its second moment."""
+        gradient = weight_gradient(entry, x, delta)
+        if not torch.isfinite(gradient).all():
+            each = torch.stack([weight_gradient(entry, *pair) for pair in zip(x, delta, strict=True)])
+            require_finite(each, self.first, f"the gradient of {entry.weight}")
+            raise StatisticsError(f"the gradient of {entry.weight} overflows; try compute.dtype: float32")
+        self._take(entry.weight, entry.layer, gradient)
+        bias = f"{entry.module}.bias"
+        if bias in self._biased:
+            self._take(bias, entry.layer, delta.flatten(0, -2).sum(0, dtype=torch.float32))
+        self._second_moment(entry, "output", delta)
 
+    def input(self, entry: Map, x: Tensor, delta: Tensor) -> None:
+        """The gradient at a consumer's input: the mask gradients of its units, and its second moment."""
+        units = entry.input.units(self.architecture.parts[entry.part].axis, self.architecture.sizes)
+        mask = sum_positions(x.float() * delta.float(), units, self.architecture.units(entry.part))
+        require_finite(mask, self.first, f"the mask gradient at the input of {entry.module}")
+        self.sums.update(entry.layer, UNITS + entry.part, mask)
+        self._second_moment(entry, "input", delta)
 
-def _add(table: dict[Block, Tensor], block: Block, values: Tensor) -> None:
-    values = values.cpu()
-    table[block] = table[block] + values if block in table else values
+    def _second_moment(self, entry: Map, side: str, delta: Tensor) -> None:
+        """Per token, of the gradient of the summed loss."""
+        per_token = delta.flatten(0, -2).float() * self._n_tok
+        tokens = count(len(per_token))
+        name = f"{entry.module}.{side}_gradient"
+        self.sums.update(entry.layer, f"{name}_square", per_token.square().sum(0), tokens)
+        if self._full and f"{name}_gram" in self.sums.groups[entry.layer]:
+            self.sums.update(entry.layer, f"{name}_gram", per_token)
+
+    def _take(self, name: str, layer: int, gradient: Tensor) -> None:
+        """Add a pass's gradient, a sum over its sequences; whole batches go into the sums."""
+        if name in self._pending:
+            gradient = self._pending.pop(name) + gradient.cpu()
+        if self._last:
+            self.sums.update(layer, name, gradient, count(self._sequences))
+            mean = gradient.float() / self._sequences
+            self.sums.update(layer, ROWS + name, mean, torch.tensor(self._number))
+        else:
+            self._pending[name] = gradient.float().cpu()
 
 
 def gradient_columns(
-    sums: GradientSums, architecture: Architecture, weights: Mapping[str, Tensor], n_tok: int, layer: int, part: str
+    architecture: Architecture, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], layer: int, part: str
 ) -> dict[str, NDArray[np.float64]]:
-    """Per-unit first-order sums of a block: sum |W G|, sum W G, and the unit Fisher both ways."""
-    names = [parameter.name for parameter in architecture.parameters_of(layer, part)]
-    signed = {name: weights[name].detach().cpu().double() * sums.mean_gradient(name).double() for name in names}
-    block = (layer, part)
+    """Per-unit first-order numbers of a block: sum |W G|, sum W G, and those of `MaskGradient`.
+
+    Args:
+        architecture: the model's description.
+        tensors: what was collected of the layer, by name.
+        weights: the dense model's parameters.
+        layer: which block.
+        part: which part of it.
+    """
+    names = {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}
+    signed = {name: weights[name].double() * tensors[name].double() for name in names}
+    prefix = f"{UNITS}{part}."
     return {
         "taylor": unit_sums(architecture, layer, part, {name: tensor.abs() for name, tensor in signed.items()}),
         "taylor_signed": unit_sums(architecture, layer, part, signed),
-        "unit_fisher_sequence": sums.unit_fisher(block, n_tok, "sequence").numpy(),
-        "unit_fisher_token": sums.unit_fisher(block, n_tok, "token").numpy(),
-    }
+    } | {name.removeprefix(prefix): tensor.numpy() for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def layer_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int, batches: int) -> Columns:
+    """One row for every parameter of a layer and batch: mean |g|, standard deviation and norm of its gradient."""
+    table: dict[str, list[object]] = {name: [] for name in LAYER_COLUMNS}
+    for part in architecture.parts:
+        for parameter in architecture.parameters_of(layer, part):
+            rows = tensors[f"{ROWS}{parameter.name}"][:batches]
+            kind = parameter.name.removeprefix(f"{architecture.layers_path}.{layer}.")
+            for batch, row in enumerate(rows.tolist()):
+                for name, value in zip(LAYER_COLUMNS, (layer, part, kind, batch, *row), strict=True):
+                    table[name].append(value)
+    return {name: np.array(values, dtype=object if name in _TEXT else None) for name, values in table.items()}
+
+
+LAYER_COLUMNS = ("layer_idx", "group_type", "parameter", "batch", "mean_abs", "std", "norm")
+_TEXT = {"group_type", "parameter"}

@@ -72,7 +72,13 @@ class Compute(_Section):
     dtype: Dtype = "auto"
     """`auto`: bfloat16 on GPUs and on CPUs with bf16 matrix units, float32 elsewhere."""
     batch_tokens: Count = 1024
-    """Tokens in a batch, rounded down to whole sequences (at least one)."""
+    """Tokens in one pass, rounded down to whole sequences (at least one)."""
+    gradient_checkpointing: bool = False
+    """Keep one block's activations for backward instead of all blocks', for one more forward pass."""
+    offload: Literal["none", "cpu"] = "none"
+    """`cpu`: the linear maps' weights stay in host memory and visit the device one at a time."""
+    sums: Literal["auto", "memory", "disk"] = "auto"
+    """Where running sums are kept; `auto`: mapped from disk where they would take half of the free memory."""
 
 
 class Gradients(_Section):
@@ -80,16 +86,26 @@ class Gradients(_Section):
 
     sequences: Count | None = 128
     """Calibration sequences used, from the first; null: all."""
+    batch_sequences: Count = 8
+    """Sequences of one row of the per-batch layer statistics; passes are cut to `compute.batch_tokens`."""
+    second_moments: Literal["diagonal", "full"] = "diagonal"
+    """Of the gradients at the maps' outputs and the consumers' inputs; `full`: whole matrices at consumers."""
     storage_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Storage type of the mean gradients."""
 
 
 class Hessian(_Section):
     """The diagonal of the Hessian."""
 
-    estimator: Literal["fisher", "fisher_sample", "none"] = "fisher"
-    """`fisher`: n_tok mean_i g_i^2; `fisher_sample`: mean_i g_i^2; `none`: collect nothing."""
+    estimator: Literal["fisher", "fisher_sample", "hutchinson", "none"] = "fisher"
+    """`fisher`: n_tok mean_i g_i^2; `fisher_sample`: mean_i g_i^2; `hutchinson`: mean of v (H v) over
+    random signs v; `none`: collect nothing."""
     sequences: Count | None = 128
     """Calibration sequences used, from the first; null: all."""
+    probes: Count = 1
+    """Random probes for every batch of `compute.batch_tokens`, for `hutchinson`."""
+    seed: int = 0
+    """Of the probes."""
     storage_dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
@@ -98,6 +114,8 @@ class Activations(_Section):
 
     sequences: Count | None = None
     """Calibration sequences used, from the first; null: all."""
+    storage_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage type of the Gram matrices; bfloat16 halves them and costs the repair accuracy (docs/statistics.md)."""
 
 
 class Score(_Section):

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from libprune.architecture import Architecture, Map
 from libprune.artifacts import Layout, read_architecture, read_plan, require, same_origin
 from libprune.checkpoint import PROVENANCE, WeightFiles, load_model
-from libprune.collection import read_meta, read_tensor
 from libprune.compute import named_dtype
 from libprune.params import Slice
 from libprune.plan import Plan
 from libprune.pruned_folder import write_pruned
 from libprune.repair import repair_local
+from libprune.shards import read_meta, read_tensor
 from libprune.surgery import masked, slice_state
 from libprune.tokens import read_tokens
 from libprune.verify import reference_logits, verify_folder

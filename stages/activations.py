@@ -1,24 +1,25 @@
-"""activations: one forward pass; input norms of every map and Gram matrices of the consumers."""
+"""activations: one forward pass; moments at every map's input, Gram matrices and histograms at the consumers'."""
 
 from libprune import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
-    """Collect norms, means and variances at every map's input and Gram matrices at the consumers'."""
-    from functools import partial
-
-    from libprune.activations import activation_columns, collect_activations
-    from libprune.artifacts import Layout, write_units, writing_folder
-    from libprune.collection import set_up, write_layers
+    """Collect norms and moments at every map's input, Gram matrices at the consumers', and cosines across blocks."""
+    from libprune.activations import activation_columns, activation_groups, collect_activations
+    from libprune.artifacts import Layout
+    from libprune.collection import collecting, set_up, write_artifact
+    from libprune.diagnosis import print_units
     from libprune.params import load_params
 
     layout, settings = Layout(artifacts), load_params(params)
-    run = set_up(layout, settings.compute, settings.activations.sequences, "activations")
-    sums = collect_activations(run.model, run.architecture, run.batches)
-    columns = partial(activation_columns, sums, run.architecture, dict(run.model.named_parameters()))
-    with writing_folder(layout.activations) as folder:
-        write_layers(folder, run.architecture, partial(sums.layer_tensors, run.architecture), run.meta)
-        write_units(folder / "units.parquet", run.architecture, columns, run.meta)
+    section = settings.activations
+    run = set_up(layout, settings.compute, section.sequences)
+    groups = activation_groups(run.architecture, section)
+    with collecting(run, "activations", layout.activations, groups, run.at_once, {}) as work:
+        collect_activations(run.model, run.architecture, work.batches(), work.accumulator)
+        if work.merge():
+            tables = write_artifact(run, layout.activations, work.accumulator, activation_columns, {})
+            print_units(tables["units"], ("activation_magnitude", "activation_entropy"), layout.activations)
 
 
 app = stage.app(main)

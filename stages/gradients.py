@@ -1,34 +1,32 @@
-"""gradients: one backward pass; mean gradients by layer and first-order sums by unit."""
+"""gradients: forward and backward; mean gradients by layer, first-order numbers by unit, batch rows by layer."""
 
 from libprune import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
-    """Collect the mean gradient of every block parameter and the squared mask gradient of every unit."""
+    """Collect the mean gradient of every block parameter and how every unit's mask gradient behaves."""
     from functools import partial
 
-    from libprune.artifacts import Layout, write_units, writing_folder
-    from libprune.collection import block_parameters, set_up, stored, write_layers
-    from libprune.gradients import collect_gradients, gradient_columns
+    from libprune.artifacts import Layout
+    from libprune.collection import collecting, set_up, write_artifact
+    from libprune.diagnosis import print_gradients
+    from libprune.gradients import collect_gradients, gradient_columns, gradient_groups, layer_rows
     from libprune.params import load_params
 
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.gradients
-    run = set_up(layout, settings.compute, section.sequences, "gradients")
-    sums = collect_gradients(run.model, run.architecture, run.batches)
-    meta = run.meta | {"loss": sums.loss / sums.sequences}
-    columns = partial(gradient_columns, sums, run.architecture, dict(run.model.named_parameters()), run.n_tok)
-    with writing_folder(layout.gradients) as folder:
-        write_layers(
-            folder,
-            run.architecture,
-            lambda layer: {
-                name: stored(sums.mean_gradient(name), section.storage_dtype)
-                for name in block_parameters(run.architecture, layer)
-            },
-            meta,
-        )
-        write_units(folder / "units.parquet", run.architecture, columns, meta)
+    run = set_up(layout, settings.compute, section.sequences)
+    size, layers = section.batch_sequences, run.architecture.layers
+    groups = gradient_groups(run.architecture, run.n_tok, -(-run.available // size), section)
+    identity = {"second_moments": section.second_moments}
+    with collecting(run, "gradients", layout.gradients, groups, size, identity) as work:
+        sums = work.accumulator
+        collect_gradients(run.model, run.architecture, work.batches(), sums, run.at_once, run.recompute)
+        if work.merge():
+            rows = partial(layer_rows, batches=-(-len(run.ids) // size))
+            loss = {"loss": float(sums.finish(layers)["loss"])}
+            tables = write_artifact(run, layout.gradients, sums, gradient_columns, loss, rows)
+            print_gradients(tables["layers"], layout.gradients)
 
 
 app = stage.app(main)

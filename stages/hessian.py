@@ -1,17 +1,22 @@
-"""hessian: squared per-sequence gradients; diagonals by layer and second-order sums by unit."""
+"""hessian: squared per-sequence gradients or random probes; diagonals by layer and second-order sums by unit."""
 
 from libprune import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Estimate the diagonal of the Hessian of every weight that a unit owns."""
-    from functools import partial
-
     import typer
 
-    from libprune.artifacts import Layout, write_units, writing_folder
-    from libprune.collection import set_up, stored, write_layers
-    from libprune.hessian import collect_squared_gradients, hessian_columns
+    from libprune.artifacts import Layout, writing_folder
+    from libprune.collection import collecting, set_up, write_artifact
+    from libprune.diagnosis import print_units
+    from libprune.hessian import (
+        collect_probes,
+        collect_squared_gradients,
+        hessian_columns,
+        hessian_groups,
+        require_probes_possible,
+    )
     from libprune.params import load_params
 
     layout, settings = Layout(artifacts), load_params(params)
@@ -20,23 +25,21 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         with writing_folder(layout.hessian):
             typer.echo("hessian.estimator is none: nothing collected")
         return
-    run = set_up(layout, settings.compute, section.sequences, "hessian")
-    sums = collect_squared_gradients(run.model, run.architecture, run.batches)
-    meta = run.meta | {"estimator": section.estimator}
-    weights = dict(run.model.named_parameters())
-    columns = partial(hessian_columns, sums, run.architecture, weights, run.n_tok, section.estimator)
-    with writing_folder(layout.hessian) as folder:
-        write_layers(
-            folder,
-            run.architecture,
-            lambda layer: {
-                name: stored(sums.diagonal(name, run.n_tok, section.estimator), section.storage_dtype)
-                for name in sums.squares
-                if name.startswith(f"{run.architecture.layers_path}.{layer}.")
-            },
-            meta,
-        )
-        write_units(folder / "units.parquet", run.architecture, columns, meta)
+    run = set_up(layout, settings.compute, section.sequences)
+    probing = section.estimator == "hutchinson"
+    if probing:
+        require_probes_possible(settings.compute, run.world.sharded)
+    groups = hessian_groups(run.architecture, run.n_tok, section)
+    identity = {"estimator": section.estimator} | ({"probes": section.probes, "seed": section.seed} if probing else {})
+    with collecting(run, "hessian", layout.hessian, groups, run.at_once, identity) as work:
+        sums, batches = work.accumulator, work.batches()
+        if probing:
+            collect_probes(run.model, run.architecture, batches, sums, section)
+        else:
+            collect_squared_gradients(run.model, run.architecture, batches, sums, run.recompute)
+        if work.merge():
+            tables = write_artifact(run, layout.hessian, sums, hessian_columns, {"estimator": section.estimator})
+            print_units(tables["units"], ("fisher", "hessian_trace"), layout.hessian)
 
 
 app = stage.app(main)

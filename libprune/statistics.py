@@ -1,0 +1,401 @@
+"""The statistics: small frozen records that say how a sum starts, grows, joins another, and what is stored of it.
+
+A state is a dict of tensors, one a field. `merge` is associative, so that one pass, two joined
+halves, and any batch size give the same result up to rounding; everything that the collecting
+stages keep between batches is made of these records.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a state. ``join`` says how two of them become one, element by element."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float64
+    join: Literal["sum", "min", "max"] = "sum"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def start(self) -> float:
+        """The value that changes nothing when joined."""
+        return {"sum": 0.0, "min": float("inf"), "max": float("-inf")}[self.join]
+
+
+COUNT = Field((), torch.int64)
+
+
+class Statistic(ABC):
+    """A quantity collected over calibration text; subclasses are frozen records of its sizes."""
+
+    @property
+    @abstractmethod
+    def fields(self) -> Mapping[str, Field]:
+        """The tensors of a state, by name."""
+
+    @abstractmethod
+    def measure(self, *batch: Tensor) -> State:
+        """The state of one batch alone."""
+
+    @abstractmethod
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """What is stored, by name; "" stands for the statistic itself. Also works on meta tensors."""
+
+    def init(self, device: str = "cpu") -> State:
+        """The state of no batch."""
+        return {name: torch.full(f.shape, f.start, dtype=f.dtype, device=device) for name, f in self.fields.items()}
+
+    def update(self, state: State, *batch: Tensor) -> None:
+        """Join a batch to a state, in place."""
+        self.merge(state, self.measure(*batch))
+
+    def merge(self, one: State, two: State) -> None:
+        """Join the second state to the first, in place."""
+        for name, field in self.fields.items():
+            other = two[name].to(one[name].device, field.dtype)
+            if field.join == "sum":
+                one[name].add_(other)
+            else:
+                extreme = torch.minimum if field.join == "min" else torch.maximum
+                extreme(one[name], other, out=one[name])
+
+
+def count(number: int) -> Tensor:
+    """A number of tokens or sequences, as a state holds it."""
+    return torch.tensor(number, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class InputMoments(Statistic):
+    """Norms, mean, variance and range of every feature of an input, over tokens.
+
+    Mean and centred squares of each batch are joined by Chan, Golub & LeVeque (1979, "Updating
+    formulae and a pairwise algorithm for computing sample variances"), in float64: sums of squares
+    would lose the variance of a feature whose mean is far above its deviation.
+    """
+
+    width: int
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Tokens, mean, centred squares, sum of |x|, smallest and largest value; ``[width]`` each."""
+        features = (self.width,)
+        return {
+            "count": COUNT,
+            "mean": Field(features),
+            "centred": Field(features),
+            "absolute": Field(features),
+            "lowest": Field(features, torch.float32, "min"),
+            "highest": Field(features, torch.float32, "max"),
+        }
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of an input ``[tokens, width]``, float32."""
+        (x,) = batch
+        mean = x.mean(0)
+        return {
+            "count": count(len(x)),
+            "mean": mean,
+            "centred": (x - mean).square_().sum(0),
+            "absolute": x.abs().sum(0),
+            "lowest": x.amin(0),
+            "highest": x.amax(0),
+        }
+
+    def merge(self, one: State, two: State) -> None:
+        """Join by the pairwise update; the other fields element by element."""
+        n, m = int(one["count"]), int(two["count"])
+        device = one["mean"].device
+        if n + m:
+            delta = two["mean"].to(device, torch.float64) - one["mean"]
+            one["mean"] += delta * (m / (n + m))
+            one["centred"] += two["centred"].to(device, torch.float64) + delta.square() * (n * m / (n + m))
+        one["count"] += m
+        one["absolute"] += two["absolute"].to(device)
+        torch.minimum(one["lowest"], two["lowest"].to(device), out=one["lowest"])
+        torch.maximum(one["highest"], two["highest"].to(device), out=one["highest"])
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """l1 = sum |x|, l2 = sqrt(sum x^2), max = max |x|; mean, variance, min, max per token; float32."""
+        n = state["count"]
+        return {
+            "input_tokens": n,
+            "input_norm_l1": state["absolute"].float(),
+            "input_norm_l2": (state["centred"] + n * state["mean"].square()).sqrt().float(),
+            "input_norm_max": torch.maximum(state["lowest"].abs(), state["highest"].abs()),
+            "input_mean": state["mean"].float(),
+            "input_variance": (state["centred"] / n).float(),
+            "input_min": state["lowest"],
+            "input_max": state["highest"],
+        }
+
+
+@dataclass(frozen=True)
+class Gram(Statistic):
+    """E[x x^T] per token, summed in float32, a block of rows at a time.
+
+    Only the blocks on and above the diagonal are multiplied, and only one block of rows is ever
+    held beside the sum. Products are float32, or of 16-bit inputs with float32 sums, which are
+    exact products.
+    """
+
+    width: int
+    dtype: torch.dtype = torch.float32
+    block: int = 256
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Tokens, and the upper triangle of blocks of the sum; ``[width, width]``."""
+        return {"count": COUNT, "gram": Field((self.width, self.width), torch.float32)}
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of an input ``[tokens, width]``."""
+        state = self.init()
+        self.update(state, *batch)
+        return state
+
+    def update(self, state: State, *batch: Tensor) -> None:
+        """Add an input ``[tokens, width]``."""
+        (x,) = batch
+        state["count"] += len(x)
+        for start in range(0, self.width, self.block):
+            rows = slice(start, start + self.block)
+            state["gram"][rows, start:] += _product(x[:, rows].T, x[:, start:]).to(state["gram"].device)
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """The whole matrix per token."""
+        upper = state["gram"].triu()
+        whole = upper + upper.triu(1).T
+        return {"": (whole / state["count"]).to(self.dtype)}
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A matrix product with float32 sums and result."""
+    if a.is_cuda and a.dtype != torch.float32:
+        product: Tensor = torch.mm(a, b, out_dtype=torch.float32)
+        return product
+    return a.float() @ b.float()
+
+
+_LOWEST, _OCTAVES = -20, 32
+BINS = 4 * _OCTAVES
+"""Bins of a histogram: halves of the octaves of |x| from 2^-20 to 2^12, negative values behind positive ones."""
+
+
+@dataclass(frozen=True)
+class Histogram(Statistic):
+    """Counts of every feature's values in half octaves of |x|, by sign; entropy and frequency follow from it.
+
+    The edges are fixed, so that histograms join exactly. Values beyond them count in the first and
+    last bins; zero is in the first.
+    """
+
+    width: int
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Counts, ``[width, BINS]``."""
+        return {"counts": Field((self.width, BINS), torch.int32)}
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of an input ``[tokens, width]``."""
+        (x,) = batch
+        bits = x.float().contiguous().view(torch.int32)
+        first = 2 * (127 + _LOWEST)  # float32: 8 bits of exponent, biased by 127, then the half octave's bit
+        half_octave = ((bits & 0x7FFFFFFF) >> 22).sub_(first).clamp_(0, BINS // 2 - 1)
+        index = half_octave + (bits < 0) * (BINS // 2)
+        index += torch.arange(self.width, dtype=torch.int32, device=x.device) * BINS
+        counts = torch.bincount(index.flatten(), minlength=self.width * BINS)
+        return {"counts": counts.view(self.width, BINS)}
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """The counts."""
+        return {"": state["counts"]}
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """Entropy of histograms in nats; ``[features, BINS] -> [features]``."""
+    share = counts.double() / counts.sum(-1, keepdim=True)
+    return torch.special.entr(share).sum(-1)
+
+
+def frequency(counts: Tensor, threshold: float) -> Tensor:
+    """Share of values with |x| at least the threshold, rounded down to an edge; ``[features, BINS] -> [features]``."""
+    octaves = torch.exp2(torch.arange(_LOWEST, _LOWEST + _OCTAVES).float())
+    edges = torch.stack([octaves, 1.5 * octaves], 1).flatten()
+    start = max(0, int((edges <= threshold).sum()) - 1)
+    both = counts[:, : BINS // 2] + counts[:, BINS // 2 :]
+    return both[:, start:].sum(-1).double() / both.sum(-1)
+
+
+@dataclass(frozen=True)
+class Cosine(Statistic):
+    """Cosine between a block's input and output, over tokens."""
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Tokens, sum and sum of squares."""
+        return {"count": COUNT, "total": Field(()), "square": Field(())}
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of an input and an output, ``[tokens, model]`` each."""
+        cosines = torch.cosine_similarity(batch[0].float(), batch[1].float(), dim=-1).double()
+        return {"count": count(len(cosines)), "total": cosines.sum(), "square": cosines.square().sum()}
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """Mean and variance over tokens."""
+        mean = state["total"] / state["count"]
+        return {"cosine_mean": mean, "cosine_variance": (state["square"] / state["count"] - mean.square()).clamp(min=0)}
+
+
+@dataclass(frozen=True)
+class MaskGradient(Statistic):
+    """The gradient of every unit's own mask, per sequence and per token.
+
+    With L_i the mean-token loss of sequence i in nats over its n_tok counted tokens, s_t(u) = sum
+    over the positions p of unit u of x_p dL_i/dx_p at token t of the consumer's input is what token
+    t adds to the gradient of L_i by the mask of u, m_i(u) = sum_t s_t(u).
+    """
+
+    units: int
+    n_tok: int
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Sequences, tokens, and sums over them; ``[units]`` each."""
+        names = ("signed", "absolute", "sign", "square", "square_token")
+        return {"sequences": COUNT, "tokens": COUNT} | {name: Field((self.units,)) for name in names}
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of s, ``[sequences, tokens, units]``."""
+        (s,) = batch
+        mask = s.sum(1).double()
+        return {
+            "sequences": count(s.shape[0]),
+            "tokens": count(s.shape[0] * s.shape[1]),
+            "signed": mask.sum(0),
+            "absolute": mask.abs().sum(0),
+            "sign": mask.sign().sum(0),
+            "square": mask.square().sum(0),
+            "square_token": (s * self.n_tok).square().sum((0, 1), dtype=torch.float64),
+        }
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """Means over sequences and tokens, and what follows from them; ``[units]`` each, float64.
+
+        `mask_gradient`, `_abs`, `_square`: means of m_i, |m_i| and m_i^2; `mask_gradient_square_token`:
+        E_t[(n_tok s_t)^2]; `sign_consistency` = |mean of sign m_i|, 0 to 1; `stability` =
+        1 / (1 + deviation of |m_i| / mean of |m_i|), 0 to 1; `snr` = |mean of m_i| / deviation of
+        m_i. `unit_fisher_sequence` = n_tok/2 E_i[m_i^2] and `unit_fisher_token` = E_t[(n_tok s_t)^2]/2
+        are the second order of the loss along the mask (Optimal Brain Damage, LeCun et al. 1989,
+        with the Fisher information in place of the Hessian); they agree where the tokens of a
+        sequence are independent.
+        """
+        n = state["sequences"]
+        mean, size, square = state["signed"] / n, state["absolute"] / n, state["square"] / n
+        token = state["square_token"] / state["tokens"]
+        tiny = torch.finfo(torch.float64).tiny
+        return {
+            "mask_gradient": mean,
+            "mask_gradient_abs": size,
+            "mask_gradient_square": square,
+            "mask_gradient_square_token": token,
+            "sign_consistency": (state["sign"] / n).abs(),
+            "stability": size / (size + (square - size.square()).clamp(min=0).sqrt()).clamp(min=tiny),
+            "snr": mean.abs() / (square - mean.square()).clamp(min=0).sqrt().clamp(min=tiny),
+            "unit_fisher_sequence": 0.5 * self.n_tok * square,
+            "unit_fisher_token": 0.5 * token,
+        }
+
+
+@dataclass(frozen=True)
+class Sum(Statistic):
+    """A sum over calibration sequences of a tensor of one shape; stored as the mean, times a factor."""
+
+    shape: tuple[int, ...]
+    factor: float = 1.0
+    dtype: torch.dtype = torch.float32
+    sums: torch.dtype = torch.float32
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Sequences and the sum."""
+        return {"count": COUNT, "total": Field(self.shape, self.sums)}
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of a sum over some sequences, and their number."""
+        return {"count": batch[1], "total": batch[0]}
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """The mean over sequences."""
+        return {"": (state["total"] * (self.factor / state["count"])).to(self.dtype)}
+
+
+@dataclass(frozen=True)
+class BatchRows(Statistic):
+    """Mean |g|, standard deviation and norm of one parameter's gradient in every batch."""
+
+    batches: int
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """One row a batch, ``[batches, 3]``; 0 where a batch was not seen."""
+        return {"rows": Field((self.batches, 3))}
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of the batch's mean gradient, and the batch's number."""
+        gradient, number = batch
+        rows = torch.zeros(self.batches, 3, dtype=torch.float64)
+        norm, mean = torch.linalg.vector_norm(gradient).double(), gradient.mean().double()
+        deviation = (norm.square() / gradient.numel() - mean.square()).clamp(min=0).sqrt()
+        rows[int(number)] = torch.stack([gradient.abs().mean().double(), deviation, norm]).cpu()
+        return {"rows": rows}
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """The rows."""
+        return {"": state["rows"]}
+
+
+@dataclass(frozen=True)
+class Samples(Statistic):
+    """Mean of weighted samples and its standard error, from sums of values and of their squares."""
+
+    width: int
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Sums of weights, of squared weights, of weighted values and squares, and the number of samples."""
+        vector = Field((self.width,))
+        return {"count": COUNT, "weight": Field(()), "weight_square": Field(()), "total": vector, "square": vector}
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of one sample ``[width]`` and its weight."""
+        value, weight = batch[0].double(), batch[1].double()
+        return {
+            "count": count(1),
+            "weight": weight,
+            "weight_square": weight.square(),
+            "total": weight * value,
+            "square": weight * value.square(),
+        }
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """Weighted mean, and its standard error with Kish's effective sample size; NaN of one sample."""
+        mean = state["total"] / state["weight"]
+        variance = (state["square"] / state["weight"] - mean.square()).clamp(min=0)
+        samples = state["weight"].square() / state["weight_square"]
+        return {"mean": mean, "standard_error": (variance / (samples - 1)).sqrt()}
