@@ -136,35 +136,49 @@ def place(
 
 @dataclass
 class Collection:
-    """The sums of one collecting stage, and the way of its batches through them."""
+    """The sums of one collecting stage, and the way of its batches through them.
+
+    Attributes:
+        items: calibration sequences, or whatever else is worked through.
+        size: items in a batch.
+        tokens: tokens of an item, for the progress bar.
+    """
 
     run: Calibration
     stage: str
     accumulator: Accumulator
     checkpoints: Checkpoints
+    items: int
     size: int
+    tokens: int
 
     def batches(self) -> Iterator[tuple[int, int, Tensor]]:
-        """The batches that the sums do not hold yet, with a progress bar; the sums are saved between them.
+        """The batches of calibration sequences that the sums do not hold yet.
 
         Yields:
             The batch's number, the index of its first sequence, and its ids ``[batch, length]``.
+        """
+        for number in self.steps():
+            first = number * self.size
+            yield number, first, torch.from_numpy(self.run.ids[first : first + self.size]).to(self.run.device)
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the batches that the sums do not hold yet, with a progress bar; the sums are saved between.
 
         With several processes each takes every so-manieth batch. Where the model is shared out
         all must run equally often: one without a batch repeats the last one, which is not counted.
         """
-        world, sums, ids = self.run.world, self.accumulator, self.run.ids
-        total = -(-len(ids) // self.size)
+        world, sums = self.run.world, self.accumulator
+        total = -(-self.items // self.size)
         with self._bar() as bar:
             for step in range(sums.done, -(-total // world.size)):
                 number = step * world.size + world.rank
                 sums.counting = number < total
                 if sums.counting or world.sharded:
-                    first = min(number, total - 1) * self.size
-                    yield number, first, torch.from_numpy(ids[first : first + self.size]).to(self.run.device)
+                    yield min(number, total - 1)
                 sums.counting, sums.done = True, step + 1
                 self._save_if_due()
-                bar.update(self._seen() * ids.shape[1] - bar.n)
+                bar.update(self._seen() * self.tokens - bar.n)
 
     def merge(self) -> bool:
         """Join the sums of all processes in the first; whether this is the first."""
@@ -182,8 +196,12 @@ class Collection:
         return world.first
 
     def _seen(self) -> int:
-        """Sequences that all processes have in their sums."""
-        return seen(self.run, self.accumulator.done, self.size)
+        """Items that all processes have in their sums."""
+        return self.seen(self.accumulator.done)
+
+    def seen(self, done: int) -> int:
+        """Items in the sums of all processes together after a number of batches each."""
+        return min(done * self.run.world.size * self.size, self.items)
 
     def _save_if_due(self) -> None:
         world = self.run.world
@@ -192,20 +210,36 @@ class Collection:
             world.barrier()  # the older one must stay until every process has this one
             self.checkpoints.keep_only(self.accumulator.done, self._seen())
 
+    def resume(self, home: Path) -> None:
+        """Load the newest checkpoint that every process has and that holds the first of the items."""
+        world = self.run.world
+        folders = [_rank_folder(home, World(rank, world.size)) for rank in range(world.size)]
+        common = set.intersection(*(set(Checkpoints(folder, 0.0).available()) for folder in folders))
+        fitting = {(done, items) for done, items in common if items == self.seen(done)}
+        world.barrier()
+        if fitting:
+            done, items = max(fitting)
+            self.accumulator.load(self.checkpoints.path(done, items), done)
+            self.checkpoints.keep_only(done, items)
+            if world.first:
+                typer.echo(f"continues from a saved state: {items} of {self.items} are done")
+
     def _bar(self) -> Any:
-        length, hidden = self.run.ids.shape[1], None if self.run.world.first else True
-        total, done = len(self.run.ids) * length, self._seen() * length
+        hidden = None if self.run.world.first else True
+        total, done = self.items * self.tokens, self._seen() * self.tokens
         return tqdm(total=total, initial=done, desc=self.stage, unit="tok", unit_scale=True, disable=hidden)
-
-
-def seen(run: Calibration, done: int, size: int) -> int:
-    """Sequences in the sums of all processes together after a number of batches each."""
-    return min(done * run.world.size * size, len(run.ids))
 
 
 @contextmanager
 def collecting(
-    run: Calibration, stage: str, target: Path, groups: Sequence[Group], size: int, identity: Mapping[str, Any]
+    run: Calibration,
+    stage: str,
+    target: Path,
+    groups: Sequence[Group],
+    size: int,
+    identity: Mapping[str, Any],
+    items: int | None = None,
+    tokens: int | None = None,
 ) -> Iterator[Collection]:
     """Sums of a stage that go on where a killed run of the same stage on the same input stopped.
 
@@ -214,9 +248,11 @@ def collecting(
         stage: the name of the stage.
         target: the artifact that will be written.
         groups: the statistics of every layer and of the whole model.
-        size: sequences in a batch.
+        size: sequences, or other items, in a batch.
         identity: what the sums depend on beside the model and the text; not the number of
             sequences, since the sums of the first ones are the same for any number.
+        items: what is worked through, if not the calibration sequences.
+        tokens: tokens of such an item.
 
     Raises:
         LibpruneError: if the disk has no room, or a value is not finite.
@@ -232,9 +268,11 @@ def collecting(
         live = folder / "live"
         remove(live)
         accumulator = Accumulator(groups, live if on_disk else None)
-        _resume(run, home, checkpoints, accumulator, size)
+        count, length = items or len(run.ids), tokens or run.ids.shape[1]
+        work = Collection(run, stage, accumulator, checkpoints, count, size, length)
+        work.resume(home)
         try:
-            yield Collection(run, stage, accumulator, checkpoints, size)
+            yield work
         except StatisticsError as error:
             raise StatisticsError(f"{error}{_kept(checkpoints, stage)}") from error
         accumulator.close()
@@ -256,20 +294,6 @@ def fingerprint(run: Calibration, identity: Mapping[str, Any]) -> str:
 
 def _rank_folder(home: Path, world: World) -> Path:
     return home / f"process-{world.rank}-of-{world.size}"
-
-
-def _resume(run: Calibration, home: Path, checkpoints: Checkpoints, accumulator: Accumulator, size: int) -> None:
-    """Load the newest checkpoint that every process has and that holds the first of the chosen sequences."""
-    folders = [_rank_folder(home, World(rank, run.world.size)) for rank in range(run.world.size)]
-    common = set.intersection(*(set(Checkpoints(folder, 0.0).available()) for folder in folders))
-    fitting = {(done, sequences) for done, sequences in common if sequences == seen(run, done, size)}
-    run.world.barrier()
-    if fitting:
-        done, sequences = max(fitting)
-        accumulator.load(checkpoints.path(done, sequences), done)
-        checkpoints.keep_only(done, sequences)
-        if run.world.first:
-            typer.echo(f"continues from a saved state: {sequences} of {len(run.ids)} sequences are done")
 
 
 def _kept(checkpoints: Checkpoints, stage: str) -> str:
