@@ -48,7 +48,7 @@ from libprune.memory import checkpoint_blocks, fits_in_memory, gigabytes, offloa
 from libprune.parallel import World, join_world, shard_blocks
 from libprune.params import Compute
 from libprune.shards import shard
-from libprune.tokens import read_tokens
+from libprune.tokens import read_tokens, require_sequences
 
 ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
 RowsOf = Callable[[Architecture, Mapping[str, Tensor], int], Columns]
@@ -94,15 +94,22 @@ class Calibration:
         return max(1, self.compute.batch_tokens // self.ids.shape[1])
 
 
-def set_up(layout: Layout, compute: Compute, sequences: int | None) -> Calibration:
+def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool = False) -> Calibration:
     """Load what a collecting stage needs.
+
+    Args:
+        layout: where the artifacts are.
+        compute: how to run the model.
+        sequences: calibration sequences to use; None for all.
+        last: use the last ones instead of the first.
 
     Raises:
         LibpruneError: if an artifact is missing or foreign, or the device cannot be used.
     """
     architecture = read_architecture(layout)
-    ids, tokens_meta = read_tokens(layout.calibration, architecture.fingerprint, None)
-    chosen, _ = read_tokens(layout.calibration, architecture.fingerprint, sequences)
+    ids, tokens_meta = read_tokens(layout.calibration, architecture.fingerprint)
+    number = require_sequences(sequences, ids, layout.calibration)
+    chosen = ids[-number:] if last else ids[:number]
     world = join_world()
     device = resolve_device(compute.device, world.local_rank)
     dtype = resolve_dtype(compute.dtype, device)
@@ -287,7 +294,7 @@ def fingerprint(run: Calibration, identity: Mapping[str, Any]) -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     origin = {key: value for key, value in run.meta.items() if key != "sequences"}
-    world = {"processes": run.world.size, "torch": torch.__version__, "device": run.device.type}
+    world = {"processes": run.world.size, "torch": torch.__version__, "device": run.device.type, "at_once": run.at_once}
     digest.update(json.dumps(origin | world | dict(identity), sort_keys=True).encode())
     return digest.hexdigest()[:16]
 

@@ -81,9 +81,18 @@ def read_tokens(path: Path, model: str, sequences: int | None = None) -> tuple[I
     table, meta = read_table(path, "tokenize")
     same_origin(path, meta, {"model": model})
     ids = np.stack(list(table["input_ids"])).astype(np.int64)
+    return ids[: require_sequences(sequences, ids, path)], meta
+
+
+def require_sequences(sequences: int | None, ids: Ids, path: Path) -> int:
+    """How many sequences to use: as many as asked for, or all.
+
+    Raises:
+        SourceError: if there are fewer.
+    """
     if sequences is not None and sequences > len(ids):
         raise SourceError(
             f"{sequences} calibration sequences are asked for, {path} holds {len(ids)}; "
             "raise tokenize.calibration_sequences"
         )
-    return ids[:sequences], meta
+    return len(ids) if sequences is None else sequences
