@@ -175,7 +175,8 @@ def _file(folder: Path, group: int) -> Path:
 class Checkpoints:
     """Saved states of an accumulator: the whole ones, `after-<batches>-<sequences>`, below a folder.
 
-    Saving takes at most a twentieth of the time, and not more often than every `seconds`.
+    Saving takes at most a twentieth of the time, and not more often than every `seconds`; with 0
+    it follows every batch.
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:
@@ -197,7 +198,7 @@ class Checkpoints:
 
     def due(self) -> bool:
         """Whether it is time to save again."""
-        return time.monotonic() - self._last >= max(self._seconds, 20 * self._cost)
+        return self._seconds == 0 or time.monotonic() - self._last >= max(self._seconds, 20 * self._cost)
 
     def save(self, accumulator: Accumulator, sequences: int) -> None:
         """Write a checkpoint beside the older ones."""

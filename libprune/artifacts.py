@@ -74,6 +74,11 @@ class Layout:
         return self.root / "activations"
 
     @property
+    def ablation(self) -> Path:
+        """The measured loss increase of masking single units."""
+        return self.root / "ablation.parquet"
+
+    @property
     def scores(self) -> Path:
         """The global importance table."""
         return self.root / "scores.parquet"

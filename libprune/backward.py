@@ -26,7 +26,7 @@ class Tape:
     """Inputs of the maps, held until their gradients arrive.
 
     With recomputation the inputs of the first forward pass are not held: backward runs each block
-    again, and brings them back just before its gradients.
+    again, and brings them back. The gradient at a block's last output comes before that, and waits.
 
     Attributes:
         first: index of the first sequence of the pass in progress, for messages.
@@ -39,6 +39,7 @@ class Tape:
         self._recompute = recompute
         self._in_backward = False
         self._inputs: dict[str, Tensor] = {}
+        self._waiting: dict[str, Tensor] = {}
 
     def backward(self, loss: Tensor) -> None:
         """Run backward, which calls the functions."""
@@ -48,11 +49,14 @@ class Tape:
         finally:
             self._in_backward = False
             self._inputs.clear()
+            self._waiting.clear()
 
     def enter(self, entry: Map, consumes: bool, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of a map."""
         if self._in_backward or not self._recompute:
             self._inputs[entry.module] = args[0].detach()
+        if entry.module in self._waiting:
+            self._give_output(entry, consumes, self._waiting.pop(entry.module))
         if not self._in_backward and consumes:
             require_finite(args[0].detach(), self.first, f"the input of {entry.module}")
             if self._on_input is not None:
@@ -65,6 +69,12 @@ class Tape:
 
     def _take_output(self, entry: Map, consumes: bool, gradient: Tensor) -> None:
         require_finite(gradient, self.first, f"the gradient at the output of {entry.module}")
+        if entry.module in self._inputs:
+            self._give_output(entry, consumes, gradient)
+        else:
+            self._waiting[entry.module] = gradient
+
+    def _give_output(self, entry: Map, consumes: bool, gradient: Tensor) -> None:
         self._on_output(entry, self._inputs[entry.module], gradient)
         if not consumes or self._on_input is None:
             del self._inputs[entry.module]

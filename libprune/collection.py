@@ -281,7 +281,7 @@ def collecting(
         try:
             yield work
         except StatisticsError as error:
-            raise StatisticsError(f"{error}{_kept(checkpoints, stage)}") from error
+            raise StatisticsError(f"{error}{_kept(checkpoints, stage) if items is None else ''}") from error
         accumulator.close()
         run.world.barrier()
         if run.world.first:

@@ -119,7 +119,6 @@ class _Collector:
         self.first = 0
         self._biased = {p.name for p in architecture.parameters}
         self._pending: dict[str, Tensor] = {}
-        self._full = any(name.endswith("_gram") for name in sums.groups[0])
 
     def begin(self, number: int, sequences: int, chunk: Tensor, last: bool) -> None:
         """A pass over some sequences of a batch begins."""
@@ -135,7 +134,7 @@ class _Collector:
     def output(self, entry: Map, x: Tensor, delta: Tensor) -> None:
         """The gradient at a map's output: those of its weight and bias, and its second moment."""
         gradient = weight_gradient(entry, x, delta)
-        if not torch.isfinite(gradient).all():
+        if not torch.isfinite(gradient.sum()):
             each = torch.stack([weight_gradient(entry, *pair) for pair in zip(x, delta, strict=True)])
             require_finite(each, self.first, f"the gradient of {entry.weight}")
             raise StatisticsError(f"the gradient of {entry.weight} overflows; try compute.dtype: float32")
@@ -155,21 +154,21 @@ class _Collector:
 
     def _second_moment(self, entry: Map, side: str, delta: Tensor) -> None:
         """Per token, of the gradient of the summed loss."""
-        per_token = delta.flatten(0, -2).float() * self._n_tok
-        tokens = count(len(per_token))
+        delta = delta.flatten(0, -2).float()
         name = f"{entry.module}.{side}_gradient"
-        self.sums.update(entry.layer, f"{name}_square", per_token.square().sum(0), tokens)
-        if self._full and f"{name}_gram" in self.sums.groups[entry.layer]:
-            self.sums.update(entry.layer, f"{name}_gram", per_token)
+        squares = delta.square().sum(0).double() * self._n_tok**2
+        self.sums.update(entry.layer, f"{name}_square", squares, count(len(delta)))
+        if f"{name}_gram" in self.sums.groups[entry.layer]:
+            self.sums.update(entry.layer, f"{name}_gram", delta * self._n_tok)
 
     def _take(self, name: str, layer: int, gradient: Tensor) -> None:
         """Add a pass's gradient, a sum over its sequences; whole batches go into the sums."""
         if name in self._pending:
             gradient = self._pending.pop(name) + gradient.cpu()
         if self._last:
-            self.sums.update(layer, name, gradient, count(self._sequences))
-            mean = gradient.float() / self._sequences
-            self.sums.update(layer, ROWS + name, mean, torch.tensor(self._number))
+            sequences = count(self._sequences)
+            self.sums.update(layer, name, gradient, sequences)
+            self.sums.update(layer, ROWS + name, gradient, sequences, torch.tensor(self._number))
         else:
             self._pending[name] = gradient.float().cpu()
 

@@ -100,7 +100,7 @@ def _sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def _require_no_overflow(squares: Tensor, name: str) -> None:
-    if not torch.isfinite(squares).all():
+    if not torch.isfinite(squares.sum()):
         raise StatisticsError(f"a squared gradient of {name} overflows; try compute.dtype: float32")
 
 

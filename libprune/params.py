@@ -118,6 +118,17 @@ class Activations(_Section):
     """Storage type of the Gram matrices; bfloat16 halves them and costs the repair accuracy (docs/statistics.md)."""
 
 
+class Ablation(_Section):
+    """The measured loss increase of masking single units."""
+
+    units: Floor = 0
+    """Units measured, spread over layers and parts; 0: the stage does nothing."""
+    sequences: Count | None = 32
+    """Calibration sequences used, from the last; null: all."""
+    seed: int = 0
+    """Which units are drawn."""
+
+
 class Score(_Section):
     """How much the loss of a unit matters."""
 
@@ -195,6 +206,7 @@ class Params(_Section):
     gradients: Gradients = Gradients()
     hessian: Hessian = Hessian()
     activations: Activations = Activations()
+    ablation: Ablation = Ablation()
     score: Score = Score()
     allocate: Allocate = Allocate()
     slice: Slice = Slice()

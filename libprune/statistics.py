@@ -282,7 +282,7 @@ class MaskGradient(Statistic):
 
     def measure(self, *batch: Tensor) -> State:
         """Of s, ``[sequences, tokens, units]``."""
-        (s,) = batch
+        (s,) = batch  # in float32: what is summed here is one batch
         mask = s.sum(1).double()
         return {
             "sequences": count(s.shape[0]),
@@ -291,7 +291,7 @@ class MaskGradient(Statistic):
             "absolute": mask.abs().sum(0),
             "sign": mask.sign().sum(0),
             "square": mask.square().sum(0),
-            "square_token": (s * self.n_tok).square().sum((0, 1), dtype=torch.float64),
+            "square_token": s.square().flatten(0, 1).sum(0).double() * self.n_tok**2,
         }
 
     def finish(self, state: State) -> dict[str, Tensor]:
@@ -357,12 +357,14 @@ class BatchRows(Statistic):
         return {"rows": Field((self.batches, 3))}
 
     def measure(self, *batch: Tensor) -> State:
-        """Of the batch's mean gradient, and the batch's number."""
-        gradient, number = batch
+        """Of a batch's summed gradient, its sequences, and its number."""
+        gradient, sequences, number = batch[0].flatten().float(), int(batch[1]), int(batch[2])
+        sums = torch.stack([gradient.abs().sum(), gradient.sum(), gradient.dot(gradient)]).double().cpu()
+        size, mean = sums[:2] / (sequences * gradient.numel())
+        square = sums[2] / sequences**2
         rows = torch.zeros(self.batches, 3, dtype=torch.float64)
-        norm, mean = torch.linalg.vector_norm(gradient).double(), gradient.mean().double()
-        deviation = (norm.square() / gradient.numel() - mean.square()).clamp(min=0).sqrt()
-        rows[int(number)] = torch.stack([gradient.abs().mean().double(), deviation, norm]).cpu()
+        deviation = (square / gradient.numel() - mean.square()).clamp(min=0).sqrt()
+        rows[number] = torch.stack([size, deviation, square.sqrt()])
         return {"rows": rows}
 
     def finish(self, state: State) -> dict[str, Tensor]:

@@ -1,0 +1,196 @@
+"""Losses of a model that is changed from some layer on, without running the layers before it again.
+
+Everything before the first changed layer computes what it computes in the unchanged model. So what
+the blocks before chosen layers return is kept from one run, and a measurement runs only from its
+layer to the end. Cost: from layer l of N, (N - l) / N of the blocks, and the head; averaged over
+changes spread evenly over the layers, about half of changes x passes over the text.
+
+Memory, on the host: sequences x length x width of the model x kept layers x bytes of the model's dtype.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from libprune.accumulator import Group
+from libprune.architecture import Architecture
+from libprune.collection import Calibration, Collection
+from libprune.compute import hooked, require_finite, sequence_losses
+from libprune.plan import Plan
+from libprune.statistics import Field, State, Statistic
+from libprune.surgery import masked
+
+LOSSES = "losses"
+"""The name of `SequenceLosses` among the statistics."""
+
+
+class Prefix:
+    """What the blocks before chosen layers return, kept from one run of a model over a text.
+
+    It holds for models whose blocks hand nothing to later blocks but what they return. The model
+    may be masked when this is made, and changed further afterwards.
+
+    Attributes:
+        losses: the model's mean-token loss of every sequence, ``[sequences]``, nats, float64.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        ids: Int[Tensor, "sequences length"],
+        at_once: int,
+        layers: Iterable[int],
+    ) -> None:
+        """Run the model over the text once.
+
+        Args:
+            model: the model.
+            architecture: its description.
+            ids: token ids on the model's device.
+            at_once: sequences in one pass.
+            layers: those that measurements will start from; nothing needs to be kept for the first.
+        """
+        self._model, self._architecture = model, architecture
+        self._blocks = [model.get_submodule(f"{architecture.layers_path}.{i}") for i in range(architecture.layers)]
+        self._passes = ids.split(at_once)
+        self._kept: dict[int, list[Any]] = {layer: [] for layer in layers if layer > 0}
+        with hooked(model) as handles:
+            for layer, outputs in self._kept.items():
+                handles.append(self._blocks[layer - 1].register_forward_hook(partial(_keep_output, outputs)))
+            self.losses = self.losses_from(0)
+
+    def losses_of(self, plan: Plan) -> Float[Tensor, " sequences"]:
+        """Losses of the model masked by a plan; ``[sequences]``, nats, float64."""
+        first = first_changed(plan)
+        if first is None:
+            return self.losses
+        with masked(self._model, self._architecture, plan):
+            return self.losses_from(first)
+
+    def losses_from(self, layer: int) -> Float[Tensor, " sequences"]:
+        """Losses of the model as it is now, which is changed in no layer before this one; as in `losses_of`.
+
+        Runs from the last layer up to this one that something was kept for.
+        """
+        start = max((kept for kept in self._kept if kept <= layer), default=0)
+        with torch.no_grad():
+            return torch.cat([self._pass(start, number) for number in range(len(self._passes))])
+
+    def _pass(self, start: int, number: int) -> Float[Tensor, " batch"]:
+        ids = self._passes[number]
+        if start == 0:
+            return sequence_losses(self._model, ids).double().cpu()
+        with _skipped(self._blocks[:start], self._kept[start][number], ids.device):
+            return sequence_losses(self._model, ids).double().cpu()
+
+
+def first_changed(plan: Plan) -> int | None:
+    """The first layer that a plan removes something from; None if it keeps everything."""
+    return min((layer for (layer, _), keep in plan.keep.items() if not keep.all()), default=None)
+
+
+def _keep_output(outputs: list[Any], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a block."""
+    outputs.append(_copy(output, "cpu"))
+
+
+def _copy(output: Any, device: torch.device | str) -> Any:
+    """A copy of what a block returned, a tensor or a tuple; the model may write into either."""
+    if isinstance(output, tuple):
+        return tuple(_copy(item, device) for item in output)
+    return output.to(device, copy=True) if isinstance(output, Tensor) else output
+
+
+@contextmanager
+def _skipped(blocks: Sequence[nn.Module], output: Any, device: torch.device) -> Iterator[None]:
+    """Inside the context blocks compute nothing, and the last of them returns the given output.
+
+    What the others return is only handed on to it. The modules stay where they are, with their
+    attributes and hooks: only `forward` is another function.
+    """
+    own = [vars(block).get("forward") for block in blocks]
+    filler, last = _copy(output, device), _copy(output, device)
+    try:
+        for block in blocks:
+            block.forward = partial(_return, last if block is blocks[-1] else filler)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def _return(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
+
+
+@dataclass(frozen=True)
+class SequenceLosses(Statistic):
+    """The loss of every sequence under each of several changes of a model, nats."""
+
+    changes: int
+    sequences: int
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """One row a change, ``[changes, sequences]``; 0 where a change was not measured."""
+        return {"rows": Field((self.changes, self.sequences))}
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of the losses ``[sequences]`` under one change, and its number."""
+        state = self.init()
+        self.update(state, *batch)
+        return state
+
+    def update(self, state: State, *batch: Tensor) -> None:
+        """Add one change's losses."""
+        losses, number = batch
+        state["rows"][int(number)] += losses
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """The rows."""
+        return {"": state["rows"]}
+
+
+def loss_groups(run: Calibration, changes: int) -> list[Group]:
+    """The statistic that `collect_losses` fills."""
+    return [{LOSSES: SequenceLosses(changes, len(run.ids))}]
+
+
+def collect_losses(
+    run: Calibration, work: Collection, plans: Mapping[str, Plan], first: int
+) -> Float[Tensor, " sequences"]:
+    """Measure the losses under every plan that the sums do not hold yet.
+
+    Args:
+        run: the model and the text.
+        work: sums of the `loss_groups`, whose items are the plans.
+        plans: what is removed, by a name for messages.
+        first: index of the run's first sequence among all calibration sequences, for messages.
+
+    Returns:
+        The losses of the dense model, ``[sequences]``, nats, float64.
+
+    Raises:
+        StatisticsError: naming the plan and the sequence whose loss is not finite.
+    """
+    names = list(plans)
+    left = names[work.accumulator.done * run.world.size + run.world.rank :: run.world.size]
+    layers = {first_changed(plans[name]) or 0 for name in left}
+    ids = torch.from_numpy(run.ids).to(run.device)
+    prefix = Prefix(run.model, run.architecture, ids, run.at_once, layers)
+    require_finite(prefix.losses, first, "the loss of the dense model")
+    for number in work.steps():
+        losses = prefix.losses_of(plans[names[number]])
+        require_finite(losses, first, f"the loss without {names[number]}")
+        work.accumulator.update(0, LOSSES, losses, torch.tensor(number))
+    return prefix.losses
