@@ -104,7 +104,8 @@ def writing(target: Path) -> Iterator[Path]:
     """A path to write a file or a folder at, which takes the place of `target` only on success."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    remove(partial)
+    for left in target.parent.glob(f".{target.name}.*.partial"):  # by a process that was killed
+        remove(left)
     try:
         yield partial
         if partial.is_dir():

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -33,7 +32,6 @@ from libprune.architecture import Architecture
 from libprune.artifacts import (
     Columns,
     Layout,
-    encode_meta,
     read_architecture,
     remove,
     require,
@@ -47,7 +45,7 @@ from libprune.errors import StatisticsError
 from libprune.memory import checkpoint_blocks, fits_in_memory, gigabytes, offload_maps, require_room
 from libprune.parallel import World, join_world, shard_blocks
 from libprune.params import Compute
-from libprune.shards import shard
+from libprune.shards import write_shard
 from libprune.tokens import read_tokens, require_sequences
 
 ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
@@ -232,9 +230,10 @@ class Collection:
                 typer.echo(f"continues from a saved state: {items} of {self.items} are done")
 
     def _bar(self) -> Any:
-        hidden = None if self.run.world.first else True
         total, done = self.items * self.tokens, self._seen() * self.tokens
-        return tqdm(total=total, initial=done, desc=self.stage, unit="tok", unit_scale=True, disable=hidden)
+        return tqdm(
+            total=total, initial=done, desc=self.stage, unit="tok", unit_scale=True, disable=not self.run.world.first
+        )
 
 
 @contextmanager
@@ -351,8 +350,8 @@ def write_artifact(
     with writing_folder(target) as folder:
         for layer in range(architecture.layers):
             tensors = sums.finish(layer)
-            stored = {name: t.contiguous() for name, t in tensors.items() if not name.startswith((ROWS, UNITS))}
-            save_file(stored, shard(folder, layer), metadata=encode_meta(meta))
+            stored = {name: tensor for name, tensor in tensors.items() if not name.startswith((ROWS, UNITS))}
+            write_shard(folder, layer, stored, meta)
             blocks += [columns_of(architecture, tensors, run.weights, layer, part) for part in architecture.parts]
             if rows_of is not None:
                 rows.append(rows_of(architecture, tensors, layer))

@@ -1,18 +1,26 @@
 """The shards of the collecting stages: one safetensors file a layer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from libprune.artifacts import damage, decode_meta, require
+from libprune.artifacts import damage, decode_meta, encode_meta, require
 from libprune.errors import ArtifactError, missing_key
 
 
 def shard(folder: Path, layer: int) -> Path:
     """The file of one layer."""
     return folder / f"layer-{layer:03d}.safetensors"
+
+
+def write_shard(folder: Path, layer: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write the tensors of one layer."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, shard(folder, layer), metadata=encode_meta(meta))
 
 
 def read_tensor(folder: Path, layer: int, name: str, stage: str) -> Tensor:

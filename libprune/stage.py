@@ -1,7 +1,9 @@
 """What every stage's command line does alike: options, one-line errors, time and memory."""
 
+import ctypes
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +33,8 @@ def app(main: Callable[P, None]) -> typer.Typer:
     @wraps(main)
     def command(*args: P.args, **kwargs: P.kwargs) -> None:
         _quiet()
+        if "DVC_STAGE" in os.environ:
+            _end_with_parent()
         with user_errors(), _summary(main.__module__.rpartition(".")[2]):
             main(*args, **kwargs)
 
@@ -53,6 +57,12 @@ def _summary(name: str) -> Iterator[None]:
     yield
     stage = name if name != "__main__" else Path(sys.argv[0]).stem
     typer.echo(f"{stage}: {time.perf_counter() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB")
+
+
+def _end_with_parent() -> None:
+    """Have the system end this process when DVC ends: what runs on alone could mix its output with a second run's."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def peak_memory() -> int:

@@ -1,5 +1,6 @@
 """Forward-only statistics, against the inputs themselves, captured and worked on in float64."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,31 +8,38 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from libprune.activations import NORMS, ActivationSums, activation_columns, collect_activations
+from libprune.accumulator import Accumulator
+from libprune.activations import ACTIVE, HISTOGRAM_STRIDE, NORMS, activation_columns
 from libprune.architecture import Architecture
-from libprune.describe import describe
 from libprune.errors import StatisticsError
+from tests.collected import (
+    LENGTH,
+    SEQUENCES,
+    activations,
+    architecture,
+    assert_all_close,
+    assert_close,
+    assert_untouched,
+    everything,
+    model,
+    of_layers,
+)
 from tests.models import FAMILIES, VOCAB, tokens
-from tests.test_gradients import LENGTH, MODELS, SEQUENCES, assert_close, assert_untouched, batches
+
+__all__ = ["architecture", "model"]
 
 CONSUMERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def model(request) -> PreTrainedModel:
-    return MODELS[request.param](0)
+@pytest.fixture(scope="module")
+def sums(model) -> Accumulator:
+    return activations(model)
 
 
 @pytest.fixture(scope="module")
-def architecture(model) -> Architecture:
-    return describe(model)
-
-
-@pytest.fixture(scope="module")
-def sums(model, architecture) -> ActivationSums:
-    return collect_activations(model, architecture, batches(2))
+def found(sums) -> dict[str, Tensor]:
+    return of_layers(sums)
 
 
 @contextmanager
@@ -64,61 +72,123 @@ def reference(x: Tensor) -> dict[str, Tensor]:
         "input_norm_l2": torch.linalg.vector_norm(x, dim=0),
         "input_norm_max": x.abs().amax(0),
         "input_mean": x.mean(0),
+        "input_min": x.amin(0),
+        "input_max": x.amax(0),
         "input_variance": x.var(0, correction=0),
     }
 
 
-def test_norms_mean_and_variance_are_those_of_the_inputs(sums, inputs):
-    assert sums.tokens == SEQUENCES * LENGTH
-    assert sums.inputs.keys() == inputs.keys()
+def test_norms_mean_variance_and_range_are_those_of_the_inputs(found, inputs):
     for module, x in inputs.items():
-        stored = sums.tensors(module)
+        assert found[f"{module}.input_tokens"] == len(x) == SEQUENCES * LENGTH
         for name, expected in reference(x).items():
-            assert_close(stored[f"{module}.{name}"], expected)
-        for kind in NORMS:
-            by_name = reference(x) | {"input_norm_mean": x.mean(0).abs()}
-            assert_close(sums.inputs[module].norm(kind, sums.tokens), by_name[f"input_norm_{kind}"])
+            assert_close(found[f"{module}.{name}"], expected)
 
 
-def test_gram_matrices_are_kept_at_the_consumers_alone(sums, inputs):
+def test_gram_matrices_and_histograms_are_kept_at_the_consumers_alone(found, inputs):
     for module, x in inputs.items():
-        stored = sums.tensors(module)
-        assert (f"{module}.input_gram" in stored) is module.endswith(CONSUMERS)
+        for kind in ("gram", "histogram"):
+            assert (f"{module}.input_{kind}" in found) is module.endswith(CONSUMERS)
         if module.endswith(CONSUMERS):
-            assert_close(stored[f"{module}.input_gram"], x.T @ x / len(x))
+            assert_close(found[f"{module}.input_gram"], x.T @ x / len(x))
+            assert torch.equal(found[f"{module}.input_gram"], found[f"{module}.input_gram"].T)
+            per_feature = found[f"{module}.input_histogram"].sum(1)
+            assert (per_feature == len(x) // HISTOGRAM_STRIDE).all()
 
 
 def test_a_layers_tensors_are_those_of_its_own_maps(architecture, sums):
     for layer in range(architecture.layers):
-        tensors = sums.layer_tensors(architecture, layer)
-        prefix = f"model.layers.{layer}."
-        assert {name.rpartition(".")[0] for name in tensors} == {n for n in sums.inputs if n.startswith(prefix)}
-        assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+        modules = {name.rpartition(".")[0] for name in sums.finish(layer)}
+        assert modules == {e.module for e in architecture.maps if e.layer == layer} | {"block"}
+
+
+def test_the_cosine_is_that_of_every_tokens_state_before_and_after_a_block(model, sums):
+    with torch.no_grad():
+        states = model.model(input_ids=tokens(SEQUENCES, LENGTH), use_cache=False, output_hidden_states=True)
+    last = {}
+    handle = model.model.layers[-1].register_forward_hook(lambda _, __, output: last.update(state=output))
+    with torch.no_grad():
+        model.model(input_ids=tokens(SEQUENCES, LENGTH), use_cache=False)
+    handle.remove()
+    chain = [*states.hidden_states[:-1], last["state"]]
+    for layer, (before, after) in enumerate(itertools.pairwise(chain)):
+        cosines = torch.cosine_similarity(before.double(), after.double(), dim=-1)
+        found = sums.finish(layer)
+        assert float(found["block.cosine_mean"]) == pytest.approx(float(cosines.mean()), abs=1e-6)
+        assert float(found["block.cosine_variance"]) == pytest.approx(float(cosines.var(correction=0)), abs=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, SEQUENCES])
-def test_the_batch_size_changes_nothing(model, architecture, sums, size):
-    other = collect_activations(model, architecture, batches(size))
-    assert other.tokens == sums.tokens
-    for module in sums.inputs:
-        for name, tensor in sums.tensors(module).items():
-            assert_close(other.tensors(module)[name], tensor)
+def test_the_batch_size_changes_nothing(model, sums, size):
+    other = everything(activations(model, size))
+    for name, tensor in everything(sums).items():
+        if "histogram" in name:  # a value within rounding of an edge may fall on either side
+            assert int((other[name] - tensor).abs().sum()) <= 4
+    assert_all_close(
+        *({n: t for n, t in stored.items() if "histogram" not in n} for stored in (other, everything(sums)))
+    )
 
 
-def test_the_variance_of_a_constant_input_is_not_negative():
-    model = FAMILIES["llama"](0)
-    sums = collect_activations(model, describe(model), [(0, torch.zeros(2, 1, dtype=torch.long))])
-    for module in sums.inputs:
-        variance = sums.tensors(module)[f"{module}.input_variance"]
-        assert float(variance.min()) >= 0
-        assert float(variance.max()) < 1e-5 * float(sums.tensors(module)[f"{module}.input_norm_max"].max() ** 2)
+def test_the_variance_of_a_constant_input_is_zero():
+    found = of_layers(activations(FAMILIES["llama"](0), ids=torch.zeros(2, 1, dtype=torch.long)))
+    for name, tensor in found.items():
+        if name.endswith("input_variance"):
+            assert float(tensor.min()) >= 0
+            assert float(tensor.max()) < 1e-12 * float(found[name.replace("variance", "norm_max")].max() ** 2)
+
+
+def test_low_precision_inputs_are_multiplied_exactly_and_summed_in_float32():
+    """The Gram matrix of bfloat16 inputs, against float64: the products are exact, only the sums round."""
+    model = FAMILIES["llama"](0).to(torch.bfloat16)
+    found = of_layers(activations(model))
+    modules = [name for name, _ in model.named_modules() if name.endswith(CONSUMERS)]
+    with captured(model, modules) as table, torch.no_grad():
+        for ids in tokens(SEQUENCES, LENGTH).split(2):
+            model(input_ids=ids, use_cache=False)
+            for module, x in table.items():
+                found[f"{module}.input_gram"] = found[f"{module}.input_gram"].double() - x.T @ x / (SEQUENCES * LENGTH)
+                found.setdefault(f"{module}.scale", torch.tensor(0.0))
+                found[f"{module}.scale"] += float(x.square().sum(1).mean())
+    for module in modules:
+        assert float(found[f"{module}.input_gram"].abs().max()) < 1e-6 * float(found[f"{module}.scale"])
+
+
+def test_storage_type_is_that_of_the_gram_matrices_alone():
+    found = of_layers(activations(FAMILIES["llama"](0), storage_dtype="bfloat16"))
+    kinds = {name: tensor.dtype for name, tensor in found.items() if "norm" in name or name.endswith(".input_gram")}
+    assert {dtype for name, dtype in kinds.items() if name.endswith("_gram")} == {torch.bfloat16}
+    assert {dtype for name, dtype in kinds.items() if not name.endswith("_gram")} == {torch.float32}
+
+
+# By unit
+
+
+def test_activation_columns_are_means_over_a_units_own_features(model, architecture, sums, inputs):
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for layer, part in architecture.blocks():
+        (consumer,) = architecture.consumers(layer, part)
+        x = inputs[consumer.module]
+        columns = activation_columns(architecture, sums.finish(layer), weights, layer, part)
+        width = x.shape[1] // architecture.units(part)
+        features = {
+            "magnitude": x.abs().mean(0),
+            "variance": x.var(0, correction=0),
+            "range": x.amax(0) - x.amin(0),
+        }
+        for name, values in features.items():
+            expected = values.view(-1, width).mean(1).numpy()
+            np.testing.assert_allclose(columns[f"activation_{name}"], expected, rtol=1e-4)
+        assert ((columns["activation_entropy"] >= 0) & (columns["activation_entropy"] <= np.log(len(x)))).all()
+        active = (x.abs() >= ACTIVE * x.square().mean().sqrt()).double().mean(0).view(-1, width).mean(1).numpy()
+        # From a quarter of the tokens, with the threshold rounded down to an edge.
+        assert np.abs(columns["activation_frequency"] - active).max() < 0.35
+        assert np.abs(columns["activation_frequency"] - active).mean() < 0.1
 
 
 def test_wanda_is_the_sum_of_every_elements_weight_times_its_inputs_norm(model, architecture, sums, inputs):
-    weights = dict(model.named_parameters())
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for layer, part in architecture.blocks():
-        columns = activation_columns(sums, architecture, weights, layer, part)
-        assert columns.keys() == {f"wanda_{kind}" for kind in NORMS}
+        columns = activation_columns(architecture, sums.finish(layer), weights, layer, part)
         for kind in NORMS:
             expected = np.zeros(architecture.units(part))
             for entry in architecture.maps_of(layer, part):
@@ -141,7 +211,7 @@ def add_to_units(total: np.ndarray, terms: Tensor, module: str, architecture: Ar
 
 def test_nothing_stays_on_the_model():
     model = FAMILIES["llama"](0)
-    collect_activations(model, describe(model), batches(2))
+    activations(model)
     assert_untouched(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -154,7 +224,7 @@ def test_the_module_and_batch_whose_input_is_not_finite_are_named(size):
     ids[row, 5] = VOCAB - 1
     with torch.no_grad():
         model.get_input_embeddings().weight[VOCAB - 1] = torch.inf
-    message = rf"the input of model\.layers\.0\.self_attn\.q_proj is not finite.* sequence {row // size * size};"
+    message = rf"the input of model\.layers\.0\.self_attn\.q_proj is not finite for calibration sequence {row};"
     with pytest.raises(StatisticsError, match=message):
-        collect_activations(model, describe(model), batches(size, ids))
+        activations(model, size, ids)
     assert_untouched(model)

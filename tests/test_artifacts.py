@@ -32,9 +32,9 @@ from libprune.artifacts import (
     writing,
     writing_folder,
 )
-from libprune.collection import read_meta, read_tensor, shard, write_layers
 from libprune.describe import describe
 from libprune.errors import ArtifactError
+from libprune.shards import read_meta, read_tensor, shard, write_shard
 from tests.models import FAMILIES
 
 reuses_a_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -200,14 +200,15 @@ def test_equal_content_gives_equal_bytes(tmp_path, architecture):
     metas = [{f"key{i}": i for i in order} for order in (range(9), reversed(range(9)))]
     for name, content, meta in zip(("one", "two"), (tensors, backwards), metas, strict=True):
         with writing_folder(tmp_path / name) as folder:
-            write_layers(folder, architecture, lambda layer, content=content: content, meta)
+            write_shard(folder, 0, content, meta)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
-    assert len(tree(tmp_path / "one")) == architecture.layers
+    assert len(tree(tmp_path / "one")) == 1
 
 
 def test_a_layers_tensors_and_origin_come_back(tmp_path, architecture):
     turned = torch.arange(6.0).reshape(2, 3).T
-    write_layers(tmp_path, architecture, lambda layer: {"w": turned + layer}, {"model": "here"})
+    for layer in range(architecture.layers):
+        write_shard(tmp_path, layer, {"w": turned + layer}, {"model": "here"})
     assert torch.equal(read_tensor(tmp_path, 2, "w", "gradients"), turned + 2)
     assert read_meta(tmp_path, "gradients") == {"model": "here"}
 
@@ -282,7 +283,7 @@ def test_a_missing_file_names_the_stage_that_makes_it(tmp_path, read):
 
 
 def test_a_missing_tensor_or_column_is_named_with_the_nearest(tmp_path, architecture):
-    write_layers(tmp_path, architecture, lambda layer: {"q_proj.weight": torch.ones(1)}, {})
+    write_shard(tmp_path, 0, {"q_proj.weight": torch.ones(1)}, {})
     with pytest.raises(ArtifactError, match=r"no entry 'q_prj\.weight'; it holds 1 .*did you mean 'q_proj\.weight'"):
         read_tensor(tmp_path, 0, "q_prj.weight", "gradients")
     with pytest.raises(ArtifactError, match=r"the table has no entry 'tayler'.*did you mean 'taylor'"):
@@ -334,7 +335,7 @@ def test_a_flipped_bit_is_harmless_or_damage(tmp_path, table_bytes, share, bit):
 
 @pytest.mark.parametrize("read", [partial(read_meta, stage="s"), partial(read_tensor, layer=0, name="w", stage="s")])
 def test_a_shard_that_was_cut_off_is_damaged(tmp_path, architecture, read):
-    write_layers(tmp_path, architecture, lambda layer: {"w": torch.ones(9)}, {})
+    write_shard(tmp_path, 0, {"w": torch.ones(9)}, {})
     shard(tmp_path, 0).write_bytes(shard(tmp_path, 0).read_bytes()[:-7])
     with pytest.raises(ArtifactError, match=r"layer-000\.safetensors is damaged"):
         read(tmp_path)

@@ -68,7 +68,7 @@ def test_libprune_does_not_know_dvc():
 
 
 def test_a_change_of_score_reaches_no_collecting_stage():
-    collecting = {"prepare", "tokenize", "gradients", "hessian", "activations"}
+    collecting = {"prepare", "tokenize", "gradients", "hessian", "activations", "ablation"}
     for stage in collecting:
         sections = {param.split(".")[0] for param in PIPELINE[stage].get("params", [])}
         assert not sections & {"score", "allocate", "slice", "evaluate"}

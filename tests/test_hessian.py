@@ -1,5 +1,6 @@
 """The Hessian's diagonal: against brute-force backward passes, and against oracles of what it estimates."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,29 +10,35 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from libprune.accumulator import Accumulator
 from libprune.architecture import Architecture, Map, Parameter, PartShape
 from libprune.axes import parse_expr
-from libprune.describe import describe
-from libprune.errors import StatisticsError
-from libprune.gradients import collect_gradients
-from libprune.hessian import SquaredGradients, collect_squared_gradients, hessian_columns
+from libprune.errors import LibpruneError, StatisticsError
+from libprune.hessian import _signs, hessian_columns, require_probes_possible
+from libprune.params import Compute
+from tests.collected import (
+    LENGTH,
+    N_TOK,
+    SEQUENCES,
+    architecture,
+    assert_all_close,
+    assert_close,
+    assert_untouched,
+    everything,
+    gradients,
+    hessian,
+    model,
+    of_layers,
+    poisoned_tokens,
+)
 from tests.models import FAMILIES, VOCAB, tokens
-from tests.test_gradients import LENGTH, MODELS, N_TOK, SEQUENCES, assert_close, assert_untouched, batches
 
-
-@pytest.fixture(scope="module", params=MODELS)
-def model(request) -> PreTrainedModel:
-    return MODELS[request.param](0)
+__all__ = ["architecture", "model"]
 
 
 @pytest.fixture(scope="module")
-def architecture(model) -> Architecture:
-    return describe(model)
-
-
-@pytest.fixture(scope="module")
-def sums(model, architecture) -> SquaredGradients:
-    return collect_squared_gradients(model, architecture, batches(2))
+def sums(model) -> Accumulator:
+    return hessian(model)
 
 
 def map_parameters(model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
@@ -55,37 +62,32 @@ def test_the_sums_are_the_squares_of_every_sequences_own_gradient(model, archite
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         for name, gradient in zip(parameters, gradients, strict=True):
             squares[name] += gradient.double().square()
-    assert sums.squares.keys() == squares.keys()
-    assert sums.sequences == SEQUENCES
+    found, sample = of_layers(sums), of_layers(hessian(model, estimator="fisher_sample"))
+    assert found.keys() == sample.keys() == squares.keys()
     for name, expected in squares.items():
-        assert_close(sums.squares[name], expected)
-        assert_close(sums.diagonal(name, N_TOK, "fisher"), N_TOK * expected / SEQUENCES)
+        assert_close(found[name], N_TOK * expected / SEQUENCES)
+        assert_close(sample[name], expected / SEQUENCES)
 
 
 @pytest.mark.parametrize("size", [1, SEQUENCES])
-def test_the_batch_size_changes_nothing(model, architecture, sums, size):
-    other = collect_squared_gradients(model, architecture, batches(size))
-    for name, squares in sums.squares.items():
-        assert_close(other.squares[name], squares)
+def test_the_batch_size_changes_nothing(model, sums, size):
+    assert_all_close(everything(hessian(model, size)), everything(sums))
 
 
-def test_fisher_is_n_tok_times_fisher_sample(sums):
-    for name in sums.squares:
-        one, other = (sums.diagonal(name, N_TOK, estimator) for estimator in ("fisher", "fisher_sample"))
-        torch.testing.assert_close(one, N_TOK * other, rtol=1e-6, atol=0)
-
-
-def test_the_column_is_half_the_weighted_sum_over_a_units_elements(model, architecture, sums):
-    weights = dict(model.named_parameters())
+def test_the_columns_are_sums_over_a_units_elements(model, architecture, sums):
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for layer, part in architecture.blocks():
-        expected = np.zeros(architecture.units(part))
+        tensors = sums.finish(layer)
+        fisher, trace = np.zeros(architecture.units(part)), np.zeros(architecture.units(part))
         for parameter, dim, units in architecture.carriers(layer, part):
-            weight, diagonal = weights[parameter.name].detach(), sums.diagonal(parameter.name, N_TOK, "fisher")
-            terms = (0.5 * weight.double().square() * diagonal.double()).movedim(dim, 0)
+            diagonal = tensors[parameter.name].double()
+            terms = (0.5 * weights[parameter.name].double().square() * diagonal).movedim(dim, 0)
             for position, unit in enumerate(units):
-                expected[unit] += float(terms[position].sum())
-        found = hessian_columns(sums, architecture, weights, N_TOK, "fisher", layer, part)["fisher"]
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+                fisher[unit] += float(terms[position].sum())
+                trace[unit] += float(diagonal.movedim(dim, 0)[position].sum())
+        found = hessian_columns(architecture, tensors, weights, layer, part)
+        np.testing.assert_allclose(found["fisher"], fisher, rtol=1e-6)
+        np.testing.assert_allclose(found["hessian_trace"], trace, rtol=1e-6)
 
 
 # Oracle: where labels are drawn from the model, the Fisher is the Hessian
@@ -155,37 +157,28 @@ def exact_diagonals(model: SoftmaxLinear, ids: Tensor) -> Tensor:
     return torch.einsum("ntv,ntj->nvj", p * (1 - p), x.square()) / x.shape[1]
 
 
-def hutchinson(model: SoftmaxLinear, ids: Tensor, probes: int) -> tuple[Tensor, Tensor]:
-    """Mean of v * (H v) over Rademacher probes, H by double backward, and its standard error."""
-    weight, features = (w.detach().double() for w in (model.head.weight, model.embedding.weight))
-    pairs = torch.zeros(len(features), len(features), dtype=torch.float64)
-    pairs.index_put_((ids[:, :-1].flatten(), ids[:, 1:].flatten()), torch.ones(()).double(), accumulate=True)
-    weight.requires_grad_()
-    loss = -(pairs / pairs.sum() * torch.log_softmax(features @ weight.T, -1)).sum()
-    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
-    generator = torch.Generator().manual_seed(2)
-    products = []
-    for _ in range(probes):
-        v = torch.randint(2, weight.shape, generator=generator).double() * 2 - 1
-        products.append(v * torch.autograd.grad(gradient, weight, v, retain_graph=True)[0])
-    stacked = torch.stack(products)
-    return stacked.mean(0), stacked.std(0) / probes**0.5
+def exact_hessian(model: SoftmaxLinear, ids: Tensor) -> Tensor:
+    """The whole Hessian of the mean loss by the weight, float64; ``[vocab * features, vocab * features]``."""
+    x, p, _ = features_and_errors(model, ids)
+    x, p = x.flatten(0, 1), p.flatten(0, 1)
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    return torch.einsum("tvw,tj,tk->vjwk", curvature, x, x).reshape(p.shape[1] * x.shape[1], -1) / len(x)
 
 
 def test_fisher_hutchinson_and_the_exact_diagonal_agree_on_model_sampled_labels(softmax_linear):
     """Each within 4 of its standard errors, for all 15 weights.
 
     The Fisher's error is that of a mean over sequences of n_tok g_i^2 minus the sequence's exact
-    diagonal; Hutchinson's that of a mean over probes. At these sizes the first is about 2 %, so
-    that without the factor n_tok (8 times less) or with squared batch means it would be far off.
+    diagonal. At these sizes it is about 2 %, so that without the factor n_tok (8 times less) or
+    with squared batch means it would be far off. Hutchinson's variance for one probe is the sum of
+    the squared off-diagonal elements of the row.
     """
     model, ids = softmax_linear
-    n_tok = SAMPLE_LENGTH - 1
-    sums = collect_squared_gradients(model, model.architecture(), batches(500, ids))
-    fisher = sums.diagonal("head.weight", n_tok, "fisher").double()
+    fisher = of_layers(hessian(model, 500, ids, model.architecture()))["head.weight"].double()
 
     exact_of = exact_diagonals(model, ids)
     exact = exact_of.mean(0)
+    n_tok = SAMPLE_LENGTH - 1
     x, _, errors = features_and_errors(model, ids)
     squares_of = n_tok * (torch.einsum("ntv,ntj->nvj", errors, x) / n_tok).square()
     torch.testing.assert_close(fisher, squares_of.mean(0), rtol=1e-4, atol=0)
@@ -193,9 +186,62 @@ def test_fisher_hutchinson_and_the_exact_diagonal_agree_on_model_sampled_labels(
     assert float((standard_error / exact).max()) < 0.04
     assert ((fisher - exact).abs() < 4 * standard_error).all()
 
-    estimate, probe_error = hutchinson(model, ids, PROBES)
+    architecture = model.architecture()
+    sums = hessian(model, SAMPLES, ids, architecture, estimator="hutchinson", probes=PROBES)
+    estimate = of_layers(sums)["head.weight"].double()
+    whole = exact_hessian(model, ids)
+    torch.testing.assert_close(whole.diagonal().view_as(exact), exact)
+    probe_error = ((whole.square().sum(1) - whole.diagonal().square()) / PROBES).sqrt().view_as(exact)
+    assert float((probe_error / exact).max()) < 0.1
     assert ((estimate - exact).abs() <= 4 * probe_error + 1e-6 * exact).all()
-    assert ((fisher - estimate).abs() < 4 * (standard_error + probe_error)).all()
+
+    weights = {"head.weight": model.head.weight.detach()}
+    columns = hessian_columns(architecture, sums.finish(0), weights, 0, "head")
+    per_unit = (0.5 * weights["head.weight"].double().square() * exact).sum(1).numpy()
+    assert (np.abs(columns["hessian"] - per_unit) <= 4 * columns["hessian_se"] + 1e-6 * per_unit).all()
+    assert 0 < (columns["hessian_se"] / per_unit).max() < 0.1
+
+
+def test_probes_are_the_same_for_the_same_seed_and_batches_count_by_their_sequences(model):
+    one, same, other = (of_layers(hessian(model, 2, estimator="hutchinson", seed=seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(same[name], tensor) for name, tensor in one.items())
+    assert any(not torch.allclose(other[name], tensor, equal_nan=True) for name, tensor in one.items())
+
+
+def test_probes_give_the_product_of_signs_and_hessian(model, architecture):
+    """One batch, one probe: v * (H v) with the same signs, by differences of gradients in float64."""
+    sums = of_layers(hessian(model, SEQUENCES, estimator="hutchinson"))
+    twin, ids = copy.deepcopy(model).double(), tokens(SEQUENCES, LENGTH)
+    parameters = map_parameters(twin, architecture)
+    signs = {n: _signs(p.detach(), (0, 0, 0, i)) for i, (n, p) in enumerate(parameters_in_order(twin, parameters))}
+
+    def gradient(step: float) -> dict[str, Tensor]:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter += step * signs[name]
+        logits, targets = twin(input_ids=ids, use_cache=False).logits, ids[:, 1:].flatten()
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
+        found = torch.autograd.grad(loss, list(parameters.values()))
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter -= step * signs[name]
+        return dict(zip(parameters, found, strict=True))
+
+    plus, minus = gradient(1e-4), gradient(-1e-4)
+    for name in parameters:
+        assert_close(sums[name], signs[name] * (plus[name] - minus[name]) / 2e-4, rtol=1e-3)
+
+
+def parameters_in_order(model: nn.Module, wanted: dict[str, nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if name in wanted]
+
+
+@pytest.mark.parametrize("setting", [{"offload": "cpu"}, {"gradient_checkpointing": True}])
+def test_probes_are_refused_where_the_graph_is_not_kept(setting):
+    with pytest.raises(LibpruneError, match=f"hutchinson cannot be used with compute.{next(iter(setting))}"):
+        require_probes_possible(Compute(**setting), sharded=False)
+    with pytest.raises(LibpruneError, match="LIBPRUNE_SHARD"):
+        require_probes_possible(Compute(), sharded=True)
 
 
 def test_on_other_labels_the_fisher_is_not_the_hessian(softmax_linear):
@@ -203,8 +249,7 @@ def test_on_other_labels_the_fisher_is_not_the_hessian(softmax_linear):
     model, ids = softmax_linear
     ids = ids.clone()
     ids[:, 1::2] = torch.softmax(model.head(model.embedding(ids[:, ::2])), -1).argmin(-1)[:, : ids[:, 1::2].shape[1]]
-    sums = collect_squared_gradients(model, model.architecture(), batches(500, ids))
-    fisher = sums.diagonal("head.weight", SAMPLE_LENGTH - 1, "fisher").double()
+    fisher = of_layers(hessian(model, 500, ids, model.architecture()))["head.weight"].double()
     assert float((fisher / exact_diagonals(model, ids).mean(0)).max()) > 2
 
 
@@ -235,7 +280,7 @@ def test_zeroing_a_single_weight_changes_the_loss_as_gradient_and_hessian_say():
     eight times smaller when half the weight is taken away.
     """
     model, ids = FAMILIES["llama"](0), tokens(SEQUENCES, LENGTH)
-    sums = collect_gradients(model, describe(model), batches(2))
+    mean_gradients = of_layers(gradients(model))
     model = model.double()
     model.set_attn_implementation("eager")  # the fused kernels have no second derivative
     second, missed = [], {0.5: [], 1.0: []}
@@ -243,9 +288,9 @@ def test_zeroing_a_single_weight_changes_the_loss_as_gradient_and_hessian_say():
         weights = model.get_parameter(name).detach()
         dense = loss_with(model, ids, name, weights)
         indices = weights.flatten().abs().argsort(descending=True)[:6].tolist()
-        for index, hessian in zip(indices, second_derivatives(model, ids, name, indices), strict=True):
-            weight, gradient = weights.flatten()[index].item(), sums.mean_gradient(name).flatten()[index].item()
-            second.append(0.5 * weight**2 * hessian)
+        for index, curved in zip(indices, second_derivatives(model, ids, name, indices), strict=True):
+            weight, gradient = weights.flatten()[index].item(), mean_gradients[name].flatten()[index].item()
+            second.append(0.5 * weight**2 * curved)
             for share, errors in missed.items():
                 less = weights.clone()
                 less.view(-1)[index] *= 1 - share
@@ -259,25 +304,24 @@ def test_zeroing_a_single_weight_changes_the_loss_as_gradient_and_hessian_say():
 # What it leaves behind, and what is not finite
 
 
-def test_nothing_stays_on_the_model():
+@pytest.mark.parametrize("estimator", ["fisher", "hutchinson"])
+def test_nothing_stays_on_the_model(estimator):
     model = FAMILIES["llama"](0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    collect_squared_gradients(model, describe(model), batches(2))
+    hessian(model, estimator=estimator)
     assert_untouched(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("row", [0, 3])
 @pytest.mark.parametrize("size", [1, 2, SEQUENCES])
-def test_the_module_and_sequence_whose_gradient_is_not_finite_are_named(row, size):
+@pytest.mark.parametrize("estimator", ["fisher", "hutchinson"])
+def test_the_sequence_whose_values_are_not_finite_is_named(estimator, row, size):
     model = FAMILIES["llama_mha"](0)
-    ids = tokens(SEQUENCES, LENGTH).clamp(max=VOCAB - 2)
-    ids[row, 3] = VOCAB - 1
     with torch.no_grad():
         model.get_input_embeddings().weight[VOCAB - 1] = torch.nan
-    message = (
-        rf"the gradient at the output of model\.layers\.3\.mlp\.down_proj is not finite for calibration sequence {row};"
-    )
-    with pytest.raises(StatisticsError, match=message):
-        collect_squared_gradients(model, describe(model), batches(size, ids))
+    what = "the loss" if estimator == "hutchinson" else r"the input of model\.layers\.0\.self_attn\.o_proj"
+    with pytest.raises(StatisticsError, match=rf"{what} is not finite for calibration sequence {row};"):
+        hessian(model, size, poisoned_tokens(row), estimator=estimator)
     assert_untouched(model)

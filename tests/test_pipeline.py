@@ -13,7 +13,7 @@ import yaml
 from tests import tiny
 from tests.closure import ROOT
 
-ORDER = ["prepare", "tokenize", "gradients", "hessian", "activations"]
+ORDER = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
 ORDER += ["score", "allocate", "slice", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
 
@@ -69,9 +69,8 @@ def test_each_stage_needs_only_what_it_declares(tmp_path, sources):
         for package in ("libprune", "stages"):
             (folder / package / "__init__.py").touch()
         shutil.copyfile(params, folder / "params.yaml")
-        command = stage["cmd"].replace("python", sys.executable, 1).split()
-        # -P keeps nothing but the folder itself and the installed libraries on the path.
-        run([command[0], "-c", _only_here(folder, command[2])], folder)
+        module = stage["cmd"].rpartition(" -m ")[2]
+        run([sys.executable, "-c", _only_here(folder, module)], folder)
         for out in outputs(stage):
             copy(out, folder, made)
     evaluation = json.loads((made / "metrics/evaluation.json").read_text())
