@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from libprune.accumulator import Accumulator, Group
 from libprune.architecture import Architecture, Map
 from libprune.compute import hooked, require_finite
+from libprune.input_statistics import Cosine, Gram, Histogram, InputMoments, entropy, frequency
 from libprune.params import Activations
-from libprune.statistics import Cosine, Gram, Histogram, InputMoments, State, Statistic, entropy, frequency
+from libprune.statistics import State, Statistic
 from libprune.units import sum_positions, unit_sums
 
 NORMS = ("l1", "l2", "mean", "max")

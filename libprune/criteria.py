@@ -53,6 +53,16 @@ def _taylor(table: Columns, params: Score) -> dict[str, Values]:
     return {"taylor": _read(table, "taylor")}
 
 
+def _taylor_group(table: Columns, params: Score) -> dict[str, Values]:
+    """|Sum of W G|: first order of the whole unit, where single weights may cancel."""
+    return {"taylor_group": np.abs(_read(table, "taylor_signed"))}
+
+
+def _hessian_trace(table: Columns, params: Score) -> dict[str, Values]:
+    """(Sum of H) |W|^2 / count: the unit's curvature, spread evenly over its weights."""
+    return {"hessian_trace": _read(table, "hessian_trace") * _read(table, "magnitude_l2") / _read(table, "cost")}
+
+
 def _fisher(table: Columns, params: Score) -> dict[str, Values]:
     """Half the sum of |W^2 H|: second order, diagonal."""
     return {"fisher": _read(table, "fisher")}
@@ -82,8 +92,12 @@ def _random(table: Columns, params: Score) -> dict[str, Values]:
 CRITERIA = {
     "magnitude": Criterion(_magnitude, (), False, "weight", "Han et al. 2015; Li et al. 2017"),
     "taylor": Criterion(_taylor, ("gradients",), True, "nats", "Molchanov et al. 2019; Ma et al. 2023 (LLM-Pruner)"),
+    "taylor_group": Criterion(_taylor_group, ("gradients",), True, "nats", "Molchanov et al. 2019; Ma et al. 2023"),
     "taylor_2nd": Criterion(_taylor_2nd, ("gradients", "hessian"), True, "nats", "Ma et al. 2023 (LLM-Pruner)"),
     "fisher": Criterion(_fisher, ("hessian",), True, "nats", "LeCun et al. 1989; Theis et al. 2018"),
+    "hessian_trace": Criterion(
+        _hessian_trace, ("hessian",), True, "nats", "Yu et al. 2022, with the estimated diagonal"
+    ),
     "wanda": Criterion(_wanda, ("activations",), False, "activation", "Sun et al. 2024 (Wanda), summed by unit"),
     "unit_fisher": Criterion(_unit_fisher, ("gradients",), True, "nats", "Theis et al. 2018; Kwon et al. 2022"),
     "random": Criterion(_random, (), True, "none", ""),

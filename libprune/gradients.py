@@ -15,8 +15,9 @@ from libprune.artifacts import Columns
 from libprune.backward import watching, weight_gradient
 from libprune.compute import require_finite, sequence_losses
 from libprune.errors import StatisticsError
+from libprune.input_statistics import Gram
 from libprune.params import Gradients
-from libprune.statistics import BatchRows, Gram, MaskGradient, Statistic, Sum, count
+from libprune.statistics import BatchRows, MaskGradient, Statistic, Sum, count
 from libprune.units import sum_positions, unit_sums
 
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from libprune.accumulator import Group
 from libprune.architecture import Architecture
-from libprune.collection import Calibration, Collection
+from libprune.calibration import Calibration
+from libprune.collection import Collection
 from libprune.compute import hooked, require_finite, sequence_losses
 from libprune.plan import Plan
 from libprune.statistics import Field, State, Statistic

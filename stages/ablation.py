@@ -19,7 +19,8 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         typer.echo("ablation.units is 0: nothing measured")
         return
 
-    from libprune.collection import collecting, set_up
+    from libprune.calibration import set_up
+    from libprune.collection import collecting
     from libprune.prefix import LOSSES, collect_losses, loss_groups
 
     run = set_up(layout, settings.compute, section.sequences, last=True)

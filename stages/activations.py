@@ -7,7 +7,8 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     """Collect norms and moments at every map's input, Gram matrices at the consumers', and cosines across blocks."""
     from libprune.activations import activation_columns, activation_groups, collect_activations
     from libprune.artifacts import Layout
-    from libprune.collection import collecting, set_up, write_artifact
+    from libprune.calibration import set_up
+    from libprune.collection import collecting, write_artifact
     from libprune.diagnosis import print_units
     from libprune.params import load_params
 

@@ -8,7 +8,8 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from functools import partial
 
     from libprune.artifacts import Layout
-    from libprune.collection import collecting, set_up, write_artifact
+    from libprune.calibration import set_up
+    from libprune.collection import collecting, write_artifact
     from libprune.diagnosis import print_gradients
     from libprune.gradients import collect_gradients, gradient_columns, gradient_groups, layer_rows
     from libprune.params import load_params

@@ -8,7 +8,8 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     import typer
 
     from libprune.artifacts import Layout, writing_folder
-    from libprune.collection import collecting, set_up, write_artifact
+    from libprune.calibration import set_up
+    from libprune.collection import collecting, write_artifact
     from libprune.diagnosis import print_units
     from libprune.hessian import (
         collect_probes,

@@ -13,7 +13,8 @@ from libprune import prefix as prefix_module
 from libprune.ablation import ablation_table, sample_units, unit_plans
 from libprune.architecture import Architecture
 from libprune.artifacts import Layout
-from libprune.collection import collecting, set_up
+from libprune.calibration import set_up
+from libprune.collection import collecting
 from libprune.compute import sequence_losses
 from libprune.describe import describe
 from libprune.memory import checkpoint_blocks

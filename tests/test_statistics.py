@@ -9,22 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from libprune.accumulator import finished
-from libprune.statistics import (
-    BINS,
-    BatchRows,
-    Cosine,
-    Gram,
-    Histogram,
-    InputMoments,
-    MaskGradient,
-    Samples,
-    State,
-    Statistic,
-    Sum,
-    count,
-    entropy,
-    frequency,
-)
+from libprune.input_statistics import BINS, Cosine, Gram, Histogram, InputMoments, entropy, frequency
+from libprune.statistics import BatchRows, MaskGradient, Samples, State, Statistic, Sum, count
 
 TOKENS, WIDTH = 24, 5
 

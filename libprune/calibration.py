@@ -1,0 +1,106 @@
+"""A model on its device and the text that statistics are collected on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from libprune.architecture import Architecture
+from libprune.artifacts import Layout, read_architecture, require
+from libprune.checkpoint import WeightFiles, load_model
+from libprune.compute import resolve_device, resolve_dtype
+from libprune.memory import checkpoint_blocks, offload_maps
+from libprune.parallel import World, join_world, shard_blocks
+from libprune.params import Compute
+from libprune.tokens import read_tokens, require_sequences
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model on its device and the text to run through it.
+
+    Attributes:
+        weights: the dense model's parameters, read from its files.
+        ids: the chosen calibration sequences, ``[sequences, length]``.
+        available: calibration sequences that there are.
+        compute: the params of how to run the model.
+        meta: what the collected artifacts say of their origin.
+        work: the folder of unfinished work.
+    """
+
+    model: PreTrainedModel
+    architecture: Architecture
+    weights: WeightFiles
+    ids: NDArray[np.int64]
+    available: int
+    device: torch.device
+    compute: Compute
+    world: World
+    meta: dict[str, Any]
+    work: Path
+
+    @property
+    def n_tok(self) -> int:
+        """Loss-counted tokens of a sequence."""
+        return self.ids.shape[1] - 1
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the blocks are checkpointed."""
+        return self.compute.gradient_checkpointing or self.compute.offload == "cpu"
+
+    @property
+    def at_once(self) -> int:
+        """Sequences that `compute.batch_tokens` allow in one pass."""
+        return max(1, self.compute.batch_tokens // self.ids.shape[1])
+
+
+def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool = False) -> Calibration:
+    """Load what a collecting stage needs.
+
+    Args:
+        layout: where the artifacts are.
+        compute: how to run the model.
+        sequences: calibration sequences to use; None for all.
+        last: use the last ones instead of the first.
+
+    Raises:
+        LibpruneError: if an artifact is missing or foreign, or the device cannot be used.
+    """
+    architecture = read_architecture(layout)
+    ids, tokens_meta = read_tokens(layout.calibration, architecture.fingerprint)
+    number = require_sequences(sequences, ids, layout.calibration)
+    chosen = ids[-number:] if last else ids[:number]
+    world = join_world()
+    device = resolve_device(compute.device, world.local_rank)
+    dtype = resolve_dtype(compute.dtype, device)
+    model = place(load_model(require(layout.model, "prepare"), dtype), architecture, compute, world, device)
+    meta = {
+        "model": architecture.fingerprint,
+        "tokens": tokens_meta["tokens"],
+        "sequences": len(chosen),
+        "length": ids.shape[1],
+        "compute_dtype": str(dtype).removeprefix("torch."),
+    }
+    weights = WeightFiles(layout.model)
+    work = layout.root.parent / ".work"
+    return Calibration(model, architecture, weights, chosen, len(ids), device, compute, world, meta, work)
+
+
+def place(
+    model: PreTrainedModel, architecture: Architecture, compute: Compute, world: World, device: torch.device
+) -> PreTrainedModel:
+    """The model where it is to run: on the device, offloaded, or shared out."""
+    if world.sharded:
+        shard_blocks(model, architecture, device)
+    elif compute.offload == "cpu":
+        offload_maps(model, architecture, device)
+    else:
+        model = model.to(device)
+    if compute.gradient_checkpointing or compute.offload == "cpu":  # offloaded weights must not wait for backward
+        checkpoint_blocks(model, architecture)
+    return model
