@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from libprune.activations import collect_activations
 from libprune.architecture import Map
 from libprune.describe import describe
 from libprune.errors import StatisticsError
 from libprune.plan import Plan
 from libprune.repair import least_squares, repair_local
 from libprune.surgery import masked
+from tests.collected import activations, of_layers
 from tests.models import FAMILIES, plan_of, tokens
 from tests.test_units import conv1d_stored
 
@@ -125,10 +125,10 @@ def test_a_singular_gram_matrix_is_solved_with_damping_and_refused_without_any_i
 
 def repaired_weights(model, plan: Plan, damping: float = 1e-3) -> dict[str, Tensor]:
     architecture = describe(model)
-    sums = collect_activations(model, architecture, [(0, tokens(8, 12))])
+    found = of_layers(activations(model, 8, tokens(8, 12)))
 
     def gram_of(consumer: Map) -> Tensor:
-        return sums.tensors(consumer.module)[f"{consumer.module}.input_gram"]
+        return found[f"{consumer.module}.input_gram"]
 
     return repair_local(architecture, plan, model.state_dict().__getitem__, gram_of, damping)
 

@@ -14,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from libprune.activations import NORMS, activation_columns, collect_activations
+from libprune.activations import NORMS, activation_columns
 from libprune.artifacts import Columns, Layout, read_architecture, read_table, unit_index, write_table, write_units
 from libprune.criteria import CRITERIA, SCALINGS, find_criterion, join_tables, scale, score_units
 from libprune.describe import describe
 from libprune.errors import ArtifactError, LibpruneError, StatisticsError
-from libprune.gradients import collect_gradients, gradient_columns
-from libprune.hessian import collect_squared_gradients, hessian_columns
+from libprune.gradients import gradient_columns
+from libprune.hessian import hessian_columns
 from libprune.params import Score
 from libprune.units import weight_columns
+from tests.collected import activations, gradients, hessian
 from tests.models import FAMILIES, tokens
 
 VARIANTS = {
@@ -47,21 +48,24 @@ def layout(tmp_path_factory) -> Layout:
     """A tiny model's per-unit tables, as the stages write them."""
     layout = Layout(tmp_path_factory.mktemp("artifacts"))
     model = FAMILIES["llama"](0)
-    architecture, weights = describe(model, fingerprint="here"), dict(model.named_parameters())
+    architecture = describe(model, fingerprint="here")
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     layout.architecture.write_text(architecture.to_json())
-    batch, n_tok = [(0, tokens(4, 12))], 11
-    sums = collect_activations(model, architecture, batch)
-    squares = collect_squared_gradients(model, architecture, batch)
-    gradients = collect_gradients(model, architecture, batch)
-    columns = {
-        "gradients": partial(gradient_columns, gradients, architecture, weights, n_tok),
-        "hessian": partial(hessian_columns, squares, architecture, weights, n_tok, "fisher"),
-        "activations": partial(activation_columns, sums, architecture, weights),
+    ids = tokens(4, 12)
+    collected = {
+        "gradients": (gradients(model, 4, ids), gradient_columns),
+        "hessian": (hessian(model, 4, ids), hessian_columns),
+        "activations": (activations(model, 4, ids), activation_columns),
     }
     write_units(layout.weights, architecture, partial(weight_columns, architecture, weights), {"model": "here"})
-    for stage in STAGES:
+    for stage, (sums, columns_of) in collected.items():
         meta = {"model": "here", "tokens": "these"}
-        write_units(layout.root / stage / "units.parquet", architecture, columns[stage], meta)
+        write_units(
+            layout.root / stage / "units.parquet",
+            architecture,
+            lambda layer, part, s=sums, c=columns_of: c(architecture, s.finish(layer), weights, layer, part),
+            meta,
+        )
     return layout
 
 
