@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from libprune.artifacts import remove
+from libprune.errors import LibpruneError
 from libprune.statistics import Field, State, Statistic
 
 Group = Mapping[str, Statistic]
 """Statistics by name; one group a layer, and one for the whole model at the end."""
 
-ROWS, UNITS = "rows.", "units."
-"""Beginnings of the names of statistics that go into tables, not into the shards."""
+ROWS, UNITS, PENDING = "rows.", "units.", "pending."
+"""Beginnings of the names of statistics that do not go into the shards: into tables, or nowhere."""
 
 _ALIGNMENT = 8
 
@@ -124,7 +126,13 @@ def _map_file(path: Path, size: int) -> mmap.mmap:
     """A new file of zeros with its room on the disk taken: a full disk must be an error here, not a fault later."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w+b") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        try:
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        except OSError as error:
+            raise LibpruneError(f"no room for {size:,} bytes of running sums in {path}: {error.strerror}") from error
         return mmap.mmap(file.fileno(), size)
 
 
@@ -184,8 +192,11 @@ class Checkpoints:
         self._seconds = seconds
         self._cost = 0.0
         self._last = time.monotonic()
-        for unfinished in folder.glob(".unfinished-*"):
-            remove(unfinished)
+
+    def clear_leftovers(self) -> None:
+        """Delete what a kill left between writing and renaming."""
+        for left in self.folder.glob(".*"):
+            remove(left)
 
     def available(self) -> list[tuple[int, int]]:
         """Batches and sequences after which a whole checkpoint exists, ascending."""
@@ -215,4 +226,12 @@ class Checkpoints:
         """Remove all but one checkpoint."""
         for other in self.available():
             if other != (done, sequences):
-                remove(self.path(*other))
+                discard(self.path(*other))
+
+
+def discard(path: Path) -> None:
+    """Delete a folder so that a kill in the middle leaves nothing that looks whole."""
+    if path.exists():
+        hidden = path.with_name(f".discarded-{path.name}")
+        path.rename(hidden)
+        remove(hidden)

@@ -104,8 +104,10 @@ def writing(target: Path) -> Iterator[Path]:
     """A path to write a file or a folder at, which takes the place of `target` only on success."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    for left in target.parent.glob(f".{target.name}.*.partial"):  # by a process that was killed
-        remove(left)
+    for left in target.parent.glob(f".{target.name}.*.partial"):
+        if not _runs(int(left.name.split(".")[-2])):  # a process that was killed cannot clear up
+            remove(left)
+    remove(partial)
     try:
         yield partial
         if partial.is_dir():
@@ -121,6 +123,16 @@ def writing_folder(target: Path) -> Iterator[Path]:
     with writing(target) as partial:
         partial.mkdir()
         yield partial
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def remove(path: Path) -> None:

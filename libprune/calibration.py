@@ -77,6 +77,8 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     chosen = ids[-number:] if last else ids[:number]
     world = join_world()
     device = resolve_device(compute.device, world.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dtype = resolve_dtype(compute.dtype, device)
     model = place(load_model(require(layout.model, "prepare"), dtype), architecture, compute, world, device)
     meta = {

@@ -5,23 +5,26 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 import typer
 from torch import Tensor
 from tqdm import tqdm
 
 from libprune.accumulator import (
+    PENDING,
     ROWS,
     UNITS,
     Accumulator,
     Checkpoints,
     Group,
+    discard,
     read_states,
     state_bytes,
     stored_bytes,
@@ -29,6 +32,7 @@ from libprune.accumulator import (
 from libprune.architecture import Architecture
 from libprune.artifacts import (
     Columns,
+    damage,
     remove,
     unit_index,
     write_table,
@@ -105,6 +109,11 @@ class Collection:
         world.barrier()
         return world.first
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether batches are left."""
+        return self._seen() < self.items
+
     def _seen(self) -> int:
         """Items that all processes have in their sums."""
         return self.seen(self.accumulator.done)
@@ -115,21 +124,28 @@ class Collection:
 
     def _save_if_due(self) -> None:
         world = self.run.world
-        if world.agreed(self.checkpoints.due()):
+        if world.shared(self.checkpoints.due()):
             self.checkpoints.save(self.accumulator, self._seen())
             world.barrier()  # the older one must stay until every process has this one
             self.checkpoints.keep_only(self.accumulator.done, self._seen())
 
     def resume(self, home: Path) -> None:
-        """Load the newest checkpoint that every process has and that holds the first of the items."""
+        """Load the newest checkpoint that every process has and that holds the first of the items.
+
+        Raises:
+            ArtifactError: if it cannot be read.
+        """
         world = self.run.world
         folders = [_rank_folder(home, World(rank, world.size)) for rank in range(world.size)]
         common = set.intersection(*(set(Checkpoints(folder, 0.0).available()) for folder in folders))
         fitting = {(done, items) for done, items in common if items == self.seen(done)}
-        world.barrier()
-        if fitting:
-            done, items = max(fitting)
-            self.accumulator.load(self.checkpoints.path(done, items), done)
+        chosen = world.shared(max(fitting, default=None))
+        if chosen is not None:
+            done, items = chosen
+            path = self.checkpoints.path(done, items)
+            with damage(path, self.stage):
+                self.accumulator.load(path, done)
+            world.barrier()
             self.checkpoints.keep_only(done, items)
             if world.first:
                 typer.echo(f"continues from a saved state: {items} of {self.items} are done")
@@ -171,13 +187,18 @@ def collecting(
     seconds = float(os.environ.get("LIBPRUNE_CHECKPOINT_SECONDS", "30"))
     home = run.work / stage / fingerprint(run, {**identity, "batch_sequences": size})
     folder = _rank_folder(home, run.world)
-    with _only_one(run.work / f"{stage}-{run.world.rank}.lock"):
+    with _only_one(run.work / f"{stage}.lock") if run.world.first else nullcontext():
+        run.world.barrier()
         checkpoints = Checkpoints(folder, seconds)
-        size_of_states = state_bytes(groups)
-        on_disk = run.compute.sums == "disk" or (run.compute.sums == "auto" and not fits_in_memory(size_of_states))
-        _announce(run, stage, target, groups, size_of_states, on_disk)
+        checkpoints.clear_leftovers()
         live = folder / "live"
         remove(live)
+        if run.world.first:
+            for left in home.parent.glob(".discarded-*"):
+                remove(left)
+        run.world.barrier()
+        on_disk = _on_disk(run, state_bytes(groups))
+        _announce(run, stage, target, home, groups, on_disk)
         accumulator = Accumulator(groups, live if on_disk else None)
         count, length = items or len(run.ids), tokens or run.ids.shape[1]
         work = Collection(run, stage, accumulator, checkpoints, count, size, length)
@@ -186,11 +207,18 @@ def collecting(
         try:
             yield work
         except StatisticsError as error:
-            raise StatisticsError(f"{error}{_kept(checkpoints, stage) if items is None else ''}") from error
+            advice = _kept(checkpoints, stage) if items is None and work.unfinished else ""
+            raise StatisticsError(f"{error}{advice}") from error
         accumulator.close()
         run.world.barrier()
         if run.world.first:
-            remove(home)
+            discard(home)
+
+
+def _on_disk(run: Calibration, states: int) -> bool:
+    """Whether the sums are mapped from disk: if the processes of this machine would take too much memory."""
+    wanted = run.compute.sums
+    return wanted == "disk" or (wanted == "auto" and not fits_in_memory(states * run.world.local_size))
 
 
 def fingerprint(run: Calibration, identity: Mapping[str, Any]) -> str:
@@ -199,8 +227,15 @@ def fingerprint(run: Calibration, identity: Mapping[str, Any]) -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     origin = {key: value for key, value in run.meta.items() if key != "sequences"}
-    world = {"processes": run.world.size, "torch": torch.__version__, "device": run.device.type, "at_once": run.at_once}
-    digest.update(json.dumps(origin | world | dict(identity), sort_keys=True).encode())
+    digest.update(run.architecture.to_json().encode())
+    ways = {
+        "processes": run.world.size,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": run.device.type,
+        "at_once": run.at_once,
+    }
+    digest.update(json.dumps(origin | ways | dict(identity), sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
@@ -224,9 +259,11 @@ def _mention_others(run: Calibration, home: Path) -> None:
         typer.echo(f"{gigabytes(size)} of unfinished work with other settings is in {home.parent}")
 
 
-def _announce(run: Calibration, stage: str, target: Path, groups: Sequence[Group], states: int, on_disk: bool) -> None:
+def _announce(run: Calibration, stage: str, target: Path, home: Path, groups: Sequence[Group], on_disk: bool) -> None:
     """Say what will be written, before any work, and stop if it does not fit."""
-    stored, scratch = sum(map(stored_bytes, groups)), (3 if on_disk else 2) * states
+    states, stored = state_bytes(groups), sum(map(stored_bytes, groups))
+    scratch = (3 if on_disk else 2) * states * run.world.size
+    there = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
     if run.world.first:
         where = "files mapped from disk" if on_disk else "memory"
         typer.echo(
@@ -234,7 +271,7 @@ def _announce(run: Calibration, stage: str, target: Path, groups: Sequence[Group
             f"up to {gigabytes(scratch)} of scratch in {run.work}"
         )
     advice = f"free some, or collect less ({stage} and compute sections of the params file)"
-    require_room({target: stored, run.work: scratch * run.world.size}, stage, advice)
+    require_room({target: stored, run.work: max(0, scratch - there)}, stage, advice)
 
 
 def write_artifact(
@@ -264,7 +301,7 @@ def write_artifact(
     with writing_folder(target) as folder:
         for layer in range(architecture.layers):
             tensors = sums.finish(layer)
-            stored = {name: tensor for name, tensor in tensors.items() if not name.startswith((ROWS, UNITS))}
+            stored = {name: tensor for name, tensor in tensors.items() if not name.startswith((PENDING, ROWS, UNITS))}
             write_shard(folder, layer, stored, meta)
             blocks += [columns_of(architecture, tensors, run.weights, layer, part) for part in architecture.parts]
             if rows_of is not None:

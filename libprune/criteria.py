@@ -59,10 +59,9 @@ def _taylor_group(table: Columns, params: Score) -> dict[str, Values]:
 
 
 def _hessian_trace(table: Columns, params: Score) -> dict[str, Values]:
-    """|Sum of H| |W|^2 / count: the unit's curvature, spread evenly over its weights; probes may find it negative."""
-    return {
-        "hessian_trace": np.abs(_read(table, "hessian_trace")) * _read(table, "magnitude_l2") / _read(table, "cost")
-    }
+    """|Sum of H| |W|^2 / (2 count): the unit's curvature, spread evenly over its weights."""
+    trace, squares, count = (_read(table, name) for name in ("hessian_trace", "magnitude_l2", "cost"))
+    return {"hessian_trace": np.abs(trace) * squares / (2 * count)}
 
 
 def _fisher(table: Columns, params: Score) -> dict[str, Values]:

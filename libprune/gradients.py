@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from libprune.accumulator import ROWS, UNITS, Accumulator, Group
+from libprune.accumulator import PENDING, ROWS, UNITS, Accumulator, Group
 from libprune.architecture import Architecture, Map, Parameter
 from libprune.artifacts import Columns
 from libprune.backward import watching, weight_gradient
@@ -17,11 +17,13 @@ from libprune.compute import require_finite, sequence_losses
 from libprune.errors import StatisticsError
 from libprune.input_statistics import Gram
 from libprune.params import Gradients
-from libprune.statistics import BatchRows, MaskGradient, Statistic, Sum, count
+from libprune.statistics import BatchRows, MaskGradient, Pending, Statistic, Sum, count
 from libprune.units import sum_positions, unit_sums
 
 
-def gradient_groups(architecture: Architecture, n_tok: int, batches: int, section: Gradients) -> list[Group]:
+def gradient_groups(
+    architecture: Architecture, n_tok: int, batches: int, section: Gradients, in_pieces: bool = False
+) -> list[Group]:
     """The statistics of every layer, and the loss.
 
     Args:
@@ -29,12 +31,17 @@ def gradient_groups(architecture: Architecture, n_tok: int, batches: int, sectio
         n_tok: loss-counted tokens of a sequence.
         batches: the most batches that the text has.
         section: storage type, and whether to keep whole second moments.
+        in_pieces: whether batches take several passes, so that their gradients must be kept until the last.
     """
-    layers = [_layer_group(architecture, layer, n_tok, batches, section) for layer in range(architecture.layers)]
+    layers = [
+        _layer_group(architecture, layer, n_tok, batches, section, in_pieces) for layer in range(architecture.layers)
+    ]
     return [*layers, {"loss": Sum((), sums=torch.float64)}]
 
 
-def _layer_group(architecture: Architecture, layer: int, n_tok: int, batches: int, section: Gradients) -> Group:
+def _layer_group(
+    architecture: Architecture, layer: int, n_tok: int, batches: int, section: Gradients, in_pieces: bool
+) -> Group:
     group: dict[str, Statistic] = {}
     dtype = getattr(torch, section.storage_dtype)
     for part in architecture.parts:
@@ -42,6 +49,8 @@ def _layer_group(architecture: Architecture, layer: int, n_tok: int, batches: in
             shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
             group[parameter.name] = Sum(shape, dtype=dtype)
             group[ROWS + parameter.name] = BatchRows(batches)
+            if in_pieces:
+                group[PENDING + parameter.name] = Pending(shape)
         group[UNITS + part] = MaskGradient(architecture.units(part), n_tok)
         consumers = architecture.consumers(layer, part)
         for entry in architecture.maps_of(layer, part):
@@ -119,7 +128,6 @@ class _Collector:
         self.sums = sums
         self.first = 0
         self._biased = {p.name for p in architecture.parameters}
-        self._pending: dict[str, Tensor] = {}
 
     def begin(self, number: int, sequences: int, chunk: Tensor, last: bool) -> None:
         """A pass over some sequences of a batch begins."""
@@ -130,15 +138,23 @@ class _Collector:
         """The gradient of a norm's weight, from autograd."""
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad, None
+        if not torch.isfinite(gradient).all():
+            raise StatisticsError(
+                f"the gradient of {name} is not finite in the pass from calibration sequence {self.first}; "
+                "try compute.dtype: float32"
+            )
         self._take(name, layer, gradient)
 
     def output(self, entry: Map, x: Tensor, delta: Tensor) -> None:
         """The gradient at a map's output: those of its weight and bias, and its second moment."""
         gradient = weight_gradient(entry, x, delta)
-        if not torch.isfinite(gradient.sum()):
+        if not torch.isfinite(gradient.sum(dtype=torch.float32)):
             each = torch.stack([weight_gradient(entry, *pair) for pair in zip(x, delta, strict=True)])
             require_finite(each, self.first, f"the gradient of {entry.weight}")
-            raise StatisticsError(f"the gradient of {entry.weight} overflows; try compute.dtype: float32")
+            raise StatisticsError(
+                f"the gradient of {entry.weight} overflows in the pass from calibration sequence {self.first}; "
+                "try compute.dtype: float32"
+            )
         self._take(entry.weight, entry.layer, gradient)
         bias = f"{entry.module}.bias"
         if bias in self._biased:
@@ -164,14 +180,16 @@ class _Collector:
 
     def _take(self, name: str, layer: int, gradient: Tensor) -> None:
         """Add a pass's gradient, a sum over its sequences; whole batches go into the sums."""
-        if name in self._pending:
-            gradient = self._pending.pop(name) + gradient.cpu()
+        pending = PENDING + name in self.sums.groups[layer]
+        if pending:
+            self.sums.update(layer, PENDING + name, gradient)
+            gradient = self.sums.state(layer, PENDING + name)["total"]
         if self._last:
             sequences = count(self._sequences)
             self.sums.update(layer, name, gradient, sequences)
             self.sums.update(layer, ROWS + name, gradient, sequences, torch.tensor(self._number))
-        else:
-            self._pending[name] = gradient.float().cpu()
+            if pending:
+                gradient.zero_()
 
 
 def gradient_columns(

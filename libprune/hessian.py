@@ -75,9 +75,9 @@ def collect_squared_gradients(
     biases = {p.name for p in architecture.parameters if p.name.endswith(".bias")}
 
     def add(entry: Map, x: Tensor, deltas: Tensor) -> None:
-        state = _sum_of_squares(weight_gradient(entry, *pair) for pair in zip(x, deltas, strict=True))
-        _require_no_overflow(state, entry.weight)
-        sums.update(entry.layer, entry.weight, state, count(len(x)))
+        squares = _sum_of_squares(weight_gradient(entry, *pair) for pair in zip(x, deltas, strict=True))
+        _require_no_overflow(squares, entry.weight, tape.first)
+        sums.update(entry.layer, entry.weight, squares, count(len(x)))
         bias = f"{entry.module}.bias"
         if bias in biases:
             sums.update(entry.layer, bias, deltas.sum(1, dtype=torch.float32).square().sum(0), count(len(x)))
@@ -99,9 +99,12 @@ def _sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _require_no_overflow(squares: Tensor, name: str) -> None:
-    if not torch.isfinite(squares.sum()):
-        raise StatisticsError(f"a squared gradient of {name} overflows; try compute.dtype: float32")
+def _require_no_overflow(squares: Tensor, name: str, first: int) -> None:
+    if not torch.isfinite(squares.sum(dtype=torch.float64)):
+        raise StatisticsError(
+            f"a squared gradient of {name} overflows in the batch from calibration sequence {first}; "
+            "try compute.dtype: float32"
+        )
 
 
 def collect_probes(
@@ -113,8 +116,8 @@ def collect_probes(
 ) -> None:
     """Add v * (H v) of every batch's mean loss for seeded Rademacher probes v, by double backward.
 
-    Each batch and probe is one sample, weighted by the batch's sequences; its sum of W^2 v (H v) / 2 over a
-    unit gives that unit's standard error.
+    Each batch is one sample, weighted by its sequences: the mean over its probes of W^2 v (H v) / 2, summed
+    over a unit, gives that unit's standard error. Probes of one batch share its text.
 
     Args:
         model: the model; its attention must be differentiable twice, see `twice_differentiable`.
@@ -134,12 +137,15 @@ def collect_probes(
             losses = sequence_losses(model, ids)
             require_finite(losses.detach(), first, "the loss")
             gradients = torch.autograd.grad(losses.mean(), list(parameters.values()), create_graph=True)
+            values: dict[tuple[int, str], Tensor] = {}
             for probe in range(section.probes):
                 signs = [_signs(p, (section.seed, number, probe, index)) for index, p in enumerate(gradients)]
                 keep = probe + 1 < section.probes
                 products = torch.autograd.grad(gradients, list(parameters.values()), signs, retain_graph=keep)
                 diagonal = {name: v * hv for name, v, hv in zip(parameters, signs, products, strict=True)}
-                _add_probe(architecture, sums, diagonal, parameters, len(ids), first)
+                _add_probe(architecture, sums, diagonal, parameters, len(ids), first, values)
+            for (layer, part), value in values.items():
+                sums.update(layer, UNITS + part, value / section.probes, torch.tensor(float(len(ids))))
             del gradients
 
 
@@ -150,7 +156,9 @@ def _add_probe(
     weights: Mapping[str, Tensor],
     sequences: int,
     first: int,
+    values: dict[tuple[int, str], Tensor],
 ) -> None:
+    """Add a probe's products to the sums, and its sums by unit to the values of the batch."""
     for layer, part in architecture.blocks():
         names = [p.name for p in map_parameters(architecture, layer, part)]
         for name in names:
@@ -162,7 +170,7 @@ def _add_probe(
             sums.update(layer, name, diagonal[name].float() * sequences, count(sequences))
         terms = {name: 0.5 * weights[name].detach().float().square() * diagonal[name].float() for name in names}
         value = torch.from_numpy(unit_sums(architecture, layer, part, terms))
-        sums.update(layer, UNITS + part, value, torch.tensor(float(sequences)))
+        values[layer, part] = values.get((layer, part), torch.zeros(())) + value
 
 
 def _signs(like: Tensor, seed: tuple[int, ...]) -> Tensor:
@@ -185,8 +193,8 @@ def hessian_columns(
     """Per-unit second-order sums of a block.
 
     `fisher`: half the sum of |W^2 H|, in nats; `hessian_trace`: sum of H. From probes also
-    `hessian`, half the sum of W^2 H with its sign, and `hessian_se`, its standard error over batches and
-    probes; noise does not cancel in the sum of absolute values.
+    `hessian`, half the sum of W^2 H with its sign, and `hessian_se`, its standard error over
+    batches; noise does not cancel in the sum of absolute values.
     """
     names = {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}
     diagonal = {name: tensors[name].double() for name in names}

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture
@@ -28,7 +28,8 @@ def checkpoint_blocks(model: PreTrainedModel, architecture: Architecture) -> Non
 def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    with set_checkpoint_early_stop(False):  # a map that is stopped in the middle would not be offloaded again
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def offload_maps(model: PreTrainedModel, architecture: Architecture, device: torch.device) -> None:

@@ -7,6 +7,8 @@ LIBPRUNE_SHARD=1 also shares the weights out (FSDP2).
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,11 @@ from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture
 from libprune.errors import LibpruneError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)
+"""The others wait while the first process joins and writes, however long that takes."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     sharded: bool = False
 
     @property
@@ -35,11 +43,11 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def agreed(self, decision: bool) -> bool:
-        """What the first process decided."""
+    def shared(self, value: T) -> T:
+        """The first process's value, in all of them."""
         if self.size == 1:
-            return decision
-        box = [decision]
+            return value
+        box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -57,8 +65,10 @@ def join_world() -> World:
             raise LibpruneError("LIBPRUNE_SHARD is set for one process; start several with torchrun (see the README)")
         return World()
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")), sharded)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return World(int(os.environ["RANK"]), size, local_rank, max(1, local_size), sharded)
 
 
 def shard_blocks(model: PreTrainedModel, architecture: Architecture, device: torch.device) -> None:
@@ -75,4 +85,4 @@ def shard_blocks(model: PreTrainedModel, architecture: Architecture, device: tor
     for parameter in [*whole, *model.buffers()]:
         parameter.data = parameter.data.to(device)
     for block in model.get_submodule(architecture.layers_path).children():
-        fully_shard(block, mesh=mesh, ignored_params=whole & set(block.parameters()))
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole & set(block.parameters()))

@@ -104,7 +104,7 @@ class Hessian(_Section):
     """Calibration sequences used, from the first; null: all."""
     probes: Count = 1
     """Random probes for every batch of `compute.batch_tokens`, for `hutchinson`."""
-    seed: int = 0
+    seed: Floor = 0
     """Of the probes."""
     storage_dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
@@ -125,7 +125,7 @@ class Ablation(_Section):
     """Units measured, spread over layers and parts; 0: the stage does nothing."""
     sequences: Count | None = 32
     """Calibration sequences used, from the last; null: all."""
-    seed: int = 0
+    seed: Floor = 0
     """Which units are drawn."""
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import typer
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from libprune.architecture import Architecture
 from libprune.calibration import Calibration
 from libprune.collection import Collection
 from libprune.compute import hooked, require_finite, sequence_losses
+from libprune.memory import gigabytes
 from libprune.plan import Plan
 from libprune.statistics import Field, State, Statistic
 from libprune.surgery import masked
@@ -167,6 +169,13 @@ def loss_groups(run: Calibration, changes: int) -> list[Group]:
     return [{LOSSES: SequenceLosses(changes, len(run.ids))}]
 
 
+def _announce_states(run: Calibration, layers: set[int]) -> None:
+    width, each = run.architecture.sizes["model"], next(run.model.parameters()).element_size()
+    size = len(layers - {0}) * run.ids.size * width * each
+    if run.world.first:
+        typer.echo(f"states before {len(layers)} layers are kept in {gigabytes(size)} of memory")
+
+
 def collect_losses(
     run: Calibration, work: Collection, plans: Mapping[str, Plan], first: int
 ) -> Float[Tensor, " sequences"]:
@@ -188,6 +197,7 @@ def collect_losses(
     left = names[work.accumulator.done * run.world.size + run.world.rank :: run.world.size]
     layers = {first_changed(plans[name]) or 0 for name in left}
     ids = torch.from_numpy(run.ids).to(run.device)
+    _announce_states(run, layers)
     prefix = Prefix(run.model, run.architecture, ids, run.at_once, layers)
     require_finite(prefix.losses, first, "the loss of the dense model")
     for number in work.steps():

@@ -56,13 +56,19 @@ def _summary(name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     stage = name if name != "__main__" else Path(sys.argv[0]).stem
-    typer.echo(f"{stage}: {time.perf_counter() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB")
+    if first_process():
+        typer.echo(f"{stage}: {time.perf_counter() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB")
 
 
 def _end_with_parent() -> None:
     """Have the system end this process when DVC ends: what runs on alone could mix its output with a second run's."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def first_process() -> bool:
+    """Whether this is the only process of the stage, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def peak_memory() -> int:

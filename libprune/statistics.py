@@ -159,7 +159,27 @@ class Sum(Statistic):
 
     def finish(self, state: State) -> dict[str, Tensor]:
         """The mean over sequences."""
-        return {"": (state["total"] * (self.factor / state["count"])).to(self.dtype)}
+        return {"": (state["total"] * (self.factor / state["count"].double())).to(self.dtype)}
+
+
+@dataclass(frozen=True)
+class Pending(Statistic):
+    """The gradient of a batch that takes several passes, until the last of them; nothing of it is stored."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """The sum so far; 0 between batches."""
+        return {"total": Field(self.shape, torch.float32)}
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of one pass's gradient."""
+        return {"total": batch[0]}
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.ablation
     if section.units == 0:
-        model = read_architecture(layout).fingerprint
-        write_table(layout.ablation, empty_table(), {"model": model, "units": 0, "seed": section.seed})
-        typer.echo("ablation.units is 0: nothing measured")
+        if stage.first_process():
+            model = read_architecture(layout).fingerprint
+            write_table(layout.ablation, empty_table(), {"model": model, "units": 0, "seed": section.seed})
+            typer.echo("ablation.units is 0: nothing measured")
         return
 
     from libprune.calibration import set_up

@@ -23,8 +23,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.hessian
     if section.estimator == "none":
-        with writing_folder(layout.hessian):
-            typer.echo("hessian.estimator is none: nothing collected")
+        if stage.first_process():
+            with writing_folder(layout.hessian):
+                typer.echo("hessian.estimator is none: nothing collected")
         return
     run = set_up(layout, settings.compute, section.sequences)
     probing = section.estimator == "hutchinson"

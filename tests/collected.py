@@ -58,7 +58,7 @@ def gradients(
     architecture = describe(model)
     section = {"storage_dtype": "float32"} | section
     length = LENGTH if ids is None else ids.shape[1]
-    sums = Accumulator(gradient_groups(architecture, length - 1, SEQUENCES, Gradients(**section)))
+    sums = Accumulator(gradient_groups(architecture, length - 1, SEQUENCES, Gradients(**section), at_once < size))
     collect_gradients(model, architecture, batches(size, ids), sums, at_once, recompute)
     return sums
 

@@ -15,10 +15,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from libprune import accumulator, collection, memory
+from libprune.architecture import Architecture
 from libprune.artifacts import read_table
-from libprune.errors import LibpruneError, StatisticsError
+from libprune.checkpoint import load_model
+from libprune.errors import ArtifactError, LibpruneError, StatisticsError
+from libprune.statistics import Sum, count
 from tests import tiny
 from tests.closure import ROOT
 
@@ -27,7 +31,9 @@ SETTINGS = {
     "compute": {"batch_tokens": 16},
     "gradients": {"sequences": 6, "batch_sequences": 1, "storage_dtype": "float32"},
     "hessian": {"sequences": 6, "storage_dtype": "float32"},
+    "ablation": {"units": 5, "sequences": 4},
 }
+TOGETHER = (*STAGES, "ablation")
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +42,9 @@ def project(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     model, text = str(tiny.write_model(folder / "model")), str(tiny.write_text(folder / "text.txt"))
     tiny.write_params(folder / "params.yaml", model, text, **SETTINGS)
-    for name in ("prepare", "tokenize", *STAGES):
+    for name in ("prepare", "tokenize", *TOGETHER):
         stage(name, folder)
+    (folder / "artifacts/ablation.parquet").rename(folder / "ablation.parquet")
     for name in STAGES:
         (folder / "artifacts" / name).rename(folder / name)
     return folder
@@ -208,7 +215,7 @@ def test_a_second_run_waits_for_the_first(place):
     """As after DVC was killed and its stage went on."""
     work = place / ".work"
     work.mkdir()
-    with (work / "hessian-0.lock").open("w") as lock:
+    with (work / "hessian.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("4711")
         lock.flush()
@@ -251,6 +258,31 @@ def test_kills_at_random_moments():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_saved_state_that_is_damaged_is_named(place, stopping):
+    stopping.after = 4
+    with pytest.raises(KeyboardInterrupt):
+        stage("gradients", place)
+    (saved,) = (place / ".work/gradients").glob("*/process-0-of-1/after-4-4")
+    next(saved.iterdir()).write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"after-4-4 is damaged .*; delete it and run `dvc repro gradients`"):
+        stage("gradients", place)
+
+
+@pytest.mark.parametrize("left", [".unfinished-3", ".discarded-after-3-3"])
+def test_what_a_kill_left_while_saving_or_deleting_is_cleared(project, place, stopping, left):
+    stopping.after = 4
+    with pytest.raises(KeyboardInterrupt):
+        stage("gradients", place)
+    (home,) = (place / ".work/gradients").iterdir()
+    (home / "process-0-of-1" / left).mkdir()
+    (home / "process-0-of-1" / left / "group-000.safetensors").write_bytes(b"half")
+    shutil.copytree(home, home.with_name(f".discarded-{home.name}"))
+    stopping.after = 10**6
+    stage("gradients", place)
+    assert not list((place / ".work/gradients").iterdir())
+    assert_same(place / "artifacts/gradients", project / "gradients")
+
+
 # Bytes
 
 
@@ -282,8 +314,6 @@ def test_sums_that_would_take_half_of_the_memory_are_mapped_from_disk(monkeypatc
 
 def test_mapped_sums_hold_one_layer_in_memory_at_a_time(tmp_path):
     """Resident memory after every layer was written to, against all layers' sums."""
-    from libprune.statistics import Sum, count
-
     groups = [{"w": Sum((1000, 1000))} for _ in range(40)]  # 160 MB
     sums = accumulator.Accumulator(groups, tmp_path)
     before, most = resident(), 0
@@ -310,64 +340,118 @@ def test_ways_to_save_memory_change_no_bit(project, place, name, setting):
     assert_same(place / "artifacts" / name, project / name)
 
 
-def test_offloaded_weights_are_on_the_device_only_while_their_map_works(project):
-    from libprune.architecture import Architecture
-    from libprune.checkpoint import load_model
-
+def described(project: Path) -> tuple[Architecture, PreTrainedModel]:
     architecture = Architecture.from_json((project / "artifacts/architecture.json").read_text())
-    model = load_model(project / "artifacts/model", torch.float32)
+    return architecture, load_model(project / "artifacts/model", torch.float32)
+
+
+def test_offloaded_weights_are_on_the_device_only_while_their_map_works(project):
+    architecture, model = described(project)
     memory.offload_maps(model, architecture, torch.device("cpu"))
-    module = model.get_submodule("model.layers.2.mlp.up_proj")
-    assert module.weight.device.type == "meta"
+    memory.checkpoint_blocks(model, architecture)
+    maps = [model.get_submodule(entry.module) for entry in architecture.maps]
     seen = []
-    module.register_forward_hook(lambda m, args, output: seen.append(output.shape))
+    for module in maps:
+        module.register_forward_hook(lambda m, args, output: seen.append(output.shape))
+    ids = torch.ones(1, 3, dtype=torch.long)
     with torch.no_grad():
-        model(torch.ones(1, 3, dtype=torch.long))
-    assert seen
-    assert module.weight.device.type == "meta"
+        model(ids)
+    assert len(seen) == len(maps)
+    assert {module.weight.device.type for module in maps} == {"meta"}
+    model.requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda m, args, output: output.requires_grad_(True))
+    model(ids).logits.sum().backward()
+    assert len(seen) == 3 * len(maps)
+    assert {module.weight.device.type for module in maps} == {"meta"}
 
 
-@pytest.mark.parametrize("shard", ["0", "1"])
-def test_two_processes_give_the_artifact_of_one(project, place, shard):
-    """Under torchrun with gloo, whole models and a model shared out (FSDP2); sums differ in their order alone."""
-    program = "import sys; from pathlib import Path; from importlib import import_module\n"
-    program += f"for name in {STAGES!r}: import_module('stages.' + name).main(Path('params.yaml'), Path('artifacts'))"
-    (place / "all.py").write_text(program)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "LIBPRUNE_SHARD": shard, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "all.py"],
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def launch(place: Path, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes under torchrun, with gloo."""
+    (place / "program.py").write_text(HEAD + program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
+    everything = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, cwd=place, env=everything, capture_output=True, text=True, check=False)
+
+
+HEAD = """
+import os
+from pathlib import Path
+from importlib import import_module
+
+def run(name):
+    import_module("stages." + name).main(Path("params.yaml"), Path("artifacts"))
+"""
+ALL = "".join(f"run({name!r})\n" for name in TOGETHER)
+SHARDED = """
+import torch
+from torch.distributed.tensor import DTensor
+from libprune.artifacts import Layout
+from libprune.calibration import set_up
+from libprune.params import load_params
+
+found = set_up(Layout(Path("artifacts")), load_params(Path("params.yaml")).compute, None)
+with torch.no_grad():
+    found.model(torch.ones(1, 3, dtype=torch.long))
+for entry in found.architecture.maps:
+    weight = found.model.get_submodule(entry.module).weight
+    assert isinstance(weight, DTensor)
+    assert weight.to_local().shape != weight.shape
+"""
+
+
+@pytest.mark.parametrize(("shard", "program"), [("0", ALL), ("1", SHARDED + ALL)])
+def test_two_processes_give_the_artifacts_of_one(project, place, shard, program):
+    """Whole models, and a model shared out (FSDP2) even after a pass; sums differ in their order alone."""
+    done = launch(place, program, LIBPRUNE_SHARD=shard)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in STAGES:
         assert_same(place / "artifacts" / name, project / name, exact=False)
-        one, two = (
-            read_table(folder / "units.parquet", name)[0] for folder in (project / name, place / "artifacts" / name)
-        )
-        for column, values in one.items():
-            if values.dtype != object:
-                np.testing.assert_allclose(two[column], values, rtol=1e-4, atol=1e-5 * np.abs(values).max())
+        assert_same_tables(project / name / "units.parquet", place / "artifacts" / name / "units.parquet")
+    assert_same_tables(project / "ablation.parquet", place / "artifacts/ablation.parquet")
 
 
-def test_a_process_that_fails_fails_the_stage(place):
-    program = "import os; from pathlib import Path; from stages.gradients import main; import libprune.gradients as g\n"
-    program += "if os.environ['RANK'] == '1': g.sequence_losses = None\n"
-    program += "main(Path('params.yaml'), Path('artifacts'))"
-    (place / "fails.py").write_text(program)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "fails.py"],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
+def assert_same_tables(one: Path, two: Path) -> None:
+    expected, found = (read_table(path, "stage")[0] for path in (one, two))
+    assert expected.keys() == found.keys()
+    for column, values in expected.items():
+        if values.dtype == object:
+            assert (values == found[column]).all()
+        else:
+            np.testing.assert_allclose(found[column], values, rtol=1e-4, atol=1e-5 * np.abs(values).max())
+
+
+def test_a_process_that_fails_fails_the_stage_and_all_go_on_together(project, place):
+    """The second process stops after two of its three batches; the next run has the same bytes as if it had not."""
+    whole = launch(place, "run('gradients')\n")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    (place / "artifacts/gradients").rename(place / "whole")
+    program = """
+import libprune.gradients as g
+losses, left = g.sequence_losses, [2]
+
+def fails(*args):
+    left[0] -= os.environ["RANK"] == "1"
+    assert left[0] >= 0
+    return losses(*args)
+
+g.sequence_losses = fails
+run("gradients")
+"""
+    stopped = launch(place, program, LIBPRUNE_CHECKPOINT_SECONDS="0")
+    assert stopped.returncode != 0
     assert not (place / "artifacts/gradients").exists()
+    done = launch(place, "run('gradients')\n")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "continues from a saved state: 4 of 6 are done" in done.stdout
+    assert_same(place / "artifacts/gradients", place / "whole")
+
+
+def test_processes_that_have_nothing_to_do_do_not_meet(place):
+    change(place, "hessian", estimator="none")
+    change(place, "ablation", units=0)
+    done = launch(place, "for _ in range(20): run('hessian'); run('ablation')\n")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("nothing collected") == 20
 
 
 def test_sharing_out_needs_two_processes(monkeypatch, place):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,19 @@ ORDER += ["score", "allocate", "slice", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
 
 
-def run(command: list[str], cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
+def environment() -> dict[str, str]:
+    settings = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "DVC_NO_ANALYTICS": "1",
+        "LIBPRUNE_CHECKPOINT_SECONDS": "0",
     }
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | settings
+
+
+def run(command: list[str], cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -162,3 +167,24 @@ def test_a_wrong_param_stops_at_once_and_loses_nothing(project):
     assert not (project / "artifacts/plan.parquet").exists()
     change(project, "allocate", "ratio", 0.2)
     assert stages_run(run(["dvc", "repro"], project)) == []
+
+
+def test_a_stage_ends_with_its_dvc_and_the_next_repro_goes_on(project):
+    """DVC is killed while gradients are collected: nothing runs on alone, and nothing is collected twice."""
+    change(project, "gradients", "batch_sequences", 1)
+    change(project, "compute", "batch_tokens", 16)
+    repro = subprocess.Popen(["dvc", "repro", "gradients"], cwd=project, env=environment(), stdout=subprocess.DEVNULL)
+    while not list(project.glob(".work/gradients/*/process-*/after-*")):
+        assert repro.poll() is None
+        time.sleep(0.001)
+    stage = int((project / ".work/gradients.lock").read_text())
+    repro.kill()
+    repro.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{stage}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{stage}").exists()
+    (project / ".dvc/tmp/rwlock").unlink(missing_ok=True)
+    done = run(["dvc", "repro", "gradients"], project)
+    assert "continues from a saved state" in done.stdout
+    assert not list((project / ".work/gradients").iterdir())

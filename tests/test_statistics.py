@@ -36,6 +36,8 @@ def batches_of(kind: str, seed: int, cuts: list[int]) -> Batches:
         return list(zip(rows_of(inputs(seed), cuts), rows_of(inputs(seed + 1), cuts), strict=True))
     if kind == "mask":
         return [(part,) for part in rows_of(inputs(seed, (TOKENS, 3, WIDTH)), cuts)]
+    if kind == "pending":
+        return [(part.sum(0),) for part in rows_of(inputs(seed), cuts)]
     if kind == "sum":
         return [(part.sum(0), count(len(part))) for part in rows_of(inputs(seed), cuts)]
     if kind in {"rows", "samples"}:  # batches have a number or a weight of their own: only the joining is free
@@ -53,6 +55,7 @@ STATISTICS: dict[str, Statistic] = {
     "cosine": Cosine(),
     "mask": MaskGradient(WIDTH, n_tok=7),
     "sum": Sum((WIDTH,), factor=2.0),
+    "pending": Pending((WIDTH,)),
     "rows": BatchRows(4),
     "samples": Samples(WIDTH),
 }
