@@ -5,7 +5,8 @@
 Reads artifacts/ablation.parquet of a project whose `ablation.units` is not 0, and the per-unit tables of the
 collecting stages. For every criterion: Spearman's rank correlation with the measured increase, over all units
 and within each part, with 95 % intervals from resampled units; and for those in nats the scale, measured
-over predicted loss summed over units. The measurement is on other sequences than the statistics.
+over predicted loss summed over units. By default the measurement is on other sequences than gradients and
+Hessian, and on some of those of the activations.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from libprune.accumulator import finished
 from libprune.input_statistics import BINS, Cosine, Gram, Histogram, InputMoments, entropy, frequency
-from libprune.statistics import BatchRows, MaskGradient, Samples, State, Statistic, Sum, count
+from libprune.statistics import BatchRows, MaskGradient, Pending, Samples, State, Statistic, Sum, count
 
 TOKENS, WIDTH = 24, 5
 
