@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from libprune.errors import ParamsError, nearest
 
@@ -115,7 +115,7 @@ class Activations(_Section):
     sequences: Count | None = None
     """Calibration sequences used, from the first; null: all."""
     storage_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage type of the Gram matrices; bfloat16 halves them and costs the repair accuracy (docs/statistics.md)."""
+    """Storage type of the Gram matrices; bfloat16 halves them, but is not enough for `slice.repair`."""
 
 
 class Ablation(_Section):
@@ -212,6 +212,15 @@ class Params(_Section):
     slice: Slice = Slice()
     evaluate: Evaluate = Evaluate()
 
+    @model_validator(mode="after")
+    def _repair_has_what_it_needs(self) -> "Params":
+        if self.slice.repair == "local" and self.activations.storage_dtype == "bfloat16":
+            raise ValueError(
+                "slice.repair: local needs activations.storage_dtype: float32; "
+                "Gram matrices rounded to bfloat16 are not positive definite in some layers"
+            )
+        return self
+
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and validate a params file.
@@ -235,7 +244,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
     place = ".".join(map(str, loc))
     if kind != "extra_forbidden":
-        return f"{place}: {message}"
+        return f"{place}: {message}" if place else message.removeprefix("Value error, ")
     known = _fields(loc[:-1])
     return f"unknown key {place!r}{nearest(str(loc[-1]), known)} (known: {', '.join(known)})"
 

@@ -206,3 +206,14 @@ def test_a_section_that_is_no_mapping_is_refused_by_name(load, section, value):
     data = {name: content for name, content in shipped().items() if name != section}
     with pytest.raises(ParamsError, match=rf"params\.yaml: {section}: "):
         load(yaml.safe_dump(data) + f"{section}: {value}\n")
+
+
+def test_gram_matrices_in_bfloat16_are_refused_where_the_repair_needs_them(load):
+    data = shipped()
+    data["activations"]["storage_dtype"] = "bfloat16"
+    with pytest.raises(
+        ParamsError, match=r"params.yaml: slice.repair: local needs activations.storage_dtype: float32;"
+    ):
+        load(data)
+    data["slice"]["repair"] = "none"
+    assert load(data).activations.storage_dtype == "bfloat16"
