@@ -12,8 +12,8 @@ from hypothesis.extra.numpy import arrays
 
 from libprune.evaluation import compare_speed, perplexity, perplexity_ratio, window_losses
 from libprune.report import HEADER, headline, how_to_load, markdown, markdown_table, text_table
+from tests.collected import MODELS
 from tests.models import FAMILIES, tokens
-from tests.test_gradients import MODELS
 
 losses = arrays(np.float64, st.integers(2, 12), elements=st.integers(0, 80).map(lambda k: k / 8))
 

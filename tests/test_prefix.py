@@ -1,6 +1,5 @@
 """Losses from kept states, against the full passes that they stand for."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +9,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune import prefix as prefix_module
-from libprune.ablation import ablation_table, sample_units, unit_plans
 from libprune.architecture import Architecture
-from libprune.artifacts import Layout
-from libprune.calibration import set_up
-from libprune.collection import collecting
 from libprune.compute import sequence_losses
 from libprune.describe import describe
 from libprune.memory import checkpoint_blocks
-from libprune.parallel import World
-from libprune.params import Compute
 from libprune.plan import Plan
-from libprune.prefix import LOSSES, Prefix, SequenceLosses, collect_losses, first_changed, loss_groups
+from libprune.prefix import Prefix, SequenceLosses, first_changed
 from libprune.surgery import masked
 from tests.models import FAMILIES, PLANS, random_plan, tokens
-from tests.test_ablation import AT_ONCE, LENGTH, PASSES, USED, interrupt, patch_losses, run_stage, write_project
+from tests.test_ablation import interrupt, run_stage, write_project
 from tests.test_surgery import plan_without
 
 SEQUENCES = 5
@@ -259,22 +252,3 @@ def test_after_an_interruption_only_layers_that_are_left_are_kept(llama, monkeyp
     monkeypatch.setattr(prefix_module, "Prefix", Watched)
     table, _ = run_stage(llama)
     assert chosen == [set(table["layer_idx"][10:].tolist())]
-
-
-def test_two_processes_measure_half_each_and_join(llama, monkeypatch):
-    expected, _ = run_stage(llama)
-    monkeypatch.setattr(World, "barrier", lambda self: None)
-    monkeypatch.setattr(World, "agreed", lambda self, decision: False)
-    passes = patch_losses(monkeypatch, lambda number, losses: losses)
-    layout = Layout(llama / "artifacts")
-    compute = Compute(device="cpu", dtype="float32", batch_tokens=AT_ONCE * LENGTH)
-    for rank in (1, 0):  # the first process joins, so it comes last
-        passes.clear()
-        run = replace(set_up(layout, compute, USED, last=True), world=World(rank, 2))
-        units = sample_units(run.architecture, 12, 0)
-        with collecting(run, "ablation", layout.ablation, loss_groups(run, 12), 1, {}, 12) as work:
-            dense = collect_losses(run, work, unit_plans(run.architecture, units), 2).numpy()
-            assert len(passes) == PASSES * (1 + 6)
-            if work.merge():
-                table = ablation_table(units, work.accumulator.finish(0)[LOSSES].numpy(), dense)
-    np.testing.assert_array_equal(table["loss_increase"], expected["loss_increase"])
