@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from libprune.accumulator import PENDING, ROWS, UNITS, Accumulator, Group
@@ -99,9 +100,8 @@ def collect_gradients(
             for number, first, ids in batches:
                 for start in range(0, len(ids), at_once):
                     chunk = ids[start : start + at_once]
-                    collector.begin(number, len(ids), chunk, last=start + at_once >= len(ids))
                     tape.first = first + start
-                    collector.first = first + start
+                    collector.begin(number, len(ids), first + start, chunk, last=start + at_once >= len(ids))
                     losses = sequence_losses(model, chunk)
                     require_finite(losses.detach(), tape.first, "the loss")
                     tape.backward(losses.sum())
@@ -112,9 +112,7 @@ def collect_gradients(
                 handle.remove()
 
 
-def _watch_vector(
-    model: PreTrainedModel, parameter: Parameter, collector: "_Collector"
-) -> "torch.utils.hooks.RemovableHandle":
+def _watch_vector(model: PreTrainedModel, parameter: Parameter, collector: "_Collector") -> RemovableHandle:
     tensor = model.get_parameter(parameter.name).requires_grad_(True)
     assert parameter.layer is not None
     return tensor.register_post_accumulate_grad_hook(partial(collector.vector, parameter.name, parameter.layer))
@@ -126,12 +124,12 @@ class _Collector:
     def __init__(self, architecture: Architecture, sums: Accumulator) -> None:
         self.architecture = architecture
         self.sums = sums
-        self.first = 0
-        self._biased = {p.name for p in architecture.parameters}
+        self._named = {p.name for p in architecture.parameters}
 
-    def begin(self, number: int, sequences: int, chunk: Tensor, last: bool) -> None:
+    def begin(self, number: int, sequences: int, first: int, chunk: Tensor, last: bool) -> None:
         """A pass over some sequences of a batch begins."""
         self._number, self._sequences, self._last = number, sequences, last
+        self._first = first
         self._n_tok = chunk.shape[1] - 1
 
     def vector(self, name: str, layer: int, parameter: Tensor) -> None:
@@ -140,7 +138,7 @@ class _Collector:
         gradient, parameter.grad = parameter.grad, None
         if not torch.isfinite(gradient).all():
             raise StatisticsError(
-                f"the gradient of {name} is not finite in the pass from calibration sequence {self.first}; "
+                f"the gradient of {name} is not finite in the pass from calibration sequence {self._first}; "
                 "try compute.dtype: float32"
             )
         self._take(name, layer, gradient)
@@ -150,14 +148,14 @@ class _Collector:
         gradient = weight_gradient(entry, x, delta)
         if not torch.isfinite(gradient.sum(dtype=torch.float32)):
             each = torch.stack([weight_gradient(entry, *pair) for pair in zip(x, delta, strict=True)])
-            require_finite(each, self.first, f"the gradient of {entry.weight}")
+            require_finite(each, self._first, f"the gradient of {entry.weight}")
             raise StatisticsError(
-                f"the gradient of {entry.weight} overflows in the pass from calibration sequence {self.first}; "
+                f"the gradient of {entry.weight} overflows in the pass from calibration sequence {self._first}; "
                 "try compute.dtype: float32"
             )
         self._take(entry.weight, entry.layer, gradient)
         bias = f"{entry.module}.bias"
-        if bias in self._biased:
+        if bias in self._named:
             self._take(bias, entry.layer, delta.flatten(0, -2).sum(0, dtype=torch.float32))
         self._second_moment(entry, "output", delta)
 
@@ -165,7 +163,7 @@ class _Collector:
         """The gradient at a consumer's input: the mask gradients of its units, and its second moment."""
         units = entry.input.units(self.architecture.parts[entry.part].axis, self.architecture.sizes)
         mask = sum_positions(x.float() * delta.float(), units, self.architecture.units(entry.part))
-        require_finite(mask, self.first, f"the mask gradient at the input of {entry.module}")
+        require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
         self.sums.update(entry.layer, UNITS + entry.part, mask)
         self._second_moment(entry, "input", delta)
 
