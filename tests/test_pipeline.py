@@ -41,7 +41,7 @@ def sources(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("sources")
     return {
         "model": str(tiny.write_model(folder / "model")),
-        "text": str(tiny.write_text(folder / "text.txt")),
+        "text": str(tiny.write_text(folder / "text.txt", documents=600)),
     }
 
 
@@ -172,6 +172,8 @@ def test_a_wrong_param_stops_at_once_and_loses_nothing(project):
 def test_a_stage_ends_with_its_dvc_and_the_next_repro_goes_on(project):
     """DVC is killed while gradients are collected: nothing runs on alone, and nothing is collected twice."""
     change(project, "gradients", "batch_sequences", 1)
+    for section, key in (("tokenize", "calibration_sequences"), ("gradients", "sequences")):
+        change(project, section, key, 400)  # seconds of work, so that the kill comes before its end
     change(project, "compute", "batch_tokens", 16)
     repro = subprocess.Popen(["dvc", "repro", "gradients"], cwd=project, env=environment(), stdout=subprocess.DEVNULL)
     while not list(project.glob(".work/gradients/*/process-*/after-*")):
