@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from libprune.accumulator import Accumulator, Group
 from libprune.architecture import Architecture, Map
+from libprune.calibration import HELD_OUT_EVERY, held_out
 from libprune.compute import hooked, require_finite
-from libprune.input_statistics import Cosine, Gram, Histogram, InputMoments, entropy, frequency
+from libprune.input_statistics import Cosine, Gram, HeldOut, Histogram, InputMoments, entropy, frequency
 from libprune.params import Activations
 from libprune.statistics import State, Statistic
 from libprune.units import sum_positions, unit_sums
@@ -25,7 +26,8 @@ HISTOGRAM_STRIDE = 4
 ACTIVE = 0.125
 """A value counts as active from this share of the root mean square of the layer's consumer input."""
 
-_GRAM, _HISTOGRAM, _BLOCK = ".input_gram", ".input_histogram", "block"
+GRAM, HELD_OUT = ".input_gram", ".input_held_out"
+_HISTOGRAM, _BLOCK = ".input_histogram", "block"
 
 
 def activation_groups(architecture: Architecture, section: Activations) -> list[Group]:
@@ -41,8 +43,9 @@ def _layer_group(architecture: Architecture, layer: int, section: Activations) -
             width = entry.input.size(architecture.sizes)
             group[entry.module] = InputMoments(width)
             if entry in consumers:
-                group[entry.module + _GRAM] = Gram(width, getattr(torch, section.storage_dtype))
+                group[entry.module + GRAM] = Gram(width, getattr(torch, section.storage_dtype))
                 group[entry.module + _HISTOGRAM] = Histogram(width)
+                group[entry.module + HELD_OUT] = HeldOut(width)
     return group
 
 
@@ -101,9 +104,14 @@ class _Collector:
             moments = self.sums.groups[entry.layer][entry.module].measure(x.flatten(0, -2).float())
             self._shared = x, moments
         self.sums.join(entry.layer, entry.module, self._shared[1])
-        if entry.module + _GRAM in self.sums.groups[entry.layer]:
-            self.sums.update(entry.layer, entry.module + _GRAM, x.flatten(0, -2))
+        if entry.module + GRAM in self.sums.groups[entry.layer]:
             self.sums.update(entry.layer, entry.module + _HISTOGRAM, self._sampled(x))
+            apart = held_out(self._first, len(x))
+            fitted = x[~apart.to(x.device)] if apart.any() else x
+            self.sums.update(entry.layer, entry.module + GRAM, fitted.flatten(0, -2))
+            if apart.any():
+                numbers = (self._first + apart.nonzero().squeeze(1)) // HELD_OUT_EVERY
+                self.sums.update(entry.layer, entry.module + HELD_OUT, x[apart.to(x.device)], numbers)
 
     def _sampled(self, x: Tensor) -> Tensor:
         """The tokens whose position and sequence add up to a multiple of the stride."""
@@ -126,6 +134,7 @@ def activation_columns(
     """Per-unit forward statistics of a block.
 
     `wanda_*`: sum over the unit's weights of |W_ij| a_j, for every norm a of the input features.
+    `fluctuation`: sum over the unit's positions at the consumer's input of variance times |W_:,p|^2.
     `activation_*`: what the unit's own positions carry at the consumer's input, on average:
     magnitude (mean |x|), variance, range (max - min), entropy (nats, over `BINS` bins), and
     frequency (share of values of at least `ACTIVE` times the layer's root mean square).
@@ -141,6 +150,7 @@ def activation_columns(
     units = consumer.input.units(architecture.parts[part].axis, architecture.sizes)
     number = architecture.units(part)
     positions = sum_positions(torch.ones(len(units), dtype=torch.float64), units, number)
+    columns["fluctuation"] = sum_positions(_fluctuation(consumer, tensors, weights), units, number).numpy()
     for name, values in _features(tensors, consumer.module).items():
         columns[f"activation_{name}"] = (sum_positions(values.double(), units, number) / positions).numpy()
     return columns
@@ -150,6 +160,12 @@ def _weighted(entry: Map, weight: Tensor, tensors: Mapping[str, Tensor], kind: s
     of = f"{entry.module}.input_mean" if kind == "mean" else f"{entry.module}.input_norm_{kind}"
     norm = tensors[of].abs()
     return weight.abs().float() * (norm[:, None] if entry.transposed else norm)
+
+
+def _fluctuation(consumer: Map, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+    """Variance of each input of a consumer times the squared norm of its weights."""
+    squares = weights[consumer.weight].double().square().sum(1 if consumer.transposed else 0)
+    return squares * tensors[f"{consumer.module}.input_variance"].double()
 
 
 def _features(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:

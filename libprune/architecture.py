@@ -44,6 +44,11 @@ class Map:
         """Name of the weight."""
         return f"{self.module}.weight"
 
+    @property
+    def bias(self) -> str:
+        """Name that its bias has, if there is one."""
+        return f"{self.module}.bias"
+
 
 @dataclass(frozen=True)
 class PartShape:

@@ -79,6 +79,11 @@ class Layout:
         return self.root / "ablation.parquet"
 
     @property
+    def levels(self) -> Path:
+        """The measured divergence of whole levels of single blocks."""
+        return self.root / "levels.parquet"
+
+    @property
     def scores(self) -> Path:
         """The global importance table."""
         return self.root / "scores.parquet"

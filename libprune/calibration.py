@@ -6,17 +6,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture
 from libprune.artifacts import Layout, read_architecture, require
 from libprune.checkpoint import WeightFiles, load_model
 from libprune.compute import resolve_device, resolve_dtype
+from libprune.errors import LibpruneError
 from libprune.memory import checkpoint_blocks, offload_maps
 from libprune.parallel import World, join_world, shard_blocks
 from libprune.params import Compute
 from libprune.tokens import read_tokens, require_sequences
+
+HELD_OUT_EVERY = 8
+"""One calibration sequence in so many is kept from the fit of a repair, to choose and to judge it by."""
+
+
+def held_out(first: int, number: int) -> Bool[Tensor, " number"]:
+    """Which of consecutive calibration sequences, from the given one on, are held out from fits."""
+    return torch.arange(first, first + number) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,19 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     weights = WeightFiles(layout.model)
     work = layout.root.parent / ".work"
     return Calibration(model, architecture, weights, chosen, len(ids), device, compute, world, meta, work)
+
+
+def require_own_weights(run: Calibration) -> None:
+    """Stop where the weights do not lie whole on the device, for work that changes them.
+
+    Raises:
+        LibpruneError: saying which setting to change.
+    """
+    if run.world.sharded or run.compute.offload != "none":
+        raise LibpruneError(
+            "this stage changes weights of the model, which must lie whole on the device; "
+            "set compute.offload: none and unset LIBPRUNE_SHARD"
+        )
 
 
 def place(

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer, PreTrainedModel
 
 from libprune import cost
 from libprune.architecture import Architecture
@@ -13,6 +14,7 @@ from libprune.compute import resolve_device, resolve_dtype
 from libprune.evaluation import Losses, Speed, compare_speed, perplexity, perplexity_ratio, window_losses
 from libprune.params import Compute, Evaluate
 from libprune.plan import Plan
+from libprune.tasks import zero_shot
 from libprune.tokens import read_tokens
 
 
@@ -37,14 +39,16 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
     prompt = torch.from_numpy(ids.reshape(1, -1)[:, : params.prompt_tokens]).to(device)
     speed = compare_speed(dense, pruned, prompt, params.decode_tokens, params.rounds)
     ratio = perplexity_ratio(losses[0], losses[1])
+    tasks = _zero_shot(layout, models, params) if params.tasks else {}
     return {
         "plan": plan_meta,
-        "pruning": {name: provenance[name] for name in ("slice", "proof", "versions")},
+        "pruning": {name: provenance[name] for name in ("slice", "repair", "proof", "versions")},
         "units": {part: architecture.units(part) for part in architecture.parts},
         "kept": [{part: plan.kept(layer, part) for part in architecture.parts} for layer in range(architecture.layers)],
         "dense": _one(architecture, Plan.dense(architecture), losses[0], speed.dense, dtype),
         "pruned": _one(architecture, plan, losses[1], speed.pruned, dtype) | _removed(architecture, plan),
         "perplexity_ratio": {"value": ratio.value, "se": ratio.error},
+        "tasks": tasks,
         "speed": {name: value for name, value in asdict(speed).items() if name not in {"dense", "pruned"}},
         "protocol": {
             "text": tokens_meta["source"],
@@ -57,6 +61,16 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
             "device": str(device),
         },
     }
+
+
+def _zero_shot(layout: Layout, models: dict[str, PreTrainedModel], params: Evaluate) -> dict[str, Any]:
+    """Accuracy by task, then by model."""
+    tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
+    found = {
+        name: zero_shot(model, tokenizer, params.tasks, params.task_folder, params.task_limit, params.task_batch)
+        for name, model in models.items()
+    }
+    return {task: {name: figures[task] for name, figures in found.items()} for task in params.tasks}
 
 
 def _one(architecture: Architecture, plan: Plan, losses: Losses, speed: Speed, dtype: torch.dtype) -> dict[str, Any]:
@@ -90,5 +104,6 @@ def headline_metrics(result: dict[str, Any]) -> dict[str, Any]:
         "dense": {name: result["dense"][name] for name in ("perplexity", "perplexity_se")},
         "pruned": {name: result["pruned"][name] for name in ("perplexity", "perplexity_se", *shares)},
         "perplexity_ratio": result["perplexity_ratio"],
+        **({"tasks": result["tasks"]} if result["tasks"] else {}),
         "speed": {name: result["speed"][name] for name in ("prefill_ratio", "decode_ratio")},
     }

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from libprune.architecture import Architecture
 from libprune.artifacts import Columns, Layout, check_rows, column, read_architecture, read_table, same_origin
 from libprune.errors import ArtifactError, LibpruneError, StatisticsError, nearest
 from libprune.params import Score
@@ -30,6 +31,7 @@ class Criterion:
             layer and type.
         unit: what the importance is measured in.
         source: paper of the formula.
+        columns: further per-unit columns, from the stages' shards; None if their tables say all.
     """
 
     components: Callable[[Columns, Score], dict[str, Values]]
@@ -37,6 +39,7 @@ class Criterion:
     comparable: bool
     unit: str
     source: str
+    columns: Callable[[Layout, Architecture, Score], Columns] | None = None
 
 
 def _read(table: Columns, name: str) -> Values:
@@ -84,6 +87,41 @@ def _unit_fisher(table: Columns, params: Score) -> dict[str, Values]:
     return {"unit_fisher": _read(table, f"unit_fisher_{params.fisher_over}")}
 
 
+def _fluctuation(table: Columns, params: Score) -> dict[str, Values]:
+    """Sum over the unit's inputs of the consumer of their variance times |W_:,u|^2: what a bias cannot give back."""
+    return {"fluctuation": _read(table, "fluctuation")}
+
+
+def _obs_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:
+    from libprune.gram_criteria import gram_columns  # needs torch, which the other criteria do not
+
+    return gram_columns(layout, architecture, params, in_nats=params.criterion == "obs_fisher")
+
+
+def _obs(table: Columns, params: Score) -> dict[str, Values]:
+    """The consumer's squared output error that is left after the best refit, when the unit's turn comes."""
+    return {"obs": _read(table, "obs")}
+
+
+def _obs_share(table: Columns, params: Score) -> dict[str, Values]:
+    """That error in the dense model over the error without a refit, 0 to 1."""
+    return {"obs_share": _read(table, "obs_share")}
+
+
+def _obs_fisher(table: Columns, params: Score) -> dict[str, Values]:
+    """Half the sum over outputs of mean squared gradient times `obs`: the loss that no refit takes back.
+
+    Second order, with the Hessian of the consumer's weights as the product of its inputs' Gram matrix
+    and the diagonal of its outputs' gradient covariance (a Kronecker factorisation).
+    """
+    return {"obs_fisher": _read(table, "obs")}
+
+
+def _fisher_obs(table: Columns, params: Score) -> dict[str, Values]:
+    """`unit_fisher` times `obs_share`: the share of a unit's loss that the others cannot take over."""
+    return {"fisher_obs": _unit_fisher(table, params)["unit_fisher"] * _read(table, "obs_share")}
+
+
 def _random(table: Columns, params: Score) -> dict[str, Values]:
     """Seeded noise per parameter, the floor that every criterion must clear."""
     cost = _read(table, "cost")
@@ -101,6 +139,29 @@ CRITERIA = {
     ),
     "wanda": Criterion(_wanda, ("activations",), False, "activation", "Sun et al. 2024 (Wanda), summed by unit"),
     "unit_fisher": Criterion(_unit_fisher, ("gradients",), True, "nats", "Theis et al. 2018; Kwon et al. 2022"),
+    "fluctuation": Criterion(_fluctuation, ("activations",), False, "activation", "An et al. 2024 (FLAP)"),
+    "obs": Criterion(
+        _obs, ("activations",), False, "activation", "Hassibi & Stork 1993; Kurtic et al. 2023 (ZipLM)", _obs_columns
+    ),
+    "obs_share": Criterion(
+        _obs_share, ("activations",), True, "none", "Kurtic et al. 2023 (ZipLM), in proportion", _obs_columns
+    ),
+    "obs_fisher": Criterion(
+        _obs_fisher,
+        ("activations", "gradients"),
+        True,
+        "nats",
+        "Kurtic et al. 2023; Martens & Grosse 2015 (K-FAC)",
+        _obs_columns,
+    ),
+    "fisher_obs": Criterion(
+        _fisher_obs,
+        ("gradients", "activations"),
+        True,
+        "nats",
+        "Theis et al. 2018, with Kurtic et al. 2023",
+        _obs_columns,
+    ),
     "random": Criterion(_random, (), True, "none", ""),
 }
 
@@ -117,7 +178,7 @@ def find_criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def join_tables(layout: Layout, criterion: Criterion) -> tuple[Columns, dict[str, Any]]:
+def join_tables(layout: Layout, criterion: Criterion, params: Score) -> tuple[Columns, dict[str, Any]]:
     """The columns of all per-unit tables that a criterion reads, and their common origin.
 
     Raises:
@@ -138,6 +199,8 @@ def join_tables(layout: Layout, criterion: Criterion) -> tuple[Columns, dict[str
         check_rows(architecture, table, path)
         origin |= {"tokens": found["tokens"]}
         joined |= table
+    if criterion.columns is not None:
+        joined |= criterion.columns(layout, architecture, params)
     return joined, origin
 
 

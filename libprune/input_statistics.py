@@ -113,6 +113,44 @@ class Gram(Statistic):
         return {"": (whole / state["count"]).to(self.dtype)}
 
 
+HELD_OUT_SEQUENCES, HELD_OUT_TOKENS = 32, 32
+"""Held-out sequences whose inputs are kept, at most, and tokens of each."""
+
+
+@dataclass(frozen=True)
+class HeldOut(Statistic):
+    """Inputs themselves, at some tokens of the first held-out sequences: a repair is judged by them.
+
+    Each has a place of its own, so that batches and processes join exactly.
+    """
+
+    width: int
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Tokens, and a row for each, ``[HELD_OUT_SEQUENCES * HELD_OUT_TOKENS, width]``; 0 where there is none."""
+        return {
+            "count": COUNT,
+            "rows": Field((HELD_OUT_SEQUENCES * HELD_OUT_TOKENS, self.width), torch.float32),
+        }
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of the inputs of held-out sequences ``[sequences, tokens, width]`` and their numbers among the held-out."""
+        x, numbers = batch
+        state = self.init()
+        chosen = numbers < HELD_OUT_SEQUENCES
+        tokens = min(HELD_OUT_TOKENS, x.shape[1])
+        positions = torch.arange(tokens) * x.shape[1] // tokens
+        places = numbers[chosen][:, None] * HELD_OUT_TOKENS + torch.arange(tokens)
+        state["rows"][places] = x[chosen.to(x.device)][:, positions.to(x.device)].float().cpu()
+        state["count"] += places.numel()
+        return state
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """The rows, and how many of them there are."""
+        return {"": state["rows"], "tokens": state["count"]}
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """A matrix product with float32 sums and result."""
     if a.is_cuda and a.dtype != torch.float32:

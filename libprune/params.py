@@ -5,7 +5,7 @@ after minutes of collecting.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -142,8 +142,21 @@ class Score(_Section):
     """Norm of each input feature over the calibration tokens."""
     fisher_over: Literal["sequence", "token"] = "sequence"
     """What `unit_fisher` squares the mask gradient over."""
+    obs_rounds: Count = 32
+    """Rounds in which the criteria of `obs` remove a block's units; 1 judges all of them in the dense model."""
+    obs_damping: Annotated[float, Field(gt=0)] = 0.01
+    """Ridge of `obs`, relative to the mean diagonal of the Gram matrix."""
     seed: int = 0
     """For `random`."""
+
+
+class Levels(_Section):
+    """The measured divergence of the model when one block alone is taken to a level; for `allocate.method: search`."""
+
+    sequences: Count | None = 8
+    """Calibration sequences used, from the last; null: all."""
+    number: Count = 8
+    """Levels of every block, at even distances up to all of its units."""
 
 
 class Allocate(_Section):
@@ -153,7 +166,9 @@ class Allocate(_Section):
     """Share of parameters to remove."""
     ratio_of: Literal["decoder", "total"] = "decoder"
     """Parameters inside the blocks, or all of them."""
-    method: Literal["uniform", "global"] = "uniform"
+    method: Literal["uniform", "global", "functional", "search"] = "uniform"
+    """`uniform`: the same counts in every layer; `global`: the lowest scores anywhere; `functional`: layers that
+    change their input less lose more; `search`: least measured divergence (the levels stage)."""
     shape: Literal["auto", "uniform", "per_layer"] = "auto"
     """`uniform` loads everywhere and is refused where the plan differs by layer; `auto` takes it where it can."""
     split: Literal["auto", "proportional", "importance"] = "auto"
@@ -173,15 +188,29 @@ class Allocate(_Section):
     """Layers at the output that keep everything."""
     allow_layer_removal: bool = False
     """Whether a layer may lose both its attention and its MLP."""
+    evaluations: Floor = 0
+    """Whole plans that `search` measures to improve on the first one."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Time after which `search` ends even so; null: none, which alone gives the same result everywhere."""
+    seed: Floor = 0
+    """Of the changes that `search` tries."""
 
 
 class Slice(_Section):
     """How the pruned model is made."""
 
-    repair: Literal["none", "local"] = "local"
-    """`local`: least squares on the consumers' weights, from the cached Gram matrices."""
-    damping: Annotated[float, Field(gt=0)] = 1e-3
-    """Ridge of the repair, relative to the mean diagonal of the Gram matrix."""
+    repair: Literal["none", "bias", "local", "sequential"] = "sequential"
+    """`bias`: the removed inputs' mean; `local`: least squares on the consumers' weights from the cached Gram
+    matrices; `sequential`: layer by layer on what the pruned layers before hand on (two forward passes)."""
+    damping: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Ridge of the repair, relative to the mean diagonal of the Gram matrix; `auto`: the one that does best on
+    calibration sequences that the fit does not see, for each map."""
+    fisher_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the Gram matrices of `local` are weighted by the gradients at the inputs."""
+    drift: Annotated[float, Field(ge=0)] = 1.0
+    """How much of the drift of the residual stream each map of `sequential` takes back."""
+    sequences: Count | None = None
+    """Calibration sequences of `sequential`, from the first; null: all."""
     dtype: Dtype = "auto"
     """Storage type of the pruned model; `auto` keeps the dense model's."""
 
@@ -195,11 +224,42 @@ class Evaluate(_Section):
     """Tokens generated for decode speed."""
     rounds: Count = 5
     """Timed rounds; dense and pruned alternate in each."""
+    tasks: tuple[str, ...] = Field(default=(), strict=False)
+    """Zero-shot tasks of lm-evaluation-harness, such as `piqa`; needs `pip install 'libprune[tasks]'`."""
+    task_folder: str | None = None
+    """YAML files of further tasks, such as ones on local data."""
+    task_limit: Count | None = None
+    """Questions of each task, from the first; null: all."""
+    task_batch: Count = 8
+    """Questions at once."""
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "fast": {
+        "score": {"criterion": "unit_fisher"},
+        "allocate": {"method": "uniform", "evaluations": 0},
+        "slice": {"repair": "local"},
+    },
+    "balanced": {
+        "score": {"criterion": "unit_fisher"},
+        "allocate": {"method": "uniform", "evaluations": 0},
+        "slice": {"repair": "sequential"},
+    },
+    "best": {
+        "score": {"criterion": "unit_fisher"},
+        "allocate": {"method": "search", "evaluations": 64},
+        "slice": {"repair": "sequential"},
+    },
+}
+"""What `auto` means for these keys. Only stages after the collecting ones are named, so that no preset makes those
+run again."""
 
 
 class Params(_Section):
     """The whole of params.yaml."""
 
+    preset: Literal["fast", "balanced", "best"] = "balanced"
+    """What the keys that say `auto` mean; a key with a value of its own keeps it."""
     prepare: Prepare
     tokenize: Tokenize
     compute: Compute = Compute()
@@ -208,15 +268,39 @@ class Params(_Section):
     activations: Activations = Activations()
     ablation: Ablation = Ablation()
     score: Score = Score()
+    levels: Levels = Levels()
     allocate: Allocate = Allocate()
     slice: Slice = Slice()
     evaluate: Evaluate = Evaluate()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        chosen = PRESETS.get(str(data.get("preset", "balanced")), {})
+        filled = dict(data)
+        for section, values in chosen.items():
+            if isinstance(found := filled.get(section), dict):
+                filled[section] = found | {key: value for key, value in values.items() if found.get(key) == "auto"}
+        return filled
+
     @model_validator(mode="after")
     def _repair_has_what_it_needs(self) -> "Params":
-        if self.slice.repair == "local" and self.activations.storage_dtype == "bfloat16":
+        repair = self.slice.repair
+        if self.slice.fisher_share and self.slice.repair != "local":
+            raise ValueError(f"slice.fisher_share weights the Gram matrices of slice.repair: local, not {repair}")
+        if self.slice.drift != 1 and self.slice.repair != "sequential":
+            raise ValueError(f"slice.drift belongs to slice.repair: sequential, not {repair}")
+        uses = {
+            "slice.repair: local": repair == "local",
+            "allocate.method: search": self.allocate.method == "search",
+            f"score.criterion: {self.score.criterion}": "obs" in self.score.criterion,
+        }
+        using = [what for what, used in uses.items() if used]
+        if using and self.activations.storage_dtype == "bfloat16":
             raise ValueError(
-                "slice.repair: local needs activations.storage_dtype: float32; "
+                f"{using[0]} needs activations.storage_dtype: float32; "
                 "Gram matrices rounded to bfloat16 are not positive definite in some layers"
             )
         return self
@@ -242,7 +326,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 
 def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
-    place = ".".join(map(str, loc))
+    place = ".".join(map(str, loc[:2]))  # what follows says which of a key's types was tried
     if kind != "extra_forbidden":
         return f"{place}: {message}" if place else message.removeprefix("Value error, ")
     known = _fields(loc[:-1])

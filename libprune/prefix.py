@@ -8,8 +8,7 @@ changes spread evenly over the layers, about half of changes x passes over the t
 Memory, on the host: sequences x length x width of the model x kept layers x bytes of the model's dtype.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from libprune.accumulator import Group
 from libprune.architecture import Architecture
+from libprune.blocks import blocks_of, copy_output, replaced, skipped
 from libprune.calibration import Calibration
 from libprune.collection import Collection
 from libprune.compute import hooked, require_finite, sequence_losses
@@ -32,6 +32,9 @@ from libprune.surgery import masked
 
 LOSSES = "losses"
 """The name of `SequenceLosses` among the statistics."""
+
+
+Measure = Callable[[int, Tensor], Tensor]
 
 
 class Prefix:
@@ -51,6 +54,7 @@ class Prefix:
         ids: Int[Tensor, "sequences length"],
         at_once: int,
         layers: Iterable[int],
+        measure: Measure | None = None,
     ) -> None:
         """Run the model over the text once.
 
@@ -60,10 +64,13 @@ class Prefix:
             ids: token ids on the model's device.
             at_once: sequences in one pass.
             layers: those that measurements will start from; nothing needs to be kept for the first.
+            measure: of the number of a pass and its ids, a value for each sequence; None for the
+                mean-token loss, in nats. The first call for each pass is on the model as it is now.
         """
         self._model, self._architecture = model, architecture
-        self._blocks = [model.get_submodule(f"{architecture.layers_path}.{i}") for i in range(architecture.layers)]
+        self._blocks = blocks_of(model, architecture)
         self._passes = ids.split(at_once)
+        self._measure = measure or (lambda number, ids: sequence_losses(model, ids))
         self._kept: dict[int, list[Any]] = {layer: [] for layer in layers if layer > 0}
         with hooked(model) as handles:
             for layer, outputs in self._kept.items():
@@ -90,9 +97,9 @@ class Prefix:
     def _pass(self, start: int, number: int) -> Float[Tensor, " batch"]:
         ids = self._passes[number]
         if start == 0:
-            return sequence_losses(self._model, ids).double().cpu()
-        with _skipped(self._blocks[:start], self._kept[start][number], ids.device):
-            return sequence_losses(self._model, ids).double().cpu()
+            return self._measure(number, ids).double().cpu()
+        with skipped(self._blocks[:start], self._kept[start][number], ids.device):
+            return self._measure(number, ids).double().cpu()
 
 
 def first_changed(plan: Plan) -> int | None:
@@ -102,38 +109,7 @@ def first_changed(plan: Plan) -> int | None:
 
 def _keep_output(outputs: list[Any], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of a block."""
-    outputs.append(_copy(output, "cpu"))
-
-
-def _copy(output: Any, device: torch.device | str) -> Any:
-    """A copy of what a block returned, a tensor or a tuple; the model may write into either."""
-    if isinstance(output, tuple):
-        return tuple(_copy(item, device) for item in output)
-    return output.to(device, copy=True) if isinstance(output, Tensor) else output
-
-
-@contextmanager
-def _skipped(blocks: Sequence[nn.Module], output: Any, device: torch.device) -> Iterator[None]:
-    """Inside the context blocks compute nothing, and the last of them returns the given output.
-
-    What the others return is only handed on to it. The modules stay where they are, with their
-    attributes and hooks: only `forward` is another function.
-    """
-    own = [vars(block).get("forward") for block in blocks]
-    filler, last = _copy(output, device), _copy(output, device)
-    try:
-        for block in blocks:
-            block.forward = partial(_return, last if block is blocks[-1] else filler)
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            vars(block).pop("forward", None)
-            if forward is not None:
-                block.forward = forward
-
-
-def _return(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return output
+    outputs.append(copy_output(output, "cpu"))
 
 
 @dataclass(frozen=True)
@@ -177,7 +153,12 @@ def _announce_states(run: Calibration, layers: set[int]) -> None:
 
 
 def collect_losses(
-    run: Calibration, work: Collection, plans: Mapping[str, Plan], first: int
+    run: Calibration,
+    work: Collection,
+    plans: Mapping[str, Plan],
+    first: int,
+    measure: Measure | None = None,
+    weights_of: Callable[[str], Mapping[str, Tensor]] = lambda name: {},
 ) -> Float[Tensor, " sequences"]:
     """Measure the losses under every plan that the sums do not hold yet.
 
@@ -186,6 +167,8 @@ def collect_losses(
         work: sums of the `loss_groups`, whose items are the plans.
         plans: what is removed, by a name for messages.
         first: index of the run's first sequence among all calibration sequences, for messages.
+        measure: what is measured, if not the loss; as in `Prefix`.
+        weights_of: weights that take the place of the model's own under the plan of a name.
 
     Returns:
         The losses of the dense model, ``[sequences]``, nats, float64.
@@ -198,10 +181,11 @@ def collect_losses(
     layers = {first_changed(plans[name]) or 0 for name in left}
     ids = torch.from_numpy(run.ids).to(run.device)
     _announce_states(run, layers)
-    prefix = Prefix(run.model, run.architecture, ids, run.at_once, layers)
+    prefix = Prefix(run.model, run.architecture, ids, run.at_once, layers, measure)
     require_finite(prefix.losses, first, "the loss of the dense model")
     for number in work.steps():
-        losses = prefix.losses_of(plans[names[number]])
+        with replaced(run.model, weights_of(names[number])):
+            losses = prefix.losses_of(plans[names[number]])
         require_finite(losses, first, f"the loss without {names[number]}")
         work.accumulator.update(0, LOSSES, losses, torch.tensor(number))
     return prefix.losses

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from libprune.architecture import Architecture, Map
-from libprune.artifacts import Layout, read_architecture, read_plan, require, same_origin
+from libprune.architecture import Architecture
+from libprune.artifacts import Layout, read_architecture, read_plan, require, write_table
 from libprune.checkpoint import PROVENANCE, WeightFiles, load_model
 from libprune.compute import named_dtype
-from libprune.params import Slice
+from libprune.params import Compute, Slice
 from libprune.plan import Plan
 from libprune.pruned_folder import write_pruned
-from libprune.repair import repair_local
-from libprune.shards import read_meta, read_tensor
+from libprune.repair import Fit, fit_table, mean_errors, new_parameters
+from libprune.repairing import REPAIRS
 from libprune.surgery import masked, slice_state
 from libprune.tokens import read_tokens
 from libprune.verify import reference_logits, verify_folder
@@ -44,11 +44,11 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._dense)
 
 
-def prune(layout: Layout, folder: Path, params: Slice) -> dict[str, float]:
+def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tuple[dict[str, float], list[Fit]]:
     """Write the pruned model into an empty folder and prove that it loads.
 
     Returns:
-        How near the reloaded logits are, for metrics.
+        How near the reloaded logits are, and how well the consumers were fitted, for metrics; and the fits.
 
     Raises:
         LibpruneError: if an artifact is missing or foreign, or the result fails its proof.
@@ -56,28 +56,16 @@ def prune(layout: Layout, folder: Path, params: Slice) -> dict[str, float]:
     architecture = read_architecture(layout)
     plan, meta = read_plan(layout, architecture)
     dense = WeightFiles(require(layout.model, "prepare"))
-    repaired = _repaired(layout, architecture, plan, dense, params)
+    fits = REPAIRS[params.repair](layout, architecture, plan, compute, params)
     stored = named_dtype(params.dtype, dense[architecture.parameters[0].name].dtype)
-    weights = _Weights(dense, repaired, stored)
+    weights = _Weights(dense, new_parameters(fits), stored)
     write_pruned(folder, layout.model, architecture, plan, meta["shape"], slice_state(weights, architecture, plan))
     shutil.copyfile(layout.plan, folder / "plan.parquet")
-    proof = _prove(layout, folder, architecture, plan, weights, meta["shape"])
-    made = {"plan": meta, "slice": params.model_dump(), "repaired_maps": len(repaired), "proof": proof, **_versions()}
+    write_table(folder / "repair.parquet", fit_table(fits), {"model": architecture.fingerprint})
+    proof, errors = _prove(layout, folder, architecture, plan, weights, meta["shape"]), mean_errors(fits)
+    made = {"plan": meta, "slice": params.model_dump(), "repair": errors, "proof": proof, **_versions()}
     (folder / PROVENANCE).write_text(json.dumps(made, indent=2) + "\n")
-    return proof
-
-
-def _repaired(
-    layout: Layout, architecture: Architecture, plan: Plan, dense: WeightFiles, params: Slice
-) -> dict[str, Tensor]:
-    if params.repair == "none":
-        return {}
-    same_origin(layout.activations, read_meta(layout.activations, "activations"), {"model": architecture.fingerprint})
-
-    def gram(consumer: Map) -> Tensor:
-        return read_tensor(layout.activations, consumer.layer, f"{consumer.module}.input_gram", "activations")
-
-    return repair_local(architecture, plan, dense.__getitem__, gram, params.damping)
+    return proof | errors, fits
 
 
 def _prove(

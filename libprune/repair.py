@@ -1,6 +1,17 @@
-"""Repair: refit each consumer's weights on the inputs that are left."""
+"""Repair: each consumer's weights fitted to the inputs that are left.
 
-from collections.abc import Callable
+With K the kept input positions of a consumer, x their values and y what the consumer is to give:
+
+    W' = argmin E|y - W' x|^2 + lambda |W' - W_K|^2 = (E[y x^T] + lambda W_K) (E[x x^T] + lambda I)^-1
+
+`local` takes x and y = W x from the dense model, in closed form from a cached Gram matrix.
+`libprune.sequential` takes x from the model that is already pruned and repaired up to there.
+Structured optimal brain compression, with the ridge pulled towards the old weights rather than zero
+(Frantar & Alistarh 2022, "Optimal Brain Compression").
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,78 +19,323 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from libprune.architecture import Architecture, Map
-from libprune.errors import StatisticsError
+from libprune.artifacts import Columns
+from libprune.errors import LibpruneError, StatisticsError
 from libprune.plan import Plan
 from libprune.surgery import input_mask
 
+DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Relative ridges that `slice.damping: auto` chooses from."""
+_LARGEST = 10.0
 
-def least_squares(
-    weight: Float[Tensor, "output input"],
-    gram: Float[Tensor, "input input"],
-    kept: Bool[Tensor, " input"],
-    damping: float,
-) -> Float[Tensor, "output input"]:
-    """The weights on the kept inputs that best reproduce the dense output.
 
-    W_K' = argmin ||W x - W_K' x_K||^2 + lambda ||W_K' - W_K||^2
-         = (W C[:, K] + lambda W_K) (C[K, K] + lambda I)^-1,   C = E[x x^T],
-    lambda = damping * mean(diag C). Structured optimal brain compression with the ridge pulled
-    towards the old weights rather than zero (OBC: Frantar & Alistarh 2022).
+@dataclass(frozen=True)
+class Moments:
+    """Second moments per token of a consumer's kept inputs x and of what it is to give, y; float64.
+
+    Attributes:
+        gram: E[x x^T], ``[kept, kept]``.
+        cross: E[y x^T], ``[output, kept]``.
+        square: E|y|^2.
+        tokens: how many tokens the means are over.
+    """
+
+    gram: Float[Tensor, "kept kept"]
+    cross: Float[Tensor, "output kept"]
+    square: float
+    tokens: int
+
+    @staticmethod
+    def of_dense(
+        weight: Float[Tensor, "output input"],
+        gram: Float[Tensor, "input input"],
+        kept: Bool[Tensor, " input"],
+        tokens: int = 1,
+    ) -> "Moments":
+        """Where x are the dense model's inputs and y = W x, from the Gram matrix of all of them."""
+        w, c = weight.double(), gram.double()
+        product = w @ c
+        return Moments(c[kept][:, kept], product[:, kept], float((product * w).sum()), tokens)
+
+    def join(self, other: "Moments") -> "Moments":
+        """The moments over the tokens of both."""
+        tokens = self.tokens + other.tokens
+        one, two = self.tokens / tokens, other.tokens / tokens
+        return Moments(
+            one * self.gram + two * other.gram,
+            one * self.cross + two * other.cross,
+            one * self.square + two * other.square,
+            tokens,
+        )
+
+    def error(self, weight: Float[Tensor, "output kept"]) -> float:
+        """E|y - W' x|^2 / E|y|^2: the share of the output that is lost; 0 if there is no output."""
+        w = weight.double()
+        lost = float(((w @ self.gram - 2 * self.cross) * w).sum()) + self.square
+        return max(lost, 0.0) / self.square if self.square > 0 else 0.0
+
+
+def solve(
+    moments: Moments, weight: Float[Tensor, "output kept"], damping: float
+) -> tuple[Float[Tensor, "output kept"], float]:
+    """The weights W' of the module's docstring.
+
+    Where the damped Gram matrix is not positive definite, because the calibration text has fewer
+    tokens than inputs or sums were rounded, the damping grows by tens until it is.
 
     Args:
-        weight: W, ``[output, input]``.
-        gram: C, ``[input, input]``.
-        kept: K, boolean ``[input]``.
-        damping: relative ridge, above 0.
+        moments: of the kept inputs and the target.
+        weight: W_K, the old weights of the kept inputs.
+        damping: lambda relative to the mean diagonal of the Gram matrix, above 0.
 
     Returns:
-        ``[output, input]`` with the refitted columns at the kept positions and zeros elsewhere, in
-        the dtype of ``weight``; computed in float64.
+        W' in float64, and the damping that was used.
 
     Raises:
-        StatisticsError: if the damped Gram matrix is not positive definite.
+        StatisticsError: if no damping up to 10 makes the matrix positive definite.
     """
-    w, c = weight.double(), gram.double()
-    ridge = damping * float(c.diagonal().mean())
-    inner = c[kept][:, kept]
-    inner.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(inner)
-    if int(info) != 0:
-        raise StatisticsError(
-            "a Gram matrix is not positive definite; raise slice.damping or use more calibration text"
+    mean = float(moments.gram.diagonal().mean()) if len(moments.gram) else 0.0
+    while True:
+        damped = moments.gram.clone()
+        damped.diagonal().add_(damping * mean)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            right = moments.cross + damping * mean * weight.double()
+            return torch.cholesky_solve(right.T, factor).T, damping
+        if mean == 0 or damping >= _LARGEST:
+            raise StatisticsError(
+                f"a Gram matrix is not positive definite with slice.damping = {damping:g}; use more calibration text"
+            )
+        damping = min(10 * damping, _LARGEST)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The repaired weights of one consumer, and how well they do.
+
+    Attributes:
+        consumer: the map.
+        weight: new weights in storage order and dense shape, zero where inputs are removed; None for
+            a repair of the bias alone.
+        bias: the new bias, if that changes.
+        damping: the ridge that was used, relative to the mean diagonal.
+        before: share of the output lost by the old weights on the kept inputs, on the text of the fit.
+        after: share lost by the new weights there.
+        held_out_before: as `before`, on calibration sequences that the fit did not see; NaN without any.
+        held_out_after: as `after`, of the fit without those sequences.
+    """
+
+    consumer: Map
+    weight: Tensor | None
+    bias: Tensor | None
+    damping: float
+    before: float
+    after: float
+    held_out_before: float
+    held_out_after: float
+
+
+def fit_consumer(
+    consumer: Map,
+    weight: Float[Tensor, "output input"],
+    kept: Bool[Tensor, " input"],
+    moments: Moments,
+    held_out: Moments | None,
+    damping: float | None,
+    refit: bool = False,
+) -> Fit:
+    """Fit one consumer.
+
+    Args:
+        consumer: the map.
+        weight: its old weights, ``[output, input]``.
+        kept: the input positions that stay.
+        moments: what the fit is to.
+        held_out: the same over sequences that the fit is not to see.
+        damping: relative ridge; None for that of `DAMPINGS` that does best on the held-out sequences.
+        refit: with the ridge settled, fit once more to both sets of sequences together.
+
+    Raises:
+        LibpruneError: if the damping is to be chosen and nothing is held out.
+    """
+    old = weight[:, kept].double()
+    if damping is None and held_out is None:
+        raise LibpruneError(
+            "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
+            "use more calibration sequences, or set slice.damping to a number such as 0.001"
         )
-    right = w @ c[:, kept] + ridge * w[:, kept]
-    repaired = torch.zeros_like(w)
-    repaired[:, kept] = torch.cholesky_solve(right.T, factor).T
-    return repaired.to(weight.dtype)
+    found = [solve(moments, old, value) for value in (DAMPINGS if damping is None else (damping,))]
+    errors = [held_out.error(new) if held_out else np.nan for new, _ in found]
+    best = int(np.argmin(errors))
+    new, used = found[best]
+    after = moments.error(new)
+    if refit and held_out:
+        new, used = solve(moments.join(held_out), old, used)
+    whole = weight.new_zeros(weight.shape)
+    whole[:, kept] = new.to(weight.dtype)
+    stored = (whole.T if consumer.transposed else whole).contiguous()
+    before = held_out.error(old) if held_out else np.nan
+    return Fit(consumer, stored, None, used, moments.error(old), after, float(before), float(errors[best]))
+
+
+def oriented(consumer: Map, weight: Tensor) -> Float[Tensor, "output input"]:
+    """A consumer's weight as ``[output, input]``, whatever its storage order."""
+    return weight.T if consumer.transposed else weight
+
+
+def pruned_consumers(architecture: Architecture, plan: Plan) -> Iterator[tuple[Map, Bool[Tensor, " input"]]]:
+    """Every consumer that loses some of its inputs, but not all, with the positions that stay."""
+    for layer, part in architecture.blocks():
+        if not plan.gone(layer, part) and not plan.keep[layer, part].all():
+            for consumer in architecture.consumers(layer, part):
+                yield consumer, torch.from_numpy(np.asarray(input_mask(architecture, plan, consumer)))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of a consumer's inputs in the dense model.
+
+    Attributes:
+        gram: E[x x^T] over the sequences of the fit, ``[input, input]``.
+        held_out: inputs at some tokens of the held-out sequences, ``[rows, input]``; None without any.
+        curvature: E[delta^2], delta the gradient at each input, ``[input]``; for the Fisher weighting.
+    """
+
+    gram: Float[Tensor, "input input"]
+    held_out: Float[Tensor, "rows input"] | None = None
+    curvature: Float[Tensor, " input"] | None = None
 
 
 def repair_local(
     architecture: Architecture,
     plan: Plan,
     weight_of: Callable[[str], Tensor],
-    gram_of: Callable[[Map], Tensor],
-    damping: float,
-) -> dict[str, Tensor]:
+    inputs_of: Callable[[Map], Inputs],
+    damping: float | None,
+    fisher_share: float = 0.0,
+) -> list[Fit]:
     """Closed-form repair of every pruned consumer, against the dense model's own inputs.
 
-    Returns:
-        The new weights by parameter name, in storage order and dense shape.
+    Args:
+        architecture: the model's description.
+        plan: what is removed.
+        weight_of: a parameter of the dense model by its name.
+        inputs_of: what is known of a consumer's inputs.
+        damping: as in `fit_consumer`.
+        fisher_share: as in `fisher_weighting`.
     """
+    fits = []
+    for consumer, kept in pruned_consumers(architecture, plan):
+        weight, inputs = oriented(consumer, weight_of(consumer.weight)), inputs_of(consumer)
+        factors = fisher_weighting(inputs.gram, inputs.curvature, fisher_share)
+        moments = Moments.of_dense(weight, inputs.gram * factors, kept)
+        held_out = None
+        if inputs.held_out is not None:
+            rows = inputs.held_out.double()
+            held_out = Moments.of_dense(weight, rows.T @ rows / len(rows) * factors, kept)
+        fits.append(fit_consumer(consumer, weight, kept, moments, held_out, damping))
+    return fits
+
+
+def fisher_weighting(
+    gram: Float[Tensor, "input input"], curvature: Float[Tensor, " input"] | None, share: float
+) -> Float[Tensor, "input input"] | float:
+    """Factors on the elements of a Gram matrix that let inputs count by what they do to the loss.
+
+    C_eff = (1 - share) C + share D^1/2 C D^1/2 tr(C) / tr(D^1/2 C D^1/2),  D = diag E[delta^2],
+    with delta the gradient at that input. The trace is matched so that the share means the same for
+    every consumer.
+
+    Args:
+        gram: C, which sets the factor between the traces.
+        curvature: E[delta^2] of every input; not needed with a share of 0.
+        share: 0 for C itself, 1 for the weighted matrix alone.
+
+    Returns:
+        C_eff / C, in float64.
+    """
+    if share == 0 or curvature is None:
+        return 1.0
+    root = curvature.double().sqrt()
+    diagonal = gram.diagonal().double()
+    trace = float((diagonal * root.square()).sum())
+    factor = share * float(diagonal.sum()) / trace if trace > 0 else 0.0
+    return (1 - share) + factor * torch.outer(root, root)
+
+
+def repair_bias(
+    architecture: Architecture,
+    plan: Plan,
+    weight_of: Callable[[str], Tensor],
+    bias_of: Callable[[Map], Tensor | None],
+    mean_of: Callable[[Map], Tensor],
+    inputs_of: Callable[[Map], Inputs],
+) -> list[Fit]:
+    """Give every consumer back what its removed inputs contributed on average: b' = b + W_P E[x_P].
+
+    An et al. 2024 (FLAP).
+
+    Args:
+        architecture: the model's description.
+        plan: what is removed.
+        weight_of: a parameter of the dense model by its name.
+        bias_of: a consumer's bias, None if it has none.
+        mean_of: E[x] of a consumer's inputs.
+        inputs_of: what is known of a consumer's inputs.
+
+    Raises:
+        LibpruneError: naming a consumer that has no bias to hold it.
+    """
+    fits = []
+    for consumer, kept in pruned_consumers(architecture, plan):
+        bias, inputs = bias_of(consumer), inputs_of(consumer)
+        if bias is None:
+            raise LibpruneError(
+                f"slice.repair: bias needs a bias on {consumer.module}, and this architecture has none there; "
+                "choose slice.repair: local or sequential"
+            )
+        weight, mean = oriented(consumer, weight_of(consumer.weight)).double(), mean_of(consumer).double()
+        old, shift = weight * kept, weight[:, ~kept] @ mean[~kept]
+        fitted = Moments.of_dense(weight, inputs.gram, torch.ones_like(kept))
+        before = fitted.error(old)
+        after = before - float(shift.square().sum()) / fitted.square if fitted.square > 0 else 0.0
+        held_out = [np.nan, np.nan]
+        if inputs.held_out is not None:
+            lost = inputs.held_out.double() @ (weight - old).T
+            total = float((inputs.held_out.double() @ weight.T).square().sum())
+            held_out = [float((lost - by).square().sum()) / total for by in (torch.zeros_like(shift), shift)]
+        new = (bias.double() + shift).to(bias.dtype)
+        fits.append(Fit(consumer, None, new, 0.0, before, after, held_out[0], held_out[1]))
+    return fits
+
+
+def new_parameters(fits: Iterable[Fit]) -> dict[str, Tensor]:
+    """The repaired weights and biases by parameter name, in storage order and dense shape."""
+    found = {}
+    for fit in fits:
+        if fit.weight is not None:
+            found[fit.consumer.weight] = fit.weight
+        if fit.bias is not None:
+            found[fit.consumer.bias] = fit.bias
+    return found
+
+
+def mean_errors(fits: Sequence[Fit]) -> dict[str, float]:
+    """Shares of the output lost, averaged over the repaired consumers; empty without any."""
+    if not fits:
+        return {}
+    names = ("before", "after", "held_out_before", "held_out_after")
+    return {f"lost_{name}": float(np.mean([getattr(fit, name) for fit in fits])) for name in names}
+
+
+def fit_table(fits: list[Fit]) -> Columns:
+    """One row a repaired consumer."""
     return {
-        consumer.weight: _repair_one(
-            consumer, architecture, plan, weight_of(consumer.weight), gram_of(consumer), damping
-        )
-        for layer, part in architecture.blocks()
-        if not plan.gone(layer, part) and not plan.keep[layer, part].all()
-        for consumer in architecture.consumers(layer, part)
+        "layer_idx": np.array([fit.consumer.layer for fit in fits], dtype=np.int64),
+        "group_type": np.array([fit.consumer.part for fit in fits], dtype=np.str_),
+        "module": np.array([fit.consumer.module for fit in fits], dtype=np.str_),
+        **{
+            name: np.array([getattr(fit, name) for fit in fits], dtype=np.float64)
+            for name in ("damping", "before", "after", "held_out_before", "held_out_after")
+        },
     }
-
-
-def _repair_one(
-    consumer: Map, architecture: Architecture, plan: Plan, weight: Tensor, gram: Tensor, damping: float
-) -> Tensor:
-    kept = torch.from_numpy(np.asarray(input_mask(architecture, plan, consumer)))
-    oriented = weight.T if consumer.transposed else weight
-    repaired = least_squares(oriented, gram, kept, damping)
-    return (repaired.T if consumer.transposed else repaired).contiguous()

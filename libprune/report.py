@@ -26,7 +26,14 @@ def headline(evaluation: Metrics) -> Rows:
             "prefill, tokens/s", dense["prefill"], pruned["prefill"], speed["prefill_ratio"], speed["prefill_spread"]
         ),
         _speed("decode, tokens/s", dense["decode"], pruned["decode"], speed["decode_ratio"], speed["decode_spread"]),
+        *(_accuracy(task, models["dense"], models["pruned"]) for task, models in evaluation["tasks"].items()),
     ]
+
+
+def _accuracy(task: str, dense: Metrics, pruned: Metrics) -> tuple[str, ...]:
+    metric = "acc_norm" if "acc_norm" in dense else "acc"
+    cells = (f"{100 * one[metric]:.1f} ± {100 * one[f'{metric}_se']:.1f}" for one in (dense, pruned))
+    return f"{task}, {metric}, %", *cells, f"{100 * (pruned[metric] - dense[metric]):+.1f}"
 
 
 def _count(name: str, dense: int | float, pruned: int | float) -> tuple[str, ...]:
@@ -74,6 +81,7 @@ def markdown(result: Metrics, folder: str) -> str:
     sections = [
         ["# Pruning report", markdown_table(headline(result), HEADER), _what_was_measured(result["protocol"])],
         ["## What was cut", _what_was_cut(result), *_overlaps(result["plan"]), _layers(result)],
+        *_repair(result["pruning"]["repair"]),
         ["## How to load it", *_loading(result, folder)],
     ]
     return "\n\n".join(text for section in sections for text in section) + "\n"
@@ -104,6 +112,21 @@ def _overlaps(plan: Metrics) -> list[str]:
     return [
         f"The kept set overlaps with that of `{name}` alone by {value:.4f} (Jaccard)."
         for name, value in plan["kept_set_overlap"].items()
+    ]
+
+
+def _repair(errors: Metrics) -> list[list[str]]:
+    if not errors:
+        return []
+    names = ("lost_before", "lost_after", "lost_held_out_before", "lost_held_out_after")
+    before, after, held_before, held_after = (f"{100 * errors[name]:.1f} %" for name in names)
+    return [
+        [
+            "## How it was repaired",
+            f"On average over the repaired maps, pruning lost {before} of their squared output, and the repair left "
+            f"{after}; on calibration sequences that the fit did not see, {held_before} and {held_after}. "
+            "`repair.parquet` in the model's folder has them map by map.",
+        ]
     ]
 
 

@@ -13,16 +13,29 @@ def main(
 
     from libprune.allocation import decide, summary
     from libprune.artifacts import Layout, read_architecture, read_table, same_origin, write_json, write_table
+    from libprune.evidence import read_evidence
     from libprune.params import load_params
 
-    layout, settings = Layout(artifacts), load_params(params).allocate
+    layout, everything = Layout(artifacts), load_params(params)
+    settings = everything.allocate
     architecture = read_architecture(layout)
     scores, meta = read_table(layout.scores, "score")
     same_origin(layout.scores, meta, {"model": architecture.fingerprint})
-    decision = decide(architecture, scores, meta, settings)
+    evidence = read_evidence(layout, architecture, scores, settings)
+    search = None
+    if settings.method == "search" and settings.evaluations:
+        from libprune.levels import order_digest, unit_orders
+        from libprune.searching import Search
+
+        order = order_digest(unit_orders(architecture, scores))
+        search = Search(layout, architecture, everything.compute, everything.levels, settings, evidence, order)
+    decision = decide(architecture, scores, meta, settings, evidence, search)
     chosen = {"shape": decision.shape, "split": decision.split, "kept_set_overlap": dict(decision.overlap)}
     write_table(layout.plan, scores | {"keep": decision.keep_column}, meta | settings.model_dump() | chosen)
     result = summary(architecture, decision, settings)
+    if search is not None and search.found is not None:
+        found = search.found
+        result |= {"divergence": found.divergence, "divergence_before": found.first, "plans": found.evaluations}
     write_json(metrics / "allocation.json", result)
     typer.echo(
         f"asked for {100 * settings.ratio:.2f} % of the {settings.ratio_of} parameters, removed "

@@ -11,7 +11,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     layout, settings = Layout(artifacts), load_params(params).score
     criterion = find_criterion(settings.criterion)
-    table, meta = join_tables(layout, criterion)
+    table, meta = join_tables(layout, criterion, settings)
     scores = score_units(table, settings)
     write_table(layout.scores, scores, meta | settings.model_dump() | {"comparable": criterion.comparable})
 

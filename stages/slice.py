@@ -14,10 +14,12 @@ def main(
     from libprune.artifacts import Layout, write_json, writing_folder
     from libprune.params import load_params
     from libprune.pruning import prune
+    from libprune.repairing import print_fits
 
-    layout, settings = Layout(artifacts), load_params(params).slice
+    layout, settings = Layout(artifacts), load_params(params)
     with writing_folder(layout.pruned) as folder:
-        result = prune(layout, folder, settings)
+        result, fits = prune(layout, folder, settings.compute, settings.slice)
+    print_fits(fits)
     write_json(metrics / "slice.json", result)
     typer.echo(
         f"{layout.pruned} loads in a fresh process without libprune; logits differ from the masked dense model's "

@@ -13,6 +13,7 @@ from libprune.accumulator import Accumulator
 from libprune.activations import ACTIVE, HISTOGRAM_STRIDE, NORMS, activation_columns
 from libprune.architecture import Architecture
 from libprune.errors import StatisticsError
+from libprune.input_statistics import HELD_OUT_TOKENS
 from tests.collected import (
     LENGTH,
     SEQUENCES,
@@ -96,9 +97,49 @@ def test_gram_matrices_and_histograms_are_kept_at_the_consumers_alone(found, inp
             assert (per_feature == len(x) // HISTOGRAM_STRIDE).all()
 
 
+def held_out_tokens(stored: dict[str, Tensor], module: str) -> int:
+    (name,) = [n for n in stored if n.startswith(f"{module}.input_held_out") and n.endswith("tokens")]
+    return int(stored[name])
+
+
+def test_held_out_sequences_are_kept_from_the_gram_matrix_and_their_inputs_are_stored(model, architecture):
+    number, length = 18, 2 * HELD_OUT_TOKENS
+    ids = tokens(number, length)
+    consumers = [entry.module for entry in architecture.maps if entry.module.endswith(CONSUMERS)]
+    with captured(model, consumers) as table, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    stored = of_layers(activations(model, 5, ids))
+    for module, inputs in table.items():
+        x = inputs.view(number, length, -1)
+        fitted = torch.cat([sequence for index, sequence in enumerate(x) if index % 8 != 7])
+        assert_close(stored[f"{module}.input_gram"], fitted.T @ fitted / len(fitted))
+        rows = stored[f"{module}.input_held_out"]
+        assert held_out_tokens(stored, module) == 2 * HELD_OUT_TOKENS
+        assert_close(rows[rows.any(1)], torch.cat([x[7, ::2], x[15, ::2]]))
+        assert stored[f"{module}.input_tokens"] == number * length  # norms and moments are of all sequences
+
+
+@pytest.mark.parametrize("size", [1, 4, 8, 18])
+def test_the_batch_size_does_not_move_held_out_inputs(size):
+    model, ids = FAMILIES["llama"](0), tokens(18, 12)
+    one, two = (of_layers(activations(model, n, ids)) for n in (size, 7))
+    for name, tensor in two.items():
+        if ".input_held_out" in name or name.endswith(".input_gram"):
+            assert_close(one[name], tensor)
+
+
+def test_few_sequences_are_all_fitted_to(model, sums):
+    stored = of_layers(sums)
+    modules = [name.removesuffix(".input_gram") for name in stored if name.endswith(".input_gram")]
+    assert len(modules) == 8
+    for module in modules:
+        assert held_out_tokens(stored, module) == 0
+        assert not stored[f"{module}.input_held_out"].any()
+
+
 def test_a_layers_tensors_are_those_of_its_own_maps(architecture, sums):
     for layer in range(architecture.layers):
-        modules = {name.rpartition(".")[0] for name in sums.finish(layer)}
+        modules = {name.partition(".input_")[0].partition(".cosine_")[0] for name in sums.finish(layer)}
         assert modules == {e.module for e in architecture.maps if e.layer == layer} | {"block"}
 
 
@@ -198,6 +239,23 @@ def test_wanda_is_the_sum_of_every_elements_weight_times_its_inputs_norm(model, 
                 terms = (weight.T if entry.transposed else weight) * norm  # [output, input]
                 add_to_units(expected, terms, entry.module, architecture)
             np.testing.assert_allclose(columns[f"wanda_{kind}"], expected, rtol=1e-4)
+
+
+def test_fluctuation_is_the_variance_of_the_consumers_inputs_times_its_squared_weights(
+    model, architecture, sums, inputs
+):
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for layer, part in architecture.blocks():
+        (consumer,) = architecture.consumers(layer, part)
+        weight = weights[consumer.weight].double()
+        centred = inputs[consumer.module] - inputs[consumer.module].mean(0)
+        expected = []
+        for own in torch.arange(centred.shape[1]).tensor_split(architecture.units(part)):
+            # What the unit gives of each output beside its mean, position by position.
+            given = [centred[:, p, None] * (weight[p] if consumer.transposed else weight[:, p]) for p in own]
+            expected.append(sum(float(part.square().sum(1).mean()) for part in given))
+        found = activation_columns(architecture, sums.finish(layer), weights, layer, part)["fluctuation"]
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def add_to_units(total: np.ndarray, terms: Tensor, module: str, architecture: Architecture) -> None:

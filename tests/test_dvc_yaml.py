@@ -7,24 +7,33 @@ import sys
 import pytest
 import yaml
 
-from libprune.params import Params
+from libprune.params import PRESETS, Params
 from tests.closure import ROOT, closure
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "pydantic")
 
 
+SECTIONS = [name for name in Params.model_fields if name != "preset"]
+
+
 def section_fields(section: str) -> set[str]:
-    return {f"{section}.{leaf}" for leaf in Params.model_fields[section].annotation.model_fields}
+    """The leaf params of a section, and the preset that may fill them in."""
+    leaves = {f"{section}.{leaf}" for leaf in Params.model_fields[section].annotation.model_fields}
+    return leaves | ({"preset"} if any(section in values for values in PRESETS.values()) else set())
 
 
 def params_read(stage: str) -> set[str]:
-    """Leaf params that a stage's main function reads, by its syntax: `load_params(...).X` and `settings.X`."""
+    """Leaf params that a stage's main function reads, by its syntax: all of X for `settings.X`, and `settings.X.y`."""
     tree = ast.parse((ROOT / f"stages/{stage}.py").read_text())
-    sections = {
-        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in Params.model_fields
-    }
-    return set().union(*(section_fields(section) for section in sections))
+    leaves = {id(node.value): node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in SECTIONS:
+            leaf = f"{node.attr}.{leaves.get(id(node), '')}"
+            fields = section_fields(node.attr)
+            found |= {leaf, *(fields & {"preset"})} if leaf in fields else fields
+    return found
 
 
 def code(deps: list[str]) -> set[str]:
@@ -47,8 +56,9 @@ def test_declared_params_are_the_params_read(stage):
 
 def test_params_file_lists_every_param():
     data = yaml.safe_load((ROOT / "params.yaml").read_text())
+    preset = {"preset"} if data.pop("preset", None) else set()
     listed = {f"{section}.{leaf}" for section, leaves in data.items() for leaf in leaves}
-    assert listed == set().union(*(section_fields(section) for section in Params.model_fields))
+    assert listed | preset == set().union(*(section_fields(section) for section in SECTIONS))
 
 
 def test_packages_do_nothing_at_import():
@@ -71,7 +81,7 @@ def test_a_change_of_score_reaches_no_collecting_stage():
     collecting = {"prepare", "tokenize", "gradients", "hessian", "activations", "ablation"}
     for stage in collecting:
         sections = {param.split(".")[0] for param in PIPELINE[stage].get("params", [])}
-        assert not sections & {"score", "allocate", "slice", "evaluate"}
+        assert not sections & {"preset", "score", "levels", "allocate", "slice", "evaluate"}
 
 
 def test_help_needs_nothing_heavy():

@@ -16,7 +16,7 @@ SHIPPED = Path(__file__).parents[1] / "params.yaml"
 
 
 def sections() -> dict[str, type[BaseModel]]:
-    return {name: field.annotation for name, field in Params.model_fields.items()}
+    return {name: field.annotation for name, field in Params.model_fields.items() if name != "preset"}
 
 
 PLACES = [(name,) for name in sections()] + [
@@ -47,7 +47,7 @@ def load(tmp_path):
 def test_the_file_of_the_repository_is_valid_and_says_every_key():
     assert load_params(SHIPPED)
     data = shipped()
-    assert data.keys() == sections().keys()
+    assert data.keys() == {"preset", *sections()}
     for name, section in sections().items():
         assert data[name].keys() == section.model_fields.keys()
 
@@ -211,9 +211,23 @@ def test_a_section_that_is_no_mapping_is_refused_by_name(load, section, value):
 def test_gram_matrices_in_bfloat16_are_refused_where_the_repair_needs_them(load):
     data = shipped()
     data["activations"]["storage_dtype"] = "bfloat16"
-    with pytest.raises(
-        ParamsError, match=r"params.yaml: slice.repair: local needs activations.storage_dtype: float32;"
+    for section, key, value in (
+        ("slice", "repair", "local"),
+        ("allocate", "method", "search"),
+        ("score", "criterion", "obs"),
     ):
-        load(data)
+        changed = data | {section: data[section] | {key: value}}
+        with pytest.raises(
+            ParamsError, match=rf"params.yaml: {section}.{key}: {value} needs activations.storage_dtype: f"
+        ):
+            load(changed)
     data["slice"]["repair"] = "none"
     assert load(data).activations.storage_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("key", "value", "repair"), [("fisher_share", 0.5, "sequential"), ("drift", 0.5, "local")])
+def test_settings_of_another_repair_are_refused(load, key, value, repair):
+    data = shipped()
+    data["slice"] |= {"repair": repair, key: value}
+    with pytest.raises(ParamsError, match=f"slice.{key} .*, not {repair}"):
+        load(data)

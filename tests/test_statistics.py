@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from libprune.accumulator import finished
-from libprune.input_statistics import BINS, Cosine, Gram, Histogram, InputMoments, entropy, frequency
+from libprune.input_statistics import (
+    BINS,
+    HELD_OUT_SEQUENCES,
+    HELD_OUT_TOKENS,
+    Cosine,
+    Gram,
+    HeldOut,
+    Histogram,
+    InputMoments,
+    entropy,
+    frequency,
+)
 from libprune.statistics import BatchRows, MaskGradient, Pending, Samples, State, Statistic, Sum, count
 
 TOKENS, WIDTH = 24, 5
@@ -40,6 +51,9 @@ def batches_of(kind: str, seed: int, cuts: list[int]) -> Batches:
         return [(part.sum(0),) for part in rows_of(inputs(seed), cuts)]
     if kind == "sum":
         return [(part.sum(0), count(len(part))) for part in rows_of(inputs(seed), cuts)]
+    if kind == "held_out":  # sequences with a place of their own, the last of them beyond the places
+        numbers = torch.arange(TOKENS) + HELD_OUT_SEQUENCES - TOKENS + 3
+        return list(zip(rows_of(inputs(seed, (TOKENS, 3, WIDTH)), cuts), rows_of(numbers, cuts), strict=True))
     if kind in {"rows", "samples"}:  # batches have a number or a weight of their own: only the joining is free
         ones = [inputs(seed + i) for i in range(4)]
         if kind == "rows":
@@ -52,6 +66,7 @@ STATISTICS: dict[str, Statistic] = {
     "moments": InputMoments(WIDTH),
     "gram": Gram(WIDTH, block=2),
     "histogram": Histogram(WIDTH),
+    "held_out": HeldOut(WIDTH),
     "cosine": Cosine(),
     "mask": MaskGradient(WIDTH, n_tok=7),
     "sum": Sum((WIDTH,), factor=2.0),
@@ -135,6 +150,20 @@ def test_the_gram_matrix_is_that_of_float64_truth_to_float32_rounding():
     truth = x.double().T @ x.double() / len(x)
     scale = truth.diagonal().sqrt()
     assert float(((found - truth) / (scale[:, None] * scale)).abs().max()) < 2e-6
+
+
+# Held-out inputs
+
+
+@pytest.mark.parametrize("length", [3, HELD_OUT_TOKENS, 100])
+def test_held_out_inputs_are_kept_at_positions_spread_evenly_over_their_sequence(length):
+    x, numbers = inputs(0, (3, length, WIDTH)), torch.tensor([4, 0, HELD_OUT_SEQUENCES])
+    statistic, kept = HeldOut(WIDTH), min(length, HELD_OUT_TOKENS)
+    found = statistic.finish(one_pass(statistic, [(x, numbers)]))
+    rows = found.pop("")
+    assert [int(tokens) for tokens in found.values()] == [2 * kept]
+    positions = [place * length // kept for place in range(kept)]
+    assert torch.equal(rows[rows.any(1)], torch.cat([x[1, positions], x[0, positions]]))  # numbers 0 and 4
 
 
 # Histograms

@@ -83,6 +83,8 @@ def write_params(path: Path, model: str, text: str, **changes: dict) -> Path:
         "evaluate": {"prompt_tokens": 8, "decode_tokens": 2, "rounds": 2},
     }
     repository = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
+    preset = {"preset": repository.pop("preset")}
     merged = {name: section | params.get(name, {}) | changes.get(name, {}) for name, section in repository.items()}
+    merged = preset | merged
     path.write_text(yaml.safe_dump(merged, sort_keys=False))
     return path

@@ -10,9 +10,11 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from safetensors import safe_open
 
 from libprune.activations import NORMS, activation_columns
 from libprune.artifacts import Columns, Layout, read_architecture, read_table, unit_index, write_table, write_units
@@ -22,6 +24,8 @@ from libprune.errors import ArtifactError, LibpruneError, StatisticsError
 from libprune.gradients import gradient_columns
 from libprune.hessian import hessian_columns
 from libprune.params import Score
+from libprune.selection import obs_removal
+from libprune.shards import shard, write_shard
 from libprune.units import weight_columns
 from tests.collected import activations, gradients, hessian
 from tests.models import FAMILIES, tokens
@@ -45,12 +49,13 @@ every_case = pytest.mark.parametrize("params", CASES)
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory) -> Layout:
-    """A tiny model's per-unit tables, as the stages write them."""
+    """A tiny model, and its per-unit tables and shards, as the stages write them."""
     layout = Layout(tmp_path_factory.mktemp("artifacts"))
     model = FAMILIES["llama"](0)
     architecture = describe(model, fingerprint="here")
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     layout.architecture.write_text(architecture.to_json())
+    model.save_pretrained(layout.model)
     ids = tokens(4, 12)
     collected = {
         "gradients": (gradients(model, 4, ids), gradient_columns),
@@ -66,6 +71,8 @@ def layout(tmp_path_factory) -> Layout:
             lambda layer, part, s=sums, c=columns_of: c(architecture, s.finish(layer), weights, layer, part),
             meta,
         )
+        for layer in range(architecture.layers):
+            write_shard(layout.root / stage, layer, sums.finish(layer), meta)
     return layout
 
 
@@ -76,7 +83,7 @@ def copied(layout, tmp_path) -> Layout:
 
 
 def table_of(layout: Layout, params: Score) -> Columns:
-    return join_tables(layout, CRITERIA[params.criterion])[0]
+    return join_tables(layout, CRITERIA[params.criterion], params)[0]
 
 
 def columns_read(table: Columns, params: Score) -> list[str]:
@@ -123,15 +130,36 @@ def test_the_components_add_up_to_the_importance_and_the_score_is_a_parameters_s
 
 @every_case
 def test_exactly_the_declared_stages_are_needed(layout, params, tmp_path):
-    declared = CRITERIA[params.criterion].stages
-    assert set(declared) <= set(STAGES)
+    """Through the columns of their tables, or through their shards."""
+    criterion = CRITERIA[params.criterion]
+    assert set(criterion.stages) <= set(STAGES)
     alone = Layout(tmp_path)
-    for path in ["architecture.json", "weights.parquet", *declared]:
+    model = ["model"] if criterion.columns else []
+    for path in ["architecture.json", "weights.parquet", *model, *criterion.stages]:
         source = layout.root / path
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / path)
     read = set(columns_read(table_of(alone, params), params))
-    written = {stage: set(read_table(layout.root / stage / "units.parquet", stage)[0]) - INDEX for stage in STAGES}
-    assert [stage for stage in STAGES if written[stage] & read] == [stage for stage in STAGES if stage in declared]
+    for stage in STAGES:
+        columns = set(read_table(layout.root / stage / "units.parquet", stage)[0]) - INDEX
+        needed = bool(columns & read) or shards_read(alone, stage, params)
+        assert needed is (stage in criterion.stages), stage
+
+
+def shards_read(layout: Layout, stage: str, params: Score) -> bool:
+    """Whether the tables cannot be joined while the shards of a stage are away."""
+    first = shard(layout.root / stage, 0)
+    paths = list(first.parent.glob(first.name.replace("000", "*")))
+    for path in paths:
+        path.rename(path.with_suffix(".away"))
+    try:
+        table_of(layout, params)
+    except ArtifactError as error:
+        assert f"{stage}/{first.name} does not exist; run `dvc repro {stage}`" in str(error)
+        return True
+    finally:
+        for path in paths:
+            path.with_suffix(".away").rename(path)
+    return False
 
 
 @pytest.mark.parametrize("params", [case for case in CASES if case.id != "random-random"])
@@ -175,6 +203,69 @@ def test_random_is_seeded_and_uniform_per_parameter(layout):
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
     assert ((one >= 0) & (one < 1)).all()
+
+
+# Against a direct computation
+
+
+@pytest.fixture(scope="module")
+def consumer_inputs() -> dict[str, torch.Tensor]:
+    """The inputs of the model's consumers over the text, ``[tokens, input]`` in float64."""
+    model = FAMILIES["llama"](0)
+    table, consumers = {}, ("self_attn.o_proj", "mlp.down_proj")
+    for name, module in model.named_modules():
+        if name.endswith(consumers):
+
+            def keep(_, args, name=name):
+                table[name] = args[0].detach().flatten(0, -2).double()
+
+            module.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(input_ids=tokens(4, 12), use_cache=False)
+    return table
+
+
+def every_block(layout: Layout, params: Score, inputs: dict[str, torch.Tensor]):
+    """The importances of each block, with the consumer, its weight, its inputs, and the unit of each input."""
+    architecture = read_architecture(layout)
+    scores, state = score_units(table_of(layout, params), params), FAMILIES["llama"](0).state_dict()
+    for layer, part in architecture.blocks():
+        (consumer,) = architecture.consumers(layer, part)
+        rows = (scores["layer_idx"] == layer) & (scores["group_type"] == part)
+        x, units = inputs[consumer.module], np.arange(architecture.units(part))
+        owners = np.repeat(units, x.shape[1] // len(units))
+        yield scores["importance"][rows], consumer, state[consumer.weight].double(), x, owners
+
+
+def test_fluctuation_is_the_squared_weights_times_the_variance_of_their_inputs(layout, consumer_inputs):
+    for found, _, weight, x, owners in every_block(layout, Score(criterion="fluctuation"), consumer_inputs):
+        expected = np.zeros(len(found))
+        for position, unit in enumerate(owners):
+            column = x[:, position]
+            expected[unit] += float(weight[:, position].square().sum() * (column - column.mean()).square().mean())
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rounds", [1, 32])
+@pytest.mark.parametrize("criterion", ["obs", "obs_share", "obs_fisher", "fisher_obs"])
+def test_surgeon_criteria_are_those_of_the_consumers_weight_and_inputs(layout, consumer_inputs, criterion, rounds):
+    params = Score(criterion=criterion, obs_rounds=rounds)
+    fisher = score_units(table_of(layout, Score()), Score(criterion="unit_fisher"))
+    for found, consumer, weight, x, owners in every_block(layout, params, consumer_inputs):
+        factors = None
+        if criterion == "obs_fisher":
+            with safe_open(shard(layout.gradients, consumer.layer), framework="pt") as file:
+                factors = file.get_tensor(f"{consumer.module}.output_gradient_square") / 2
+        gram, count = x.T @ x / len(x), len(found)
+        removal = obs_removal(weight, gram, owners, min(rounds, count), params.obs_damping, factors)
+        rows = (fisher["layer_idx"] == consumer.layer) & (fisher["group_type"] == consumer.part)
+        expected = {
+            "obs": removal.error,
+            "obs_share": removal.share,
+            "obs_fisher": removal.error,
+            "fisher_obs": removal.share * fisher["importance"][rows],
+        }
+        np.testing.assert_allclose(found, expected[criterion], rtol=1e-3)
 
 
 def test_the_params_offer_what_exists():
@@ -253,13 +344,13 @@ def test_equal_values_have_zscore_0_whatever_they_are(value, count):
 def test_a_missing_table_names_its_stage(copied):
     shutil.rmtree(copied.gradients)
     with pytest.raises(ArtifactError, match=r"gradients/units\.parquet does not exist; run `dvc repro gradients`"):
-        join_tables(copied, CRITERIA["taylor"])
+        join_tables(copied, CRITERIA["taylor"], Score(criterion="taylor"))
 
 
 def test_a_stage_that_collected_nothing_says_what_to_set(copied):
     (copied.hessian / "units.parquet").unlink()
     with pytest.raises(ArtifactError, match=r"needs the hessian stage.*set hessian\.estimator to fisher"):
-        join_tables(copied, CRITERIA["taylor_2nd"])
+        join_tables(copied, CRITERIA["taylor_2nd"], Score(criterion="taylor_2nd"))
 
 
 def rewrite(layout: Layout, stage: str, meta: dict, step: int = 1) -> None:
@@ -272,21 +363,24 @@ def rewrite(layout: Layout, stage: str, meta: dict, step: int = 1) -> None:
 def test_a_table_of_another_model_is_refused(copied):
     rewrite(copied, "gradients", {"model": "elsewhere"})
     with pytest.raises(ArtifactError, match="belongs to model 'elsewhere', but the current model is 'here'"):
-        join_tables(copied, CRITERIA["taylor"])
+        join_tables(copied, CRITERIA["taylor"], Score(criterion="taylor"))
 
 
 def test_tables_from_different_texts_are_refused(copied):
     rewrite(copied, "hessian", {"tokens": "others"})
     with pytest.raises(ArtifactError, match="belongs to tokens 'others', but the current tokens is 'these'"):
-        join_tables(copied, CRITERIA["taylor_2nd"])
+        join_tables(copied, CRITERIA["taylor_2nd"], Score(criterion="taylor_2nd"))
 
 
 def test_rows_in_another_order_are_refused(copied):
     rewrite(copied, "activations", {}, step=-1)
     with pytest.raises(ArtifactError, match="do not list the units of this model in order"):
-        join_tables(copied, CRITERIA["wanda"])
+        join_tables(copied, CRITERIA["wanda"], Score(criterion="wanda"))
 
 
 def test_the_joined_origin_names_model_and_text(layout):
-    assert join_tables(layout, CRITERIA["taylor_2nd"])[1] == {"model": "here", "tokens": "these"}
-    assert join_tables(layout, CRITERIA["magnitude"])[1] == {"model": "here"}
+    assert join_tables(layout, CRITERIA["taylor_2nd"], Score(criterion="taylor_2nd"))[1] == {
+        "model": "here",
+        "tokens": "these",
+    }
+    assert join_tables(layout, CRITERIA["magnitude"], Score(criterion="magnitude"))[1] == {"model": "here"}

@@ -1,0 +1,32 @@
+"""What allocation methods need beside the scores, read from the artifacts."""
+
+import numpy as np
+
+from libprune.architecture import Architecture
+from libprune.artifacts import Columns, Layout, read_table, same_origin
+from libprune.levels import order_digest, unit_orders
+from libprune.methods import Evidence
+from libprune.params import Allocate
+from libprune.search import divergence_curves
+from libprune.shards import read_meta, read_tensor
+
+
+def read_evidence(layout: Layout, architecture: Architecture, scores: Columns, params: Allocate) -> Evidence:
+    """What the chosen method needs; empty for those that need nothing.
+
+    Raises:
+        ArtifactError: if it is missing, or was measured on another model or with units in another order.
+    """
+    origin = {"model": architecture.fingerprint}
+    if params.method == "functional":
+        same_origin(layout.activations, read_meta(layout.activations, "activations"), origin)
+        cosines = [
+            float(read_tensor(layout.activations, layer, "block.cosine_mean", "activations"))
+            for layer in range(architecture.layers)
+        ]
+        return Evidence(change=1 - np.array(cosines))
+    if params.method == "search":
+        levels, meta = read_table(layout.levels, "levels")
+        same_origin(layout.levels, meta, origin | {"order": order_digest(unit_orders(architecture, scores))})
+        return Evidence(curves=divergence_curves(architecture, levels))
+    return Evidence()

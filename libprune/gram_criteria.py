@@ -1,0 +1,46 @@
+"""Per-unit columns that need a consumer's whole Gram matrix, not only sums by unit."""
+
+import numpy as np
+from tqdm import tqdm
+
+from libprune.activations import GRAM
+from libprune.architecture import Architecture
+from libprune.artifacts import Columns, Layout, require
+from libprune.checkpoint import WeightFiles
+from libprune.params import Score
+from libprune.repair import oriented
+from libprune.selection import obs_removal
+from libprune.shards import read_tensor
+
+
+def gram_columns(layout: Layout, architecture: Architecture, params: Score, in_nats: bool) -> Columns:
+    """`obs` and `obs_share` of every unit, summed and averaged over a part's consumers.
+
+    Args:
+        layout: where the artifacts are.
+        architecture: the model's description.
+        params: rounds and damping.
+        in_nats: weight each output by half its mean squared gradient.
+    """
+    weights = WeightFiles(require(layout.model, "prepare"))
+    errors, shares = [], []
+    for layer, part in tqdm(list(architecture.blocks()), desc="score", unit="block"):
+        consumers = architecture.consumers(layer, part)
+        units = architecture.units(part)
+        error, share = np.zeros(units), np.zeros(units)
+        for consumer in consumers:
+            gram = read_tensor(layout.activations, layer, consumer.module + GRAM, "activations")
+            square = f"{consumer.module}.output_gradient_square"
+            curvature = read_tensor(layout.gradients, layer, square, "gradients") / 2 if in_nats else None
+            found = obs_removal(
+                oriented(consumer, weights[consumer.weight]),
+                gram,
+                consumer.input.units(architecture.parts[part].axis, architecture.sizes),
+                min(params.obs_rounds, units),
+                params.obs_damping,
+                curvature,
+            )
+            error, share = error + found.error, share + found.share / len(consumers)
+        errors.append(error)
+        shares.append(share)
+    return {"obs": np.concatenate(errors), "obs_share": np.concatenate(shares)}

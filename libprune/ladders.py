@@ -1,0 +1,98 @@
+"""Ladders: the removals that are allowed in each block, in the order in which they happen.
+
+In every block the units go in ascending order of rank, in steps: one unit, or as many channels as
+keep their count a multiple. What differs between allocation methods is how far each block goes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune import cost
+from libprune.architecture import Architecture
+from libprune.artifacts import Columns
+from libprune.params import Allocate
+from libprune.plan import Plan
+
+Block = tuple[int, str]
+_FLOORS = {"attention": "min_groups", "mlp": "min_channels"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next removal in a block: which units, what they cost, their rank and summed importance."""
+
+    units: tuple[int, ...]
+    cost: int
+    rank: float
+    importance: float
+
+
+Ladders = Mapping[Block, tuple[Step, ...]]
+"""For every block the removals that are allowed, in the order in which they happen."""
+
+
+def build_ladders(architecture: Architecture, scores: Columns, params: Allocate) -> Ladders:
+    """The allowed removals of every block; ties break by unit."""
+    ladders: dict[Block, tuple[Step, ...]] = {}
+    start = 0
+    for layer, part in architecture.blocks():
+        rows = slice(start, start + architecture.units(part))
+        start = rows.stop
+        frozen = layer < params.freeze_first or layer >= architecture.layers - params.freeze_last
+        rank, importance = scores[params.rank_by][rows], scores["importance"][rows]
+        ladders[layer, part] = () if frozen else _ladder(architecture, layer, part, rank, importance, params)
+    return ladders
+
+
+def _ladder(
+    architecture: Architecture,
+    layer: int,
+    part: str,
+    rank: NDArray[np.float64],
+    importance: NDArray[np.float64],
+    params: Allocate,
+) -> tuple[Step, ...]:
+    multiple = params.channel_multiple if part == "mlp" else 1
+    floor = getattr(params, _FLOORS[part])
+    unit_cost = cost.unit_parameters(architecture, layer, part)
+    order = np.argsort(rank, kind="stable")
+    steps: list[Step] = []
+    gone = 0
+    while gone < len(order):
+        size = (len(order) - gone) % multiple or multiple
+        left = len(order) - gone - size
+        if left < floor:
+            break
+        units = order[gone : gone + size]
+        overhead = cost.part_overhead(architecture, layer, part) if left == 0 else 0
+        total = size * unit_cost + overhead
+        # The mean of equal ranks may round down; ranks that descend would let a later step sort first.
+        mean = max(float(rank[units].mean()), steps[-1].rank if steps else -np.inf)
+        steps.append(Step(tuple(units.tolist()), total, mean, float(importance[units].sum())))
+        gone += size
+    return tuple(steps)
+
+
+def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block) -> bool:
+    """Whether one more removal in a block would leave its layer with nothing."""
+    layer, _ = block
+    if depth[block] + 1 < len(ladders[block]):
+        return False
+    left = 0
+    for part in architecture.parts:
+        other = (layer, part)
+        taken = depth[other] + (1 if other == block else 0)
+        left += architecture.units(part) - sum(len(step.units) for step in ladders[other][:taken])
+    return left == 0
+
+
+def plan_of(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int]) -> Plan:
+    """The plan that takes so many steps down each block's ladder."""
+    keep = {block: np.ones(architecture.units(block[1]), dtype=bool) for block in ladders}
+    for block, steps in depth.items():
+        for step in ladders[block][:steps]:
+            keep[block][list(step.units)] = False
+    return Plan(keep)

@@ -1,0 +1,179 @@
+"""Refinement: whole plans are measured, and a plan that diverges less takes the place of the one before.
+
+What single blocks lose adds up only roughly, so from the knapsack's plan on the search goes by the
+divergence of the whole pruned and locally repaired model. Each trial moves some of the budget from one
+block to another and is kept if it is better: a (1 + 1) evolutionary search as in EvoPress (Sieberling
+et al. 2024) and Tyr-the-Pruner (Li et al. 2025). The best plan so far is always at hand, and what was
+measured is written down at once, so that an interrupted search goes on where it stopped.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from libprune.architecture import Architecture
+from libprune.blocks import replaced
+from libprune.divergence import Divergence
+from libprune.ladders import Block, Ladders, empties_layer, plan_of
+from libprune.params import Allocate
+from libprune.plan import Plan
+from libprune.prefix import Prefix
+from libprune.search import fill
+
+LARGEST_MOVE = 8
+"""A trial moves at most one in so many of a block's steps."""
+
+
+class Judge:
+    """The divergence of plans, each with its local repair."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        ids: Tensor,
+        at_once: int,
+        repair: Callable[[Plan], Mapping[str, Tensor]],
+    ) -> None:
+        """Run the dense model once.
+
+        Args:
+            model: the dense model, with its weights whole on its device.
+            architecture: its description.
+            ids: token ids ``[sequences, length]`` on the model's device.
+            at_once: sequences in one pass.
+            repair: new weights for a plan.
+        """
+        self._model, self._architecture, self._repair = model, architecture, repair
+        self._dense = Plan.dense(architecture).keep
+        self._prefix = Prefix(model, architecture, ids, at_once, [], Divergence(model))
+        self._weights: dict[tuple[Block, bytes], Mapping[str, Tensor]] = {}
+
+    def __call__(self, plan: Plan) -> float:
+        """Mean over sequences, nats per token."""
+        weights: dict[str, Tensor] = {}
+        used = {}
+        for block, keep in plan.keep.items():
+            key = block, keep.tobytes()
+            if key not in self._weights:
+                self._weights[key] = self._repair(Plan({**self._dense, block: keep}))
+            used[key] = self._weights[key]
+            weights |= used[key]
+        self._weights = used
+        with replaced(self._model, weights):
+            return float(self._prefix.losses_of(plan).mean())
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The best plan's depths, its divergence, that of the first plan, and how many plans were measured."""
+
+    depth: Mapping[Block, int]
+    divergence: float
+    first: float
+    evaluations: int
+
+
+def refine(
+    judge: Callable[[Plan], float],
+    architecture: Architecture,
+    ladders: Ladders,
+    curves: Mapping[Block, NDArray[np.float64]],
+    depth: Mapping[Block, int],
+    target: int,
+    params: Allocate,
+    record: Path,
+) -> Refined:
+    """Search on from a plan.
+
+    Args:
+        judge: the divergence of a plan, nats.
+        architecture: the model's description.
+        ladders: the allowed removals.
+        curves: as in `libprune.search`, to fill what a trial leaves of the target.
+        depth: where to start.
+        target: parameters to remove.
+        params: evaluations, minutes and seed.
+        record: a file that what was measured is appended to, and read from after an interruption.
+    """
+    known = _read(record)
+    rng = np.random.default_rng(params.seed)
+    end = time.monotonic() + 60 * params.minutes if params.minutes else math.inf
+
+    def measure(trial: Mapping[Block, int]) -> float:
+        plan = plan_of(architecture, ladders, trial)
+        key = hashlib.sha256(b"".join(keep.tobytes() for keep in plan.keep.values())).hexdigest()[:16]
+        if key not in known:
+            known[key] = judge(plan)
+            with record.open("a") as file:
+                file.write(json.dumps({"plan": key, "divergence": known[key]}) + "\n")
+        return known[key]
+
+    best = dict(depth)
+    least = first = measure(best)
+    evaluations = 0
+    with tqdm(total=params.evaluations, desc="search", unit="plan") as bar:
+        while evaluations < params.evaluations and time.monotonic() < end:
+            trial = _move(architecture, ladders, curves, best, target, params, rng)
+            found = measure(trial)
+            evaluations += 1
+            if found < least:
+                best, least = trial, found
+            bar.set_postfix_str(f"divergence {first:.4f} to {least:.4f}")
+            bar.update()
+    return Refined(best, least, first, evaluations)
+
+
+def _read(record: Path) -> dict[str, float]:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    lines = record.read_text().splitlines() if record.exists() else []
+    found = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # the line that an interruption cut off
+            continue
+        found[entry["plan"]] = entry["divergence"]
+    return found
+
+
+def _move(
+    architecture: Architecture,
+    ladders: Ladders,
+    curves: Mapping[Block, NDArray[np.float64]],
+    depth: Mapping[Block, int],
+    target: int,
+    params: Allocate,
+    rng: np.random.Generator,
+) -> dict[Block, int]:
+    """Give some steps of one block back, and take as many parameters from another."""
+    blocks = [block for block, steps in ladders.items() if steps]
+    trial = dict(depth)
+    giving = [block for block in blocks if depth[block] > 0]
+    taking = [block for block in blocks if depth[block] < len(ladders[block])]
+    if not giving or not taking:
+        return trial
+    back, on = giving[rng.integers(len(giving))], taking[rng.integers(len(taking))]
+    most = max(1, len(ladders[back]) // LARGEST_MOVE)
+    trial[back] -= min(trial[back], int(rng.integers(1, most + 1)))
+    room = target - _spent(ladders, trial)
+    while trial[on] < len(ladders[on]) and ladders[on][trial[on]].cost <= room and on != back:
+        if not params.allow_layer_removal and empties_layer(architecture, ladders, trial, on):
+            break
+        room -= ladders[on][trial[on]].cost
+        trial[on] += 1
+    return fill(architecture, ladders, curves, trial, target, params)
+
+
+def _spent(ladders: Ladders, depth: Mapping[Block, int]) -> int:
+    return sum(step.cost for block, steps in ladders.items() for step in steps[: depth[block]])

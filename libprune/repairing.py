@@ -1,0 +1,146 @@
+"""Carrying out a repair: from the artifacts to the fits of every pruned consumer."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import typer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from libprune.activations import GRAM, HELD_OUT
+from libprune.architecture import Architecture, Map
+from libprune.artifacts import Layout, remove, same_origin, writing
+from libprune.calibration import require_own_weights, set_up
+from libprune.checkpoint import WeightFiles
+from libprune.collection import fingerprint
+from libprune.errors import LibpruneError
+from libprune.params import Compute, Slice
+from libprune.plan import Plan
+from libprune.repair import Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
+from libprune.sequential import SequentialRepair, split_batches
+from libprune.shards import read_meta, read_tensor
+
+Repair = Callable[[Layout, Architecture, Plan, Compute, Slice], list[Fit]]
+
+
+def _none(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+    return []
+
+
+def _local(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+    inputs = _inputs_of(layout, architecture, params.fisher_share > 0)
+    damping = None if params.damping == "auto" else params.damping
+    return repair_local(architecture, plan, WeightFiles(layout.model).__getitem__, inputs, damping, params.fisher_share)
+
+
+def local_repair(layout: Layout, architecture: Architecture) -> Callable[[Plan], dict[str, Tensor]]:
+    """New weights by parameter name for any plan, by `local` repair.
+
+    The damping is chosen on held-out sequences, or is 0.001 where the text has none.
+    """
+    inputs, weights = _inputs_of(layout, architecture, curvature=False), WeightFiles(layout.model)
+
+    def repair(plan: Plan) -> dict[str, Tensor]:
+        found = {consumer.module: inputs(consumer) for consumer, _ in pruned_consumers(architecture, plan)}
+        chosen = all(known.held_out is not None for known in found.values())
+        fits = repair_local(
+            architecture, plan, weights.__getitem__, lambda c: found[c.module], None if chosen else _DAMPING
+        )
+        return new_parameters(fits)
+
+    return repair
+
+
+_DAMPING = 1e-3
+
+
+def _bias(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+    names = {parameter.name for parameter in architecture.parameters}
+    dense = WeightFiles(layout.model)
+
+    def bias(consumer: Map) -> Tensor | None:
+        return dense[consumer.bias] if consumer.bias in names else None
+
+    def mean(consumer: Map) -> Tensor:
+        return read_tensor(layout.activations, consumer.layer, f"{consumer.module}.input_mean", "activations")
+
+    inputs = _inputs_of(layout, architecture, curvature=False)
+    return repair_bias(architecture, plan, dense.__getitem__, bias, mean, inputs)
+
+
+def _inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Callable[[Map], Inputs]:
+    """Reads what the collecting stages know of a consumer's inputs."""
+    origin = {"model": architecture.fingerprint}
+    same_origin(layout.activations, read_meta(layout.activations, "activations"), origin)
+    if curvature:
+        same_origin(layout.gradients, read_meta(layout.gradients, "gradients"), origin)
+
+    def read(consumer: Map) -> Inputs:
+        def activation(kind: str) -> Tensor:
+            return read_tensor(layout.activations, consumer.layer, consumer.module + kind, "activations")
+
+        rows = activation(HELD_OUT)[: int(activation(f"{HELD_OUT}.tokens"))]
+        name = f"{consumer.module}.input_gradient_square"
+        squares = read_tensor(layout.gradients, consumer.layer, name, "gradients") if curvature else None
+        return Inputs(activation(GRAM), rows if len(rows) else None, squares)
+
+    return read
+
+
+def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+    run = set_up(layout, compute, params.sequences)
+    require_own_weights(run)
+    if run.world.size > 1:
+        raise LibpruneError("the slice stage runs in one process; start it without torchrun")
+    damping = None if params.damping == "auto" else params.damping
+    batches = split_batches(torch.from_numpy(run.ids).to(run.device), run.at_once)
+    repair = SequentialRepair(run.model, architecture, plan, batches, damping, params.drift)
+    keep = hashlib.sha256(b"".join(plan.keep[block].tobytes() for block in architecture.blocks())).hexdigest()
+    identity = {"plan": keep, "sequences": len(run.ids), **params.model_dump()}
+    folder = run.work / "slice" / fingerprint(run, identity)
+    fits = []
+    for layer in tqdm(range(architecture.layers), desc="repair", unit="layer"):
+        path = folder / f"layer-{layer:03d}.safetensors"
+        found = _load(path, architecture) if path.exists() else None
+        fitted = repair.step(layer, None if found is None else new_parameters(found))
+        if found is None:
+            _save(path, fitted)
+        fits += fitted if found is None else found
+    remove(run.work / "slice")
+    return fits
+
+
+_ERRORS = ("damping", "before", "after", "held_out_before", "held_out_after")
+
+
+def _save(path: Path, fits: list[Fit]) -> None:
+    """Keep the fits of one layer, for a run after an interruption."""
+    numbers = {fit.consumer.weight: [getattr(fit, name) for name in _ERRORS] for fit in fits}
+    with writing(path) as partial:
+        save_file(new_parameters(fits), partial, metadata={"fits": json.dumps(numbers)})
+
+
+def _load(path: Path, architecture: Architecture) -> list[Fit]:
+    consumers = {entry.weight: entry for entry in architecture.maps}
+    with safe_open(path, framework="pt") as file:
+        numbers = json.loads(file.metadata()["fits"])
+        return [Fit(consumers[name], file.get_tensor(name), None, *numbers[name]) for name in numbers]
+
+
+REPAIRS: dict[str, Repair] = {"none": _none, "bias": _bias, "local": _local, "sequential": _sequential}
+
+
+def print_fits(fits: Sequence[Fit]) -> None:
+    """What each repaired consumer loses of its output, in per cent, before and after the repair."""
+    if not fits:
+        return
+    typer.echo(f"{'repaired map':<36}{'damping':>9}{'lost, %':>9}{'repaired':>10}{'held out':>10}{'repaired':>10}")
+    for fit in fits:
+        values = [100 * value for value in (fit.before, fit.after, fit.held_out_before, fit.held_out_after)]
+        numbers = "".join(f"{value:>{width}.2f}" for value, width in zip(values, (9, 10, 10, 10), strict=True))
+        typer.echo(f"{fit.consumer.module:<36}{fit.damping:>9.0e}{numbers}")

@@ -1,0 +1,194 @@
+"""Sequential repair: every consumer fitted to what the pruned and repaired layers before it hand on.
+
+Two streams of hidden states go through the model layer by layer: h of the dense model, and h^ of the
+pruned one. A consumer's new weights see the pruned stream's inputs, and their target is not only what
+the dense consumer gave but also the drift that the layers before it have left in the residual stream:
+
+    y = W x + drift (h - h^),   W' = argmin E|y - W' x^_K|^2 + lambda |W' - W_K|^2
+
+Cost for each layer: the block once in the dense model; in the pruned one the block once, and once
+more up to every consumer after the first. Memory on the host: three times the hidden states of the
+text, and the kept inputs of one layer's consumers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from libprune.architecture import Architecture, Map
+from libprune.blocks import blocks_of, first_output, run_block
+from libprune.calibration import held_out
+from libprune.errors import LibpruneError
+from libprune.plan import Plan
+from libprune.repair import Fit, Moments, fit_consumer, new_parameters, oriented, pruned_consumers
+from libprune.surgery import masked
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Calibration sequences that go through the model together; all of them held out, or none."""
+
+    ids: Int[Tensor, "batch length"]
+    held_out: bool
+
+
+def split_batches(ids: Int[Tensor, "sequences length"], at_once: int) -> list[Batch]:
+    """All sequences in batches, every eighth sequence among the held-out ones."""
+    apart = held_out(0, len(ids))
+    chosen = ((ids[~apart], False), (ids[apart], True))
+    return [Batch(part, flag) for group, flag in chosen for part in group.split(at_once) if len(part)]
+
+
+class SequentialRepair:
+    """The residual stream of the dense and of the pruned model before one layer, for the whole text.
+
+    Call `step` for every layer in turn. The model's consumers get their new weights as it goes, so
+    that under the plan's mask it is the repaired model in the end.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        plan: Plan,
+        batches: Sequence[Batch],
+        damping: float | None,
+        drift: float,
+    ) -> None:
+        """Begin before the first layer.
+
+        Args:
+            model: the dense model, on its device; its consumers' weights will be changed.
+            architecture: its description.
+            plan: what is removed.
+            batches: the text.
+            damping: as in `libprune.repair.fit_consumer`.
+            drift: how much of the drift each consumer takes back; 1 for all of it.
+        """
+        self._model, self._architecture, self._plan = model, architecture, plan
+        self._batches, self._damping, self._drift = batches, damping, drift
+        self._blocks = blocks_of(model, architecture)
+        self._kept = {consumer.module: kept for consumer, kept in pruned_consumers(architecture, plan)}
+        first = [run_block(model, self._blocks, 0, batch.ids, None, until=self._blocks[0])[0] for batch in batches]
+        self._dense = self._pruned = [state.cpu() for state in first]
+
+    def step(self, layer: int, known: Mapping[str, Tensor] | None = None) -> list[Fit]:
+        """Repair one layer and take both streams through it.
+
+        Args:
+            layer: which; each in turn.
+            known: new weights of this layer's consumers by name, from an earlier run that was interrupted; they
+                are taken as they are.
+
+        Returns:
+            A fit for every consumer that the plan prunes; none for known ones.
+
+        Raises:
+            LibpruneError: if the drift is to be taken back, and the blocks of this architecture do more
+                with what a consumer gives than to add it to the residual stream.
+        """
+        consumers = [c for part in self._architecture.parts for c in self._architecture.consumers(layer, part)]
+        modules = [self._model.get_submodule(consumer.module) for consumer in consumers]
+        ran = [self._run(layer, number, self._dense, modules) for number in range(len(self._batches))]
+        after, outputs = [first_output(state).cpu() for state, _ in ran], [given for _, given in ran]
+        additive = _adds(self._dense[0], after[0], outputs[0])
+        if self._drift and not additive:
+            raise LibpruneError(
+                f"slice.drift takes back what is left in the residual stream, but {self._architecture.layers_path}."
+                f"{layer} does more with the outputs of {consumers[0].module} than to add them; set slice.drift to 0"
+            )
+        fits: list[Fit] = []
+        states: list[Tensor] | None = None
+        with masked(self._model, self._architecture, self._plan):
+            _set(self._model, known or {})
+            for index, consumer in enumerate(consumers if known is None else []):
+                states = None
+                if consumer.module in self._kept:
+                    fit, states = self._refit(layer, consumers, index, outputs)
+                    fits.append(fit)
+            if states is None or not additive:
+                numbers = range(len(self._batches))
+                states = [first_output(self._run(layer, number, self._pruned)[0]) for number in numbers]
+        self._dense, self._pruned = after, [state.cpu() for state in states]
+        return fits
+
+    def _run(
+        self,
+        layer: int,
+        number: int,
+        states: Sequence[Tensor],
+        watched: Sequence[nn.Module] = (),
+        until: nn.Module | None = None,
+    ) -> tuple[Any, list[Tensor]]:
+        return run_block(self._model, self._blocks, layer, self._batches[number].ids, states[number], watched, until)
+
+    @torch.no_grad()
+    def _refit(
+        self, layer: int, consumers: Sequence[Map], index: int, outputs: Sequence[Sequence[Tensor]]
+    ) -> tuple[Fit, list[Tensor]]:
+        """Fit one consumer and set its weights; also the residual stream behind it, for every batch."""
+        consumer = consumers[index]
+        module = self._model.get_submodule(consumer.module)
+        before = [self._model.get_submodule(entry.module) for entry in consumers[:index]]
+        kept = self._kept[consumer.module]
+        sums = {flag: _Sums() for flag in (False, True)}
+        inputs, streams = [], []
+        for number, batch in enumerate(self._batches):
+            x, given = self._run(layer, number, self._pruned, before, until=module)
+            pruned = sum(given, self._pruned[number].to(x.device))
+            dense = sum(outputs[number][:index], self._dense[number].to(x.device))
+            y = _without_bias(module, outputs[number][index]).float() + self._drift * (dense.float() - pruned.float())
+            sums[batch.held_out].add(x[..., kept.to(x.device)].float(), y)
+            inputs.append(x.cpu())
+            streams.append(pruned)
+        weight = oriented(consumer, module.get_parameter("weight").detach()).float().cpu()
+        moments = sums[False].finish()
+        judged = sums[True].finish() if sums[True].tokens else None
+        fit = fit_consumer(consumer, weight, kept, moments, judged, self._damping, refit=True)
+        _set(self._model, new_parameters([fit]))
+        return fit, [stream + module(x.to(stream.device)) for stream, x in zip(streams, inputs, strict=True)]
+
+
+class _Sums:
+    """Sums of products over batches; float32 on the device, as the products of a batch are."""
+
+    def __init__(self) -> None:
+        self.gram: Any = 0
+        self.cross: Any = 0
+        self.square, self.tokens = 0.0, 0
+
+    def add(self, x: Float[Tensor, "*batch kept"], y: Float[Tensor, "*batch output"]) -> None:
+        """Add the tokens of a batch."""
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
+        self.gram += x.T @ x
+        self.cross += y.T @ x
+        self.square += float(y.square().sum())
+        self.tokens += len(x)
+
+    def finish(self) -> Moments:
+        """Means per token, on the CPU."""
+        gram, cross = (total.double().cpu() / self.tokens for total in (self.gram, self.cross))
+        return Moments(gram, cross, self.square / self.tokens, self.tokens)
+
+
+def _adds(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Whether a block only adds its consumers' outputs to the residual stream, as far as rounding can tell."""
+    total = sum((output.cpu() for output in outputs), before)
+    rounding = 16 * torch.finfo(after.dtype).eps
+    return float((total - after).float().norm()) <= rounding * float(after.float().norm())
+
+
+def _without_bias(module: nn.Module, output: Tensor) -> Tensor:
+    bias = getattr(module, "bias", None)
+    return output if bias is None else output - bias
+
+
+def _set(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)

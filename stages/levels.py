@@ -1,0 +1,57 @@
+"""levels: the measured divergence of whole levels of single blocks, repaired (forward passes; only for search)."""
+
+from libprune import stage
+
+
+def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
+    """Measure what it costs to take one block to a level, for every block and level."""
+    import typer
+
+    from libprune.artifacts import Layout, read_architecture, read_table, same_origin, write_table
+    from libprune.levels import (
+        choose_levels,
+        empty_table,
+        level_plans,
+        level_table,
+        order_digest,
+        print_levels,
+        unit_orders,
+    )
+    from libprune.params import load_params
+
+    layout, settings = Layout(artifacts), load_params(params)
+    section, architecture = settings.levels, read_architecture(layout)
+    if settings.allocate.method != "search":
+        if stage.first_process():
+            write_table(layout.levels, empty_table(), {"model": architecture.fingerprint, "levels": 0})
+            typer.echo(f"allocate.method is {settings.allocate.method}: no level is measured")
+        return
+
+    from libprune.calibration import require_own_weights, set_up
+    from libprune.collection import collecting
+    from libprune.divergence import Divergence
+    from libprune.prefix import LOSSES, collect_losses, loss_groups
+    from libprune.repairing import local_repair
+
+    run = set_up(layout, settings.compute, section.sequences, last=True)
+    require_own_weights(run)
+    scores, meta = read_table(layout.scores, "score")
+    same_origin(layout.scores, meta, {"model": architecture.fingerprint})
+    orders = unit_orders(architecture, scores)
+    levels = choose_levels(architecture, section.number)
+    plans = level_plans(architecture, orders, levels)
+    identity = {"order": order_digest(orders), "number": section.number, "sequences": len(run.ids)}
+    groups = loss_groups(run, len(levels))
+    repair = local_repair(layout, architecture)
+    with collecting(run, "levels", layout.levels, groups, 1, identity, len(levels), run.ids.size) as work:
+        first = run.available - len(run.ids)
+        collect_losses(run, work, plans, first, Divergence(run.model), lambda name: repair(plans[name]))
+        if work.merge():
+            table = level_table(levels, work.accumulator.finish(0)[LOSSES].numpy())
+            write_table(layout.levels, table, run.meta | {"levels": section.number, "order": identity["order"]})
+            print_levels(architecture, table)
+
+
+app = stage.app(main)
+if __name__ == "__main__":
+    app()
