@@ -150,7 +150,10 @@ def activation_columns(
     units = consumer.input.units(architecture.parts[part].axis, architecture.sizes)
     number = architecture.units(part)
     positions = sum_positions(torch.ones(len(units), dtype=torch.float64), units, number)
-    columns["fluctuation"] = sum_positions(_fluctuation(consumer, tensors, weights), units, number).numpy()
+    columns["fluctuation"] = np.zeros(number)
+    for entry in architecture.consumers(layer, part):
+        of = entry.input.units(architecture.parts[part].axis, architecture.sizes)
+        columns["fluctuation"] += sum_positions(_fluctuation(entry, tensors, weights), of, number).numpy()
     for name, values in _features(tensors, consumer.module).items():
         columns[f"activation_{name}"] = (sum_positions(values.double(), units, number) / positions).numpy()
     return columns

@@ -19,10 +19,9 @@ from libprune.plan import Plan
 NO_EVIDENCE = Evidence()
 
 
-def target_parameters(architecture: Architecture, params: Allocate) -> int:
-    """How many parameters are to go."""
-    base = architecture.decoder_parameters if params.ratio_of == "decoder" else architecture.total_parameters
-    return round(params.ratio * base)
+def target_of(architecture: Architecture, params: Allocate) -> int:
+    """How much of the objective is to go."""
+    return round(params.ratio * cost.whole(architecture, params.objective, params.ratio_of))
 
 
 Improve = Callable[[Ladders, Depth, int], Depth]
@@ -49,7 +48,7 @@ def allocate(
         BudgetError: if the target cannot be reached under the floors, or not in the asked shape.
     """
     ladders = build_ladders(architecture, scores, params)
-    target = target_parameters(architecture, params)
+    target = target_of(architecture, params)
     depth = METHODS[params.method](architecture, ladders, target, params, evidence)
     if improve is not None:
         depth = improve(ladders, depth, target)
@@ -141,12 +140,14 @@ def _require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
 
 def summary(architecture: Architecture, decision: Decision, params: Allocate) -> dict[str, Any]:
     """The content of `metrics/allocation.json`."""
-    removed = _removed(architecture, decision.plan)
+    plan, parameters = decision.plan, cost.removed(architecture, decision.plan, "parameters")
     return {
-        "target_parameters": target_parameters(architecture, params),
-        "removed_parameters": removed,
-        "decoder_share_removed": removed / architecture.decoder_parameters,
-        "total_share_removed": removed / architecture.total_parameters,
+        "objective": params.objective,
+        "target": target_of(architecture, params),
+        "removed": cost.removed(architecture, plan, params.objective),
+        "removed_parameters": parameters,
+        "decoder_share_removed": parameters / architecture.decoder_parameters,
+        "total_share_removed": parameters / architecture.total_parameters,
         "kept_set_overlap": dict(decision.overlap),
     }
 
@@ -155,23 +156,20 @@ def _check_reached(
     architecture: Architecture, ladders: Ladders, plan: Plan, target: int, params: Allocate, evidence: Evidence
 ) -> None:
     """Stop when more is asked for than the method can remove at all; coarse steps alone are no error."""
-    removed = _removed(architecture, plan)
+    removed = cost.removed(architecture, plan, params.objective)
     cheapest = min((step.cost for steps in ladders.values() for step in steps), default=0)
     if target - removed <= cheapest:
         return
-    everything = METHODS[params.method](architecture, ladders, architecture.total_parameters, params, evidence)
-    most = _removed(architecture, plan_of(architecture, ladders, everything))
+    whole = cost.whole(architecture, params.objective, "total")
+    everything = METHODS[params.method](architecture, ladders, whole, params, evidence)
+    most = cost.removed(architecture, plan_of(architecture, ladders, everything), params.objective)
     if most < target:
-        base = target / params.ratio
+        base, what = target / params.ratio, params.objective
         raise BudgetError(
-            f"allocate.ratio = {params.ratio} of the {params.ratio_of} parameters cannot be removed: under the floors, "
-            f"frozen layers and shape {params.method} removes at most {most / base:.3f} ({most:,} parameters of "
-            f"{target:,} asked for). Lower the ratio, min_groups, min_channels or the number of frozen layers"
+            f"allocate.ratio = {params.ratio} of the {params.ratio_of} {what} cannot be removed: under the floors, "
+            f"frozen layers and shape {params.method} removes at most {most / base:.3f} ({most:,} of {target:,} "
+            f"{what} asked for). Lower the ratio, min_groups, min_channels or the number of frozen layers"
         )
-
-
-def _removed(architecture: Architecture, plan: Plan) -> int:
-    return architecture.decoder_parameters - cost.size(architecture, plan).decoder
 
 
 def jaccard(one: Plan, two: Plan) -> float:

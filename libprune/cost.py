@@ -32,6 +32,45 @@ def unit_parameters(architecture: Architecture, layer: int, part: str) -> int:
     )
 
 
+def unit_cost(architecture: Architecture, layer: int, part: str, objective: str) -> int:
+    """What goes with one unit of a part: parameters, or multiply-accumulates or elements of the KV cache a token."""
+    if objective == "parameters":
+        return unit_parameters(architecture, layer, part)
+    return _part_cost(architecture, layer, part, 1, objective) - _part_cost(architecture, layer, part, 0, objective)
+
+
+def overhead(architecture: Architecture, layer: int, part: str, objective: str) -> int:
+    """What goes only with the whole part."""
+    if objective == "parameters":
+        return part_overhead(architecture, layer, part)
+    return _part_cost(architecture, layer, part, 0, objective)
+
+
+def whole(architecture: Architecture, objective: str, of: str) -> int:
+    """The dense model's amount: inside the blocks (`decoder`), or with embeddings and head too (`total`)."""
+    dense = size(architecture, Plan.dense(architecture))
+    if objective == "parameters":
+        return dense.decoder if of == "decoder" else dense.total
+    head = architecture.sizes["vocab"] * architecture.sizes["model"]
+    return {"macs": dense.macs - (head if of == "decoder" else 0), "cache": dense.cache}[objective]
+
+
+def removed(architecture: Architecture, plan: Plan, objective: str) -> int:
+    """How much of an objective a plan removes."""
+    dense, left = size(architecture, Plan.dense(architecture)), size(architecture, plan)
+    name = {"parameters": "decoder"}.get(objective, objective)
+    return int(getattr(dense, name) - getattr(left, name))
+
+
+def _part_cost(architecture: Architecture, layer: int, part: str, count: int, objective: str) -> int:
+    """Multiply-accumulates or cache elements of a part with so many units."""
+    axis = architecture.parts[part].axis
+    sizes = {**architecture.sizes, axis: count}
+    if objective == "cache":
+        return architecture.cache.size(sizes) if axis in architecture.cache.names else 0
+    return sum(m.input.size(sizes) * m.output.size(sizes) for m in architecture.maps_of(layer, part))
+
+
 def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
     """Parameters that no unit carries and that go only with the whole part: norms, the consumer's bias."""
     carried = unit_parameters(architecture, layer, part) * architecture.units(part)

@@ -76,7 +76,7 @@ class InputMoments(Statistic):
 
 @dataclass(frozen=True)
 class Gram(Statistic):
-    """E[x x^T] per token, summed in float32, a block of rows at a time.
+    """E[x x^T] and E[x] per token, summed in float32 and float64, a block of rows at a time.
 
     Only the blocks on and above the diagonal are multiplied, and only one block of rows is ever
     held beside the sum. Products are float32, or of 16-bit inputs with float32 sums, which are
@@ -89,8 +89,9 @@ class Gram(Statistic):
 
     @property
     def fields(self) -> Mapping[str, Field]:
-        """Tokens, and the upper triangle of blocks of the sum; ``[width, width]``."""
-        return {"count": COUNT, "gram": Field((self.width, self.width), torch.float32)}
+        """Tokens, the sum of inputs ``[width]``, and the upper blocks of that of products ``[width, width]``."""
+        gram = Field((self.width, self.width), torch.float32)
+        return {"count": COUNT, "total": Field((self.width,)), "gram": gram}
 
     def measure(self, *batch: Tensor) -> State:
         """Of an input ``[tokens, width]``."""
@@ -102,15 +103,16 @@ class Gram(Statistic):
         """Add an input ``[tokens, width]``."""
         (x,) = batch
         state["count"] += len(x)
+        state["total"] += x.sum(0, dtype=torch.float32).to(state["total"].device, torch.float64)
         for start in range(0, self.width, self.block):
             rows = slice(start, start + self.block)
             state["gram"][rows, start:] += _product(x[:, rows].T, x[:, start:]).to(state["gram"].device)
 
     def finish(self, state: State) -> dict[str, Tensor]:
-        """The whole matrix per token."""
+        """The whole matrix, and the mean, per token."""
         upper = state["gram"].triu()
         whole = upper + upper.triu(1).T
-        return {"": (whole / state["count"]).to(self.dtype)}
+        return {"": (whole / state["count"]).to(self.dtype), "mean": (state["total"] / state["count"]).float()}
 
 
 HELD_OUT_SEQUENCES, HELD_OUT_TOKENS = 32, 32
@@ -141,7 +143,7 @@ class HeldOut(Statistic):
         chosen = numbers < HELD_OUT_SEQUENCES
         tokens = min(HELD_OUT_TOKENS, x.shape[1])
         positions = torch.arange(tokens) * x.shape[1] // tokens
-        places = numbers[chosen][:, None] * HELD_OUT_TOKENS + torch.arange(tokens)
+        places = numbers[chosen][:, None] * tokens + torch.arange(tokens)
         state["rows"][places] = x[chosen.to(x.device)][:, positions.to(x.device)].float().cpu()
         state["count"] += places.numel()
         return state

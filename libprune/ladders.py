@@ -57,7 +57,9 @@ def _ladder(
 ) -> tuple[Step, ...]:
     multiple = params.channel_multiple if part == "mlp" else 1
     floor = getattr(params, _FLOORS[part])
-    unit_cost = cost.unit_parameters(architecture, layer, part)
+    unit_cost = cost.unit_cost(architecture, layer, part, params.objective)
+    if unit_cost == 0:  # nothing to gain for this objective
+        return ()
     order = np.argsort(rank, kind="stable")
     steps: list[Step] = []
     gone = 0
@@ -67,7 +69,7 @@ def _ladder(
         if left < floor:
             break
         units = order[gone : gone + size]
-        overhead = cost.part_overhead(architecture, layer, part) if left == 0 else 0
+        overhead = cost.overhead(architecture, layer, part, params.objective) if left == 0 else 0
         total = size * unit_cost + overhead
         # The mean of equal ranks may round down; ranks that descend would let a later step sort first.
         mean = max(float(rank[units].mean()), steps[-1].rank if steps else -np.inf)

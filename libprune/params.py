@@ -163,9 +163,11 @@ class Allocate(_Section):
     """How much goes where."""
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of parameters to remove."""
+    """Share to remove."""
     ratio_of: Literal["decoder", "total"] = "decoder"
-    """Parameters inside the blocks, or all of them."""
+    """Of what lies inside the blocks, or of all."""
+    objective: Literal["parameters", "macs", "cache"] = "parameters"
+    """What the ratio is of: parameters (and so bytes), multiply-accumulates a token, or bytes of the KV cache."""
     method: Literal["uniform", "global", "functional", "search"] = "uniform"
     """`uniform`: the same counts in every layer; `global`: the lowest scores anywhere; `functional`: layers that
     change their input less lose more; `search`: least measured divergence (the levels stage)."""
@@ -209,6 +211,9 @@ class Slice(_Section):
     """How far the Gram matrices of `local` are weighted by the gradients at the inputs."""
     drift: Annotated[float, Field(ge=0)] = 1.0
     """How much of the drift of the residual stream each map of `sequential` takes back."""
+    weighting: Literal["none", "norm"] = "none"
+    """How `sequential` weights the tokens' squared errors: all alike, or by one over the mean square of the residual
+    stream, as the norm behind it will."""
     sequences: Count | None = None
     """Calibration sequences of `sequential`, from the first; null: all."""
     dtype: Dtype = "auto"

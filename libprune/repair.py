@@ -259,7 +259,9 @@ def fisher_weighting(
     root = curvature.double().sqrt()
     diagonal = gram.diagonal().double()
     trace = float((diagonal * root.square()).sum())
-    factor = share * float(diagonal.sum()) / trace if trace > 0 else 0.0
+    if trace == 0:  # nothing to weight by
+        return 1.0
+    factor = share * float(diagonal.sum()) / trace
     return (1 - share) + factor * torch.outer(root, root)
 
 
@@ -280,7 +282,7 @@ def repair_bias(
         plan: what is removed.
         weight_of: a parameter of the dense model by its name.
         bias_of: a consumer's bias, None if it has none.
-        mean_of: E[x] of a consumer's inputs.
+        mean_of: E[x] of a consumer's inputs over the sequences of the fit.
         inputs_of: what is known of a consumer's inputs.
 
     Raises:
@@ -303,7 +305,8 @@ def repair_bias(
         if inputs.held_out is not None:
             lost = inputs.held_out.double() @ (weight - old).T
             total = float((inputs.held_out.double() @ weight.T).square().sum())
-            held_out = [float((lost - by).square().sum()) / total for by in (torch.zeros_like(shift), shift)]
+            if total > 0:
+                held_out = [float((lost - by).square().sum()) / total for by in (torch.zeros_like(shift), shift)]
         new = (bias.double() + shift).to(bias.dtype)
         fits.append(Fit(consumer, None, new, 0.0, before, after, held_out[0], held_out[1]))
     return fits

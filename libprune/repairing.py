@@ -67,7 +67,7 @@ def _bias(layout: Layout, architecture: Architecture, plan: Plan, compute: Compu
         return dense[consumer.bias] if consumer.bias in names else None
 
     def mean(consumer: Map) -> Tensor:
-        return read_tensor(layout.activations, consumer.layer, f"{consumer.module}.input_mean", "activations")
+        return read_tensor(layout.activations, consumer.layer, f"{consumer.module}{GRAM}.mean", "activations")
 
     inputs = _inputs_of(layout, architecture, curvature=False)
     return repair_bias(architecture, plan, dense.__getitem__, bias, mean, inputs)
@@ -99,7 +99,7 @@ def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute:
         raise LibpruneError("the slice stage runs in one process; start it without torchrun")
     damping = None if params.damping == "auto" else params.damping
     batches = split_batches(torch.from_numpy(run.ids).to(run.device), run.at_once)
-    repair = SequentialRepair(run.model, architecture, plan, batches, damping, params.drift)
+    repair = SequentialRepair(run.model, architecture, plan, batches, damping, params.drift, params.weighting == "norm")
     keep = hashlib.sha256(b"".join(plan.keep[block].tobytes() for block in architecture.blocks())).hexdigest()
     identity = {"plan": keep, "sequences": len(run.ids), **params.model_dump()}
     folder = run.work / "slice" / fingerprint(run, identity)

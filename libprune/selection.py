@@ -53,8 +53,8 @@ def obs_removal(
         weight: W.
         gram: C, per token.
         units: the unit of each input position; every unit owns equally many.
-        rounds: removals between two looks at what is left; at most the number of units. With 1 all
-            units are judged in the dense model.
+        rounds: looks at what is left, each followed by an equal number of removals; at most the number of
+            units. With 1 all units are judged in the dense model.
         damping: lambda relative to the mean diagonal of C, above 0.
         output_weights: the diagonal of F; None for the identity.
 

@@ -59,6 +59,7 @@ class SequentialRepair:
         batches: Sequence[Batch],
         damping: float | None,
         drift: float,
+        by_norm: bool = False,
     ) -> None:
         """Begin before the first layer.
 
@@ -69,9 +70,10 @@ class SequentialRepair:
             batches: the text.
             damping: as in `libprune.repair.fit_consumer`.
             drift: how much of the drift each consumer takes back; 1 for all of it.
+            by_norm: weight each token's squared error by one over its residual stream's mean square.
         """
         self._model, self._architecture, self._plan = model, architecture, plan
-        self._batches, self._damping, self._drift = batches, damping, drift
+        self._batches, self._damping, self._drift, self._by_norm = batches, damping, drift, by_norm
         self._blocks = blocks_of(model, architecture)
         self._kept = {consumer.module: kept for consumer, kept in pruned_consumers(architecture, plan)}
         first = [run_block(model, self._blocks, 0, batch.ids, None, until=self._blocks[0])[0] for batch in batches]
@@ -143,7 +145,8 @@ class SequentialRepair:
             pruned = sum(given, self._pruned[number].to(x.device))
             dense = sum(outputs[number][:index], self._dense[number].to(x.device))
             y = _without_bias(module, outputs[number][index]).float() + self._drift * (dense.float() - pruned.float())
-            sums[batch.held_out].add(x[..., kept.to(x.device)].float(), y)
+            weights = _token_weights(dense + outputs[number][index]) if self._by_norm else 1.0
+            sums[batch.held_out].add(weights * x[..., kept.to(x.device)].float(), weights * y)
             inputs.append(x.cpu())
             streams.append(pruned)
         weight = oriented(consumer, module.get_parameter("weight").detach()).float().cpu()
@@ -181,6 +184,11 @@ def _adds(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
     total = sum((output.cpu() for output in outputs), before)
     rounding = 16 * torch.finfo(after.dtype).eps
     return float((total - after).float().norm()) <= rounding * float(after.float().norm())
+
+
+def _token_weights(stream: Tensor) -> Tensor:
+    """1 / root mean square of each token's residual stream, ``[..., 1]``: what the norm behind it divides errors by."""
+    return stream.float().square().mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
 
 
 def _without_bias(module: nn.Module, output: Tensor) -> Tensor:

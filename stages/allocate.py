@@ -38,8 +38,8 @@ def main(
         result |= {"divergence": found.divergence, "divergence_before": found.first, "plans": found.evaluations}
     write_json(metrics / "allocation.json", result)
     typer.echo(
-        f"asked for {100 * settings.ratio:.2f} % of the {settings.ratio_of} parameters, removed "
-        f"{100 * result['decoder_share_removed']:.2f} % of the decoder's and "
+        f"asked for {100 * settings.ratio:.2f} % of the {settings.ratio_of} {settings.objective}, removed "
+        f"{100 * result['decoder_share_removed']:.2f} % of the decoder's parameters and "
         f"{100 * result['total_share_removed']:.2f} % of all; shape {decision.shape}"
     )
 

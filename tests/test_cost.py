@@ -11,6 +11,7 @@ from libprune import cost
 from libprune.architecture import Architecture
 from libprune.describe import describe
 from libprune.plan import Plan
+from tests.models import FAMILIES
 
 
 def hollow_llama(**settings) -> Architecture:
@@ -107,3 +108,23 @@ def test_a_large_model_is_described_without_memory():
     assert len(llama3.parameters) == 291
     assert llama3.total_parameters == 8_030_261_248
     assert expressible(llama3, "attention") == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("objective", ["parameters", "macs", "cache"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_objective_counts_what_a_unit_takes_with_it(name, objective):
+    """The cost of a unit is what the exact size of the model loses with it, and the last one takes the rest."""
+    architecture = describe(FAMILIES[name](0))
+    dense = Plan.dense(architecture).keep
+    for part in architecture.parts:
+        number = architecture.units(part)
+        without = [Plan({**dense, (1, part): np.arange(number) >= gone}) for gone in range(number + 1)]
+        found = [cost.removed(architecture, plan, objective) for plan in without]
+        each = cost.unit_cost(architecture, 1, part, objective)
+        rest = cost.overhead(architecture, 1, part, objective)
+        assert found == [gone * each for gone in range(number)] + [number * each + rest]
+    assert cost.whole(architecture, objective, "decoder") == sum(
+        cost.unit_cost(architecture, layer, part, objective) * architecture.units(part)
+        + cost.overhead(architecture, layer, part, objective)
+        for layer, part in architecture.blocks()
+    )

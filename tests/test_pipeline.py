@@ -15,7 +15,7 @@ from tests import tiny
 from tests.closure import ROOT
 
 ORDER = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
-ORDER += ["score", "allocate", "slice", "evaluate", "report"]
+ORDER += ["score", "levels", "allocate", "slice", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
 
 
@@ -141,10 +141,11 @@ def test_a_second_repro_runs_nothing(project):
 def test_another_criterion_reruns_from_score_and_switching_back_restores(project):
     before = metrics(project)
     change(project, "score", "criterion", "magnitude")
-    assert stages_run(run(["dvc", "repro"], project)) == ["score", "allocate", "slice", "evaluate", "report"]
+    after = ["score", "levels", "allocate", "slice", "evaluate", "report"]
+    assert stages_run(run(["dvc", "repro"], project)) == after
     assert metrics(project)["pruned"]["perplexity"] != before["pruned"]["perplexity"]
     assert "score.criterion" in run(["dvc", "params", "diff"], project).stdout
-    change(project, "score", "criterion", "unit_fisher")
+    change(project, "score", "criterion", "auto")
     assert stages_run(run(["dvc", "repro"], project)) == []
     assert metrics(project) == before
 
@@ -152,9 +153,19 @@ def test_another_criterion_reruns_from_score_and_switching_back_restores(project
 def test_per_layer_result_from_an_experiment(project):
     """Another allocation, as users try one; the result has layers of different widths and loads."""
     done = run(["dvc", "exp", "run", "-S", "allocate.method=global", "-S", "allocate.min_channels=0"], project)
-    assert stages_run(done) == ["allocate", "slice", "evaluate", "report"]
+    assert stages_run(done) == ["levels", "allocate", "slice", "evaluate", "report"]
     assert (project / "artifacts/pruned/modeling_pruned.py").exists()
     assert "perplexity" in run(["dvc", "metrics", "diff"], project).stdout
+    run(["git", "checkout", "-q", "."], project)
+    run(["dvc", "checkout", "-q"], project)
+
+
+def test_a_search_measures_levels_once_for_all_ratios(project):
+    done = run(["dvc", "exp", "run", "-S", "preset=best", "-S", "allocate.evaluations=4"], project)
+    assert stages_run(done) == ["score", "levels", "allocate", "slice", "evaluate", "report"]
+    assert json.loads((project / "metrics/allocation.json").read_text())["plans"] == 4
+    done = run(["dvc", "exp", "run", "-S", "allocate.ratio=0.3"], project)
+    assert stages_run(done) == ["allocate", "slice", "evaluate", "report"]
     run(["git", "checkout", "-q", "."], project)
     run(["dvc", "checkout", "-q"], project)
 

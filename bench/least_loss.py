@@ -1,0 +1,231 @@
+"""Selection, allocation and repair at equal removed parameters, with the peers' recipes as settings of this pipeline.
+
+    python -m bench.least_loss --text wiki.valid.raw --work /tmp/least --ratio 0.5 "unit_fisher, uniform, sequential"
+    python -m bench.least_loss --work /tmp/least --table
+
+The first half of the text calibrates (256 sequences of 256 tokens; gradients and the sequential repair on the
+first 128; levels and search on the last 4), its second half judges (windows of 1024 at even distances). Each setting
+is measured as the masked and repaired dense model; the tests prove that slicing equals that. Rows go to
+WORK/rows.jsonl; those that are there are not measured again.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+import yaml
+
+from libprune import cost
+from libprune.allocation import decide
+from libprune.artifacts import Layout, read_architecture
+from libprune.blocks import replaced
+from libprune.checkpoint import WeightFiles, load_model
+from libprune.compute import resolve_device, resolve_dtype
+from libprune.criteria import find_criterion, join_tables, score_units
+from libprune.evaluation import perplexity, perplexity_ratio, window_losses
+from libprune.evidence import read_evidence
+from libprune.levels import order_digest, unit_orders
+from libprune.params import Allocate, Compute, Levels, Score, Slice
+from libprune.repair import Fit, new_parameters, repair_bias
+from libprune.repairing import REPAIRS, _inputs_of
+from libprune.report import markdown_table
+from libprune.searching import Search
+from libprune.shards import read_tensor
+from libprune.stage import peak_memory
+from libprune.surgery import masked
+from libprune.tokens import read_tokens
+
+LEVELS = Levels(sequences=4, number=6)
+SEARCH = {"method": "search", "evaluations": 32}
+SEQUENCES = 128
+"""Calibration sequences of the sequential repair."""
+UNIFORM: dict[str, Any] = {"method": "uniform"}
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "LLM-Pruner: taylor, global in layers 3 to 28, none": (
+        {"criterion": "taylor"},
+        {"method": "global", "freeze_first": 3, "freeze_last": 2},
+        {"repair": "none"},
+    ),
+    "FLAP: fluctuation, z-scored, global, bias": (
+        {"criterion": "fluctuation", "scaling": "zscore"},
+        {"method": "global"},
+        {"repair": "bias"},
+    ),
+    "OBC: obs, uniform in proportion, local": ({"criterion": "obs"}, UNIFORM, {"repair": "local"}),
+    "obs_fisher, uniform, local": ({"criterion": "obs_fisher"}, UNIFORM, {"repair": "local"}),
+    "fisher_obs, uniform, local": ({"criterion": "fisher_obs"}, UNIFORM, {"repair": "local"}),
+    "unit_fisher, uniform, none": ({}, UNIFORM, {"repair": "none"}),
+    "unit_fisher, uniform, local": ({}, UNIFORM, {"repair": "local"}),
+    "unit_fisher, uniform, local, damping 0.001": ({}, UNIFORM, {"repair": "local", "damping": 1e-3}),
+    "unit_fisher, uniform, local, half fisher": ({}, UNIFORM, {"repair": "local", "fisher_share": 0.5}),
+    "unit_fisher, uniform, sequential, no drift": ({}, UNIFORM, {"repair": "sequential", "drift": 0.0}),
+    "unit_fisher, uniform, sequential": ({}, UNIFORM, {"repair": "sequential"}),
+    "unit_fisher, uniform by levels, sequential, by norm": (
+        {},
+        {"method": "search", "shape": "uniform"},
+        {"repair": "sequential", "weighting": "norm"},
+    ),
+    "unit_fisher, functional, local": ({}, {"method": "functional"}, {"repair": "local"}),
+    "unit_fisher, global, local": ({}, {"method": "global"}, {"repair": "local"}),
+    "unit_fisher, uniform by levels, local": ({}, {"method": "search", "shape": "uniform"}, {"repair": "local"}),
+    "unit_fisher, uniform by levels, sequential": (
+        {},
+        {"method": "search", "shape": "uniform"},
+        {"repair": "sequential"},
+    ),
+    "unit_fisher, levels, local": ({}, {"method": "search"}, {"repair": "local"}),
+    "unit_fisher, search, local": ({}, SEARCH, {"repair": "local"}),
+    "unit_fisher, search, sequential": ({}, SEARCH, {"repair": "sequential"}),
+}
+"""By name what is set of the score, allocate and slice sections."""
+
+
+def collect(work: Path, text: Path) -> None:
+    """Run the collecting stages that have not run yet, and the levels of `unit_fisher`."""
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["tokenize"] |= {"text": str(text.resolve()), "evaluation_share": 0.5, "calibration_sequences": 440}
+    params["tokenize"] |= {"calibration_length": 256, "evaluation_windows": 110, "evaluation_length": 1024}
+    params["activations"] |= {"sequences": 256}
+    params["score"] |= {"criterion": "unit_fisher"}
+    params["levels"] = LEVELS.model_dump()
+    params["allocate"] |= {"method": "search"}
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "params.yaml"
+    path.write_text(yaml.safe_dump(params))
+    for stage in ("prepare", "tokenize", "gradients", "activations", "score", "levels"):
+        if not (work / f"{stage}.done").exists():
+            command = [sys.executable, "-m", f"stages.{stage}", "--params", str(path)]
+            subprocess.run([*command, "--artifacts", str(work / "artifacts")], check=True)
+            (work / f"{stage}.done").touch()
+
+
+class Bench:
+    """The dense model and its statistics."""
+
+    def __init__(self, work: Path, windows: int) -> None:
+        self.layout, self.compute = Layout(work / "artifacts"), Compute()
+        self.architecture = read_architecture(self.layout)
+        device = resolve_device("auto")
+        self.model = load_model(self.layout.model, resolve_dtype("auto", device)).to(device)
+        ids, _ = read_tokens(self.layout.evaluation, self.architecture.fingerprint)
+        self.ids = ids[np.linspace(0, len(ids) - 1, min(windows, len(ids))).round().astype(int)]
+        self.dense = self._losses()
+
+    def _losses(self):
+        return window_losses(self.model, self.ids, self.compute.batch_tokens, "evaluate")
+
+    def measure(self, name: str, ratio: float) -> dict[str, Any]:
+        """One row."""
+        score, allocate, repair = SETTINGS[name]
+        sections = Score(**score), Allocate(ratio=ratio, **allocate), Slice(**({"sequences": SEQUENCES} | repair))
+        start = time.perf_counter()
+        plan, info = self._plan(*sections[:2])
+        planned = time.perf_counter()
+        fits = self._fits(plan, sections[2])
+        repaired = time.perf_counter()
+        with ExitStack() as stack:
+            stack.enter_context(replaced(self.model, new_parameters(fit for fit in fits if fit.bias is None)))
+            stack.enter_context(masked(self.model, self.architecture, plan))
+            for fit in fits:
+                if fit.bias is not None:
+                    hook = self.model.get_submodule(fit.consumer.module).register_forward_hook(_adding(fit.bias))
+                    stack.callback(hook.remove)
+            losses = self._losses()
+        found, change = perplexity(losses), perplexity_ratio(self.dense, losses)
+        return {
+            "setting": name,
+            "ratio_asked": ratio,
+            "removed": 1 - cost.size(self.architecture, plan).decoder / self.architecture.decoder_parameters,
+            "dense": perplexity(self.dense).value,
+            "perplexity": found.value,
+            "perplexity_se": found.error,
+            "ratio": change.value,
+            "ratio_se": change.error,
+            "plan_seconds": planned - start,
+            "repair_seconds": repaired - planned,
+            "peak_memory_bytes": peak_memory(),
+            "windows": len(self.ids),
+            "kept": [[plan.kept(layer, part) for part in self.architecture.parts] for layer in range(len(plan.layers))],
+        } | info
+
+    def _plan(self, score: Score, allocate: Allocate):
+        table, _ = join_tables(self.layout, find_criterion(score.criterion), score)
+        scores = score_units(table, score)
+        criterion = find_criterion(score.criterion)
+        meta = score.model_dump() | {"comparable": criterion.comparable}
+        evidence = read_evidence(self.layout, self.architecture, scores, allocate)
+        search = None
+        if allocate.evaluations:
+            order = order_digest(unit_orders(self.architecture, scores))
+            search = Search(self.layout, self.architecture, self.compute, LEVELS, allocate, evidence, order)
+        plan = decide(self.architecture, scores, meta, allocate, evidence, search).plan
+        found = search.found if search else None
+        return plan, {"divergence": [found.first, found.divergence]} if found else {}
+
+    def _fits(self, plan, section: Slice) -> list[Fit]:
+        if section.repair != "bias":
+            return REPAIRS[section.repair](self.layout, self.architecture, plan, self.compute, section)
+        weights = WeightFiles(self.layout.model)
+
+        def mean(consumer):
+            name = f"{consumer.module}.input_gram.mean"
+            return read_tensor(self.layout.activations, consumer.layer, name, "activations")
+
+        def bias(consumer):  # this architecture has none: it is added by a hook
+            return torch.zeros(consumer.output.size(self.architecture.sizes))
+
+        inputs = _inputs_of(self.layout, self.architecture, curvature=False)
+        return repair_bias(self.architecture, plan, weights.__getitem__, bias, mean, inputs)
+
+
+def _adding(bias):
+    return lambda module, args, output: output + bias.to(output.device, output.dtype)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a setting, one column a ratio."""
+    ratios = sorted({row["ratio_asked"] for row in rows})
+    cells: dict[str, dict[float, str]] = {}
+    for row in rows:
+        seconds = f"{row['plan_seconds']:.0f} + {row['repair_seconds']:.0f}"
+        text = f"{row['perplexity']:,.2f} (× {row['ratio']:.3f} ± {row['ratio_se']:.3f}) {seconds} s"
+        cells.setdefault(row["setting"], {})[row["ratio_asked"]] = text
+    header = ("setting", *(f"{100 * ratio:.0f} %" for ratio in ratios))
+    return markdown_table([(name, *(found.get(r, "") for r in ratios)) for name, found in cells.items()], header)
+
+
+def main(
+    settings: Annotated[list[str] | None, typer.Argument(help="Names of SETTINGS; none: all.")] = None,
+    work: Path = Path("/tmp/least"),
+    text: Path | None = None,
+    ratio: list[float] = [0.2, 0.5],  # noqa: B006
+    windows: int = 40,
+    show: Annotated[bool, typer.Option("--table", help="Only print what was measured.")] = False,
+) -> None:
+    """Measure settings."""
+    path = work / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not show:
+        if text is not None:
+            collect(work, text)
+        bench = Bench(work, windows)
+        done = {(row["setting"], row["ratio_asked"]) for row in rows}
+        for share in ratio:
+            for name in settings or SETTINGS:
+                if (name, share) not in done:
+                    rows.append(bench.measure(name, share))
+                    with path.open("a") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
+                    print({key: value for key, value in rows[-1].items() if key != "kept"}, flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
