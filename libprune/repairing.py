@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -59,6 +60,11 @@ def local_repair(layout: Layout, architecture: Architecture) -> Callable[[Plan],
 _DAMPING = 1e-3
 
 
+def inputs_identity(layout: Layout) -> dict[str, Any]:
+    """What the statistics that `local_repair` reads say of themselves, for results that depend on them."""
+    return read_meta(layout.activations, "activations")
+
+
 def _bias(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
     names = {parameter.name for parameter in architecture.parameters}
     dense = WeightFiles(layout.model)
@@ -98,10 +104,13 @@ def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute:
     if run.world.size > 1:
         raise LibpruneError("the slice stage runs in one process; start it without torchrun")
     damping = None if params.damping == "auto" else params.damping
+    towards = local_repair(layout, architecture)(plan) if params.towards == "local" else None
     batches = split_batches(torch.from_numpy(run.ids).to(run.device), run.at_once)
-    repair = SequentialRepair(run.model, architecture, plan, batches, damping, params.drift, params.weighting == "norm")
+    repair = SequentialRepair(run.model, architecture, plan, batches, damping, params.drift, towards)
     keep = hashlib.sha256(b"".join(plan.keep[block].tobytes() for block in architecture.blocks())).hexdigest()
-    identity = {"plan": keep, "sequences": len(run.ids), **params.model_dump()}
+    identity = {"plan": keep, **params.model_dump(), "sequences": len(run.ids)}
+    if params.towards == "local":
+        identity["inputs"] = inputs_identity(layout)
     folder = run.work / "slice" / fingerprint(run, identity)
     fits = []
     for layer in tqdm(range(architecture.layers), desc="repair", unit="layer"):

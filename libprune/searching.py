@@ -13,7 +13,7 @@ from libprune.ladders import Ladders
 from libprune.methods import Depth, Evidence
 from libprune.params import Allocate, Compute, Levels
 from libprune.refine import Judge, Refined, refine
-from libprune.repairing import local_repair
+from libprune.repairing import inputs_identity, local_repair
 
 
 class Search:
@@ -52,7 +52,8 @@ class Search:
         ids = torch.from_numpy(run.ids).to(run.device)
         repair = local_repair(self._layout, self._architecture)
         judge = Judge(run.model, self._architecture, ids, run.at_once, repair)
-        name = fingerprint(run, {"order": self._order, "sequences": len(run.ids)})
+        inputs = inputs_identity(self._layout)
+        name = fingerprint(run, {"order": self._order, "sequences": len(run.ids), "inputs": inputs})
         record: Path = run.work / "search" / f"{name}.jsonl"
         curves, params = self._evidence.curves, self._params
         self.found = refine(judge, self._architecture, ladders, curves, depth, target, params, record)

@@ -59,7 +59,7 @@ class SequentialRepair:
         batches: Sequence[Batch],
         damping: float | None,
         drift: float,
-        by_norm: bool = False,
+        towards: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Begin before the first layer.
 
@@ -70,10 +70,12 @@ class SequentialRepair:
             batches: the text.
             damping: as in `libprune.repair.fit_consumer`.
             drift: how much of the drift each consumer takes back; 1 for all of it.
-            by_norm: weight each token's squared error by one over its residual stream's mean square.
+            towards: weights by name, in storage order and dense shape, that the ridge pulls to; None for the
+                dense model's own.
         """
         self._model, self._architecture, self._plan = model, architecture, plan
-        self._batches, self._damping, self._drift, self._by_norm = batches, damping, drift, by_norm
+        self._batches, self._damping, self._drift = batches, damping, drift
+        self._towards = towards or {}
         self._blocks = blocks_of(model, architecture)
         self._kept = {consumer.module: kept for consumer, kept in pruned_consumers(architecture, plan)}
         first = [run_block(model, self._blocks, 0, batch.ids, None, until=self._blocks[0])[0] for batch in batches]
@@ -145,14 +147,15 @@ class SequentialRepair:
             pruned = sum(given, self._pruned[number].to(x.device))
             dense = sum(outputs[number][:index], self._dense[number].to(x.device))
             y = _without_bias(module, outputs[number][index]).float() + self._drift * (dense.float() - pruned.float())
-            weights = _token_weights(dense + outputs[number][index]) if self._by_norm else 1.0
-            sums[batch.held_out].add(weights * x[..., kept.to(x.device)].float(), weights * y)
+            sums[batch.held_out].add(x[..., kept.to(x.device)].float(), y)
             inputs.append(x.cpu())
             streams.append(pruned)
         weight = oriented(consumer, module.get_parameter("weight").detach()).float().cpu()
         moments = sums[False].finish()
         judged = sums[True].finish() if sums[True].tokens else None
-        fit = fit_consumer(consumer, weight, kept, moments, judged, self._damping, refit=True)
+        towards = self._towards.get(consumer.weight)
+        centre = None if towards is None else oriented(consumer, towards).float()
+        fit = fit_consumer(consumer, weight, kept, moments, judged, self._damping, True, centre)
         _set(self._model, new_parameters([fit]))
         return fit, [stream + module(x.to(stream.device)) for stream, x in zip(streams, inputs, strict=True)]
 
@@ -184,11 +187,6 @@ def _adds(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
     total = sum((output.cpu() for output in outputs), before)
     rounding = 16 * torch.finfo(after.dtype).eps
     return float((total - after).float().norm()) <= rounding * float(after.float().norm())
-
-
-def _token_weights(stream: Tensor) -> Tensor:
-    """1 / root mean square of each token's residual stream, ``[..., 1]``: what the norm behind it divides errors by."""
-    return stream.float().square().mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
 
 
 def _without_bias(module: nn.Module, output: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.collection import collecting
     from libprune.divergence import Divergence
     from libprune.prefix import LOSSES, collect_losses, loss_groups
-    from libprune.repairing import local_repair
+    from libprune.repairing import inputs_identity, local_repair
 
     run = set_up(layout, settings.compute, section.sequences, last=True)
     require_own_weights(run)
@@ -41,6 +41,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     levels = choose_levels(architecture, section.number)
     plans = level_plans(architecture, orders, levels)
     identity = {"order": order_digest(orders), "number": section.number, "sequences": len(run.ids)}
+    identity["inputs"] = inputs_identity(layout)
     groups = loss_groups(run, len(levels))
     repair = local_repair(layout, architecture)
     with collecting(run, "levels", layout.levels, groups, 1, identity, len(levels), run.ids.size) as work:

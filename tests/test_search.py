@@ -80,8 +80,8 @@ def spent(ladders: Ladders, depth: dict[Block, int]) -> int:
 
 @given(problems())
 def test_the_knapsack_finds_what_trying_all_choices_finds(problem):
-    """Of all choices whose layers' costs, rounded up to `BINS`-ths of the target, fit, those that fill most of it
-    are looked at, and of these the one of least divergence is taken.
+    """Of all choices whose layers' costs, rounded up to `BINS`-ths of the target, fit, none that fills as much of it
+    loses less.
     """
     shape, params, target, curves = problem
     architecture, ladders = shape.architecture(), ladders_of(shape, params)
@@ -92,10 +92,26 @@ def test_the_knapsack_finds_what_trying_all_choices_finds(problem):
         bins.append(np.array([-(-parameters(shape, *pair) * BINS // target) for pair in pairs]))
         losses.append(np.array([curves[layer, "attention"][g] + curves[layer, "mlp"][c] for g, c in pairs]))
     filled, divergence = sums(bins), sums(losses)
-    most = filled[filled <= BINS].max()
     own = [parameters(shape, depth[layer, "attention"], depth[layer, "mlp"]) for layer in range(shape.layers)]
-    assert sum(-(-cost * BINS // target) for cost in own) == most
-    assert lost(ladders, curves, depth) == pytest.approx(divergence[filled == most].min(), rel=1e-9, abs=1e-12)
+    found = sum(-(-cost * BINS // target) for cost in own)
+    assert found <= BINS
+    least = divergence[(filled >= found) & (filled <= BINS)].min()
+    assert lost(ladders, curves, depth) == pytest.approx(least, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.xfail(reason="what rounding up adds to the costs of more layers counts as if it were removed")
+def test_of_two_ways_to_remove_the_same_the_one_of_less_divergence_is_taken():
+    """39 channels from a layer that hardly needs them, or 36 from it and 3 from one that does."""
+    shape = Shape(layers=2, kv=1, q=1, d=1, ffn=40)
+    params = Allocate(method="search")
+    architecture, ladders = shape.architecture(), ladders_of(shape, params)
+    cheap, dear = 0.001 * np.arange(41), 10.0 * np.arange(41)
+    curves = {(0, "mlp"): cheap, (1, "mlp"): dear} | {(layer, "attention"): np.zeros(2) for layer in range(2)}
+    target = 39 * shape.channel_cost + 7
+    depth = choose_levels(architecture, ladders, curves, target, False)
+    depth = fill(architecture, ladders, curves, depth, target, params)
+    assert spent(ladders, depth) == 39 * shape.channel_cost
+    assert lost(ladders, curves, depth) == pytest.approx(0.039)
 
 
 @given(problems())
