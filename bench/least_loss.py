@@ -67,11 +67,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "unit_fisher, uniform, local, half fisher": ({}, UNIFORM, {"repair": "local", "fisher_share": 0.5}),
     "unit_fisher, uniform, sequential, no drift": ({}, UNIFORM, {"repair": "sequential", "drift": 0.0}),
     "unit_fisher, uniform, sequential": ({}, UNIFORM, {"repair": "sequential"}),
-    "unit_fisher, uniform by levels, sequential towards local": (
-        {},
-        {"method": "search", "shape": "uniform"},
-        {"repair": "sequential", "towards": "local"},
-    ),
     "unit_fisher, functional, local": ({}, {"method": "functional"}, {"repair": "local"}),
     "unit_fisher, global, local": ({}, {"method": "global"}, {"repair": "local"}),
     "unit_fisher, uniform by levels, local": ({}, {"method": "search", "shape": "uniform"}, {"repair": "local"}),

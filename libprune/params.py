@@ -211,8 +211,6 @@ class Slice(_Section):
     """How far the Gram matrices of `local` are weighted by the gradients at the inputs."""
     drift: Annotated[float, Field(ge=0)] = 1.0
     """How much of the drift of the residual stream each map of `sequential` takes back."""
-    towards: Literal["dense", "local"] = "local"
-    """Where the ridge of `sequential` pulls: to the dense model's weights, or to those of `local` repair."""
     sequences: Count | None = None
     """Calibration sequences of `sequential`, from the first; null: all."""
     dtype: Dtype = "auto"

@@ -143,7 +143,6 @@ def fit_consumer(
     held_out: Moments | None,
     damping: float | None,
     refit: bool = False,
-    towards: Float[Tensor, "output input"] | None = None,
 ) -> Fit:
     """Fit one consumer.
 
@@ -155,7 +154,6 @@ def fit_consumer(
         held_out: the same over sequences that the fit is not to see.
         damping: relative ridge; None for that of `DAMPINGS` that does best on the held-out sequences.
         refit: with the ridge settled, fit once more to both sets of sequences together.
-        towards: weights that the ridge pulls to; None for the old ones.
 
     Raises:
         LibpruneError: if the damping is to be chosen and nothing is held out.
@@ -166,14 +164,13 @@ def fit_consumer(
             "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
             "use more calibration sequences, or set slice.damping to a number such as 0.001"
         )
-    centre = old if towards is None else towards[:, kept].double()
-    found = [solve(moments, centre, value) for value in (DAMPINGS if damping is None else (damping,))]
+    found = [solve(moments, old, value) for value in (DAMPINGS if damping is None else (damping,))]
     errors = [held_out.error(new) if held_out else np.nan for new, _ in found]
     best = int(np.argmin(errors))
     new, used = found[best]
     after = moments.error(new)
     if refit and held_out:
-        new, used = solve(moments.join(held_out), centre, used)
+        new, used = solve(moments.join(held_out), old, used)
     whole = weight.new_zeros(weight.shape)
     whole[:, kept] = new.to(weight.dtype)
     stored = (whole.T if consumer.transposed else whole).contiguous()

@@ -104,13 +104,10 @@ def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute:
     if run.world.size > 1:
         raise LibpruneError("the slice stage runs in one process; start it without torchrun")
     damping = None if params.damping == "auto" else params.damping
-    towards = local_repair(layout, architecture)(plan) if params.towards == "local" else None
     batches = split_batches(torch.from_numpy(run.ids).to(run.device), run.at_once)
-    repair = SequentialRepair(run.model, architecture, plan, batches, damping, params.drift, towards)
+    repair = SequentialRepair(run.model, architecture, plan, batches, damping, params.drift)
     keep = hashlib.sha256(b"".join(plan.keep[block].tobytes() for block in architecture.blocks())).hexdigest()
     identity = {"plan": keep, **params.model_dump(), "sequences": len(run.ids)}
-    if params.towards == "local":
-        identity["inputs"] = inputs_identity(layout)
     folder = run.work / "slice" / fingerprint(run, identity)
     fits = []
     for layer in tqdm(range(architecture.layers), desc="repair", unit="layer"):

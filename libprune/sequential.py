@@ -59,7 +59,6 @@ class SequentialRepair:
         batches: Sequence[Batch],
         damping: float | None,
         drift: float,
-        towards: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Begin before the first layer.
 
@@ -70,12 +69,9 @@ class SequentialRepair:
             batches: the text.
             damping: as in `libprune.repair.fit_consumer`.
             drift: how much of the drift each consumer takes back; 1 for all of it.
-            towards: weights by name, in storage order and dense shape, that the ridge pulls to; None for the
-                dense model's own.
         """
         self._model, self._architecture, self._plan = model, architecture, plan
         self._batches, self._damping, self._drift = batches, damping, drift
-        self._towards = towards or {}
         self._blocks = blocks_of(model, architecture)
         self._kept = {consumer.module: kept for consumer, kept in pruned_consumers(architecture, plan)}
         first = [run_block(model, self._blocks, 0, batch.ids, None, until=self._blocks[0])[0] for batch in batches]
@@ -153,9 +149,7 @@ class SequentialRepair:
         weight = oriented(consumer, module.get_parameter("weight").detach()).float().cpu()
         moments = sums[False].finish()
         judged = sums[True].finish() if sums[True].tokens else None
-        towards = self._towards.get(consumer.weight)
-        centre = None if towards is None else oriented(consumer, towards).float()
-        fit = fit_consumer(consumer, weight, kept, moments, judged, self._damping, True, centre)
+        fit = fit_consumer(consumer, weight, kept, moments, judged, self._damping, refit=True)
         _set(self._model, new_parameters([fit]))
         return fit, [stream + module(x.to(stream.device)) for stream, x in zip(streams, inputs, strict=True)]
 

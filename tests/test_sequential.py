@@ -45,11 +45,10 @@ def repair(
     drift: float = 1.0,
     at_once: int = 4,
     known: Sequence[Sequence[Fit]] = (),
-    towards: dict[str, Tensor] | None = None,
 ) -> list[list[Fit]]:
     """The fits of every layer, with the first layers' known; the model gets the new weights."""
     architecture = describe(model)
-    run = SequentialRepair(model, architecture, plan, split_batches(ids, at_once), damping, drift, towards)
+    run = SequentialRepair(model, architecture, plan, split_batches(ids, at_once), damping, drift)
     return [
         run.step(layer, new_parameters(known[layer]) if layer < len(known) else None)
         for layer in range(architecture.layers)
@@ -126,7 +125,6 @@ def slow_repair(
     ids: Tensor,
     damping: float,
     drift: float,
-    towards: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], PreTrainedModel]:
     """The new weights by name, and the repaired model: two whole passes for each consumer, in float64."""
     architecture = describe(model)
@@ -146,8 +144,7 @@ def slow_repair(
                 y = truth.outputs[consumer.module] - bias + drift * (h - h_pruned)
                 kept = input_mask(architecture, plan, consumer)
                 x = now.inputs[consumer.module].flatten(0, 1).numpy()[:, kept]
-                centre = module.weight.detach() if towards is None else towards[consumer.weight].double()
-                weight = centre.T if consumer.transposed else centre
+                weight = module.weight.detach().T if consumer.transposed else module.weight.detach()
                 new = np.zeros(tuple(weight.shape))
                 new[:, kept] = ridge(x, y.flatten(0, 1).numpy(), weight.numpy()[:, kept], damping)
                 stored = torch.from_numpy(new.T.copy() if consumer.transposed else new)
@@ -172,16 +169,6 @@ def test_every_consumer_is_fitted_to_the_dense_output_and_the_drift_from_the_pru
     assert_weights_close(weights_of(fits), expected)
     for parameter, weight in weights_of(fits).items():
         assert torch.equal(model.get_parameter(parameter), weight)
-
-
-@two_models
-def test_the_ridge_may_pull_to_other_weights(name):
-    model, ids = MODELS[name](0), tokens(18, 12)
-    plan = a_third(describe(model))
-    names = [consumer.weight for consumer, _ in pruned_consumers(describe(model), plan)]
-    other = {name: torch.randn_like(model.get_parameter(name)) for name in names}
-    expected, _ = slow_repair(model, plan, ids, 0.5, 1.0, other)
-    assert_weights_close(weights_of(repair(model, plan, ids, 0.5, towards=other)), expected)
 
 
 @two_models
