@@ -76,6 +76,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"repair": "sequential"},
     ),
     "unit_fisher, levels, local": ({}, {"method": "search"}, {"repair": "local"}),
+    "unit_fisher, levels, sequential": ({}, {"method": "search"}, {"repair": "sequential"}),
     "unit_fisher, search, local": ({}, SEARCH, {"repair": "local"}),
     "unit_fisher, search, sequential": ({}, SEARCH, {"repair": "sequential"}),
 }

@@ -152,9 +152,11 @@ def allocate_functional(
     """
     assert evidence.change is not None
     layers = [layer for layer in range(architecture.layers) if any(ladders[layer, p] for p in architecture.parts)]
+    depth = dict.fromkeys(ladders, 0)
+    if not layers:
+        return depth
     sizes = np.array([_removable(ladders, [(layer, part) for part in architecture.parts]) for layer in layers])
     shares = functional_shares(evidence.change[layers], sizes, target / max(1, int(sizes.sum())))
-    depth = dict.fromkeys(ladders, 0)
     owed = 0.0  # what the layers before could not remove in whole units is passed on
     for layer, budget in zip(layers, shares * sizes, strict=True):
         blocks = [(layer, part) for part in architecture.parts]
@@ -163,10 +165,21 @@ def allocate_functional(
         for group in groups:
             owed += float(budget) * _removable(ladders, group) / whole
             own = {block: ladders[block] if block in group else () for block in ladders}
+            if not params.allow_layer_removal and len(group) < len(blocks):
+                own |= {block: _without_the_last(architecture, ladders, depth, block) for block in group}
             taken = allocate_global(architecture, own, round(owed), params, evidence)
             depth |= {block: taken[block] for block in group}
             owed -= sum(step.cost for block in group for step in ladders[block][: taken[block]])
     return depth
+
+
+def _without_the_last(
+    architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block
+) -> tuple[Step, ...]:
+    """A block's ladder, less the step that would leave its layer with nothing."""
+    steps = ladders[block]
+    last = {**depth, block: len(steps) - 1}
+    return steps[:-1] if steps and empties_layer(architecture, ladders, last, block) else steps
 
 
 def functional_shares(change: NDArray[np.float64], sizes: NDArray[np.int64], mean: float) -> NDArray[np.float64]:

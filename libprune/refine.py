@@ -76,7 +76,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Refined:
-    """The best plan's depths, its divergence, that of the first plan, and how many plans were measured."""
+    """The best plan's depths, its divergence, that of the first plan, and how many trials there were."""
 
     depth: Mapping[Block, int]
     divergence: float
@@ -121,27 +121,30 @@ def refine(
 
     best = dict(depth)
     least = first = measure(best)
-    evaluations = 0
+    trials = 0
     with tqdm(total=params.evaluations, desc="search", unit="plan") as bar:
-        while evaluations < params.evaluations and time.monotonic() < end:
+        while trials < params.evaluations and time.monotonic() < end:
             trial = _move(architecture, ladders, curves, best, target, params, rng)
             found = measure(trial)
-            evaluations += 1
+            trials += 1
             if found < least:
                 best, least = trial, found
             bar.set_postfix_str(f"divergence {first:.4f} to {least:.4f}")
             bar.update()
-    return Refined(best, least, first, evaluations)
+    return Refined(best, least, first, trials)
 
 
 def _read(record: Path) -> dict[str, float]:
     record.parent.mkdir(parents=True, exist_ok=True)
-    lines = record.read_text().splitlines() if record.exists() else []
+    text = record.read_text() if record.exists() else ""
+    if text and not text.endswith("\n"):
+        with record.open("a") as file:
+            file.write("\n")  # an interruption cut the last line off
     found = {}
-    for line in lines:
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:  # the line that an interruption cut off
+        except json.JSONDecodeError:
             continue
         found[entry["plan"]] = entry["divergence"]
     return found

@@ -46,6 +46,8 @@ def choose_levels(
     A multiple-choice knapsack, solved exactly by dynamic programming over costs in `BINS` parts of the
     target, each rounded up, so that the target is not passed.
     """
+    if target <= 0:
+        return dict.fromkeys(ladders, 0)
     tables = [
         _layer_choices(architecture, ladders, curves, layer, target, allow_layer_removal)
         for layer in range(architecture.layers)
@@ -62,7 +64,9 @@ def choose_levels(
             better = np.minimum(better, total)
         best = better
         taken.append(chosen)
-    filled = int(np.flatnonzero(np.isfinite(best))[-1])
+    fullest = int(np.flatnonzero(np.isfinite(best))[-1])
+    least = max(0, fullest - architecture.layers)  # rounding up may have added a bin a layer
+    filled = least + int(np.argmin(best[least : fullest + 1]))
     depth: dict[Block, int] = {}
     for options, chosen in zip(reversed(tables), reversed(taken), strict=True):
         option = options[int(chosen[filled])]

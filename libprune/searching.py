@@ -58,6 +58,6 @@ class Search:
         curves, params = self._evidence.curves, self._params
         self.found = refine(judge, self._architecture, ladders, curves, depth, target, params, record)
         typer.echo(
-            f"{self.found.evaluations} plans measured: divergence {self.found.first:.4f} to {self.found.divergence:.4f}"
+            f"{self.found.evaluations} trials: divergence {self.found.first:.4f} to {self.found.divergence:.4f}"
         )
         return dict(self.found.depth)

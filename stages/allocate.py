@@ -35,7 +35,7 @@ def main(
     result = summary(architecture, decision, settings)
     if search is not None and search.found is not None:
         found = search.found
-        result |= {"divergence": found.divergence, "divergence_before": found.first, "plans": found.evaluations}
+        result |= {"divergence": found.divergence, "divergence_before": found.first, "trials": found.evaluations}
     write_json(metrics / "allocation.json", result)
     typer.echo(
         f"asked for {100 * settings.ratio:.2f} % of the {settings.ratio_of} {settings.objective}, removed "

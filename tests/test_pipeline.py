@@ -163,7 +163,7 @@ def test_per_layer_result_from_an_experiment(project):
 def test_a_search_measures_levels_once_for_all_ratios(project):
     done = run(["dvc", "exp", "run", "-S", "preset=best", "-S", "allocate.evaluations=4"], project)
     assert stages_run(done) == ["score", "levels", "allocate", "slice", "evaluate", "report"]
-    assert json.loads((project / "metrics/allocation.json").read_text())["plans"] == 4
+    assert json.loads((project / "metrics/allocation.json").read_text())["trials"] == 4
     done = run(["dvc", "exp", "run", "-S", "allocate.ratio=0.3"], project)
     assert stages_run(done) == ["allocate", "slice", "evaluate", "report"]
     run(["git", "checkout", "-q", "."], project)

@@ -129,17 +129,10 @@ def test_it_stops_only_when_nothing_more_fits(method, data):
         assert all(step.cost > left for step in following[:1])
 
 
-_PARTS_APART = pytest.mark.xfail(reason="the parts of a layer are allocated apart, each as if the other stayed whole")
+LAYER_REMOVAL = list(product(METHODS, (True, False), ("importance", "proportional")))
 
 
-def layer_removal() -> list:
-    """Methods, whether a layer may go, and splits; for `global` and `search` the split says nothing."""
-    cases = product(METHODS, (True, False), ("importance", "proportional"))
-    broken = ("functional", False, "proportional")
-    return [pytest.param(*case, marks=_PARTS_APART if case == broken else ()) for case in cases]
-
-
-@pytest.mark.parametrize(("method", "allowed", "split"), layer_removal())
+@pytest.mark.parametrize(("method", "allowed", "split"), LAYER_REMOVAL)
 @settings(max_examples=20)
 @given(st.permutations(range(18)), st.floats(0.5, 0.99))
 def test_a_layer_goes_only_where_that_is_allowed(method, allowed, split, order, ratio):
@@ -242,10 +235,7 @@ def test_uniform_does_not_remove_every_layer():
 # What cannot be had
 
 
-_NO_LAYER = pytest.mark.xfail(reason="the changes of no layer have no minimum")
-
-
-@pytest.mark.parametrize("method", [pytest.param(m, marks=_NO_LAYER if m == "functional" else ()) for m in METHODS])
+@every_method
 @given(shapes(), st.integers(1, 4), st.integers(1, 12), st.integers(0, 4), st.integers(0, 4))
 def test_a_ratio_out_of_reach_is_refused_with_the_share_in_reach(method, shape, groups, channels, first, last):
     limits = {"min_groups": groups, "min_channels": channels, "freeze_first": first, "freeze_last": last}
