@@ -57,7 +57,5 @@ class Search:
         record: Path = run.work / "search" / f"{name}.jsonl"
         curves, params = self._evidence.curves, self._params
         self.found = refine(judge, self._architecture, ladders, curves, depth, target, params, record)
-        typer.echo(
-            f"{self.found.evaluations} trials: divergence {self.found.first:.4f} to {self.found.divergence:.4f}"
-        )
+        typer.echo(f"{self.found.evaluations} trials: divergence {self.found.first:.4f} to {self.found.divergence:.4f}")
         return dict(self.found.depth)
