@@ -249,7 +249,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "best": {
         "score": {"criterion": "unit_fisher"},
-        "allocate": {"method": "search", "evaluations": 64},
+        "allocate": {"method": "search", "evaluations": 0},
         "slice": {"repair": "sequential"},
     },
 }
