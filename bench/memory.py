@@ -29,7 +29,7 @@ from libprune.report import markdown_table
 from libprune.tokens import write_tokens
 
 ROOT = Path(__file__).parents[1]
-SHAPES = {"small": (512, 1536, 8), "medium": (768, 2304, 16), "large": (1024, 3072, 20)}
+SHAPES = {"small": (384, 1152, 6), "medium": (640, 1920, 10), "large": (896, 2688, 14)}
 SEQUENCES, LENGTH = 16, 128
 PLAIN = """
 import resource, sys, torch

@@ -246,7 +246,7 @@ def test_after_an_interruption_only_layers_that_are_left_are_kept(llama, monkeyp
 
     class Watched(Prefix):
         def __init__(self, *args):
-            chosen.append(set(args[-1]))
+            chosen.append(set(args[4]))
             super().__init__(*args)
 
     monkeypatch.setattr(prefix_module, "Prefix", Watched)
