@@ -282,7 +282,7 @@ def test_a_search_keeps_the_target_and_reports_what_it_measured(place):
     change(place, "allocate", evaluations=3)
     stage("allocate", place)
     told = json.loads((place / "metrics/allocation.json").read_text())
-    assert told["plans"] == 3
+    assert told["trials"] == 3
     assert told["divergence"] <= told["divergence_before"]
     assert told["removed"] <= told["target"]
     layout = Layout(place / "artifacts")

@@ -158,7 +158,14 @@ def indefinite(lowest: float) -> Tensor:
 
 @pytest.mark.parametrize(
     ("lowest", "damping", "used"),
-    [(-0.005, 0.02, 0.02), (-0.005, 1e-5, 1e-2), (-0.05, 1e-4, 0.1), (-0.05, 0.03, 0.3), (-0.4, 0.3, 3.0), (-4.0, 2.0, 10.0)],
+    [
+        (-0.005, 0.02, 0.02),
+        (-0.005, 1e-5, 1e-2),
+        (-0.05, 1e-4, 0.1),
+        (-0.05, 0.03, 0.3),
+        (-0.4, 0.3, 3.0),
+        (-4.0, 2.0, 10.0),
+    ],
 )
 def test_the_damping_grows_by_tens_until_the_matrix_is_positive_definite(lowest, damping, used):
     c, w = indefinite(lowest), torch.tensor([[2.0, 3.0]], dtype=torch.float64)
