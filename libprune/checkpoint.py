@@ -41,6 +41,9 @@ class WeightFiles(Mapping[str, Tensor]):
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
@@ -59,10 +62,12 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a local folder in evaluation mode, in the given dtype, on the CPU."""
+def load_model(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
+    """The model of a local folder in evaluation mode, in the given dtype, on the CPU; under another config if given."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+        folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
     )
     return model.eval()
 

@@ -9,8 +9,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from libprune import cost
 from libprune.architecture import Architecture
 from libprune.artifacts import Layout, read_architecture, read_plan, require, same_origin
-from libprune.checkpoint import load_model, read_provenance
+from libprune.checkpoint import load_config, load_model, read_provenance
 from libprune.compute import resolve_device, resolve_dtype
+from libprune.describe import with_biases
 from libprune.evaluation import Losses, Speed, compare_speed, perplexity, perplexity_ratio, window_losses
 from libprune.params import Compute, Evaluate
 from libprune.plan import Plan
@@ -34,6 +35,7 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
     dense = load_model(layout.model, dtype).to(device)
     pruned = load_model(layout.pruned, dtype, trust_remote_code=plan_meta["shape"] == "per_layer").to(device)
 
+    left, _ = with_biases(architecture, load_config(layout.model), provenance["biases_added"])
     models = {"dense": dense, "pruned": pruned}
     losses = [window_losses(model, ids, compute.batch_tokens, name) for name, model in models.items()]
     prompt = torch.from_numpy(ids.reshape(1, -1)[:, : params.prompt_tokens]).to(device)
@@ -46,7 +48,7 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
         "units": {part: architecture.units(part) for part in architecture.parts},
         "kept": [{part: plan.kept(layer, part) for part in architecture.parts} for layer in range(architecture.layers)],
         "dense": _one(architecture, Plan.dense(architecture), losses[0], speed.dense, dtype),
-        "pruned": _one(architecture, plan, losses[1], speed.pruned, dtype) | _removed(architecture, plan),
+        "pruned": _one(left, plan, losses[1], speed.pruned, dtype) | _removed(architecture, left, plan),
         "perplexity_ratio": {"value": ratio.value, "se": ratio.error},
         "tasks": tasks,
         "speed": {name: value for name, value in asdict(speed).items() if name not in {"dense", "pruned"}},
@@ -88,8 +90,9 @@ def _one(architecture: Architecture, plan: Plan, losses: Losses, speed: Speed, d
     }
 
 
-def _removed(architecture: Architecture, plan: Plan) -> dict[str, float]:
-    dense, left = cost.size(architecture, Plan.dense(architecture)), cost.size(architecture, plan)
+def _removed(architecture: Architecture, pruned: Architecture, plan: Plan) -> dict[str, float]:
+    """``pruned`` is the dense model's architecture with the biases that the repair has added."""
+    dense, left = cost.size(architecture, Plan.dense(architecture)), cost.size(pruned, plan)
     return {
         "decoder_share_removed": 1 - left.decoder / dense.decoder,
         "total_share_removed": 1 - left.total / dense.total,

@@ -3,16 +3,17 @@ the family file does not speak of stops here, by name.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
+import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from libprune.architecture import Architecture, Map, Parameter, PartShape
 from libprune.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
 from libprune.errors import FamilyError, NotationError, NotExpressibleError, nearest
-from libprune.family import Family, family_of
+from libprune.family import Family, families, family_of
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
 """Modules that store the weight of a map as ``[input, output]``."""
@@ -51,6 +52,34 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
         cache=parse_expr(family.cache),
         fingerprint=fingerprint,
     )
+
+
+def bias_key(family: str, config: PreTrainedConfig, part: str) -> str | None:
+    """The config key that gives all maps of a part a bias; None if this config class has none."""
+    key = families()[family].config.biases.get(part)
+    return key if key is not None and hasattr(config, key) else None
+
+
+def with_biases(
+    architecture: Architecture, config: PreTrainedConfig, parts: Collection[str]
+) -> tuple[Architecture, PreTrainedConfig]:
+    """The same model with a bias on every map of the given parts, as its config can say it.
+
+    Raises:
+        NotExpressibleError: naming a part whose config has no key for that.
+    """
+    data = config.to_dict()
+    for part in parts:
+        key = bias_key(architecture.family, config, part)
+        if key is None:
+            raise NotExpressibleError(f"the config of this {config.model_type} model cannot say biases in its {part}")
+        data[key] = True
+    if data == config.to_dict():
+        return architecture, config
+    biased = type(config).from_dict(data)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(biased)
+    return describe(model, architecture.fingerprint, accept=tuple(data)), biased
 
 
 def check_config(family: Family, config: PreTrainedConfig, accept: tuple[str, ...] = ()) -> None:

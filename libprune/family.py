@@ -51,6 +51,8 @@ class ConfigKeys(_Strict):
     """Keys that hold one entry a block; the entries of a deleted block go with it."""
     fixed: dict[str, list[Any]] = Field(default_factory=dict)
     """Keys of which only the listed values are understood."""
+    biases: dict[str, str] = Field(default_factory=dict)
+    """Part to the key that gives all its maps a bias when it is true, where the model has none."""
     inert: list[str] = Field(default_factory=list)
     """Keys that no prunable size depends on."""
 
@@ -73,7 +75,9 @@ class ConfigKeys(_Strict):
     @property
     def known(self) -> frozenset[str]:
         """Every key that the family file speaks of."""
-        return frozenset({self.layers, *self.sizes, *self.per_layer_lists, *self.fixed, *self.inert})
+        return frozenset(
+            {self.layers, *self.sizes, *self.per_layer_lists, *self.fixed, *self.biases.values(), *self.inert}
+        )
 
 
 class Family(_Strict):

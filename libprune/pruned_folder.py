@@ -36,7 +36,13 @@ _TOKENIZER_FILES = (
 
 
 def write_pruned(
-    folder: Path, dense: Path, architecture: Architecture, plan: Plan, shape: str, state: Mapping[str, Tensor]
+    folder: Path,
+    dense: Path,
+    architecture: Architecture,
+    plan: Plan,
+    shape: str,
+    state: Mapping[str, Tensor],
+    config: PreTrainedConfig | None = None,
 ) -> None:
     """Write a pruned model as a Hugging Face folder.
 
@@ -45,12 +51,13 @@ def write_pruned(
         dense: the dense model's folder; tokenizer, chat template and generation config come from it.
         shape: `uniform` or `per_layer`.
         state: the pruned parameters by their new names (`libprune.surgery.slice_state`).
+        config: of the dense shape; the dense folder's if None.
 
     Raises:
         NotExpressibleError: if the family's config cannot hold the shape.
     """
     family = families()[architecture.family]
-    config = load_config(dense)
+    config = config or load_config(dense)
     dtype = next(iter(state.values())).dtype
     pruned = pruned_config(family, config, architecture, plan, shape)
     pruned["dtype"] = str(dtype).removeprefix("torch.")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from libprune.architecture import Architecture
 from libprune.artifacts import Layout, read_architecture, read_plan, require, write_table
-from libprune.checkpoint import PROVENANCE, WeightFiles, load_model
+from libprune.checkpoint import PROVENANCE, WeightFiles, load_config, load_model
 from libprune.compute import named_dtype
+from libprune.describe import with_biases
 from libprune.params import Compute, Slice
 from libprune.plan import Plan
 from libprune.pruned_folder import write_pruned
@@ -28,20 +29,23 @@ _CHECKED_SEQUENCES, _CHECKED_LENGTH = 2, 64
 
 
 class _Weights(Mapping[str, Tensor]):
-    """The dense weights with repaired ones in their place, cast when they are read."""
+    """The dense weights with repaired ones in their place and zeros for added ones, cast when they are read."""
 
-    def __init__(self, dense: WeightFiles, repaired: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._dense, self._repaired, self._dtype = dense, repaired, dtype
+    def __init__(self, architecture: Architecture, dense: WeightFiles, fits: list[Fit], dtype: torch.dtype) -> None:
+        self._shapes = {p.name: [dim.size(architecture.sizes) for dim in p.dims] for p in architecture.parameters}
+        self._dense, self._repaired, self._dtype = dense, new_parameters(fits), dtype
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self._repaired and name not in self._dense:
+            return torch.zeros(self._shapes[name], dtype=self._dtype)
         tensor = self._repaired[name] if name in self._repaired else self._dense[name]
         return tensor.to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._dense)
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return len(self._dense)
+        return len(self._shapes)
 
 
 def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tuple[dict[str, float], list[Fit]]:
@@ -57,22 +61,31 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     plan, meta = read_plan(layout, architecture)
     dense = WeightFiles(require(layout.model, "prepare"))
     fits = REPAIRS[params.repair](layout, architecture, plan, compute, params)
+    added = sorted({fit.consumer.part for fit in fits if fit.bias is not None and fit.consumer.bias not in dense})
+    architecture, config = with_biases(architecture, load_config(layout.model), added)
     stored = named_dtype(params.dtype, dense[architecture.parameters[0].name].dtype)
-    weights = _Weights(dense, new_parameters(fits), stored)
-    write_pruned(folder, layout.model, architecture, plan, meta["shape"], slice_state(weights, architecture, plan))
+    weights = _Weights(architecture, dense, fits, stored)
+    state = slice_state(weights, architecture, plan)
+    write_pruned(folder, layout.model, architecture, plan, meta["shape"], state, config)
     shutil.copyfile(layout.plan, folder / "plan.parquet")
     write_table(folder / "repair.parquet", fit_table(fits), {"model": architecture.fingerprint})
-    proof, errors = _prove(layout, folder, architecture, plan, weights, meta["shape"]), mean_errors(fits)
-    made = {"plan": meta, "slice": params.model_dump(), "repair": errors, "proof": proof, **_versions()}
-    (folder / PROVENANCE).write_text(json.dumps(made, indent=2) + "\n")
+    model = load_model(layout.model, torch.float32, config=config)
+    proof, errors = _prove(layout, folder, model, architecture, plan, weights, meta["shape"]), mean_errors(fits)
+    made = {"plan": meta, "slice": params.model_dump(), "repair": errors, "biases_added": added, "proof": proof}
+    (folder / PROVENANCE).write_text(json.dumps(made | _versions(), indent=2) + "\n")
     return proof | errors, fits
 
 
 def _prove(
-    layout: Layout, folder: Path, architecture: Architecture, plan: Plan, weights: Mapping[str, Tensor], shape: str
+    layout: Layout,
+    folder: Path,
+    model: nn.Module,
+    architecture: Architecture,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    shape: str,
 ) -> dict[str, float]:
     """Compare the folder, loaded in a fresh process, with the dense model under the same weights and the mask."""
-    model = load_model(layout.model, torch.float32)
     _set_weights(model, architecture, weights)
     tokens, _ = read_tokens(layout.calibration, architecture.fingerprint)
     ids = torch.from_numpy(tokens[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH])

@@ -281,19 +281,19 @@ def repair_bias(
         architecture: the model's description.
         plan: what is removed.
         weight_of: a parameter of the dense model by its name.
-        bias_of: a consumer's bias, None if it has none.
+        bias_of: a consumer's bias, zeros where the config can add one, None where it cannot.
         mean_of: E[x] of a consumer's inputs over the sequences of the fit.
         inputs_of: what is known of a consumer's inputs.
 
     Raises:
-        LibpruneError: naming a consumer that has no bias to hold it.
+        LibpruneError: naming a consumer that can have no bias.
     """
     fits = []
     for consumer, kept in pruned_consumers(architecture, plan):
         bias, inputs = bias_of(consumer), inputs_of(consumer)
         if bias is None:
             raise LibpruneError(
-                f"slice.repair: bias needs a bias on {consumer.module}, and this architecture has none there; "
+                f"slice.repair: bias needs a bias on {consumer.module}, and the config of this model cannot say one; "
                 "choose slice.repair: local or sequential"
             )
         weight, mean = oriented(consumer, weight_of(consumer.weight)).double(), mean_of(consumer).double()

@@ -17,8 +17,9 @@ from libprune.activations import GRAM, HELD_OUT
 from libprune.architecture import Architecture, Map
 from libprune.artifacts import Layout, remove, same_origin, writing
 from libprune.calibration import require_own_weights, set_up
-from libprune.checkpoint import WeightFiles
+from libprune.checkpoint import WeightFiles, load_config
 from libprune.collection import fingerprint
+from libprune.describe import bias_key
 from libprune.errors import LibpruneError
 from libprune.params import Compute, Slice
 from libprune.plan import Plan
@@ -66,11 +67,14 @@ def inputs_identity(layout: Layout) -> dict[str, Any]:
 
 
 def _bias(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
-    names = {parameter.name for parameter in architecture.parameters}
-    dense = WeightFiles(layout.model)
+    dense, config = WeightFiles(layout.model), load_config(layout.model)
 
     def bias(consumer: Map) -> Tensor | None:
-        return dense[consumer.bias] if consumer.bias in names else None
+        if consumer.bias in dense:
+            return dense[consumer.bias]
+        if bias_key(architecture.family, config, consumer.part) is None:
+            return None
+        return torch.zeros(consumer.output.size(architecture.sizes), dtype=dense[consumer.weight].dtype)
 
     def mean(consumer: Map) -> Tensor:
         return read_tensor(layout.activations, consumer.layer, f"{consumer.module}{GRAM}.mean", "activations")

@@ -100,7 +100,7 @@ def _what_was_measured(protocol: Metrics) -> str:
 def _what_was_cut(result: Metrics) -> str:
     plan, pruned = result["plan"], result["pruned"]
     return (
-        f"Asked for {100 * plan['ratio']:.1f} % of the {plan['ratio_of']} parameters; removed "
+        f"Asked for {100 * plan['ratio']:.1f} % of the {plan['ratio_of']} {plan['objective']}; removed "
         f"{100 * pruned['decoder_share_removed']:.2f} % of the decoder's, {100 * pruned['total_share_removed']:.2f} % "
         f"of all, and {100 * pruned['macs_share_removed']:.2f} % of the multiplications a token. Criterion "
         f"`{plan['criterion']}` (scaling `{plan['scaling']}`), allocation `{plan['method']}`, repair "

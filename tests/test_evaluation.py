@@ -153,10 +153,26 @@ EVALUATION = {
         "total_share_removed": 0.1578,
         "macs_share_removed": 0.1581,
     },
-    "pruning": {"slice": {"repair": "local"}, "proof": {"logit_difference": 2.5e-6, "logit_scale": 33.1}},
+    "pruning": {
+        "slice": {"repair": "local"},
+        "repair": {
+            "lost_before": 0.2211,
+            "lost_after": 0.1322,
+            "lost_held_out_before": 0.2233,
+            "lost_held_out_after": 0.1644,
+        },
+        "proof": {"logit_difference": 2.5e-6, "logit_scale": 33.1},
+    },
     "units": {"attention": 3, "mlp": 1536},
     "kept": [{"attention": 3, "mlp": 1200}, {"attention": 2, "mlp": 1111}],
     "perplexity_ratio": {"value": 1.2715, "se": 0.0086},
+    "tasks": {
+        "piqa": {
+            "dense": {"n": 1838.0, "acc": 0.68, "acc_se": 0.011, "acc_norm": 0.6714, "acc_norm_se": 0.01099},
+            "pruned": {"n": 1838.0, "acc": 0.6, "acc_se": 0.012, "acc_norm": 0.6102, "acc_norm_se": 0.0114},
+        },
+        "winogrande": {"dense": {"acc": 0.51, "acc_se": 0.014}, "pruned": {"acc": 0.52, "acc_se": 0.014}},
+    },
     "speed": {
         "prefill_ratio": 1.204,
         "decode_ratio": 1.219,
@@ -186,6 +202,8 @@ def test_the_headline_holds_the_measured_numbers():
     assert rows["prefill, tokens/s"][:2] == ("1,234", "1,481")
     assert "1.20" in rows["prefill, tokens/s"][2]
     assert rows["decode, tokens/s"][2] == "× 1.22 (1.15 to 1.26)"
+    assert rows["piqa, acc_norm, %"] == ("67.1 ± 1.1", "61.0 ± 1.1", "-6.1")
+    assert rows["winogrande, acc, %"] == ("51.0 ± 1.4", "52.0 ± 1.4", "+1.0")
 
 
 cells = st.text(st.characters(codec="ascii", categories=["L", "N"]), max_size=6)
@@ -213,6 +231,7 @@ def test_the_report_says_what_was_cut_what_it_cost_and_how_to_load_it(shape):
         "method": "global",
         "ratio": 0.2,
         "ratio_of": "decoder",
+        "objective": "macs",
         "shape": shape,
         "kept_set_overlap": {"taylor": 0.98765},
     }
@@ -222,6 +241,9 @@ def test_the_report_says_what_was_cut_what_it_cost_and_how_to_load_it(shape):
         assert words in text
     assert "24 windows of 1024 tokens of some text" in text
     assert "2.5e-06 of 33.1" in text
+    assert "20.0 % of the decoder macs" in text
+    for share in ("22.1 %", "13.2 %", "22.3 %", "16.4 %"):
+        assert share in text
     assert "| 0 | 3 of 3 | 1200 of 1536 |" in text
     assert "| 1 | 2 of 3 | 1111 of 1536 |" in text
     assert how_to_load("out/pruned", shape) in text

@@ -14,6 +14,8 @@ import yaml
 from tests import tiny
 from tests.closure import ROOT
 
+pytestmark = pytest.mark.xdist_group("pipeline")  # its tests share a project; the largest group starts first
+
 ORDER = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
 ORDER += ["score", "levels", "allocate", "slice", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]

@@ -526,6 +526,6 @@ def test_the_errors_of_a_bias_are_those_of_the_data():
 def test_a_consumer_without_a_bias_is_named():
     model = FAMILIES["llama_mha"](0)
     plan = plan_of(describe(model), lambda layer, part: 2)
-    message = r"needs a bias on model\.layers\.0\.self_attn\.o_proj, .*none there; choose slice\.repair: local"
+    message = r"needs a bias on model\.layers\.0\.self_attn\.o_proj, .*cannot say one; choose slice\.repair: local"
     with pytest.raises(LibpruneError, match=message):
         bias_repair(model, plan, random_inputs(model, plan, 30, 0))
