@@ -97,9 +97,9 @@ class Gradients(_Section):
 class Hessian(_Section):
     """The diagonal of the Hessian."""
 
-    estimator: Literal["fisher", "fisher_sample", "hutchinson", "none"] = "fisher"
-    """`fisher`: n_tok mean_i g_i^2; `fisher_sample`: mean_i g_i^2; `hutchinson`: mean of v (H v) over
-    random signs v; `none`: collect nothing."""
+    estimator: Literal["fisher", "fisher_sample", "hutchinson", "none"] = "none"
+    """`none`: collect nothing, as no preset reads it; `fisher`: n_tok mean_i g_i^2; `fisher_sample`: mean_i g_i^2; `hutchinson`: mean of v (H v) over
+    random signs v."""
     sequences: Count | None = 128
     """Calibration sequences used, from the first; null: all."""
     probes: Count = 1

@@ -79,7 +79,7 @@ def write_params(path: Path, model: str, text: str, **changes: dict) -> Path:
         },
         "compute": {"device": "cpu", "dtype": "float32", "batch_tokens": 64},
         "gradients": {"sequences": 6},
-        "hessian": {"sequences": 6},
+        "hessian": {"sequences": 6, "estimator": "fisher"},
         "levels": {"number": 3},
         "evaluate": {"prompt_tokens": 8, "decode_tokens": 2, "rounds": 2},
     }
