@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from libprune import cost
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns
+from libprune.cost import Prices
 from libprune.errors import BudgetError, LibpruneError
 from libprune.ladders import Ladders, build_ladders, plan_of
 from libprune.methods import METHODS, Depth, Evidence
@@ -19,9 +20,9 @@ from libprune.plan import Plan
 NO_EVIDENCE = Evidence()
 
 
-def target_of(architecture: Architecture, params: Allocate) -> int:
+def target_of(prices: Prices, params: Allocate) -> int:
     """How much of the objective is to go."""
-    return round(params.ratio * cost.whole(architecture, params.objective, params.ratio_of))
+    return round(params.ratio * (prices.decoder if params.ratio_of == "decoder" else prices.total))
 
 
 Improve = Callable[[Ladders, Depth, int], Depth]
@@ -47,13 +48,13 @@ def allocate(
     Raises:
         BudgetError: if the target cannot be reached under the floors, or not in the asked shape.
     """
-    ladders = build_ladders(architecture, scores, params)
-    target = target_of(architecture, params)
+    prices = cost.prices(architecture, params.objective, evidence.latency)
+    ladders, target = build_ladders(architecture, scores, params, prices), target_of(prices, params)
     depth = METHODS[params.method](architecture, ladders, target, params, evidence)
     if improve is not None:
         depth = improve(ladders, depth, target)
     plan = plan_of(architecture, ladders, depth)
-    _check_reached(architecture, ladders, plan, target, params, evidence)
+    _check_reached(architecture, ladders, plan, target, prices, params, evidence)
     return plan
 
 
@@ -84,14 +85,15 @@ def _not_uniform(architecture: Architecture, plan: Plan) -> str | None:
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, the shape it is to be saved in, how it split the budget, and its overlap with the plans of
-    the criterion's components.
+    """A plan, the shape it is to be saved in, how it split the budget, its overlap with the plans of
+    the criterion's components, and the prices that the budget was counted in.
     """
 
     plan: Plan
     shape: str
     split: str
     overlap: Mapping[str, float]
+    prices: Prices
 
     @property
     def keep_column(self) -> NDArray[np.bool_]:
@@ -115,6 +117,10 @@ def decide(
     """
     comparable = meta["comparable"] and meta["scaling"] == "none"
     _require_comparable(meta, params)
+    prices = cost.prices(architecture, params.objective, evidence.latency)
+    if comparable and params.objective != "parameters":
+        unit = np.concatenate([np.full(architecture.units(block[1]), prices.unit[block]) for block in prices.unit])
+        scores = scores | {"score": scores["importance"] / np.maximum(unit, 1)}
     if params.split == "auto":
         params = params.model_copy(update={"split": "importance" if comparable else "proportional"})
     plan = allocate(architecture, scores, params, evidence, improve)
@@ -123,7 +129,7 @@ def decide(
     for name in components if len(components) > 1 else []:
         alone = scores | {"importance": scores[name], "score": scores[name] / scores["cost"]}
         overlap[name] = jaccard(plan, allocate(architecture, alone, params, evidence))
-    return Decision(plan, result_shape(architecture, plan, params), params.split, overlap)
+    return Decision(plan, result_shape(architecture, plan, params), params.split, overlap, prices)
 
 
 COMPARED_COMPONENTS = ("taylor", "fisher")
@@ -140,11 +146,12 @@ def _require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
 
 def summary(architecture: Architecture, decision: Decision, params: Allocate) -> dict[str, Any]:
     """The content of `metrics/allocation.json`."""
-    plan, parameters = decision.plan, cost.removed(architecture, decision.plan, "parameters")
+    prices, parameters = decision.prices, cost.prices(architecture, "parameters").removed(decision.plan)
     return {
         "objective": params.objective,
-        "target": target_of(architecture, params),
-        "removed": cost.removed(architecture, plan, params.objective),
+        "target": target_of(prices, params),
+        "removed": prices.removed(decision.plan),
+        "share_removed": prices.removed(decision.plan) / prices.decoder,
         "removed_parameters": parameters,
         "decoder_share_removed": parameters / architecture.decoder_parameters,
         "total_share_removed": parameters / architecture.total_parameters,
@@ -153,16 +160,21 @@ def summary(architecture: Architecture, decision: Decision, params: Allocate) ->
 
 
 def _check_reached(
-    architecture: Architecture, ladders: Ladders, plan: Plan, target: int, params: Allocate, evidence: Evidence
+    architecture: Architecture,
+    ladders: Ladders,
+    plan: Plan,
+    target: int,
+    prices: Prices,
+    params: Allocate,
+    evidence: Evidence,
 ) -> None:
     """Stop when more is asked for than the method can remove at all; coarse steps alone are no error."""
-    removed = cost.removed(architecture, plan, params.objective)
+    removed = prices.removed(plan)
     cheapest = min((step.cost for steps in ladders.values() for step in steps), default=0)
     if target - removed <= cheapest:
         return
-    whole = cost.whole(architecture, params.objective, "total")
-    everything = METHODS[params.method](architecture, ladders, whole, params, evidence)
-    most = cost.removed(architecture, plan_of(architecture, ladders, everything), params.objective)
+    everything = METHODS[params.method](architecture, ladders, prices.total, params, evidence)
+    most = prices.removed(plan_of(architecture, ladders, everything))
     if most < target:
         base, what = target / params.ratio, params.objective
         raise BudgetError(

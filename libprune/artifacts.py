@@ -84,6 +84,11 @@ class Layout:
         return self.root / "levels.parquet"
 
     @property
+    def latency(self) -> Path:
+        """The measured time of a layer by its width."""
+        return self.root / "latency.json"
+
+    @property
     def scores(self) -> Path:
         """The global importance table."""
         return self.root / "scores.parquet"

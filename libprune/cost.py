@@ -1,6 +1,8 @@
 """What units cost and what a plan leaves, counted from the axes alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from libprune.architecture import Architecture, Parameter
 from libprune.plan import Plan
@@ -32,34 +34,64 @@ def unit_parameters(architecture: Architecture, layer: int, part: str) -> int:
     )
 
 
-def unit_cost(architecture: Architecture, layer: int, part: str, objective: str) -> int:
-    """What goes with one unit of a part: parameters, or multiply-accumulates or elements of the KV cache a token."""
+@dataclass(frozen=True)
+class Prices:
+    """What a budget is counted in: whole numbers of something, additive over what is removed.
+
+    Attributes:
+        unit: by (layer, part), what goes with one unit.
+        rest: by (layer, part), what goes only with the whole part.
+        decoder: all that the blocks of the dense model take.
+        total: the same with embeddings and head.
+    """
+
+    unit: Mapping[tuple[int, str], int]
+    rest: Mapping[tuple[int, str], int]
+    decoder: int
+    total: int
+
+    def removed(self, plan: Plan) -> int:
+        """How much a plan removes."""
+        units = sum(int((~keep).sum()) * self.unit[block] for block, keep in plan.keep.items())
+        return units + sum(self.rest[block] for block in plan.keep if plan.gone(*block))
+
+
+def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any] | None = None) -> Prices:
+    """The prices of an objective of `allocate.objective`.
+
+    Args:
+        architecture: the model's description.
+        objective: `parameters`, `macs` (multiply-accumulates a token), `cache` (elements a token) or `latency`
+            (picoseconds of one forward pass).
+        latency: what the latency stage measured; for that objective.
+    """
+    if objective == "latency":
+        assert latency is not None
+        return _measured_prices(architecture, latency)
+    blocks = list(architecture.blocks())
     if objective == "parameters":
-        return unit_parameters(architecture, layer, part)
-    return _part_cost(architecture, layer, part, 1, objective) - _part_cost(architecture, layer, part, 0, objective)
-
-
-def overhead(architecture: Architecture, layer: int, part: str, objective: str) -> int:
-    """What goes only with the whole part."""
-    if objective == "parameters":
-        return part_overhead(architecture, layer, part)
-    return _part_cost(architecture, layer, part, 0, objective)
-
-
-def whole(architecture: Architecture, objective: str, of: str) -> int:
-    """The dense model's amount: inside the blocks (`decoder`), or with embeddings and head too (`total`)."""
+        unit = {block: unit_parameters(architecture, *block) for block in blocks}
+        rest = {block: part_overhead(architecture, *block) for block in blocks}
+        return Prices(unit, rest, architecture.decoder_parameters, architecture.total_parameters)
+    rest = {block: _part_cost(architecture, *block, 0, objective) for block in blocks}
+    unit = {block: _part_cost(architecture, *block, 1, objective) - rest[block] for block in blocks}
     dense = size(architecture, Plan.dense(architecture))
-    if objective == "parameters":
-        return dense.decoder if of == "decoder" else dense.total
-    head = architecture.sizes["vocab"] * architecture.sizes["model"]
-    return {"macs": dense.macs - (head if of == "decoder" else 0), "cache": dense.cache}[objective]
+    if objective == "cache":
+        return Prices(unit, rest, dense.cache, dense.cache)
+    return Prices(unit, rest, dense.macs - architecture.sizes["vocab"] * architecture.sizes["model"], dense.macs)
 
 
-def removed(architecture: Architecture, plan: Plan, objective: str) -> int:
-    """How much of an objective a plan removes."""
-    dense, left = size(architecture, Plan.dense(architecture)), size(architecture, plan)
-    name = {"parameters": "decoder"}.get(objective, objective)
-    return int(getattr(dense, name) - getattr(left, name))
+def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> Prices:
+    """Of the straight lines that were fitted to measured times; a whole part is worth its units alone."""
+    ps = {part: round(1e12 * seconds) for part, seconds in latency["unit"].items()}
+    layer = round(1e12 * latency["fixed"]) + sum(ps[part] * architecture.units(part) for part in architecture.parts)
+    decoder = architecture.layers * layer
+    return Prices(
+        unit={(layer, part): ps[part] for layer, part in architecture.blocks()},
+        rest=dict.fromkeys(architecture.blocks(), 0),
+        decoder=decoder,
+        total=decoder + round(1e12 * latency["outside"]),
+    )
 
 
 def _part_cost(architecture: Architecture, layer: int, part: str, count: int, objective: str) -> int:

@@ -1,9 +1,11 @@
 """What allocation methods need beside the scores, read from the artifacts."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from libprune.architecture import Architecture
-from libprune.artifacts import Columns, Layout, read_table, same_origin
+from libprune.artifacts import Columns, Layout, read_json, read_table, same_origin
 from libprune.levels import order_digest, unit_orders
 from libprune.methods import Evidence
 from libprune.params import Allocate
@@ -12,11 +14,19 @@ from libprune.shards import read_meta, read_tensor
 
 
 def read_evidence(layout: Layout, architecture: Architecture, scores: Columns, params: Allocate) -> Evidence:
-    """What the chosen method needs; empty for those that need nothing.
+    """What the chosen method and objective need; empty for those that need nothing.
 
     Raises:
         ArtifactError: if it is missing, or was measured on another model or with units in another order.
     """
+    latency = None
+    if params.objective == "latency":
+        latency = read_json(layout.latency, "latency")
+        same_origin(layout.latency, latency, {"model": architecture.fingerprint})
+    return replace(_of_method(layout, architecture, scores, params), latency=latency)
+
+
+def _of_method(layout: Layout, architecture: Architecture, scores: Columns, params: Allocate) -> Evidence:
     origin = {"model": architecture.fingerprint}
     if params.method == "functional":
         same_origin(layout.activations, read_meta(layout.activations, "activations"), origin)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune import cost
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns
+from libprune.cost import Prices
 from libprune.params import Allocate
 from libprune.plan import Plan
 
@@ -34,7 +34,7 @@ Ladders = Mapping[Block, tuple[Step, ...]]
 """For every block the removals that are allowed, in the order in which they happen."""
 
 
-def build_ladders(architecture: Architecture, scores: Columns, params: Allocate) -> Ladders:
+def build_ladders(architecture: Architecture, scores: Columns, params: Allocate, prices: Prices) -> Ladders:
     """The allowed removals of every block; ties break by unit."""
     ladders: dict[Block, tuple[Step, ...]] = {}
     start = 0
@@ -43,22 +43,22 @@ def build_ladders(architecture: Architecture, scores: Columns, params: Allocate)
         start = rows.stop
         frozen = layer < params.freeze_first or layer >= architecture.layers - params.freeze_last
         rank, importance = scores[params.rank_by][rows], scores["importance"][rows]
-        ladders[layer, part] = () if frozen else _ladder(architecture, layer, part, rank, importance, params)
+        unit, rest = prices.unit[layer, part], prices.rest[layer, part]
+        ladders[layer, part] = () if frozen else _ladder(part, rank, importance, unit, rest, params)
     return ladders
 
 
 def _ladder(
-    architecture: Architecture,
-    layer: int,
     part: str,
     rank: NDArray[np.float64],
     importance: NDArray[np.float64],
+    unit_price: int,
+    rest: int,
     params: Allocate,
 ) -> tuple[Step, ...]:
     multiple = params.channel_multiple if part == "mlp" else 1
     floor = getattr(params, _FLOORS[part])
-    unit_cost = cost.unit_cost(architecture, layer, part, params.objective)
-    if unit_cost == 0:  # nothing to gain for this objective
+    if unit_price == 0:  # nothing to gain for this objective
         return ()
     order = np.argsort(rank, kind="stable")
     steps: list[Step] = []
@@ -69,8 +69,7 @@ def _ladder(
         if left < floor:
             break
         units = order[gone : gone + size]
-        overhead = cost.overhead(architecture, layer, part, params.objective) if left == 0 else 0
-        total = size * unit_cost + overhead
+        total = size * unit_price + (rest if left == 0 else 0)
         # The mean of equal ranks may round down; ranks that descend would let a later step sort first.
         mean = max(float(rank[units].mean()), steps[-1].rank if steps else -np.inf)
         steps.append(Step(tuple(units.tolist()), total, mean, float(importance[units].sum())))

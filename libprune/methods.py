@@ -21,10 +21,12 @@ class Evidence:
     Attributes:
         change: 1 - cosine between each block's input and output, ``[layers]``; for `functional`.
         curves: for every block the divergence by the number of units removed, ``[units + 1]``, nats; for `search`.
+        latency: the straight lines fitted to measured times; for the objective `latency`.
     """
 
     change: NDArray[np.float64] | None = None
     curves: Mapping[Block, NDArray[np.float64]] | None = None
+    latency: Mapping[str, Any] | None = None
 
 
 Depth = dict[Block, int]

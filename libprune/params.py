@@ -98,8 +98,8 @@ class Hessian(_Section):
     """The diagonal of the Hessian."""
 
     estimator: Literal["fisher", "fisher_sample", "hutchinson", "none"] = "none"
-    """`none`: collect nothing, as no preset reads it; `fisher`: n_tok mean_i g_i^2; `fisher_sample`: mean_i g_i^2; `hutchinson`: mean of v (H v) over
-    random signs v."""
+    """`none`: collect nothing, since no preset reads it; `fisher`: n_tok mean_i g_i^2; `fisher_sample`: mean_i g_i^2;
+    `hutchinson`: mean of v (H v) over random signs v."""
     sequences: Count | None = 128
     """Calibration sequences used, from the first; null: all."""
     probes: Count = 1
@@ -159,6 +159,19 @@ class Levels(_Section):
     """Levels of every block, at even distances up to all of its units."""
 
 
+class Latency(_Section):
+    """The measured time of a layer by its width; for `allocate.objective: latency`."""
+
+    tokens: Count = 256
+    """Tokens of each sequence in one forward pass; 1: a step of decoding, without the attention to a past."""
+    batch: Count = 1
+    """Sequences at once."""
+    widths: Annotated[int, Field(ge=2)] = 5
+    """Widths measured of each part, up to all of its units."""
+    rounds: Count = 9
+    """Timed rounds over all widths; the median counts."""
+
+
 class Allocate(_Section):
     """How much goes where."""
 
@@ -166,8 +179,9 @@ class Allocate(_Section):
     """Share to remove."""
     ratio_of: Literal["decoder", "total"] = "decoder"
     """Of what lies inside the blocks, or of all."""
-    objective: Literal["parameters", "macs", "cache"] = "parameters"
-    """What the ratio is of: parameters (and so bytes), multiply-accumulates a token, or bytes of the KV cache."""
+    objective: Literal["parameters", "macs", "cache", "latency"] = "parameters"
+    """What the ratio is of: parameters (and so bytes), multiply-accumulates a token, bytes of the KV cache, or
+    time of a forward pass on this machine (the latency stage)."""
     method: Literal["uniform", "global", "functional", "search"] = "uniform"
     """`uniform`: the same counts in every layer; `global`: the lowest scores anywhere; `functional`: layers that
     change their input less lose more; `search`: least measured divergence (the levels stage)."""
@@ -271,6 +285,7 @@ class Params(_Section):
     ablation: Ablation = Ablation()
     score: Score = Score()
     levels: Levels = Levels()
+    latency: Latency = Latency()
     allocate: Allocate = Allocate()
     slice: Slice = Slice()
     evaluate: Evaluate = Evaluate()

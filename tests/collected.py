@@ -68,7 +68,7 @@ def hessian(
 ) -> Accumulator:
     """The sums of the hessian stage."""
     architecture = architecture or describe(model)
-    settings = Hessian(**({"storage_dtype": "float32"} | section))
+    settings = Hessian(**({"storage_dtype": "float32", "estimator": "fisher"} | section))
     length = LENGTH if ids is None else ids.shape[1]
     sums = Accumulator(hessian_groups(architecture, length - 1, settings))
     if settings.estimator == "hutchinson":

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from libprune.architecture import Architecture, Parameter, PartShape
 from libprune.artifacts import Columns, unit_index
 from libprune.axes import parse_expr
-from libprune.ladders import Block
+from libprune.cost import prices
+from libprune.ladders import Block, Ladders, build_ladders
 from libprune.methods import Evidence
 from libprune.params import Allocate
 from libprune.plan import Plan
@@ -125,6 +126,11 @@ def _parameters(name: str, text: str, layer: int, part: str, bias: bool) -> list
 
 EQUAL_COSTS = Shape(q=1, d=1, gates=3)
 """A group and a channel cost the same, so that a global order is the order of the scores."""
+
+
+def ladders_of(architecture: Architecture, scores: Columns, params: Allocate) -> Ladders:
+    """The ladders under the prices of the asked objective."""
+    return build_ladders(architecture, scores, params, prices(architecture, params.objective))
 
 
 @st.composite

@@ -1,5 +1,7 @@
 """Costs counted from the axes equal the formulas that papers give, and the sizes of known models."""
 
+from operator import attrgetter
+
 import numpy as np
 import pytest
 import torch
@@ -115,16 +117,18 @@ def test_a_large_model_is_described_without_memory():
 def test_every_objective_counts_what_a_unit_takes_with_it(name, objective):
     """The cost of a unit is what the exact size of the model loses with it, and the last one takes the rest."""
     architecture = describe(FAMILIES[name](0))
-    dense = Plan.dense(architecture).keep
+    prices, dense = cost.prices(architecture, objective), Plan.dense(architecture).keep
+    size = cost.size(architecture, Plan(dense))
+    amount = attrgetter({"parameters": "total"}.get(objective, objective))
     for part in architecture.parts:
         number = architecture.units(part)
         without = [Plan({**dense, (1, part): np.arange(number) >= gone}) for gone in range(number + 1)]
-        found = [cost.removed(architecture, plan, objective) for plan in without]
-        each = cost.unit_cost(architecture, 1, part, objective)
-        rest = cost.overhead(architecture, 1, part, objective)
+        amounts = [amount(cost.size(architecture, plan)) for plan in without]
+        assert [prices.removed(plan) for plan in without] == [amounts[0] - left for left in amounts]
+        found = [prices.removed(plan) for plan in without]
+        each, rest = prices.unit[1, part], prices.rest[1, part]
         assert found == [gone * each for gone in range(number)] + [number * each + rest]
-    assert cost.whole(architecture, objective, "decoder") == sum(
-        cost.unit_cost(architecture, layer, part, objective) * architecture.units(part)
-        + cost.overhead(architecture, layer, part, objective)
-        for layer, part in architecture.blocks()
+    assert prices.decoder == sum(
+        prices.unit[block] * architecture.units(block[1]) + prices.rest[block] for block in architecture.blocks()
     )
+    assert prices.total == {"parameters": size.total, "macs": size.macs, "cache": size.cache}[objective]

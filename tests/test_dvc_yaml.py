@@ -23,6 +23,12 @@ def section_fields(section: str) -> set[str]:
     return leaves | ({"preset"} if any(section in values for values in PRESETS.values()) else set())
 
 
+def presets_of(leaf: str) -> set[str]:
+    """The preset, if one may fill in this leaf."""
+    section, key = leaf.split(".")
+    return {"preset"} if any(key in values.get(section, {}) for values in PRESETS.values()) else set()
+
+
 def params_read(stage: str) -> set[str]:
     """Leaf params that a stage's main function reads, by its syntax: all of X for `settings.X`, and `settings.X.y`."""
     tree = ast.parse((ROOT / f"stages/{stage}.py").read_text())
@@ -32,7 +38,7 @@ def params_read(stage: str) -> set[str]:
         if isinstance(node, ast.Attribute) and node.attr in SECTIONS:
             leaf = f"{node.attr}.{leaves.get(id(node), '')}"
             fields = section_fields(node.attr)
-            found |= {leaf, *(fields & {"preset"})} if leaf in fields else fields
+            found |= {leaf, *presets_of(leaf)} if leaf in fields else fields
     return found
 
 

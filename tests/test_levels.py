@@ -20,7 +20,6 @@ from libprune.artifacts import Layout, read_architecture, read_plan, read_table,
 from libprune.checkpoint import load_model
 from libprune.divergence import Divergence, stored_bytes
 from libprune.errors import ArtifactError
-from libprune.ladders import build_ladders
 from libprune.levels import choose_levels, empty_table, level_plans, level_table, order_digest, unit_orders
 from libprune.params import Allocate
 from libprune.plan import Plan
@@ -30,7 +29,7 @@ from libprune.tokens import read_tokens
 from tests import tiny
 from tests.closure import ROOT
 from tests.models import FAMILIES, random_plan, tokens
-from tests.shapes import Shape, shapes
+from tests.shapes import Shape, ladders_of, shapes
 
 # Which levels
 
@@ -78,7 +77,7 @@ def test_units_go_in_the_order_of_the_ladders_ties_included(shape, data):
     multiple = data.draw(st.integers(1, 3))
     params = Allocate(min_groups=0, min_channels=0, channel_multiple=multiple)
     architecture = shape.architecture()
-    ladders = build_ladders(architecture, scores, params)
+    ladders = ladders_of(architecture, scores, params)
     orders = unit_orders(architecture, scores)
     assert list(orders) == list(architecture.blocks())
     for block, steps in ladders.items():

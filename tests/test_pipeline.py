@@ -17,7 +17,7 @@ from tests.closure import ROOT
 pytestmark = pytest.mark.xdist_group("pipeline")  # its tests share a project; the largest group starts first
 
 ORDER = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
-ORDER += ["score", "levels", "allocate", "slice", "evaluate", "report"]
+ORDER += ["score", "levels", "latency", "allocate", "slice", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
 
 

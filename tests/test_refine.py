@@ -19,7 +19,7 @@ from libprune.activations import GRAM
 from libprune.architecture import Architecture
 from libprune.artifacts import split_blocks
 from libprune.describe import describe
-from libprune.ladders import Ladders, build_ladders, plan_of
+from libprune.ladders import Ladders, plan_of
 from libprune.methods import Depth, allocate_search
 from libprune.params import Allocate
 from libprune.plan import Plan
@@ -28,7 +28,7 @@ from libprune.repair import Inputs, new_parameters, repair_local
 from libprune.surgery import masked
 from tests.collected import activations, assert_untouched
 from tests.models import FAMILIES, random_plan, tokens
-from tests.shapes import Shape, removed_parameters
+from tests.shapes import Shape, ladders_of, removed_parameters
 
 SHAPE = Shape(ffn=16)
 
@@ -65,7 +65,7 @@ def start_of(shape: Shape, params: Allocate, seed: int) -> tuple[Ladders, Depth,
     """Ladders, the depths that the search begins with, and the target."""
     rng = np.random.default_rng(seed)
     architecture, scores = shape.architecture(), shape.table(1.0 + rng.permutation(len(shape.unit_costs())))
-    ladders, target = build_ladders(architecture, scores, params), round(params.ratio * shape.decoder)
+    ladders, target = ladders_of(architecture, scores, params), round(params.ratio * shape.decoder)
     return ladders, allocate_search(architecture, ladders, target, params, shape.evidence("search", seed)), target
 
 

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from libprune.allocation import allocate, decide, target_of
 from libprune.artifacts import Columns
-from libprune.ladders import Block, Ladders, build_ladders, empties_layer, plan_of
+from libprune.cost import prices
+from libprune.ladders import Block, Ladders, empties_layer, plan_of
 from libprune.methods import Evidence, functional_shares
 from libprune.params import Allocate
 from libprune.search import BINS, choose_levels, divergence_curves, fill
-from tests.shapes import EQUAL_COSTS, Shape, removed_parameters
+from tests.shapes import EQUAL_COSTS, Shape, ladders_of, removed_parameters
 
 Curves = dict[Block, np.ndarray]
 
@@ -41,8 +42,8 @@ def problems(draw):
     return shape, params, target, shape.curves(np.random.default_rng(draw(st.integers(0, 2**32 - 1))))
 
 
-def ladders_of(shape: Shape, params: Allocate) -> Ladders:
-    return build_ladders(shape.architecture(), shape.table(np.ones(len(shape.unit_costs()))), params)
+def all_ladders(shape: Shape, params: Allocate) -> Ladders:
+    return ladders_of(shape.architecture(), shape.table(np.ones(len(shape.unit_costs()))), params)
 
 
 def choices(shape: Shape, params: Allocate, layer: int) -> list[tuple[int, int]]:
@@ -84,7 +85,7 @@ def test_the_knapsack_finds_what_trying_all_choices_finds(problem):
     loses less.
     """
     shape, params, target, curves = problem
-    architecture, ladders = shape.architecture(), ladders_of(shape, params)
+    architecture, ladders = shape.architecture(), all_ladders(shape, params)
     depth = choose_levels(architecture, ladders, curves, target, params.allow_layer_removal)
     bins, losses = [], []
     for layer in range(shape.layers):
@@ -103,7 +104,7 @@ def test_of_two_ways_to_remove_the_same_the_one_of_less_divergence_is_taken():
     """39 channels from a layer that hardly needs them, or 36 from it and 3 from one that does."""
     shape = Shape(layers=2, kv=1, q=1, d=1, ffn=40)
     params = Allocate(method="search")
-    architecture, ladders = shape.architecture(), ladders_of(shape, params)
+    architecture, ladders = shape.architecture(), all_ladders(shape, params)
     cheap, dear = 0.001 * np.arange(41), 10.0 * np.arange(41)
     curves = {(0, "mlp"): cheap, (1, "mlp"): dear} | {(layer, "attention"): np.zeros(2) for layer in range(2)}
     target = 39 * shape.channel_cost + 7
@@ -116,7 +117,7 @@ def test_of_two_ways_to_remove_the_same_the_one_of_less_divergence_is_taken():
 @given(problems())
 def test_the_target_is_never_passed_and_layers_go_only_where_that_is_allowed(problem):
     shape, params, target, curves = problem
-    architecture, ladders = shape.architecture(), ladders_of(shape, params)
+    architecture, ladders = shape.architecture(), all_ladders(shape, params)
     start = choose_levels(architecture, ladders, curves, target, params.allow_layer_removal)
     for depth in (start, fill(architecture, ladders, curves, start, target, params)):
         plan = plan_of(architecture, ladders, depth)
@@ -127,7 +128,7 @@ def test_the_target_is_never_passed_and_layers_go_only_where_that_is_allowed(pro
 @given(problems())
 def test_the_target_is_reached_to_within_a_step_and_the_rounding_of_every_layer(problem):
     shape, params, target, curves = problem
-    architecture, ladders = shape.architecture(), ladders_of(shape, params)
+    architecture, ladders = shape.architecture(), all_ladders(shape, params)
     depth = choose_levels(architecture, ladders, curves, target, params.allow_layer_removal)
     left = target - spent(ladders, depth)
     for block, steps in ladders.items():
@@ -141,7 +142,7 @@ def test_a_block_of_many_steps_has_the_whole_of_it_among_its_choices(monkeypatch
     shape = Shape(layers=2, ffn=13)
     params = Allocate(method="search", min_groups=4, min_channels=0)
     curves = shape.curves(np.random.default_rng(0))
-    ladders = ladders_of(shape, params)
+    ladders = all_ladders(shape, params)
     found = choose_levels(shape.architecture(), ladders, curves, shape.decoder, False)
     assert found == {(0, "attention"): 0, (0, "mlp"): 13, (1, "attention"): 0, (1, "mlp"): 13}
     half = choose_levels(shape.architecture(), ladders, curves, 13 * shape.channel_cost, False)
@@ -154,7 +155,7 @@ def test_a_block_of_many_steps_has_the_whole_of_it_among_its_choices(monkeypatch
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_the_fill_goes_on_from_any_depths_until_no_step_fits(problem, seed):
     shape, params, target, curves = problem
-    architecture, ladders, rng = shape.architecture(), ladders_of(shape, params), np.random.default_rng(seed)
+    architecture, ladders, rng = shape.architecture(), all_ladders(shape, params), np.random.default_rng(seed)
     start = {block: int(rng.integers(len(steps) + 1)) for block, steps in ladders.items()}
     assume(spent(ladders, start) <= target)
     assume(params.allow_layer_removal or plan_of(architecture, ladders, start).layers == tuple(range(shape.layers)))
@@ -176,7 +177,7 @@ def test_the_least_slope_is_taken_first(steps, groups, channels):
     shape = Shape(layers=1, kv=3, q=1, d=1, ffn=4, gates=3)
     curves = {(0, "attention"): np.array([0.0, 5, 11, 99]), (0, "mlp"): np.array([0.0, 1, 5, 6, 99])}
     params = Allocate(method="search")
-    ladders = ladders_of(shape, params)
+    ladders = all_ladders(shape, params)
     target = steps * shape.channel_cost + shape.channel_cost // 2
     found = fill(shape.architecture(), ladders, curves, dict.fromkeys(ladders, 0), target, params)
     assert found == {(0, "attention"): groups, (0, "mlp"): channels}
@@ -188,7 +189,7 @@ def test_the_slope_is_the_rise_over_the_cost():
     assert shape.group_cost > 2 * shape.channel_cost
     curves = {(0, "attention"): np.array([0.0, 2, 4]), (0, "mlp"): np.array([0.0, 1, 2])}
     params = Allocate(method="search")
-    ladders = ladders_of(shape, params)
+    ladders = all_ladders(shape, params)
     found = fill(shape.architecture(), ladders, curves, dict.fromkeys(ladders, 0), shape.group_cost, params)
     assert found == {(0, "attention"): 1, (0, "mlp"): 0}
 
@@ -303,7 +304,7 @@ def test_a_uniform_search_takes_the_split_of_least_summed_divergence(layers, kv,
     params = Allocate(method="search", shape="uniform", ratio=ratio)
     curves, scores = shape.curves(rng), shape.table(1.0 + rng.permutation(len(shape.unit_costs())))
     assume(ratio < shape.reachable(params) / shape.decoder)
-    architecture, target = shape.architecture(), target_of(shape.architecture(), params)
+    architecture, target = shape.architecture(), target_of(prices(shape.architecture(), "parameters"), params)
     plan = allocate(architecture, scores, params, Evidence(curves=curves))
     assert plan.uniform
 

@@ -16,11 +16,10 @@ from libprune.allocation import allocate, decide, jaccard, result_shape, summary
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns, split_blocks, unit_index
 from libprune.errors import BudgetError, LibpruneError
-from libprune.ladders import build_ladders
 from libprune.methods import METHODS
 from libprune.params import Allocate
 from libprune.plan import Plan
-from tests.shapes import EQUAL_COSTS, Shape, drawn, removed_parameters, shapes
+from tests.shapes import EQUAL_COSTS, Shape, drawn, ladders_of, removed_parameters, shapes
 
 META = {"criterion": "wanda", "comparable": True, "scaling": "none"}
 
@@ -109,7 +108,7 @@ def test_the_ranks_of_a_ladder_never_descend_even_where_steps_differ_in_size(mul
     shape = Shape(ffn=13)
     params = Allocate(method="global", channel_multiple=multiple)
     for value in np.linspace(0.1, 1, 50):
-        ladders = build_ladders(shape.architecture(), shape.table(np.full(len(shape.unit_costs()), value)), params)
+        ladders = ladders_of(shape.architecture(), shape.table(np.full(len(shape.unit_costs()), value)), params)
         for steps in ladders.values():
             assert (np.diff([step.rank for step in steps]) >= 0).all()
 
@@ -123,7 +122,7 @@ def test_it_stops_only_when_nothing_more_fits(method, data):
     plan = allocate(architecture, scores, params, evidence)
     left = round(params.ratio * shape.decoder) - removed_parameters(shape, plan)
     assert left >= 0
-    for block, steps in build_ladders(architecture, scores, params).items():
+    for block, steps in ladders_of(architecture, scores, params).items():
         gone = int((~plan.keep[block]).sum())
         following = [step for i, step in enumerate(steps) if sum(len(s.units) for s in steps[:i]) >= gone]
         assert all(step.cost > left for step in following[:1])
@@ -203,7 +202,7 @@ def test_uniform_comes_as_near_as_any_split_or_within_the_cheapest_removal_in_ev
         allocate(architecture, scores, params.model_copy(update={"split": split}))
         for split in ("importance", "proportional")
     )
-    sizes = [len(step.units) for step in build_ladders(architecture, scores, params)[layers[0], "mlp"]]
+    sizes = [len(step.units) for step in ladders_of(architecture, scores, params)[layers[0], "mlp"]]
     groups = shape.removable(params)["attention"]
     spent = np.add.outer(np.arange(groups + 1) * shape.group_cost, np.cumsum([0, *sizes]) * shape.channel_cost)
     target = round(params.ratio * shape.decoder)
