@@ -225,6 +225,8 @@ class Slice(_Section):
     """How far the Gram matrices of `local` are weighted by the gradients at the inputs."""
     drift: Annotated[float, Field(ge=0)] = 1.0
     """How much of the drift of the residual stream each map of `sequential` takes back."""
+    drift_cap: Annotated[float, Field(gt=0)] | None = 2.0
+    """The longest drift of a token that counts, in medians over its sequence; null: no limit."""
     sequences: Count | None = None
     """Calibration sequences of `sequential`, from the first; null: all."""
     dtype: Dtype = "auto"

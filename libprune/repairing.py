@@ -109,7 +109,7 @@ def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute:
         raise LibpruneError("the slice stage runs in one process; start it without torchrun")
     damping = None if params.damping == "auto" else params.damping
     batches = split_batches(torch.from_numpy(run.ids).to(run.device), run.at_once)
-    repair = SequentialRepair(run.model, architecture, plan, batches, damping, params.drift)
+    repair = SequentialRepair(run.model, architecture, plan, batches, damping, params.drift, params.drift_cap)
     keep = hashlib.sha256(b"".join(plan.keep[block].tobytes() for block in architecture.blocks())).hexdigest()
     identity = {"plan": keep, **params.model_dump(), "sequences": len(run.ids)}
     folder = run.work / "slice" / fingerprint(run, identity)

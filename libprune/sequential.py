@@ -6,6 +6,11 @@ the dense consumer gave but also the drift that the layers before it have left i
 
     y = W x + drift (h - h^),   W' = argmin E|y - W' x^_K|^2 + lambda |W' - W_K|^2
 
+A few tokens, often the first of a sequence, have states hundreds of times larger than the others, and as much
+larger a drift, which is small beside the state and which no later layer can predict. In squares it outweighs all other
+tokens; so each token's drift is cut to a multiple of the median of its sequence. What the dense consumer gave is
+not cut: later layers need these states.
+
 Cost for each layer: the block once in the dense model; in the pruned one the block once, and once
 more up to every consumer after the first. Memory on the host: three times the hidden states of the
 text, and the kept inputs of one layer's consumers.
@@ -59,6 +64,7 @@ class SequentialRepair:
         batches: Sequence[Batch],
         damping: float | None,
         drift: float,
+        cap: float | None = None,
     ) -> None:
         """Begin before the first layer.
 
@@ -69,9 +75,10 @@ class SequentialRepair:
             batches: the text.
             damping: as in `libprune.repair.fit_consumer`.
             drift: how much of the drift each consumer takes back; 1 for all of it.
+            cap: the longest drift of a token, in medians over the tokens of its sequence; None for no limit.
         """
         self._model, self._architecture, self._plan = model, architecture, plan
-        self._batches, self._damping, self._drift = batches, damping, drift
+        self._batches, self._damping, self._drift, self._cap = batches, damping, drift, cap
         self._blocks = blocks_of(model, architecture)
         self._kept = {consumer.module: kept for consumer, kept in pruned_consumers(architecture, plan)}
         first = [run_block(model, self._blocks, 0, batch.ids, None, until=self._blocks[0])[0] for batch in batches]
@@ -142,7 +149,8 @@ class SequentialRepair:
             x, given = self._run(layer, number, self._pruned, before, until=module)
             pruned = sum(given, self._pruned[number].to(x.device))
             dense = sum(outputs[number][:index], self._dense[number].to(x.device))
-            y = _without_bias(module, outputs[number][index]).float() + self._drift * (dense.float() - pruned.float())
+            drift = _capped(dense.float() - pruned.float(), self._cap)
+            y = _without_bias(module, outputs[number][index]).float() + self._drift * drift
             sums[batch.held_out].add(x[..., kept.to(x.device)].float(), y)
             inputs.append(x.cpu())
             streams.append(pruned)
@@ -181,6 +189,14 @@ def _adds(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
     total = sum((output.cpu() for output in outputs), before)
     rounding = 16 * torch.finfo(after.dtype).eps
     return float((total - after).float().norm()) <= rounding * float(after.float().norm())
+
+
+def _capped(drift: Float[Tensor, "batch length model"], cap: float | None) -> Float[Tensor, "batch length model"]:
+    if cap is None:
+        return drift
+    norm = drift.norm(dim=-1, keepdim=True)
+    limit = cap * norm.median(dim=1, keepdim=True).values
+    return drift * torch.where(norm > limit, limit / norm, 1.0)
 
 
 def _without_bias(module: nn.Module, output: Tensor) -> Tensor:

@@ -45,10 +45,11 @@ def repair(
     drift: float = 1.0,
     at_once: int = 4,
     known: Sequence[Sequence[Fit]] = (),
+    cap: float | None = None,
 ) -> list[list[Fit]]:
     """The fits of every layer, with the first layers' known; the model gets the new weights."""
     architecture = describe(model)
-    run = SequentialRepair(model, architecture, plan, split_batches(ids, at_once), damping, drift)
+    run = SequentialRepair(model, architecture, plan, split_batches(ids, at_once), damping, drift, cap)
     return [
         run.step(layer, new_parameters(known[layer]) if layer < len(known) else None)
         for layer in range(architecture.layers)
@@ -125,6 +126,7 @@ def slow_repair(
     ids: Tensor,
     damping: float,
     drift: float,
+    cap: float = np.inf,
 ) -> tuple[dict[str, Tensor], PreTrainedModel]:
     """The new weights by name, and the repaired model: two whole passes for each consumer, in float64."""
     architecture = describe(model)
@@ -141,7 +143,7 @@ def slow_repair(
                 h_pruned = now.states[block] + sum(now.outputs[name] for name in before)
                 module = repaired.get_submodule(consumer.module)
                 bias = 0 if getattr(module, "bias", None) is None else module.bias.detach()
-                y = truth.outputs[consumer.module] - bias + drift * (h - h_pruned)
+                y = truth.outputs[consumer.module] - bias + drift * cut(h - h_pruned, cap)
                 kept = input_mask(architecture, plan, consumer)
                 x = now.inputs[consumer.module].flatten(0, 1).numpy()[:, kept]
                 weight = module.weight.detach().T if consumer.transposed else module.weight.detach()
@@ -151,6 +153,18 @@ def slow_repair(
                 module.weight.data = found[consumer.weight] = stored
             before.append(consumer.module)
     return found, repaired
+
+
+def cut(drift: Tensor, cap: float) -> Tensor:
+    """No token's drift longer than so many medians of its sequence, one token after the other."""
+    drift = drift.clone()
+    for sequence in drift:
+        lengths = sequence.norm(dim=-1)
+        limit = cap * sorted(lengths.tolist())[(len(lengths) - 1) // 2]
+        for token in range(len(lengths)):
+            if lengths[token] > limit:
+                sequence[token] *= limit / lengths[token]
+    return drift
 
 
 def ridge(x: np.ndarray, y: np.ndarray, old: np.ndarray, damping: float) -> np.ndarray:
@@ -169,6 +183,18 @@ def test_every_consumer_is_fitted_to_the_dense_output_and_the_drift_from_the_pru
     assert_weights_close(weights_of(fits), expected)
     for parameter, weight in weights_of(fits).items():
         assert torch.equal(model.get_parameter(parameter), weight)
+
+
+@two_models
+@pytest.mark.parametrize("cap", [0.5, 1.1])
+def test_no_token_drifts_further_than_so_many_medians_of_its_sequence(name, cap):
+    model, ids = MODELS[name](0), tokens(18, 12)
+    plan = a_third(describe(model))
+    expected, _ = slow_repair(model, plan, ids, DAMPING, 1.0, cap)
+    uncut, _ = slow_repair(model, plan, ids, DAMPING, 1.0)
+    found = weights_of(repair(model, plan, ids, at_once=5, cap=cap))
+    assert_weights_close(found, expected)
+    assert any(not torch.allclose(expected[key], uncut[key], rtol=1e-2) for key in uncut)
 
 
 @two_models
