@@ -219,7 +219,7 @@ class Slice(_Section):
     """`bias`: the removed inputs' mean; `local`: least squares on the consumers' weights from the cached Gram
     matrices; `sequential`: layer by layer on what the pruned layers before hand on (two forward passes)."""
     damping: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Ridge of the repair, relative to the mean diagonal of the Gram matrix; `auto`: the one that does best on
+    """Ridge of the repair, relative to each input's mean square; `auto`: the one that does best on
     calibration sequences that the fit does not see, for each map."""
     fisher_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the Gram matrices of `local` are weighted by the gradients at the inputs."""

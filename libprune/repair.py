@@ -2,7 +2,10 @@
 
 With K the kept input positions of a consumer, x their values and y what the consumer is to give:
 
-    W' = argmin E|y - W' x|^2 + lambda |W' - W_K|^2 = (E[y x^T] + lambda W_K) (E[x x^T] + lambda I)^-1
+    W' = argmin E|y - W' x|^2 + lambda |(W' - W_K) D^1/2|^2 = (E[y x^T] + lambda W_K D) (E[x x^T] + lambda D)^-1
+
+D, the diagonal of E[x x^T], makes the ridge the same whatever the scale of each input: channels of an MLP
+differ in it a thousandfold.
 
 `local` takes x and y = W x from the dense model, in closed form from a cached Gram matrix.
 `libprune.sequential` takes x from the model that is already pruned and repaired up to there.
@@ -24,9 +27,11 @@ from libprune.errors import LibpruneError, StatisticsError
 from libprune.plan import Plan
 from libprune.surgery import input_mask
 
-DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Relative ridges that `slice.damping: auto` chooses from."""
-_LARGEST = 10.0
+DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Ridges, relative to each input's mean square, that `slice.damping: auto` chooses from."""
+_LARGEST = 100.0
+_SILENT = 1e-12
+"""Inputs whose mean square is this far below the largest count as if it were no further below."""
 
 
 @dataclass(frozen=True)
@@ -86,23 +91,24 @@ def solve(
     Args:
         moments: of the kept inputs and the target.
         weight: W_K, the old weights of the kept inputs.
-        damping: lambda relative to the mean diagonal of the Gram matrix, above 0.
+        damping: lambda, above 0.
 
     Returns:
         W' in float64, and the damping that was used.
 
     Raises:
-        StatisticsError: if no damping up to 10 makes the matrix positive definite.
+        StatisticsError: if no damping up to 100 makes the matrix positive definite.
     """
-    mean = float(moments.gram.diagonal().mean()) if len(moments.gram) else 0.0
+    diagonal = moments.gram.diagonal()
+    scale = diagonal.clamp_min(_SILENT * float(diagonal.max()))
     while True:
         damped = moments.gram.clone()
-        damped.diagonal().add_(damping * mean)
+        damped.diagonal().add_(damping * scale)
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            right = moments.cross + damping * mean * weight.double()
+            right = moments.cross + damping * weight.double() * scale
             return torch.cholesky_solve(right.T, factor).T, damping
-        if mean == 0 or damping >= _LARGEST:
+        if not damping < _LARGEST:
             raise StatisticsError(
                 f"a Gram matrix is not positive definite with slice.damping = {damping:g}; use more calibration text"
             )
@@ -118,7 +124,7 @@ class Fit:
         weight: new weights in storage order and dense shape, zero where inputs are removed; None for
             a repair of the bias alone.
         bias: the new bias, if that changes.
-        damping: the ridge that was used, relative to the mean diagonal.
+        damping: the ridge that was used.
         before: share of the output lost by the old weights on the kept inputs, on the text of the fit.
         after: share lost by the new weights there.
         held_out_before: as `before`, on calibration sequences that the fit did not see; NaN without any.
@@ -152,7 +158,7 @@ def fit_consumer(
         kept: the input positions that stay.
         moments: what the fit is to.
         held_out: the same over sequences that the fit is not to see.
-        damping: relative ridge; None for that of `DAMPINGS` that does best on the held-out sequences.
+        damping: the ridge; None for that of `DAMPINGS` that does best on the held-out sequences.
         refit: with the ridge settled, fit once more to both sets of sequences together.
 
     Raises:

@@ -82,11 +82,11 @@ def share_lost(x: Tensor, y: Tensor, given: Tensor) -> float:
 
 @given(problems(), dampings)
 def test_it_is_the_solution_of_the_ridge_problem_pulled_towards_the_old_weights(problem, damping):
-    """Against least squares with rows added for the ridge: sqrt(lambda) (W' - W_K) = 0."""
+    """Against least squares with rows added for the ridge: sqrt(lambda E[x_j^2]) (W' - W_K) = 0."""
     x, w, kept = problem
-    ridge = damping * float(gram(x)[kept][:, kept].diagonal().mean())
-    rows = torch.cat([x[:, kept] / len(x) ** 0.5, ridge**0.5 * torch.eye(int(kept.sum()), dtype=x.dtype)])
-    targets = torch.cat([x @ w.T / len(x) ** 0.5, ridge**0.5 * w[:, kept].T])
+    ridge = (damping * x[:, kept].square().mean(0)).sqrt()
+    rows = torch.cat([x[:, kept] / len(x) ** 0.5, ridge.diag()])
+    targets = torch.cat([x @ w.T / len(x) ** 0.5, ridge[:, None] * w[:, kept].T])
     expected = torch.linalg.lstsq(rows, targets, driver="gelsd").solution.T
     found, used = solve(moments_of(x, w, kept), w[:, kept], damping)
     assert used == damping
@@ -99,9 +99,9 @@ def test_a_target_that_the_weights_never_gave_is_fitted_as_well(problem, damping
     (y,) = random_tensors(seed, (len(x), len(w)))
     x = x[:, kept]
     moments = Moments(gram(x), y.T @ x / len(x), float(y.square().sum(1).mean()), len(x))
-    ridge = damping * float(gram(x).diagonal().mean())
-    rows = torch.cat([x / len(x) ** 0.5, ridge**0.5 * torch.eye(x.shape[1], dtype=x.dtype)])
-    targets = torch.cat([y / len(x) ** 0.5, ridge**0.5 * w[:, kept].T])
+    ridge = (damping * x.square().mean(0)).sqrt()
+    rows = torch.cat([x / len(x) ** 0.5, ridge.diag()])
+    targets = torch.cat([y / len(x) ** 0.5, ridge[:, None] * w[:, kept].T])
     expected = torch.linalg.lstsq(rows, targets, driver="gelsd").solution.T
     torch.testing.assert_close(solve(moments, w[:, kept], damping)[0], expected, rtol=1e-5, atol=1e-6)
 
@@ -144,11 +144,23 @@ def test_what_the_kept_inputs_can_say_of_the_pruned_ones_is_recovered(seed, kept
     assert error(x, w, found) <= 1e-12 * error(x, w, 0 * w)
 
 
-def test_the_damping_is_relative_to_the_mean_diagonal():
+@given(problems(), dampings, st.integers(0, 2**31))
+def test_the_scale_of_each_input_changes_nothing(problem, damping, seed):
+    """What an input gains in size its weight loses; the outputs of the repaired map are the same."""
+    x, w, kept = problem
+    scale = 10.0 ** (torch.rand(x.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 4 - 2)
+    one, other = ridge_weights(w, gram(x), kept, damping), ridge_weights(w / scale, gram(x * scale), kept, damping)
+    torch.testing.assert_close(other * scale, one, rtol=1e-4, atol=1e-6)
+
+
+def test_an_input_that_is_always_zero_keeps_its_weight_and_disturbs_no_other():
     x, w = random_tensors(0, (50, 4), (2, 4))
     kept = torch.tensor([True, False, True, True])
-    one, scaled = (ridge_weights(w, factor * gram(x), kept, 0.3) for factor in (1, 1e6))
-    torch.testing.assert_close(scaled, one)
+    x[:, 2] = 0
+    found = ridge_weights(w, gram(x), kept, 1e-2)
+    torch.testing.assert_close(found[:, 2], w[:, 2])
+    without = torch.tensor([True, False, False, True])
+    torch.testing.assert_close(found[:, [0, 3]], ridge_weights(w, gram(x), without, 1e-2)[:, [0, 3]])
 
 
 def indefinite(lowest: float) -> Tensor:
@@ -164,7 +176,8 @@ def indefinite(lowest: float) -> Tensor:
         (-0.05, 1e-4, 0.1),
         (-0.05, 0.03, 0.3),
         (-0.4, 0.3, 3.0),
-        (-4.0, 2.0, 10.0),
+        (-4.0, 2.0, 20.0),
+        (-20.0, 20.0, 100.0),
     ],
 )
 def test_the_damping_grows_by_tens_until_the_matrix_is_positive_definite(lowest, damping, used):
@@ -190,9 +203,9 @@ def test_a_gram_matrix_without_any_input_or_of_nan_is_refused(factor):
         solve(moments_of(factor * x, w, kept), w[:, kept], 1e-3)
 
 
-def test_a_matrix_that_no_damping_up_to_10_helps_is_refused():
-    moments = Moments(indefinite(-15.0), torch.zeros(1, 2, dtype=torch.float64), 1.0, 1)
-    with pytest.raises(StatisticsError, match=r"slice\.damping = 10;"):
+def test_a_matrix_that_no_damping_up_to_100_helps_is_refused():
+    moments = Moments(indefinite(-150.0), torch.zeros(1, 2, dtype=torch.float64), 1.0, 1)
+    with pytest.raises(StatisticsError, match=r"slice\.damping = 100;"):
         solve(moments, torch.ones(1, 2, dtype=torch.float64), 1e-3)
 
 

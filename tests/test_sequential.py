@@ -168,10 +168,10 @@ def cut(drift: Tensor, cap: float) -> Tensor:
 
 
 def ridge(x: np.ndarray, y: np.ndarray, old: np.ndarray, damping: float) -> np.ndarray:
-    """W' from rows for the tokens, and rows sqrt(lambda) (W' - W_K) = 0 for the ridge."""
-    size = (damping * np.square(x).sum(0).mean()) ** 0.5
-    rows = np.concatenate([x, size * np.eye(x.shape[1])])
-    return np.linalg.lstsq(rows, np.concatenate([y, size * old.T]), rcond=None)[0].T
+    """W' from rows for the tokens, and rows sqrt(lambda sum_t x_tj^2) (W' - W_K) = 0 for the ridge."""
+    size = (damping * np.square(x).sum(0)) ** 0.5
+    rows = np.concatenate([x, np.diag(size)])
+    return np.linalg.lstsq(rows, np.concatenate([y, size[:, None] * old.T]), rcond=None)[0].T
 
 
 @pytest.mark.parametrize(("name", "drift"), [*((name, 1.0) for name in MODELS), ("qwen3", 0.0), ("conv1d", 0.5)])
