@@ -3,8 +3,9 @@
     python -m bench.least_loss --text wiki.valid.raw --work /tmp/least --ratio 0.5 "unit_fisher, uniform, sequential"
     python -m bench.least_loss --work /tmp/least --table
 
-The first half of the text calibrates (256 sequences of 256 tokens; gradients and the sequential repair on the
-first 128; levels and search on the last 4), its second half judges (windows of 1024 at even distances). Each setting
+The first half of the text calibrates (256 sequences of 256 tokens; gradients on the first 128; levels and search on
+the last 4; the sequential repair on `--sequences` of 1024 tokens, as long as it is judged on), its second half judges
+(windows of 1024 at even distances). Each setting
 is measured as the masked and repaired dense model; the tests prove that slicing equals that. Rows go to
 WORK/rows.jsonl; those that are there are not measured again.
 """
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 import yaml
 
@@ -26,26 +26,23 @@ from libprune import cost
 from libprune.allocation import decide
 from libprune.artifacts import Layout, read_architecture
 from libprune.blocks import replaced
-from libprune.checkpoint import WeightFiles, load_model
+from libprune.checkpoint import load_model
 from libprune.compute import resolve_device, resolve_dtype
 from libprune.criteria import find_criterion, join_tables, score_units
 from libprune.evaluation import perplexity, perplexity_ratio, window_losses
 from libprune.evidence import read_evidence
 from libprune.levels import order_digest, unit_orders
 from libprune.params import Allocate, Compute, Levels, Score, Slice
-from libprune.repair import Fit, new_parameters, repair_bias
-from libprune.repairing import REPAIRS, _inputs_of
+from libprune.repair import Fit, new_parameters
+from libprune.repairing import REPAIRS
 from libprune.report import markdown_table
 from libprune.searching import Search
-from libprune.shards import read_tensor
 from libprune.stage import peak_memory
 from libprune.surgery import masked
 from libprune.tokens import read_tokens
 
 LEVELS = Levels(sequences=4, number=6)
 SEARCH = {"method": "search", "evaluations": 32}
-SEQUENCES = 128
-"""Calibration sequences of the sequential repair."""
 UNIFORM: dict[str, Any] = {"method": "uniform"}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "LLM-Pruner: taylor, global in layers 3 to 28, none": (
@@ -96,17 +93,31 @@ def collect(work: Path, text: Path) -> None:
     path = work / "params.yaml"
     path.write_text(yaml.safe_dump(params))
     for stage in ("prepare", "tokenize", "gradients", "activations", "score", "levels"):
-        if not (work / f"{stage}.done").exists():
-            command = [sys.executable, "-m", f"stages.{stage}", "--params", str(path)]
-            subprocess.run([*command, "--artifacts", str(work / "artifacts")], check=True)
-            (work / f"{stage}.done").touch()
+        _run(stage, path, work / "artifacts", work / f"{stage}.done")
+    params["tokenize"] |= {"calibration_sequences": 108, "calibration_length": 1024}
+    path = work / "params_long.yaml"
+    path.write_text(yaml.safe_dump(params))
+    long = work / "long"
+    long.mkdir(exist_ok=True)
+    for name in ("model", "architecture.json"):
+        if not (long / name).exists():
+            (long / name).symlink_to(work.resolve() / "artifacts" / name)
+    _run("tokenize", path, long, work / "long.done")
+
+
+def _run(stage: str, params: Path, artifacts: Path, done: Path) -> None:
+    if not done.exists():
+        command = [sys.executable, "-m", f"stages.{stage}", "--params", str(params)]
+        subprocess.run([*command, "--artifacts", str(artifacts)], check=True)
+        done.touch()
 
 
 class Bench:
     """The dense model and its statistics."""
 
-    def __init__(self, work: Path, windows: int) -> None:
-        self.layout, self.compute = Layout(work / "artifacts"), Compute()
+    def __init__(self, work: Path, windows: int, sequences: int) -> None:
+        self.layout, self.long, self.compute = Layout(work / "artifacts"), Layout(work / "long"), Compute()
+        self.sequences = sequences
         self.architecture = read_architecture(self.layout)
         device = resolve_device("auto")
         self.model = load_model(self.layout.model, resolve_dtype("auto", device)).to(device)
@@ -120,7 +131,7 @@ class Bench:
     def measure(self, name: str, ratio: float) -> dict[str, Any]:
         """One row."""
         score, allocate, repair = SETTINGS[name]
-        sections = Score(**score), Allocate(ratio=ratio, **allocate), Slice(**({"sequences": SEQUENCES} | repair))
+        sections = Score(**score), Allocate(ratio=ratio, **allocate), Slice(**repair)
         start = time.perf_counter()
         plan, info = self._plan(*sections[:2])
         planned = time.perf_counter()
@@ -148,6 +159,7 @@ class Bench:
             "repair_seconds": repaired - planned,
             "peak_memory_bytes": peak_memory(),
             "windows": len(self.ids),
+            "sequences": self.sequences if sections[2].repair == "sequential" else None,
             "kept": [[plan.kept(layer, part) for part in self.architecture.parts] for layer in range(len(plan.layers))],
         } | info
 
@@ -166,19 +178,10 @@ class Bench:
         return plan, {"divergence": [found.first, found.divergence]} if found else {}
 
     def _fits(self, plan, section: Slice) -> list[Fit]:
-        if section.repair != "bias":
-            return REPAIRS[section.repair](self.layout, self.architecture, plan, self.compute, section)
-        weights = WeightFiles(self.layout.model)
-
-        def mean(consumer):
-            name = f"{consumer.module}.input_gram.mean"
-            return read_tensor(self.layout.activations, consumer.layer, name, "activations")
-
-        def bias(consumer):  # this architecture has none: it is added by a hook
-            return torch.zeros(consumer.output.size(self.architecture.sizes))
-
-        inputs = _inputs_of(self.layout, self.architecture, curvature=False)
-        return repair_bias(self.architecture, plan, weights.__getitem__, bias, mean, inputs)
+        if section.repair == "sequential":
+            section = section.model_copy(update={"sequences": self.sequences})
+            return REPAIRS["sequential"](self.long, self.architecture, plan, self.compute, section)
+        return REPAIRS[section.repair](self.layout, self.architecture, plan, self.compute, section)
 
 
 def _adding(bias):
@@ -191,8 +194,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells: dict[str, dict[float, str]] = {}
     for row in rows:
         seconds = f"{row['plan_seconds']:.0f} + {row['repair_seconds']:.0f}"
+        name = row["setting"] + (f", {row['sequences']} × 1024" if row["sequences"] else "")
         text = f"{row['perplexity']:,.2f} (× {row['ratio']:.3f} ± {row['ratio_se']:.3f}) {seconds} s"
-        cells.setdefault(row["setting"], {})[row["ratio_asked"]] = text
+        cells.setdefault(name, {})[row["ratio_asked"]] = text
     header = ("setting", *(f"{100 * ratio:.0f} %" for ratio in ratios))
     return markdown_table([(name, *(found.get(r, "") for r in ratios)) for name, found in cells.items()], header)
 
@@ -202,7 +206,8 @@ def main(
     work: Path = Path("/tmp/least"),
     text: Path | None = None,
     ratio: list[float] = [0.2, 0.5],  # noqa: B006
-    windows: int = 40,
+    windows: int = 24,
+    sequences: int = 32,
     show: Annotated[bool, typer.Option("--table", help="Only print what was measured.")] = False,
 ) -> None:
     """Measure settings."""
@@ -211,8 +216,8 @@ def main(
     if not show:
         if text is not None:
             collect(work, text)
-        bench = Bench(work, windows)
-        done = {(row["setting"], row["ratio_asked"]) for row in rows}
+        bench = Bench(work, windows, sequences)
+        done = {(row["setting"], row["ratio_asked"]) for row in rows if row["sequences"] in (None, sequences)}
         for share in ratio:
             for name in settings or SETTINGS:
                 if (name, share) not in done:
