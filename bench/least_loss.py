@@ -6,7 +6,8 @@
 The first half of the text calibrates (256 sequences of 256 tokens; gradients on the first 128; levels and search on
 the last 4; the sequential repair on `--sequences` of 1024 tokens, as long as it is judged on), its second half judges
 (windows of 1024 at even distances). Each setting
-is measured as the masked and repaired dense model; the tests prove that slicing equals that. Rows go to
+is measured as the masked and repaired dense model; the tests prove that slicing equals that. `--questions 300` asks
+the first 300 of each task in bench/tasks as well (files in the working folder), of the dense model too. Rows go to
 WORK/rows.jsonl; those that are there are not measured again.
 """
 
@@ -21,6 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 import yaml
+from transformers import AutoTokenizer
 
 from libprune import cost
 from libprune.allocation import decide
@@ -39,10 +41,12 @@ from libprune.report import markdown_table
 from libprune.searching import Search
 from libprune.stage import peak_memory
 from libprune.surgery import masked
+from libprune.tasks import zero_shot
 from libprune.tokens import read_tokens
 
 LEVELS = Levels(sequences=4, number=6)
 SEARCH = {"method": "search", "evaluations": 32}
+TASKS = ("piqa_file", "arc_easy_file")
 UNIFORM: dict[str, Any] = {"method": "uniform"}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "LLM-Pruner: taylor, global in layers 3 to 28, none": (
@@ -115,18 +119,25 @@ def _run(stage: str, params: Path, artifacts: Path, done: Path) -> None:
 class Bench:
     """The dense model and its statistics."""
 
-    def __init__(self, work: Path, windows: int, sequences: int) -> None:
+    def __init__(self, work: Path, windows: int, sequences: int, questions: int) -> None:
         self.layout, self.long, self.compute = Layout(work / "artifacts"), Layout(work / "long"), Compute()
-        self.sequences = sequences
+        self.sequences, self.questions = sequences, questions
         self.architecture = read_architecture(self.layout)
         device = resolve_device("auto")
         self.model = load_model(self.layout.model, resolve_dtype("auto", device)).to(device)
         ids, _ = read_tokens(self.layout.evaluation, self.architecture.fingerprint)
         self.ids = ids[np.linspace(0, len(ids) - 1, min(windows, len(ids))).round().astype(int)]
-        self.dense = self._losses()
+        self.dense, self.dense_tasks = self._losses(), self._tasks()
 
     def _losses(self):
         return window_losses(self.model, self.ids, self.compute.batch_tokens, "evaluate")
+
+    def _tasks(self) -> dict[str, Any]:
+        if not self.questions:
+            return {}
+        tokenizer = AutoTokenizer.from_pretrained(self.layout.model, local_files_only=True)
+        folder = str(Path(__file__).with_name("tasks"))
+        return zero_shot(self.model, tokenizer, TASKS, folder, self.questions, 8)
 
     def measure(self, name: str, ratio: float) -> dict[str, Any]:
         """One row."""
@@ -144,7 +155,7 @@ class Bench:
                 if fit.bias is not None:
                     hook = self.model.get_submodule(fit.consumer.module).register_forward_hook(_adding(fit.bias))
                     stack.callback(hook.remove)
-            losses = self._losses()
+            losses, tasks = self._losses(), self._tasks()
         found, change = perplexity(losses), perplexity_ratio(self.dense, losses)
         return {
             "setting": name,
@@ -159,6 +170,7 @@ class Bench:
             "repair_seconds": repaired - planned,
             "peak_memory_bytes": peak_memory(),
             "windows": len(self.ids),
+            "tasks": {"dense": self.dense_tasks, "pruned": tasks} if tasks else {},
             "sequences": self.sequences if sections[2].repair == "sequential" else None,
             "kept": [[plan.kept(layer, part) for part in self.architecture.parts] for layer in range(len(plan.layers))],
         } | info
@@ -208,6 +220,7 @@ def main(
     ratio: list[float] = [0.2, 0.5],  # noqa: B006
     windows: int = 24,
     sequences: int = 32,
+    questions: int = 0,
     show: Annotated[bool, typer.Option("--table", help="Only print what was measured.")] = False,
 ) -> None:
     """Measure settings."""
@@ -216,7 +229,7 @@ def main(
     if not show:
         if text is not None:
             collect(work, text)
-        bench = Bench(work, windows, sequences)
+        bench = Bench(work, windows, sequences, questions)
         done = {(row["setting"], row["ratio_asked"]) for row in rows if row["sequences"] in (None, sequences)}
         for share in ratio:
             for name in settings or SETTINGS:
