@@ -206,7 +206,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells: dict[str, dict[float, str]] = {}
     for row in rows:
         seconds = f"{row['plan_seconds']:.0f} + {row['repair_seconds']:.0f}"
-        name = row["setting"] + (f", {row['sequences']} × 1024" if row["sequences"] else "")
+        name = row["setting"] + (f", {row['sequences']} × 1024" if row.get("sequences") else "")
         text = f"{row['perplexity']:,.2f} (× {row['ratio']:.3f} ± {row['ratio_se']:.3f}) {seconds} s"
         cells.setdefault(name, {})[row["ratio_asked"]] = text
     header = ("setting", *(f"{100 * ratio:.0f} %" for ratio in ratios))
@@ -230,7 +230,7 @@ def main(
         if text is not None:
             collect(work, text)
         bench = Bench(work, windows, sequences, questions)
-        done = {(row["setting"], row["ratio_asked"]) for row in rows if row["sequences"] in (None, sequences)}
+        done = {(row["setting"], row["ratio_asked"]) for row in rows if row.get("sequences") in (None, sequences)}
         for share in ratio:
             for name in settings or SETTINGS:
                 if (name, share) not in done:

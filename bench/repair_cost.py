@@ -35,6 +35,8 @@ def seconds(work: Callable[[], object], rounds: int) -> float:
     for _ in range(rounds):
         start = time.perf_counter()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

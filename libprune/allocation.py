@@ -118,16 +118,18 @@ def decide(
     comparable = meta["comparable"] and meta["scaling"] == "none"
     _require_comparable(meta, params)
     prices = cost.prices(architecture, params.objective, evidence.latency)
+    unit = scores["cost"]
     if comparable and params.objective != "parameters":
         unit = np.concatenate([np.full(architecture.units(block[1]), prices.unit[block]) for block in prices.unit])
-        scores = scores | {"score": scores["importance"] / np.maximum(unit, 1)}
+        unit = np.maximum(unit, 1)  # a unit without a price is in no ladder
+        scores = scores | {"score": scores["importance"] / unit}
     if params.split == "auto":
         params = params.model_copy(update={"split": "importance" if comparable else "proportional"})
     plan = allocate(architecture, scores, params, evidence, improve)
     components = [name for name in scores if name in COMPARED_COMPONENTS and meta["scaling"] == "none"]
     overlap = {}
     for name in components if len(components) > 1 else []:
-        alone = scores | {"importance": scores[name], "score": scores[name] / scores["cost"]}
+        alone = scores | {"importance": scores[name], "score": scores[name] / unit}
         overlap[name] = jaccard(plan, allocate(architecture, alone, params, evidence))
     return Decision(plan, result_shape(architecture, plan, params), params.split, overlap, prices)
 
@@ -151,7 +153,7 @@ def summary(architecture: Architecture, decision: Decision, params: Allocate) ->
         "objective": params.objective,
         "target": target_of(prices, params),
         "removed": prices.removed(decision.plan),
-        "share_removed": prices.removed(decision.plan) / prices.decoder,
+        "share_removed": params.ratio * prices.removed(decision.plan) / max(1, target_of(prices, params)),
         "removed_parameters": parameters,
         "decoder_share_removed": parameters / architecture.decoder_parameters,
         "total_share_removed": parameters / architecture.total_parameters,

@@ -82,13 +82,13 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
 
 
 def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> Prices:
-    """Of the straight lines that were fitted to measured times; a whole part is worth its units alone."""
+    """Of the lines that were fitted to measured times; what is fixed goes in equal shares with whole parts."""
     ps = {part: round(1e12 * seconds) for part, seconds in latency["unit"].items()}
-    layer = round(1e12 * latency["fixed"]) + sum(ps[part] * architecture.units(part) for part in architecture.parts)
-    decoder = architecture.layers * layer
+    fixed = round(1e12 * latency["fixed"] / len(architecture.parts))
+    decoder = sum(fixed + ps[part] * architecture.units(part) for _, part in architecture.blocks())
     return Prices(
         unit={(layer, part): ps[part] for layer, part in architecture.blocks()},
-        rest=dict.fromkeys(architecture.blocks(), 0),
+        rest=dict.fromkeys(architecture.blocks(), fixed),
         decoder=decoder,
         total=decoder + round(1e12 * latency["outside"]),
     )

@@ -6,6 +6,7 @@ import numpy as np
 
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns, Layout, read_json, read_table, same_origin
+from libprune.errors import ArtifactError
 from libprune.levels import order_digest, unit_orders
 from libprune.methods import Evidence
 from libprune.params import Allocate
@@ -23,6 +24,10 @@ def read_evidence(layout: Layout, architecture: Architecture, scores: Columns, p
     if params.objective == "latency":
         latency = read_json(layout.latency, "latency")
         same_origin(layout.latency, latency, {"model": architecture.fingerprint})
+        if "unit" not in latency:
+            raise ArtifactError(
+                f"{layout.latency} holds no times, since the objective was another; run `dvc repro latency`"
+            )
     return replace(_of_method(layout, architecture, scores, params), latency=latency)
 
 

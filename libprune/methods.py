@@ -1,4 +1,4 @@
-"""Allocation methods: how far down its ladder each block goes, for a target in removed parameters."""
+"""Allocation methods: how far down its ladder each block goes, for a target in what the objective counts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

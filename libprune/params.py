@@ -191,7 +191,7 @@ class Allocate(_Section):
     """How `uniform` divides the budget: near-equal shares of each part, or least summed importance;
     `auto`: the latter where the scores compare between parts."""
     rank_by: Literal["score", "importance"] = "score"
-    """Importance per parameter, or importance."""
+    """Importance per parameter (or of what else the objective counts), or importance."""
     min_groups: Floor = 1
     """Attention groups that each layer keeps; 0 lets a whole attention go."""
     min_channels: Floor = 1
@@ -311,6 +311,8 @@ class Params(_Section):
             raise ValueError(f"slice.fisher_share weights the Gram matrices of slice.repair: local, not {repair}")
         if self.slice.drift != 1 and self.slice.repair != "sequential":
             raise ValueError(f"slice.drift belongs to slice.repair: sequential, not {repair}")
+        if self.slice.drift_cap != Slice().drift_cap and repair != "sequential":
+            raise ValueError(f"slice.drift_cap belongs to slice.repair: sequential, not {repair}")
         uses = {
             "slice.repair: local": repair == "local",
             "allocate.method: search": self.allocate.method == "search",

@@ -31,15 +31,20 @@ _CHECKED_SEQUENCES, _CHECKED_LENGTH = 2, 64
 class _Weights(Mapping[str, Tensor]):
     """The dense weights with repaired ones in their place and zeros for added ones, cast when they are read."""
 
-    def __init__(self, architecture: Architecture, dense: WeightFiles, fits: list[Fit], dtype: torch.dtype) -> None:
+    def __init__(
+        self, own: Architecture, architecture: Architecture, dense: WeightFiles, fits: list[Fit], dtype: torch.dtype
+    ) -> None:
+        """``own`` is the dense model's architecture, the other the same with the biases that are added."""
         self._shapes = {p.name: [dim.size(architecture.sizes) for dim in p.dims] for p in architecture.parameters}
+        self._added = self._shapes.keys() - {parameter.name for parameter in own.parameters}
         self._dense, self._repaired, self._dtype = dense, new_parameters(fits), dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._repaired and name not in self._dense:
+        if name in self._repaired:
+            return self._repaired[name].to(self._dtype)
+        if name in self._added:
             return torch.zeros(self._shapes[name], dtype=self._dtype)
-        tensor = self._repaired[name] if name in self._repaired else self._dense[name]
-        return tensor.to(self._dtype)
+        return self._dense[name].to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -62,9 +67,9 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     dense = WeightFiles(require(layout.model, "prepare"))
     fits = REPAIRS[params.repair](layout, architecture, plan, compute, params)
     added = sorted({fit.consumer.part for fit in fits if fit.bias is not None and fit.consumer.bias not in dense})
-    architecture, config = with_biases(architecture, load_config(layout.model), added)
+    own, (architecture, config) = architecture, with_biases(architecture, load_config(layout.model), added)
     stored = named_dtype(params.dtype, dense[architecture.parameters[0].name].dtype)
-    weights = _Weights(architecture, dense, fits, stored)
+    weights = _Weights(own, architecture, dense, fits, stored)
     state = slice_state(weights, architecture, plan)
     write_pruned(folder, layout.model, architecture, plan, meta["shape"], state, config)
     shutil.copyfile(layout.plan, folder / "plan.parquet")

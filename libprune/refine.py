@@ -102,7 +102,7 @@ def refine(
         ladders: the allowed removals.
         curves: as in `libprune.search`, to fill what a trial leaves of the target.
         depth: where to start.
-        target: parameters to remove.
+        target: how much of the objective to remove.
         params: evaluations, minutes and seed.
         record: a file that what was measured is appended to, and read from after an interruption.
     """

@@ -123,7 +123,7 @@ def fill(
     target: int,
     params: Allocate,
 ) -> dict[Block, int]:
-    """Go on step by step where the next one loses least per parameter, as long as it fits into the target."""
+    """Go on step by step where the next one loses least for what it saves, as long as it fits into the target."""
     found = dict(depth)
     left = target - sum(step.cost for block, steps in ladders.items() for step in steps[: found[block]])
     while True:

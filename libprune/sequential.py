@@ -4,7 +4,7 @@ Two streams of hidden states go through the model layer by layer: h of the dense
 pruned one. A consumer's new weights see the pruned stream's inputs, and their target is not only what
 the dense consumer gave but also the drift that the layers before it have left in the residual stream:
 
-    y = W x + drift (h - h^),   W' = argmin E|y - W' x^_K|^2 + lambda |W' - W_K|^2
+    y = W x + drift (h - h^),   W' = argmin E|y - W' x^_K|^2 + lambda |(W' - W_K) D^1/2|^2
 
 A few tokens, often the first of a sequence, have states hundreds of times larger than the others, and as much
 larger a drift, which is small beside the state and which no later layer can predict. In squares it outweighs all other

@@ -37,10 +37,11 @@ def main(
         found = search.found
         result |= {"divergence": found.divergence, "divergence_before": found.first, "trials": found.evaluations}
     write_json(metrics / "allocation.json", result)
+    shares = [100 * result[f"{what}share_removed"] for what in ("", "decoder_", "total_")]
     typer.echo(
         f"asked for {100 * settings.ratio:.2f} % of the {settings.ratio_of} {settings.objective}, removed "
-        f"{100 * result['decoder_share_removed']:.2f} % of the decoder's parameters and "
-        f"{100 * result['total_share_removed']:.2f} % of all; shape {decision.shape}"
+        "{:.2f} %: {:.2f} % of the decoder's parameters, {:.2f} % of all".format(*shares)
+        + f"; shape {decision.shape}"
     )
 
 

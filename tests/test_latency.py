@@ -3,6 +3,7 @@
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from libprune import cost, latency
 from libprune.allocation import decide, summary
+from libprune.artifacts import write_json
+from libprune.checkpoint import fingerprint
 from libprune.describe import describe
 from libprune.errors import ArtifactError, LibpruneError
 from libprune.latency import Timing, fit_lines, measured_widths, time_layers
@@ -29,8 +32,8 @@ seconds = st.floats(1e-6, 1e-2)
 @given(shapes(), st.integers(2, 6))
 def test_one_part_at_a_time_is_measured_at_counts_that_the_config_can_say(shape, number):
     architecture = shape.architecture()
-    if any(not any(entry.says(n) for n in range(1, shape.units[part])) for part, entry in architecture.parts.items()):
-        with pytest.raises(LibpruneError, match="cannot say fewer than"):
+    if not any(entry.says(n) for part, entry in architecture.parts.items() for n in range(1, shape.units[part])):
+        with pytest.raises(LibpruneError, match="cannot say a smaller layer"):
             measured_widths(architecture, number)
         return
     dense, *others = measured_widths(architecture, number)
@@ -40,14 +43,18 @@ def test_one_part_at_a_time_is_measured_at_counts_that_the_config_can_say(shape,
         sayable = [n for n in range(1, dense[part]) if entry.says(n)]
         assert len(counts) == len(set(counts)) == min(number - 1, len(sayable))
         assert set(counts) <= set(sayable)
-        assert sayable[0] in counts
+        assert sayable[:1] == counts[:1]
     assert all(sum(width[part] < dense[part] for part in dense) == 1 for width in others)
+
+
+def parameters_of(model: Any, ids: torch.Tensor, **more: Any) -> float:
+    return float(sum(parameter.numel() for parameter in model.parameters()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_layers_that_are_timed_have_the_widths(name, monkeypatch):
     """With the number of parameters in place of the time, the lines are the costs that the axes give."""
-    monkeypatch.setattr(latency, "_seconds", lambda model, ids: float(sum(p.numel() for p in model.parameters())))
+    monkeypatch.setattr(latency, "_seconds", parameters_of)
     model = FAMILIES[name](0)
     architecture = describe(model)
     timing = time_layers(model.config, architecture, torch.device("cpu"), torch.float32, Latency(widths=4, rounds=1))
@@ -68,8 +75,9 @@ def test_a_budget_of_time_counts_what_the_lines_say(shape, fixed, group, channel
     plan = random_plan(architecture, "holes" if shape.layers > 2 else "per_layer")
 
     def expected(plan: Plan) -> float:
-        units = [(group if part == "attention" else channel) * keep.sum() for (_, part), keep in plan.keep.items()]
-        return shape.layers * fixed + float(sum(units))
+        """Half of what is fixed goes with each part."""
+        price = {"attention": group, "mlp": channel}
+        return float(sum(keep.any() * fixed / 2 + price[part] * keep.sum() for (_, part), keep in plan.keep.items()))
 
     dense = Plan.dense(architecture)
     assert prices.decoder == pytest.approx(1e12 * expected(dense), rel=1e-5)
@@ -105,15 +113,48 @@ def test_a_global_order_is_by_importance_for_the_time_saved():
         assert plan.kept(0, other) == shape.units[other]
 
 
-def test_a_line_never_falls_and_nothing_but_noise_is_refused():
-    architecture = Shape().architecture()
-    widths = ({"attention": 4, "mlp": 12}, {"attention": 2, "mlp": 12}, {"attention": 4, "mlp": 6})
-    found = fit_lines(architecture, Timing(widths, np.array([4.0, 5.0, 1.0]), 1.0))
+WIDTHS = tuple({"attention": a, "mlp": m} for a, m in ((4, 12), (2, 12), (1, 12), (4, 8), (4, 4)))
+
+
+@pytest.mark.parametrize("slope", [-0.3, 1e-4])
+def test_a_part_whose_time_is_noise_has_no_price_and_the_other_is_fitted_alone(slope):
+    """Otherwise the last gap of a budget would be filled with units that are almost free."""
+    noise = np.array([0.01, -0.01, 0.01, -0.01, 0.01])
+    times = 3 + 0.5 * np.array([w["mlp"] for w in WIDTHS]) + slope * np.array([w["attention"] for w in WIDTHS]) + noise
+    found = fit_lines(Shape().architecture(), Timing(WIDTHS, times, 1.0))
     assert found["unit"]["attention"] == 0
-    assert found["unit"]["mlp"] == pytest.approx(0.5)
-    assert found["misfit"] > 0
+    line = np.polyfit([w["mlp"] for w in WIDTHS], times, 1)
+    assert (found["unit"]["mlp"], found["fixed"]) == pytest.approx((line[0], line[1]))
+    missed = np.abs(np.polyval(line, [w["mlp"] for w in WIDTHS]) - times).max()
+    assert found["misfit"] == pytest.approx(missed / times[0])
+
+
+def test_times_that_are_nothing_but_noise_are_refused():
     with pytest.raises(LibpruneError, match=r"no width changed the time.*latency\.rounds"):
-        fit_lines(architecture, Timing(widths, np.array([1.0, 2.0, 2.0]), 1.0))
+        fit_lines(Shape().architecture(), Timing(WIDTHS, np.array([1.0, 2.0, 2.0, 1.9, 2.1]), 1.0))
+
+
+def test_a_part_of_one_unit_is_not_timed():
+    architecture = Shape(kv=1, ffn=128).architecture()
+    widths = measured_widths(architecture, 5)
+    assert [width["mlp"] for width in widths] == [128, 64]
+    times = np.array([0.5 + 0.01 * width["mlp"] for width in widths])
+    assert fit_lines(architecture, Timing(tuple(widths), times, 0.0))["unit"] == {
+        "attention": 0,
+        "mlp": pytest.approx(0.01),
+    }
+
+
+def test_the_overlap_with_the_only_component_is_whole_under_every_objective():
+    shape = Shape(layers=2)
+    rng = np.random.default_rng(0)
+    scores = shape.table(1.0 + rng.permutation(len(shape.unit_costs())))
+    scores |= {"taylor": scores["importance"], "fisher": 0 * scores["importance"]}
+    lines = {"unit": {"attention": 1e-6, "mlp": 6e-6}, "fixed": 0.0, "outside": 0.0}
+    for objective in ("parameters", "cache", "latency"):
+        params = Allocate(method="global", ratio=0.3, objective=objective, shape="per_layer")
+        decision = decide(shape.architecture(), scores, META, params, Evidence(latency=lines))
+        assert decision.overlap["taylor"] == 1
 
 
 def stage(name: str, folder: Path) -> None:
@@ -121,13 +162,17 @@ def stage(name: str, folder: Path) -> None:
     import_module(f"stages.{name}").main(folder / "params.yaml", folder / "artifacts", *more)
 
 
-def test_the_stages_from_times_to_a_plan(tmp_path):
+def test_the_stages_from_times_to_a_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "_seconds", parameters_of)
     model, text = str(tiny.write_model(tmp_path / "model")), str(tiny.write_text(tmp_path / "text.txt"))
     asked = {"objective": "latency", "ratio": 0.2}
     tiny.write_params(tmp_path / "params.yaml", model, text, score={"criterion": "random"}, allocate=asked)
     for name in ("prepare", "score"):
         stage(name, tmp_path)
     with pytest.raises(ArtifactError, match=r"latency\.json does not exist; run `dvc repro latency`"):
+        stage("allocate", tmp_path)
+    write_json(tmp_path / "artifacts/latency.json", {"model": fingerprint(tmp_path / "artifacts/model")})
+    with pytest.raises(ArtifactError, match="holds no times"):
         stage("allocate", tmp_path)
     for name in ("latency", "allocate"):
         stage(name, tmp_path)

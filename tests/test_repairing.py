@@ -105,5 +105,7 @@ def test_biases_are_added_where_the_config_can_say_them(tmp_path, name, kind):
 @pytest.mark.parametrize("name", ["mistral", "qwen2"])
 def test_a_bias_is_refused_where_the_config_cannot_say_it(tmp_path, name):
     layout, _ = made(tmp_path, name, "uniform")
+    config = json.loads((layout.model / "config.json").read_text())  # a key that nothing reads says nothing
+    (layout.model / "config.json").write_text(json.dumps(config | {"attention_bias": False, "mlp_bias": False}))
     with pytest.raises(LibpruneError, match=r"bias on model\.layers\.0\.(self_attn\.o|mlp\.down)_proj.*cannot say one"):
         prune(layout, tmp_path, Compute(), Slice(repair="bias"))
