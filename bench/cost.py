@@ -54,7 +54,8 @@ def plain_backward(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 def kinds(model: PreTrainedModel, architecture: Architecture, ids: torch.Tensor) -> dict[str, Callable[[], None]]:
     n_tok = ids.shape[1] - 1
-    gradients, fisher, probes = Gradients(), Hessian(), Hessian(estimator="hutchinson")
+    gradients = Gradients()
+    fisher, probes = Hessian(estimator="fisher"), Hessian(estimator="hutchinson")
 
     def batches() -> list[tuple[int, int, torch.Tensor]]:
         return [(0, 0, ids)]

@@ -68,7 +68,7 @@ def prepare(folder: Path, hidden: int, inner: int, layers: int) -> tuple[int, di
     write_tokens(layout.calibration, ids, {"model": architecture.fingerprint})
     groups = {
         "gradients": gradient_groups(architecture, LENGTH - 1, 2, Gradients()),
-        "hessian": hessian_groups(architecture, LENGTH - 1, Hessian()),
+        "hessian": hessian_groups(architecture, LENGTH - 1, Hessian(estimator="fisher")),
         "activations": activation_groups(architecture, Activations()),
     }
     sums = {name: [state_bytes(group), state_bytes(group[:1])] for name, group in groups.items()}
@@ -83,10 +83,9 @@ def output(folder: Path, *command: str) -> str:
 
 def peak(folder: Path, stage: str, sums: str) -> int:
     """Peak bytes of a stage's process, as it prints them."""
-    settings = (
-        f"compute: {{sums: {sums}, dtype: float32}}\ngradients: {{sequences: null}}\nhessian: {{sequences: null}}\n"
-    )
-    (folder / "params.yaml").write_text(f"prepare: {{model: x}}\ntokenize: {{text: x}}\n{settings}")
+    stages = "gradients: {sequences: null}\nhessian: {sequences: null, estimator: fisher}\n"
+    settings = f"prepare: {{model: x}}\ntokenize: {{text: x}}\ncompute: {{sums: {sums}, dtype: float32}}\n{stages}"
+    (folder / "params.yaml").write_text(settings)
     last = output(folder, sys.executable, "-m", f"stages.{stage}").splitlines()[-1]
     return int(last.split("peak memory ")[1].split(" MB")[0].replace(",", "")) * 10**6
 
