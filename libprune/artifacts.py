@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -137,12 +138,10 @@ def writing_folder(target: Path) -> Iterator[Path]:
 
 def _runs(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        pass
-    return True
+    return bool(state != psutil.STATUS_ZOMBIE)  # a container may have nobody who takes note of an orphan's end
 
 
 def remove(path: Path) -> None:

@@ -1,10 +1,14 @@
 """Artifacts are written whole or not at all, never through a hard link, and say where they come from."""
 
 import os
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -346,3 +350,18 @@ def test_json_that_was_cut_off_is_damaged(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"a\.json is damaged"):
         read_json(tmp_path / "a.json", "evaluate")
+
+
+def test_what_an_ended_process_left_is_removed_though_nobody_took_note_of_its_end(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    left = tmp_path / f".target.{ended.pid}.partial"
+    running = tmp_path / f".target.{os.getppid()}.partial"
+    left.mkdir()
+    running.touch()
+    with writing(tmp_path / "target") as partial_file:
+        partial_file.touch()
+    assert not left.exists()
+    assert running.exists()
+    ended.wait()
