@@ -68,14 +68,14 @@ def with_biases(
     Raises:
         NotExpressibleError: naming a part whose config has no key for that.
     """
+    if not parts:
+        return architecture, config
     data = config.to_dict()
     for part in parts:
         key = bias_key(architecture.family, config, part)
         if key is None:
             raise NotExpressibleError(f"the config of this {config.model_type} model cannot say biases in its {part}")
         data[key] = True
-    if data == config.to_dict():
-        return architecture, config
     biased = type(config).from_dict(data)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(biased)

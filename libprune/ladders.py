@@ -90,6 +90,11 @@ def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[B
     return left == 0
 
 
+def spent(ladders: Ladders, depth: Mapping[Block, int]) -> int:
+    """How much of the objective goes with so many steps down each block's ladder."""
+    return sum(step.cost for block, steps in ladders.items() for step in steps[: depth[block]])
+
+
 def plan_of(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int]) -> Plan:
     """The plan that takes so many steps down each block's ladder."""
     keep = {block: np.ones(architecture.units(block[1]), dtype=bool) for block in ladders}

@@ -1,5 +1,6 @@
 """Which units stay: the meaning of a pruning decision, apart from any model."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,11 @@ class Plan:
     def layers(self) -> tuple[int, ...]:
         """The layers that are left, by their index in the dense model."""
         return tuple(sorted({layer for layer, part in self.keep if not self.gone(layer, part)}))
+
+    @property
+    def digest(self) -> str:
+        """Names the decision."""
+        return hashlib.sha256(b"".join(keep.tobytes() for keep in self.keep.values())).hexdigest()[:16]
 
     @property
     def uniform(self) -> bool:

@@ -7,7 +7,6 @@ et al. 2024) and Tyr-the-Pruner (Li et al. 2025). The best plan so far is always
 measured is written down at once, so that an interrupted search goes on where it stopped.
 """
 
-import hashlib
 import json
 import math
 import time
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel
 from libprune.architecture import Architecture
 from libprune.blocks import replaced
 from libprune.divergence import Divergence
-from libprune.ladders import Block, Ladders, empties_layer, plan_of
+from libprune.ladders import Block, Ladders, empties_layer, plan_of, spent
 from libprune.params import Allocate
 from libprune.plan import Plan
 from libprune.prefix import Prefix
@@ -112,7 +111,7 @@ def refine(
 
     def measure(trial: Mapping[Block, int]) -> float:
         plan = plan_of(architecture, ladders, trial)
-        key = hashlib.sha256(b"".join(keep.tobytes() for keep in plan.keep.values())).hexdigest()[:16]
+        key = plan.digest
         if key not in known:
             known[key] = judge(plan)
             with record.open("a") as file:
@@ -159,7 +158,7 @@ def _move(
     params: Allocate,
     rng: np.random.Generator,
 ) -> dict[Block, int]:
-    """Give some steps of one block back, and take as many parameters from another."""
+    """Give some steps of one block back, and take as much from another."""
     blocks = [block for block, steps in ladders.items() if steps]
     trial = dict(depth)
     giving = [block for block in blocks if depth[block] > 0]
@@ -169,14 +168,10 @@ def _move(
     back, on = giving[rng.integers(len(giving))], taking[rng.integers(len(taking))]
     most = max(1, len(ladders[back]) // LARGEST_MOVE)
     trial[back] -= min(trial[back], int(rng.integers(1, most + 1)))
-    room = target - _spent(ladders, trial)
+    room = target - spent(ladders, trial)
     while trial[on] < len(ladders[on]) and ladders[on][trial[on]].cost <= room and on != back:
         if not params.allow_layer_removal and empties_layer(architecture, ladders, trial, on):
             break
         room -= ladders[on][trial[on]].cost
         trial[on] += 1
     return fill(architecture, ladders, curves, trial, target, params)
-
-
-def _spent(ladders: Ladders, depth: Mapping[Block, int]) -> int:
-    return sum(step.cost for block, steps in ladders.items() for step in steps[: depth[block]])

@@ -1,6 +1,5 @@
 """Carrying out a repair: from the artifacts to the fits of every pruned consumer."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -110,8 +109,7 @@ def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute:
     damping = None if params.damping == "auto" else params.damping
     batches = split_batches(torch.from_numpy(run.ids).to(run.device), run.at_once)
     repair = SequentialRepair(run.model, architecture, plan, batches, damping, params.drift, params.drift_cap)
-    keep = hashlib.sha256(b"".join(plan.keep[block].tobytes() for block in architecture.blocks())).hexdigest()
-    identity = {"plan": keep, **params.model_dump(), "sequences": len(run.ids)}
+    identity = {"plan": plan.digest, **params.model_dump(), "sequences": len(run.ids)}
     folder = run.work / "slice" / fingerprint(run, identity)
     fits = []
     for layer in tqdm(range(architecture.layers), desc="repair", unit="layer"):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns
-from libprune.ladders import Block, Ladders, empties_layer
+from libprune.ladders import Block, Ladders, empties_layer, spent
 from libprune.params import Allocate
 
 CHOICES = 64
@@ -125,7 +125,7 @@ def fill(
 ) -> dict[Block, int]:
     """Go on step by step where the next one loses least for what it saves, as long as it fits into the target."""
     found = dict(depth)
-    left = target - sum(step.cost for block, steps in ladders.items() for step in steps[: found[block]])
+    left = target - spent(ladders, found)
     while True:
         slopes = {
             block: _slope(ladders, curves, block, found[block])

@@ -8,6 +8,16 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     import typer
 
     from libprune.artifacts import Layout, writing_folder
+    from libprune.params import load_params
+
+    layout, settings = Layout(artifacts), load_params(params)
+    section = settings.hessian
+    if section.estimator == "none":
+        if stage.first_process():
+            with writing_folder(layout.hessian):
+                typer.echo("hessian.estimator is none: nothing collected")
+        return
+
     from libprune.calibration import set_up
     from libprune.collection import collecting, write_artifact
     from libprune.diagnosis import print_units
@@ -18,15 +28,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         hessian_groups,
         require_probes_possible,
     )
-    from libprune.params import load_params
 
-    layout, settings = Layout(artifacts), load_params(params)
-    section = settings.hessian
-    if section.estimator == "none":
-        if stage.first_process():
-            with writing_folder(layout.hessian):
-                typer.echo("hessian.estimator is none: nothing collected")
-        return
     run = set_up(layout, settings.compute, section.sequences)
     probing = section.estimator == "hutchinson"
     if probing:

@@ -1,6 +1,8 @@
 """Which files of this project a module runs: the closure of its imports, found by reading, not by running."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -9,6 +11,19 @@ DATA = {
     "libprune/pruned_folder.py": "libprune/modeling_pruned.py.tmpl",
 }
 """Files that a module reads beside its own code."""
+
+
+def run_without_torch(stage: str, folder: Path) -> list[str]:
+    """What a stage prints that has nothing to do, in a process of its own; it must not import torch either."""
+    program = (
+        f"import sys; from pathlib import Path; from stages.{stage} import main; "
+        f"main(Path({str(folder / 'params.yaml')!r}), Path({str(folder / 'artifacts')!r})); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    *printed, imported = done.stdout.splitlines()
+    assert imported == "False"
+    return printed
 
 
 def imports(path: Path) -> set[Path]:

@@ -1,7 +1,5 @@
 """The ablation stage: which units are drawn, and their loss increases against a direct computation."""
 
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from libprune.surgery import masked
 from libprune.tokens import write_tokens
 from stages.ablation import main
 from tests import tiny
-from tests.closure import ROOT
+from tests.closure import run_without_torch
 from tests.models import FAMILIES, tokens
 from tests.test_surgery import plan_without
 
@@ -285,12 +283,7 @@ def test_a_dense_loss_that_is_not_finite_is_named(llama, monkeypatch):
 def test_without_units_nothing_is_run_and_the_table_is_empty(llama):
     """Nor is torch imported: the stage's place in the pipeline costs next to nothing."""
     params(llama, units=0)
-    program = (
-        "import sys; from pathlib import Path; from stages.ablation import main; "
-        f"main(Path({str(llama / 'params.yaml')!r}), Path({str(llama / 'artifacts')!r})); print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["ablation.units is 0: nothing measured", "False"]
+    assert run_without_torch("ablation", llama) == ["ablation.units is 0: nothing measured"]
     table, meta = read_table(Layout(llama / "artifacts").ablation, "ablation")
     assert meta == {"model": fingerprint(llama / "artifacts/model"), "units": 0, "seed": 0}
     assert list(table) == ["layer_idx", "group_type", "group_idx", "loss_increase", "standard_error"]

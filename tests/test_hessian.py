@@ -16,6 +16,8 @@ from libprune.axes import parse_expr
 from libprune.errors import LibpruneError, StatisticsError
 from libprune.hessian import _signs, hessian_columns, require_probes_possible
 from libprune.params import Compute
+from tests import tiny
+from tests.closure import run_without_torch
 from tests.collected import (
     LENGTH,
     N_TOK,
@@ -325,3 +327,9 @@ def test_the_sequence_whose_values_are_not_finite_is_named(estimator, row, size)
     with pytest.raises(StatisticsError, match=rf"{what} is not finite for calibration sequence {row};"):
         hessian(model, size, poisoned_tokens(row), estimator=estimator)
     assert_untouched(model)
+
+
+def test_without_an_estimator_nothing_is_collected_and_no_model_is_loaded(tmp_path):
+    tiny.write_params(tmp_path / "params.yaml", "a model", "a text", hessian={"estimator": "none"})
+    assert run_without_torch("hessian", tmp_path) == ["hessian.estimator is none: nothing collected"]
+    assert not list((tmp_path / "artifacts/hessian").iterdir())

@@ -1,8 +1,6 @@
 """The levels of blocks: which are measured, in which order units go, and the stage against a direct computation."""
 
 import json
-import subprocess
-import sys
 from copy import deepcopy
 from importlib import import_module
 from itertools import product
@@ -27,7 +25,7 @@ from libprune.repairing import local_repair
 from libprune.surgery import masked
 from libprune.tokens import read_tokens
 from tests import tiny
-from tests.closure import ROOT
+from tests.closure import run_without_torch
 from tests.models import FAMILIES, random_plan, tokens
 from tests.shapes import Shape, ladders_of, shapes
 
@@ -262,12 +260,7 @@ def test_with_another_method_the_table_is_empty_and_no_model_is_loaded(place):
     """Nor is torch imported: the stage's place in the pipeline costs next to nothing."""
     change(place, "allocate", method="uniform")
     (place / "artifacts/levels.parquet").unlink()
-    program = (
-        "import sys; from pathlib import Path; from stages.levels import main; "
-        f"main(Path({str(place / 'params.yaml')!r}), Path({str(place / 'artifacts')!r})); print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["allocate.method is uniform: no level is measured", "False"]
+    assert run_without_torch("levels", place) == ["allocate.method is uniform: no level is measured"]
     table, meta = read_table(Layout(place / "artifacts").levels, "levels")
     assert all(len(values) == 0 for values in table.values())
     assert meta["levels"] == 0
