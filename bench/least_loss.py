@@ -25,6 +25,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from libprune import cost
+from libprune.advice import fixed_scores
 from libprune.allocation import decide
 from libprune.artifacts import Layout, read_architecture
 from libprune.blocks import replaced
@@ -48,7 +49,8 @@ LEVELS = Levels(sequences=4, number=6)
 SEARCH = {"method": "search", "evaluations": 32}
 TASKS = ("piqa_file", "arc_easy_file")
 UNIFORM: dict[str, Any] = {"method": "uniform"}
-SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+Setting = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+SETTINGS: dict[str, Setting] = {
     "LLM-Pruner: taylor, global in layers 3 to 28, none": (
         {"criterion": "taylor"},
         {"method": "global", "freeze_first": 3, "freeze_last": 2},
@@ -139,9 +141,9 @@ class Bench:
         folder = str(Path(__file__).with_name("tasks"))
         return zero_shot(self.model, tokenizer, TASKS, folder, self.questions, 8)
 
-    def measure(self, name: str, ratio: float) -> dict[str, Any]:
+    def measure(self, name: str, ratio: float, setting: Setting) -> dict[str, Any]:
         """One row."""
-        score, allocate, repair = SETTINGS[name]
+        score, allocate, repair = setting
         sections = Score(**score), Allocate(ratio=ratio, **allocate), Slice(**repair)
         start = time.perf_counter()
         plan, info = self._plan(*sections[:2])
@@ -177,9 +179,10 @@ class Bench:
 
     def _plan(self, score: Score, allocate: Allocate):
         table, _ = join_tables(self.layout, find_criterion(score.criterion), score)
-        scores = score_units(table, score)
         criterion = find_criterion(score.criterion)
-        meta = score.model_dump() | {"comparable": criterion.comparable}
+        meta = score.model_dump() | {"comparable": criterion.comparable, "gradient_orders": criterion.orders}
+        fixed = fixed_scores(self.layout, self.architecture, score_units(table, score), meta, allocate)
+        scores = fixed.scores
         evidence = read_evidence(self.layout, self.architecture, scores, allocate)
         search = None
         if allocate.evaluations:
@@ -187,7 +190,8 @@ class Bench:
             search = Search(self.layout, self.architecture, self.compute, LEVELS, allocate, evidence, order)
         plan = decide(self.architecture, scores, meta, allocate, evidence, search).plan
         found = search.found if search else None
-        return plan, {"divergence": [found.first, found.divergence]} if found else {}
+        info = {"gradient_ratios": [fixed.ratio, fixed.ratio_after]}
+        return plan, info | ({"divergence": [found.first, found.divergence]} if found else {})
 
     def _fits(self, plan, section: Slice) -> list[Fit]:
         if section.repair == "sequential":
@@ -234,7 +238,7 @@ def main(
         for share in ratio:
             for name in settings or SETTINGS:
                 if (name, share) not in done:
-                    rows.append(bench.measure(name, share))
+                    rows.append(bench.measure(name, share, SETTINGS[name]))
                     with path.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
                     print({key: value for key, value in rows[-1].items() if key != "kept"}, flush=True)
