@@ -24,8 +24,8 @@ from libprune.artifacts import Layout
 from libprune.describe import describe
 from libprune.gradients import gradient_groups
 from libprune.hessian import hessian_groups
+from libprune.markdown import markdown_table
 from libprune.params import Activations, Gradients, Hessian
-from libprune.report import markdown_table
 from libprune.tokens import write_tokens
 
 ROOT = Path(__file__).parents[1]

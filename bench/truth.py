@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from libprune.artifacts import Columns, Layout, read_table
 from libprune.criteria import CRITERIA
+from libprune.markdown import markdown_table
 from libprune.params import Score
-from libprune.report import markdown_table
 
 Values = NDArray[np.float64]
 RESAMPLES = 2000

@@ -80,6 +80,11 @@ class Layout:
         return self.root / "ablation.parquet"
 
     @property
+    def sensitivity(self) -> Path:
+        """The measured loss increase of removing whole layers, attentions and MLPs."""
+        return self.root / "sensitivity.parquet"
+
+    @property
     def levels(self) -> Path:
         """The measured divergence of whole levels of single blocks."""
         return self.root / "levels.parquet"

@@ -72,6 +72,15 @@ def new_figure(panels: int, panel_height: float) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(panels, 1, squeeze=False)[:, 0])
 
 
+@styled()
+def note(text: str) -> Figure:
+    """A picture that only says something."""
+    figure, (axes,) = new_figure(1, 1.2)
+    axes.axis("off")
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=INK)
+    return figure
+
+
 def png(figure: Figure) -> bytes:
     """The picture as a PNG file without date or program name: the same figure gives the same bytes."""
     buffer = io.BytesIO()

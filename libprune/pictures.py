@@ -1,39 +1,19 @@
 """The pictures of the report: which there are, what they say, and the folder that they are written to."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from libprune import cut_pictures, gradient_pictures
 from libprune.artifacts import Columns, writing_folder
-from libprune.canvas import Figure, png
+from libprune.canvas import Figure, note, png
 from libprune.gradient_summary import Diagnosis, gradient_report
+from libprune.markdown import Picture
 
+NAMES = ("grad_dist", "grad_heatmap", "grad_comparison", "layer_variance", "sensitivity", "kept_share", "scores")
+"""Every picture that there is; dvc.yaml lists them as plots."""
 TEXT = "gradient_report.txt"
 """The file beside the pictures that says the same of the gradients in numbers."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn picture.
-
-    Attributes:
-        name: the file's, without `.png`.
-        alt: what it shows, for who cannot see it.
-        caption: what exactly is drawn.
-        png: the file's bytes.
-    """
-
-    name: str
-    alt: str
-    caption: str
-    png: bytes
-
-    @property
-    def file(self) -> str:
-        """The file's name."""
-        return f"{self.name}.png"
 
 
 def _picture(name: str, figure: Figure, alt: str, caption: str) -> Picture:
@@ -56,7 +36,7 @@ def gradient_gallery(rows: Columns) -> list[Picture]:
             "grad_heatmap",
             gradient_pictures.grad_heatmap(rows),
             "mean |g| by parameter type and layer",
-            "Mean over the batches.",
+            "Mean over the batches; each tick of the colour bar is a power of ten or a multiple of it.",
         ),
         _picture(
             "grad_comparison",
@@ -114,6 +94,8 @@ def sensitivity_gallery(table: Columns) -> list[Picture]:
 def write_gallery(folder: Path, pictures: list[Picture], rows: Columns, diagnosis: Diagnosis) -> None:
     """Write all pictures and `gradient_report.txt` as a folder, whole or not at all.
 
+    A picture of what was not measured says so: to DVC, a plot that is listed and missing is a failure.
+
     Args:
         folder: takes the place of what is there.
         pictures: to write.
@@ -121,6 +103,7 @@ def write_gallery(folder: Path, pictures: list[Picture], rows: Columns, diagnosi
         diagnosis: from the plan, for the text.
     """
     with writing_folder(folder) as partial:
-        for picture in pictures:
-            (partial / picture.file).write_bytes(picture.png)
+        drawn = {picture.name: picture.png for picture in pictures}
+        for name in NAMES:
+            (partial / f"{name}.png").write_bytes(drawn.get(name) or png(note(f"{name}: not measured")))
         (partial / TEXT).write_text(gradient_report(rows, diagnosis), encoding="utf-8")
