@@ -34,11 +34,12 @@ class Origin:
     changed: bool
 
 
-def read_origin(layout: Layout, project: Path) -> Origin:
+def read_origin(layout: Layout, model: str, project: Path) -> Origin:
     """The origin of the artifacts.
 
     Args:
         layout: of the artifacts.
+        model: fingerprint of the dense model that they must belong to.
         project: a folder of the project, for its commit.
 
     Raises:
@@ -47,8 +48,9 @@ def read_origin(layout: Layout, project: Path) -> Origin:
     architecture = read_architecture(layout)
     _, weights = read_table(layout.weights, "prepare")
     _, tokens = read_table(layout.calibration, "tokenize")
-    for path, meta in ((layout.weights, weights), (layout.calibration, tokens)):
-        same_origin(path, meta, {"model": architecture.fingerprint})
+    described = {"model": architecture.fingerprint}
+    for path, meta in ((layout.architecture, described), (layout.weights, weights), (layout.calibration, tokens)):
+        same_origin(path, meta, {"model": model})
     drawn = {name: tokens[name] for name in ("sequences", "length", "seed")}
     commit, changed = project_state(project)
     return Origin(weights["source"], architecture.family, tokens["source"], **drawn, commit=commit, changed=changed)

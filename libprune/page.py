@@ -19,6 +19,7 @@ h1 { font-size: 1.8rem; line-height: 1.2; margin: 0.6rem 0 1rem; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 0.6rem; padding-bottom: 0.2rem; border-bottom: 1px solid #ccc; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.28rem 0.8rem; border-bottom: 1px solid #ddd; text-align: left; overflow-wrap: anywhere; }
+td[style*="right"] { white-space: nowrap; }
 th { border-bottom: 2px solid #888; }
 code { font: 0.88em/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   background: #f3f3f3; padding: 0.1em 0.3em; overflow-wrap: anywhere; }

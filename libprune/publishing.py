@@ -4,6 +4,7 @@ from pathlib import Path
 
 from libprune.artifacts import Layout, read_json, read_table, same_origin, writing
 from libprune.diagnosis import gradient_ratio
+from libprune.markdown import Picture
 from libprune.origin import read_origin
 from libprune.page import html_page
 from libprune.pictures import cut_gallery, gradient_gallery, sensitivity_gallery, write_gallery
@@ -28,12 +29,9 @@ def publish(layout: Layout, folder: Path, project: Path) -> None:
     same_origin(layout.comparison, meta, plan_meta)
     rows, gradients = read_table(layout.gradients / "layers.parquet", "gradients")
     same_origin(layout.gradients, gradients, {"model": meta["model"]})
-    pictures = gradient_gallery(rows) + cut_gallery(plan, plan_meta)
-    if layout.sensitivity.exists():
-        table, measured = read_table(layout.sensitivity, "sensitivity")
-        same_origin(layout.sensitivity, measured, {"model": meta["model"]})
-        pictures += sensitivity_gallery(table)
-    origin = read_origin(layout, project)
+    measured = _sensitivity(layout, meta["model"])
+    origin = read_origin(layout, meta["model"], project)
+    pictures = gradient_gallery(rows) + measured + cut_gallery(plan, plan_meta)
     ratio = gradient_ratio(rows) if len(rows["layer_idx"]) else None
     text = markdown(result, str(layout.pruned), origin, pictures, ratio)
     images = {f"{PICTURES}/{picture.file}": picture.png for picture in pictures}
@@ -42,3 +40,11 @@ def publish(layout: Layout, folder: Path, project: Path) -> None:
     for name, content in (("report.md", text), ("report.html", page)):
         with writing(folder / name) as partial:
             partial.write_text(content, encoding="utf-8")
+
+
+def _sensitivity(layout: Layout, model: str) -> list[Picture]:
+    if not layout.sensitivity.exists():
+        return []
+    table, meta = read_table(layout.sensitivity, "sensitivity")
+    same_origin(layout.sensitivity, meta, {"model": model})
+    return sensitivity_gallery(table)
