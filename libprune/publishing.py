@@ -9,7 +9,7 @@ from libprune.origin import read_origin
 from libprune.page import html_page
 from libprune.pictures import cut_gallery, gradient_gallery, sensitivity_gallery, write_gallery
 from libprune.report import markdown
-from libprune.sections import PICTURES
+from libprune.report_sections import PICTURES
 
 
 def publish(layout: Layout, folder: Path, project: Path) -> None:

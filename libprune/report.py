@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from libprune import sections
+from libprune import report_sections as sections
 from libprune.cautions import cautions
 from libprune.markdown import Picture, Rows, code, markdown_table
 from libprune.origin import Origin
@@ -77,7 +77,7 @@ def markdown(
         result: the content of `artifacts/evaluation.json`.
         folder: where the pruned model lies.
         origin: of the artifacts.
-        pictures: that lie in the folder `sections.PICTURES` beside the report.
+        pictures: that lie in the folder `report_sections.PICTURES` beside the report.
         gradient_ratio: largest over smallest mean |g| of the layers; None without gradients.
     """
     parts = [
