@@ -25,7 +25,7 @@ from libprune.compute import sequence_losses
 from libprune.describe import describe
 from libprune.gradients import collect_gradients, gradient_groups
 from libprune.hessian import collect_probes, collect_squared_gradients, hessian_groups
-from libprune.params import Activations, Gradients, Hessian
+from libprune.sections import Activations, Gradients, Hessian
 
 SHAPES = {
     "1b": {

@@ -35,10 +35,10 @@ from libprune.evaluation import perplexity, perplexity_ratio, window_losses
 from libprune.evidence import read_evidence
 from libprune.levels import order_digest, unit_orders
 from libprune.markdown import markdown_table
-from libprune.params import Allocate, Compute, Levels, Score, Slice
 from libprune.repair import Fit, new_parameters
 from libprune.repairing import REPAIRS
 from libprune.searching import Search
+from libprune.sections import Allocate, Compute, Levels, Score, Slice
 from libprune.stage import peak_memory
 from libprune.surgery import masked
 from libprune.tasks import zero_shot

@@ -25,7 +25,7 @@ from libprune.describe import describe
 from libprune.gradients import gradient_groups
 from libprune.hessian import hessian_groups
 from libprune.markdown import markdown_table
-from libprune.params import Activations, Gradients, Hessian
+from libprune.sections import Activations, Gradients, Hessian
 from libprune.tokens import write_tokens
 
 ROOT = Path(__file__).parents[1]

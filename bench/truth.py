@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from libprune.artifacts import Columns, Layout, read_table
 from libprune.criteria import CRITERIA
 from libprune.markdown import markdown_table
-from libprune.params import Score
+from libprune.sections import Score
 
 Values = NDArray[np.float64]
 RESAMPLES = 2000

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns
+from libprune.estimates import mean_columns
 from libprune.plan import Plan
 
 Unit = tuple[int, str, int]
@@ -64,16 +65,11 @@ def ablation_table(
     Both are of the differences L_i(masked) - L_i(dense), L_i the mean-token loss of sequence i. The
     standard error is NaN for a single sequence.
     """
-    increases = losses - dense
-    number = len(dense)
-    alone = np.full(len(units), np.nan)
     return {
         "layer_idx": np.array([layer for layer, _, _ in units], dtype=np.int64),
         "group_type": np.array([part for _, part, _ in units], dtype=np.str_),
         "group_idx": np.array([unit for _, _, unit in units], dtype=np.int64),
-        "loss_increase": increases.mean(1),
-        "standard_error": increases.std(1, ddof=1) / number**0.5 if number > 1 else alone,
-    }
+    } | mean_columns("loss_increase", losses - dense)
 
 
 def empty_table() -> Columns:

@@ -16,7 +16,7 @@ from libprune.architecture import Architecture, Map
 from libprune.calibration import HELD_OUT_EVERY, held_out
 from libprune.compute import hooked, require_finite
 from libprune.input_statistics import Cosine, Gram, HeldOut, Histogram, InputMoments, entropy, frequency
-from libprune.params import Activations
+from libprune.sections import Activations
 from libprune.statistics import State, Statistic
 from libprune.units import sum_positions, unit_sums
 

@@ -14,8 +14,8 @@ from libprune.cost import Prices
 from libprune.errors import BudgetError, LibpruneError
 from libprune.ladders import Ladders, build_ladders, plan_of
 from libprune.methods import METHODS, Depth, Evidence
-from libprune.params import Allocate
 from libprune.plan import Plan
+from libprune.sections import Allocate
 
 NO_EVIDENCE = Evidence()
 
@@ -49,7 +49,9 @@ def allocate(
         BudgetError: if the target cannot be reached under the floors, or not in the asked shape.
     """
     prices = cost.prices(architecture, params.objective, evidence.latency)
-    ladders, target = build_ladders(architecture, scores, params, prices), target_of(prices, params)
+    floors = {"min_groups": 0, "min_channels": 0} if params.collapse_below else {}
+    ladders = build_ladders(architecture, scores, params.model_copy(update=floors), prices)
+    target = target_of(prices, params)
     depth = METHODS[params.method](architecture, ladders, target, params, evidence)
     if improve is not None:
         depth = improve(ladders, depth, target)
@@ -139,10 +141,17 @@ COMPARED_COMPONENTS = ("taylor", "fisher")
 
 
 def _require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
-    if params.method == "global" and not meta["comparable"] and meta["scaling"] == "none":
+    method, scaling = params.method, meta["scaling"]
+    if method in {"global", "hgsp"} and not meta["comparable"] and scaling == "none":
+        scalings = "zscore, minmax or rank" if method == "global" else "minmax or rank"
         raise LibpruneError(
-            f"{meta['criterion']} compares only within a layer and type, so allocate.method: global would rank "
-            "unlike things; set score.scaling to zscore, minmax or rank, or allocate.method to uniform"
+            f"{meta['criterion']} compares only within a layer and type, so allocate.method: {method} would rank "
+            f"unlike things; set score.scaling to {scalings}, or allocate.method to uniform"
+        )
+    if method == "hgsp" and scaling == "zscore":
+        raise LibpruneError(
+            "allocate.method: hgsp multiplies scores by what their block is worth, so they must not be negative, as "
+            "those of score.scaling: zscore are; set it to minmax or rank"
         )
 
 

@@ -81,7 +81,7 @@ class Layout:
 
     @property
     def sensitivity(self) -> Path:
-        """The measured loss increase of removing whole layers, attentions and MLPs."""
+        """The measured loss increase of removing whole layers and blocks."""
         return self.root / "sensitivity.parquet"
 
     @property

@@ -18,7 +18,7 @@ from libprune.compute import resolve_device, resolve_dtype
 from libprune.errors import LibpruneError
 from libprune.memory import checkpoint_blocks, offload_maps
 from libprune.parallel import World, join_world, shard_blocks
-from libprune.params import Compute
+from libprune.sections import Compute
 from libprune.tokens import read_tokens, require_sequences
 
 HELD_OUT_EVERY = 8

@@ -18,10 +18,8 @@ MISSED = 0.01
 def cautions(result: Metrics) -> list[str]:
     """One sentence or two for each, in Markdown; the allocation's own advice first."""
     said = result["plan"].get("diagnosis", {})
-    over = ", ".join(str(layer) for layer in said.get("over_pruned_layers", []))
     return [
         *(prose(str(line)) for line in said.get("advice", [])),
-        *([f"Over-pruned layers: {over}."] if over else []),
         *_quality(result),
         *_budget(result),
         *_speed(result["speed"]),

@@ -1,6 +1,7 @@
 """The `libprune` command."""
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -36,3 +37,29 @@ def check(params: stage.ParamsFile = Path("params.yaml")) -> None:
     with stage.user_errors():
         load_params(params)
     typer.echo(f"{params} is valid")
+
+
+Out = Annotated[Path, typer.Option("--out", help="The folder for table.md, table.csv and perplexity.png.")]
+AllCommits = Annotated[bool, typer.Option("--all-commits", help="Experiments of every commit, not only of HEAD.")]
+
+
+@app.command()
+def compare(out: Out = Path("report/compare"), all_commits: AllCommits = False) -> None:
+    """Show DVC's experiments and the workspace as one table and one picture, the lowest perplexity first."""
+    from libprune.artifacts import writing
+    from libprune.experiments import comparable
+    from libprune.report import text_table
+    from libprune.sweep_picture import write_picture
+    from libprune.sweep_table import csv_text, markdown_text, params_diff, remarks, table
+
+    with stage.user_errors():
+        rows, left_out = comparable(all_commits)
+    for name, text in (("table.md", markdown_text(rows, left_out)), ("table.csv", csv_text(rows))):
+        with writing(out / name) as partial:
+            partial.write_text(text)
+    write_picture(out / "perplexity.png", rows)
+    command = params_diff(rows)
+    typer.echo("\n".join([text_table(*table(rows)), "", *remarks(rows, left_out)]))
+    typer.echo(f"\nwritten: {out}/table.md, table.csv, perplexity.png")
+    if command:
+        typer.echo(f"the two best, param by param: {command}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -280,7 +281,7 @@ def write_artifact(
     sums: Accumulator,
     columns_of: ColumnsOf,
     extra: Mapping[str, Any],
-    rows_of: RowsOf | None = None,
+    tables_of: Mapping[str, RowsOf] = MappingProxyType({}),
 ) -> dict[str, Columns]:
     """Write what was collected: a safetensors shard a layer, and the tables; whole or not at all.
 
@@ -290,25 +291,24 @@ def write_artifact(
         sums: the joined sums.
         columns_of: per-unit columns of a block, from the layer's tensors and the weights.
         extra: what the metadata say beside the origin.
-        rows_of: rows of `layers.parquet`, from a layer's tensors.
+        tables_of: by the names of further tables, their rows from a layer's tensors.
 
     Returns:
         The tables that were written, by name.
     """
     architecture, meta = run.architecture, run.meta | dict(extra)
     blocks: list[Columns] = []
-    rows: list[Columns] = []
+    rows: dict[str, list[Columns]] = {name: [] for name in tables_of}
     with writing_folder(target) as folder:
         for layer in range(architecture.layers):
             tensors = sums.finish(layer)
             stored = {name: tensor for name, tensor in tensors.items() if not name.startswith((PENDING, ROWS, UNITS))}
             write_shard(folder, layer, stored, meta)
             blocks += [columns_of(architecture, tensors, run.weights, layer, part) for part in architecture.parts]
-            if rows_of is not None:
-                rows.append(rows_of(architecture, tensors, layer))
+            for name, rows_of in tables_of.items():
+                rows[name].append(rows_of(architecture, tensors, layer))
         tables = {"units": unit_index(architecture) | _joined(blocks)}
-        if rows:
-            tables["layers"] = _joined(rows)
+        tables |= {name: _joined(parts) for name, parts in rows.items()}
         for name, table in tables.items():
             write_table(folder / f"{name}.parquet", table, meta)
     return tables

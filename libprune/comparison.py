@@ -13,8 +13,8 @@ from libprune.checkpoint import load_config, load_model, read_provenance
 from libprune.compute import resolve_device, resolve_dtype
 from libprune.describe import with_biases
 from libprune.evaluation import Losses, Speed, compare_speed, perplexity, perplexity_ratio, window_losses
-from libprune.params import Compute, Evaluate
 from libprune.plan import Plan
+from libprune.sections import Compute, Evaluate
 from libprune.tasks import zero_shot
 from libprune.tokens import read_tokens
 

@@ -4,8 +4,8 @@ A criterion is a pure function of named arrays. `CRITERIA` is the one list of th
 which stages' tables it reads, whether its values compare across layers and types, and its source.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns, Layout, check_rows, column, read_architecture, read_table, same_origin
 from libprune.errors import ArtifactError, LibpruneError, StatisticsError, nearest
-from libprune.params import Score
+from libprune.sections import Score
 
 Values = NDArray[np.float64]
 
@@ -31,6 +31,7 @@ class Criterion:
             layer and type.
         unit: what the importance is measured in.
         source: paper of the formula.
+        orders: of the components that come from gradients, the order in them: 1 for |W G|, 2 for squares.
         columns: further per-unit columns, from the stages' shards; None if their tables say all.
     """
 
@@ -39,6 +40,7 @@ class Criterion:
     comparable: bool
     unit: str
     source: str
+    orders: Mapping[str, int] = field(default_factory=dict)
     columns: Callable[[Layout, Architecture, Score], Columns] | None = None
 
 
@@ -130,21 +132,39 @@ def _random(table: Columns, params: Score) -> dict[str, Values]:
 
 CRITERIA = {
     "magnitude": Criterion(_magnitude, (), False, "weight", "Han et al. 2015; Li et al. 2017"),
-    "taylor": Criterion(_taylor, ("gradients",), True, "nats", "Molchanov et al. 2019; Ma et al. 2023 (LLM-Pruner)"),
-    "taylor_group": Criterion(_taylor_group, ("gradients",), True, "nats", "Molchanov et al. 2019; Ma et al. 2023"),
-    "taylor_2nd": Criterion(_taylor_2nd, ("gradients", "hessian"), True, "nats", "Ma et al. 2023 (LLM-Pruner)"),
-    "fisher": Criterion(_fisher, ("hessian",), True, "nats", "LeCun et al. 1989; Theis et al. 2018"),
+    "taylor": Criterion(
+        _taylor, ("gradients",), True, "nats", "Molchanov et al. 2019; Ma et al. 2023 (LLM-Pruner)", {"taylor": 1}
+    ),
+    "taylor_group": Criterion(
+        _taylor_group, ("gradients",), True, "nats", "Molchanov et al. 2019; Ma et al. 2023", {"taylor_group": 1}
+    ),
+    "taylor_2nd": Criterion(
+        _taylor_2nd, ("gradients", "hessian"), True, "nats", "Ma et al. 2023 (LLM-Pruner)", {"taylor": 1, "fisher": 2}
+    ),
+    "fisher": Criterion(_fisher, ("hessian",), True, "nats", "LeCun et al. 1989; Theis et al. 2018", {"fisher": 2}),
     "hessian_trace": Criterion(
-        _hessian_trace, ("hessian",), True, "nats", "Yu et al. 2022, with the estimated diagonal"
+        _hessian_trace,
+        ("hessian",),
+        True,
+        "nats",
+        "Yu et al. 2022, with the estimated diagonal",
+        {"hessian_trace": 2},
     ),
     "wanda": Criterion(_wanda, ("activations",), False, "activation", "Sun et al. 2024 (Wanda), summed by unit"),
-    "unit_fisher": Criterion(_unit_fisher, ("gradients",), True, "nats", "Theis et al. 2018; Kwon et al. 2022"),
+    "unit_fisher": Criterion(
+        _unit_fisher, ("gradients",), True, "nats", "Theis et al. 2018; Kwon et al. 2022", {"unit_fisher": 2}
+    ),
     "fluctuation": Criterion(_fluctuation, ("activations",), False, "activation", "An et al. 2024 (FLAP)"),
     "obs": Criterion(
-        _obs, ("activations",), False, "activation", "Hassibi & Stork 1993; Kurtic et al. 2023 (ZipLM)", _obs_columns
+        _obs,
+        ("activations",),
+        False,
+        "activation",
+        "Hassibi & Stork 1993; Kurtic et al. 2023 (ZipLM)",
+        columns=_obs_columns,
     ),
     "obs_share": Criterion(
-        _obs_share, ("activations",), True, "none", "Kurtic et al. 2023 (ZipLM), in proportion", _obs_columns
+        _obs_share, ("activations",), True, "none", "Kurtic et al. 2023 (ZipLM), in proportion", columns=_obs_columns
     ),
     "obs_fisher": Criterion(
         _obs_fisher,
@@ -152,6 +172,7 @@ CRITERIA = {
         True,
         "nats",
         "Kurtic et al. 2023; Martens & Grosse 2015 (K-FAC)",
+        {"obs_fisher": 2},
         _obs_columns,
     ),
     "fisher_obs": Criterion(
@@ -160,6 +181,7 @@ CRITERIA = {
         True,
         "nats",
         "Theis et al. 2018, with Kurtic et al. 2023",
+        {"fisher_obs": 2},
         _obs_columns,
     ),
     "random": Criterion(_random, (), True, "none", ""),

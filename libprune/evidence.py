@@ -9,8 +9,9 @@ from libprune.artifacts import Columns, Layout, read_json, read_table, same_orig
 from libprune.errors import ArtifactError
 from libprune.levels import order_digest, unit_orders
 from libprune.methods import Evidence
-from libprune.params import Allocate
 from libprune.search import divergence_curves
+from libprune.sections import Allocate
+from libprune.sensitivity import increases_of
 from libprune.shards import read_meta, read_tensor
 
 
@@ -40,6 +41,14 @@ def _of_method(layout: Layout, architecture: Architecture, scores: Columns, para
             for layer in range(architecture.layers)
         ]
         return Evidence(change=1 - np.array(cosines))
+    if params.method == "hgsp":
+        table, meta = read_table(layout.sensitivity, "sensitivity")
+        same_origin(layout.sensitivity, meta, origin)
+        if not len(table["removed"]):
+            raise ArtifactError(
+                f"{layout.sensitivity} holds nothing, since allocate.method was another; run `dvc repro sensitivity`"
+            )
+        return Evidence(sensitivity=increases_of(table))
     if params.method == "search":
         levels, meta = read_table(layout.levels, "levels")
         same_origin(layout.levels, meta, origin | {"order": order_digest(unit_orders(architecture, scores))})

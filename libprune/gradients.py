@@ -17,7 +17,7 @@ from libprune.backward import watching, weight_gradient
 from libprune.compute import require_finite, sequence_losses
 from libprune.errors import StatisticsError
 from libprune.input_statistics import Gram
-from libprune.params import Gradients
+from libprune.sections import Gradients
 from libprune.statistics import BatchRows, MaskGradient, Pending, Statistic, Sum, count
 from libprune.units import sum_positions, unit_sums
 
@@ -217,11 +217,27 @@ def layer_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer:
     for part in architecture.parts:
         for parameter in architecture.parameters_of(layer, part):
             rows = tensors[f"{ROWS}{parameter.name}"][:batches]
-            kind = parameter.name.removeprefix(f"{architecture.layers_path}.{layer}.")
+            kind = _kind(architecture, parameter)
             for batch, row in enumerate(rows.tolist()):
                 for name, value in zip(LAYER_COLUMNS, (layer, part, kind, batch, *row), strict=True):
                     table[name].append(value)
     return {name: np.array(values, dtype=object if name in _TEXT else None) for name, values in table.items()}
+
+
+def tensor_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int) -> Columns:
+    """One row for every parameter of a layer: the norm of its mean gradient over all sequences."""
+    parameters = [(part, p) for part in architecture.parts for p in architecture.parameters_of(layer, part)]
+    return {
+        "layer_idx": np.full(len(parameters), layer),
+        "group_type": np.array([part for part, _ in parameters], dtype=object),
+        "parameter": np.array([_kind(architecture, p) for _, p in parameters], dtype=object),
+        "norm": np.array([float(tensors[p.name].double().norm()) for _, p in parameters]),
+    }
+
+
+def _kind(architecture: Architecture, parameter: Parameter) -> str:
+    """A parameter's name within its layer."""
+    return parameter.name.removeprefix(f"{architecture.layers_path}.{parameter.layer}.")
 
 
 LAYER_COLUMNS = ("layer_idx", "group_type", "parameter", "batch", "mean_abs", "std", "norm")

@@ -7,8 +7,8 @@ from libprune.activations import GRAM
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns, Layout, require
 from libprune.checkpoint import WeightFiles
-from libprune.params import Score
 from libprune.repair import oriented
+from libprune.sections import Score
 from libprune.selection import obs_removal
 from libprune.shards import read_tensor
 

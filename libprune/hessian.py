@@ -15,7 +15,7 @@ from libprune.architecture import Architecture, Map, Parameter
 from libprune.backward import watching, weight_gradient
 from libprune.compute import hooked, require_finite, sequence_losses
 from libprune.errors import LibpruneError, StatisticsError
-from libprune.params import Compute, Hessian
+from libprune.sections import Compute, Hessian
 from libprune.statistics import Samples, Statistic, Sum, count
 from libprune.units import unit_sums
 

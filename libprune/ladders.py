@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns
 from libprune.cost import Prices
-from libprune.params import Allocate
 from libprune.plan import Plan
+from libprune.sections import Allocate
 
 Block = tuple[int, str]
 _FLOORS = {"attention": "min_groups", "mlp": "min_channels"}
@@ -57,7 +57,7 @@ def _ladder(
     params: Allocate,
 ) -> tuple[Step, ...]:
     multiple = params.channel_multiple if part == "mlp" else 1
-    floor = getattr(params, _FLOORS[part])
+    floor = floor_of(part, params)
     if unit_price == 0:  # nothing to gain for this objective
         return ()
     order = np.argsort(rank, kind="stable")
@@ -75,6 +75,11 @@ def _ladder(
         steps.append(Step(tuple(units.tolist()), total, mean, float(importance[units].sum())))
         gone += size
     return tuple(steps)
+
+
+def floor_of(part: str, params: Allocate) -> int:
+    """Units that every block of a part keeps."""
+    return int(getattr(params, _FLOORS[part]))
 
 
 def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block) -> bool:

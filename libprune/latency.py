@@ -18,7 +18,7 @@ from libprune.architecture import Architecture
 from libprune.describe import new_config
 from libprune.errors import LibpruneError
 from libprune.family import families
-from libprune.params import Latency
+from libprune.sections import Latency
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns
+from libprune.estimates import mean_columns
 from libprune.plan import Plan
 
 Level = tuple[int, str, int]
@@ -56,15 +57,11 @@ def level_plans(architecture: Architecture, orders: Orders, levels: Sequence[Lev
 
 def level_table(levels: list[Level], divergences: Float[np.ndarray, "levels sequences"]) -> Columns:
     """One row a level: the mean divergence and its standard error over sequences (NaN of one), nats per token."""
-    number = divergences.shape[1]
-    alone = np.full(len(levels), np.nan)
     return {
         "layer_idx": np.array([layer for layer, _, _ in levels], dtype=np.int64),
         "group_type": np.array([part for _, part, _ in levels], dtype=np.str_),
         "removed": np.array([removed for _, _, removed in levels], dtype=np.int64),
-        "divergence": divergences.mean(1),
-        "standard_error": divergences.std(1, ddof=1) / number**0.5 if number > 1 else alone,
-    }
+    } | mean_columns("divergence", divergences)
 
 
 def empty_table() -> Columns:

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.architecture import Architecture
-from libprune.ladders import Block, Ladders, Step, empties_layer
-from libprune.params import Allocate
+from libprune.hgsp import Increases, above_floors, block_factors, collapsing, weighted
+from libprune.ladders import Block, Ladders, Step, empties_layer, spent
 from libprune.search import choose_levels, fill
+from libprune.sections import Allocate
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Evidence:
     Attributes:
         change: 1 - cosine between each block's input and output, ``[layers]``; for `functional`.
         curves: for every block the divergence by the number of units removed, ``[units + 1]``, nats; for `search`.
+        sensitivity: loss increases of removing layers and blocks, ``[layers]`` each, nats; for `hgsp`.
         latency: the straight lines fitted to measured times; for the objective `latency`.
     """
 
     change: NDArray[np.float64] | None = None
     curves: Mapping[Block, NDArray[np.float64]] | None = None
+    sensitivity: Increases | None = None
     latency: Mapping[str, Any] | None = None
 
 
@@ -215,9 +218,32 @@ def allocate_search(
     return fill(architecture, ladders, evidence.curves, depth, target, params)
 
 
+def allocate_hgsp(
+    architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
+) -> Depth:
+    """The lowest ranks over all blocks first, each rank times the factor of its block (`libprune.hgsp`).
+
+    Layers that would keep less than `collapse_below` if there were no floors are then removed whole, as far as
+    the target goes, and the others share what is left of it. For that the ladders reach below the floors, which
+    hold for all layers that stay.
+    """
+    assert evidence.sensitivity is not None
+    ordered = weighted(ladders, block_factors(architecture, evidence.sensitivity, params))
+    bounded = above_floors(architecture, ordered, params)
+    gone: tuple[int, ...] = ()
+    if params.collapse_below:
+        free = allocate_global(architecture, ordered, target, params, evidence)
+        gone = collapsing(architecture, ladders, free, target, params.collapse_below)
+    collapsed = {block: len(steps) if block[0] in gone else 0 for block, steps in ladders.items()}
+    rest = {block: () if block[0] in gone else steps for block, steps in bounded.items()}
+    others = allocate_global(architecture, rest, target - spent(ladders, collapsed), params, evidence)
+    return {block: collapsed[block] or others[block] for block in ladders}
+
+
 METHODS: dict[str, Method] = {
     "uniform": allocate_uniform,
     "global": allocate_global,
     "functional": allocate_functional,
+    "hgsp": allocate_hgsp,
     "search": allocate_search,
 }

@@ -16,11 +16,11 @@ from libprune.artifacts import Layout, read_architecture, read_plan, require, wr
 from libprune.checkpoint import PROVENANCE, WeightFiles, load_config, load_model
 from libprune.compute import named_dtype
 from libprune.describe import with_biases
-from libprune.params import Compute, Slice
 from libprune.plan import Plan
 from libprune.pruned_folder import write_pruned
 from libprune.repair import Fit, fit_table, mean_errors, new_parameters
 from libprune.repairing import REPAIRS
+from libprune.sections import Compute, Slice
 from libprune.surgery import masked, slice_state
 from libprune.tokens import read_tokens
 from libprune.verify import reference_logits, verify_folder

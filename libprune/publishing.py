@@ -43,8 +43,6 @@ def publish(layout: Layout, folder: Path, project: Path) -> None:
 
 
 def _sensitivity(layout: Layout, model: str) -> list[Picture]:
-    if not layout.sensitivity.exists():
-        return []
     table, meta = read_table(layout.sensitivity, "sensitivity")
     same_origin(layout.sensitivity, meta, {"model": model})
     return sensitivity_gallery(table)

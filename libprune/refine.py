@@ -24,10 +24,10 @@ from libprune.architecture import Architecture
 from libprune.blocks import replaced
 from libprune.divergence import Divergence
 from libprune.ladders import Block, Ladders, empties_layer, plan_of, spent
-from libprune.params import Allocate
 from libprune.plan import Plan
 from libprune.prefix import Prefix
 from libprune.search import fill
+from libprune.sections import Allocate
 
 LARGEST_MOVE = 8
 """A trial moves at most one in so many of a block's steps."""

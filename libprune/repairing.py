@@ -20,9 +20,9 @@ from libprune.checkpoint import WeightFiles, load_config
 from libprune.collection import fingerprint
 from libprune.describe import bias_key
 from libprune.errors import LibpruneError
-from libprune.params import Compute, Slice
 from libprune.plan import Plan
 from libprune.repair import Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
+from libprune.sections import Compute, Slice
 from libprune.sequential import SequentialRepair, split_batches
 from libprune.shards import read_meta, read_tensor
 

@@ -16,7 +16,7 @@ PICTURES = "gradient_analysis"
 """The folder of the pictures, beside the report."""
 
 _GRADIENTS = ("grad_dist", "grad_heatmap", "grad_comparison", "layer_variance")
-_NOT_SETTINGS = {"model", "tokens", "diagnosis", "kept_set_overlap", "comparable"}
+_NOT_SETTINGS = {"model", "tokens", "comparable"}
 
 
 def _shown(pictures: Sequence[Picture], *names: str) -> Section:
@@ -118,7 +118,7 @@ def provenance(result: Metrics, origin: Origin) -> Section:
         ("versions", ", ".join(f"{name} {code(version)}" for name, version in versions.items())),
         *([("git commit of the project", code(origin.commit) + changed)] if origin.commit else []),
     ]
-    settings = {key: value for key, value in plan.items() if key not in _NOT_SETTINGS}
+    settings = {key: value for key, value in plan.items() if key not in _NOT_SETTINGS and not isinstance(value, dict)}
     params: Rows = [(code(key), code(_value(value))) for key, value in settings.items()]
     params += [(code(f"slice.{key}"), code(_value(value))) for key, value in result["pruning"]["slice"].items()]
     return [

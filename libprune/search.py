@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns
 from libprune.ladders import Block, Ladders, empties_layer, spent
-from libprune.params import Allocate
+from libprune.sections import Allocate
 
 CHOICES = 64
 """Depths of a block that the knapsack chooses from, at most."""

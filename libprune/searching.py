@@ -11,9 +11,9 @@ from libprune.calibration import require_own_weights, set_up
 from libprune.collection import fingerprint
 from libprune.ladders import Ladders
 from libprune.methods import Depth, Evidence
-from libprune.params import Allocate, Compute, Levels
 from libprune.refine import Judge, Refined, refine
 from libprune.repairing import inputs_identity, local_repair
+from libprune.sections import Allocate, Compute, Levels
 
 
 class Search:

@@ -11,6 +11,7 @@ def main(
     """Turn scores and a budget into a plan."""
     import typer
 
+    from libprune.advice import diagnosis, fixed_scores
     from libprune.allocation import decide, summary
     from libprune.artifacts import Layout, read_architecture, read_table, same_origin, write_json, write_table
     from libprune.evidence import read_evidence
@@ -29,13 +30,16 @@ def main(
 
         order = order_digest(unit_orders(architecture, scores))
         search = Search(layout, architecture, everything.compute, everything.levels, settings, evidence, order)
-    decision = decide(architecture, scores, meta, settings, evidence, search)
+    fixed = fixed_scores(layout, architecture, scores, meta, settings)
+    decision = decide(architecture, fixed.scores, meta, settings, evidence, search)
+    found = diagnosis(fixed, architecture, decision.plan, settings, bool(meta["gradient_orders"]))
     chosen = {"shape": decision.shape, "split": decision.split, "kept_set_overlap": dict(decision.overlap)}
-    write_table(layout.plan, scores | {"keep": decision.keep_column}, meta | settings.model_dump() | chosen)
-    result = summary(architecture, decision, settings)
+    made = meta | settings.model_dump() | chosen | {"diagnosis": found}
+    write_table(layout.plan, fixed.scores | {"keep": decision.keep_column}, made)
+    result = summary(architecture, decision, settings) | {"diagnosis": found}
     if search is not None and search.found is not None:
-        found = search.found
-        result |= {"divergence": found.divergence, "divergence_before": found.first, "trials": found.evaluations}
+        best = search.found
+        result |= {"divergence": best.divergence, "divergence_before": best.first, "trials": best.evaluations}
     write_json(metrics / "allocation.json", result)
     shares = [100 * result[f"{what}share_removed"] for what in ("", "decoder_", "total_")]
     typer.echo(
@@ -43,6 +47,8 @@ def main(
         "{:.2f} %: {:.2f} % of the decoder's parameters, {:.2f} % of all".format(*shares)
         + f"; shape {decision.shape}"
     )
+    for sentence in found["advice"]:
+        typer.echo(f"note: {sentence}")
 
 
 app = stage.app(main)

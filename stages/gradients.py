@@ -9,9 +9,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     from libprune.artifacts import Layout
     from libprune.calibration import set_up
-    from libprune.collection import collecting, write_artifact
+    from libprune.collection import RowsOf, collecting, write_artifact
     from libprune.diagnosis import print_gradients
-    from libprune.gradients import collect_gradients, gradient_columns, gradient_groups, layer_rows
+    from libprune.gradients import collect_gradients, gradient_columns, gradient_groups, layer_rows, tensor_rows
     from libprune.params import load_params
 
     layout, settings = Layout(artifacts), load_params(params)
@@ -25,7 +25,10 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         sums = work.accumulator
         collect_gradients(run.model, run.architecture, work.batches(), sums, run.at_once, run.recompute)
         if work.merge():
-            rows = partial(layer_rows, batches=-(-len(run.ids) // size))
+            rows: dict[str, RowsOf] = {
+                "layers": partial(layer_rows, batches=-(-len(run.ids) // size)),
+                "tensors": tensor_rows,
+            }
             loss = {"loss": float(sums.finish(layers)["loss"])}
             tables = write_artifact(run, layout.gradients, sums, gradient_columns, loss, rows)
             print_gradients(tables["layers"], layout.gradients)

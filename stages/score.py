@@ -13,7 +13,8 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     criterion = find_criterion(settings.criterion)
     table, meta = join_tables(layout, criterion, settings)
     scores = score_units(table, settings)
-    write_table(layout.scores, scores, meta | settings.model_dump() | {"comparable": criterion.comparable})
+    nature = {"comparable": criterion.comparable, "gradient_orders": dict(criterion.orders)}
+    write_table(layout.scores, scores, meta | settings.model_dump() | nature)
 
 
 app = stage.app(main)

@@ -14,7 +14,7 @@ from libprune.architecture import Architecture
 from libprune.describe import describe
 from libprune.gradients import collect_gradients, gradient_groups
 from libprune.hessian import collect_probes, collect_squared_gradients, hessian_groups
-from libprune.params import Activations, Gradients, Hessian
+from libprune.sections import Activations, Gradients, Hessian
 from tests.models import FAMILIES, VOCAB, tokens
 from tests.test_units import conv1d_stored
 

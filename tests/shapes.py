@@ -13,8 +13,8 @@ from libprune.axes import parse_expr
 from libprune.cost import prices
 from libprune.ladders import Block, Ladders, build_ladders
 from libprune.methods import Evidence
-from libprune.params import Allocate
 from libprune.plan import Plan
+from libprune.sections import Allocate
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,9 @@ class Shape:
         rng = np.random.default_rng(seed)
         if method == "functional":
             return Evidence(change=rng.random(self.layers))
+        if method == "hgsp":
+            kinds = ("layer", *self.units)
+            return Evidence(sensitivity={kind: rng.normal(0.2, 0.3, self.layers) for kind in kinds})
         return Evidence(curves=self.curves(rng)) if method == "search" else Evidence()
 
     def curves(self, rng: np.random.Generator) -> dict[Block, np.ndarray]:
@@ -166,6 +169,10 @@ def requests(draw, method: str):
         freeze_first=draw(st.integers(0, 1)),
         freeze_last=draw(st.integers(0, 1)),
     )
+    if method == "hgsp":
+        weights = {"temperature": draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))}
+        weights |= {"threshold": draw(st.sampled_from([0.0, 0.1, "blockwise", "layerwise", "percentile:25"]))}
+        params = params.model_copy(update=weights)
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
     scores = (1 + rng.permutation(len(shape.unit_costs()))) / 8

@@ -15,7 +15,7 @@ from libprune.architecture import Architecture, Map, Parameter, PartShape
 from libprune.axes import parse_expr
 from libprune.errors import LibpruneError, StatisticsError
 from libprune.hessian import _signs, hessian_columns, require_probes_possible
-from libprune.params import Compute
+from libprune.sections import Compute
 from tests import tiny
 from tests.closure import run_without_torch
 from tests.collected import (

@@ -19,8 +19,8 @@ from libprune.describe import describe
 from libprune.errors import ArtifactError, LibpruneError
 from libprune.latency import Timing, fit_lines, measured_widths, time_layers
 from libprune.methods import Evidence
-from libprune.params import Allocate, Latency
 from libprune.plan import Plan
+from libprune.sections import Allocate, Latency
 from tests import tiny
 from tests.models import FAMILIES, random_plan
 from tests.shapes import Shape, shapes

@@ -19,9 +19,9 @@ from libprune.checkpoint import load_model
 from libprune.divergence import Divergence, stored_bytes
 from libprune.errors import ArtifactError
 from libprune.levels import choose_levels, empty_table, level_plans, level_table, order_digest, unit_orders
-from libprune.params import Allocate
 from libprune.plan import Plan
 from libprune.repairing import local_repair
+from libprune.sections import Allocate
 from libprune.surgery import masked
 from libprune.tokens import read_tokens
 from tests import tiny

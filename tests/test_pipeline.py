@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -170,6 +171,23 @@ def test_a_search_measures_levels_once_for_all_ratios(project):
     assert json.loads((project / "metrics/allocation.json").read_text())["trials"] == 4
     done = run(["dvc", "exp", "run", "-S", "allocate.ratio=0.3"], project)
     assert stages_run(done) == ["allocate", "slice", "evaluate", "report"]
+    run(["git", "checkout", "-q", "."], project)
+    run(["dvc", "checkout", "-q"], project)
+
+
+def test_experiments_are_compared_with_those_results_that_belong_to_their_params(project):
+    """The workspace is edited after its run, so that its metrics are another setting's."""
+    done = run(["dvc", "exp", "run", "-n", "short-prompt", "-S", "evaluate.prompt_tokens=4"], project)
+    assert stages_run(done) == ["evaluate", "report"]
+    change(project, "allocate", "ratio", 0.25)
+    command = [sys.executable, "-c", "from libprune.cli import app; app(['compare', '--out', 'report/sweep'])"]
+    text = run(command, project).stdout
+    assert re.search(r"^short-prompt .* 4 .* × \d\.\d{3} ± \d\.\d{3}", text, re.MULTILINE)
+    assert "workspace (allocate last ran with allocate.ratio 0.2, not 0.25)" in text
+    written = {path.name for path in (project / "report/sweep").iterdir()}
+    assert written == {"table.md", "table.csv", "perplexity.png"}
+    difference = run(text.rpartition(": ")[2].split(), project).stdout
+    assert "evaluate.prompt_tokens" in difference
     run(["git", "checkout", "-q", "."], project)
     run(["dvc", "checkout", "-q"], project)
 

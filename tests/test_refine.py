@@ -21,10 +21,10 @@ from libprune.artifacts import split_blocks
 from libprune.describe import describe
 from libprune.ladders import Ladders, plan_of
 from libprune.methods import Depth, allocate_search
-from libprune.params import Allocate
 from libprune.plan import Plan
 from libprune.refine import Judge, Refined, refine
 from libprune.repair import Inputs, new_parameters, repair_local
+from libprune.sections import Allocate
 from libprune.surgery import masked
 from tests.collected import activations, assert_untouched
 from tests.models import FAMILIES, random_plan, tokens

@@ -12,11 +12,11 @@ from libprune.artifacts import Layout, read_architecture, write_units
 from libprune.checkpoint import PROVENANCE, load_config, load_model
 from libprune.describe import describe, with_biases
 from libprune.errors import LibpruneError
-from libprune.params import Compute, Slice
 from libprune.plan import Plan
 from libprune.pruning import prune
 from libprune.repair import oriented, pruned_consumers
 from libprune.repairing import REPAIRS
+from libprune.sections import Compute, Slice
 from libprune.shards import write_shard
 from libprune.tokens import write_tokens
 from tests.collected import activations

@@ -12,8 +12,8 @@ from libprune.artifacts import Columns
 from libprune.cost import prices
 from libprune.ladders import Block, Ladders, empties_layer, plan_of
 from libprune.methods import Evidence, functional_shares
-from libprune.params import Allocate
 from libprune.search import BINS, choose_levels, divergence_curves, fill
+from libprune.sections import Allocate
 from tests.shapes import EQUAL_COSTS, Shape, ladders_of, removed_parameters
 
 Curves = dict[Block, np.ndarray]

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from libprune.checkpoint import write_dense
 from libprune.errors import ArtifactError, SourceError
-from libprune.params import Prepare
+from libprune.sections import Prepare
 from libprune.sources import load_dense, load_documents, require_other_text, resolve
 from libprune.tokens import draw, read_tokens, split_documents, spread, windows, write_tokens
 from tests.tiny import WORDS, write_model, write_text

@@ -17,8 +17,8 @@ from libprune.architecture import Architecture
 from libprune.artifacts import Columns, split_blocks, unit_index
 from libprune.errors import BudgetError, LibpruneError
 from libprune.methods import METHODS
-from libprune.params import Allocate
 from libprune.plan import Plan
+from libprune.sections import Allocate
 from tests.shapes import EQUAL_COSTS, Shape, drawn, ladders_of, removed_parameters, shapes
 
 META = {"criterion": "wanda", "comparable": True, "scaling": "none"}

@@ -23,7 +23,7 @@ from libprune.describe import describe
 from libprune.errors import ArtifactError, LibpruneError, StatisticsError
 from libprune.gradients import gradient_columns
 from libprune.hessian import hessian_columns
-from libprune.params import Score
+from libprune.sections import Score
 from libprune.selection import obs_removal
 from libprune.shards import shard, write_shard
 from libprune.units import weight_columns

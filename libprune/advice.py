@@ -1,0 +1,143 @@
+"""Whether gradients vanish and which layers lose too much, and what to do about it, in plain words."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune import cost
+from libprune.architecture import Architecture
+from libprune.artifacts import Columns, Layout, read_table, same_origin
+from libprune.diagnosis import MILD, gradient_ratio, verdict
+from libprune.gradient_fix import Factors, factors_of, require_defined, rescaled, resolve
+from libprune.plan import Plan
+from libprune.sections import Allocate
+
+HALF, MANY, FIRST = 0.5, 0.2, 5
+"""A layer loses too much above this share, too many do above that, and so many at the input matter most."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The scores under a gradient fix.
+
+    Attributes:
+        scores: the importance table.
+        fix: the fix that was applied; what `auto` came to.
+        ratio: the gradient ratio between layers, as collected.
+        ratio_after: the same with every layer's gradients times its factor.
+    """
+
+    scores: Columns
+    fix: str
+    ratio: float
+    ratio_after: float
+
+
+def fixed_scores(
+    layout: Layout, architecture: Architecture, scores: Columns, meta: Mapping[str, Any], params: Allocate
+) -> Fixed:
+    """Diagnose the collected gradients and apply the asked fix to the scores.
+
+    Raises:
+        LibpruneError: if gradients are missing or foreign, or the fix is not defined for these scores.
+    """
+    tables = {name: layout.gradients / f"{name}.parquet" for name in ("layers", "tensors")}
+    (rows, found), (tensors, _) = (read_table(path, "gradients") for path in tables.values())
+    same_origin(tables["layers"], found, {"model": architecture.fingerprint})
+    ratio = gradient_ratio(rows)
+    fix, orders = resolve(params.gradient_fix, ratio), meta["gradient_orders"]
+    require_defined(fix, meta["criterion"], orders, meta["scaling"], params.method)
+    if fix == "none":
+        return Fixed(scores, fix, ratio, ratio)
+    factors: Factors = factors_of(fix, tensors, architecture.layers, params.depth_weights)
+    after = gradient_ratio(rows | {"mean_abs": rows["mean_abs"] * factors[rows["layer_idx"]]})
+    return Fixed(rescaled(scores, orders, factors), fix, ratio, after)
+
+
+def shares_lost(architecture: Architecture, plan: Plan) -> NDArray[np.float64]:
+    """The share of its parameters that each layer loses, ``[layers]``."""
+    prices = cost.prices(architecture, "parameters")
+    lost, whole = np.zeros(architecture.layers), np.zeros(architecture.layers)
+    for (layer, part), keep in plan.keep.items():
+        unit, rest = prices.unit[layer, part], prices.rest[layer, part]
+        lost[layer] += int((~keep).sum()) * unit + (0 if keep.any() else rest)
+        whole[layer] += len(keep) * unit + rest
+    return lost / whole
+
+
+def over_pruned(lost: NDArray[np.float64]) -> list[int]:
+    """The layers that lose over half of their parameters, and clearly more than the layers do on average.
+
+    The second condition is for large ratios, where all layers lose half.
+    """
+    return [int(layer) for layer in np.flatnonzero(lost > max(HALF, 1.1 * float(lost.mean())))]
+
+
+def diagnosis(fixed: Fixed, architecture: Architecture, plan: Plan, params: Allocate, orders: bool) -> dict[str, Any]:
+    """What the plan's metadata and the report say of gradients and layers.
+
+    Args:
+        fixed: the scores that the plan was made from.
+        architecture: the model's description.
+        plan: which units stay.
+        params: how they were chosen.
+        orders: whether the scores come from gradients.
+
+    Returns:
+        JSON: `gradient_ratio` and `gradient_ratio_after_fix` (null: infinite), `verdict`, `fix`,
+        `over_pruned_layers` and `advice`, a list of sentences.
+    """
+    lost = shares_lost(architecture, plan)
+    over = over_pruned(lost)
+    return {
+        "gradient_ratio": _finite(fixed.ratio),
+        "gradient_ratio_after_fix": _finite(fixed.ratio_after),
+        "verdict": verdict(fixed.ratio),
+        "fix": fixed.fix,
+        "over_pruned_layers": over,
+        "advice": [*_about_gradients(fixed, params, orders), *_about_layers(over, lost, params)],
+    }
+
+
+def _finite(ratio: float) -> float | None:
+    return ratio if np.isfinite(ratio) else None
+
+
+def _about_gradients(fixed: Fixed, params: Allocate, orders: bool) -> list[str]:
+    between = params.method in {"global", "hgsp"}
+    advice = []
+    if orders and between and fixed.fix == "none" and fixed.ratio >= MILD:
+        advice.append(f"gradient ratio {fixed.ratio:,.0f}: {verdict(fixed.ratio)}; try allocate.gradient_fix=auto")
+    if fixed.fix != "none" and fixed.ratio_after > fixed.ratio:
+        advice.append(
+            f"allocate.gradient_fix={fixed.fix} widens the gradient ratio from {fixed.ratio:,.1f} to "
+            f"{fixed.ratio_after:,.1f}; compare with none"
+        )
+    if fixed.fix != "none" and not between:
+        advice.append(
+            f"allocate.method={params.method} settles how much each layer loses without comparing scores between "
+            f"layers, so allocate.gradient_fix={fixed.fix} changes little"
+        )
+    return advice
+
+
+def _about_layers(over: Sequence[int], lost: NDArray[np.float64], params: Allocate) -> list[str]:
+    advice = []
+    if over:
+        named = ", ".join(f"{layer} ({100 * lost[layer]:.0f} %)" for layer in over)
+        advice.append(f"layers that lose over half of their parameters: {named}")
+    if len(over) > MANY * len(lost):
+        advice.append(
+            f"these are more than {100 * MANY:.0f} % of the layers; lower allocate.ratio, raise "
+            "allocate.min_groups and allocate.min_channels, or compare with allocate.method=uniform"
+        )
+    if early := [layer for layer in over if layer < FIRST]:
+        count = min(FIRST, len(lost))
+        advice.append(
+            f"{len(early)} of the first {count} layers, which the others build on, are among them; "
+            f"compare with allocate.freeze_first={max(early) + 1}"
+        )
+    return advice
