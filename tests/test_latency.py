@@ -167,7 +167,7 @@ def test_the_stages_from_times_to_a_plan(tmp_path, monkeypatch):
     model, text = str(tiny.write_model(tmp_path / "model")), str(tiny.write_text(tmp_path / "text.txt"))
     asked = {"objective": "latency", "ratio": 0.2}
     tiny.write_params(tmp_path / "params.yaml", model, text, score={"criterion": "random"}, allocate=asked)
-    for name in ("prepare", "score"):
+    for name in ("prepare", "tokenize", "gradients", "score"):
         stage(name, tmp_path)
     with pytest.raises(ArtifactError, match=r"latency\.json does not exist; run `dvc repro latency`"):
         stage("allocate", tmp_path)

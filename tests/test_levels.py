@@ -191,7 +191,7 @@ def project(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     model, text = str(tiny.write_model(folder / "model")), str(tiny.write_text(folder / "text.txt"))
     tiny.write_params(folder / "params.yaml", model, text, **SETTINGS)
-    for name in ("prepare", "tokenize", "activations", "score", "levels"):
+    for name in ("prepare", "tokenize", "gradients", "activations", "score", "levels"):
         stage(name, folder)
     return folder
 

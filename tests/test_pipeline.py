@@ -19,7 +19,7 @@ from tests.closure import ROOT
 pytestmark = pytest.mark.xdist_group("pipeline")  # its tests share a project; the largest group starts first
 
 ORDER = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
-ORDER += ["score", "levels", "latency", "allocate", "slice", "evaluate", "report"]
+ORDER += ["score", "sensitivity", "levels", "latency", "allocate", "slice", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
 
 
@@ -158,7 +158,7 @@ def test_another_criterion_reruns_from_score_and_switching_back_restores(project
 def test_per_layer_result_from_an_experiment(project):
     """Another allocation, as users try one; the result has layers of different widths and loads."""
     done = run(["dvc", "exp", "run", "-S", "allocate.method=global", "-S", "allocate.min_channels=0"], project)
-    assert stages_run(done) == ["levels", "allocate", "slice", "evaluate", "report"]
+    assert stages_run(done) == ["sensitivity", "levels", "allocate", "slice", "evaluate", "report"]
     assert (project / "artifacts/pruned/modeling_pruned.py").exists()
     assert "perplexity" in run(["dvc", "metrics", "diff"], project).stdout
     run(["git", "checkout", "-q", "."], project)
@@ -167,7 +167,7 @@ def test_per_layer_result_from_an_experiment(project):
 
 def test_a_search_measures_levels_once_for_all_ratios(project):
     done = run(["dvc", "exp", "run", "-S", "preset=best", "-S", "allocate.evaluations=4"], project)
-    assert stages_run(done) == ["score", "levels", "allocate", "slice", "evaluate", "report"]
+    assert stages_run(done) == ["score", "sensitivity", "levels", "allocate", "slice", "evaluate", "report"]
     assert json.loads((project / "metrics/allocation.json").read_text())["trials"] == 4
     done = run(["dvc", "exp", "run", "-S", "allocate.ratio=0.3"], project)
     assert stages_run(done) == ["allocate", "slice", "evaluate", "report"]
