@@ -159,7 +159,7 @@ def sensitivity(table: Columns) -> Figure:
     layer_axis(axes, table["layer_idx"])
     axes.set_ylabel("loss increase, nats per token\n(bars: ± one standard error)")
     axes.set_title(_most_and_least(table))
-    axes.legend(ncols=3)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
