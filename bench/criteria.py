@@ -24,9 +24,9 @@ from libprune.checkpoint import WeightFiles, load_model
 from libprune.compute import resolve_device, resolve_dtype
 from libprune.errors import LibpruneError
 from libprune.evaluation import perplexity, perplexity_ratio, window_losses
+from libprune.markdown import markdown_table
 from libprune.params import Params
 from libprune.repair import repair_local
-from libprune.report import markdown_table
 from libprune.sections import Allocate, Score
 from libprune.shards import read_tensor
 from libprune.surgery import masked

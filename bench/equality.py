@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from libprune import cost
-from libprune.report import markdown_table
+from libprune.markdown import markdown_table
 from libprune.surgery import masked
 from tests.models import FAMILIES, PLANS, prune, random_plan, tokens, write_dense
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from libprune.artifacts import Layout, read_architecture
 from libprune.checkpoint import load_model
 from libprune.input_statistics import Gram
+from libprune.markdown import markdown_table
 from libprune.repair import least_squares
-from libprune.report import markdown_table
 from libprune.tokens import read_tokens
 
 BATCH = 1024

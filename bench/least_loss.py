@@ -35,9 +35,9 @@ from libprune.criteria import find_criterion, join_tables, score_units
 from libprune.evaluation import perplexity, perplexity_ratio, window_losses
 from libprune.evidence import read_evidence
 from libprune.levels import order_digest, unit_orders
+from libprune.markdown import markdown_table
 from libprune.repair import Fit, new_parameters
 from libprune.repairing import REPAIRS
-from libprune.report import markdown_table
 from libprune.searching import Search
 from libprune.sections import Allocate, Compute, Levels, Score, Slice
 from libprune.stage import peak_memory

@@ -24,7 +24,7 @@ from libprune.artifacts import Layout
 from libprune.describe import describe
 from libprune.gradients import gradient_groups
 from libprune.hessian import hessian_groups
-from libprune.report import markdown_table
+from libprune.markdown import markdown_table
 from libprune.sections import Activations, Gradients, Hessian
 from libprune.tokens import write_tokens
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from libprune.artifacts import Columns, Layout, read_table
 from libprune.criteria import CRITERIA
-from libprune.report import markdown_table
+from libprune.markdown import markdown_table
 from libprune.sections import Score
 
 Values = NDArray[np.float64]

@@ -26,7 +26,7 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
         result = read_json(layout.comparison, "evaluate")
     typer.echo(text_table(headline(result), HEADER))
     load = how_to_load(str(layout.pruned), result["plan"]["shape"])
-    typer.echo(f"\nmodel:  {layout.pruned}\nload:   {load}\nreport: report/report.md")
+    typer.echo(f"\nmodel:  {layout.pruned}\nload:   {load}\nreport: report/report.html")
 
 
 @app.command()

@@ -1,10 +1,14 @@
-"""The headline table and a short report in Markdown."""
+"""The headline table, and the report in Markdown, from which the HTML page is made."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from libprune import report_sections as sections
+from libprune.cautions import cautions
+from libprune.markdown import Picture, Rows, code, markdown_table
+from libprune.origin import Origin
+
 Metrics = Mapping[str, Any]
-Rows = list[tuple[str, ...]]
 
 
 def headline(evaluation: Metrics) -> Rows:
@@ -55,13 +59,6 @@ def text_table(rows: Rows, header: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-def markdown_table(rows: Rows, header: tuple[str, ...]) -> str:
-    """The same as a Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
-    lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
-    return "\n".join(lines)
-
-
 HEADER = ("", "dense", "pruned", "change")
 
 
@@ -71,83 +68,75 @@ def how_to_load(folder: str, shape: str) -> str:
     return f'AutoModelForCausalLM.from_pretrained("{folder}"{remote})'
 
 
-def markdown(result: Metrics, folder: str) -> str:
+def markdown(
+    result: Metrics, folder: str, origin: Origin, pictures: Sequence[Picture], gradient_ratio: float | None
+) -> str:
     """The report.
 
     Args:
         result: the content of `artifacts/evaluation.json`.
         folder: where the pruned model lies.
+        origin: of the artifacts.
+        pictures: that lie in the folder `report_sections.PICTURES` beside the report.
+        gradient_ratio: largest over smallest mean |g| of the layers; None without gradients.
     """
-    sections = [
-        ["# Pruning report", markdown_table(headline(result), HEADER), _what_was_measured(result["protocol"])],
-        ["## What was cut", _what_was_cut(result), *_overlaps(result["plan"]), _layers(result)],
-        *_repair(result["pruning"]["repair"]),
+    parts = [
+        ["# Pruning report", summary(result), markdown_table(headline(result), HEADER), _measured(result["protocol"])],
+        _warnings(result),
+        sections.asked(result, origin),
+        sections.what_was_cut(result, pictures),
+        sections.scores(pictures),
+        sections.gradients(result, gradient_ratio, pictures),
+        sections.sensitivity(pictures),
+        sections.repair(result["pruning"]["repair"]),
         ["## How to load it", *_loading(result, folder)],
+        sections.provenance(result, origin),
     ]
-    return "\n\n".join(text for section in sections for text in section) + "\n"
+    return "\n\n".join(text for part in parts for text in part) + "\n"
 
 
-def _what_was_measured(protocol: Metrics) -> str:
+def summary(result: Metrics) -> str:
+    """How much smaller, how much faster and how much worse, each with its uncertainty."""
+    pruned, speed, ratio = result["pruned"], result["speed"], result["perplexity_ratio"]
+    prefill, decode = (
+        f"× {speed[f'{name}_ratio']:.2f} ({speed[f'{name}_spread'][0]:.2f} to {speed[f'{name}_spread'][1]:.2f})"
+        for name in ("prefill", "decode")
+    )
     return (
-        f"Perplexity on {protocol['windows']} windows of {protocol['length']} tokens of {protocol['text']}, disjoint "
-        f"from the calibration text; ± is one standard error over windows, for the ratio over paired windows. Speed: "
-        f"median of {protocol['rounds']} alternating rounds, prompt {protocol['prompt_tokens']} tokens, "
+        f"- **Size:** {100 * pruned['decoder_share_removed']:.1f} % of the decoder's parameters are gone, "
+        f"{100 * pruned['total_share_removed']:.1f} % of all (counted, exact).\n"
+        f"- **Speed:** prefill {prefill}, decode {decode}.\n"
+        f"- **Loss:** perplexity × {ratio['value']:.3f} ± {ratio['se']:.3f}."
+    )
+
+
+def _measured(protocol: Metrics) -> str:
+    return (
+        f"Perplexity on {protocol['windows']} windows of {protocol['length']} tokens of {code(protocol['text'])}, "
+        "disjoint from the calibration text; ± is one standard error over windows, for the ratio over paired windows. "
+        f"Speed: median of {protocol['rounds']} alternating rounds, prompt {protocol['prompt_tokens']} tokens, "
         f"{protocol['decode_tokens']} tokens decoded, {protocol['dtype']} on {protocol['device']}; in brackets the "
         "slowest and fastest round."
     )
 
 
-def _what_was_cut(result: Metrics) -> str:
-    plan, pruned = result["plan"], result["pruned"]
-    return (
-        f"Asked for {100 * plan['ratio']:.1f} % of the {plan['ratio_of']} {plan['objective']}; removed "
-        f"{100 * pruned['decoder_share_removed']:.2f} % of the decoder's, {100 * pruned['total_share_removed']:.2f} % "
-        f"of all, and {100 * pruned['macs_share_removed']:.2f} % of the multiplications a token. Criterion "
-        f"`{plan['criterion']}` (scaling `{plan['scaling']}`), allocation `{plan['method']}`, repair "
-        f"`{result['pruning']['slice']['repair']}`."
-    )
-
-
-def _overlaps(plan: Metrics) -> list[str]:
-    return [
-        f"The kept set overlaps with that of `{name}` alone by {value:.4f} (Jaccard)."
-        for name, value in plan["kept_set_overlap"].items()
-    ]
-
-
-def _repair(errors: Metrics) -> list[list[str]]:
-    if not errors:
-        return []
-    names = ("lost_before", "lost_after", "lost_held_out_before", "lost_held_out_after")
-    before, after, held_before, held_after = (f"{100 * errors[name]:.1f} %" for name in names)
-    return [
-        [
-            "## How it was repaired",
-            f"On average over the repaired maps, pruning lost {before} of their squared output, and the repair left "
-            f"{after}; on calibration sequences that the fit did not see, {held_before} and {held_after}. "
-            "`repair.parquet` in the model's folder has them map by map.",
-        ]
-    ]
-
-
-def _layers(result: Metrics) -> str:
-    units = result["units"]
-    rows: Rows = [
-        (str(layer), *(f"{kept[part]} of {units[part]}" for part in units)) for layer, kept in enumerate(result["kept"])
-    ]
-    return markdown_table(rows, ("layer", *units))
+def _warnings(result: Metrics) -> list[str]:
+    lines = [f"- {line}" for line in cautions(result)]
+    return ["## Warnings worth reading", "\n".join(lines)] if lines else []
 
 
 def _loading(result: Metrics, folder: str) -> list[str]:
     shape, proof = result["plan"]["shape"], result["pruning"]["proof"]
     kind = {
-        "uniform": "a stock config, no custom code",
-        "per_layer": "layers of different widths, a modeling file inside",
+        "uniform": "a stock config, no custom code, as vLLM and llama.cpp's converter expect it; tried in transformers",
+        "per_layer": "layers of different widths, a modeling file inside. It loads in transformers with "
+        "`trust_remote_code=True` only; tools that read stock configs, vLLM and llama.cpp's converter among them, "
+        "need the shape `uniform`",
     }[shape]
-    code = f"from transformers import AutoModelForCausalLM\nmodel = {how_to_load(folder, shape)}"
+    lines = f"from transformers import AutoModelForCausalLM\nmodel = {how_to_load(folder, shape)}"
     return [
-        f"`{folder}` has the shape `{shape}`: {kind}.",
-        f"```python\n{code}\n```",
+        f"{code(folder)} has the shape `{shape}`: {kind}.",
+        f"```python\n{lines}\n```",
         f"A fresh process without libprune loaded it; its logits differ from the masked dense model's by "
         f"{proof['logit_difference']:.1e} of {proof['logit_scale']:.1f}, and it generates.",
     ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import hypot, isclose
 
 from libprune.experiments import Experiment
-from libprune.report import Rows, markdown_table
+from libprune.markdown import Rows, markdown_table
 
 SAME_EVALUATION = 1e-4
 """Relative difference of the dense model's perplexities up to which two results are on the same windows: rounding
@@ -67,9 +67,8 @@ def csv_text(rows: Sequence[Experiment]) -> str:
 def markdown_text(rows: Sequence[Experiment], left_out: Mapping[str, str]) -> str:
     """The table in Markdown with its remarks, the command for the params, and the picture that lies beside it."""
     cells, header = table(rows)
-    escaped: Rows = [tuple(cell.replace("|", r"\|") for cell in row) for row in cells]
     command = params_diff(rows)
-    parts = ["# Experiments", markdown_table(escaped, header), *remarks(rows, left_out)]
+    parts = ["# Experiments", markdown_table(cells, header), *remarks(rows, left_out)]
     return "\n\n".join([*parts, *([f"`{command}`"] if command else []), "![Perplexity](perplexity.png)"]) + "\n"
 
 

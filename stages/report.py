@@ -1,4 +1,4 @@
-"""report: what was cut, what it cost and how to load the result, in Markdown."""
+"""report: what was cut, what it cost and how to load the result, as a page, in Markdown, and in pictures."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,14 +12,12 @@ def main(
     artifacts: stage.Root = stage.ROOT,
     report: Annotated[Path, typer.Option("--report", help="The folder of the report.")] = Path("report"),
 ) -> None:
-    """Write report/report.md from what evaluate measured."""
-    from libprune.artifacts import Layout, read_json, writing
-    from libprune.report import markdown
+    """Draw the pictures, and write report.md and report.html from what evaluate and the statistics say."""
+    from libprune.artifacts import Layout
+    from libprune.publishing import publish
 
-    layout = Layout(artifacts)
-    result = read_json(layout.comparison, "evaluate")
-    with writing(report / "report.md") as partial:
-        partial.write_text(markdown(result, str(layout.pruned)))
+    publish(Layout(artifacts), report, Path())
+    typer.echo(f"{report / 'report.html'} needs no other file; {report / 'report.md'} says the same")
 
 
 app = stage.app(main)

@@ -1,7 +1,6 @@
-"""What is measured: losses and perplexity against their definitions, speed, and the report's numbers."""
+"""What is measured: losses and perplexity against their definitions, and speed."""
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from libprune.evaluation import compare_speed, perplexity, perplexity_ratio, window_losses
-from libprune.report import HEADER, headline, how_to_load, markdown, markdown_table, text_table
 from tests.collected import MODELS
 from tests.models import FAMILIES, tokens
 
@@ -122,129 +120,3 @@ def test_a_slower_model_is_seen_to_be_slower():
     assert found.prefill_ratio > 1.2
     assert found.decode_ratio > 1.2
     assert found.pruned.decode > found.dense.decode
-
-
-# The report
-
-
-EVALUATION = {
-    "dense": {
-        "perplexity": 20.741,
-        "perplexity_se": 0.311,
-        "decoder_parameters": 106_168_320,
-        "total_parameters": 134_515_008,
-        "bytes": 269_030_016,
-        "cache_bytes": 23_040,
-        "macs_per_token": 134_479_872,
-        "prefill": 1234.5,
-        "decode": 56.7,
-    },
-    "pruned": {
-        "perplexity": 26.372,
-        "perplexity_se": 0.405,
-        "decoder_parameters": 84_934_656,
-        "total_parameters": 113_281_344,
-        "bytes": 226_562_688,
-        "cache_bytes": 15_360,
-        "macs_per_token": 113_246_208,
-        "prefill": 1481.4,
-        "decode": 68.9,
-        "decoder_share_removed": 0.2,
-        "total_share_removed": 0.1578,
-        "macs_share_removed": 0.1581,
-    },
-    "pruning": {
-        "slice": {"repair": "local"},
-        "repair": {
-            "lost_before": 0.2211,
-            "lost_after": 0.1322,
-            "lost_held_out_before": 0.2233,
-            "lost_held_out_after": 0.1644,
-        },
-        "proof": {"logit_difference": 2.5e-6, "logit_scale": 33.1},
-    },
-    "units": {"attention": 3, "mlp": 1536},
-    "kept": [{"attention": 3, "mlp": 1200}, {"attention": 2, "mlp": 1111}],
-    "perplexity_ratio": {"value": 1.2715, "se": 0.0086},
-    "tasks": {
-        "piqa": {
-            "dense": {"n": 1838.0, "acc": 0.68, "acc_se": 0.011, "acc_norm": 0.6714, "acc_norm_se": 0.01099},
-            "pruned": {"n": 1838.0, "acc": 0.6, "acc_se": 0.012, "acc_norm": 0.6102, "acc_norm_se": 0.0114},
-        },
-        "winogrande": {"dense": {"acc": 0.51, "acc_se": 0.014}, "pruned": {"acc": 0.52, "acc_se": 0.014}},
-    },
-    "speed": {
-        "prefill_ratio": 1.204,
-        "decode_ratio": 1.219,
-        "prefill_spread": [1.11, 1.29],
-        "decode_spread": [1.15, 1.26],
-    },
-    "protocol": {
-        "text": "some text",
-        "windows": 24,
-        "length": 1024,
-        "prompt_tokens": 256,
-        "decode_tokens": 16,
-        "rounds": 5,
-        "dtype": "bfloat16",
-        "device": "cpu",
-    },
-}
-
-
-def test_the_headline_holds_the_measured_numbers():
-    rows = {row[0]: row[1:] for row in headline(EVALUATION)}
-    assert rows["perplexity"] == ("20.74 ± 0.31", "26.37 ± 0.41", "× 1.272 ± 0.009")
-    assert rows["decoder parameters"] == ("106,168,320", "84,934,656", "-20.0 %")
-    assert rows["all parameters"] == ("134,515,008", "113,281,344", "-15.8 %")
-    assert rows["weights, MB"] == ("269", "227", "-15.8 %")
-    assert rows["KV cache, bytes a token"] == ("23,040", "15,360", "-33.3 %")
-    assert rows["prefill, tokens/s"][:2] == ("1,234", "1,481")
-    assert "1.20" in rows["prefill, tokens/s"][2]
-    assert rows["decode, tokens/s"][2] == "× 1.22 (1.15 to 1.26)"
-    assert rows["piqa, acc_norm, %"] == ("67.1 ± 1.1", "61.0 ± 1.1", "-6.1")
-    assert rows["winogrande, acc, %"] == ("51.0 ± 1.4", "52.0 ± 1.4", "+1.0")
-
-
-cells = st.text(st.characters(codec="ascii", categories=["L", "N"]), max_size=6)
-
-
-@given(st.lists(st.tuples(cells, cells, cells), max_size=4))
-def test_tables_hold_every_cell_in_columns(rows):
-    header = ("what", "one", "two")
-    text = text_table(rows, header).split("\n")
-    assert len(text) == len(rows) + 2
-    assert len({len(line) for line in text}) == 1
-    for line, row in zip([text[0], *text[2:]], [header, *rows], strict=True):
-        assert line.split() == [cell for cell in row if cell]
-    marks = markdown_table(rows, header).split("\n")
-    assert re.fullmatch(r"\|(---:?\|)+", marks[1])
-    for line, row in zip([marks[0], *marks[2:]], [header, *rows], strict=True):
-        assert tuple(cell.strip() for cell in line.strip("|").split("|")) == row
-
-
-@pytest.mark.parametrize("shape", ["uniform", "per_layer"])
-def test_the_report_says_what_was_cut_what_it_cost_and_how_to_load_it(shape):
-    plan = {
-        "criterion": "taylor_2nd",
-        "scaling": "none",
-        "method": "global",
-        "ratio": 0.2,
-        "ratio_of": "decoder",
-        "objective": "macs",
-        "shape": shape,
-        "kept_set_overlap": {"taylor": 0.98765},
-    }
-    text = markdown(EVALUATION | {"plan": plan}, "out/pruned")
-    assert markdown_table(headline(EVALUATION), HEADER) in text
-    for words in ("Asked for 20.0 %", "20.00 %", "15.78 %", "15.81 %", "`taylor_2nd`", "`global`", "`local`", "0.9877"):
-        assert words in text
-    assert "24 windows of 1024 tokens of some text" in text
-    assert "2.5e-06 of 33.1" in text
-    assert "20.0 % of the decoder macs" in text
-    for share in ("22.1 %", "13.2 %", "22.3 %", "16.4 %"):
-        assert share in text
-    assert "| 0 | 3 of 3 | 1200 of 1536 |" in text
-    assert "| 1 | 2 of 3 | 1111 of 1536 |" in text
-    assert how_to_load("out/pruned", shape) in text
-    assert ("trust_remote_code=True" in text) is (shape == "per_layer")

@@ -86,6 +86,7 @@ def test_each_stage_needs_only_what_it_declares(tmp_path, sources):
     assert evaluation["pruned"]["decoder_share_removed"] == pytest.approx(0.2, abs=0.02)
     assert evaluation["dense"]["perplexity"] > 1
     assert "from_pretrained" in (made / "report/report.md").read_text()
+    assert "from_pretrained" in (made / "report/report.html").read_text()
 
 
 def _only_here(folder: Path, module: str) -> str:

@@ -1,0 +1,127 @@
+"""What all pictures share: style, palette, the axis of layers, and PNG bytes that depend on nothing but the data."""
+
+import io
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+os.environ["MPLBACKEND"] = "agg"
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+# Matplotlib reads the environment once, at its import, and warns there of read-only homes and odd rc files.
+import matplotlib  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.colors import LogNorm  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
+
+__all__ = ["Axes", "Figure", "LogNorm", "Patch"]  # pictures take these from here, never from matplotlib before it
+
+BLUE, ORANGE, GREEN, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"
+"""Colours that stay apart for colour-blind eyes and in grey print (Okabe and Ito, Color Universal Design, 2008)."""
+INK, GREY = "#222222", "#888888"
+"""For lines that mark a value, and for what is missing."""
+
+WIDTH = 8.5
+"""Inches of every picture."""
+_DPI = 140
+_STYLE = {
+    "font.family": ["DejaVu Sans"],  # ships with matplotlib
+    "font.size": 9.0,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.0,
+}
+_BACKENDS = {"backend", "backend_fallback"}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Matplotlib's own defaults under the style of the pictures, whatever a matplotlibrc of the user says."""
+    defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key not in _BACKENDS}
+    with matplotlib.rc_context(defaults | _STYLE):
+        yield
+
+
+def new_figure(panels: int, panel_height: float) -> tuple[Figure, list[Axes]]:
+    """A white page with panels below each other that share the x axis.
+
+    Args:
+        panels: how many.
+        panel_height: of each, inches.
+    """
+    figure = Figure(figsize=(WIDTH, panels * panel_height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(panels, 1, squeeze=False)[:, 0])
+
+
+@styled()
+def note(text: str) -> Figure:
+    """A picture that only says something."""
+    figure, (axes,) = new_figure(1, 1.2)
+    axes.axis("off")
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=INK)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a PNG file without date or program name: the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with styled():
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def layer_axis(axes: Axes, layers: Sequence[int] | NDArray[Any]) -> None:
+    """Number the layers along x: each where there is room, else at even distances; the lowest panel names the axis."""
+    axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    place = axes.get_subplotspec()
+    axes.set_xlabel("layer" if place is not None and place.is_last_row() else "")
+
+
+def value_scale(axes: Axes, values: NDArray[Any], which: str) -> None:
+    """A logarithmic axis for positive values; for others one that is linear around zero; a plain one for one value.
+
+    Args:
+        axes: of the panel.
+        values: what it shows; values that are not finite do not count.
+        which: `x` or `y`.
+    """
+    set_scale = getattr(axes, f"set_{which}scale")
+    finite = values[np.isfinite(values)]
+    if not len(finite) or finite.min() == finite.max():
+        set_scale("linear")
+    elif finite.min() > 0:
+        set_scale("log")
+    else:
+        set_scale("symlog", linthresh=linear_below(finite), linscale=0.5)
+
+
+def linear_below(values: NDArray[Any]) -> float:
+    """Where a symmetric logarithmic axis turns linear: a power of ten at the small ones of the absolute values."""
+    sizes = np.abs(values[values != 0])
+    return float(10 ** np.floor(np.log10(np.quantile(sizes, 0.1)))) if len(sizes) else 1.0
+
+
+def whole_numbers(axes: Axes) -> None:
+    """A y axis of counts."""
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])

@@ -1,0 +1,76 @@
+"""Warnings worth reading: what in a result should make a reader careful."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from libprune.markdown import prose
+
+Metrics = Mapping[str, Any]
+
+MUCH_WORSE = 2.0
+"""Perplexity ratio from which the text that a model writes is visibly worse."""
+FEW_WINDOWS = 8
+"""Evaluation windows below which a standard error is itself a guess."""
+MISSED = 0.01
+"""Share by which the removed may differ from the asked for without a word."""
+
+
+def cautions(result: Metrics) -> list[str]:
+    """One sentence or two for each, in Markdown; the allocation's own advice first."""
+    said = result["plan"].get("diagnosis", {})
+    return [
+        *(prose(str(line)) for line in said.get("advice", [])),
+        *_quality(result),
+        *_budget(result),
+        *_speed(result["speed"]),
+        *_repair(result["pruning"]["repair"]),
+    ]
+
+
+def _quality(result: Metrics) -> list[str]:
+    ratio, windows = result["perplexity_ratio"]["value"], result["protocol"]["windows"]
+    found = []
+    if not ratio < MUCH_WORSE:
+        found.append(
+            f"Perplexity is {ratio:.2f} times the dense model's: expect visibly worse text, and fine-tune before use."
+        )
+    if windows < FEW_WINDOWS:
+        found.append(f"Perplexity is measured on {windows} window(s); raise `tokenize.evaluation_windows` to trust it.")
+    if not result["tasks"]:
+        found.append(
+            "Only perplexity on one text was measured; abilities that this text does not need may have suffered more. "
+            "`evaluate.tasks` measures zero-shot accuracy."
+        )
+    return found
+
+
+def _budget(result: Metrics) -> list[str]:
+    plan, pruned, found = result["plan"], result["pruned"], []
+    shares = {"decoder": pruned["decoder_share_removed"], "total": pruned["total_share_removed"]}
+    if plan["objective"] == "parameters" and abs(shares[plan["ratio_of"]] - plan["ratio"]) > MISSED:
+        found.append(
+            f"{100 * plan['ratio']:.1f} % was asked for and {100 * shares[plan['ratio_of']]:.1f} % removed: the shape, "
+            "the floors or the width multiples allow nothing nearer."
+        )
+    for part in result["units"]:
+        gone = [str(layer) for layer, kept in enumerate(result["kept"]) if not kept[part]]
+        if gone:
+            found.append(f"Layers without any {part} left: {', '.join(gone)}.")
+    return found
+
+
+def _speed(speed: Metrics) -> list[str]:
+    return [
+        f"The change of {name} speed is within the noise of its rounds."
+        for name in ("prefill", "decode")
+        if speed[f"{name}_spread"][0] <= 1 <= speed[f"{name}_spread"][1]
+    ]
+
+
+def _repair(errors: Metrics) -> list[str]:
+    if not errors or errors["lost_held_out_after"] <= errors["lost_held_out_before"]:
+        return []
+    return [
+        "On calibration sequences that it did not see, the repair does harm: it is fitted to too little text. Raise "
+        "`tokenize.calibration_sequences` or `slice.damping`."
+    ]
