@@ -19,7 +19,7 @@ def cautions(result: Metrics) -> list[str]:
     """One sentence or two for each, in Markdown; the allocation's own advice first."""
     said = result["plan"].get("diagnosis", {})
     return [
-        *(prose(str(line)) for line in said.get("advice", [])),
+        *(prose(f"{line[:1].upper()}{line[1:]}.") for line in said.get("advice", [])),
         *_quality(result),
         *_budget(result),
         *_speed(result["speed"]),

@@ -230,11 +230,11 @@ def test_a_good_result_has_no_warning():
     assert "## Warnings" not in report(EVALUATION)
 
 
-ADVICE = {"advice": ["1. mind `x.y` and <b>", "# second"]}
+ADVICE = {"advice": ["1. mind `x.y` and <b>", "# second", "layers lose much"]}
 SLOW = {"decode_spread": [0.9, 1.1]}
 HARM = EVALUATION["pruning"] | {"repair": EVALUATION["pruning"]["repair"] | {"lost_held_out_after": 0.3}}
 WARNED = {
-    "advice": (changed(plan={"diagnosis": ADVICE}), [r"1\. mind `x.y` and \<b\>", r"\# second"]),
+    "advice": (changed(plan={"diagnosis": ADVICE}), [r"1\. mind `x.y` and \<b\>", r"\# second", "- Layers lose much.\n"]),
     "worse": (changed(perplexity_ratio={"value": 2.5}), ["2.50 times"]),
     "undefined": (changed(perplexity_ratio={"value": float("nan")}), ["nan times"]),
     "few windows": (changed(protocol={"windows": 2}), ["2 window"]),
