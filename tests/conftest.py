@@ -1,11 +1,24 @@
-"""The test run is offline, deterministic, on one thread, and leaves nothing behind in the user's caches."""
+"""The test run is offline, deterministic, on one thread, and leaves nothing behind in the user's caches.
+
+All of libprune is checked against its annotations while it runs: modules that state shapes by jaxtyping, whose
+wrapper is slow, and the others by beartype alone.
+"""
 
 import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+_PACKAGE = Path(__file__).parents[1] / "libprune"
+_SHAPED = [f"libprune.{path.stem}" for path in _PACKAGE.glob("*.py") if "from jaxtyping" in path.read_text()]
+beartype_package("libprune", conf=BeartypeConf(claw_is_pep526=False))
+install_import_hook(_SHAPED, "beartype.beartype")
 
 _MODULES = tempfile.mkdtemp(prefix="libprune-tests-")
 atexit.register(shutil.rmtree, _MODULES, ignore_errors=True)
