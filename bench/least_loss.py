@@ -178,12 +178,12 @@ class Bench:
         } | info
 
     def _plan(self, score: Score, allocate: Allocate):
-        table, _ = join_tables(self.layout, find_criterion(score.criterion), score)
+        table, origin = join_tables(self.layout, find_criterion(score.criterion), score)
         criterion = find_criterion(score.criterion)
-        meta = score.model_dump() | {"comparable": criterion.comparable, "gradient_orders": criterion.orders}
+        meta = origin | score.model_dump() | {"comparable": criterion.comparable, "gradient_orders": criterion.orders}
         fixed = fixed_scores(self.layout, self.architecture, score_units(table, score), meta, allocate)
         scores = fixed.scores
-        evidence = read_evidence(self.layout, self.architecture, scores, allocate)
+        evidence = read_evidence(self.layout, self.architecture, scores, meta, allocate)
         search = None
         if allocate.evaluations:
             order = order_digest(unit_orders(self.architecture, scores))
@@ -230,9 +230,9 @@ def main(
     """Measure settings."""
     path = work / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if text is not None:
+        collect(work, text)
     if not show:
-        if text is not None:
-            collect(work, text)
         bench = Bench(work, windows, sequences, questions)
         done = {(row["setting"], row["ratio_asked"]) for row in rows if row.get("sequences") in (None, sequences)}
         for share in ratio:

@@ -11,6 +11,8 @@ from libprune import cost
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns, Layout, read_table, same_origin
 from libprune.diagnosis import MILD, gradient_ratio, verdict
+from libprune.errors import ArtifactError
+from libprune.evidence import origin_of
 from libprune.gradient_fix import Factors, factors_of, require_defined, rescaled, resolve
 from libprune.plan import Plan
 from libprune.sections import Allocate
@@ -44,17 +46,25 @@ def fixed_scores(
     Raises:
         LibpruneError: if gradients are missing or foreign, or the fix is not defined for these scores.
     """
-    tables = {name: layout.gradients / f"{name}.parquet" for name in ("layers", "tensors")}
-    (rows, found), (tensors, _) = (read_table(path, "gradients") for path in tables.values())
-    same_origin(tables["layers"], found, {"model": architecture.fingerprint})
+    if "gradient_orders" not in meta:
+        raise ArtifactError(f"{layout.scores} was written by an older libprune; run `dvc repro score`")
+    orders = meta["gradient_orders"]
+    require_defined(params.gradient_fix, meta["criterion"], orders, meta["scaling"], params.method)
+    rows, tensors = (_gradients(layout, name, meta) for name in ("layers", "tensors"))
     ratio = gradient_ratio(rows)
-    fix, orders = resolve(params.gradient_fix, ratio), meta["gradient_orders"]
-    require_defined(fix, meta["criterion"], orders, meta["scaling"], params.method)
+    fix = resolve(params.gradient_fix, ratio)
     if fix == "none":
         return Fixed(scores, fix, ratio, ratio)
     factors: Factors = factors_of(fix, tensors, architecture.layers, params.depth_weights)
     after = gradient_ratio(rows | {"mean_abs": rows["mean_abs"] * factors[rows["layer_idx"]]})
     return Fixed(rescaled(scores, orders, factors), fix, ratio, after)
+
+
+def _gradients(layout: Layout, name: str, meta: Mapping[str, Any]) -> Columns:
+    path = layout.gradients / f"{name}.parquet"
+    table, found = read_table(path, "gradients")
+    same_origin(path, found, origin_of(meta))
+    return table
 
 
 def shares_lost(architecture: Architecture, plan: Plan) -> NDArray[np.float64]:
@@ -68,12 +78,15 @@ def shares_lost(architecture: Architecture, plan: Plan) -> NDArray[np.float64]:
     return lost / whole
 
 
-def over_pruned(lost: NDArray[np.float64]) -> list[int]:
-    """The layers that lose over half of their parameters, and clearly more than the layers do on average.
+def over_pruned(lost: NDArray[np.float64], freeze_first: int = 0, freeze_last: int = 0) -> list[int]:
+    """The layers that stay and lose over half of their parameters, and clearly more than the layers do on average.
 
-    The second condition is for large ratios, where all layers lose half.
+    The second condition is for large ratios, where all layers lose half; layers that are frozen or gone do not count.
     """
-    return [int(layer) for layer in np.flatnonzero(lost > max(HALF, 1.1 * float(lost.mean())))]
+    layers = np.arange(len(lost))
+    counted = (lost < 1) & (layers >= freeze_first) & (layers < len(lost) - freeze_last)
+    usual = float(lost[counted].mean()) if counted.any() else 0.0
+    return [int(layer) for layer in layers[counted] if lost[layer] > max(HALF, 1.1 * usual)]
 
 
 def diagnosis(fixed: Fixed, architecture: Architecture, plan: Plan, params: Allocate, orders: bool) -> dict[str, Any]:
@@ -91,7 +104,7 @@ def diagnosis(fixed: Fixed, architecture: Architecture, plan: Plan, params: Allo
         `over_pruned_layers` and `advice`, a list of sentences.
     """
     lost = shares_lost(architecture, plan)
-    over = over_pruned(lost)
+    over = over_pruned(lost, params.freeze_first, params.freeze_last)
     return {
         "gradient_ratio": _finite(fixed.ratio),
         "gradient_ratio_after_fix": _finite(fixed.ratio_after),
@@ -125,19 +138,21 @@ def _about_gradients(fixed: Fixed, params: Allocate, orders: bool) -> list[str]:
 
 
 def _about_layers(over: Sequence[int], lost: NDArray[np.float64], params: Allocate) -> list[str]:
-    advice = []
-    if over:
-        named = ", ".join(f"{layer} ({100 * lost[layer]:.0f} %)" for layer in over)
-        advice.append(f"layers that lose over half of their parameters: {named}")
+    if not over:
+        return []
+    named = ", ".join(f"{layer} ({100 * lost[layer]:.0f} %)" for layer in over)
+    advice = [f"layers that lose over half of their parameters, and clearly more than the others: {named}"]
     if len(over) > MANY * len(lost):
+        others = "" if params.method == "uniform" else ", or compare with allocate.method=uniform"
         advice.append(
             f"these are more than {100 * MANY:.0f} % of the layers; lower allocate.ratio, raise "
-            "allocate.min_groups and allocate.min_channels, or compare with allocate.method=uniform"
+            f"allocate.min_groups and allocate.min_channels{others}"
         )
     if early := [layer for layer in over if layer < FIRST]:
-        count = min(FIRST, len(lost))
+        frozen = max(early) + 1
+        compare = f"; compare with allocate.freeze_first={frozen}" if frozen <= len(lost) // 3 else ""
         advice.append(
-            f"{len(early)} of the first {count} layers, which the others build on, are among them; "
-            f"compare with allocate.freeze_first={max(early) + 1}"
+            f"{len(early)} of the first {min(FIRST, len(lost))} layers, which the others build on, are among "
+            f"them{compare}"
         )
     return advice

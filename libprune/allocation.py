@@ -12,6 +12,7 @@ from libprune.architecture import Architecture
 from libprune.artifacts import Columns
 from libprune.cost import Prices
 from libprune.errors import BudgetError, LibpruneError
+from libprune.hgsp import above_floors
 from libprune.ladders import Ladders, build_ladders, plan_of
 from libprune.methods import METHODS, Depth, Evidence
 from libprune.plan import Plan
@@ -49,15 +50,26 @@ def allocate(
         BudgetError: if the target cannot be reached under the floors, or not in the asked shape.
     """
     prices = cost.prices(architecture, params.objective, evidence.latency)
-    floors = {"min_groups": 0, "min_channels": 0} if params.collapse_below else {}
-    ladders = build_ladders(architecture, scores, params.model_copy(update=floors), prices)
-    target = target_of(prices, params)
+    ladders, target = _ladders(architecture, scores, params, prices), target_of(prices, params)
     depth = METHODS[params.method](architecture, ladders, target, params, evidence)
     if improve is not None:
         depth = improve(ladders, depth, target)
     plan = plan_of(architecture, ladders, depth)
     _check_reached(architecture, ladders, plan, target, prices, params, evidence)
     return plan
+
+
+def _ladders(architecture: Architecture, scores: Columns, params: Allocate, prices: Prices) -> Ladders:
+    """The ladders of the method: down to the floors, or to nothing where whole layers may collapse."""
+    if not params.collapse_below:
+        return build_ladders(architecture, scores, params, prices)
+    free = [part for (_, part), unit in prices.unit.items() if unit == 0]
+    if free:
+        raise LibpruneError(
+            f"allocate.collapse_below removes whole layers, but for allocate.objective: {params.objective} nothing is "
+            f"gained by removing {free[0]} units; choose another objective, or collapse_below: 0"
+        )
+    return build_ladders(architecture, scores, params.model_copy(update={"min_groups": 0, "min_channels": 0}), prices)
 
 
 def result_shape(architecture: Architecture, plan: Plan, params: Allocate) -> str:
@@ -143,15 +155,15 @@ COMPARED_COMPONENTS = ("taylor", "fisher")
 def _require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
     method, scaling = params.method, meta["scaling"]
     if method in {"global", "hgsp"} and not meta["comparable"] and scaling == "none":
-        scalings = "zscore, minmax or rank" if method == "global" else "minmax or rank"
+        scalings = "zscore, minmax or rank" if method == "global" else "rank"
         raise LibpruneError(
             f"{meta['criterion']} compares only within a layer and type, so allocate.method: {method} would rank "
             f"unlike things; set score.scaling to {scalings}, or allocate.method to uniform"
         )
-    if method == "hgsp" and scaling == "zscore":
+    if method == "hgsp" and scaling not in {"none", "rank"}:
         raise LibpruneError(
-            "allocate.method: hgsp multiplies scores by what their block is worth, so they must not be negative, as "
-            "those of score.scaling: zscore are; set it to minmax or rank"
+            "allocate.method: hgsp multiplies scores by what their block is worth, so they must be positive, but "
+            f"score.scaling: {scaling} makes the lowest of every block 0 or less; set it to rank"
         )
 
 
@@ -184,8 +196,7 @@ def _check_reached(
     cheapest = min((step.cost for steps in ladders.values() for step in steps), default=0)
     if target - removed <= cheapest:
         return
-    everything = METHODS[params.method](architecture, ladders, prices.total, params, evidence)
-    most = prices.removed(plan_of(architecture, ladders, everything))
+    most = _most(architecture, ladders, plan, prices, params, evidence)
     if most < target:
         base, what = target / params.ratio, params.objective
         raise BudgetError(
@@ -193,6 +204,18 @@ def _check_reached(
             f"frozen layers and shape {params.method} removes at most {most / base:.3f} ({most:,} of {target:,} "
             f"{what} asked for). Lower the ratio, min_groups, min_channels or the number of frozen layers"
         )
+
+
+def _most(
+    architecture: Architecture, ladders: Ladders, plan: Plan, prices: Prices, params: Allocate, evidence: Evidence
+) -> int:
+    """The most that the method removes; of collapsed layers those that the plan has chosen for its own target."""
+    if params.collapse_below:
+        bounded = above_floors(architecture, ladders, params)
+        deepest = {b: len((bounded if b[0] in plan.layers else ladders)[b]) for b in ladders}
+    else:
+        deepest = METHODS[params.method](architecture, ladders, prices.total, params, evidence)
+    return prices.removed(plan_of(architecture, ladders, deepest))
 
 
 def jaccard(one: Plan, two: Plan) -> float:

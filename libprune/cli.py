@@ -47,6 +47,7 @@ AllCommits = Annotated[bool, typer.Option("--all-commits", help="Experiments of 
 def compare(out: Out = Path("report/compare"), all_commits: AllCommits = False) -> None:
     """Show DVC's experiments and the workspace as one table and one picture, the lowest perplexity first."""
     from libprune.artifacts import writing
+    from libprune.errors import LibpruneError
     from libprune.experiments import comparable
     from libprune.report import text_table
     from libprune.sweep_picture import write_picture
@@ -54,10 +55,12 @@ def compare(out: Out = Path("report/compare"), all_commits: AllCommits = False) 
 
     with stage.user_errors():
         rows, left_out = comparable(all_commits)
-    for name, text in (("table.md", markdown_text(rows, left_out)), ("table.csv", csv_text(rows))):
-        with writing(out / name) as partial:
-            partial.write_text(text)
-    write_picture(out / "perplexity.png", rows)
+        if out.exists() and not out.is_dir():
+            raise LibpruneError(f"--out {out} is a file; name a folder")
+        for name, text in (("table.md", markdown_text(rows, left_out)), ("table.csv", csv_text(rows))):
+            with writing(out / name) as partial:
+                partial.write_text(text)
+        write_picture(out / "perplexity.png", rows)
     command = params_diff(rows)
     typer.echo("\n".join([text_table(*table(rows)), "", *remarks(rows, left_out)]))
     typer.echo(f"\nwritten: {out}/table.md, table.csv, perplexity.png")

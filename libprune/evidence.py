@@ -1,6 +1,8 @@
 """What allocation methods need beside the scores, read from the artifacts."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -11,29 +13,44 @@ from libprune.levels import order_digest, unit_orders
 from libprune.methods import Evidence
 from libprune.search import divergence_curves
 from libprune.sections import Allocate
-from libprune.sensitivity import increases_of
+from libprune.sensitivity import increases_of, removals
 from libprune.shards import read_meta, read_tensor
 
 
-def read_evidence(layout: Layout, architecture: Architecture, scores: Columns, params: Allocate) -> Evidence:
+def read_evidence(
+    layout: Layout, architecture: Architecture, scores: Columns, meta: Mapping[str, Any], params: Allocate
+) -> Evidence:
     """What the chosen method and objective need; empty for those that need nothing.
 
+    Args:
+        layout: of the artifacts.
+        architecture: the model's description.
+        scores: the importance table.
+        meta: its metadata, which name the model and, where a text was used, the tokens.
+        params: what is asked for.
+
     Raises:
-        ArtifactError: if it is missing, or was measured on another model or with units in another order.
+        ArtifactError: if it is missing, or was measured on another model or text, or with units in another order.
     """
     latency = None
     if params.objective == "latency":
         latency = read_json(layout.latency, "latency")
-        same_origin(layout.latency, latency, {"model": architecture.fingerprint})
+        same_origin(layout.latency, latency, {"model": meta["model"]})
         if "unit" not in latency:
             raise ArtifactError(
                 f"{layout.latency} holds no times, since the objective was another; run `dvc repro latency`"
             )
-    return replace(_of_method(layout, architecture, scores, params), latency=latency)
+    return replace(_of_method(layout, architecture, scores, origin_of(meta), params), latency=latency)
 
 
-def _of_method(layout: Layout, architecture: Architecture, scores: Columns, params: Allocate) -> Evidence:
-    origin = {"model": architecture.fingerprint}
+def origin_of(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The model and, where a text was used, the tokens that scores come from."""
+    return {key: meta[key] for key in ("model", "tokens") if key in meta}
+
+
+def _of_method(
+    layout: Layout, architecture: Architecture, scores: Columns, origin: dict[str, Any], params: Allocate
+) -> Evidence:
     if params.method == "functional":
         same_origin(layout.activations, read_meta(layout.activations, "activations"), origin)
         cosines = [
@@ -43,11 +60,12 @@ def _of_method(layout: Layout, architecture: Architecture, scores: Columns, para
         return Evidence(change=1 - np.array(cosines))
     if params.method == "hgsp":
         table, meta = read_table(layout.sensitivity, "sensitivity")
-        same_origin(layout.sensitivity, meta, origin)
-        if not len(table["removed"]):
+        if list(zip(table["layer_idx"].tolist(), table["removed"].tolist(), strict=True)) != removals(architecture):
             raise ArtifactError(
-                f"{layout.sensitivity} holds nothing, since allocate.method was another; run `dvc repro sensitivity`"
+                f"{layout.sensitivity} does not hold every layer and block of this model, as when allocate.method was "
+                "another; run `dvc repro sensitivity`"
             )
+        same_origin(layout.sensitivity, meta, origin)
         return Evidence(sensitivity=increases_of(table))
     if params.method == "search":
         levels, meta = read_table(layout.levels, "levels")

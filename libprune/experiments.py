@@ -46,6 +46,8 @@ class Experiment:
     """Tokens a second over the dense model's."""
     size: int | None
     """Bytes of the pruned model's folder; None if its revision has no `dvc.lock`."""
+    proved: bool = True
+    """Whether a `dvc.lock` says that the results were made with these params."""
 
     @property
     def label(self) -> str:
@@ -147,7 +149,9 @@ def _result(name: str, state: Mapping[str, Any], lock_of: Callable[[str], str | 
     if not isfinite(experiment.ratio):
         return f"perplexity {experiment.ratio}"
     lock = lock_of(state["rev"])
-    return (outdated(experiment.params, lock) if lock else None) or experiment
+    if lock is None:
+        return replace(experiment, proved=False)
+    return outdated(experiment.params, lock) or experiment
 
 
 def _experiment(name: str, data: Mapping[str, Any]) -> Experiment:
@@ -182,7 +186,10 @@ def outdated(params: Mapping[str, Any], lock: str) -> str | None:
         lock: the text of `dvc.lock`, in which every stage that has run has left its params and the hashes of its
             inputs and outputs.
     """
-    stages = (yaml.load(lock, _LOADER) or {}).get("stages", {})
+    try:
+        stages = (yaml.load(lock, _LOADER) or {}).get("stages") or {}
+    except yaml.YAMLError:
+        return "its dvc.lock is not valid YAML, as after a merge conflict; run `dvc repro`"
     made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
     for name, stage in stages.items():
         for key, value in stage.get("params", {}).get("params.yaml", {}).items():

@@ -101,7 +101,7 @@ def require_defined(fix: str, criterion: str, orders: Mapping[str, int], scaling
 
     Raises:
         LibpruneError: if the criterion does not come from gradients, the scores were scaled by layer, or the
-            allocation method does not compare them between layers.
+            allocation is measured.
     """
     if fix == "none":
         return

@@ -60,7 +60,7 @@ class Params(Section):
     """The whole of params.yaml."""
 
     preset: Literal["fast", "balanced", "best", "hgsp", "hgsp+adaptive", "hgsp+all"] = "balanced"
-    """What the keys that say `auto` mean; a key with a value of its own keeps it."""
+    """What the keys that say `auto`, or are absent, mean; a key with a value of its own keeps it."""
     prepare: Prepare
     tokenize: Tokenize
     compute: Compute = Compute()
@@ -84,9 +84,9 @@ class Params(Section):
         chosen = PRESETS.get(str(data.get("preset", "balanced")), {})
         filled = dict(data)
         for section, values in chosen.items():
-            if isinstance(found := filled.get(section), dict):
-                asked = {key: value for key, value in values.items() if found.get(key) == _LEFT_OPEN.get(key, "auto")}
-                filled[section] = found | asked
+            if isinstance(found := filled.get(section, {}), dict):
+                word = {key: _LEFT_OPEN.get(key, "auto") for key in values}
+                filled[section] = found | {k: value for k, value in values.items() if found.get(k, word[k]) == word[k]}
         return filled
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """The sections of params.yaml, one a stage: every key with its type, its default and what it does."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -11,6 +12,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 def _threshold(value: float | str) -> float | str:
     if isinstance(value, str) and value not in {"blockwise", "layerwise"}:
+        if re.fullmatch(r"-?\d*\.?\d+[eE][-+]?\d+", value):  # which YAML takes for text without a point
+            return float(value)
         kind, _, share = value.partition(":")
         if kind != "percentile" or not share.replace(".", "", 1).isdigit() or float(share) > 100:
             raise ValueError(f"{value!r} is neither a number of nats, nor blockwise, layerwise or percentile:0 to 100")
@@ -198,7 +201,7 @@ class Allocate(Section):
     """`uniform`: the same counts in every layer; `global`: the lowest scores anywhere; `functional`: layers that
     change their input less lose more; `hgsp`: the lowest scores anywhere, weighed by the measured worth of their
     layer or block (the sensitivity stage); `search`: least measured divergence (the levels stage)."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
     """How strongly `hgsp` weighs scores by their layer or block; 0 is `global`."""
     threshold: Threshold = "percentile:25"
     """Up to which loss increase of a layer, in nats, `hgsp` weighs by the layer instead of the block: a number

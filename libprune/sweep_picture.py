@@ -4,12 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from libprune.artifacts import writing
+from libprune.canvas import Axes, Figure, png, styled
 from libprune.experiments import Experiment
 from libprune.sweep_table import differing, setting
 
@@ -21,7 +17,6 @@ PANELS = 6
 """Panels in one picture, at most."""
 
 PERPLEXITY = "perplexity ÷ dense"
-_STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def write_picture(target: Path, rows: Sequence[Experiment]) -> None:
@@ -29,8 +24,8 @@ def write_picture(target: Path, rows: Sequence[Experiment]) -> None:
 
     The same rows give the same bytes.
     """
-    with rc_context(_STYLE), writing(target) as partial:
-        FigureCanvasAgg(draw(rows)).print_png(partial, metadata={"Software": None})
+    with styled(), writing(target) as partial:
+        partial.write_bytes(png(draw(rows)))
 
 
 def draw(rows: Sequence[Experiment]) -> Figure:
@@ -38,13 +33,13 @@ def draw(rows: Sequence[Experiment]) -> Figure:
     names = differing(rows)
     numeric = [name for name in names if _is_numeric(rows, name)]
     if not numeric:
-        figure = Figure(figsize=(7, 1 + 0.45 * len(rows)), layout="constrained", dpi=150)
+        figure = Figure(figsize=(7, 1 + 0.45 * len(rows)), layout="constrained")
         _bars(figure.subplots(), rows, names)
         return figure
     shown = numeric[:PANELS]
     columns = min(3, len(shown))
     lines = ceil(len(shown) / columns)
-    figure = Figure(figsize=(1 + 3.8 * columns, 3.4 * lines), layout="constrained", dpi=150)
+    figure = Figure(figsize=(1 + 3.8 * columns, 3.4 * lines), layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for axes, name in zip(grid, shown, strict=False):
         _panel(axes, rows, name, names)

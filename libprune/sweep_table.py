@@ -80,7 +80,11 @@ def remarks(rows: Sequence[Experiment], left_out: Mapping[str, str]) -> list[str
         left_out: why each other experiment is not among them.
     """
     reasons = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
-    return [*_noise(rows), *_shares(rows), *([f"Not in the table: {reasons}."] if left_out else [])]
+    unproved = _about(
+        "Without a dvc.lock, which would say with which params the results were made",
+        [row for row in rows if not row.proved],
+    )
+    return [*_noise(rows), *_shares(rows), *unproved, *([f"Not in the table: {reasons}."] if left_out else [])]
 
 
 def _noise(rows: Sequence[Experiment]) -> list[str]:

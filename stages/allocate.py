@@ -22,7 +22,7 @@ def main(
     architecture = read_architecture(layout)
     scores, meta = read_table(layout.scores, "score")
     same_origin(layout.scores, meta, {"model": architecture.fingerprint})
-    evidence = read_evidence(layout, architecture, scores, settings)
+    evidence = read_evidence(layout, architecture, scores, meta, settings)
     search = None
     if settings.method == "search" and settings.evaluations:
         from libprune.levels import order_digest, unit_orders

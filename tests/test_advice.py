@@ -88,7 +88,7 @@ def test_layers_that_lose_too_much_are_named_the_first_ones_apart():
     found = told(1.0, plan=without_channels({0: 30, 7: 30, 8: 5}))
     assert found["over_pruned_layers"] == [0, 7]
     named, early = found["advice"]
-    assert named.startswith("layers that lose over half of their parameters: 0 (")
+    assert named.endswith("clearly more than the others: 0 (65 %), 7 (65 %)")
     assert "1 of the first 5 layers" in early
     assert "allocate.freeze_first=1" in early
 
@@ -102,6 +102,18 @@ def test_many_such_layers_are_too_many():
 def test_where_all_layers_lose_half_none_stands_out():
     assert over_pruned(np.full(10, 0.52)) == []
     assert over_pruned(np.array([0.52] * 9 + [0.7])) == [9]
+    lost = np.array([0.0] * 5 + [0.6] * 5)
+    assert over_pruned(lost) == [5, 6, 7, 8, 9]
+    assert over_pruned(lost, freeze_first=5) == over_pruned(lost[::-1].copy(), freeze_last=5) == []
+
+
+def test_layers_that_were_removed_on_purpose_are_not_over_pruned():
+    assert over_pruned(np.array([1.0, 1.0, 0.2, 0.2, 0.7])) == [4]
+
+
+def test_freezing_is_advised_only_where_most_layers_stay_free():
+    (_, early) = told(1.0, plan=without_channels({4: 30}))["advice"]
+    assert "freeze_first" not in early
 
 
 # The stage

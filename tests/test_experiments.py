@@ -53,6 +53,8 @@ def test_recorded_experiments_become_rows_in_the_order_of_perplexity():
     assert [one.label for one in rows] == ["magnitude = workspace", "master", "unwed-bate"]
     assert [one.params["allocate.ratio"] for one in rows] == [0.3, 0.2, 0.3]
     assert rows[0].params["preset"] == "balanced"
+    assert not any(one.proved for one in rows)
+    assert any(line.startswith("Without a dvc.lock") for line in remarks(rows, {}))
     master = RECORDED[1]["data"]
     assert rows[1].ratio == master["metrics"]["metrics/evaluation.json"]["data"]["perplexity_ratio"]["value"]
     assert rows[1].size == master["outs"]["artifacts/pruned"]["size"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from libprune.allocation import allocate, decide, result_shape
 from libprune.artifacts import Columns, split_blocks
 from libprune.cost import prices
-from libprune.errors import LibpruneError, ParamsError
+from libprune.errors import BudgetError, LibpruneError, ParamsError
 from libprune.hgsp import HARMLESS, block_factors, threshold_of
 from libprune.methods import Evidence
 from libprune.params import load_params
@@ -125,10 +125,11 @@ def test_scores_that_do_not_compare_or_are_negative_are_refused():
     shape = Shape()
     table, evidence = shape.table(np.ones(len(shape.unit_costs()))), shape.evidence("hgsp")
     meta = {"criterion": "wanda", "comparable": False, "scaling": "none"}
-    with pytest.raises(LibpruneError, match=r"hgsp would rank unlike things; set score\.scaling to minmax or rank"):
+    with pytest.raises(LibpruneError, match=r"hgsp would rank unlike things; set score\.scaling to rank"):
         decide(shape.architecture(), table, meta, HGSP, evidence)
-    with pytest.raises(LibpruneError, match="must not be negative"):
-        decide(shape.architecture(), table, meta | {"scaling": "zscore"}, HGSP, evidence)
+    for scaling in ("zscore", "minmax"):
+        with pytest.raises(LibpruneError, match=f"must be positive, but .*{scaling}"):
+            decide(shape.architecture(), table, meta | {"scaling": scaling}, HGSP, evidence)
     assert decide(shape.architecture(), table, meta | {"scaling": "rank"}, HGSP, evidence)
 
 
@@ -200,6 +201,23 @@ def test_a_layer_goes_only_if_it_would_have_kept_less_and_the_weakest_go_first(c
     assert {i for i in shape.unfrozen(params) if shares[i] < max(shares[gone])} <= set(gone)
 
 
+def test_a_budget_that_collapse_and_floors_leave_out_of_reach_is_refused():
+    shape = Shape(layers=4)
+    scores, evidence = shape.table(1.0 + np.arange(len(shape.unit_costs()))), shape.evidence("hgsp")
+    floors = {"min_groups": 4, "min_channels": 11, "allow_layer_removal": True}
+    params = HGSP.model_copy(update=floors | {"ratio": 0.5, "collapse_below": 0.05})
+    with pytest.raises(BudgetError, match=r"hgsp removes at most 0\.2"):
+        allocate(shape.architecture(), scores, params, evidence)
+
+
+def test_collapse_is_refused_where_a_part_costs_nothing():
+    shape = Shape()
+    params = HGSP.model_copy(update={"objective": "cache", "collapse_below": 0.5, "allow_layer_removal": True})
+    scores = shape.table(np.ones(len(shape.unit_costs())))
+    with pytest.raises(LibpruneError, match="nothing is gained by removing mlp units"):
+        allocate(shape.architecture(), scores, params, shape.evidence("hgsp"))
+
+
 def test_layers_that_kept_their_widths_make_a_stock_shape_with_fewer_layers():
     """All that the budget takes is two of four layers, whole: pure depth pruning."""
     shape = Shape(layers=4, kv=2, ffn=6)
@@ -246,6 +264,24 @@ def test_the_presets_of_the_method(name, fix, tmp_path):
     allocation = load_params(path).allocate
     assert (allocation.method, allocation.temperature, allocation.threshold) == ("hgsp", 1, 0)
     assert allocation.gradient_fix == fix
+
+
+def test_a_preset_fills_in_what_is_absent(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("preset: hgsp+all\nprepare: {model: m}\ntokenize: {text: t}\nallocate: {ratio: 0.3}\n")
+    found = load_params(path)
+    assert (found.allocate.method, found.allocate.threshold, found.allocate.gradient_fix) == (
+        "hgsp",
+        0,
+        "adaptive+depth",
+    )
+    assert (found.allocate.ratio, found.slice.repair) == (0.3, "sequential")
+
+
+def test_a_number_in_scientific_notation_without_a_point_is_a_number(tmp_path):
+    path = tiny.write_params(tmp_path / "params.yaml", "m", "t")
+    path.write_text(path.read_text().replace("threshold: auto", "threshold: 1e-3"))
+    assert load_params(path).allocate.threshold == 0.001
 
 
 def test_a_fix_of_ones_own_wins_over_the_preset(tmp_path):
