@@ -1,6 +1,6 @@
 """When does H-GSP help? One factor at a time: criterion, allocation, temperature, threshold, gradient fix.
 
-    python -m bench.least_loss --text wiki.valid.raw --work /tmp/least --table    # collects what this reads
+    python -m bench.least_loss --text wiki.valid.raw --work /tmp/least --table    # collects what this reads, no more
     python -m bench.hgsp --work /tmp/least --ratio 0.2 --ratio 0.5 --repair none --repair local
 
 The text and the protocol are those of bench/least_loss.py. The stages hessian (fisher) and sensitivity run first where
@@ -19,24 +19,28 @@ from libprune.markdown import markdown_table
 
 BASE: dict[str, Any] = {"method": "hgsp", "temperature": 1.0, "threshold": "percentile:25"}
 FIXES = ("normalize", "adaptive", "depth", "adaptive+depth")
-SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "hgsp (T 1, percentile:25), unit_fisher": ("unit_fisher", {}),
-    "uniform": ("unit_fisher", {"method": "uniform"}),
-    "global": ("unit_fisher", {"method": "global"}),
-    "T 0.5": ("unit_fisher", {"temperature": 0.5}),
-    "T 2": ("unit_fisher", {"temperature": 2.0}),
-    "blockwise": ("unit_fisher", {"threshold": "blockwise"}),
-    "layerwise": ("unit_fisher", {"threshold": "layerwise"}),
-    "taylor": ("taylor", {}),
-    "taylor_2nd": ("taylor_2nd", {}),
-    "taylor, uniform": ("taylor", {"method": "uniform"}),
-    "taylor, global": ("taylor", {"method": "global"}),
-    **{f"fix {fix}": ("unit_fisher", {"gradient_fix": fix}) for fix in FIXES},
-    **{f"taylor, fix {fix}": ("taylor", {"gradient_fix": fix}) for fix in FIXES},
-    "no floor": ("unit_fisher", {"min_groups": 0, "min_channels": 0, "allow_layer_removal": True}),
-    "collapse below 0.4": ("unit_fisher", {"collapse_below": 0.4, "allow_layer_removal": True}),
+RANKS = {"criterion": "wanda", "scaling": "rank"}
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "hgsp (T 1, percentile:25), unit_fisher": ({}, {}),
+    "uniform": ({}, {"method": "uniform"}),
+    "global": ({}, {"method": "global"}),
+    "T 0.5": ({}, {"temperature": 0.5}),
+    "T 2": ({}, {"temperature": 2.0}),
+    "blockwise": ({}, {"threshold": "blockwise"}),
+    "layerwise": ({}, {"threshold": "layerwise"}),
+    "taylor": ({"criterion": "taylor"}, {}),
+    "taylor_2nd": ({"criterion": "taylor_2nd"}, {}),
+    "taylor, uniform": ({"criterion": "taylor"}, {"method": "uniform"}),
+    "taylor, global": ({"criterion": "taylor"}, {"method": "global"}),
+    **{f"fix {fix}": ({}, {"gradient_fix": fix}) for fix in FIXES},
+    **{f"taylor, fix {fix}": ({"criterion": "taylor"}, {"gradient_fix": fix}) for fix in FIXES},
+    "wanda in ranks": (RANKS, {}),
+    "wanda in ranks, uniform": (RANKS, {"method": "uniform"}),
+    "wanda in ranks, global": (RANKS, {"method": "global"}),
+    "no floor": ({}, {"min_groups": 0, "min_channels": 0, "allow_layer_removal": True}),
+    "collapse below 0.4": ({}, {"collapse_below": 0.4, "allow_layer_removal": True}),
 }
-"""By name the criterion, and what differs in the allocation from the first."""
+"""By name what is set of the score, and what differs in the allocation from the first."""
 
 
 def prepare(work: Path) -> None:
@@ -92,10 +96,10 @@ def main(
     bench = Bench(work, windows, sequences=0, questions=questions)
     for share in ratio:
         for name in settings or SETTINGS:
-            criterion, changes = SETTINGS[name]
+            score, changes = SETTINGS[name]
             for way in repair:
                 if (name, share, way, bool(questions)) not in done:
-                    setting = {"criterion": criterion}, {**BASE, **changes}, {"repair": way}
+                    setting = score, {**BASE, **changes}, {"repair": way}
                     rows.append(bench.measure(name, share, setting) | {"repair": way})
                     with path.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
