@@ -10,7 +10,7 @@ from hypothesis import given
 
 from libprune import cost
 from libprune.advice import Fixed, diagnosis, over_pruned, shares_lost
-from libprune.artifacts import Layout, read_architecture, read_plan, read_table, split_blocks
+from libprune.artifacts import Layout, read_architecture, read_plan, read_table, split_blocks, write_table
 from libprune.diagnosis import gradient_ratio
 from libprune.errors import ArtifactError
 from libprune.gradient_fix import factors_of
@@ -161,6 +161,32 @@ def test_the_stage_writes_the_scores_under_the_fix_and_both_ratios(project, caps
             keep = plan.keep[block]
             assert keep.all() or score[~keep].max() <= score[keep].min(), "a fix leaves the order in a block"
     assert all(f"note: {sentence}" in capsys.readouterr().out for sentence in metrics["diagnosis"]["advice"])
+
+
+def test_layers_that_collapse_are_gone_from_the_saved_model(project):
+    collapse = {"collapse_below": 0.95, "allow_layer_removal": True, "ratio": 0.4}
+    plan, _, metrics = allocated(project, gradient_fix="none", **collapse)
+    architecture = read_architecture(Layout(project / "artifacts"))
+    assert 0 < len(plan.layers) < architecture.layers
+    assert metrics["removed"] <= metrics["target"]
+    change(project, "slice", repair="none")
+    import_module("stages.slice").main(project / "params.yaml", project / "artifacts", project / "metrics")
+    config = json.loads((project / "artifacts/pruned/config.json").read_text())
+    assert config["num_hidden_layers"] == len(plan.layers)
+    allocated(project, **collapse | {"collapse_below": 0.0, "allow_layer_removal": False, "ratio": 0.2})
+
+
+@pytest.mark.parametrize("artifact", ["sensitivity.parquet", "gradients/layers.parquet", "gradients/tensors.parquet"])
+def test_statistics_of_another_text_are_refused(project, artifact):
+    path = project / "artifacts" / artifact
+    table, meta = read_table(path, "some")
+    before = path.read_bytes()
+    write_table(path, table, meta | {"tokens": "other"})
+    try:
+        with pytest.raises(ArtifactError, match=path.name):
+            allocated(project, gradient_fix="adaptive")
+    finally:
+        path.write_bytes(before)
 
 
 def test_of_nothing_measured_the_stage_that_is_missing_is_named(project):

@@ -31,6 +31,7 @@ FROM_GRADIENTS = {
     "hessian_trace": Score(criterion="hessian_trace"),
     "unit_fisher": Score(criterion="unit_fisher"),
     "unit_fisher, token": Score(criterion="unit_fisher", fisher_over="token"),
+    "fisher_obs": Score(criterion="fisher_obs"),
 }
 FACTORS = np.array([3.0, 0.25, 1.0, 7.5])
 
@@ -64,6 +65,7 @@ def table_of(model, architecture: Architecture) -> Columns:
     for layer, part in architecture.blocks():
         units, cost = architecture.units(part), unit_parameters(architecture, layer, part)
         block = {"cost": np.full(units, cost), "magnitude_l2": np.arange(1.0, units + 1)}
+        block |= {"obs_share": np.linspace(0.1, 1, units)}
         block |= gradient_columns(architecture, first.finish(layer), weights, layer, part)
         blocks.append(block | hessian_columns(architecture, second.finish(layer), weights, layer, part))
     return unit_index(architecture) | {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
@@ -81,6 +83,19 @@ def test_scores_under_a_fix_are_those_of_gradients_times_the_factors(model, arch
         for name, values in expected.items():
             if values.dtype.kind == "f":
                 np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=f"{params.criterion}, {name}")
+
+
+def test_the_squares_that_weigh_obs_fisher_grow_with_the_square_of_the_factor(model, architecture):
+    plain = gradients(model)
+    with scaled_gradients(FACTORS):
+        scaled = gradients(model)
+    order = CRITERIA["obs_fisher"].orders["obs_fisher"]
+    for layer in range(architecture.layers):
+        one, two = plain.finish(layer), scaled.finish(layer)
+        names = [name for name in one if name.endswith("output_gradient_square")]
+        assert names
+        for name in names:
+            np.testing.assert_allclose(two[name], one[name] * FACTORS[layer] ** order, rtol=1e-5)
 
 
 def test_every_component_of_a_criterion_from_gradients_has_an_order():
