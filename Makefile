@@ -24,7 +24,7 @@ demo: $(SETUP) ## prune a real language model by 20 % and print what it cost
 	$(BIN)/libprune show
 
 test: $(SETUP) lint ## lint, type check and test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(SETUP) ## lint and type check
 	$(BIN)/ruff check .

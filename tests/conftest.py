@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from beartype import BeartypeConf
 from beartype.claw import beartype_package
 from hypothesis import settings
@@ -38,3 +39,8 @@ os.environ.update(
 
 settings.register_profile("libprune", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("libprune")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files are shared out over the processes; the one that takes longest goes first."""
+    items.sort(key=lambda item: item.path.stem != "test_pipeline")

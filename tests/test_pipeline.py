@@ -16,8 +16,6 @@ import yaml
 from tests import tiny
 from tests.closure import ROOT
 
-pytestmark = pytest.mark.xdist_group("pipeline")  # its tests share a project; the largest group starts first
-
 ORDER = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
 ORDER += ["score", "sensitivity", "levels", "latency", "allocate", "slice", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
