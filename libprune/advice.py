@@ -70,12 +70,12 @@ def _gradients(layout: Layout, name: str, meta: Mapping[str, Any]) -> Columns:
 def shares_lost(architecture: Architecture, plan: Plan) -> NDArray[np.float64]:
     """The share of its parameters that each layer loses, ``[layers]``."""
     prices = cost.prices(architecture, "parameters")
-    lost, whole = np.zeros(architecture.layers), np.zeros(architecture.layers)
-    for (layer, part), keep in plan.keep.items():
-        unit, rest = prices.unit[layer, part], prices.rest[layer, part]
-        lost[layer] += int((~keep).sum()) * unit + (0 if keep.any() else rest)
-        whole[layer] += len(keep) * unit + rest
-    return lost / whole
+    shares = []
+    for layer in range(architecture.layers):
+        own = {(layer, part): plan.keep[layer, part] for part in architecture.parts}
+        whole = Plan({block: np.zeros_like(keep) for block, keep in own.items()})
+        shares.append(prices.removed(Plan(own)) / prices.removed(whole))
+    return np.array(shares)
 
 
 def over_pruned(lost: NDArray[np.float64], freeze_first: int = 0, freeze_last: int = 0) -> list[int]:

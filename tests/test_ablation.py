@@ -1,6 +1,7 @@
 """The ablation stage: which units are drawn, and their loss increases against a direct computation."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -217,18 +218,18 @@ def patch_losses(monkeypatch, value_of) -> list[int]:
     return passes
 
 
-def interrupt(folder: Path, monkeypatch, units: int) -> None:
-    """Run the stage, saving after every unit, and stop in the middle of the one after so many."""
+def interrupt(monkeypatch, done: int, run: Callable[[], object]) -> None:
+    """Run a stage, saving after every measurement, and stop in the middle of the one after so many."""
     monkeypatch.setattr("libprune.accumulator.Checkpoints.due", lambda self: True)
 
     def stop(number, losses):
-        if number == PASSES * (1 + units) + 1:
+        if number == PASSES * (1 + done) + 1:
             raise KeyboardInterrupt
         return losses
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch_losses(patch, stop)
-        run_stage(folder)
+        run()
 
 
 def assert_same(table: dict, expected: dict) -> None:
@@ -240,7 +241,7 @@ def assert_same(table: dict, expected: dict) -> None:
 def test_a_run_that_was_interrupted_goes_on_where_it_stopped(llama, monkeypatch, capsys):
     expected, expected_meta = run_stage(llama)
     (llama / "artifacts/ablation.parquet").unlink()
-    interrupt(llama, monkeypatch, 7)
+    interrupt(monkeypatch, 7, lambda: run_stage(llama))
     assert not (llama / "artifacts/ablation.parquet").exists()
     passes = patch_losses(monkeypatch, lambda number, losses: losses)
     capsys.readouterr()
@@ -255,7 +256,7 @@ def test_a_run_that_was_interrupted_goes_on_where_it_stopped(llama, monkeypatch,
 @pytest.mark.parametrize("change", [{"seed": 1}, {"units": 11}, {"sequences": 3}])
 def test_sums_of_another_sample_or_text_are_not_taken_up(llama, monkeypatch, change):
     expected, _ = run_stage(llama, **change)
-    interrupt(llama, monkeypatch, 4)
+    interrupt(monkeypatch, 4, lambda: run_stage(llama))
     assert_same(run_stage(llama, **change)[0], expected)
 
 

@@ -20,7 +20,7 @@ from stages.sensitivity import main
 from tests import tiny
 from tests.closure import run_without_torch
 from tests.models import FAMILIES, tokens
-from tests.test_ablation import AT_ONCE, LENGTH, PASSES, SEQUENCES, USED, patch_losses, write_project
+from tests.test_ablation import AT_ONCE, LENGTH, PASSES, SEQUENCES, USED, interrupt, patch_losses, write_project
 
 
 def params(folder: Path, method: str = "hgsp", sequences: int | None = USED) -> Path:
@@ -123,16 +123,7 @@ def test_a_removal_runs_only_the_layers_from_its_own_on(llama):
 
 def test_a_run_that_was_interrupted_goes_on_where_it_stopped(llama, monkeypatch, capsys):
     expected, expected_meta = run_stage(llama)
-    monkeypatch.setattr("libprune.accumulator.Checkpoints.due", lambda self: True)
-
-    def stop(number, losses):
-        if number == PASSES * (1 + 7) + 1:
-            raise KeyboardInterrupt
-        return losses
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch_losses(patch, stop)
-        run_stage(llama)
+    interrupt(monkeypatch, 7, lambda: run_stage(llama))
     passes = patch_losses(monkeypatch, lambda number, losses: losses)
     capsys.readouterr()
     table, meta = run_stage(llama)
