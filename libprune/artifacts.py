@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from libprune.architecture import Architecture
 from libprune.errors import ArtifactError, LibpruneError, missing_key
 from libprune.plan import Plan
+from libprune.processes import runs
 
 Columns = dict[str, NDArray[Any]]
 """A table: column name to an array of one value a row."""
@@ -121,7 +121,7 @@ def writing(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     for left in target.parent.glob(f".{target.name}.*.partial"):
-        if not _runs(int(left.name.split(".")[-2])):  # a process that was killed cannot clear up
+        if not runs(int(left.name.split(".")[-2])):  # a process that was killed cannot clear up
             remove(left)
     remove(partial)
     try:
@@ -139,14 +139,6 @@ def writing_folder(target: Path) -> Iterator[Path]:
     with writing(target) as partial:
         partial.mkdir()
         yield partial
-
-
-def _runs(pid: int) -> bool:
-    try:
-        state = psutil.Process(pid).status()
-    except psutil.NoSuchProcess:
-        return False
-    return bool(state != psutil.STATUS_ZOMBIE)  # a container may have nobody who takes note of an orphan's end
 
 
 def remove(path: Path) -> None:

@@ -1,9 +1,7 @@
 """What every stage's command line does alike: options, one-line errors, time and memory."""
 
-import ctypes
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from libprune.errors import LibpruneError
+from libprune.processes import end_with_dvc
 
 P = ParamSpec("P")
 
@@ -33,8 +32,7 @@ def app(main: Callable[P, None]) -> typer.Typer:
     @wraps(main)
     def command(*args: P.args, **kwargs: P.kwargs) -> None:
         _quiet()
-        if "DVC_STAGE" in os.environ:
-            _end_with_parent()
+        end_with_dvc()
         with user_errors(), _summary(main.__module__.rpartition(".")[2]):
             main(*args, **kwargs)
 
@@ -58,12 +56,6 @@ def _summary(name: str) -> Iterator[None]:
     stage = name if name != "__main__" else Path(sys.argv[0]).stem
     if first_process():
         typer.echo(f"{stage}: {time.perf_counter() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB")
-
-
-def _end_with_parent() -> None:
-    """Have the system end this process when DVC ends: what runs on alone could mix its output with a second run's."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def first_process() -> bool:

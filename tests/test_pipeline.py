@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
+from libprune.processes import runs
 from tests import tiny
 from tests.closure import ROOT
 
@@ -200,21 +200,18 @@ def test_a_wrong_param_stops_at_once_and_loses_nothing(project):
     assert stages_run(run(["dvc", "repro"], project)) == []
 
 
-def runs(pid: int) -> bool:
-    """Where nobody waits for orphans, an ended process stays in the process table as a zombie."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_a_stage_ends_with_its_dvc_and_the_next_repro_goes_on(project):
-    """DVC is killed while gradients are collected: nothing runs on alone, and nothing is collected twice."""
+    """DVC is killed while gradients are collected: nothing runs on alone, and nothing is collected twice.
+
+    `sh` waits for the stage, where bash becomes it: killing DVC then leaves the stage its parent.
+    """
     change(project, "gradients", "batch_sequences", 1)
     for section, key in (("tokenize", "calibration_sequences"), ("gradients", "sequences")):
         change(project, section, key, 400)  # seconds of work, so that the kill comes before its end
     change(project, "compute", "batch_tokens", 16)
-    repro = subprocess.Popen(["dvc", "repro", "gradients"], cwd=project, env=environment(), stdout=subprocess.DEVNULL)
+    repro = subprocess.Popen(
+        ["dvc", "repro", "gradients"], cwd=project, env=environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.DEVNULL
+    )
     while not list(project.glob(".work/gradients/*/process-*/after-*")):
         assert repro.poll() is None
         time.sleep(0.001)

@@ -241,7 +241,7 @@ def llama(tmp_path) -> Path:
 
 
 def test_after_an_interruption_only_layers_that_are_left_are_kept(llama, monkeypatch):
-    interrupt(llama, monkeypatch, 10)
+    interrupt(monkeypatch, 10, lambda: run_stage(llama))
     chosen: list[set[int]] = []
 
     class Watched(Prefix):
