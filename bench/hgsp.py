@@ -3,8 +3,9 @@
     python -m bench.least_loss --text wiki.valid.raw --work /tmp/least --table    # collects what this reads, no more
     python -m bench.hgsp --work /tmp/least --ratio 0.2 --ratio 0.5 --repair none --repair local
 
-The text and the protocol are those of bench/least_loss.py. The stages hessian (fisher) and sensitivity run first where
-they have not. Rows go to WORK/hgsp.jsonl; those that are there are not measured again.
+The text and the protocol are those of bench/least_loss.py; `--questions 200` asks the first 200 of PIQA as well. The
+stages hessian (fisher) and sensitivity run first where they have not. Rows go to WORK/hgsp.jsonl; those that are there
+are not measured again.
 """
 
 import json
@@ -19,6 +20,7 @@ from libprune.markdown import markdown_table
 
 BASE: dict[str, Any] = {"method": "hgsp", "temperature": 1.0, "threshold": "percentile:25"}
 FIXES = ("normalize", "adaptive", "depth", "adaptive+depth")
+TASKS = ("piqa_file",)
 RANKS = {"criterion": "wanda", "scaling": "rank"}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hgsp (T 1, percentile:25), unit_fisher": ({}, {}),
@@ -93,7 +95,7 @@ def main(
     path = work / "hgsp.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["setting"], row["ratio_asked"], row["repair"], bool(row["tasks"])) for row in rows}
-    bench = Bench(work, windows, sequences=0, questions=questions)
+    bench = Bench(work, windows, sequences=0, questions=questions, tasks=TASKS)
     for share in ratio:
         for name in settings or SETTINGS:
             score, changes = SETTINGS[name]

@@ -121,9 +121,11 @@ def _run(stage: str, params: Path, artifacts: Path, done: Path) -> None:
 class Bench:
     """The dense model and its statistics."""
 
-    def __init__(self, work: Path, windows: int, sequences: int, questions: int) -> None:
+    def __init__(
+        self, work: Path, windows: int, sequences: int, questions: int, tasks: tuple[str, ...] = TASKS
+    ) -> None:
         self.layout, self.long, self.compute = Layout(work / "artifacts"), Layout(work / "long"), Compute()
-        self.sequences, self.questions = sequences, questions
+        self.sequences, self.questions, self.tasks = sequences, questions, tasks
         self.architecture = read_architecture(self.layout)
         device = resolve_device("auto")
         self.model = load_model(self.layout.model, resolve_dtype("auto", device)).to(device)
@@ -139,7 +141,7 @@ class Bench:
             return {}
         tokenizer = AutoTokenizer.from_pretrained(self.layout.model, local_files_only=True)
         folder = str(Path(__file__).with_name("tasks"))
-        return zero_shot(self.model, tokenizer, TASKS, folder, self.questions, 8)
+        return zero_shot(self.model, tokenizer, self.tasks, folder, self.questions, 8)
 
     def measure(self, name: str, ratio: float, setting: Setting) -> dict[str, Any]:
         """One row."""
