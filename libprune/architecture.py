@@ -52,13 +52,19 @@ class Map:
 
 @dataclass(frozen=True)
 class PartShape:
-    """A prunable part of every block: its axis, its module, and the unit counts that the stock config
-    can say (None: any).
+    """A prunable part of every block.
+
+    Attributes:
+        axis: whose indices are its units.
+        module: computes the part.
+        expressible: the unit counts that the stock config can say; None: any.
+        coupled: norms whose statistics run over the units, so that only all of them can go together.
     """
 
     axis: str
     module: str
     expressible: tuple[int, ...] | None
+    coupled: tuple[str, ...] = ()
 
     def says(self, count: int) -> bool:
         """Whether the stock config can say this many units in every layer."""
@@ -160,7 +166,7 @@ class Architecture:
                 "layers_path": self.layers_path,
                 "cache": str(self.cache),
                 "parts": {
-                    name: {"axis": p.axis, "module": p.module, "expressible": p.expressible}
+                    name: {"axis": p.axis, "module": p.module, "expressible": p.expressible, "coupled": p.coupled}
                     for name, p in self.parts.items()
                 },
                 "parameters": [
@@ -194,7 +200,8 @@ class Architecture:
             layers_path=data["layers_path"],
             cache=parse_expr(data["cache"]),
             parts={
-                name: PartShape(p["axis"], p["module"], _counts(p["expressible"])) for name, p in data["parts"].items()
+                name: PartShape(p["axis"], p["module"], _counts(p["expressible"]), tuple(p["coupled"]))
+                for name, p in data["parts"].items()
             },
             parameters=tuple(
                 Parameter(p["name"], tuple(parse_expr(d) for d in p["dims"]), p["layer"], p["part"])
