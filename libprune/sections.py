@@ -252,8 +252,9 @@ class Slice(Section):
     calibration sequences that the fit does not see, for each map."""
     fisher_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the Gram matrices of `local` are weighted by the gradients at the inputs."""
-    drift: Annotated[float, Field(ge=0)] = 1.0
-    """How much of the drift of the residual stream each map of `sequential` takes back."""
+    drift: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """How much of the drift of the residual stream each map of `sequential` takes back; `auto`: all of it in blocks
+    that only add what their maps give, nothing in others, such as those with a norm behind each part."""
     drift_cap: Annotated[float, Field(gt=0)] | None = 2.0
     """The longest drift of a token that counts, in medians over its sequence; null: no limit."""
     sequences: Count | None = None

@@ -99,6 +99,11 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
 }
 
 
+LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
+"""Families that differ in what statistics and repair meet: biases, norms on heads, fused maps, norms behind the parts,
+[in, out] storage, heads side by side with parallel parts, an MLP on flattened tokens."""
+
+
 def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
     """Token ids, the same in every call; longer than the window of the sliding layers."""
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
