@@ -134,9 +134,15 @@ class Architecture:
         return tuple(entry for entry in self.maps_of(layer, part) if axis in entry.input.names)
 
     def carriers(self, layer: int, part: str) -> Iterator[tuple[Parameter, int, NDArray[np.int64]]]:
-        """Every (parameter, dimension, unit of each position) of a block that carries the part's axis."""
+        """Every (parameter, dimension, unit of each position) of a block that carries the part's axis.
+
+        Without the norms that couple the units: what those hold belongs to the part as a whole.
+        """
         axis = self.parts[part].axis
+        coupled = {f"{self.layers_path}.{layer}.{module}" for module in self.parts[part].coupled}
         for parameter in self.parameters_of(layer, part):
+            if parameter.name.rpartition(".")[0] in coupled:
+                continue
             for dim, expr in enumerate(parameter.dims):
                 if axis in expr.names:
                     yield parameter, dim, expr.units(axis, self.sizes)

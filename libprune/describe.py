@@ -84,12 +84,11 @@ def with_biases(
 
 
 def _refuse_experts(config: PreTrainedConfig) -> None:
-    for key in _EXPERTS:
-        if getattr(config, key, None):
-            raise FamilyError(
-                f"this {config.model_type} model is a mixture of experts ({key!r} = {getattr(config, key)!r} in its "
-                "config); only dense models can be pruned so far"
-            )
+    found = next((getattr(config, key) for key in _EXPERTS if getattr(config, key, None)), None)
+    if found:
+        raise FamilyError(
+            f"this {config.model_type} model is a mixture of {found} experts; only dense models can be pruned so far"
+        )
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

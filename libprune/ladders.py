@@ -83,6 +83,25 @@ def _ladder(
     return tuple(steps)
 
 
+def held_whole(architecture: Architecture, per_layer: bool) -> list[str]:
+    """For each part of which no single unit can go, a sentence that says why.
+
+    Args:
+        architecture: the model's description.
+        per_layer: whether the result may have a modeling file of its own.
+    """
+    found = []
+    for part, shape in architecture.parts.items():
+        if shape.coupled:
+            norms = " and ".join(shape.coupled)
+            found.append(f"no {part} unit can go alone: {norms} of {architecture.family} work over all of them at once")
+        elif not per_layer and not any(map(shape.says, range(1, architecture.units(part)))):
+            found.append(
+                f"the stock config of {architecture.family} cannot say fewer {part} units; allocate.shape=per_layer can"
+            )
+    return found
+
+
 def floor_of(part: str, params: Allocate) -> int:
     """Units that every block of a part keeps."""
     return int(getattr(params, _FLOORS[part]))
