@@ -131,6 +131,7 @@ _BOOKKEEPING = frozenset(
         "dtype",
         "use_cache",
         "auto_map",
+        "task_specific_params",
     }
 )
 

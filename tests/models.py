@@ -38,7 +38,7 @@ WINDOW = 5
 """Tokens that a sliding layer sees; prompts are longer, so that the window shows."""
 
 _SHORT = {"vocab_size": VOCAB, "num_hidden_layers": 4, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-_FFN = {"intermediate_size": 13}
+FFN = {"intermediate_size": 13}
 _MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
 _LONG_ROPE = {
     "rope_type": "llama3",
@@ -50,7 +50,7 @@ _LONG_ROPE = {
 }
 
 
-def _tiny(config_class: type[PreTrainedConfig], **settings: Any) -> Callable[[int], PreTrainedModel]:
+def tiny_model(config_class: type[PreTrainedConfig], **settings: Any) -> Callable[[int], PreTrainedModel]:
     """Makes a model of the config from a seed, every parameter random, norms and biases too."""
 
     def make(seed: int) -> PreTrainedModel:
@@ -63,7 +63,7 @@ def _tiny(config_class: type[PreTrainedConfig], **settings: Any) -> Callable[[in
     return make
 
 
-def _heads(hidden: int, groups: int, queries: int, head_dim: int | None = None) -> dict[str, int]:
+def heads(hidden: int, groups: int, queries: int, head_dim: int | None = None) -> dict[str, int]:
     """Hidden size, `groups` KV heads, `queries` query heads for each; without a head size the config's own rule."""
     explicit = {} if head_dim is None else {"head_dim": head_dim}
     return {"hidden_size": hidden, "num_key_value_heads": groups, "num_attention_heads": groups * queries, **explicit}
@@ -71,21 +71,23 @@ def _heads(hidden: int, groups: int, queries: int, head_dim: int | None = None) 
 
 # Odd sizes that tell the axes apart, and all that a family can have: biases, tied weights, windows.
 FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
-    "llama": _tiny(
-        LlamaConfig, **_FFN, **_heads(30, 3, 2, 8), attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    "llama": tiny_model(
+        LlamaConfig, **FFN, **heads(30, 3, 2, 8), attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),
-    "llama_mha": _tiny(LlamaConfig, **_FFN, **_heads(36, 6, 1), rope_parameters=_LONG_ROPE),
-    "mistral": _tiny(MistralConfig, **_FFN, **_heads(28, 2, 3, 10), sliding_window=WINDOW),
-    "qwen2": _tiny(Qwen2Config, **_FFN, **_heads(36, 3, 2), **_MIXED_LAYERS),
-    "qwen3": _tiny(
-        Qwen3Config, **_FFN, **_heads(26, 3, 3, 4), **_MIXED_LAYERS, attention_bias=True, tie_word_embeddings=True
+    "llama_mha": tiny_model(LlamaConfig, **FFN, **heads(36, 6, 1), rope_parameters=_LONG_ROPE),
+    "mistral": tiny_model(MistralConfig, **FFN, **heads(28, 2, 3, 10), sliding_window=WINDOW),
+    "qwen2": tiny_model(Qwen2Config, **FFN, **heads(36, 3, 2), **_MIXED_LAYERS),
+    "qwen3": tiny_model(
+        Qwen3Config, **FFN, **heads(26, 3, 3, 4), **_MIXED_LAYERS, attention_bias=True, tie_word_embeddings=True
     ),
-    "gemma2": _tiny(Gemma2Config, **_FFN, **_heads(24, 2, 2, 6), sliding_window=WINDOW, query_pre_attn_scalar=6),
-    "gemma3": _tiny(Gemma3TextConfig, **_FFN, **_heads(24, 4, 2, 6), sliding_window=WINDOW, sliding_window_pattern=2),
-    "phi3": _tiny(Phi3Config, **_FFN, **_heads(36, 3, 2)),
-    "gpt2": _tiny(GPT2Config, n_embd=24, n_head=4, n_positions=50, n_inner=13),
-    "gpt_neox": _tiny(GPTNeoXConfig, **_FFN, hidden_size=24, num_attention_heads=3, rotary_pct=0.5),
-    "opt": _tiny(
+    "gemma2": tiny_model(Gemma2Config, **FFN, **heads(24, 2, 2, 6), sliding_window=WINDOW, query_pre_attn_scalar=6),
+    "gemma3": tiny_model(
+        Gemma3TextConfig, **FFN, **heads(24, 4, 2, 6), sliding_window=WINDOW, sliding_window_pattern=2
+    ),
+    "phi3": tiny_model(Phi3Config, **FFN, **heads(36, 3, 2)),
+    "gpt2": tiny_model(GPT2Config, n_embd=24, n_head=4, n_positions=50, n_inner=13),
+    "gpt_neox": tiny_model(GPTNeoXConfig, **FFN, hidden_size=24, num_attention_heads=3, rotary_pct=0.5),
+    "opt": tiny_model(
         OPTConfig,
         activation_function="gelu",
         hidden_size=24,
@@ -93,9 +95,9 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
         ffn_dim=13,
         max_position_embeddings=50,
     ),
-    "smollm3": _tiny(SmolLM3Config, **_FFN, **_heads(36, 3, 2), no_rope_layer_interval=2),
-    "olmo2": _tiny(Olmo2Config, **_FFN, **_heads(36, 3, 2)),
-    "starcoder2": _tiny(Starcoder2Config, **_FFN, **_heads(36, 3, 2), sliding_window=WINDOW),
+    "smollm3": tiny_model(SmolLM3Config, **FFN, **heads(36, 3, 2), no_rope_layer_interval=2),
+    "olmo2": tiny_model(Olmo2Config, **FFN, **heads(36, 3, 2)),
+    "starcoder2": tiny_model(Starcoder2Config, **FFN, **heads(36, 3, 2), sliding_window=WINDOW),
 }
 
 
