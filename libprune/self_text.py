@@ -6,9 +6,12 @@ prune on it. As in LLM-QAT a sequence begins with a random token, goes on with t
 it finds a subject, and is sampled from there on.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from libprune import cost
 from libprune.architecture import Architecture
-from libprune.artifacts import Layout, require
+from libprune.artifacts import Layout, remove, require, writing
 from libprune.checkpoint import load_model
 from libprune.compute import resolve_device, resolve_dtype
 from libprune.plan import Plan
@@ -50,12 +53,13 @@ class SelfText:
     ) -> None:
         self._folder, self._architecture, self._tokenizer = layout.model, architecture, tokenizer
         self._device_name, self._dtype_name = device, dtype
+        self._work = layout.root.parent / ".work" / "self"
 
     def sample(self, count: int, length: int, seed: int | None) -> tuple[Ids, dict[str, Any]]:
         """Sequences without special tokens, and how they were made.
 
         The same arguments give the same sequences on the same machine. Those of `seed` None are of random numbers that
-        no other seed uses.
+        no other seed uses. Every batch is saved, so that a run that was stopped goes on after its last one.
 
         Args:
             count: sequences.
@@ -67,12 +71,25 @@ class SelfText:
         """
         step = min(count, self.at_once(length))
         label = "calibration text" if seed is not None else "evaluation text"
+        how: dict[str, Any] = {"greedy": GREEDY, "temperature": TEMPERATURE, "top_k": TOP_K, "at_once": step}
+        how |= {"compute_dtype": str(self._dtype).removeprefix("torch.")}
+        which = {"model": self._architecture.fingerprint, "device": str(self._device), "length": length, "seed": seed}
+        saved = self._work / hashlib.sha256(json.dumps(which | how).encode()).hexdigest()[:16]
         batches = []
         with tqdm(total=count * length, desc=label, unit="tok") as bar:
             for first in range(0, count, step):
-                batches.append(self._batch(min(step, count - first), length, _key(seed, first), bar))
-        how = {"greedy": GREEDY, "temperature": TEMPERATURE, "top_k": TOP_K, "at_once": step}
-        return np.concatenate(batches), how | {"compute_dtype": str(self._model.dtype).removeprefix("torch.")}
+                number = min(step, count - first)
+                path = saved / f"{first}-{number}.npy"
+                if path.exists():
+                    bar.update(number * length)
+                else:
+                    _save(path, self._batch(number, length, _key(seed, first), bar))
+                batches.append(np.load(path))
+        return np.concatenate(batches), how
+
+    def forget(self) -> None:
+        """Delete what is saved, once the sequences are written where they belong."""
+        remove(self._work)
 
     def at_once(self, length: int) -> int:
         """Sequences whose KV cache takes no more memory than the weights."""
@@ -99,9 +116,12 @@ class SelfText:
         return resolve_device(self._device_name)
 
     @cached_property
+    def _dtype(self) -> torch.dtype:
+        return resolve_dtype(self._dtype_name, self._device)
+
+    @cached_property
     def _model(self) -> PreTrainedModel:
-        dtype = resolve_dtype(self._dtype_name, self._device)
-        model = load_model(require(self._folder, "prepare"), dtype).to(self._device)
+        model = load_model(require(self._folder, "prepare"), self._dtype).to(self._device)
         model.generation_config = GenerationConfig()  # the folder's own may penalise, truncate or stop
         return model
 
@@ -129,6 +149,11 @@ class _Progress(BaseStreamer):
 
     def end(self) -> None:
         pass
+
+
+def _save(path: Path, ids: Ids) -> None:
+    with writing(path) as partial, partial.open("wb") as file:
+        np.save(file, ids)
 
 
 def _key(seed: int | None, first: int) -> int:

@@ -23,6 +23,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     for what, path, drawn in texts:
         write_tokens(path, drawn.ids, {"model": architecture.fingerprint} | drawn.record)
         typer.echo(drawn.sentence(what))
+    writer.forget()
 
 
 app = stage.app(main)

@@ -1,6 +1,7 @@
 """Windows drawn from texts: from disjoint documents in every form, and recorded as they were drawn."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -9,11 +10,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from libprune import cost
 from libprune.artifacts import Layout, read_architecture
 from libprune.checkpoint import load_model
 from libprune.drawing import MARGIN, Drawn, require_disjoint
 from libprune.errors import SourceError
 from libprune.origin import read_origin
+from libprune.plan import Plan
 from libprune.self_text import GREEDY, SelfText
 from libprune.tokens import read_tokens, windows
 from stages import prepare, tokenize
@@ -227,10 +230,18 @@ def test_a_model_that_writes_the_same_again_and_again_is_refused():
         require_disjoint(Drawn(ids, record, []), Drawn(np.concatenate([ids[:1, :7], ids[:3, 1:8]]), record, []))
 
 
-@pytest.fixture(scope="module")
-def writer(project, tokenizer) -> SelfText:
-    layout = Layout(project / "artifacts")
-    return SelfText(layout, read_architecture(layout), tokenizer, "cpu", "float32")
+@pytest.fixture
+def make_writer(project, tokenizer, tmp_path) -> Callable[[], SelfText]:
+    """Makes a writer that saves its batches in a folder of the test's own."""
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "model").symlink_to(project / "artifacts" / "model")
+    architecture = read_architecture(Layout(project / "artifacts"))
+    return lambda: SelfText(Layout(tmp_path / "artifacts"), architecture, tokenizer, "cpu", "float32")
+
+
+@pytest.fixture
+def writer(make_writer) -> SelfText:
+    return make_writer()
 
 
 @pytest.mark.parametrize("length", [2, GREEDY + 1, GREEDY + 2, 40])
@@ -242,10 +253,29 @@ def test_sampled_sequences_have_the_length_asked_for_and_no_special_token(writer
     assert how["at_once"] == min(9, writer.at_once(length))
 
 
-def test_sampled_sequences_differ_from_batch_to_batch(writer):
-    length = next(length for length in range(10, 10_000) if writer.at_once(length) == 1)
-    ids, _ = writer.sample(3, length, 0)
-    assert len(rows(ids)) == 3
+@pytest.mark.parametrize("length", [1, 16, 100_000])
+def test_the_cache_of_the_sequences_at_once_is_as_large_as_the_weights_at_most(writer, project, length):
+    architecture = read_architecture(Layout(project / "artifacts"))
+    size = cost.size(architecture, Plan.dense(architecture))
+    found = writer.at_once(length)
+    assert (found + 1) * length * size.cache > size.total
+    assert found == 1 or found * length * size.cache <= size.total
+
+
+def test_a_writer_that_was_stopped_goes_on_after_its_last_batch(make_writer, tmp_path, monkeypatch):
+    """What is saved of the first batch is used, what is missing of the others is written as it would have been."""
+    monkeypatch.setattr(SelfText, "at_once", lambda self, length: 1)
+    whole, _ = make_writer().sample(3, 12, 0)
+    assert len(rows(whole)) == 3
+    first, *others = sorted(tmp_path.glob(".work/self/*/*.npy"), key=lambda path: int(path.stem.split("-")[0]))
+    assert len(others) == 2
+    np.save(first, marked := whole[:1] + 1000)
+    others[1].unlink()
+    last = make_writer()
+    np.testing.assert_array_equal(last.sample(3, 12, 0)[0], np.concatenate([marked, whole[1:]]))
+    assert not (last.sample(1, 12, 1)[0] == marked).all()
+    last.forget()
+    assert not (tmp_path / ".work/self").exists()
 
 
 def test_sampling_leaves_the_random_numbers_of_others_alone(writer):
@@ -258,7 +288,7 @@ def test_sampling_leaves_the_random_numbers_of_others_alone(writer):
 
 def test_sampled_tokens_follow_the_models_distribution(writer, project):
     """After the greedy tokens, the next one's frequencies are its probabilities, given the same beginning."""
-    ids, _ = writer.sample(3000, GREEDY + 2, 0)
+    ids, _ = writer.sample(1500, GREEDY + 2, 0)
     model = load_model(project / "model", torch.float32)
     heads, counts = np.unique(ids[:, :-1], axis=0, return_counts=True)
     head = heads[counts.argmax()]
