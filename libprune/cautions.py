@@ -36,6 +36,12 @@ def _quality(result: Metrics) -> list[str]:
         )
     if windows < FEW_WINDOWS:
         found.append(f"Perplexity is measured on {windows} window(s); raise `tokenize.evaluation_windows` to trust it.")
+    if result["protocol"]["text"] == "self":
+        found.append(
+            "Perplexity is measured on text that the dense model wrote itself, where no other model can do better: it "
+            "says how closely the pruned model follows the dense one, and nothing of your text. Name a "
+            "`tokenize.evaluation_text` for that."
+        )
     if not result["tasks"]:
         found.append(
             "Only perplexity on one text was measured; abilities that this text does not need may have suffered more. "

@@ -238,6 +238,7 @@ WARNED = {
     "worse": (changed(perplexity_ratio={"value": 2.5}), ["2.50 times"]),
     "undefined": (changed(perplexity_ratio={"value": float("nan")}), ["nan times"]),
     "few windows": (changed(protocol={"windows": 2}), ["2 window"]),
+    "own text": (changed(protocol={"text": "self"}), ["that the dense model wrote itself"]),
     "no task": (EVALUATION | {"tasks": {}}, ["`evaluate.tasks`"]),
     "missed": (changed(plan={"objective": "parameters", "ratio": 0.3}), ["30.0 % was asked for and 20.0 %"]),
     "part gone": (changed(kept=[{"attention": 0, "mlp": 1}, {"attention": 1, "mlp": 1}]), ["any attention left: 0"]),
