@@ -29,14 +29,43 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
     typer.echo(f"\nmodel:  {layout.pruned}\nload:   {load}\nreport: report/report.html")
 
 
-@app.command()
-def check(params: stage.ParamsFile = Path("params.yaml")) -> None:
+@app.command("params")
+def validate(params: stage.ParamsFile = stage.PARAMS) -> None:
     """Validate the params file without running anything."""
     from libprune.params import load_params
 
     with stage.user_errors():
         load_params(params)
     typer.echo(f"{params} is valid")
+
+
+Model = Annotated[str, typer.Argument(help="A folder, a GGUF file, package://name/file, or a hub id.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
+OtherParams = Annotated[
+    Path | None,
+    typer.Option("--params", help="What the stages would write depends on it; params.yaml if there is one."),
+]
+Json = Annotated[bool, typer.Option("--json", help="For machines: numbers unrounded, bytes of every file.")]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    params: OtherParams = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a model is made of, what the stages would write and which uniform shapes it has; reads no weight."""
+    import json
+
+    from libprune.inspection import as_data, inspect_model, params_for
+    from libprune.inspection_text import as_text
+
+    with stage.user_errors():
+        found = inspect_model(params_for(model, revision, trust_remote_code, params))
+    typer.echo(json.dumps(as_data(found), indent=2) if as_json else as_text(found))
 
 
 Out = Annotated[Path, typer.Option("--out", help="The folder for table.md, table.csv and perplexity.png.")]
