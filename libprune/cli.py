@@ -68,6 +68,29 @@ def inspect(
     typer.echo(json.dumps(as_data(found), indent=2) if as_json else as_text(found))
 
 
+Folder = Annotated[Path, typer.Argument(help="What the slice stage has written.")]
+TrustFolder = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the folder's modeling file, if its layers differ in width.")
+]
+DenseFolder = Annotated[
+    Path | None,
+    typer.Option("--dense", help="The dense model's folder, to compare the logits with those under the mask."),
+]
+
+
+@app.command()
+def check(folder: Folder, trust_remote_code: TrustFolder = False, dense: DenseFolder = None) -> None:
+    """Check that a pruned folder is as recorded, loads in a process without libprune, and generates."""
+    from libprune.checking import check_folder
+
+    faults = 0
+    for finding in check_folder(folder, trust_remote_code, dense):
+        typer.echo(f"{finding.kind:<6} {finding.about:<10} {finding.text}")
+        faults += finding.kind == "fault"
+    if faults:
+        raise SystemExit(1)
+
+
 Out = Annotated[Path, typer.Option("--out", help="The folder for table.md, table.csv and perplexity.png.")]
 AllCommits = Annotated[bool, typer.Option("--all-commits", help="Experiments of every commit, not only of HEAD.")]
 
