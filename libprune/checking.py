@@ -196,7 +196,7 @@ def _run(record: Record, computed: dict[str, Tensor]) -> Iterator[Finding]:
     if not torch.isfinite(logits).all():
         broken = int((~torch.isfinite(logits)).sum())
         yield Finding("fault", "logits", f"{record.folder} computes {broken:,} of {logits.numel():,} logits not finite")
-    elif apart > _TOLERANCE * scale:
+    elif not apart <= _TOLERANCE * scale:
         differ = f"differ by {apart:.3g} of {scale:.3g}, expected at most {_TOLERANCE * scale:.3g}"
         yield Finding("fault", "logits", f"{record.folder}: with and without the KV cache they {differ}")
     else:
@@ -227,7 +227,8 @@ def _against_dense(
     stored = getattr(torch, record.config["dtype"])
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored).float()
-    with masked(model, describe(model), record.plan):
+    architecture = describe(model, accept=tuple(model.config.to_dict()))
+    with masked(model, architecture, record.plan):
         wanted = reference_logits(model, ids)
     scale, apart = float(wanted.abs().max()), float((logits - wanted).abs().max())
     text = f"logits differ by {apart:.1e} of {scale:.1f} from those of {dense} under the plan's mask"

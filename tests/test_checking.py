@@ -115,6 +115,7 @@ def test_the_code_of_a_folder_runs_only_when_it_is_trusted(per_layer, tmp_path):
 RESULTS: dict[str, tuple[dict[str, torch.Tensor], str, str]] = {
     "a logit that is not finite": ({"logits": torch.full((2, 32, 19), torch.nan)}, "logits", "computes 1,216 of 1,216"),
     "a cache that forgets": ({"cached": torch.zeros(2, 32, 19)}, "logits", "differ by 1 of 1, expected at most 0.0001"),
+    "a cache that breaks": ({"cached": torch.full((2, 32, 19), torch.nan)}, "logits", "differ by nan of 1"),
     "weights that are left out": ({"parameters": torch.tensor(5)}, "loads", "loads 5 parameters, expected"),
     "silence": ({"generated": torch.zeros(1, 0)}, "generates", "0 tokens"),
 }
