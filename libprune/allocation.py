@@ -50,7 +50,23 @@ def allocate(
         BudgetError: if the target cannot be reached under the floors, or not in the asked shape.
     """
     prices = cost.prices(architecture, params.objective, evidence.latency)
-    ladders, target = _ladders(architecture, scores, params, prices), target_of(prices, params)
+    return descend(architecture, _ladders(architecture, scores, params, prices), prices, params, evidence, improve)
+
+
+def descend(
+    architecture: Architecture,
+    ladders: Ladders,
+    prices: Prices,
+    params: Allocate,
+    evidence: Evidence = NO_EVIDENCE,
+    improve: Improve | None = None,
+) -> Plan:
+    """The same from ladders that are built already, for several ratios.
+
+    Raises:
+        BudgetError: as `allocate`.
+    """
+    target = target_of(prices, params)
     depth = METHODS[params.method](architecture, ladders, target, params, evidence)
     if improve is not None:
         depth = improve(ladders, depth, target)

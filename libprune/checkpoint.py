@@ -1,6 +1,7 @@
 """Hugging Face model folders: loading them, and writing the dense one."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,23 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+        for chunk in _chunks(path):
+            digest.update(chunk)
     return digest.hexdigest()[:16]
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            yield chunk
+
+
+def sha256(path: Path) -> str:
+    """Digest of one file."""
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def load_model(
@@ -91,6 +105,12 @@ def write_dense(target: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
             if not torch.equal(written[name], parameter.detach()):
                 raise ArtifactError(f"{name} of the dense model does not read back from {folder} as it was written")
         return fingerprint(folder)
+
+
+def write_provenance(folder: Path, made: Mapping[str, Any]) -> None:
+    """Write how a pruned model was made, with size and digest of every file that lies in its folder."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    (folder / PROVENANCE).write_text(json.dumps({**made, "files": files}, indent=2) + "\n")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

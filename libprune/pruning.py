@@ -1,6 +1,5 @@
 """From a plan to a pruned model folder: repair, slice, write, prove."""
 
-import json
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from libprune.architecture import Architecture
 from libprune.artifacts import Layout, read_architecture, read_plan, require, write_table
-from libprune.checkpoint import PROVENANCE, WeightFiles, load_config, load_model
+from libprune.checkpoint import WeightFiles, load_config, load_model, write_provenance
 from libprune.compute import named_dtype
 from libprune.describe import with_biases
 from libprune.plan import Plan
@@ -77,7 +76,7 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     model = load_model(layout.model, torch.float32, config=config)
     proof, errors = _prove(layout, folder, model, architecture, plan, weights, meta["shape"]), mean_errors(fits)
     made = {"plan": meta, "slice": params.model_dump(), "repair": errors, "biases_added": added, "proof": proof}
-    (folder / PROVENANCE).write_text(json.dumps(made | _versions(), indent=2) + "\n")
+    write_provenance(folder, made | _versions())
     return proof | errors, fits
 
 

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from libprune.errors import SourceError
 from libprune.sections import Prepare
@@ -53,15 +60,12 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     Raises:
         SourceError: if it cannot be found or read, or is quantized.
     """
-    path = resolve(params.model)
-    where: dict[str, Any] = {"revision": params.revision, "trust_remote_code": params.trust_remote_code}
-    name: str | Path = path or params.model
+    name, where = _place(params)
     dtype: Any = params.dtype if params.dtype == "auto" else getattr(torch, params.dtype)
-    if path is None or path.is_dir():
-        _refuse_quantized(params, name, where)
-    else:
-        where["gguf_file"], name = path.name, path.parent
+    if "gguf_file" in where:
         dtype = torch.float32 if dtype == "auto" else dtype
+    else:
+        load_dense_config(params)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
@@ -72,11 +76,26 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return model.eval(), tokenizer
 
 
-def _refuse_quantized(params: Prepare, name: str | Path, where: dict[str, Any]) -> None:
-    """Stop before transformers looks for the quantizer's package, or dequantises without being asked."""
+def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:
+    """What transformers calls the model, and what else it needs to find it."""
+    path = resolve(params.model)
+    where: dict[str, Any] = {"revision": params.revision, "trust_remote_code": params.trust_remote_code}
+    if path is None or path.is_dir():
+        return path or params.model, where
+    return path.parent, where | {"gguf_file": path.name}
+
+
+def load_dense_config(params: Prepare) -> PreTrainedConfig:
+    """The dense model's config, without its weights; of a GGUF file only the metadata are read.
+
+    Raises:
+        SourceError: if it cannot be found or read, or says that the model is quantized: transformers would look
+            for the quantizer's package, or dequantise without being asked.
+    """
+    name, where = _place(params)
     try:
-        config = AutoConfig.from_pretrained(name, **where)
-    except (OSError, ValueError) as error:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
+    except Exception as error:  # the config classes raise types of their own
         raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -85,6 +104,15 @@ def _refuse_quantized(params: Prepare, name: str | Path, where: dict[str, Any]) 
             f"prepare.model = {params.model!r} is quantized ({method}); prune the unquantized model and quantize "
             "the result"
         )
+    return config
+
+
+def dense_dtype(params: Prepare, config: PreTrainedConfig) -> torch.dtype:
+    """The type that the dense model is stored in: the asked one, the config's, or float32 (GGUF files)."""
+    if params.dtype != "auto":
+        asked: torch.dtype = getattr(torch, params.dtype)
+        return asked
+    return torch.float32 if "gguf_file" in _place(params)[1] else config.dtype or torch.float32
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

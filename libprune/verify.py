@@ -36,7 +36,9 @@ with torch.no_grad():
     cached = torch.cat([first.logits, cached], dim=1)
     prompt = ids[:1, :half]
     new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
-save_file({"logits": logits, "cached": cached, "generated": new[:, prompt.shape[1] :].contiguous()}, result)
+count = torch.tensor(sum(parameter.numel() for parameter in model.parameters()))
+generated = new[:, prompt.shape[1] :].contiguous()
+save_file({"logits": logits, "cached": cached, "generated": generated, "parameters": count}, result)
 """
 
 
@@ -77,7 +79,7 @@ def verify_folder(
     Raises:
         LibpruneError: if it does not load, does not generate, or computes something else.
     """
-    found = _reload(folder, ids, remote)
+    found = reload(folder, ids, remote)
     difference = max(float((found[name] - expected).abs().max()) for name in ("logits", "cached"))
     result = Verification(difference, float(expected.abs().max()))
     if not result.relative <= tolerance:
@@ -90,7 +92,21 @@ def verify_folder(
     return result
 
 
-def _reload(folder: Path, ids: Tensor, remote: bool) -> dict[str, Tensor]:
+def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool) -> dict[str, Tensor]:
+    """What a model folder computes in a fresh process, in float32.
+
+    Args:
+        folder: a Hugging Face folder.
+        ids: token ids, ``[batch, length]``.
+        remote: whether the folder's own modeling file has to be trusted.
+
+    Returns:
+        `logits` of one pass and `cached`, of two with the KV cache, ``[batch, length, vocab]``; `generated`, new
+        token ids ``[1, tokens]`` after the first half of the first row; `parameters`, their number.
+
+    Raises:
+        LibpruneError: if it does not load or run, with the last line of what Python says.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         tokens, result = Path(scratch, "tokens.safetensors"), Path(scratch, "result.safetensors")
         save_file({"ids": ids.contiguous()}, tokens)
