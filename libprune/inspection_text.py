@@ -29,6 +29,8 @@ def _what(inspection: Inspection) -> str:
     for part, shape in architecture.parts.items():
         each = cost.unit_parameters(architecture, 0, part)
         said = "" if shape.expressible is None else f"; a stock config says {_counts(shape.expressible)}"
+        if shape.coupled:
+            said = f"; they go together, coupled by {' and '.join(shape.coupled)}"
         facts.append(
             (part, f"{architecture.units(part):,} units a layer (axis {shape.axis}), {each:,} parameters each{said}")
         )
@@ -85,7 +87,7 @@ def _shapes(shapes: Iterable[Shape], parts: list[str]) -> str:
     for shape in shapes:
         name = f"{100 * shape.ratio:.0f} %" if shape.ratio else "dense"
         if shape.refused:
-            notes.append(f"{name}: {shape.refused}")
+            notes.append(f"{name}: nor this" if notes else f"{name}: {shape.refused}")  # larger shares, same reason
             continue
         kept = (f"{shape.kept[part]:,}" for part in parts)
         counts = f"{shape.decoder:,}", f"{100 * shape.removed:.1f} %", f"{shape.total:,}"
