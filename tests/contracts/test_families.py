@@ -109,7 +109,9 @@ def test_units_and_overhead_add_up(dense):
     for layer, part in architecture.blocks():
         overhead = cost.part_overhead(architecture, layer, part)
         axis = architecture.parts[part].axis
-        whole = [p for p in architecture.parameters_of(layer, part) if all(axis not in d.names for d in p.dims)]
+        coupled = tuple(f".{module}.weight" for module in architecture.parts[part].coupled)
+        own = architecture.parameters_of(layer, part)
+        whole = [p for p in own if all(axis not in d.names for d in p.dims) or p.name.endswith(coupled)]
         assert overhead == sum(map(architecture.numel, whole)) > 0
         total += cost.unit_parameters(architecture, layer, part) * architecture.units(part) + overhead
     assert total == architecture.decoder_parameters == count(decoder(dense.model, architecture))

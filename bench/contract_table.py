@@ -1,0 +1,53 @@
+"""The contract table, family by check: runs tests/contracts/test_families.py and prints what passed.
+
+python -m bench.contract_table > table.md
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+from libprune.markdown import markdown_table
+from tests.models import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+
+
+def outcomes(report: Path) -> dict[tuple[str, str], Counter[str]]:
+    """Passed, failed and skipped cases by check and family."""
+    found: dict[tuple[str, str], Counter[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        check, _, ids = case.attrib["name"].removesuffix("]").partition("[")
+        family = next((name for name in ids.split("-") if name in FAMILIES), "llama")
+        outcome = "skipped" if case.find("skipped") is not None else "failed" if len(case) else "passed"
+        found.setdefault((check.removeprefix("test_").replace("_", " "), family), Counter())[outcome] += 1
+    return found
+
+
+def cell(counts: Counter[str] | None) -> str:
+    """How many cases passed; what failed beside it; a dash where transformers has nothing to compare with."""
+    if counts is None:
+        return ""
+    if counts["failed"]:
+        return f"{counts['passed']}, {counts['failed']} failed"
+    return str(counts["passed"]) if counts["passed"] else "–"
+
+
+def main() -> None:
+    """Run the contract and print the table; exit with pytest's status."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "tests/contracts/test_families.py", f"--junitxml={report}"]
+        done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, stdout=sys.stderr, check=False)
+        found = outcomes(report)
+    checks = list(dict.fromkeys(check for check, _ in found))
+    rows = [(check, *(cell(found.get((check, family))) for family in FAMILIES)) for check in checks]
+    print(markdown_table(rows, ("check", *FAMILIES)))
+    raise SystemExit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
