@@ -83,7 +83,7 @@ def markdown(
     """
     parts = [
         ["# Pruning report", summary(result), markdown_table(headline(result), HEADER), _measured(result["protocol"])],
-        _warnings(result),
+        _warnings(result, origin.text),
         sections.asked(result, origin),
         sections.what_was_cut(result, pictures),
         sections.scores(pictures),
@@ -122,6 +122,6 @@ def _measured(protocol: Metrics) -> str:
     )
 
 
-def _warnings(result: Metrics) -> list[str]:
-    lines = [f"- {line}" for line in cautions(result)]
+def _warnings(result: Metrics, calibration: str) -> list[str]:
+    lines = [f"- {line}" for line in cautions(result, calibration)]
     return ["## Warnings worth reading", "\n".join(lines)] if lines else []

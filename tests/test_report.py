@@ -234,7 +234,7 @@ def test_a_fix_of_the_gradients_is_said_with_the_ratio_after_it():
 
 
 def test_a_good_result_has_no_warning():
-    assert cautions(EVALUATION) == []
+    assert cautions(EVALUATION, ORIGIN.text) == []
     assert "## Warnings" not in report(EVALUATION)
 
 
@@ -246,6 +246,7 @@ WARNED = {
     "worse": (changed(perplexity_ratio={"value": 2.5}), ["2.50 times"]),
     "undefined": (changed(perplexity_ratio={"value": float("nan")}), ["nan times"]),
     "few windows": (changed(protocol={"windows": 2}), ["2 window"]),
+    "one text": (changed(protocol={"text": ORIGIN.text}), ["parts of one text, `some | *text*`"]),
     "no task": (EVALUATION | {"tasks": {}}, ["`evaluate.tasks`"]),
     "missed": (changed(plan={"objective": "parameters", "ratio": 0.3}), ["30.0 % was asked for and 20.0 %"]),
     "part gone": (changed(kept=[{"attention": 0, "mlp": 1}, {"attention": 1, "mlp": 1}]), ["any attention left: 0"]),
@@ -257,7 +258,7 @@ WARNED = {
 @pytest.mark.parametrize("case", WARNED)
 def test_what_should_make_a_reader_careful_is_a_warning(case):
     result, expected = WARNED[case]
-    found = cautions(result)
+    found = cautions(result, ORIGIN.text)
     assert len(found) == len(expected)
     for line, words in zip(found, expected, strict=True):
         assert words in line
