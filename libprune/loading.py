@@ -5,8 +5,8 @@ November 2026, and not tried:
 
 - vLLM, vllm/model_executor/models: `llama.py` (Mistral too) and `qwen3.py` read `head_dim` from the config, `qwen2.py`
   has long divided the hidden size by the heads; `o_proj` and `down_proj` have biases only in `llama.py`. Each builds
-  all layers in the widths of one config, and query heads and key-value heads must divide among the devices of tensor
-  parallelism. Widths by layer: issue 31454, pull request 36512.
+  all layers in the widths of one config; the devices of tensor parallelism must divide the query heads, and divide the
+  key-value heads or be a multiple of them. Widths by layer: issue 31454, pull request 36512.
 - llama.cpp, src/models: `llama.cpp` and `qwen3.cpp` shape the attention by heads times head size, `qwen2.cpp` by the
   hidden size; biases of `o_proj` and `down_proj` only in `llama.cpp`. GGUF has `feed_forward_length`,
   `attention.head_count` and `attention.head_count_kv` as one number or one a layer, but these three take the first
@@ -82,7 +82,10 @@ def _vllm(result: Metrics) -> tuple[str, str, str]:
         )
     if result["model"]["biases"] and result["model"]["type"] != "llama":
         return "vLLM", "not known", f"its code has no biases on the outputs of {_biased(result)}"
-    return "vLLM", _BY_CODE, f"tensor parallelism must divide {heads} query heads, and {groups} key-value heads too"
+    remark = (
+        f"tensor parallelism must divide {heads} query heads, and {groups} key-value heads or be a multiple of them"
+    )
+    return "vLLM", _BY_CODE, remark
 
 
 def _llama_cpp(result: Metrics) -> tuple[str, str, str]:
