@@ -27,7 +27,7 @@ CHANGES = {
 def run(tmp_path_factory) -> Path:
     """A folder in which all stages have run."""
     folder = tmp_path_factory.mktemp("formats")
-    model, text = tiny.write_model(folder / "source"), tiny.write_text(folder / "text.txt", documents=600)
+    model, text = tiny.write_model(folder / "source"), tiny.write_text(folder / "text.txt")
     places = {
         "params": tiny.write_params(folder / "params.yaml", str(model), str(text), **CHANGES),
         "artifacts": folder / "artifacts",
