@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from libprune.tokens import Ids, spread
+from libprune.tokens import Ids
 
 
 def continuations(
@@ -33,7 +33,7 @@ def continuations(
     number, length = min(number, len(windows)), min(length, windows.shape[1] // 2)
     if not number:
         return []
-    chosen = spread(np.arange(len(windows))[:, None], number, "evaluate.continuations")[:, 0]
+    chosen = np.linspace(0, len(windows) - 1, number).round().astype(np.int64)
     prompts, truth = windows[chosen, :length], windows[chosen, length : 2 * length]
     written = {name: greedy(model, prompts, length) for name, model in models.items()}
     return [
