@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from libprune.accumulator import Accumulator, Group
 from libprune.architecture import Architecture, Map
 from libprune.calibration import HELD_OUT_EVERY, held_out
-from libprune.compute import hooked, require_finite
+from libprune.compute import hooked, per_sequence, require_finite
 from libprune.input_statistics import Cosine, Gram, HeldOut, Histogram, InputMoments, entropy, frequency
 from libprune.sections import Activations
 from libprune.statistics import State, Statistic
@@ -68,7 +68,7 @@ def collect_activations(
     """
     with _collecting(model, architecture, sums) as collector, torch.no_grad():
         for _, first, ids in batches:
-            collector.begin(first)
+            collector.begin(first, len(ids))
             model.base_model(input_ids=ids, use_cache=False)
 
 
@@ -91,9 +91,9 @@ class _Collector:
     def __init__(self, sums: Accumulator) -> None:
         self.sums = sums
 
-    def begin(self, first: int) -> None:
-        """A batch begins."""
-        self._first = first
+    def begin(self, first: int, sequences: int) -> None:
+        """A batch of so many sequences begins."""
+        self._first, self._sequences = first, sequences
         self._shared: tuple[Tensor, State] | None = None
 
     def input(self, entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -105,6 +105,7 @@ class _Collector:
             self._shared = x, moments
         self.sums.join(entry.layer, entry.module, self._shared[1])
         if entry.module + GRAM in self.sums.groups[entry.layer]:
+            x = per_sequence(x, self._sequences)
             self.sums.update(entry.layer, entry.module + _HISTOGRAM, self._sampled(x))
             apart = held_out(self._first, len(x))
             fitted = x[~apart.to(x.device)] if apart.any() else x
@@ -120,7 +121,7 @@ class _Collector:
         return x[(sequence[:, None] + position) % HISTOGRAM_STRIDE == 0]
 
     def block(
-        self, layer: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any], output: Any
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         """Forward hook of a block."""
         before = args[0] if args else kwargs["hidden_states"]

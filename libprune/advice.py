@@ -14,6 +14,7 @@ from libprune.diagnosis import MILD, gradient_ratio, verdict
 from libprune.errors import ArtifactError
 from libprune.evidence import origin_of
 from libprune.gradient_fix import Factors, factors_of, require_defined, rescaled, resolve
+from libprune.ladders import held_whole
 from libprune.plan import Plan
 from libprune.sections import Allocate
 
@@ -111,7 +112,11 @@ def diagnosis(fixed: Fixed, architecture: Architecture, plan: Plan, params: Allo
         "verdict": verdict(fixed.ratio),
         "fix": fixed.fix,
         "over_pruned_layers": over,
-        "advice": [*_about_gradients(fixed, params, orders), *_about_layers(over, lost, params)],
+        "advice": [
+            *_about_gradients(fixed, params, orders),
+            *_about_layers(over, lost, params),
+            *held_whole(architecture, not plan.uniform or params.shape == "per_layer"),
+        ],
     }
 
 

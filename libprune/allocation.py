@@ -13,7 +13,7 @@ from libprune.artifacts import Columns
 from libprune.cost import Prices
 from libprune.errors import BudgetError, LibpruneError
 from libprune.hgsp import above_floors
-from libprune.ladders import Ladders, build_ladders, plan_of
+from libprune.ladders import Ladders, build_ladders, held_whole, plan_of
 from libprune.methods import METHODS, Depth, Evidence
 from libprune.plan import Plan
 from libprune.sections import Allocate
@@ -199,10 +199,11 @@ def _check_reached(
     most = _most(architecture, ladders, plan, prices, params, evidence)
     if most < target:
         base, what = target / params.ratio, params.objective
+        held = "".join(f"; {reason}" for reason in held_whole(architecture, params.shape == "per_layer"))
         raise BudgetError(
             f"allocate.ratio = {params.ratio} of the {params.ratio_of} {what} cannot be removed: under the floors, "
             f"frozen layers and shape {params.method} removes at most {most / base:.3f} ({most:,} of {target:,} "
-            f"{what} asked for). Lower the ratio, min_groups, min_channels or the number of frozen layers"
+            f"{what} asked for). Lower the ratio, min_groups, min_channels or the number of frozen layers{held}"
         )
 
 

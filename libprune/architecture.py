@@ -52,13 +52,19 @@ class Map:
 
 @dataclass(frozen=True)
 class PartShape:
-    """A prunable part of every block: its axis, its module, and the unit counts that the stock config
-    can say (None: any).
+    """A prunable part of every block.
+
+    Attributes:
+        axis: whose indices are its units.
+        module: computes the part.
+        expressible: the unit counts that the stock config can say; None: any.
+        coupled: norms whose statistics run over the units, so that only all of them can go together.
     """
 
     axis: str
     module: str
     expressible: tuple[int, ...] | None
+    coupled: tuple[str, ...] = ()
 
     def says(self, count: int) -> bool:
         """Whether the stock config can say this many units in every layer."""
@@ -128,9 +134,15 @@ class Architecture:
         return tuple(entry for entry in self.maps_of(layer, part) if axis in entry.input.names)
 
     def carriers(self, layer: int, part: str) -> Iterator[tuple[Parameter, int, NDArray[np.int64]]]:
-        """Every (parameter, dimension, unit of each position) of a block that carries the part's axis."""
+        """Every (parameter, dimension, unit of each position) of a block that carries the part's axis.
+
+        Without the norms that couple the units: what those hold belongs to the part as a whole.
+        """
         axis = self.parts[part].axis
+        coupled = {f"{self.layers_path}.{layer}.{module}" for module in self.parts[part].coupled}
         for parameter in self.parameters_of(layer, part):
+            if parameter.name.rpartition(".")[0] in coupled:
+                continue
             for dim, expr in enumerate(parameter.dims):
                 if axis in expr.names:
                     yield parameter, dim, expr.units(axis, self.sizes)
@@ -160,7 +172,7 @@ class Architecture:
                 "layers_path": self.layers_path,
                 "cache": str(self.cache),
                 "parts": {
-                    name: {"axis": p.axis, "module": p.module, "expressible": p.expressible}
+                    name: {"axis": p.axis, "module": p.module, "expressible": p.expressible, "coupled": p.coupled}
                     for name, p in self.parts.items()
                 },
                 "parameters": [
@@ -194,7 +206,8 @@ class Architecture:
             layers_path=data["layers_path"],
             cache=parse_expr(data["cache"]),
             parts={
-                name: PartShape(p["axis"], p["module"], _counts(p["expressible"])) for name, p in data["parts"].items()
+                name: PartShape(p["axis"], p["module"], _counts(p["expressible"]), tuple(p["coupled"]))
+                for name, p in data["parts"].items()
             },
             parameters=tuple(
                 Parameter(p["name"], tuple(parse_expr(d) for d in p["dims"]), p["layer"], p["part"])

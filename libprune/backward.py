@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture, Map
-from libprune.compute import hooked, require_finite
+from libprune.compute import hooked, per_sequence, require_finite
 
 OnGradient = Callable[[Map, Tensor, Tensor], None]
 """Called with a map, its input ``[sequences, tokens, input]``, and a gradient."""
@@ -34,12 +34,17 @@ class Tape:
 
     def __init__(self, on_output: OnGradient, on_input: OnGradient | None, recompute: bool) -> None:
         self.first = 0
+        self._sequences = 0
         self._on_output = on_output
         self._on_input = on_input
         self._recompute = recompute
         self._in_backward = False
         self._inputs: dict[str, Tensor] = {}
         self._waiting: dict[str, Tensor] = {}
+
+    def begin(self, first: int, sequences: int) -> None:
+        """A pass over so many sequences begins."""
+        self.first, self._sequences = first, sequences
 
     def backward(self, loss: Tensor) -> None:
         """Run backward, which calls the functions."""
@@ -75,14 +80,17 @@ class Tape:
             self._waiting[entry.module] = gradient
 
     def _give_output(self, entry: Map, consumes: bool, gradient: Tensor) -> None:
-        self._on_output(entry, self._inputs[entry.module], gradient)
+        self._give(self._on_output, entry, self._inputs[entry.module], gradient)
         if not consumes or self._on_input is None:
             del self._inputs[entry.module]
 
     def _take_input(self, entry: Map, gradient: Tensor) -> None:
         require_finite(gradient, self.first, f"the gradient at the input of {entry.module}")
         assert self._on_input is not None
-        self._on_input(entry, self._inputs.pop(entry.module), gradient)
+        self._give(self._on_input, entry, self._inputs.pop(entry.module), gradient)
+
+    def _give(self, take: OnGradient, entry: Map, inputs: Tensor, gradient: Tensor) -> None:
+        take(entry, per_sequence(inputs, self._sequences), per_sequence(gradient, self._sequences))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture
-from libprune.compute import hooked
+from libprune.compute import hooked, per_sequence
 
 
 def blocks_of(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
@@ -107,7 +107,8 @@ def run_block(
     outputs: dict[nn.Module, Tensor] = {}
 
     def at_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        result.append(args[0] if args else kwargs["hidden_states"])
+        x = args[0] if args else kwargs["hidden_states"]
+        result.append(per_sequence(x, len(ids)))
         raise _SeenError
 
     def at_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -115,7 +116,7 @@ def run_block(
         raise _SeenError
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        outputs[module] = output
+        outputs[module] = per_sequence(output, len(ids))
 
     with hooked(model) as handles, torch.no_grad():
         handles += [module.register_forward_hook(watch) for module in watched]

@@ -20,7 +20,7 @@ def cautions(result: Metrics, calibration: str) -> list[str]:
 
     Args:
         result: the content of `artifacts/evaluation.json`.
-        calibration: the calibration text, as `tokenize.text` names it.
+        calibration: the calibration text, as `origin.Origin` names it.
     """
     said = result["plan"].get("diagnosis", {})
     return [
@@ -42,6 +42,12 @@ def _quality(result: Metrics) -> list[str]:
         )
     if windows < FEW_WINDOWS:
         found.append(f"Perplexity is measured on {windows} window(s); raise `tokenize.evaluation_windows` to trust it.")
+    if result["protocol"]["text"] == "self":
+        found.append(
+            "Perplexity is measured on text that the dense model wrote itself, where no other model can do better: it "
+            "says how closely the pruned model follows the dense one, and nothing of your text. Name a "
+            "`tokenize.evaluation_text` for that."
+        )
     if not result["tasks"]:
         found.append(
             "Only perplexity on one text was measured; abilities that this text does not need may have suffered more. "
@@ -51,7 +57,8 @@ def _quality(result: Metrics) -> list[str]:
 
 
 def _domain(evaluation: str, calibration: str) -> list[str]:
-    if evaluation != calibration:
+    same = evaluation == calibration or calibration.startswith(f"{evaluation}, ")
+    if not same or evaluation == "self":
         return []
     return [
         f"Calibrated and judged on parts of one text, {code(calibration)}: what was kept is what such text needs, and "

@@ -84,7 +84,7 @@ def write_dense(target: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         ArtifactError: if a weight reads back differently.
     """
     with writing_folder(target) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_original_format=False)  # tensors by the names of the model's parameters
         tokenizer.save_pretrained(folder)
         written = WeightFiles(folder)
         for name, parameter in model.named_parameters():

@@ -88,6 +88,13 @@ def hooked(model: PreTrainedModel) -> Iterator[list[RemovableHandle]]:
             parameter.requires_grad_(trained[name])
 
 
+def per_sequence(x: Shaped[Tensor, "..."], sequences: int) -> Shaped[Tensor, "sequences tokens width"]:
+    """What a module takes or gives as ``[sequences, tokens, width]``, also where a block joins the first two, as OPT's
+    does before its MLP.
+    """
+    return x if x.ndim > 2 else x.unflatten(0, (sequences, -1))
+
+
 def sequence_losses(model: PreTrainedModel, ids: Int[Tensor, "batch length"]) -> Float[Tensor, " batch"]:
     """Mean next-token negative log-likelihood of each sequence, in nats; shape ``[batch]``, float32.
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from libprune.architecture import Architecture, Map, Parameter, PartShape
 from libprune.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
 from libprune.errors import FamilyError, NotationError, NotExpressibleError, nearest
-from libprune.family import Family, families, family_of
+from libprune.family import Family, Part, families, family_of
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
 """Modules that store the weight of a map as ``[input, output]``."""
@@ -30,6 +30,7 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
     Raises:
         FamilyError: for an unknown family, config key or parameter, or sizes that contradict.
     """
+    _refuse_experts(model.config)
     family = family_of(model.config.model_type)
     check_config(family, model.config, accept)
     parameters, maps = _walk(model, family)
@@ -44,7 +45,7 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
         layers=_layers(model, family),
         layers_path=family.layers,
         parts={
-            name: PartShape(part.axis, part.module, expressible(family, model.config, sizes, part.axis))
+            name: PartShape(part.axis, part.module, _counts(family, model.config, sizes, part), part.coupled)
             for name, part in family.parts.items()
         },
         parameters=tuple(parameters),
@@ -80,6 +81,17 @@ def with_biases(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(biased)
     return describe(model, architecture.fingerprint, accept=tuple(data)), biased
+
+
+def _refuse_experts(config: PreTrainedConfig) -> None:
+    found = next((getattr(config, key) for key in _EXPERTS if getattr(config, key, None)), None)
+    if found:
+        raise FamilyError(
+            f"this {config.model_type} model is a mixture of {found} experts; only dense models can be pruned so far"
+        )
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def check_config(family: Family, config: PreTrainedConfig, accept: tuple[str, ...] = ()) -> None:
@@ -119,6 +131,7 @@ _BOOKKEEPING = frozenset(
         "dtype",
         "use_cache",
         "auto_map",
+        "task_specific_params",
     }
 )
 
@@ -149,6 +162,10 @@ def new_config(
         return type(config).from_dict(data)
     except Exception as error:  # the strict config classes raise their own, undocumented types
         raise NotExpressibleError(f"{type(config).__name__} refuses the pruned shape: {_last_line(error)}") from error
+
+
+def _counts(family: Family, config: PreTrainedConfig, sizes: dict[str, int], part: Part) -> tuple[int, ...] | None:
+    return (sizes[part.axis],) if part.coupled else expressible(family, config, sizes, part.axis)
 
 
 def expressible(family: Family, config: PreTrainedConfig, sizes: dict[str, int], axis: str) -> tuple[int, ...] | None:

@@ -33,11 +33,27 @@ class Part(_Strict):
     """The submodule of the block that computes the part; its other modules are norms around it."""
     modules: dict[str, str]
     """Module path inside the block to its map or vector. All of them go when the part goes."""
+    attributes: dict[str, str] = Field(default_factory=dict)
+    """Path of an attribute that the code works out from the dense width, to the expression that it must equal."""
 
     @cached_property
     def parsed(self) -> dict[str, LinearMap | Expr]:
         """The modules with their descriptions read."""
         return {path: parse_map(text) for path, text in self.modules.items()}
+
+    @cached_property
+    def coupled(self) -> tuple[str, ...]:
+        """The vectors that carry the axis: norms whose statistics run over its units, so that none can go alone."""
+        return tuple(
+            path for path, entry in self.parsed.items() if isinstance(entry, Expr) and self.axis in entry.names
+        )
+
+    @field_validator("attributes")
+    @classmethod
+    def _readable(cls, attributes: dict[str, str]) -> dict[str, str]:
+        for text in attributes.values():
+            parse_expr(text)
+        return attributes
 
 
 class ConfigKeys(_Strict):
@@ -71,6 +87,10 @@ class ConfigKeys(_Strict):
             key: tuple(parse_expr(text) for text in ([texts] if isinstance(texts, str) else texts))
             for key, texts in self.sizes.items()
         }
+
+    def unsaid(self, axis: str) -> bool:
+        """Whether a key holds the size of the axis and another one at once, so that it cannot follow a change."""
+        return any(len(found) > 1 and any(axis in e.names for e in found) for found in self.expressions.values())
 
     @property
     def known(self) -> frozenset[str]:

@@ -100,7 +100,7 @@ def collect_gradients(
             for number, first, ids in batches:
                 for start in range(0, len(ids), at_once):
                     chunk = ids[start : start + at_once]
-                    tape.first = first + start
+                    tape.begin(first + start, len(chunk))
                     collector.begin(number, len(ids), first + start, chunk, last=start + at_once >= len(ids))
                     losses = sequence_losses(model, chunk)
                     require_finite(losses.detach(), tape.first, "the loss")

@@ -84,7 +84,7 @@ def collect_squared_gradients(
 
     with watching(model, architecture, add, recompute=recompute) as tape, torch.enable_grad():
         for _, first, ids in batches:
-            tape.first = first
+            tape.begin(first, len(ids))
             losses = sequence_losses(model, ids)
             require_finite(losses.detach(), first, "the loss")
             tape.backward(losses.sum())

@@ -1,7 +1,8 @@
 """Ladders: the removals that are allowed in each block, in the order in which they happen.
 
-In every block the units go in ascending order of rank, in steps: one unit, or as many channels as
-keep their count a multiple. What differs between allocation methods is how far each block goes.
+In every block the units go in ascending order of rank, in steps: one unit, as many channels as keep
+their count a multiple, or all units at once where a norm couples them. What differs between allocation
+methods is how far each block goes.
 """
 
 from collections.abc import Mapping
@@ -44,8 +45,13 @@ def build_ladders(architecture: Architecture, scores: Columns, params: Allocate,
         frozen = layer < params.freeze_first or layer >= architecture.layers - params.freeze_last
         rank, importance = scores[params.rank_by][rows], scores["importance"][rows]
         unit, rest = prices.unit[layer, part], prices.rest[layer, part]
-        ladders[layer, part] = () if frozen else _ladder(part, rank, importance, unit, rest, params)
+        multiple = len(rank) if architecture.parts[part].coupled else _multiple(part, params)
+        ladders[layer, part] = () if frozen else _ladder(part, rank, importance, unit, rest, multiple, params)
     return ladders
+
+
+def _multiple(part: str, params: Allocate) -> int:
+    return params.channel_multiple if part == "mlp" else 1
 
 
 def _ladder(
@@ -54,9 +60,9 @@ def _ladder(
     importance: NDArray[np.float64],
     unit_price: int,
     rest: int,
+    multiple: int,
     params: Allocate,
 ) -> tuple[Step, ...]:
-    multiple = params.channel_multiple if part == "mlp" else 1
     floor = floor_of(part, params)
     if unit_price == 0:  # nothing to gain for this objective
         return ()
@@ -75,6 +81,25 @@ def _ladder(
         steps.append(Step(tuple(units.tolist()), total, mean, float(importance[units].sum())))
         gone += size
     return tuple(steps)
+
+
+def held_whole(architecture: Architecture, per_layer: bool) -> list[str]:
+    """For each part of which no single unit can go, a sentence that says why.
+
+    Args:
+        architecture: the model's description.
+        per_layer: whether the result may have a modeling file of its own.
+    """
+    found = []
+    for part, shape in architecture.parts.items():
+        if shape.coupled:
+            norms = " and ".join(shape.coupled)
+            found.append(f"no {part} unit can go alone: {norms} of {architecture.family} work over all of them at once")
+        elif not per_layer and not any(map(shape.says, range(1, architecture.units(part)))):
+            found.append(
+                f"the stock config of {architecture.family} cannot say fewer {part} units; allocate.shape=per_layer can"
+            )
+    return found
 
 
 def floor_of(part: str, params: Allocate) -> int:

@@ -35,8 +35,14 @@ def choose_levels(architecture: Architecture, number: int) -> list[Level]:
     return [
         (layer, part, int(removed))
         for layer, part in architecture.blocks()
-        for removed in np.unique(np.linspace(0, architecture.units(part), number + 1).round())[1:]
+        for removed in np.unique(
+            np.linspace(0, architecture.units(part), _steps(architecture, part, number) + 1).round()
+        )[1:]
     ]
+
+
+def _steps(architecture: Architecture, part: str, number: int) -> int:
+    return 1 if architecture.parts[part].coupled else number
 
 
 def order_digest(orders: Orders) -> str:

@@ -1,8 +1,10 @@
 """Where a result comes from: the model, the texts, and the state of the project that it was made in."""
 
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from libprune.artifacts import Layout, read_architecture, read_table, same_origin
 
@@ -16,7 +18,7 @@ class Origin:
     Attributes:
         model: the model as `prepare.model` names it.
         family: which family describes it.
-        text: the calibration text as `tokenize.text` names it.
+        text: the calibration text as `tokenize.text` names it, then data set, config, split and commit of a hub text.
         sequences: of the calibration text.
         length: of each, in tokens.
         seed: of their draw.
@@ -53,7 +55,16 @@ def read_origin(layout: Layout, model: str, project: Path) -> Origin:
         same_origin(path, meta, {"model": model})
     drawn = {name: tokens[name] for name in ("sequences", "length", "seed")}
     commit, changed = project_state(project)
-    return Origin(weights["source"], architecture.family, tokens["source"], **drawn, commit=commit, changed=changed)
+    text = _text(tokens)
+    return Origin(weights["source"], architecture.family, text, **drawn, commit=commit, changed=changed)
+
+
+def _text(tokens: Mapping[str, Any]) -> str:
+    """What a text is called; its parts are those that are recorded of it."""
+    named = [tokens["source"]]
+    if tokens.get("revision"):
+        named += [tokens[key] for key in ("data_set", "config", "split", "revision")]
+    return ", ".join(dict.fromkeys(filter(None, named)))
 
 
 def project_state(folder: Path) -> tuple[str | None, bool]:

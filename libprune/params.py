@@ -94,7 +94,7 @@ class Params(Section):
         repair = self.slice.repair
         if self.slice.fisher_share and self.slice.repair != "local":
             raise ValueError(f"slice.fisher_share weights the Gram matrices of slice.repair: local, not {repair}")
-        if self.slice.drift != 1 and self.slice.repair != "sequential":
+        if self.slice.drift != "auto" and self.slice.repair != "sequential":
             raise ValueError(f"slice.drift belongs to slice.repair: sequential, not {repair}")
         if self.slice.drift_cap != Slice().drift_cap and repair != "sequential":
             raise ValueError(f"slice.drift_cap belongs to slice.repair: sequential, not {repair}")

@@ -11,14 +11,16 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from libprune.architecture import Architecture
+from libprune.axes import LinearMap, parse_expr
 from libprune.checkpoint import load_config
 from libprune.describe import new_config
-from libprune.family import Family, families
+from libprune.family import Family, Part, families
 from libprune.plan import Plan
 
 MODELING_FILE = "modeling_pruned.py"
@@ -63,11 +65,23 @@ def write_pruned(
     pruned["dtype"] = str(dtype).removeprefix("torch.")
     if "per_layer_config" in pruned:
         (folder / MODELING_FILE).write_text(_modeling_code(family, config))
+    _save_weights(folder, config, pruned, state)
     (folder / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
-    save_torch_state_dict(dict(state), folder, safe_serialization=True)
     for path in dense.iterdir():
         if path.name.startswith(_TOKENIZER_FILES):
             shutil.copyfile(path, folder / path.name)
+
+
+def _save_weights(
+    folder: Path, config: PreTrainedConfig, pruned: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """Tensors by the names that checkpoints of this architecture have; those of a modeling file by its own."""
+    if "per_layer_config" in pruned:
+        save_torch_state_dict(dict(state), folder, safe_serialization=True)
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(type(config).from_dict(dict(pruned)))
+    model.save_pretrained(folder, state_dict=dict(state))
 
 
 def pruned_config(
@@ -109,6 +123,16 @@ def _layer_overrides(family: Family, architecture: Architecture, plan: Plan, lay
         for key, expressions in family.config.expressions.items()
         if expressions[0].names & pruned_axes
     }
+    if unsaid := _unsaid_parts(family):
+        overrides["shapes"] = {
+            path: [entry.input.size(sizes), entry.output.size(sizes)]
+            for part in unsaid
+            for path, entry in part.parsed.items()
+            if isinstance(entry, LinearMap)
+        }
+        overrides["attributes"] = {
+            path: parse_expr(text).size(sizes) for part in unsaid for path, text in part.attributes.items()
+        }
     skip = [part for part in architecture.parts if plan.gone(layer, part)]
     return {**overrides, "skip": skip} if skip else overrides
 
@@ -122,14 +146,32 @@ def _stock_classes(config: PreTrainedConfig) -> tuple[str, str, str]:
 def _modeling_code(family: Family, config: PreTrainedConfig) -> str:
     package, model_class, config_class = _stock_classes(config)
     parts = {
-        name: (part.module, [path for path in part.modules if not path.startswith(f"{part.module}.")])
+        name: (part.module, [path for path in part.modules if not f"{path}.".startswith(f"{part.module}.")])
         for name, part in family.parts.items()
     }
     return Template(_TEMPLATE.read_text()).substitute(
         package=package,
         model_class=model_class,
         config_class=config_class,
-        layer_class=model_class.replace("ForCausalLM", "DecoderLayer"),
+        layer_class=_layer_class(family, config),
         layers=family.layers,
         parts=repr(parts),
+        built_with=repr({key: getattr(config, key) for key in _unsaid_keys(family)}),
     )
+
+
+def _layer_class(family: Family, config: PreTrainedConfig) -> str:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return type(model.get_submodule(family.layers)[0]).__name__
+
+
+def _unsaid_parts(family: Family) -> list[Part]:
+    """The parts of whose width the stock config has no key of its own."""
+    return [part for part in family.parts.values() if family.config.unsaid(part.axis)]
+
+
+def _unsaid_keys(family: Family) -> list[str]:
+    """The config keys that say the widths of those parts and something else."""
+    axes = {part.axis for part in _unsaid_parts(family)}
+    return [key for key, found in family.config.expressions.items() if found[0].names & axes]

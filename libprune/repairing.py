@@ -107,8 +107,9 @@ def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute:
     if run.world.size > 1:
         raise LibpruneError("the slice stage runs in one process; start it without torchrun")
     damping = None if params.damping == "auto" else params.damping
+    drift = None if params.drift == "auto" else params.drift
     batches = split_batches(torch.from_numpy(run.ids).to(run.device), run.at_once)
-    repair = SequentialRepair(run.model, architecture, plan, batches, damping, params.drift, params.drift_cap)
+    repair = SequentialRepair(run.model, architecture, plan, batches, damping, drift, params.drift_cap)
     identity = {"plan": plan.digest, **params.model_dump(), "sequences": len(run.ids)}
     folder = run.work / "slice" / fingerprint(run, identity)
     fits = []

@@ -48,19 +48,30 @@ class Tokenize(Section):
     """What the statistics are collected on, and what the models are judged on."""
 
     text: str
-    """`package://NAME/path`, a local file or folder (txt, jsonl, csv, parquet), or a hub data set id."""
+    """`package://NAME/path`, a local file or folder (txt, jsonl, csv, parquet), a hub data set id, one of its presets
+    `wikitext2`, `ptb`, `c4`, `fineweb-edu`, or `self`: sampled from the dense model."""
     config: str | None = None
-    """Configuration of a hub data set."""
-    split: str = "train"
-    """Split of a hub data set."""
-    column: str = "text"
-    """Column that holds the text."""
+    """Configuration of a hub data set; null: the preset's, or the only one."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; null: the newest."""
+    split: str | None = None
+    """Split of a hub data set; null: the preset's, or `train`."""
+    column: str | None = None
+    """Column that holds the text; null: the preset's, or `text`."""
+    streaming: bool | None = None
+    """Read only as many documents as the windows need; null: only of `c4` and `fineweb-edu`."""
+    documents: Literal["joined", "apart"] = "joined"
+    """`joined`: by an empty line, windows cross their borders; `apart`: every window lies within one document."""
     evaluation_text: str | None = None
-    """Another text for evaluation, same forms; without it the last documents of `text` are set apart."""
-    evaluation_split: str = "test"
-    """Split of `evaluation_text`, if that is a hub data set."""
+    """Another text for evaluation, same forms; null: the held-out split of `text`, without one a share set apart."""
+    evaluation_config: str | None = None
+    """Configuration of the evaluation text; null: the preset's, or that of `text` if it is the same data set."""
+    evaluation_split: str | None = None
+    """Held-out split of a hub data set; null: the preset's, or `test` of another `evaluation_text`."""
+    evaluation_column: str | None = None
+    """Column of the evaluation text; null: the preset's, or `column`."""
     evaluation_share: float = Field(default=0.3, gt=0, lt=1)
-    """Share of the documents set apart for evaluation when there is no `evaluation_text`."""
+    """Share of the documents set apart for evaluation where `text` has no held-out split and is not streamed."""
     calibration_sequences: Count = 256
     calibration_length: Annotated[int, Field(ge=2)] = 128
     """Tokens of a calibration sequence."""
@@ -68,7 +79,7 @@ class Tokenize(Section):
     """At least two, for a standard error."""
     evaluation_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of an evaluation window."""
-    seed: int = 0
+    seed: Floor = 0
     """Which calibration sequences are drawn."""
 
 
@@ -252,8 +263,9 @@ class Slice(Section):
     calibration sequences that the fit does not see, for each map."""
     fisher_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the Gram matrices of `local` are weighted by the gradients at the inputs."""
-    drift: Annotated[float, Field(ge=0)] = 1.0
-    """How much of the drift of the residual stream each map of `sequential` takes back."""
+    drift: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """How much of the drift of the residual stream each map of `sequential` takes back; `auto`: all of it in blocks
+    that only add what their maps give, nothing in others, such as those with a norm behind each part."""
     drift_cap: Annotated[float, Field(gt=0)] | None = 2.0
     """The longest drift of a token that counts, in medians over its sequence; null: no limit."""
     sequences: Count | None = None

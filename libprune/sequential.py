@@ -63,7 +63,7 @@ class SequentialRepair:
         plan: Plan,
         batches: Sequence[Batch],
         damping: float | None,
-        drift: float,
+        drift: float | None = None,
         cap: float | None = None,
     ) -> None:
         """Begin before the first layer.
@@ -74,7 +74,8 @@ class SequentialRepair:
             plan: what is removed.
             batches: the text.
             damping: as in `libprune.repair.fit_consumer`.
-            drift: how much of the drift each consumer takes back; 1 for all of it.
+            drift: how much of the drift each consumer takes back, 1 for all of it; None: all of it in blocks that only
+                add what their consumers give to the residual stream, nothing in others.
             cap: the longest drift of a token, in medians over the tokens of its sequence; None for no limit.
         """
         self._model, self._architecture, self._plan = model, architecture, plan
@@ -104,10 +105,11 @@ class SequentialRepair:
         ran = [self._run(layer, number, self._dense, modules) for number in range(len(self._batches))]
         after, outputs = [first_output(state).cpu() for state, _ in ran], [given for _, given in ran]
         additive = _adds(self._dense[0], after[0], outputs[0])
-        if self._drift and not additive:
+        drift = float(additive) if self._drift is None else self._drift
+        if drift and not additive:
             raise LibpruneError(
                 f"slice.drift takes back what is left in the residual stream, but {self._architecture.layers_path}."
-                f"{layer} does more with the outputs of {consumers[0].module} than to add them; set slice.drift to 0"
+                f"{layer} does more with the outputs of {consumers[0].module} than to add them; set slice.drift to auto"
             )
         fits: list[Fit] = []
         states: list[Tensor] | None = None
@@ -116,7 +118,7 @@ class SequentialRepair:
             for index, consumer in enumerate(consumers if known is None else []):
                 states = None
                 if consumer.module in self._kept:
-                    fit, states = self._refit(layer, consumers, index, outputs)
+                    fit, states = self._refit(layer, consumers, index, outputs, drift)
                     fits.append(fit)
             if states is None or not additive:
                 numbers = range(len(self._batches))
@@ -136,7 +138,7 @@ class SequentialRepair:
 
     @torch.no_grad()
     def _refit(
-        self, layer: int, consumers: Sequence[Map], index: int, outputs: Sequence[Sequence[Tensor]]
+        self, layer: int, consumers: Sequence[Map], index: int, outputs: Sequence[Sequence[Tensor]], share: float
     ) -> tuple[Fit, list[Tensor]]:
         """Fit one consumer and set its weights; also the residual stream behind it, for every batch."""
         consumer = consumers[index]
@@ -150,7 +152,7 @@ class SequentialRepair:
             pruned = sum(given, self._pruned[number].to(x.device))
             dense = sum(outputs[number][:index], self._dense[number].to(x.device))
             drift = _capped(dense.float() - pruned.float(), self._cap)
-            y = _without_bias(module, outputs[number][index]).float() + self._drift * drift
+            y = _without_bias(module, outputs[number][index]).float() + share * drift
             sums[batch.held_out].add(x[..., kept.to(x.device)].float(), y)
             inputs.append(x.cpu())
             streams.append(pruned)

@@ -1,4 +1,4 @@
-"""Models and texts from where users have them: installed packages, local files, the hub."""
+"""Models from where users have them, and how their sources and those of texts are found: packages, files, the hub."""
 
 import importlib.util
 from pathlib import Path
@@ -11,7 +11,7 @@ from libprune.errors import SourceError
 from libprune.sections import Prepare
 
 _PACKAGE = "package://"
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet"}
 
 
 def resolve(source: str) -> Path | None:
@@ -27,7 +27,7 @@ def resolve(source: str) -> Path | None:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if source.count("/") > 1 or source.startswith((".", "/", "~")) or path.suffix in {".gguf", ".txt", *_BUILDERS}:
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or path.suffix in _FILES:
         raise SourceError(f"{source} does not exist (seen from {Path.cwd()})")
     return None
 
@@ -66,7 +66,7 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
-        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {_first_line(error)}") from error
+        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
     if "gguf_file" in where:
         _forget_quantization(model)
     return model.eval(), tokenizer
@@ -77,7 +77,7 @@ def _refuse_quantized(params: Prepare, name: str | Path, where: dict[str, Any]) 
     try:
         config = AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
-        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {_first_line(error)}") from error
+        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -96,59 +96,6 @@ def _forget_quantization(model: PreTrainedModel) -> None:
             delattr(model, mark)
 
 
-def load_documents(source: str, config: str | None, split: str, column: str) -> list[str]:
-    """The non-blank documents of a text source, in their order.
-
-    Local files go through the same `datasets.load_dataset` as hub data sets; a file of unknown
-    ending is read as text, one document a line.
-
-    Raises:
-        SourceError: if it cannot be read or has no such column.
-    """
-    from datasets import load_dataset
-
-    path = resolve(source)
-    try:
-        if path is None:
-            data = load_dataset(source, config, split=split)
-        else:
-            builder, files = _builder(path)
-            data = load_dataset(builder, data_files=files, split="train")
-    except Exception as error:  # the builders raise several types of their own
-        raise SourceError(f"text {source!r} cannot be loaded: {_first_line(error)}") from error
-    if column not in data.column_names:
-        raise SourceError(f"text {source!r} has no column {column!r}; it has {', '.join(data.column_names)}")
-    documents = [document for document in data[column] if document]
-    if not all(isinstance(document, str) for document in documents):
-        raise SourceError(f"column {column!r} of text {source!r} holds {type(documents[0]).__name__}, not text")
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise SourceError(f"text {source!r} holds no document")
-    return documents
-
-
-def require_other_text(text: str, split: str, evaluation_text: str, evaluation_split: str) -> None:
-    """Stop if the text to evaluate on is the text to calibrate on.
-
-    Raises:
-        SourceError: if both name the same file, or the same split of the same data set.
-    """
-    path, other = resolve(text), resolve(evaluation_text)
-    same = path.samefile(other) if path and other else text == evaluation_text and split == evaluation_split
-    if same:
-        raise SourceError(
-            f"tokenize.evaluation_text is the text to calibrate on ({text!r}); set it to null to set documents "
-            "apart, or name another text or split"
-        )
-
-
-def _builder(path: Path) -> tuple[str, list[str]]:
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    kinds = {_BUILDERS.get(file.suffix, "text") for file in files}
-    if len(kinds) != 1:
-        raise SourceError(f"text {str(path)!r} holds files of {len(kinds)} kinds: {', '.join(sorted(kinds)) or 'none'}")
-    return kinds.pop(), [str(file) for file in files]
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what another library's error says, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from libprune.architecture import Architecture, Map, Parameter
+from libprune.errors import LibpruneError
 from libprune.plan import Plan
 
 
@@ -81,10 +82,25 @@ def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: P
 
     Args:
         state: the dense model's parameters by name; read one at a time, so it may be lazy.
+
+    Raises:
+        LibpruneError: if some but not all of the units go that a norm couples.
     """
+    _require_whole(architecture, plan)
     sliced = {}
     for parameter in architecture.parameters:
         tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
         if tensor is not None:
             sliced[sliced_name(architecture, plan, parameter)] = tensor
     return sliced
+
+
+def _require_whole(architecture: Architecture, plan: Plan) -> None:
+    for layer, part in architecture.blocks():
+        shape, kept = architecture.parts[part], plan.kept(layer, part)
+        if shape.coupled and kept not in {0, architecture.units(part)}:
+            raise LibpruneError(
+                f"the plan keeps {kept} of {architecture.units(part)} {part} units of layer {layer}, but "
+                f"{' and '.join(shape.coupled)} of family {architecture.family!r} take their statistics over all of "
+                "them; such a part can only stay or go as a whole"
+            )

@@ -1,8 +1,10 @@
 """Token windows for calibration and evaluation, from disjoint documents."""
 
 import hashlib
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +14,24 @@ from libprune.artifacts import read_table, same_origin, write_table
 from libprune.errors import SourceError
 
 Ids = NDArray[np.int64]
+Documents = Literal["joined", "apart"]
 
 _SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The whole windows of a text.
+
+    Attributes:
+        ids: token ids, ``[windows, length]``, in the text's order.
+        documents: how many they were cut from.
+        skipped: documents that are shorter than a window and gave none; 0 where documents are joined.
+    """
+
+    ids: Ids
+    documents: int
+    skipped: int
 
 
 def split_documents(documents: list[str], evaluation_share: float) -> tuple[list[str], list[str]]:
@@ -27,36 +45,55 @@ def split_documents(documents: list[str], evaluation_share: float) -> tuple[list
     return documents[:cut], documents[cut:]
 
 
-def windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Ids:
-    """All whole consecutive windows of the joined documents; ``[windows, length]``.
+def windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, mode: Documents) -> Windows:
+    """All whole consecutive windows, tokenized without special tokens.
 
-    Documents are joined by an empty line and tokenized without special tokens.
+    Args:
+        documents: at least one.
+        tokenizer: of the model.
+        length: of a window, in tokens.
+        mode: `joined`: of all documents with an empty line between them; `apart`: of each document by itself.
     """
-    ids = tokenizer(_SEPARATOR.join(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    count = len(ids) // length
-    return np.array(ids[: count * length], dtype=np.int64).reshape(count, length)
+    texts = [_SEPARATOR.join(documents)] if mode == "joined" else documents
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    whole = [ids[: len(ids) // length * length] for ids in encoded]
+    joined = np.fromiter(chain.from_iterable(whole), dtype=np.int64)
+    skipped = sum(not ids for ids in whole) if mode == "apart" else 0
+    return Windows(joined.reshape(-1, length), len(documents), skipped)
 
 
-def draw(available: Ids, count: int, seed: int, what: str) -> Ids:
-    """A seeded sample of windows without replacement, in the text's order.
+def draw(available: Windows, count: int, seed: int, what: str) -> Ids:
+    """A seeded sample of windows without replacement, in the text's order; their indices, ``[count]``.
 
     Raises:
         SourceError: if there are too few.
     """
-    if len(available) < count:
-        length = available.shape[1]
-        raise SourceError(
-            f"{what} needs {count} windows of {length} tokens, the text gives {len(available)} "
-            f"({len(available) * length} tokens); use more text, fewer or shorter windows"
-        )
-    chosen = np.random.default_rng(seed).choice(len(available), size=count, replace=False)
-    return available[np.sort(chosen)]
+    _require(available, count, what)
+    return np.sort(np.random.default_rng(seed).choice(len(available.ids), size=count, replace=False))
 
 
-def spread(available: Ids, count: int, what: str) -> Ids:
-    """Windows at even distances over the whole text."""
-    draw(available, count, 0, what)
-    return available[np.linspace(0, len(available) - 1, count).round().astype(int)]
+def spread(available: Windows, count: int, what: str) -> Ids:
+    """Windows at even distances over the whole text; their indices, ``[count]``.
+
+    Raises:
+        SourceError: if there are too few.
+    """
+    _require(available, count, what)
+    return np.linspace(0, len(available.ids) - 1, count).round().astype(np.int64)
+
+
+def _require(available: Windows, count: int, what: str) -> None:
+    found, length = available.ids.shape
+    if found >= count:
+        return
+    short = (
+        f"; {available.skipped} of its {available.documents} documents are shorter than a window and were skipped "
+        "(tokenize.documents: joined would use them)"
+    )
+    raise SourceError(
+        f"{what} needs {count} windows of {length} tokens, the text gives {found} ({found * length} tokens)"
+        f"{short if available.skipped else ''}; use more text, fewer or shorter windows"
+    )
 
 
 def write_tokens(path: Path, ids: Ids, meta: dict[str, Any]) -> None:

@@ -9,12 +9,21 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 from libprune.architecture import Architecture
@@ -28,7 +37,8 @@ VOCAB = 37
 WINDOW = 5
 """Tokens that a sliding layer sees; prompts are longer, so that the window shows."""
 
-_COMMON = {"vocab_size": VOCAB, "intermediate_size": 13, "num_hidden_layers": 4, "eos_token_id": None}
+_SHORT = {"vocab_size": VOCAB, "num_hidden_layers": 4, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+FFN = {"intermediate_size": 13}
 _MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
 _LONG_ROPE = {
     "rope_type": "llama3",
@@ -40,11 +50,11 @@ _LONG_ROPE = {
 }
 
 
-def _tiny(config_class: type[PreTrainedConfig], **settings: Any) -> Callable[[int], PreTrainedModel]:
+def tiny_model(config_class: type[PreTrainedConfig], **settings: Any) -> Callable[[int], PreTrainedModel]:
     """Makes a model of the config from a seed, every parameter random, norms and biases too."""
 
     def make(seed: int) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config_class(**_COMMON, **settings))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config_class(**_SHORT, **settings))
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
@@ -53,7 +63,7 @@ def _tiny(config_class: type[PreTrainedConfig], **settings: Any) -> Callable[[in
     return make
 
 
-def _heads(hidden: int, groups: int, queries: int, head_dim: int | None = None) -> dict[str, int]:
+def heads(hidden: int, groups: int, queries: int, head_dim: int | None = None) -> dict[str, int]:
     """Hidden size, `groups` KV heads, `queries` query heads for each; without a head size the config's own rule."""
     explicit = {} if head_dim is None else {"head_dim": head_dim}
     return {"hidden_size": hidden, "num_key_value_heads": groups, "num_attention_heads": groups * queries, **explicit}
@@ -61,12 +71,39 @@ def _heads(hidden: int, groups: int, queries: int, head_dim: int | None = None) 
 
 # Odd sizes that tell the axes apart, and all that a family can have: biases, tied weights, windows.
 FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
-    "llama": _tiny(LlamaConfig, **_heads(30, 3, 2, 8), attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
-    "llama_mha": _tiny(LlamaConfig, **_heads(36, 6, 1), rope_parameters=_LONG_ROPE),
-    "mistral": _tiny(MistralConfig, **_heads(28, 2, 3, 10), sliding_window=WINDOW),
-    "qwen2": _tiny(Qwen2Config, **_heads(36, 3, 2), **_MIXED_LAYERS),
-    "qwen3": _tiny(Qwen3Config, **_heads(26, 3, 3, 4), **_MIXED_LAYERS, attention_bias=True, tie_word_embeddings=True),
+    "llama": tiny_model(
+        LlamaConfig, **FFN, **heads(30, 3, 2, 8), attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "llama_mha": tiny_model(LlamaConfig, **FFN, **heads(36, 6, 1), rope_parameters=_LONG_ROPE),
+    "mistral": tiny_model(MistralConfig, **FFN, **heads(28, 2, 3, 10), sliding_window=WINDOW),
+    "qwen2": tiny_model(Qwen2Config, **FFN, **heads(36, 3, 2), **_MIXED_LAYERS),
+    "qwen3": tiny_model(
+        Qwen3Config, **FFN, **heads(26, 3, 3, 4), **_MIXED_LAYERS, attention_bias=True, tie_word_embeddings=True
+    ),
+    "gemma2": tiny_model(Gemma2Config, **FFN, **heads(24, 2, 2, 6), sliding_window=WINDOW, query_pre_attn_scalar=6),
+    "gemma3": tiny_model(
+        Gemma3TextConfig, **FFN, **heads(24, 4, 2, 6), sliding_window=WINDOW, sliding_window_pattern=2
+    ),
+    "phi3": tiny_model(Phi3Config, **FFN, **heads(36, 3, 2)),
+    "gpt2": tiny_model(GPT2Config, n_embd=24, n_head=4, n_positions=50, n_inner=13),
+    "gpt_neox": tiny_model(GPTNeoXConfig, **FFN, hidden_size=24, num_attention_heads=3, rotary_pct=0.5),
+    "opt": tiny_model(
+        OPTConfig,
+        activation_function="gelu",
+        hidden_size=24,
+        num_attention_heads=4,
+        ffn_dim=13,
+        max_position_embeddings=50,
+    ),
+    "smollm3": tiny_model(SmolLM3Config, **FFN, **heads(36, 3, 2), no_rope_layer_interval=2),
+    "olmo2": tiny_model(Olmo2Config, **FFN, **heads(36, 3, 2)),
+    "starcoder2": tiny_model(Starcoder2Config, **FFN, **heads(36, 3, 2), sliding_window=WINDOW),
 }
+
+
+LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
+"""Families that differ in what statistics and repair meet: biases, norms on heads, fused maps, norms behind the parts,
+[in, out] storage, heads side by side with parallel parts, an MLP on flattened tokens."""
 
 
 def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
@@ -93,12 +130,16 @@ def _uniform(architecture: Architecture, rng: np.random.Generator) -> Counts:
     def fewer(part: str) -> list[int]:
         return [n for n in range(1, architecture.units(part)) if architecture.parts[part].says(n)]
 
-    count = {part: int(rng.choice(fewer(part))) for part in architecture.parts}
+    count = {part: int(rng.choice(fewer(part) or [architecture.units(part)])) for part in architecture.parts}
     return lambda layer, part: count[part]
 
 
 def _per_layer(architecture: Architecture, rng: np.random.Generator) -> Counts:
-    count = {block: int(rng.integers(1, architecture.units(block[1]) + 1)) for block in architecture.blocks()}
+    whole = {part: shape.coupled != () for part, shape in architecture.parts.items()}
+    least = {part: architecture.units(part) if whole[part] else 1 for part in architecture.parts}
+    count = {
+        block: int(rng.integers(least[block[1]], architecture.units(block[1]) + 1)) for block in architecture.blocks()
+    }
     return lambda layer, part: count[layer, part]
 
 
@@ -150,7 +191,7 @@ class Pruned:
 
 def write_dense(model: PreTrainedModel, folder: Path) -> Dense:
     """Save a model and load it again, as the pipeline has it."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=False)
     loaded = load_model(folder, torch.float32)
     return Dense(folder, loaded, describe(loaded))
 

@@ -11,6 +11,9 @@ _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_
 _LLAMA |= {"initializer_range": 0.02, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "pretraining_tp": 1}
 _QWEN = {"attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu"}
 _QWEN |= {"initializer_range": 0.02, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False}
+_GEMMA = {"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, "cache_implementation": "hybrid"}
+_GEMMA |= {"eos_token_id": 1, "hidden_activation": "gelu_pytorch_tanh", "initializer_range": 0.02, "pad_token_id": 0}
+_GEMMA |= {"query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "use_cache": True, "torch_dtype": "float32"}
 
 CONFIGS = {
     "Llama-3.1-8B": _LLAMA
@@ -52,6 +55,58 @@ CONFIGS = {
     | {"hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28}
     | {"num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rope_scaling": None}
     | {"sliding_window": None, "tie_word_embeddings": True, "use_cache": True, "vocab_size": 151936},
+    "gpt2": {"model_type": "gpt2", "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"]}
+    | {"attn_pdrop": 0.1, "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02}
+    | {"layer_norm_epsilon": 1e-5, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024}
+    | {"resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_type": "cls_index"}
+    | {"summary_proj_to_labels": True, "summary_use_proj": True, "vocab_size": 50257}
+    | {"task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}},
+    "opt-125m": {"model_type": "opt", "_name_or_path": "opt-125m", "_remove_final_layer_norm": False, "prefix": "</s>"}
+    | {"activation_dropout": 0.0, "activation_function": "relu", "attention_dropout": 0.0, "bos_token_id": 2}
+    | {"do_layer_norm_before": True, "dropout": 0.1, "eos_token_id": 2, "ffn_dim": 3072, "hidden_size": 768}
+    | {"init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048, "num_attention_heads": 12}
+    | {"num_hidden_layers": 12, "pad_token_id": 1, "torch_dtype": "float16", "use_cache": True, "vocab_size": 50272}
+    | {"word_embed_proj_dim": 768},
+    "pythia-160m": {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0}
+    | {"eos_token_id": 0, "hidden_act": "gelu", "hidden_size": 768, "initializer_range": 0.02, "vocab_size": 50304}
+    | {"intermediate_size": 3072, "layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "use_cache": True}
+    | {"num_attention_heads": 12, "num_hidden_layers": 12, "rotary_emb_base": 10000, "rotary_pct": 0.25}
+    | {"tie_word_embeddings": False, "torch_dtype": "float16", "use_parallel_residual": True},
+    "gemma-2-2b": _GEMMA
+    | {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "head_dim": 256}
+    | {"hidden_act": "gelu_pytorch_tanh", "hidden_size": 2304, "intermediate_size": 9216, "rope_theta": 10000.0}
+    | {"max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4}
+    | {"sliding_window": 4096, "vocab_size": 256000},
+    "gemma-3-1b": _GEMMA
+    | {"model_type": "gemma3_text", "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 256}
+    | {"hidden_size": 1152, "intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4}
+    | {"num_hidden_layers": 26, "num_key_value_heads": 1, "rope_local_base_freq": 10000, "rope_scaling": None}
+    | {"rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144},
+    "Phi-3-mini-4k": {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "attention_bias": False}
+    | {"attention_dropout": 0.0, "bos_token_id": 1, "embd_pdrop": 0.0, "eos_token_id": 32000, "hidden_act": "silu"}
+    | {"hidden_size": 3072, "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 4096}
+    | {"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 32000}
+    | {"original_max_position_embeddings": 4096, "resid_pdrop": 0.0, "rms_norm_eps": 1e-5, "rope_scaling": None}
+    | {"rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False, "vocab_size": 32064},
+    "SmolLM3-3B": {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False}
+    | {"attention_dropout": 0.0, "eos_token_id": 128012, "hidden_act": "silu", "hidden_size": 2048}
+    | {"initializer_range": 0.02, "intermediate_size": 11008, "layer_types": ["full_attention"] * 36}
+    | {"max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4}
+    | {"no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16, "num_hidden_layers": 36, "pretraining_tp": 2}
+    | {"num_key_value_heads": 4, "pad_token_id": 128004, "rms_norm_eps": 1e-6, "rope_scaling": None}
+    | {"rope_theta": 5000000.0, "sliding_window": None, "use_sliding_window": False, "vocab_size": 128256},
+    "OLMo-2-1124-7B": {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "attention_bias": False}
+    | {"attention_dropout": 0.0, "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 4096}
+    | {"initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096, "vocab_size": 100352}
+    | {"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 100277}
+    | {"rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False},
+    "starcoder2-3b": {"model_type": "starcoder2", "activation_function": "gelu", "attention_dropout": 0.1}
+    | {"attention_softmax_in_fp32": True, "bos_token_id": 0, "embedding_dropout": 0.1, "eos_token_id": 0}
+    | {"hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072, "initializer_range": 0.018042, "norm_epsilon": 1e-5}
+    | {"intermediate_size": 12288, "max_position_embeddings": 16384, "mlp_type": "default", "norm_type": "layer_norm"}
+    | {"num_attention_heads": 24, "num_hidden_layers": 30, "num_key_value_heads": 2, "residual_dropout": 0.1}
+    | {"rope_theta": 999999.4420358813, "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True}
+    | {"sliding_window": 4096, "use_bias": True, "use_cache": True, "vocab_size": 49152},
 }
 PARAMETERS = {
     "Llama-3.1-8B": 8_030_261_248,
@@ -60,6 +115,15 @@ PARAMETERS = {
     "Mistral-7B-v0.1": 7_241_732_096,
     "Qwen2.5-0.5B": 494_032_768,
     "Qwen3-0.6B": 596_049_920,
+    "gpt2": 124_439_808,
+    "opt-125m": 125_239_296,
+    "pythia-160m": 162_322_944,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
+    "Phi-3-mini-4k": 3_821_079_552,
+    "SmolLM3-3B": 3_075_098_624,
+    "OLMo-2-1124-7B": 7_298_617_344,
+    "starcoder2-3b": 3_030_371_328,
 }
 
 

@@ -246,6 +246,7 @@ WARNED = {
     "worse": (changed(perplexity_ratio={"value": 2.5}), ["2.50 times"]),
     "undefined": (changed(perplexity_ratio={"value": float("nan")}), ["nan times"]),
     "few windows": (changed(protocol={"windows": 2}), ["2 window"]),
+    "own text": (changed(protocol={"text": "self"}), ["that the dense model wrote itself"]),
     "one text": (changed(protocol={"text": ORIGIN.text}), ["parts of one text, `some | *text*`"]),
     "no task": (EVALUATION | {"tasks": {}}, ["`evaluate.tasks`"]),
     "missed": (changed(plan={"objective": "parameters", "ratio": 0.3}), ["30.0 % was asked for and 20.0 %"]),

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from libprune import cost
 from libprune.architecture import Architecture
 from libprune.checkpoint import WeightFiles, load_model
+from libprune.family import families
 from libprune.plan import Plan
 from libprune.pruned_folder import write_pruned
 from libprune.surgery import masked, slice_state
@@ -43,6 +45,7 @@ from tests.models import (
 STOCK = ["uniform", "shallow"]
 CUSTOM = ["per_layer", "holes"]
 TOLERANCE = 1e-5
+"""Of the largest logit."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -73,7 +76,7 @@ def masked_logits(dense: Dense, plan: Plan, ids: Tensor, **options) -> Tensor:
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
 
 
 # The description
@@ -91,10 +94,13 @@ def test_the_tensor_parallel_plan_of_transformers_agrees(dense):
     for entry in dense.architecture.maps:
         axis = dense.architecture.parts[entry.part].axis
         carries = (axis in entry.input.names, axis in entry.output.names)
-        path = re.sub(r"\.\d+\.", ".*.", entry.module.removeprefix("model."))
+        path = re.sub(r"\.\d+\.", ".*.", entry.module.removeprefix(f"{dense.model.base_model_prefix}."))
         described[path] = {(False, True): "colwise", (True, False): "rowwise"}[carries]
     stock = dense.model.config.base_model_tp_plan
-    assert described == {path: how for path, how in stock.items() if how in {"colwise", "rowwise"}}
+    if stock is None:
+        pytest.skip("transformers has no such plan for this family")
+    ways = {path: how.partition("_")[0] for path, how in stock.items()}
+    assert described == {path: how for path, how in ways.items() if how in {"colwise", "rowwise"}}
 
 
 def test_units_and_overhead_add_up(dense):
@@ -106,7 +112,11 @@ def test_units_and_overhead_add_up(dense):
         whole = [p for p in architecture.parameters_of(layer, part) if all(axis not in d.names for d in p.dims)]
         assert overhead == sum(map(architecture.numel, whole)) > 0
         total += cost.unit_parameters(architecture, layer, part) * architecture.units(part) + overhead
-    assert total == architecture.decoder_parameters == count(dense.model.get_submodule("model.layers"))
+    assert total == architecture.decoder_parameters == count(decoder(dense.model, architecture))
+
+
+def decoder(model: nn.Module, architecture: Architecture) -> nn.Module:
+    return model.get_submodule(architecture.layers_path)
 
 
 def count(module: nn.Module) -> int:
@@ -135,12 +145,20 @@ def test_sliced_equals_masked_behind_padding(pruned):
     assert_close(logits(pruned.model, ids, attention_mask=mask)[mask.bool()], expected[mask.bool()])
 
 
+def counts_of(architecture: Architecture, part: str) -> list[int]:
+    """How many units a block of the part may keep."""
+    units = architecture.units(part)
+    return [0, units] if architecture.parts[part].coupled else list(range(units + 1))
+
+
 @settings(max_examples=6)
 @given(data=st.data())
 def test_any_plan_is_sliced_as_masked(dense, tmp_path_factory, data):
     """Any count anywhere: whole parts, whole layers and the whole decoder gone included."""
     blocks = list(dense.architecture.blocks())
-    counts = {block: data.draw(st.integers(0, dense.architecture.units(block[1])), str(block)) for block in blocks}
+    counts = {
+        block: data.draw(st.sampled_from(counts_of(dense.architecture, block[1])), str(block)) for block in blocks
+    }
     plan = plan_of(dense.architecture, lambda *block: counts[block], data.draw(st.integers(0, 99), "seed"))
     assume(not plan.uniform)
     pruned = prune(dense, plan, True, tmp_path_factory.mktemp("any"))
@@ -150,7 +168,8 @@ def test_any_plan_is_sliced_as_masked(dense, tmp_path_factory, data):
 
 def test_the_stored_type_is_kept(dense, tmp_path):
     half, folder = tmp_path / "half", tmp_path / "pruned"
-    dense.model.save_pretrained(half, state_dict={k: v.bfloat16() for k, v in dense.model.state_dict().items()})
+    state = {k: v.bfloat16() for k, v in dense.model.state_dict().items()}
+    dense.model.save_pretrained(half, state_dict=state, save_original_format=False)
     folder.mkdir()
     plan = random_plan(dense.architecture, "uniform")
     write_pruned(
@@ -170,8 +189,8 @@ def predicted_size(pruned: Pruned) -> cost.Size:
 def test_predicted_size_is_the_actual_size(pruned):
     size = predicted_size(pruned)
     assert size.total == count(pruned.model)
-    assert size.decoder == count(pruned.model.get_submodule("model.layers"))
-    assert size.macs == sum(m.weight.numel() for m in pruned.model.modules() if isinstance(m, nn.Linear))
+    assert size.decoder == count(decoder(pruned.model, pruned.dense.architecture))
+    assert size.macs == sum(m.weight.numel() for m in pruned.model.modules() if isinstance(m, nn.Linear | Conv1D))
 
 
 def test_predicted_cache_is_the_actual_cache(pruned):
@@ -195,7 +214,7 @@ def test_a_uniform_result_is_a_stock_model(pruned):
     assert not list(pruned.folder.glob("*.py"))
     config = json.loads((pruned.folder / "config.json").read_text())
     assert not config.keys() & {"auto_map", "per_layer_config"}
-    assert config["num_hidden_layers"] == len(pruned.plan.layers)
+    assert config[families()[pruned.dense.architecture.family].config.layers] == len(pruned.plan.layers)
 
 
 def test_the_config_names_the_class_that_is_loaded(pruned):
@@ -222,16 +241,19 @@ def test_a_missing_part_is_refused_by_stock_code_too(dense, tmp_path):
 def test_tied_weights_stay_tied_and_are_stored_once(pruned):
     tied = pruned.dense.model.config.tie_word_embeddings
     assert (pruned.model.get_input_embeddings().weight is pruned.model.get_output_embeddings().weight) is tied
-    assert set(WeightFiles(pruned.folder)) == {name for name, _ in pruned.model.named_parameters()}
+    assert len(WeightFiles(pruned.folder)) == len(list(pruned.model.named_parameters()))
 
 
-def test_eager_and_sdpa_attention_agree(pruned):
-    model = pruned.reload()
-    assert model.config._attn_implementation == "sdpa"
-    expected = logits(model, tokens())
-    model.set_attn_implementation("eager")
-    used = {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
-    assert used == {"eager"}
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_attention_implementation_can_be_chosen(pruned, implementation):
+    dense, model = load_model(pruned.dense.folder, torch.float32), pruned.reload()
+    if implementation == "sdpa" and not dense._supports_sdpa:
+        pytest.skip("transformers has no such attention for this family")
+    for one in (dense, model):
+        one.set_attn_implementation(implementation)
+        assert {m.config._attn_implementation for m in one.modules() if hasattr(m, "config")} == {implementation}
+    with masked(dense, pruned.dense.architecture, pruned.plan):
+        expected = logits(dense, tokens())
     assert_close(logits(model, tokens()), expected)
 
 
