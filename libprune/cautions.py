@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from libprune.markdown import prose
+from libprune.markdown import code, prose
 
 Metrics = Mapping[str, Any]
 
@@ -15,12 +15,18 @@ MISSED = 0.01
 """Share by which the removed may differ from the asked for without a word."""
 
 
-def cautions(result: Metrics) -> list[str]:
-    """One sentence or two for each, in Markdown; the allocation's own advice first."""
+def cautions(result: Metrics, calibration: str) -> list[str]:
+    """One sentence or two for each, in Markdown; the allocation's own advice first.
+
+    Args:
+        result: the content of `artifacts/evaluation.json`.
+        calibration: the calibration text, as `origin.Origin` names it.
+    """
     said = result["plan"].get("diagnosis", {})
     return [
         *(prose(f"{line[:1].upper()}{line[1:]}.") for line in said.get("advice", [])),
         *_quality(result),
+        *_domain(result["protocol"]["text"], calibration),
         *_budget(result),
         *_speed(result["speed"]),
         *_repair(result["pruning"]["repair"]),
@@ -48,6 +54,17 @@ def _quality(result: Metrics) -> list[str]:
             "`evaluate.tasks` measures zero-shot accuracy."
         )
     return found
+
+
+def _domain(evaluation: str, calibration: str) -> list[str]:
+    same = evaluation == calibration or calibration.startswith(f"{evaluation}, ")
+    if not same or evaluation == "self":
+        return []
+    return [
+        f"Calibrated and judged on parts of one text, {code(calibration)}: what was kept is what such text needs, and "
+        "elsewhere the loss may be larger. Calibrate on text like that which the model is to be used on, and name "
+        "another under `tokenize.evaluation_text`."
+    ]
 
 
 def _budget(result: Metrics) -> list[str]:

@@ -4,13 +4,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from libprune import cost
 from libprune.architecture import Architecture
 from libprune.artifacts import Layout, read_architecture, read_plan, require, same_origin
 from libprune.checkpoint import load_config, load_model, read_provenance
 from libprune.compute import resolve_device, resolve_dtype
+from libprune.continuations import continuations
 from libprune.describe import with_biases
 from libprune.evaluation import Losses, Speed, compare_speed, perplexity, perplexity_ratio, window_losses
 from libprune.plan import Plan
@@ -41,16 +42,23 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
     prompt = torch.from_numpy(ids.reshape(1, -1)[:, : params.prompt_tokens]).to(device)
     speed = compare_speed(dense, pruned, prompt, params.decode_tokens, params.rounds)
     ratio = perplexity_ratio(losses[0], losses[1])
-    tasks = _zero_shot(layout, models, params) if params.tasks else {}
+    tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
+    tasks = _zero_shot(tokenizer, models, params) if params.tasks else {}
     return {
         "plan": plan_meta,
         "pruning": {name: provenance[name] for name in ("slice", "repair", "proof", "versions")},
+        "model": {
+            "type": pruned.config.model_type,
+            "sizes": dict(architecture.sizes),
+            "biases": [part for part in left.parts if _biased(left, part)],
+        },
         "units": {part: architecture.units(part) for part in architecture.parts},
         "kept": [{part: plan.kept(layer, part) for part in architecture.parts} for layer in range(architecture.layers)],
         "dense": _one(architecture, Plan.dense(architecture), losses[0], speed.dense, dtype),
         "pruned": _one(left, plan, losses[1], speed.pruned, dtype) | _removed(architecture, left, plan),
         "perplexity_ratio": {"value": ratio.value, "se": ratio.error},
         "tasks": tasks,
+        "continuations": continuations(models, tokenizer, ids, params.continuations, params.continuation_tokens),
         "speed": {name: value for name, value in asdict(speed).items() if name not in {"dense", "pruned"}},
         "protocol": {
             "text": tokens_meta["source"],
@@ -59,20 +67,28 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
             "prompt_tokens": prompt.shape[1],
             "decode_tokens": params.decode_tokens,
             "rounds": params.rounds,
+            "continuation_tokens": min(params.continuation_tokens, ids.shape[1] // 2),
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
         },
     }
 
 
-def _zero_shot(layout: Layout, models: dict[str, PreTrainedModel], params: Evaluate) -> dict[str, Any]:
+def _zero_shot(
+    tokenizer: PreTrainedTokenizerBase, models: dict[str, PreTrainedModel], params: Evaluate
+) -> dict[str, Any]:
     """Accuracy by task, then by model."""
-    tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
     found = {
         name: zero_shot(model, tokenizer, params.tasks, params.task_folder, params.task_limit, params.task_batch)
         for name, model in models.items()
     }
     return {task: {name: figures[task] for name, figures in found.items()} for task in params.tasks}
+
+
+def _biased(architecture: Architecture, part: str) -> bool:
+    """Whether the maps that read the units of a part have biases."""
+    names = {parameter.name for parameter in architecture.parameters}
+    return any(consumer.bias in names for consumer in architecture.consumers(0, part))
 
 
 def _one(architecture: Architecture, plan: Plan, losses: Losses, speed: Speed, dtype: torch.dtype) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def size(number: int) -> str:
 def _shapes(shapes: Iterable[Shape], parts: list[str]) -> str:
     header = ("remove", *parts, "decoder", "removed", "all", "weights", "cache a token", "loads")
     rows: list[Row] = [header]
-    notes = []
+    notes: list[str] = []
     for shape in shapes:
         name = f"{100 * shape.ratio:.0f} %" if shape.ratio else "dense"
         if shape.refused:

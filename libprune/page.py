@@ -20,9 +20,10 @@ h2 { font-size: 1.25rem; margin: 2.2rem 0 0.6rem; padding-bottom: 0.2rem; border
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.28rem 0.8rem; border-bottom: 1px solid #ddd; text-align: left; overflow-wrap: anywhere; }
 td[style*="right"] { white-space: nowrap; }
+th, td:first-child { overflow-wrap: normal; }
 th { border-bottom: 2px solid #888; }
 code { font: 0.88em/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  background: #f3f3f3; padding: 0.1em 0.3em; overflow-wrap: anywhere; }
+  background: #f3f3f3; padding: 0.1em 0.3em; overflow-wrap: anywhere; unicode-bidi: isolate; }
 pre { background: #f3f3f3; padding: 0.8rem 1rem; overflow-x: auto; }
 pre code { padding: 0; background: none; overflow-wrap: normal; }
 p.picture { margin: 1.4rem 0 0.2rem; }

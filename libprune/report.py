@@ -5,6 +5,7 @@ from typing import Any
 
 from libprune import report_sections as sections
 from libprune.cautions import cautions
+from libprune.loading import loading
 from libprune.markdown import Picture, Rows, code, markdown_table
 from libprune.origin import Origin
 
@@ -82,14 +83,15 @@ def markdown(
     """
     parts = [
         ["# Pruning report", summary(result), markdown_table(headline(result), HEADER), _measured(result["protocol"])],
-        _warnings(result),
+        _warnings(result, origin.text),
         sections.asked(result, origin),
         sections.what_was_cut(result, pictures),
         sections.scores(pictures),
         sections.gradients(result, gradient_ratio, pictures),
         sections.sensitivity(pictures),
         sections.repair(result["pruning"]["repair"]),
-        ["## How to load it", *_loading(result, folder)],
+        sections.continuations(result),
+        loading(result, folder, how_to_load(folder, result["plan"]["shape"])),
         sections.provenance(result, origin),
     ]
     return "\n\n".join(text for part in parts for text in part) + "\n"
@@ -120,23 +122,6 @@ def _measured(protocol: Metrics) -> str:
     )
 
 
-def _warnings(result: Metrics) -> list[str]:
-    lines = [f"- {line}" for line in cautions(result)]
+def _warnings(result: Metrics, calibration: str) -> list[str]:
+    lines = [f"- {line}" for line in cautions(result, calibration)]
     return ["## Warnings worth reading", "\n".join(lines)] if lines else []
-
-
-def _loading(result: Metrics, folder: str) -> list[str]:
-    shape, proof = result["plan"]["shape"], result["pruning"]["proof"]
-    kind = {
-        "uniform": "a stock config, no custom code, as vLLM and llama.cpp's converter expect it; tried in transformers",
-        "per_layer": "layers of different widths, a modeling file inside. It loads in transformers with "
-        "`trust_remote_code=True` only; tools that read stock configs, vLLM and llama.cpp's converter among them, "
-        "need the shape `uniform`",
-    }[shape]
-    lines = f"from transformers import AutoModelForCausalLM\nmodel = {how_to_load(folder, shape)}"
-    return [
-        f"{code(folder)} has the shape `{shape}`: {kind}.",
-        f"```python\n{lines}\n```",
-        f"A fresh process without libprune loaded it; its logits differ from the masked dense model's by "
-        f"{proof['logit_difference']:.1e} of {proof['logit_scale']:.1f}, and it generates.",
-    ]

@@ -1,5 +1,6 @@
-"""The sections of the report between its headline and how to load the result; each a list of Markdown paragraphs."""
+"""Sections of the report; each a list of Markdown paragraphs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -103,6 +104,32 @@ def repair(errors: Metrics) -> Section:
         f"{after}; on calibration sequences that the fit did not see, {held_before} and {held_after}. "
         "`repair.parquet` in the model's folder has them map by map.",
     ]
+
+
+def continuations(result: Metrics) -> Section:
+    """What both models make of the same beginnings, beside what the text says."""
+    shown = result["continuations"]
+    if not shown:
+        return []
+    length = result["protocol"]["continuation_tokens"]
+    return [
+        "## The same beginnings, continued",
+        f"Beginnings of evaluation windows of {length} tokens, continued by {length} tokens, always the most likely "
+        "one; ↵ is a new line. A few examples show what a loss looks like, not how large it is.",
+        *(paragraph for one in shown for paragraph in _continuation(one, length)),
+    ]
+
+
+def _continuation(one: Metrics, length: int) -> Section:
+    names = {"prompt": "beginning", "text": "the text itself", "dense": "dense", "pruned": "pruned"}
+    rows: Rows = [(label, code(_NEW_LINES.sub(" ↵ ", one[name].strip()))) for name, label in names.items()]
+    return [
+        _left_table(rows, ("", f"window {one['window']}")),
+        f"Dense and pruned agree in the first {one['agree']} of {length} tokens.",
+    ]
+
+
+_NEW_LINES = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
 def provenance(result: Metrics, origin: Origin) -> Section:

@@ -283,6 +283,10 @@ class Evaluate(Section):
     """Tokens generated for decode speed."""
     rounds: Count = 5
     """Timed rounds; dense and pruned alternate in each."""
+    continuations: Floor = 3
+    """Beginnings of evaluation windows, spread over the text, that both models continue; 0: none."""
+    continuation_tokens: Count = 32
+    """Tokens of each such beginning and of each continuation; at most half of an evaluation window."""
     tasks: tuple[str, ...] = Field(default=(), strict=False)
     """Zero-shot tasks of lm-evaluation-harness, such as `piqa`; needs `pip install 'libprune[tasks]'`."""
     task_folder: str | None = None

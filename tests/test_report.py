@@ -19,13 +19,16 @@ from libprune.describe import describe
 from libprune.errors import ArtifactError
 from libprune.markdown import Picture, markdown_table
 from libprune.origin import Origin, project_state
+from libprune.page import html_page
 from libprune.pictures import NAMES
 from libprune.publishing import publish
 from libprune.report import HEADER, headline, how_to_load, markdown, summary, text_table
+from libprune.report_sections import continuations
 from libprune.tokens import write_tokens
 from tests.closure import ROOT
 from tests.models import FAMILIES
 from tests.tables import gradient_rows, sensitivity_rows
+from tests.test_page import SKELETON, TABLE, Page
 
 ORIGIN = Origin("a|b `<model>`\nof mine", "llama", "some | *text*", 64, 128, 7, "0123abcd", changed=True)
 PICTURES = [Picture(name, f"alt of {name}", f"caption of {name}", b"png") for name in NAMES]
@@ -79,8 +82,9 @@ EVALUATION: dict[str, Any] = {
             "lost_held_out_after": 0.1644,
         },
         "proof": {"logit_difference": 2.5e-6, "logit_scale": 33.1},
-        "versions": {"libprune": "9.8.7", "torch": "6.5.4"},
+        "versions": {"libprune": "9.8.7", "torch": "6.5.4", "transformers": "5.99"},
     },
+    "model": {"type": "llama", "sizes": {"model": 576, "kv": 3, "q": 3, "d": 64, "ffn": 1536}, "biases": []},
     "units": {"attention": 3, "mlp": 1536},
     "kept": [{"attention": 3, "mlp": 1200}, {"attention": 2, "mlp": 1111}],
     "perplexity_ratio": {"value": 1.2715, "se": 0.0086},
@@ -91,6 +95,9 @@ EVALUATION: dict[str, Any] = {
         },
         "winogrande": {"dense": {"acc": 0.51, "acc_se": 0.014}, "pruned": {"acc": 0.52, "acc_se": 0.014}},
     },
+    "continuations": [
+        {"window": 7, "prompt": "Once upon", "text": "a time", "dense": "a river", "pruned": "a a", "agree": 1}
+    ],
     "speed": {
         "prefill_ratio": 1.204,
         "decode_ratio": 1.219,
@@ -104,6 +111,7 @@ EVALUATION: dict[str, Any] = {
         "prompt_tokens": 256,
         "decode_tokens": 16,
         "rounds": 5,
+        "continuation_tokens": 2,
         "dtype": "bfloat16",
         "device": "cpu",
     },
@@ -198,7 +206,7 @@ def test_provenance_names_model_texts_seed_versions_commit_and_params():
     assert table["model"] == r"``a\|b `<model>` of mine``, family `llama`, 2 layers"
     assert table["calibration text"] == r"`some \| *text*`, 64 sequences of 128 tokens"
     assert table["seed of the calibration text"] == "7"
-    assert table["versions"] == "libprune `9.8.7`, torch `6.5.4`"
+    assert table["versions"] == "libprune `9.8.7`, torch `6.5.4`, transformers `5.99`"
     assert table["git commit of the project"] == "`0123abcd`, with changes that are not committed"
     assert table["`ratio`"] == "`0.2`"
     assert table["`minutes`"] == "`none`"
@@ -226,7 +234,7 @@ def test_a_fix_of_the_gradients_is_said_with_the_ratio_after_it():
 
 
 def test_a_good_result_has_no_warning():
-    assert cautions(EVALUATION) == []
+    assert cautions(EVALUATION, ORIGIN.text) == []
     assert "## Warnings" not in report(EVALUATION)
 
 
@@ -239,6 +247,7 @@ WARNED = {
     "undefined": (changed(perplexity_ratio={"value": float("nan")}), ["nan times"]),
     "few windows": (changed(protocol={"windows": 2}), ["2 window"]),
     "own text": (changed(protocol={"text": "self"}), ["that the dense model wrote itself"]),
+    "one text": (changed(protocol={"text": ORIGIN.text}), ["parts of one text, `some | *text*`"]),
     "no task": (EVALUATION | {"tasks": {}}, ["`evaluate.tasks`"]),
     "missed": (changed(plan={"objective": "parameters", "ratio": 0.3}), ["30.0 % was asked for and 20.0 %"]),
     "part gone": (changed(kept=[{"attention": 0, "mlp": 1}, {"attention": 1, "mlp": 1}]), ["any attention left: 0"]),
@@ -250,7 +259,7 @@ WARNED = {
 @pytest.mark.parametrize("case", WARNED)
 def test_what_should_make_a_reader_careful_is_a_warning(case):
     result, expected = WARNED[case]
-    found = cautions(result)
+    found = cautions(result, ORIGIN.text)
     assert len(found) == len(expected)
     for line, words in zip(found, expected, strict=True):
         assert words in line
@@ -331,3 +340,75 @@ def test_the_commit_of_a_project_is_named_and_its_changes_noticed(tmp_path):
 def test_the_pictures_are_the_plots_of_the_pipeline():
     plots = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
     assert plots == [f"report/gradient_analysis/{name}.png" for name in NAMES]
+
+
+# Continuations
+
+
+HARSH = st.text(st.sampled_from("ab<>&|`*_[]()!#-+.:/\\~\"'\n\t1é日ש"), max_size=24)
+
+
+@given(st.lists(HARSH, min_size=4, max_size=4))
+def test_continuations_show_every_letter_of_models_and_text_and_nothing_of_it_is_markup(texts):
+    names = ("prompt", "text", "dense", "pruned")
+    entry = {"window": 7, **dict(zip(names, texts, strict=True)), "agree": 1}
+    text = "\n\n".join(continuations(changed(continuations=[entry])))
+    page = Page(html_page(text, "t", {}))
+    rows = page.texts["tr"][-4:]
+    for row, label, shown in zip(rows, ("beginning", "the text itself", "dense", "pruned"), texts, strict=True):
+        lines = (" ".join(line.split()) for line in shown.strip().split("\n"))
+        assert row.split() == f"{label} {' ↵ '.join(line for line in lines if line)}".split()
+    assert {tag for tag, _ in page.tags} <= {*SKELETON, *TABLE, "h2", "code"}
+    assert "agree in the first 1 of 2 tokens" in text
+
+
+def test_without_continuations_the_report_does_not_speak_of_them():
+    assert "beginnings" in report(EVALUATION)
+    assert "beginnings" not in report(changed(continuations=[]))
+
+
+# Which programs take the shape
+
+
+def takers(result: dict[str, Any]) -> dict[str, str]:
+    """What the report says of each program."""
+    rows = re.findall(r"^\| (transformers|vLLM|llama\.cpp) \| (.*?) \|", report(result), re.MULTILINE)
+    return {program: verdict.split(",")[0] for program, verdict in rows}
+
+
+UNIFORM = changed(plan={"shape": "uniform"}, kept=[{"attention": 3, "mlp": 1280}] * 2)
+FEWER_HEADS = [{"attention": 2, "mlp": 1280}] * 2
+
+
+def of_type(name: str, kept: list[dict[str, int]] = UNIFORM["kept"], biases: tuple[str, ...] = ()) -> dict[str, Any]:
+    return UNIFORM | {"model": UNIFORM["model"] | {"type": name, "biases": list(biases)}, "kept": kept}
+
+
+TAKERS = {
+    "a Llama": (of_type("llama"), "yes", "yes"),
+    "a Llama with fewer heads": (of_type("mistral", FEWER_HEADS), "yes", "yes"),
+    "a Llama with biases": (of_type("llama", biases=("mlp",)), "yes", "yes"),
+    "a Qwen2 with all heads": (of_type("qwen2"), "yes", "yes"),
+    "a Qwen2 with fewer heads": (of_type("qwen2", FEWER_HEADS), "not known", "no"),
+    "a Qwen3 with biases": (of_type("qwen3", FEWER_HEADS, ("attention",)), "not known", "no"),
+    "a model whose code was not read": (of_type("other"), "not known", "not known"),
+    "widths by layer": (changed(plan={"shape": "per_layer"}), "no", "no"),
+}
+
+
+@pytest.mark.parametrize("case", TAKERS)
+def test_programs_are_said_to_take_a_shape_only_where_their_code_says_so(case):
+    result, vllm, llama_cpp = TAKERS[case]
+    assert takers(result) == {"transformers": "yes", "vLLM": vllm, "llama.cpp": llama_cpp}
+    assert ("vllm serve out/pruned" in report(result)) is (vllm == "yes")
+    assert ("convert_hf_to_gguf.py out/pruned" in report(result)) is (llama_cpp == "yes")
+
+
+def test_widths_that_quantization_cannot_cut_into_blocks_are_said():
+    assert "1200 channels do not fill" in report(UNIFORM | {"kept": [{"attention": 3, "mlp": 1200}] * 2})
+    assert "do not fill" not in report(UNIFORM)
+
+
+def test_the_deleted_first_layer_of_a_uniform_result_does_not_hide_the_width_of_the_others():
+    result = UNIFORM | {"kept": [{"attention": 0, "mlp": 0}, {"attention": 3, "mlp": 1280}]}
+    assert "9 query heads, and 3 key-value heads" in report(result)
