@@ -119,12 +119,13 @@ def _run(stage: str, params: Path, artifacts: Path, done: Path) -> None:
 
 
 class Bench:
-    """The dense model and its statistics."""
+    """The dense model and its statistics; `scored` holds those that the scores are made of."""
 
     def __init__(
         self, work: Path, windows: int, sequences: int, questions: int, tasks: tuple[str, ...] = TASKS
     ) -> None:
         self.layout, self.long, self.compute = Layout(work / "artifacts"), Layout(work / "long"), Compute()
+        self.scored = self.layout
         self.sequences, self.questions, self.tasks = sequences, questions, tasks
         self.architecture = read_architecture(self.layout)
         device = resolve_device("auto")
@@ -180,12 +181,12 @@ class Bench:
         } | info
 
     def _plan(self, score: Score, allocate: Allocate):
-        table, origin = join_tables(self.layout, find_criterion(score.criterion), score)
+        table, origin = join_tables(self.scored, find_criterion(score.criterion), score)
         criterion = find_criterion(score.criterion)
         meta = origin | score.model_dump() | {"comparable": criterion.comparable, "gradient_orders": criterion.orders}
-        fixed = fixed_scores(self.layout, self.architecture, score_units(table, score), meta, allocate)
+        fixed = fixed_scores(self.scored, self.architecture, score_units(table, score), meta, allocate)
         scores = fixed.scores
-        evidence = read_evidence(self.layout, self.architecture, scores, meta, allocate)
+        evidence = read_evidence(self.scored, self.architecture, scores, meta, allocate)
         search = None
         if allocate.evaluations:
             order = order_digest(unit_orders(self.architecture, scores))
