@@ -253,8 +253,18 @@ def same_origin(path: Path, meta: Mapping[str, Any], expected: Mapping[str, Any]
 
 
 def read_architecture(layout: Layout) -> Architecture:
-    """The solved description of the dense model."""
-    return Architecture.from_json(require(layout.architecture, "prepare").read_text())
+    """The solved description of the dense model.
+
+    Raises:
+        ArtifactError: if it is missing, or not one that this version reads.
+    """
+    path = require(layout.architecture, "prepare")
+    try:
+        return Architecture.from_json(path.read_text())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} is no description that this version of libprune reads ({error!r}); run the prepare stage again"
+        ) from error
 
 
 def unit_index(architecture: Architecture) -> Columns:

@@ -365,3 +365,10 @@ def test_what_an_ended_process_left_is_removed_though_nobody_took_note_of_its_en
     assert not left.exists()
     assert running.exists()
     ended.wait()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"family": "llama"}', '{"family": "llama", "parts": 3}'])
+def test_a_description_that_cannot_be_read_is_named_with_the_stage_to_run(tmp_path, text):
+    (tmp_path / "architecture.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"architecture\.json is no description .*; run the prepare stage again"):
+        read_architecture(Layout(tmp_path))
