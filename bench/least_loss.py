@@ -122,9 +122,15 @@ class Bench:
     """The dense model and its statistics; `scored` holds those that the scores are made of."""
 
     def __init__(
-        self, work: Path, windows: int, sequences: int, questions: int, tasks: tuple[str, ...] = TASKS
+        self,
+        work: Path,
+        windows: int,
+        sequences: int,
+        questions: int,
+        tasks: tuple[str, ...] = TASKS,
+        root: Path | None = None,
     ) -> None:
-        self.layout, self.long, self.compute = Layout(work / "artifacts"), Layout(work / "long"), Compute()
+        self.layout, self.long, self.compute = Layout(root or work / "artifacts"), Layout(work / "long"), Compute()
         self.scored = self.layout
         self.sequences, self.questions, self.tasks = sequences, questions, tasks
         self.architecture = read_architecture(self.layout)
