@@ -4,10 +4,10 @@
     python -m bench.vanishing --work /tmp/least
 
 Two models are made from the dense one. `rescaled`: in all layers but the first eight the norm before a part is divided
-by a constant and the maps behind it are multiplied by it, so that the function is the same and the late gradients at the
-norms are as many times larger. `faded`: four early layers have their v, o, up and down projections multiplied by a small
-number, so that all their gradients vanish; the function changes, as it must. Gradients are collected anew on the same
-sequences, and plans at 20 % are judged without repair. Rows go to WORK/vanishing.jsonl.
+by a constant and the maps behind it are multiplied by it, so that the function is the same and the late gradients at
+the norms are as many times larger. `faded`: four early layers have their v, o, up and down projections multiplied by a
+small number, so that all their gradients vanish; the function changes, as it must. Their gradients are collected on the
+first 64 of the same sequences, and plans at 20 % are judged without repair. Rows go to WORK/vanishing.jsonl.
 """
 
 import json
@@ -64,6 +64,7 @@ def make(work: Path, name: str) -> Path:
         write_dense(work / f"{name}-source", model, AutoTokenizer.from_pretrained(base.model))
     params: dict[str, Any] = yaml.safe_load((work / "params.yaml").read_text())
     params["prepare"] |= {"model": str((work / f"{name}-source").resolve())}
+    params["gradients"] |= {"sequences": 64}
     path = work / f"params_{name}.yaml"
     path.write_text(yaml.safe_dump(params))
     for stage in ("prepare", "tokenize", "gradients"):
@@ -82,7 +83,7 @@ def main(work: Path = Path("/tmp/least"), windows: int = 8) -> None:
         ratio = gradient_ratio(read_table(root / "gradients/layers.parquet", "gradients")[0])
         for criterion in CRITERIA:
             for fix in FIXES:
-                if (name, criterion, fix) in done:
+                if (name, criterion, fix) in done or (name not in CHANGES and fix != "none"):
                     continue
                 setting = {"criterion": criterion}, {"method": "global", "gradient_fix": fix}, {"repair": "none"}
                 row = bench.measure(f"{criterion}, global, {fix}", 0.2, setting)
