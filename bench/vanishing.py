@@ -26,7 +26,7 @@ from libprune.checkpoint import load_model, write_dense
 from libprune.diagnosis import gradient_ratio
 from libprune.markdown import markdown_table
 
-UNCHANGED, SCALE = 8, 1000.0
+UNCHANGED, SCALE = 8, 16384.0
 FADED, SHRINK = range(1, 5), 1e-3
 CRITERIA, FIXES = ("unit_fisher", "taylor"), ("none", "auto")
 

@@ -5,6 +5,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,12 +15,15 @@ from libprune.artifacts import Columns, unit_index
 from libprune.backward import watching
 from libprune.cost import unit_parameters
 from libprune.criteria import CRITERIA, score_units
+from libprune.describe import describe
+from libprune.diagnosis import MILD, SEVERE, gradient_ratio
 from libprune.errors import LibpruneError, StatisticsError
 from libprune.gradient_fix import adaptive, depth, factors_of, normalize, require_defined, rescaled, resolve
-from libprune.gradients import gradient_columns, tensor_rows
+from libprune.gradients import gradient_columns, layer_rows, tensor_rows
 from libprune.hessian import hessian_columns
 from libprune.sections import Score
 from tests.collected import architecture, gradients, hessian, model
+from tests.models import FAMILIES, tokens
 
 __all__ = ["architecture", "model"]
 
@@ -209,3 +213,39 @@ def test_a_fix_that_would_mean_nothing_is_refused(orders, scaling, method, messa
     with pytest.raises(LibpruneError, match=message):
         require_defined("adaptive", "wanda", orders, scaling, method)
     require_defined("none", "wanda", orders, scaling, method)
+
+
+# What a gradient ratio says of scores
+
+
+def rescale(model, layers: range, scale: float) -> None:
+    """The same function: the norms before the parts are divided by a number, the maps behind them multiplied by it."""
+    for number in layers:
+        layer = model.model.layers[number]
+        maps = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        for norm, behind in (
+            (layer.input_layernorm, maps),
+            (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+        ):
+            norm.weight.data.div_(scale)
+            for module in behind:
+                module.weight.data.mul_(scale)
+
+
+def test_weights_in_other_units_change_the_gradient_ratio_but_no_score():
+    """In layers 2 and 3 the gradients at the norms are 65,536 times larger: severe by the ratio, and nothing to mend."""
+    plain, other = FAMILIES["llama"](0), FAMILIES["llama"](0)
+    rescale(other, range(2, 4), 65536.0)
+    with torch.no_grad():
+        torch.testing.assert_close(other(tokens()).logits, plain(tokens()).logits, rtol=1e-4, atol=1e-6)
+    ratios, scores = [], []
+    for one in (plain, other):
+        found, sums = describe(one), gradients(one)
+        rows = [layer_rows(found, sums.finish(layer), layer, 3) for layer in range(found.layers)]
+        ratios.append(gradient_ratio({name: np.concatenate([row[name] for row in rows]) for name in rows[0]}))
+        table = table_of(one, found)
+        scores.append({name: score_units(table, params)["importance"] for name, params in FROM_GRADIENTS.items()})
+    assert ratios[0] < MILD
+    assert ratios[1] > SEVERE
+    for name in ("taylor", "taylor_2nd", "fisher", "unit_fisher"):
+        np.testing.assert_allclose(scores[1][name], scores[0][name], rtol=1e-3, err_msg=name)
