@@ -233,7 +233,7 @@ def rescale(model, layers: range, scale: float) -> None:
 
 
 def test_weights_in_other_units_change_the_gradient_ratio_but_no_score():
-    """In layers 2 and 3 the gradients at the norms are 65,536 times larger: severe by the ratio, and nothing to mend."""
+    """The gradients at the norms of layers 2 and 3 are 65,536 times larger: severe by the ratio, nothing to mend."""
     plain, other = FAMILIES["llama"](0), FAMILIES["llama"](0)
     rescale(other, range(2, 4), 65536.0)
     with torch.no_grad():
