@@ -65,16 +65,20 @@ def where(kept: list[list[int]], units: list[int]) -> str:
 
 
 def table(rows: list[dict[str, Any]], units: list[int]) -> str:
-    """One line a setting and ratio, one column a repair."""
+    """One line a setting and ratio, one column a repair; accuracy of what was repaired last."""
     repairs = sorted({row["repair"] for row in rows}, key=["none", "local", "sequential"].index)
     lines: dict[tuple[float, str], dict[str, str]] = {}
     for row in rows:
         cells = lines.setdefault((row["ratio_asked"], row["setting"]), {})
         cells[row["repair"]] = f"× {row['ratio']:.3f} ± {row['ratio_se']:.3f}"
         cells["where"] = where(row["kept"], units)
-    header = ("removed", "setting", *repairs, "groups/channels kept, %, by thirds of the depth")
+        if row["tasks"]:
+            found = row["tasks"]["pruned"][TASKS[0]]
+            cells["task"] = f"{100 * found['acc']:.1f} ± {100 * found['acc_se']:.1f} %"
+    header = ("removed", "setting", *repairs, "PIQA", "groups/channels kept, %, by thirds of the depth")
+    columns = [*repairs, "task", "where"]
     body = [
-        (f"{100 * ratio:.0f} %", name, *(cells.get(repair, "") for repair in repairs), cells["where"])
+        (f"{100 * ratio:.0f} %", name, *(cells.get(column, "") for column in columns))
         for (ratio, name), cells in sorted(
             lines.items(), key=lambda item: (item[0][0], list(SETTINGS).index(item[0][1]))
         )
