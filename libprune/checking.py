@@ -135,24 +135,25 @@ def _span(plan: Plan, part: str) -> str:
 
 def _weights(record: Record) -> Iterator[Finding]:
     """The safetensors files hold the tensors that config and plan ask for, in their shapes; no tensor is read."""
-    expected = {
+    shapes = {
         parameter.name: list(cost.shape_after(record.architecture, record.left, parameter))
         for parameter in record.architecture.parameters
         if parameter.layer is None or not record.left.gone(parameter.layer, str(parameter.part))
     }
+    expected = record.stored(shapes)
     found: dict[str, list[int]] = {}
     faults = []
     for path in sorted(record.folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                here = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             yield Finding("fault", "weights", f"{path} cannot be read: {error}")
             return
-        found |= shapes
+        found |= here
         faults += [
             f"{path}: {name} is {shape}, expected {expected.get(name, 'no such tensor')}"
-            for name, shape in shapes.items()
+            for name, shape in here.items()
             if shape != expected.get(name)
         ]
     missing = [name for name in expected if name not in found]

@@ -1,13 +1,15 @@
 """What a pruned folder says of itself: how it was made, its config, and which units of the dense model it keeps."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from libprune.architecture import Architecture
 from libprune.artifacts import read_table
@@ -89,21 +91,35 @@ class Record:
         return CONFIG_MAPPING[data["model_type"]].from_dict(data)
 
     @cached_property
-    def architecture(self) -> Architecture:
-        """Of the layers that are left, as wide as the stock config says.
+    def stock_model(self) -> PreTrainedModel:
+        """A model of the stock config without weights.
 
         Raises:
             ArtifactError: if the config is no model's.
         """
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(self.stock_config)
-            return describe(model, accept=tuple(self.config))
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(self.stock_config)
         except LibpruneError:
             raise
         except Exception as error:  # the config and model classes raise types of their own
             last = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
             raise ArtifactError(f"{self.folder / 'config.json'} describes no model: {last}") from error
+        return model
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Of the layers that are left, as wide as the stock config says."""
+        return describe(self.stock_model, accept=tuple(self.config))
+
+    def stored(self, shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """Shapes of parameters by the names that the files have: those of published checkpoints, but with a modeling
+        file of its own the model's.
+        """
+        if self.remote:
+            return dict(shapes)
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return {name: list(t.shape) for name, t in revert_weight_conversion(self.stock_model, tensors).items()}
 
 
 def read_record(folder: Path) -> Record:

@@ -21,12 +21,13 @@ from libprune.cli import app
 from libprune.plan import Plan
 from libprune.pruned_folder import MODELING_FILE, write_pruned
 from libprune.pruning import prune
-from libprune.record import PLAN
+from libprune.record import PLAN, Record
 from libprune.sections import Compute, Slice
 from libprune.surgery import slice_state
 from libprune.tokens import write_tokens
 from tests import tiny
-from tests.models import random_plan
+from tests.models import FAMILIES, random_plan, write_dense
+from tests.models import prune as pruned_of
 
 WEIGHTS = "model.safetensors"
 
@@ -255,3 +256,16 @@ def test_a_folder_that_slice_did_not_write_is_refused_on_the_command_line(layout
     assert done.exit_code == 1
     assert done.output.count("\n") == 1
     assert str(layout.model / PROVENANCE) in done.output
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_tensors_are_expected_by_the_names_that_checkpoints_of_the_family_have(tmp_path, custom):
+    """What transformers calls `lm_head` in memory is `embed_out` in published GPT-NeoX checkpoints."""
+    dense = write_dense(FAMILIES["gpt_neox"](0), tmp_path / "dense")
+    (tmp_path / "pruned").mkdir()
+    pruned = pruned_of(dense, random_plan(dense.architecture, "uniform"), custom, tmp_path / "pruned")
+    record = Record(pruned.folder, {"plan": {"shape": "per_layer" if custom else "uniform"}})
+    shapes = {name: list(parameter.shape) for name, parameter in pruned.model.named_parameters()}
+    found = {name: list(tensor.shape) for name, tensor in WeightFiles(pruned.folder).items()}
+    assert record.stored(shapes) == found
+    assert ("embed_out.weight" in found) is not custom
