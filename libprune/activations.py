@@ -100,7 +100,7 @@ class _Collector:
         """Forward pre-hook of a map."""
         x = args[0]
         if self._shared is None or self._shared[0] is not x:
-            require_finite(x, self._first, f"the input of {entry.module}")
+            require_finite(per_sequence(x, self._sequences), self._first, f"the input of {entry.module}")
             moments = self.sums.groups[entry.layer][entry.module].measure(x.flatten(0, -2).float())
             self._shared = x, moments
         self.sums.join(entry.layer, entry.module, self._shared[1])

@@ -63,7 +63,7 @@ class Tape:
         if entry.module in self._waiting:
             self._give_output(entry, consumes, self._waiting.pop(entry.module))
         if not self._in_backward and consumes:
-            require_finite(args[0].detach(), self.first, f"the input of {entry.module}")
+            self._require_finite(args[0].detach(), f"the input of {entry.module}")
             if self._on_input is not None:
                 args[0].register_hook(partial(self._take_input, entry))
 
@@ -73,7 +73,7 @@ class Tape:
             output.register_hook(partial(self._take_output, entry, consumes))
 
     def _take_output(self, entry: Map, consumes: bool, gradient: Tensor) -> None:
-        require_finite(gradient, self.first, f"the gradient at the output of {entry.module}")
+        self._require_finite(gradient, f"the gradient at the output of {entry.module}")
         if entry.module in self._inputs:
             self._give_output(entry, consumes, gradient)
         else:
@@ -85,9 +85,12 @@ class Tape:
             del self._inputs[entry.module]
 
     def _take_input(self, entry: Map, gradient: Tensor) -> None:
-        require_finite(gradient, self.first, f"the gradient at the input of {entry.module}")
+        self._require_finite(gradient, f"the gradient at the input of {entry.module}")
         assert self._on_input is not None
         self._give(self._on_input, entry, self._inputs.pop(entry.module), gradient)
+
+    def _require_finite(self, values: Tensor, what: str) -> None:
+        require_finite(per_sequence(values, self._sequences), self.first, what)
 
     def _give(self, take: OnGradient, entry: Map, inputs: Tensor, gradient: Tensor) -> None:
         take(entry, per_sequence(inputs, self._sequences), per_sequence(gradient, self._sequences))

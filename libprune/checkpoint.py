@@ -17,8 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from libprune.architecture import Architecture
 from libprune.artifacts import read_json, writing_folder
-from libprune.errors import ArtifactError, missing_key
+from libprune.errors import ArtifactError, ParamsError, missing_key
 
 PROVENANCE = "libprune.json"
 """The file of a pruned folder that says how it was made."""
@@ -89,6 +90,28 @@ def load_model(
 def load_config(folder: Path) -> PreTrainedConfig:
     """The config of a local model folder."""
     return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def require_positions(config: PreTrainedConfig, architecture: Architecture, lengths: Mapping[str, int]) -> None:
+    """Stop where a sequence would be longer than a model with learned positions can take; others have no such limit.
+
+    Args:
+        config: of the dense model.
+        architecture: its description.
+        lengths: tokens of the longest sequence, by the params that ask for it.
+
+    Raises:
+        ParamsError: naming the params and the limit.
+    """
+    if "positions" not in architecture.sizes:
+        return
+    limit = config.max_position_embeddings
+    for what, length in lengths.items():
+        if length > limit:
+            raise ParamsError(
+                f"{what} = {length}, but this {config.model_type} model has learned positions for {limit} tokens; "
+                f"lower it to {limit} or less"
+            )
 
 
 def write_dense(target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from libprune import cost
 from libprune.architecture import Architecture
 from libprune.artifacts import Layout, read_architecture, read_plan, require, same_origin
-from libprune.checkpoint import load_config, load_model, read_provenance
+from libprune.checkpoint import load_config, load_model, read_provenance, require_positions
 from libprune.compute import resolve_device, resolve_dtype
 from libprune.continuations import continuations
 from libprune.describe import with_biases
@@ -31,15 +31,18 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
     provenance = read_provenance(require(layout.pruned, "slice"))
     same_origin(layout.pruned, provenance["plan"], plan_meta)
     ids, tokens_meta = read_tokens(layout.evaluation, architecture.fingerprint)
+    prompt_tokens, config = min(params.prompt_tokens, ids.size), load_config(layout.model)
+    longest = {"evaluate.prompt_tokens + evaluate.decode_tokens": prompt_tokens + params.decode_tokens}
+    require_positions(config, architecture, longest)
     device = resolve_device(compute.device)
     dtype = resolve_dtype(compute.dtype, device)
     dense = load_model(layout.model, dtype).to(device)
     pruned = load_model(layout.pruned, dtype, trust_remote_code=plan_meta["shape"] == "per_layer").to(device)
 
-    left, _ = with_biases(architecture, load_config(layout.model), provenance["biases_added"])
+    left, _ = with_biases(architecture, config, provenance["biases_added"])
     models = {"dense": dense, "pruned": pruned}
     losses = [window_losses(model, ids, compute.batch_tokens, name) for name, model in models.items()]
-    prompt = torch.from_numpy(ids.reshape(1, -1)[:, : params.prompt_tokens]).to(device)
+    prompt = torch.from_numpy(ids.reshape(1, -1)[:, :prompt_tokens]).to(device)
     speed = compare_speed(dense, pruned, prompt, params.decode_tokens, params.rounds)
     ratio = perplexity_ratio(losses[0], losses[1])
     tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)

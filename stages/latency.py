@@ -17,14 +17,15 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         typer.echo(f"allocate.objective is {settings.allocate.objective}: nothing is timed")
         return
 
-    from libprune.checkpoint import load_config
+    from libprune.checkpoint import load_config, require_positions
     from libprune.compute import resolve_device, resolve_dtype
     from libprune.latency import fit_lines, time_layers
 
     device = resolve_device(settings.compute.device)
     dtype = resolve_dtype(settings.compute.dtype, device)
-    section = settings.latency
-    lines = fit_lines(architecture, time_layers(load_config(layout.model), architecture, device, dtype, section))
+    section, config = settings.latency, load_config(layout.model)
+    require_positions(config, architecture, {"latency.tokens": section.tokens})
+    lines = fit_lines(architecture, time_layers(config, architecture, device, dtype, section))
     machine = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     write_json(layout.latency, {"model": architecture.fingerprint, **section.model_dump(), **machine, **lines})
     for part, seconds in lines["unit"].items():

@@ -9,6 +9,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from transformers import AutoTokenizer
 
     from libprune.artifacts import Layout, read_architecture, require
+    from libprune.checkpoint import load_config, require_positions
     from libprune.drawing import draw_texts
     from libprune.params import load_params
     from libprune.self_text import SelfText
@@ -16,7 +17,10 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     layout, settings = Layout(artifacts), load_params(params)
     architecture = read_architecture(layout)
-    tokenizer = AutoTokenizer.from_pretrained(require(layout.model, "prepare"), local_files_only=True)
+    lengths = ("calibration_length", "evaluation_length")
+    asked = {f"tokenize.{name}": getattr(settings.tokenize, name) for name in lengths}
+    require_positions(load_config(require(layout.model, "prepare")), architecture, asked)
+    tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
     writer = SelfText(layout, architecture, tokenizer, settings.compute.device, settings.compute.dtype)
     calibration, evaluation = draw_texts(settings.tokenize, tokenizer, writer.sample)
     texts = (("calibration", layout.calibration, calibration), ("evaluation", layout.evaluation, evaluation))

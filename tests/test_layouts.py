@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture, Map
 from libprune.describe import describe
+from libprune.errors import StatisticsError
 from tests.collected import (
     LENGTH,
     N_TOK,
@@ -125,3 +126,14 @@ def test_gram_matrices_are_those_of_the_consumers_inputs(model, architecture):
     assert len(seen) == len(list(architecture.blocks()))
     for name, x in seen.items():
         assert_close(found[f"{name}.input_gram"], x.T @ x / len(x))
+
+
+@pytest.mark.parametrize("collect", [activations, gradients])
+@pytest.mark.parametrize("row", [0, 3])
+def test_a_value_that_is_not_finite_is_laid_to_its_sequence_where_tokens_are_joined(collect, row):
+    model = FAMILIES["opt"](0)
+    of_row = torch.arange(SEQUENCES * LENGTH)[:, None] // LENGTH == row
+    model.model.decoder.layers[1].fc1.register_forward_hook(lambda *call: call[2].masked_fill(of_row, torch.inf))
+    message = rf"the input of model\.decoder\.layers\.1\.fc2 is not finite for calibration sequence {row};"
+    with pytest.raises(StatisticsError, match=message):
+        collect(model, size=SEQUENCES)
