@@ -7,7 +7,9 @@ wrapper is slow, and the others by beartype alone.
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from beartype import BeartypeConf
 from beartype.claw import beartype_package
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+from tests.preloaded import preloaded
 
 _PACKAGE = Path(__file__).parents[1] / "libprune"
 _SHAPED = [f"libprune.{path.stem}" for path in _PACKAGE.glob("*.py") if "from jaxtyping" in path.read_text()]
@@ -44,3 +48,17 @@ settings.load_profile("libprune")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files are shared out over the processes; the one that takes longest goes first."""
     items.sort(key=lambda item: item.path.stem != "test_pipeline")
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory) -> Iterator[Path]:
+    """A `python` whose programs need no time for the imports of torch and transformers."""
+    path = tmp_path_factory.mktemp("preloaded") / "python"
+    with preloaded(path, os.environ):
+        yield path
+
+
+@pytest.fixture
+def quick_proof(monkeypatch, python) -> None:
+    """The process that loads a pruned model is a fork; where not asked for, it begins from nothing."""
+    monkeypatch.setattr(sys, "executable", str(python))

@@ -163,7 +163,7 @@ def test_the_stage_writes_the_scores_under_the_fix_and_both_ratios(project, caps
     assert all(f"note: {sentence}" in capsys.readouterr().out for sentence in metrics["diagnosis"]["advice"])
 
 
-def test_layers_that_collapse_are_gone_from_the_saved_model(project):
+def test_layers_that_collapse_are_gone_from_the_saved_model(project, quick_proof):
     collapse = {"collapse_below": 0.95, "allow_layer_removal": True, "ratio": 0.4}
     plan, _, metrics = allocated(project, gradient_fix="none", **collapse)
     architecture = read_architecture(Layout(project / "artifacts"))

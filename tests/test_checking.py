@@ -53,7 +53,7 @@ def write_plan(path: Path, architecture: Architecture, plan: Plan, shape: str) -
 
 @pytest.fixture(scope="module")
 def uniform(layout) -> Path:
-    """What slice writes of a uniform plan, without a repair."""
+    """What slice writes of a uniform plan, without a repair; proved by a process that begins from nothing."""
     architecture = read_architecture(layout)
     write_plan(layout.plan, architecture, random_plan(architecture, "uniform"), "uniform")
     layout.pruned.mkdir()
@@ -85,7 +85,7 @@ def faults(folder: Path, **options: object) -> list[str]:
 GOOD = dict.fromkeys(("files", "config", "weights", "loads", "logits", "generates"), "ok")
 
 
-def test_a_healthy_uniform_folder_passes_and_equals_the_masked_dense_model(layout, uniform):
+def test_a_healthy_uniform_folder_passes_and_equals_the_masked_dense_model(layout, uniform, quick_proof):
     done = CliRunner().invoke(app, ["check", str(uniform), "--dense", str(layout.model)])
     assert done.exit_code == 0, done.output
     lines = [line.split(maxsplit=2) for line in done.output.splitlines()]
@@ -96,7 +96,7 @@ def test_a_healthy_uniform_folder_passes_and_equals_the_masked_dense_model(layou
     assert f"{sum(tensor.numel() for tensor in tensors.values()):,} parameters" in done.output
 
 
-def test_a_healthy_folder_of_any_widths_passes_with_its_own_code(layout, per_layer):
+def test_a_healthy_folder_of_any_widths_passes_with_its_own_code(layout, per_layer, quick_proof):
     findings = list(check_folder(per_layer, trust_remote_code=True, dense=layout.model))
     assert kinds(findings) == GOOD | {"dense": "note"}
     assert "changed weights" in findings[-1].text

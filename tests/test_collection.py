@@ -3,11 +3,13 @@
 import fcntl
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from subprocess import PIPE
 from types import SimpleNamespace
 
 import numpy as np
@@ -211,7 +213,7 @@ def test_a_value_that_is_not_finite_leaves_the_sums_before_it_usable(place, stop
     assert meta["sequences"] == 3
 
 
-def test_a_second_run_waits_for_the_first(place):
+def test_a_second_run_waits_for_the_first(place, python):
     """As after DVC was killed and its stage went on."""
     work = place / ".work"
     work.mkdir()
@@ -220,15 +222,7 @@ def test_a_second_run_waits_for_the_first(place):
         lock.write("4711")
         lock.flush()
         second = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "stages.hessian",
-                "--params",
-                str(place / "params.yaml"),
-                "--artifacts",
-                "artifacts",
-            ],
+            [python, "-m", "stages.hessian", "--params", place / "params.yaml", "--artifacts", "artifacts"],
             cwd=place,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
@@ -245,10 +239,10 @@ def test_a_second_run_waits_for_the_first(place):
     assert (place / "artifacts/hessian/units.parquet").exists()
 
 
-def test_kills_at_random_moments():
+def test_kills_at_random_moments(python):
     """A few of `bench/kills.py`, which checks for itself."""
     done = subprocess.run(
-        [sys.executable, "-m", "bench.kills", "--kills", "2"],
+        [python, "-m", "bench.kills", "--kills", "2"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -373,6 +367,23 @@ def launch(place: Path, program: str, **environment: str) -> subprocess.Complete
     return subprocess.run(command, cwd=place, env=everything, capture_output=True, text=True, check=False)
 
 
+def together(python: Path, place: Path, program: str, **environment: str) -> list[str]:
+    """What the two processes say of a program that ends well; as `launch`, without the launcher and its imports."""
+    (place / "program.py").write_text(HEAD + program)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    everything = os.environ | {"PYTHONPATH": str(ROOT)} | meeting | environment
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for rank in "01"]
+    processes = [
+        subprocess.Popen([python, "program.py"], cwd=place, env=everything | rank, stdout=PIPE, stderr=PIPE, text=True)
+        for rank in ranks
+    ]
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return [out for out, _ in said]
+
+
 HEAD = """
 import os
 from pathlib import Path
@@ -399,11 +410,10 @@ for entry in found.architecture.maps:
 """
 
 
-@pytest.mark.parametrize(("shard", "program"), [("0", ALL), ("1", SHARDED + ALL)])
-def test_two_processes_give_the_artifacts_of_one(project, place, shard, program):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_give_the_artifacts_of_one(project, place, python, sharded):
     """Whole models, and a model shared out (FSDP2) even after a pass; sums differ in their order alone."""
-    done = launch(place, program, LIBPRUNE_SHARD=shard)
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(python, place, SHARDED + ALL if sharded else ALL, LIBPRUNE_SHARD=str(int(sharded)))
     for name in STAGES:
         assert_same(place / "artifacts" / name, project / name, exact=False)
         assert_same_tables(project / name / "units.parquet", place / "artifacts" / name / "units.parquet")
@@ -420,12 +430,15 @@ def assert_same_tables(one: Path, two: Path) -> None:
             np.testing.assert_allclose(found[column], values, rtol=1e-4, atol=1e-5 * np.abs(values).max())
 
 
-def test_a_process_that_fails_fails_the_stage_and_all_go_on_together(project, place):
-    """The second process stops after two of its three batches; the next run has the same bytes as if it had not."""
-    whole = launch(place, "run('gradients')\n")
-    assert whole.returncode == 0, whole.stderr[-3000:]
+def test_a_process_that_fails_fails_the_stage_and_all_go_on_together(project, place, python):
+    """The second process stops after two of its three batches; the next run has the same bytes as if it had not.
+
+    What `torchrun` launches before that is as without it.
+    """
+    together(python, place, "run('gradients')\n")
     (place / "artifacts/gradients").rename(place / "whole")
     program = """
+run("hessian")
 import libprune.gradients as g
 losses, left = g.sequence_losses, [2]
 
@@ -440,18 +453,17 @@ run("gradients")
     stopped = launch(place, program, LIBPRUNE_CHECKPOINT_SECONDS="0")
     assert stopped.returncode != 0
     assert not (place / "artifacts/gradients").exists()
-    done = launch(place, "run('gradients')\n")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "continues from a saved state: 4 of 6 are done" in done.stdout
+    assert_same(place / "artifacts/hessian", project / "hessian", exact=False)
+    first, _ = together(python, place, "run('gradients')\n")
+    assert "continues from a saved state: 4 of 6 are done" in first
     assert_same(place / "artifacts/gradients", place / "whole")
 
 
-def test_processes_that_have_nothing_to_do_do_not_meet(place):
+def test_processes_that_have_nothing_to_do_do_not_meet(place, python):
     change(place, "hessian", estimator="none")
     change(place, "ablation", units=0)
-    done = launch(place, "for _ in range(20): run('hessian'); run('ablation')\n")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("nothing collected") == 20
+    first, _ = together(python, place, "for _ in range(20): run('hessian'); run('ablation')\n")
+    assert first.count("nothing collected") == 20
 
 
 def test_sharing_out_needs_two_processes(monkeypatch, place):

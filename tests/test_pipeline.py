@@ -7,10 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
 import yaml
@@ -24,10 +21,14 @@ ORDER += ["score", "sensitivity", "levels", "latency", "allocate", "slice", "eva
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
 
 
-def environment() -> dict[str, str]:
+PYTHON = ".venv/bin/python"
+"""A folder's own, with everything heavy imported; of those on the PATH it is the first."""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a command in a folder."""
     settings = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "PATH": f"{(folder / PYTHON).parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "DVC_NO_ANALYTICS": "1",
         "LIBPRUNE_CHECKPOINT_SECONDS": "0",
@@ -36,7 +37,7 @@ def environment() -> dict[str, str]:
 
 
 def run(command: list[str], cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=cwd, env=environment(cwd), capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -67,22 +68,22 @@ def copy(path: str, source: Path, target: Path) -> None:
         shutil.copyfile(source / path, target / path)
 
 
-def test_each_stage_needs_only_what_it_declares(tmp_path, sources):
+def test_each_stage_needs_only_what_it_declares(tmp_path, sources, python):
     """Every stage runs in a folder that holds its declared code, inputs and params, and nothing else."""
     pipeline, made = stages(), tmp_path / "made"
     made.mkdir()
     params = tiny.write_params(tmp_path / "params.yaml", **sources)
-    with preloaded(tmp_path) as run_stage:
-        for name in ORDER:
-            stage, folder = pipeline[name], tmp_path / name
-            for dep in stage["deps"]:
-                copy(dep, ROOT if dep.startswith(("libprune/", "stages/")) else made, folder)
-            for package in ("libprune", "stages"):
-                (folder / package / "__init__.py").touch()
-            shutil.copyfile(params, folder / "params.yaml")
-            assert run_stage(folder, stage["cmd"].rpartition(" -m ")[2]) == 0, name
-            for out in outputs(stage):
-                copy(out, folder, made)
+    for name in ORDER:
+        stage, folder = pipeline[name], tmp_path / name
+        for dep in stage["deps"]:
+            copy(dep, ROOT if dep.startswith(("libprune/", "stages/")) else made, folder)
+        for package in ("libprune", "stages"):
+            (folder / package / "__init__.py").touch()
+        shutil.copyfile(params, folder / "params.yaml")
+        link(python, folder)
+        run(["sh", "-c", stage["cmd"]], folder)
+        for out in outputs(stage):
+            copy(out, folder, made)
     evaluation = json.loads((made / "metrics/evaluation.json").read_text())
     assert evaluation["pruned"]["decoder_share_removed"] == pytest.approx(0.2, abs=0.02)
     assert evaluation["dense"]["perplexity"] > 1
@@ -90,49 +91,20 @@ def test_each_stage_needs_only_what_it_declares(tmp_path, sources):
     assert "from_pretrained" in (made / "report/report.html").read_text()
 
 
-@contextmanager
-def preloaded(folder: Path) -> Iterator[Callable[[Path, str], int]]:
-    """Runs stages as children of a process that has imported torch and transformers once; each sees no other libprune
-    than its folder's.
-    """
-    command = [sys.executable, "-c", PRELOADED, str(ROOT)]
-    with subprocess.Popen(command, 0, None, PIPE, PIPE, cwd=folder, env=environment(), text=True) as process:
-
-        def run_stage(folder: Path, module: str) -> int:
-            print(folder, module, file=process.stdin, flush=True)
-            return int(process.stdout.readline())
-
-        yield run_stage
-        process.stdin.close()
-
-
-PRELOADED = """
-import os, runpy, sys
-import torch, transformers.models.llama.modeling_llama
-sys.path[:] = [path for path in sys.path if path and path != sys.argv[1]]
-sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
-for line in sys.stdin:
-    folder, module = line.split()
-    child = os.fork()
-    if not child:
-        os.dup2(2, 1)
-        os.chdir(folder)
-        sys.path.insert(0, folder)
-        sys.argv = [module]
-        runpy.run_module(module, run_name="__main__")
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+def link(python: Path, folder: Path) -> None:
+    (folder / PYTHON).parent.mkdir(parents=True)
+    (folder / PYTHON).symlink_to(python)
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, sources) -> Path:
+def project(tmp_path_factory, sources, python) -> Path:
     """A fresh repository with the tiny params, reproduced once."""
     folder = tmp_path_factory.mktemp("project")
     for path in TRACKED:
         copy(path, ROOT, folder)
     copy(".dvc/config", ROOT, folder)
     copy(".dvc/.gitignore", ROOT, folder)
+    link(python, folder)
     tiny.write_params(folder / "params.yaml", **sources)
     run(["git", "init", "-q"], folder)
     run(["git", "config", "user.name", "t"], folder)
@@ -232,14 +204,19 @@ def test_a_wrong_param_stops_at_once_and_loses_nothing(project):
 def test_a_stage_ends_with_its_dvc_and_the_next_repro_goes_on(project):
     """DVC is killed while gradients are collected: nothing runs on alone, and nothing is collected twice.
 
-    `sh` waits for the stage, where bash becomes it: killing DVC then leaves the stage its parent.
+    `sh` waits for the stage, where bash becomes it: killing DVC then leaves the stage its parent. The `python` is the
+    real one, which a stage starts with.
     """
+    (project / PYTHON).unlink()
     change(project, "gradients", "batch_sequences", 1)
     for section, key in (("tokenize", "calibration_sequences"), ("gradients", "sequences")):
         change(project, section, key, 400)  # seconds of work, so that the kill comes before its end
     change(project, "compute", "batch_tokens", 16)
     repro = subprocess.Popen(
-        ["dvc", "repro", "gradients"], cwd=project, env=environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.DEVNULL
+        ["dvc", "repro", "gradients"],
+        cwd=project,
+        env=environment(project) | {"SHELL": "/bin/sh"},
+        stdout=subprocess.DEVNULL,
     )
     while not list(project.glob(".work/gradients/*/process-*/after-*")):
         assert repro.poll() is None

@@ -78,7 +78,7 @@ def made(root: Path, name: str, kind: str) -> tuple[Layout, Plan]:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("llama_mha", "uniform"), ("llama_mha", "holes")])
-def test_biases_are_added_where_the_config_can_say_them(tmp_path, name, kind):
+def test_biases_are_added_where_the_config_can_say_them(tmp_path, quick_proof, name, kind):
     """The proof in `prune` compares the reloaded folder with the masked dense model under the new biases."""
     layout, plan = made(tmp_path, name, kind)
     folder = tmp_path / "pruned"

@@ -346,13 +346,17 @@ def test_only_pruned_consumers_change_and_only_where_inputs_stay():
 
 
 def test_auto_chooses_a_damping_for_every_consumer_by_its_own_held_out_error():
-    plan, ids = a_third(describe(FAMILIES["llama"](0))), tokens(18, 12)
-    auto = repair(FAMILIES["llama"](0), plan, ids, None)[0][0]
-    fixed = [repair(FAMILIES["llama"](0), plan, ids, damping)[0][0] for damping in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)]
-    best = min(fixed, key=lambda fit: fit.held_out_after)
+    architecture = describe(FAMILIES["llama"](0))
+
+    def first_fit(damping: float | None, sequences: int = 18) -> Fit:
+        batches = split_batches(tokens(sequences, 12), 4)
+        return SequentialRepair(FAMILIES["llama"](0), architecture, a_third(architecture), batches, damping).step(0)[0]
+
+    auto = first_fit(None)
+    best = min(map(first_fit, (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)), key=lambda fit: fit.held_out_after)
     assert (auto.damping, auto.held_out_after) == (best.damping, pytest.approx(best.held_out_after))
     with pytest.raises(LibpruneError, match=r"slice\.damping: auto chooses by every eighth calibration sequence"):
-        repair(FAMILIES["llama"](0), plan, ids[:7], None)
+        first_fit(None, sequences=7)
 
 
 # Blocks that do more than add

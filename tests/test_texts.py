@@ -30,6 +30,15 @@ DOCUMENTS = ["the cat sees a bird", "  never, and then: today", "a river", 'the 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # a stream of csv leaves it to gc
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_aside():
+    """What is there before these tests is not looked through after each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -162,10 +162,14 @@ def shards_read(layout: Layout, stage: str, params: Score) -> bool:
     return False
 
 
-@pytest.mark.parametrize("params", [case for case in CASES if case.id != "random-random"])
+@pytest.fixture(scope="module", params=[case for case in CASES if case.id != "random-random"])
+def joined(request, layout) -> tuple[Columns, Score]:
+    return table_of(layout, request.param), request.param
+
+
 @given(seed=st.integers(0, 2**32 - 1))
-def test_units_that_change_places_take_their_importance_along(layout, params, seed):
-    table = table_of(layout, params)
+def test_units_that_change_places_take_their_importance_along(joined, seed):
+    table, params = joined
     moved = np.arange(len(table["cost"]))
     rng = np.random.default_rng(seed)
     for rows in blocks(table):
