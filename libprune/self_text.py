@@ -56,7 +56,7 @@ class SelfText:
         self._work = layout.root.parent / ".work" / "self"
 
     def sample(self, count: int, length: int, seed: int | None) -> tuple[Ids, dict[str, Any]]:
-        """Sequences without special tokens, and how they were made.
+        """Sequences of ordinary tokens of the tokenizer, none special, and how they were made.
 
         The same arguments give the same sequences on the same machine. Those of `seed` None are of random numbers that
         no other seed uses. Every batch is saved, so that a run that was stopped goes on after its last one.
@@ -108,7 +108,7 @@ class SelfText:
         return ids.cpu().numpy()
 
     def _go_on(self, ids: Int[Tensor, "batch start"], count: int, bar: Any, **how: Any) -> Int[Tensor, "batch end"]:
-        how |= {"max_new_tokens": count, "suppress_tokens": self._special}
+        how |= {"max_new_tokens": count, "suppress_tokens": self._others}
         return self._model.generate(ids, attention_mask=torch.ones_like(ids), streamer=_Progress(bar), **how)
 
     @cached_property
@@ -126,14 +126,20 @@ class SelfText:
         return model
 
     @cached_property
-    def _special(self) -> list[int]:
+    def _ordinary(self) -> Ids:
+        """Ids of the tokenizer's tokens, without the special ones."""
         added = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
-        return sorted(added | set(self._tokenizer.all_special_ids))
+        known = {i for i in self._tokenizer.get_vocab().values() if i < self._vocab}
+        return np.array(sorted(known - added - set(self._tokenizer.all_special_ids)), dtype=np.int64)
 
     @cached_property
-    def _ordinary(self) -> Ids:
-        known = min(len(self._tokenizer), self._model.config.get_text_config().vocab_size)
-        return np.setdiff1d(np.arange(known), self._special)
+    def _others(self) -> list[int]:
+        """Ids that are never written: special tokens, and rows of the embedding that no token of the tokenizer uses."""
+        return np.setdiff1d(np.arange(self._vocab), self._ordinary).tolist()
+
+    @property
+    def _vocab(self) -> int:
+        return int(self._model.config.get_text_config().vocab_size)
 
 
 class _Progress(BaseStreamer):

@@ -22,6 +22,7 @@ from libprune.tokens import read_tokens, windows
 from stages import prepare, tokenize
 from tests import tiny
 from tests.hub import REVISION, write_cached
+from tests.models import FAMILIES, VOCAB, write_dense
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +252,14 @@ def test_sampled_sequences_have_the_length_asked_for_and_no_special_token(writer
     assert ids.dtype == np.int64
     assert not set(ids.flatten().tolist()) & set(tokenizer.all_special_ids)
     assert how["at_once"] == min(9, writer.at_once(length))
+
+
+def test_ids_of_which_the_tokenizer_knows_nothing_are_not_written(tokenizer, tmp_path):
+    """Embeddings are often padded to a round number of rows."""
+    assert len(tokenizer) < VOCAB
+    dense = write_dense(FAMILIES["gpt2"](0), tmp_path / "artifacts" / "model")
+    writer = SelfText(Layout(tmp_path / "artifacts"), dense.architecture, tokenizer, "cpu", "float32")
+    assert writer.sample(20, 10, 0)[0].max() < len(tokenizer)
 
 
 @pytest.mark.parametrize("length", [1, 16, 100_000])
