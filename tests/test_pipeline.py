@@ -92,7 +92,7 @@ def test_each_stage_needs_only_what_it_declares(tmp_path, sources, python):
 
 
 def link(python: Path, folder: Path) -> None:
-    (folder / PYTHON).parent.mkdir(parents=True)
+    (folder / PYTHON).parent.mkdir(parents=True, exist_ok=True)
     (folder / PYTHON).symlink_to(python)
 
 
@@ -201,16 +201,16 @@ def test_a_wrong_param_stops_at_once_and_loses_nothing(project):
     assert stages_run(run(["dvc", "repro"], project)) == []
 
 
-def test_a_stage_ends_with_its_dvc_and_the_next_repro_goes_on(project):
+def test_a_stage_ends_with_its_dvc_and_the_next_repro_goes_on(project, python):
     """DVC is killed while gradients are collected: nothing runs on alone, and nothing is collected twice.
 
-    `sh` waits for the stage, where bash becomes it: killing DVC then leaves the stage its parent. The `python` is the
-    real one, which a stage starts with.
+    `sh` waits for the stage, where bash becomes it: killing DVC then leaves the stage its parent. That stage is
+    run by the real `python`.
     """
     (project / PYTHON).unlink()
     change(project, "gradients", "batch_sequences", 1)
     for section, key in (("tokenize", "calibration_sequences"), ("gradients", "sequences")):
-        change(project, section, key, 400)  # seconds of work, so that the kill comes before its end
+        change(project, section, key, 200)  # seconds of work, so that the kill comes before its end
     change(project, "compute", "batch_tokens", 16)
     repro = subprocess.Popen(
         ["dvc", "repro", "gradients"],
@@ -229,6 +229,7 @@ def test_a_stage_ends_with_its_dvc_and_the_next_repro_goes_on(project):
         time.sleep(0.01)
     assert not runs(stage)
     (project / ".dvc/tmp/rwlock").unlink(missing_ok=True)
+    link(python, project)
     done = run(["dvc", "repro", "gradients"], project)
     assert "continues from a saved state" in done.stdout
     assert not list((project / ".work/gradients").iterdir())
