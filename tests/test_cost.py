@@ -122,12 +122,13 @@ def test_every_objective_counts_what_a_unit_takes_with_it(name, objective):
     amount = attrgetter({"parameters": "total"}.get(objective, objective))
     for part in architecture.parts:
         number = architecture.units(part)
-        without = [Plan({**dense, (1, part): np.arange(number) >= gone}) for gone in range(number + 1)]
+        counts = [0, number] if architecture.parts[part].coupled else range(number + 1)
+        without = [Plan({**dense, (1, part): np.arange(number) >= gone}) for gone in counts]
         amounts = [amount(cost.size(architecture, plan)) for plan in without]
         assert [prices.removed(plan) for plan in without] == [amounts[0] - left for left in amounts]
         found = [prices.removed(plan) for plan in without]
         each, rest = prices.unit[1, part], prices.rest[1, part]
-        assert found == [gone * each for gone in range(number)] + [number * each + rest]
+        assert found == [gone * each + (rest if gone == number else 0) for gone in counts]
     assert prices.decoder == sum(
         prices.unit[block] * architecture.units(block[1]) + prices.rest[block] for block in architecture.blocks()
     )
