@@ -55,6 +55,13 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
     )
 
 
+def without_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config on the meta device: modules and shapes alone."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
 def bias_key(family: str, config: PreTrainedConfig, part: str) -> str | None:
     """The config key that gives all maps of a part a bias; None if this config class has none."""
     key = families()[family].config.biases.get(part)
@@ -78,9 +85,7 @@ def with_biases(
             raise NotExpressibleError(f"the config of this {config.model_type} model cannot say biases in its {part}")
         data[key] = True
     biased = type(config).from_dict(data)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(biased)
-    return describe(model, architecture.fingerprint, accept=tuple(data)), biased
+    return describe(without_weights(biased), architecture.fingerprint, accept=tuple(data)), biased
 
 
 def _refuse_experts(config: PreTrainedConfig) -> None:

@@ -4,18 +4,32 @@ A family file is all that anyone writes for a new architecture. `docs/notation.m
 statistics, scores, costs, masks, slices and the pruned config are derived from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from libprune.axes import Expr, LinearMap, parse_expr, parse_map
 from libprune.errors import FamilyError, nearest
 
 FOLDER = Path(__file__).parent / "families"
+
+
+def _readable(parse: Callable[[str], object]) -> AfterValidator:
+    def read(text: str) -> str:
+        parse(text)
+        return text
+
+    return AfterValidator(read)
+
+
+ExprText = Annotated[str, _readable(parse_expr)]
+"""An expression of the notation, as it is written."""
+MapText = Annotated[str, _readable(parse_map)]
+"""A map or a vector of the notation, as it is written."""
 
 
 class _Strict(BaseModel):
@@ -31,9 +45,9 @@ class Part(_Strict):
     """The axis whose indices are the units that can be removed."""
     module: str
     """The submodule of the block that computes the part; its other modules are norms around it."""
-    modules: dict[str, str]
+    modules: dict[str, MapText]
     """Module path inside the block to its map or vector. All of them go when the part goes."""
-    attributes: dict[str, str] = Field(default_factory=dict)
+    attributes: dict[str, ExprText] = Field(default_factory=dict)
     """Path of an attribute that the code works out from the dense width, to the expression that it must equal."""
 
     @cached_property
@@ -48,20 +62,13 @@ class Part(_Strict):
             path for path, entry in self.parsed.items() if isinstance(entry, Expr) and self.axis in entry.names
         )
 
-    @field_validator("attributes")
-    @classmethod
-    def _readable(cls, attributes: dict[str, str]) -> dict[str, str]:
-        for text in attributes.values():
-            parse_expr(text)
-        return attributes
-
 
 class ConfigKeys(_Strict):
     """How the Hugging Face config of the family says the sizes."""
 
     layers: str
     """The key that holds the number of blocks."""
-    sizes: dict[str, str | list[str]]
+    sizes: dict[str, ExprText | list[ExprText]]
     """Key to the expression(s) whose size it holds. A key with two expressions needs both equal."""
     per_layer_lists: list[str] = Field(default_factory=list)
     """Keys that hold one entry a block; the entries of a deleted block go with it."""
@@ -71,14 +78,6 @@ class ConfigKeys(_Strict):
     """Part to the key that gives all its maps a bias when it is true, where the model has none."""
     inert: list[str] = Field(default_factory=list)
     """Keys that no prunable size depends on."""
-
-    @field_validator("sizes")
-    @classmethod
-    def _readable(cls, sizes: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-        for texts in sizes.values():
-            for text in [texts] if isinstance(texts, str) else texts:
-                parse_expr(text)
-        return sizes
 
     @cached_property
     def expressions(self) -> dict[str, tuple[Expr, ...]]:
@@ -109,24 +108,11 @@ class Family(_Strict):
     layers: str
     """Path of the list of blocks."""
     parts: dict[str, Part]
-    outside: dict[str, str]
+    outside: dict[str, MapText]
     """Module path to map or vector, for what lies outside the blocks."""
-    cache: str
+    cache: ExprText
     """What the KV cache holds per token and block."""
     config: ConfigKeys
-
-    @field_validator("cache")
-    @classmethod
-    def _cache_readable(cls, cache: str) -> str:
-        parse_expr(cache)
-        return cache
-
-    @field_validator("outside")
-    @classmethod
-    def _readable(cls, outside: dict[str, str]) -> dict[str, str]:
-        for text in outside.values():
-            parse_map(text)
-        return outside
 
     @field_validator("parts")
     @classmethod

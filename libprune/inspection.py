@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from libprune import cost
 from libprune.allocation import descend, result_shape
 from libprune.architecture import Architecture
-from libprune.describe import describe
+from libprune.describe import describe, without_weights
 from libprune.errors import BudgetError
 from libprune.family import family_of
 from libprune.footprint import Footprint, dtype_name, footprints
@@ -86,8 +85,7 @@ def inspect_model(params: Params) -> Inspection:
     """
     config = load_dense_config(params.prepare)
     family_of(config.model_type)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=params.prepare.trust_remote_code)
+    model = without_weights(config, params.prepare.trust_remote_code)
     architecture, stored = describe(model, accept=params.prepare.accept_config), dense_dtype(params.prepare, config)
     smaller = stored if params.slice.dtype == "auto" else getattr(torch, params.slice.dtype)
     dense = _shape(architecture, Plan.dense(architecture), 0.0, "uniform", stored)

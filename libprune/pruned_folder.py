@@ -11,15 +11,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from libprune.architecture import Architecture
 from libprune.axes import LinearMap, parse_expr
 from libprune.checkpoint import load_config
-from libprune.describe import new_config
+from libprune.describe import new_config, without_weights
 from libprune.family import Family, Part, families
 from libprune.plan import Plan
 
@@ -79,8 +78,7 @@ def _save_weights(
     if "per_layer_config" in pruned:
         save_torch_state_dict(dict(state), folder, safe_serialization=True)
         return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(type(config).from_dict(dict(pruned)))
+    model = without_weights(type(config).from_dict(dict(pruned)))
     model.save_pretrained(folder, state_dict=dict(state))
 
 
@@ -161,8 +159,7 @@ def _modeling_code(family: Family, config: PreTrainedConfig) -> str:
 
 
 def _layer_class(family: Family, config: PreTrainedConfig) -> str:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = without_weights(config)
     return type(model.get_submodule(family.layers)[0]).__name__
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from libprune.architecture import Architecture
 from libprune.artifacts import read_table
 from libprune.checkpoint import PROVENANCE, read_provenance
-from libprune.describe import describe
+from libprune.describe import describe, without_weights
 from libprune.errors import ArtifactError, LibpruneError
 from libprune.family import family_of
 from libprune.plan import Plan
@@ -98,8 +98,7 @@ class Record:
             ArtifactError: if the config is no model's.
         """
         try:
-            with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(self.stock_config)
+            model = without_weights(self.stock_config)
         except LibpruneError:
             raise
         except Exception as error:  # the config and model classes raise types of their own

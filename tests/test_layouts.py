@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from libprune.architecture import Architecture, Map
-from libprune.describe import describe
 from libprune.errors import StatisticsError
 from tests.collected import (
     LENGTH,
     N_TOK,
     SEQUENCES,
     activations,
+    architecture,
     assert_close,
     assert_untouched,
     gradients,
@@ -24,15 +24,12 @@ from tests.collected import (
 )
 from tests.models import FAMILIES, LAYOUTS, tokens
 
+__all__ = ["architecture"]
+
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def model(request) -> PreTrainedModel:
     return FAMILIES[request.param](0)
-
-
-@pytest.fixture(scope="module")
-def architecture(model) -> Architecture:
-    return describe(model)
 
 
 def of_blocks(model: PreTrainedModel, architecture: Architecture) -> dict[str, Tensor]:
