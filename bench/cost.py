@@ -26,6 +26,7 @@ from libprune.describe import describe
 from libprune.gradients import collect_gradients, gradient_groups
 from libprune.hessian import collect_probes, collect_squared_gradients, hessian_groups
 from libprune.sections import Activations, Gradients, Hessian
+from libprune.sequences import Sequences
 
 SHAPES = {
     "1b": {
@@ -48,7 +49,7 @@ def random_model(shape: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def plain_backward(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """Forward and backward with gradients of all block parameters, as a training step has them."""
-    sequence_losses(model, ids).sum().backward()
+    sequence_losses(model, Sequences(ids)).sum().backward()
     model.zero_grad()
 
 
@@ -58,7 +59,7 @@ def kinds(model: PreTrainedModel, architecture: Architecture, ids: torch.Tensor)
     fisher, probes = Hessian(estimator="fisher"), Hessian(estimator="hutchinson")
 
     def batches() -> list[tuple[int, int, torch.Tensor]]:
-        return [(0, 0, ids)]
+        return [(0, 0, Sequences(ids))]
 
     first = Accumulator(gradient_groups(architecture, n_tok, 1, gradients))
     second = Accumulator(hessian_groups(architecture, n_tok, fisher))
@@ -74,7 +75,7 @@ def kinds(model: PreTrainedModel, architecture: Architecture, ids: torch.Tensor)
 
     def forward_with_head() -> None:
         with no_grad:
-            sequence_losses(model, ids)
+            sequence_losses(model, Sequences(ids))
 
     return {
         "forward, without head": plain_forward,

@@ -81,11 +81,11 @@ class Bench:
         device = resolve_device("auto")
         self.model = load_model(layout.model, resolve_dtype("auto", device)).to(device)
         self.weights = WeightFiles(layout.model)
-        self.ids, _ = read_tokens(layout.evaluation, self.architecture.fingerprint)
+        self.windows, _ = read_tokens(layout.evaluation, self.architecture.fingerprint)
         self.dense = self.losses("dense")
 
     def losses(self, label: str):
-        return window_losses(self.model, self.ids, 2048, label)
+        return window_losses(self.model, self.windows, 2048, label)
 
     def plan(self, score: dict, allocate: dict, ratio: float):
         chosen = Score(**score)

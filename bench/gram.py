@@ -64,7 +64,7 @@ def main(
     """Print the table."""
     layout = Layout(root / "artifacts")
     architecture = read_architecture(layout)
-    ids = torch.from_numpy(read_tokens(layout.calibration, architecture.fingerprint, sequences)[0])
+    ids = read_tokens(layout.calibration, architecture.fingerprint, sequences)[0].ids
     last = architecture.layers - 1
     modules = [architecture.consumers(layer, "mlp")[0].module for layer in (0, last // 2, last)]
     model = load_model(layout.model, torch.float32)

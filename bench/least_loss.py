@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
+import torch
 import typer
 import yaml
 from transformers import AutoTokenizer
@@ -136,12 +136,12 @@ class Bench:
         self.architecture = read_architecture(self.layout)
         device = resolve_device("auto")
         self.model = load_model(self.layout.model, resolve_dtype("auto", device)).to(device)
-        ids, _ = read_tokens(self.layout.evaluation, self.architecture.fingerprint)
-        self.ids = ids[np.linspace(0, len(ids) - 1, min(windows, len(ids))).round().astype(int)]
+        found, _ = read_tokens(self.layout.evaluation, self.architecture.fingerprint)
+        self.windows = found[torch.linspace(0, len(found) - 1, min(windows, len(found))).round().long()]
         self.dense, self.dense_tasks = self._losses(), self._tasks()
 
     def _losses(self):
-        return window_losses(self.model, self.ids, self.compute.batch_tokens, "evaluate")
+        return window_losses(self.model, self.windows, self.compute.batch_tokens, "evaluate")
 
     def _tasks(self) -> dict[str, Any]:
         if not self.questions:
@@ -180,7 +180,7 @@ class Bench:
             "plan_seconds": planned - start,
             "repair_seconds": repaired - planned,
             "peak_memory_bytes": peak_memory(),
-            "windows": len(self.ids),
+            "windows": len(self.windows),
             "tasks": {"dense": self.dense_tasks, "pruned": tasks} if tasks else {},
             "sequences": self.sequences if sections[2].repair == "sequential" else None,
             "kept": [[plan.kept(layer, part) for part in self.architecture.parts] for layer in range(len(plan.layers))],

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import typer
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -26,6 +25,7 @@ from libprune.gradients import gradient_groups
 from libprune.hessian import hessian_groups
 from libprune.markdown import markdown_table
 from libprune.sections import Activations, Gradients, Hessian
+from libprune.sequences import Sequences
 from libprune.tokens import write_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -37,11 +37,12 @@ from libprune.checkpoint import load_model
 from pathlib import Path
 model = load_model(Path("artifacts/model"), torch.float32)
 from libprune.compute import sequence_losses
+from libprune.sequences import Sequences
 ids = torch.zeros(8, 128, dtype=torch.long)
 if sys.argv[1] == "backward":
     model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda m, a, o: o.requires_grad_(True))
-    sequence_losses(model, ids).sum().backward()
+    sequence_losses(model, Sequences(ids)).sum().backward()
 elif sys.argv[1] == "forward":
     with torch.no_grad(): model.base_model(input_ids=ids, use_cache=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -64,8 +65,8 @@ def prepare(folder: Path, hidden: int, inner: int, layers: int) -> tuple[int, di
     model.save_pretrained(layout.model)
     architecture = describe(model)
     layout.architecture.write_text(architecture.to_json())
-    ids = np.random.default_rng(0).integers(8192, size=(SEQUENCES, LENGTH))
-    write_tokens(layout.calibration, ids, {"model": architecture.fingerprint})
+    ids = torch.randint(8192, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
+    write_tokens(layout.calibration, Sequences(ids), {"model": architecture.fingerprint})
     groups = {
         "gradients": gradient_groups(architecture, LENGTH - 1, 2, Gradients()),
         "hessian": hessian_groups(architecture, LENGTH - 1, Hessian(estimator="fisher")),

@@ -59,8 +59,8 @@ def layer_ratios(root: Path, sequences: int, layers: int) -> list[float]:
     plan, _ = read_plan(layout, architecture)
     device = resolve_device("auto")
     model = load_model(layout.model, resolve_dtype("auto", device)).to(device)
-    ids = torch.from_numpy(read_tokens(layout.calibration, architecture.fingerprint, sequences)[0]).to(device)
-    batches = split_batches(ids, max(1, 1024 // ids.shape[1]))
+    found = read_tokens(layout.calibration, architecture.fingerprint, sequences)[0].to(device)
+    batches = split_batches(found, max(1, 1024 // found.ids.shape[1]))
     repair, blocks = (
         SequentialRepair(model, architecture, plan, batches, None, 1.0, 2.0),
         blocks_of(model, architecture),

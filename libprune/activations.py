@@ -17,6 +17,7 @@ from libprune.calibration import HELD_OUT_EVERY, held_out
 from libprune.compute import hooked, per_sequence, require_finite
 from libprune.input_statistics import Cosine, Gram, HeldOut, Histogram, InputMoments, entropy, frequency
 from libprune.sections import Activations
+from libprune.sequences import Batch
 from libprune.statistics import State, Statistic
 from libprune.units import sum_positions, unit_sums
 
@@ -52,7 +53,7 @@ def _layer_group(architecture: Architecture, layer: int, section: Activations) -
 def collect_activations(
     model: PreTrainedModel,
     architecture: Architecture,
-    batches: Iterable[tuple[int, int, Tensor]],
+    batches: Iterable[Batch],
     sums: Accumulator,
 ) -> None:
     """Add batches to the sums, with one forward pass over each sequence, without the head.
@@ -60,16 +61,16 @@ def collect_activations(
     Args:
         model: the model.
         architecture: its description.
-        batches: number, index of the first sequence and ids ``[batch, length]`` of each batch.
+        batches: each of sequences of one length.
         sums: of the `activation_groups`.
 
     Raises:
         StatisticsError: naming the module and sequence whose input is not finite.
     """
     with _collecting(model, architecture, sums) as collector, torch.no_grad():
-        for _, first, ids in batches:
-            collector.begin(first, len(ids))
-            model.base_model(input_ids=ids, use_cache=False)
+        for _, first, sequences in batches:
+            collector.begin(first, len(sequences))
+            model.base_model(input_ids=sequences.ids, use_cache=False)
 
 
 @contextmanager

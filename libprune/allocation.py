@@ -48,7 +48,13 @@ def allocate(
 
     Raises:
         BudgetError: if the target cannot be reached under the floors, or not in the asked shape.
+        LibpruneError: if layers may be removed that the model cannot do without.
     """
+    if architecture.layers_stay and params.allow_layer_removal:
+        raise LibpruneError(
+            f"allocate.allow_layer_removal is true, but no layer of family {architecture.family!r} can be deleted: its "
+            "norms work on the residual stream itself; set it to false"
+        )
     prices = cost.prices(architecture, params.objective, evidence.latency)
     return descend(architecture, _ladders(architecture, scores, params, prices), prices, params, evidence, improve)
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.axes import Expr, parse_expr
+from libprune.heads import HeadName
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ class Architecture:
         parts: part name (``attention``, ``mlp``) to its shape.
         parameters: every parameter of the model once (a tied one under its first name).
         maps: the linear maps of all blocks.
-        cache: what the KV cache holds per token and block.
+        cache: what the KV cache holds per token and block; None where there is none.
+        head: what the model is for, a name of `libprune.heads.HEADS`.
+        head_macs: multiply-accumulates a token of the linear maps behind the blocks; 0 where they run once a sequence.
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
     """
 
@@ -94,12 +97,19 @@ class Architecture:
     parts: Mapping[str, PartShape]
     parameters: tuple[Parameter, ...]
     maps: tuple[Map, ...]
-    cache: Expr
+    cache: Expr | None
+    head: HeadName
+    head_macs: int
     fingerprint: str = ""
 
     def units(self, part: str) -> int:
         """Number of units of a part in one block."""
         return self.sizes[self.parts[part].axis]
+
+    @property
+    def layers_stay(self) -> bool:
+        """Whether no layer can be deleted: without its parts it still changes the residual stream, by its norms."""
+        return any(p.layer is not None and p.part is None for p in self.parameters)
 
     def blocks(self) -> Iterator[tuple[int, str]]:
         """Every (layer, part), layer by layer."""
@@ -166,11 +176,13 @@ class Architecture:
         return json.dumps(
             {
                 "family": self.family,
+                "head": self.head,
+                "head_macs": self.head_macs,
                 "fingerprint": self.fingerprint,
                 "sizes": dict(self.sizes),
                 "layers": self.layers,
                 "layers_path": self.layers_path,
-                "cache": str(self.cache),
+                "cache": None if self.cache is None else str(self.cache),
                 "parts": {
                     name: {"axis": p.axis, "module": p.module, "expressible": p.expressible, "coupled": p.coupled}
                     for name, p in self.parts.items()
@@ -200,11 +212,13 @@ class Architecture:
         data: dict[str, Any] = json.loads(text)
         return Architecture(
             family=data["family"],
+            head=data["head"],
+            head_macs=data["head_macs"],
             fingerprint=data["fingerprint"],
             sizes=data["sizes"],
             layers=data["layers"],
             layers_path=data["layers_path"],
-            cache=parse_expr(data["cache"]),
+            cache=None if data["cache"] is None else parse_expr(data["cache"]),
             parts={
                 name: PartShape(p["axis"], p["module"], _counts(p["expressible"]), tuple(p["coupled"]))
                 for name, p in data["parts"].items()

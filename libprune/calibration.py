@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,6 +17,7 @@ from libprune.errors import LibpruneError
 from libprune.memory import checkpoint_blocks, offload_maps
 from libprune.parallel import World, join_world, shard_blocks
 from libprune.sections import Compute
+from libprune.sequences import Sequences
 from libprune.tokens import read_tokens, require_sequences
 
 HELD_OUT_EVERY = 8
@@ -36,7 +35,7 @@ class Calibration:
 
     Attributes:
         weights: the dense model's parameters, read from its files.
-        ids: the chosen calibration sequences, ``[sequences, length]``.
+        sequences: the chosen calibration sequences.
         available: calibration sequences that there are.
         compute: the params of how to run the model.
         meta: what the collected artifacts say of their origin.
@@ -46,7 +45,7 @@ class Calibration:
     model: PreTrainedModel
     architecture: Architecture
     weights: WeightFiles
-    ids: NDArray[np.int64]
+    sequences: Sequences
     available: int
     device: torch.device
     compute: Compute
@@ -55,9 +54,14 @@ class Calibration:
     work: Path
 
     @property
+    def first(self) -> int:
+        """The index of the first of them among all, where they are the last ones."""
+        return self.available - len(self.sequences)
+
+    @property
     def n_tok(self) -> int:
         """Loss-counted tokens of a sequence."""
-        return self.ids.shape[1] - 1
+        return self.sequences.counted
 
     @property
     def recompute(self) -> bool:
@@ -67,7 +71,7 @@ class Calibration:
     @property
     def at_once(self) -> int:
         """Sequences that `compute.batch_tokens` allow in one pass."""
-        return max(1, self.compute.batch_tokens // self.ids.shape[1])
+        return max(1, self.compute.batch_tokens // self.sequences.ids.shape[1])
 
 
 def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool = False) -> Calibration:
@@ -83,9 +87,9 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
         LibpruneError: if an artifact is missing or foreign, or the device cannot be used.
     """
     architecture = read_architecture(layout)
-    ids, tokens_meta = read_tokens(layout.calibration, architecture.fingerprint)
-    number = require_sequences(sequences, ids, layout.calibration)
-    chosen = ids[-number:] if last else ids[:number]
+    found, tokens_meta = read_tokens(layout.calibration, architecture.fingerprint)
+    number = require_sequences(sequences, found, layout.calibration)
+    chosen = (found[-number:] if last else found[:number]).shortest_first()
     world = join_world()
     device = resolve_device(compute.device, world.local_rank)
     if device.type == "cuda":
@@ -96,12 +100,12 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
         "model": architecture.fingerprint,
         "tokens": tokens_meta["tokens"],
         "sequences": len(chosen),
-        "length": ids.shape[1],
+        "length": found.ids.shape[1],
         "compute_dtype": str(dtype).removeprefix("torch."),
     }
     weights = WeightFiles(layout.model)
     work = layout.root.parent / ".work"
-    return Calibration(model, architecture, weights, chosen, len(ids), device, compute, world, meta, work)
+    return Calibration(model, architecture, weights, chosen, len(found), device, compute, world, meta, work)
 
 
 def require_own_weights(run: Calibration) -> None:

@@ -86,7 +86,7 @@ def _speed(speed: Metrics) -> list[str]:
     return [
         f"The change of {name} speed is within the noise of its rounds."
         for name in ("prefill", "decode")
-        if speed[f"{name}_spread"][0] <= 1 <= speed[f"{name}_spread"][1]
+        if speed[f"{name}_spread"] and speed[f"{name}_spread"][0] <= 1 <= speed[f"{name}_spread"][1]
     ]
 
 

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,6 +19,7 @@ from transformers import (
 from libprune.architecture import Architecture
 from libprune.artifacts import read_json, writing_folder
 from libprune.errors import ArtifactError, ParamsError, missing_key
+from libprune.heads import head_of
 
 PROVENANCE = "libprune.json"
 """The file of a pruned folder that says how it was made."""
@@ -81,7 +81,8 @@ def load_model(
     folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, config: PreTrainedConfig | None = None
 ) -> PreTrainedModel:
     """The model of a local folder in evaluation mode, in the given dtype, on the CPU; under another config if given."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    architectures = read_json(folder / "config.json", "slice").get("architectures")
+    model: PreTrainedModel = head_of(architectures).loader.from_pretrained(
         folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
     )
     return model.eval()

@@ -43,6 +43,7 @@ from libprune.calibration import Calibration
 from libprune.errors import StatisticsError
 from libprune.memory import fits_in_memory, gigabytes, require_room
 from libprune.parallel import World
+from libprune.sequences import Batch
 from libprune.shards import write_shard
 
 ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
@@ -67,15 +68,18 @@ class Collection:
     size: int
     tokens: int
 
-    def batches(self) -> Iterator[tuple[int, int, Tensor]]:
-        """The batches of calibration sequences that the sums do not hold yet.
-
-        Yields:
-            The batch's number, the index of its first sequence, and its ids ``[batch, length]``.
-        """
+    def batches(self) -> Iterator[Batch]:
+        """The batches of calibration sequences that the sums do not hold yet."""
         for number in self.steps():
             first = number * self.size
-            yield number, first, torch.from_numpy(self.run.ids[first : first + self.size]).to(self.run.device)
+            yield number, first, self.run.sequences[first : first + self.size].to(self.run.device)
+
+    def passes(self) -> Iterator[Batch]:
+        """The same, where sequences differ in length as several of one length each, under one number."""
+        for number, first, batch in self.batches():
+            for part in batch.passes(self.size):
+                yield number, first, part
+                first += len(part)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the batches that the sums do not hold yet, with a progress bar; the sums are saved between.
@@ -201,7 +205,7 @@ def collecting(
         on_disk = _on_disk(run, state_bytes(groups))
         _announce(run, stage, target, home, groups, on_disk)
         accumulator = Accumulator(groups, live if on_disk else None)
-        count, length = items or len(run.ids), tokens or run.ids.shape[1]
+        count, length = items or len(run.sequences), tokens or run.sequences.ids.shape[1]
         work = Collection(run, stage, accumulator, checkpoints, count, size, length)
         _mention_others(run, home)
         work.resume(home)

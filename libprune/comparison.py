@@ -13,7 +13,17 @@ from libprune.checkpoint import load_config, load_model, read_provenance, requir
 from libprune.compute import resolve_device, resolve_dtype
 from libprune.continuations import continuations
 from libprune.describe import with_biases
-from libprune.evaluation import Losses, Speed, compare_speed, perplexity, perplexity_ratio, window_losses
+from libprune.errors import LibpruneError
+from libprune.evaluation import (
+    Losses,
+    Speed,
+    accuracy,
+    compare_speed,
+    label_hits,
+    perplexity,
+    perplexity_ratio,
+    window_losses,
+)
 from libprune.plan import Plan
 from libprune.sections import Compute, Evaluate
 from libprune.tasks import zero_shot
@@ -30,10 +40,12 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
     plan, plan_meta = read_plan(layout, architecture)
     provenance = read_provenance(require(layout.pruned, "slice"))
     same_origin(layout.pruned, provenance["plan"], plan_meta)
-    ids, tokens_meta = read_tokens(layout.evaluation, architecture.fingerprint)
-    prompt_tokens, config = min(params.prompt_tokens, ids.size), load_config(layout.model)
-    longest = {"evaluate.prompt_tokens + evaluate.decode_tokens": prompt_tokens + params.decode_tokens}
-    require_positions(config, architecture, longest)
+    windows, tokens_meta = read_tokens(layout.evaluation, architecture.fingerprint)
+    windows, config, writes = windows.shortest_first(), load_config(layout.model), architecture.head == "causal_lm"
+    prompt_tokens, decode_tokens = min(params.prompt_tokens, windows.ids.numel()), params.decode_tokens if writes else 0
+    require_positions(config, architecture, {"evaluate.prompt_tokens + decode_tokens": prompt_tokens + decode_tokens})
+    if params.tasks and not writes:
+        raise LibpruneError("evaluate.tasks are questions to models that write; set it to [] for this one")
     device = resolve_device(compute.device)
     dtype = resolve_dtype(compute.dtype, device)
     dense = load_model(layout.model, dtype).to(device)
@@ -41,17 +53,22 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
 
     left, _ = with_biases(architecture, config, provenance["biases_added"])
     models = {"dense": dense, "pruned": pruned}
-    losses = [window_losses(model, ids, compute.batch_tokens, name) for name, model in models.items()]
-    prompt = torch.from_numpy(ids.reshape(1, -1)[:, :prompt_tokens]).to(device)
-    speed = compare_speed(dense, pruned, prompt, params.decode_tokens, params.rounds)
+    losses = [window_losses(model, windows, compute.batch_tokens, name) for name, model in models.items()]
+    prompt = windows.ids.reshape(1, -1)[:, :prompt_tokens].to(device)
+    speed = compare_speed(dense, pruned, prompt, decode_tokens, params.rounds)
     ratio = perplexity_ratio(losses[0], losses[1])
     tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
     tasks = _zero_shot(tokenizer, models, params) if params.tasks else {}
+    if architecture.head == "sequence_classification":
+        hits = {name: label_hits(model, windows, compute.batch_tokens, name) for name, model in models.items()}
+        tasks = {"labels": {name: accuracy(found) for name, found in hits.items()}}
+    written = params.continuations if writes else 0
     return {
         "plan": plan_meta,
         "pruning": {name: provenance[name] for name in ("slice", "repair", "proof", "versions")},
         "model": {
             "type": pruned.config.model_type,
+            "head": architecture.head,
             "sizes": dict(architecture.sizes),
             "biases": [part for part in left.parts if _biased(left, part)],
         },
@@ -61,16 +78,16 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
         "pruned": _one(left, plan, losses[1], speed.pruned, dtype) | _removed(architecture, left, plan),
         "perplexity_ratio": {"value": ratio.value, "se": ratio.error},
         "tasks": tasks,
-        "continuations": continuations(models, tokenizer, ids, params.continuations, params.continuation_tokens),
+        "continuations": continuations(models, tokenizer, windows.ids.numpy(), written, params.continuation_tokens),
         "speed": {name: value for name, value in asdict(speed).items() if name not in {"dense", "pruned"}},
         "protocol": {
             "text": tokens_meta["source"],
-            "windows": len(ids),
-            "length": ids.shape[1],
+            "windows": len(windows),
+            "length": windows.ids.shape[1],
             "prompt_tokens": prompt.shape[1],
-            "decode_tokens": params.decode_tokens,
+            "decode_tokens": decode_tokens,
             "rounds": params.rounds,
-            "continuation_tokens": min(params.continuation_tokens, ids.shape[1] // 2),
+            "continuation_tokens": min(params.continuation_tokens, windows.ids.shape[1] // 2),
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
         },

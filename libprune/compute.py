@@ -4,16 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
-from numpy.typing import NDArray
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from libprune.errors import LibpruneError, StatisticsError
+from libprune.sequences import NO_TARGET, Sequences
 
 _CPU_BF16 = {"amx_bf16", "avx512_bf16"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,24 +53,19 @@ def _cpu_flags() -> set[str]:
     return set(next(lines, "").split())
 
 
-def batches(
-    ids: NDArray[np.int64], batch_tokens: int, device: torch.device, label: str
-) -> Iterator[tuple[int, Tensor]]:
-    """Batches of whole sequences with a progress bar.
+def batches(sequences: Sequences, batch_tokens: int, device: torch.device, label: str) -> Iterator[Sequences]:
+    """Batches of whole sequences of one length, on the device, with a progress bar.
 
     Args:
-        ids: token ids, ``[sequences, length]``.
+        sequences: all of them.
         batch_tokens: tokens in a batch; at least one sequence is taken.
-
-    Yields:
-        The index of the batch's first sequence, and its ids ``[batch, length]`` on the device.
+        device: where to.
+        label: of the bar.
     """
-    step = max(1, batch_tokens // ids.shape[1])
-    with tqdm(total=len(ids), desc=label, unit="seq") as bar:
-        for start in range(0, len(ids), step):
-            chunk = ids[start : start + step]
-            yield start, torch.from_numpy(chunk).to(device)
-            bar.update(len(chunk))
+    with tqdm(total=len(sequences), desc=label, unit="seq") as bar:
+        for batch in sequences.passes(max(1, batch_tokens // sequences.ids.shape[1])):
+            yield batch.to(device)
+            bar.update(len(batch))
 
 
 @contextmanager
@@ -95,22 +89,20 @@ def per_sequence(x: Shaped[Tensor, "..."], sequences: int) -> Shaped[Tensor, "se
     return x if x.ndim > 2 else x.unflatten(0, (sequences, -1))
 
 
-def sequence_losses(model: PreTrainedModel, ids: Int[Tensor, "batch length"]) -> Float[Tensor, " batch"]:
-    """Mean next-token negative log-likelihood of each sequence, in nats; shape ``[batch]``, float32.
+def sequence_losses(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, " batch"]:
+    """Mean negative log-likelihood of each sequence's targets, in nats; shape ``[batch]``, float32.
 
-    The last position has no target. It is ignored rather than cut off: slicing the logits, by far
-    the largest tensor, would copy them forward and pad them backward.
+    Where the targets are the next tokens the last position has none. It is ignored rather than cut off: slicing the
+    logits, by far the largest tensor, would copy them forward and pad them backward.
     """
-    logits = model(input_ids=ids, use_cache=False).logits
-    targets = torch.full_like(ids, _NO_TARGET)
-    targets[:, :-1] = ids[:, 1:]
+    logits, targets = model(input_ids=sequences.ids, use_cache=False).logits, sequences.targets
+    if targets is None:
+        targets = torch.full_like(sequences.ids, NO_TARGET)
+        targets[:, :-1] = sequences.ids[:, 1:]
     losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=_NO_TARGET, reduction="none"
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
     )
-    return losses.view_as(ids).sum(1) / (ids.shape[1] - 1)
-
-
-_NO_TARGET = -100
+    return losses.view(len(sequences), -1).sum(1) / sequences.counted
 
 
 def require_finite(values: Shaped[Tensor, "batch ..."], first: int, what: str) -> None:

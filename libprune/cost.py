@@ -17,7 +17,7 @@ class Size:
         total: all parameters, tied ones once.
         macs: multiply-accumulates of linear maps per token, with the output head and without the
             attention products (which depend on the context).
-        cache: elements of the KV cache per token.
+        cache: elements of the KV cache per token; 0 where there is none.
     """
 
     decoder: int
@@ -78,7 +78,7 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
     dense = size(architecture, Plan.dense(architecture))
     if objective == "cache":
         return Prices(unit, rest, dense.cache, dense.cache)
-    return Prices(unit, rest, dense.macs - architecture.sizes["vocab"] * architecture.sizes["model"], dense.macs)
+    return Prices(unit, rest, dense.macs - architecture.head_macs, dense.macs)
 
 
 def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> Prices:
@@ -99,7 +99,7 @@ def _part_cost(architecture: Architecture, layer: int, part: str, count: int, ob
     axis = architecture.parts[part].axis
     sizes = {**architecture.sizes, axis: count}
     if objective == "cache":
-        return architecture.cache.size(sizes) if axis in architecture.cache.names else 0
+        return architecture.cache.size(sizes) if architecture.cache and axis in architecture.cache.names else 0
     return sum(m.input.size(sizes) * m.output.size(sizes) for m in architecture.maps_of(layer, part))
 
 
@@ -118,11 +118,11 @@ def size(architecture: Architecture, plan: Plan) -> Size:
         sizes = _sizes(architecture, plan, layer, part)
         decoder += sum(architecture.numel(p, sizes) for p in architecture.parameters_of(layer, part))
         macs += sum(m.input.size(sizes) * m.output.size(sizes) for m in architecture.maps_of(layer, part))
-        if architecture.parts[part].axis in architecture.cache.names:
+        if architecture.cache and architecture.parts[part].axis in architecture.cache.names:
             cache += architecture.cache.size(sizes)
+    decoder += sum(architecture.numel(p) for p in architecture.parameters if p.layer is not None and p.part is None)
     outside = architecture.total_parameters - architecture.decoder_parameters
-    head = architecture.sizes["vocab"] * architecture.sizes["model"]
-    return Size(decoder=decoder, total=decoder + outside, macs=macs + head, cache=cache)
+    return Size(decoder=decoder, total=decoder + outside, macs=macs + architecture.head_macs, cache=cache)
 
 
 def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) -> tuple[int, ...]:

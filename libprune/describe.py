@@ -7,13 +7,14 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from libprune.architecture import Architecture, Map, Parameter, PartShape
 from libprune.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
 from libprune.errors import FamilyError, NotationError, NotExpressibleError, nearest
 from libprune.family import Family, Part, families, family_of
+from libprune.heads import SEQUENCE_CLASSIFICATION, Head, head_of
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
 """Modules that store the weight of a map as ``[input, output]``."""
@@ -28,12 +29,13 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
         accept: config keys that the family file does not know and the user vouches for.
 
     Raises:
-        FamilyError: for an unknown family, config key or parameter, or sizes that contradict.
+        FamilyError: for an unknown family, head, config key or parameter, or sizes that contradict.
     """
     _refuse_experts(model.config)
-    family = family_of(model.config.model_type)
+    family, head = family_of(model.config.model_type), head_of([type(model).__name__])
+    _require_head(family, head, model)
     check_config(family, model.config, accept)
-    parameters, maps = _walk(model, family)
+    parameters, maps = _walk(model, family, head)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     try:
         sizes = solve(_config_equations(family, model.config) + _weight_equations(parameters, shapes))
@@ -41,6 +43,8 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
         raise FamilyError(f"family {family.family!r} does not fit this model: {error}") from error
     return Architecture(
         family=family.family,
+        head=head.name,
+        head_macs=_head_macs(model, family, head),
         sizes=sizes,
         layers=_layers(model, family),
         layers_path=family.layers,
@@ -50,7 +54,7 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
         },
         parameters=tuple(parameters),
         maps=tuple(maps),
-        cache=parse_expr(family.cache),
+        cache=None if family.cache is None else parse_expr(family.cache),
         fingerprint=fingerprint,
     )
 
@@ -58,7 +62,8 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
 def without_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a config on the meta device: modules and shapes alone."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        loader = head_of(config.architectures).loader
+        model: PreTrainedModel = loader.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 
@@ -86,6 +91,14 @@ def with_biases(
         data[key] = True
     biased = type(config).from_dict(data)
     return describe(without_weights(biased), architecture.fingerprint, accept=tuple(data)), biased
+
+
+def _require_head(family: Family, head: Head, model: PreTrainedModel) -> None:
+    if head.name not in family.heads:
+        raise FamilyError(
+            f"this {model.config.model_type} model is a {type(model).__name__}, of head {head.name}; family "
+            f"{family.family!r} describes {', '.join(family.heads)}"
+        )
 
 
 def _refuse_experts(config: PreTrainedConfig) -> None:
@@ -227,12 +240,12 @@ def _dims(parameter: Parameter) -> str:
     return "[" + ", ".join(map(str, parameter.dims)) + "]"
 
 
-def _walk(model: PreTrainedModel, family: Family) -> tuple[list[Parameter], list[Map]]:
+def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Parameter], list[Map]]:
     """Every parameter once, and every map of the blocks, in the model's own order."""
     own = [name for name, _ in model.named_parameters()]
     found: dict[str, Parameter] = {}
     maps: list[Map] = []
-    for path, layer, part, description in _described(model, family):
+    for path, layer, part, description in _described(model, family, head):
         module = _module(model, path, family)
         transposed = isinstance(module, _TRANSPOSED)
         if isinstance(description, LinearMap) and layer is not None and part is not None:
@@ -251,14 +264,24 @@ def _walk(model: PreTrainedModel, family: Family) -> tuple[list[Parameter], list
 
 
 def _described(
-    model: PreTrainedModel, family: Family
+    model: PreTrainedModel, family: Family, head: Head
 ) -> Iterator[tuple[str, int | None, str | None, LinearMap | Expr]]:
     for layer in range(_layers(model, family)):
         for name, part in family.parts.items():
             for path, description in part.parsed.items():
                 yield f"{family.layers}.{layer}.{path}", layer, name, description
-    for path, text in family.outside.items():
+        for path, text in family.stream.items():
+            yield f"{family.layers}.{layer}.{path}", layer, None, parse_map(text)
+    for path, text in {**family.outside, **family.heads[head.name]}.items():
         yield path, None, None, parse_map(text)
+
+
+def _head_macs(model: PreTrainedModel, family: Family, head: Head) -> int:
+    if head is SEQUENCE_CLASSIFICATION:
+        return 0
+    outside = {**family.outside, **family.heads[head.name]}
+    modules = [_module(model, path, family) for path in outside]
+    return sum(module.get_parameter("weight").numel() for module in modules if isinstance(module, nn.Linear | Conv1D))
 
 
 def _layers(model: PreTrainedModel, family: Family) -> int:

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from libprune.errors import SourceError
+from libprune.heads import HeadName
 from libprune.sections import Tokenize
+from libprune.sequences import Sequences
 from libprune.texts import (
     SELF,
     Text,
@@ -18,13 +21,16 @@ from libprune.texts import (
     open_text,
     require_other_text,
 )
-from libprune.tokens import Ids, Windows, draw, split_documents, spread, windows
+from libprune.tokens import Ids, Windows, draw, split_documents, spread, windows, with_masks
 
 MARGIN = 2
 """A stream is read until it gives so many times the windows asked for, so that there is something to draw from."""
 MOST_SHARED = 0.1
 """Share of the evaluation text, in characters, that may also be documents of the calibration text: headings and set
 phrases recur in any text, whole articles do not."""
+
+EVALUATION_SEED = 0
+"""Of the masked tokens of evaluation windows, which are the same for every seed of the calibration text."""
 
 Record = dict[str, Any]
 Sample = Callable[[int, int, int | None], tuple[Ids, Record]]
@@ -36,19 +42,24 @@ class Drawn:
     """What the stages run the model on.
 
     Attributes:
-        ids: token ids, ``[windows, length]``.
+        sequences: the windows.
         record: what they are and how they were drawn; docs/formats.md lists the keys.
         documents: the documents that they were cut from; none where the model wrote them.
     """
 
-    ids: Ids
+    sequences: Sequences
     record: Record
     documents: list[str]
 
     def sentence(self, what: str) -> str:
         """One line for the terminal."""
-        number, length = self.ids.shape
-        found, record = f"{what}: {number:,} windows of {length:,} tokens", self.record
+        (number, length), record = self.sequences.ids.shape, self.record
+        if record["mode"] == "labelled":
+            return (
+                f"{what}: {number:,} labelled documents of up to {length:,} tokens ({self.sequences.tokens:,} tokens), "
+                f"{record['cut']:,} of them cut off, of {record['documents']:,}: {record['source']}, {record['part']}"
+            )
+        found = f"{what}: {number:,} windows of {length:,} tokens"
         if record["mode"] == "sampled":
             return f"{found}, written by the dense model itself ({record['part']})"
         skipped = f", {record['skipped']:,} of them shorter than a window" if record["skipped"] else ""
@@ -58,18 +69,21 @@ class Drawn:
         )
 
 
-def draw_texts(settings: Tokenize, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[Drawn, Drawn]:
+def draw_texts(
+    settings: Tokenize, tokenizer: PreTrainedTokenizerBase, sample: Sample, head: HeadName = "causal_lm"
+) -> tuple[Drawn, Drawn]:
     """Calibration and evaluation windows.
 
     Args:
         settings: which, how many, how long.
         tokenizer: of the dense model.
         sample: writes sequences, for the text `self`.
+        head: of the dense model: `causal_lm`, or `masked_lm` for windows in the tokenizer's frame with tokens masked.
 
     Raises:
         SourceError: if a text cannot be read, holds too little, or is in large part the other one.
     """
-    reader = _Reader(settings, tokenizer)
+    reader = _Reader(settings, tokenizer, head == "masked_lm")
     other = settings.evaluation_text or settings.text
     if settings.text == SELF or other == SELF:
         calibration = _sampled(sample, settings, True) if settings.text == SELF else reader.calibration_alone()
@@ -96,9 +110,10 @@ def require_disjoint(calibration: Drawn, evaluation: Drawn) -> None:
             sizes[document.strip() in known] += len(document)
         shared = sizes[True] / sum(sizes.values())
     elif not calibration.documents and not evaluation.documents:
-        length = min(calibration.ids.shape[1], evaluation.ids.shape[1])
-        begun = {row.tobytes() for row in calibration.ids[:, :length]}
-        shared = sum(row.tobytes() in begun for row in evaluation.ids[:, :length]) / len(evaluation.ids)
+        rows, other = calibration.sequences.ids.numpy(), evaluation.sequences.ids.numpy()
+        length = min(rows.shape[1], other.shape[1])
+        begun = {row.tobytes() for row in rows[:, :length]}
+        shared = sum(row.tobytes() in begun for row in other[:, :length]) / len(other)
     else:
         return
     if shared > MOST_SHARED:
@@ -112,8 +127,8 @@ def require_disjoint(calibration: Drawn, evaluation: Drawn) -> None:
 class _Reader:
     """Reads documents and cuts the windows that the params ask for."""
 
-    def __init__(self, settings: Tokenize, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._settings, self._tokenizer = settings, tokenizer
+    def __init__(self, settings: Tokenize, tokenizer: PreTrainedTokenizerBase, masks: bool) -> None:
+        self._settings, self._tokenizer, self._masks = settings, tokenizer, masks
 
     def calibration_alone(self) -> Drawn:
         return self._whole_calibration(open_text(calibration_source(self._settings)))
@@ -178,23 +193,27 @@ class _Reader:
         return read
 
     def _cut(self, documents: list[str], length: int) -> Windows:
-        return windows(documents, self._tokenizer, length, self._settings.documents)
+        return windows(documents, self._tokenizer, length, self._settings.documents, framed=self._masks)
 
     def _calibration(self, text: Text, documents: list[str], part: str) -> Drawn:
         settings = self._settings
         available = self._cut(documents, settings.calibration_length)
         chosen = draw(available, settings.calibration_sequences, settings.seed, "calibration")
         record = self._record(text, available, chosen, part) | {"seed": settings.seed}
-        return Drawn(available.ids[chosen], record, documents)
+        return Drawn(self._asked(available.ids[chosen], settings.seed), record, documents)
 
     def _evaluation(self, text: Text, documents: list[str], part: str) -> Drawn:
         available = self._cut(documents, self._settings.evaluation_length)
         chosen = spread(available, self._settings.evaluation_windows, "evaluation")
-        return Drawn(available.ids[chosen], self._record(text, available, chosen, part), documents)
+        record = self._record(text, available, chosen, part)
+        return Drawn(self._asked(available.ids[chosen], EVALUATION_SEED), record, documents)
+
+    def _asked(self, ids: Ids, seed: int) -> Sequences:
+        return with_masks(ids, self._tokenizer, seed) if self._masks else Sequences(torch.from_numpy(ids))
 
     def _record(self, text: Text, available: Windows, chosen: Ids, part: str) -> Record:
         return {
-            **_origin(text.source, text.revision),
+            **origin(text.source, text.revision),
             "mode": self._settings.documents,
             "part": part,
             "documents": available.documents,
@@ -204,7 +223,7 @@ class _Reader:
         }
 
 
-def _origin(source: TextSource, revision: str | None) -> Record:
+def origin(source: TextSource, revision: str | None) -> Record:
     """Where a text comes from; config, revision and split are null where they have no effect."""
     hub = revision is not None
     return {
@@ -225,4 +244,4 @@ def _sampled(sample: Sample, settings: Tokenize, calibration: bool) -> Drawn:
     else:
         ids, how = sample(settings.evaluation_windows, settings.evaluation_length, None)
         part = {"part": "samples of their own, which no seed of the calibration gives"}
-    return Drawn(ids, {"source": SELF, "mode": "sampled", **part, **how}, [])
+    return Drawn(Sequences(torch.from_numpy(ids)), {"source": SELF, "mode": "sampled", **part, **how}, [])

@@ -8,24 +8,42 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from libprune.compute import batches, sequence_losses
+from libprune.sequences import Sequences
 
 Losses = Float[np.ndarray, " windows"]
+Hits = Bool[np.ndarray, " windows"]
 
 
-def window_losses(model: PreTrainedModel, ids: NDArray[np.int64], batch_tokens: int, label: str) -> Losses:
-    """Mean next-token negative log-likelihood of each evaluation window, in nats; ``[windows]``."""
+def window_losses(model: PreTrainedModel, windows: Sequences, batch_tokens: int, label: str) -> Losses:
+    """Mean negative log-likelihood of the targets of each evaluation window, in nats; ``[windows]``."""
     device = next(model.parameters()).device
     with torch.no_grad():
         losses = [
-            sequence_losses(model, chunk).double().cpu() for _, chunk in batches(ids, batch_tokens, device, label)
+            sequence_losses(model, batch).double().cpu() for batch in batches(windows, batch_tokens, device, label)
         ]
     return torch.cat(losses).numpy()
+
+
+def label_hits(model: PreTrainedModel, windows: Sequences, batch_tokens: int, label: str) -> Hits:
+    """Whether the label that the model finds most likely is the right one, for each sequence."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        found = [
+            (model(input_ids=batch.ids).logits.argmax(-1) == batch.targets).cpu()
+            for batch in batches(windows, batch_tokens, device, label)
+        ]
+    return torch.cat(found).numpy()
+
+
+def accuracy(hits: Hits) -> dict[str, float]:
+    """Share of right answers with its standard error, as `libprune.tasks` gives it."""
+    share, number = float(hits.mean()), len(hits)
+    return {"n": float(number), "acc": share, "acc_se": math.sqrt(share * (1 - share) / max(1, number - 1))}
 
 
 @dataclass(frozen=True)
@@ -57,10 +75,10 @@ def perplexity_ratio(dense: Losses, pruned: Losses) -> Estimate:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second: medians over the rounds."""
+    """Tokens per second: medians over the rounds; no decoding in models that do not write."""
 
     prefill: float
-    decode: float
+    decode: float | None
 
 
 @dataclass(frozen=True)
@@ -70,9 +88,9 @@ class SpeedComparison:
     dense: Speed
     pruned: Speed
     prefill_ratio: float
-    decode_ratio: float
+    decode_ratio: float | None
     prefill_spread: tuple[float, float]
-    decode_spread: tuple[float, float]
+    decode_spread: tuple[float, float] | None
 
 
 def compare_speed(
@@ -84,7 +102,7 @@ def compare_speed(
         dense: the dense model.
         pruned: the pruned model, on the same device in the same dtype.
         prompt: token ids ``[1, length]``.
-        decode_tokens: tokens decoded one by one after the prompt.
+        decode_tokens: tokens decoded one by one after the prompt; 0 for models that do not write.
         rounds: timed rounds, after one that is not counted.
     """
     times: list[tuple[tuple[float, float], tuple[float, float]]] = []
@@ -95,12 +113,12 @@ def compare_speed(
         times.append((one, two) if index % 2 else (two, one))
     counted = times[1:]
     prefill = [d[0] / p[0] for d, p in counted]
-    decode = [d[1] / p[1] for d, p in counted]
+    decode = [d[1] / p[1] for d, p in counted if decode_tokens]
     length = prompt.shape[1]
     speeds = [
         Speed(
             length / statistics.median(pair[side][0] for pair in counted),
-            decode_tokens / statistics.median(pair[side][1] for pair in counted),
+            decode_tokens / statistics.median(pair[side][1] for pair in counted) if decode_tokens else None,
         )
         for side in (0, 1)
     ]
@@ -108,17 +126,20 @@ def compare_speed(
         dense=speeds[0],
         pruned=speeds[1],
         prefill_ratio=statistics.median(prefill),
-        decode_ratio=statistics.median(decode),
+        decode_ratio=statistics.median(decode) if decode else None,
         prefill_spread=(min(prefill), max(prefill)),
-        decode_spread=(min(decode), max(decode)),
+        decode_spread=(min(decode), max(decode)) if decode else None,
     )
 
 
 def _time_once(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> tuple[float, float]:
     """Seconds of one prefill and of decoding the given number of tokens greedily with the KV cache."""
     with torch.no_grad():
-        cache = DynamicCache(config=model.config)
         start = _now(prompt)
+        if not decode_tokens:
+            model(input_ids=prompt)
+            return _now(prompt) - start, 0.0
+        cache = DynamicCache(config=model.config)
         output = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
         middle = _now(prompt)
         for _ in range(decode_tokens):

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from libprune.axes import Expr, LinearMap, parse_expr, parse_map
 from libprune.errors import FamilyError, nearest
+from libprune.heads import HeadName
 
 FOLDER = Path(__file__).parent / "families"
 
@@ -44,7 +45,8 @@ class Part(_Strict):
     axis: str
     """The axis whose indices are the units that can be removed."""
     module: str
-    """The submodule of the block that computes the part; its other modules are norms around it."""
+    """The submodule of the block that computes the part, or all of it up to the modules that do not lie in it: a norm
+    around it, a map behind it."""
     modules: dict[str, MapText]
     """Module path inside the block to its map or vector. All of them go when the part goes."""
     attributes: dict[str, ExprText] = Field(default_factory=dict)
@@ -108,10 +110,15 @@ class Family(_Strict):
     layers: str
     """Path of the list of blocks."""
     parts: dict[str, Part]
+    stream: dict[str, ExprText] = Field(default_factory=dict)
+    """Path of a norm inside the block to its vector, where it works on the residual stream itself and not for one part;
+    it stays whatever goes, so that no layer can be deleted."""
     outside: dict[str, MapText]
     """Module path to map or vector, for what lies outside the blocks."""
-    cache: ExprText
-    """What the KV cache holds per token and block."""
+    heads: dict[HeadName, dict[str, MapText]] = {"causal_lm": {}}
+    """The heads that models of the family have, each with the modules outside the blocks that only it has."""
+    cache: ExprText | None = None
+    """What the KV cache holds per token and block; none in models that read all tokens at once."""
     config: ConfigKeys
 
     @field_validator("parts")

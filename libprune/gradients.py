@@ -18,6 +18,7 @@ from libprune.compute import require_finite, sequence_losses
 from libprune.errors import StatisticsError
 from libprune.input_statistics import Gram
 from libprune.sections import Gradients
+from libprune.sequences import Batch
 from libprune.statistics import BatchRows, MaskGradient, Pending, Statistic, Sum, count
 from libprune.units import sum_positions, unit_sums
 
@@ -67,7 +68,7 @@ def _layer_group(
 def collect_gradients(
     model: PreTrainedModel,
     architecture: Architecture,
-    batches: Iterable[tuple[int, int, Tensor]],
+    batches: Iterable[Batch],
     sums: Accumulator,
     at_once: int,
     recompute: bool = False,
@@ -80,7 +81,7 @@ def collect_gradients(
     Args:
         model: the model.
         architecture: its description.
-        batches: number, index of the first sequence and ids ``[batch, length]`` of each batch.
+        batches: number, index of the first sequence, and sequences of each.
         sums: of the `gradient_groups`.
         at_once: sequences in one pass; batches are cut to that.
         recompute: whether the blocks are checkpointed.
@@ -90,18 +91,19 @@ def collect_gradients(
             gradient is not finite.
     """
     collector = _Collector(architecture, sums)
-    vectors = {p.name: p for p in architecture.parameters if p.layer is not None}
+    vectors = {p.name: p for block in architecture.blocks() for p in architecture.parameters_of(*block)}
     for entry in architecture.maps:
         vectors.pop(entry.weight)
         vectors.pop(f"{entry.module}.bias", None)
     with watching(model, architecture, collector.output, collector.input, recompute) as tape, torch.enable_grad():
         handles = [_watch_vector(model, parameter, collector) for parameter in vectors.values()]
         try:
-            for number, first, ids in batches:
-                for start in range(0, len(ids), at_once):
-                    chunk = ids[start : start + at_once]
-                    tape.begin(first + start, len(chunk))
-                    collector.begin(number, len(ids), first + start, chunk, last=start + at_once >= len(ids))
+            for number, first, batch in batches:
+                end = first + len(batch)
+                for chunk in batch.passes(at_once):
+                    tape.begin(first, len(chunk))
+                    collector.begin(number, len(batch), first, chunk.counted, last=first + len(chunk) == end)
+                    first += len(chunk)
                     losses = sequence_losses(model, chunk)
                     require_finite(losses.detach(), tape.first, "the loss")
                     tape.backward(losses.sum())
@@ -126,11 +128,11 @@ class _Collector:
         self.sums = sums
         self._named = {p.name for p in architecture.parameters}
 
-    def begin(self, number: int, sequences: int, first: int, chunk: Tensor, last: bool) -> None:
+    def begin(self, number: int, sequences: int, first: int, n_tok: int, last: bool) -> None:
         """A pass over some sequences of a batch begins."""
         self._number, self._sequences, self._last = number, sequences, last
         self._first = first
-        self._n_tok = chunk.shape[1] - 1
+        self._n_tok = n_tok
 
     def vector(self, name: str, layer: int, parameter: Tensor) -> None:
         """The gradient of a norm's weight, from autograd."""

@@ -16,6 +16,7 @@ from libprune.backward import watching, weight_gradient
 from libprune.compute import hooked, require_finite, sequence_losses
 from libprune.errors import LibpruneError, StatisticsError
 from libprune.sections import Compute, Hessian
+from libprune.sequences import Batch
 from libprune.statistics import Samples, Statistic, Sum, count
 from libprune.units import unit_sums
 
@@ -53,7 +54,7 @@ def map_parameters(architecture: Architecture, layer: int, part: str) -> list[Pa
 def collect_squared_gradients(
     model: PreTrainedModel,
     architecture: Architecture,
-    batches: Iterable[tuple[int, int, Tensor]],
+    batches: Iterable[Batch],
     sums: Accumulator,
     recompute: bool = False,
 ) -> None:
@@ -65,7 +66,7 @@ def collect_squared_gradients(
     Args:
         model: the model.
         architecture: its description.
-        batches: number, index of the first sequence and ids ``[batch, length]`` of each batch.
+        batches: each of sequences of one length.
         sums: of the `hessian_groups`.
         recompute: whether the blocks are checkpointed.
 
@@ -83,9 +84,9 @@ def collect_squared_gradients(
             sums.update(entry.layer, bias, deltas.sum(1, dtype=torch.float32).square().sum(0), count(len(x)))
 
     with watching(model, architecture, add, recompute=recompute) as tape, torch.enable_grad():
-        for _, first, ids in batches:
-            tape.begin(first, len(ids))
-            losses = sequence_losses(model, ids)
+        for _, first, sequences in batches:
+            tape.begin(first, len(sequences))
+            losses = sequence_losses(model, sequences)
             require_finite(losses.detach(), first, "the loss")
             tape.backward(losses.sum())
 
@@ -110,7 +111,7 @@ def _require_no_overflow(squares: Tensor, name: str, first: int) -> None:
 def collect_probes(
     model: PreTrainedModel,
     architecture: Architecture,
-    batches: Iterable[tuple[int, int, Tensor]],
+    batches: Iterable[Batch],
     sums: Accumulator,
     section: Hessian,
 ) -> None:
@@ -122,7 +123,7 @@ def collect_probes(
     Args:
         model: the model; its attention must be differentiable twice, see `twice_differentiable`.
         architecture: its description.
-        batches: number, index of the first sequence and ids ``[batch, length]`` of each batch.
+        batches: each of sequences of one length.
         sums: of the `hessian_groups`.
         section: number of probes, and their seed.
 
@@ -133,8 +134,8 @@ def collect_probes(
     with hooked(model), twice_differentiable(model), torch.enable_grad():
         model.requires_grad_(False)
         parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if name in wanted}
-        for number, first, ids in batches:
-            losses = sequence_losses(model, ids)
+        for number, first, sequences in batches:
+            losses = sequence_losses(model, sequences)
             require_finite(losses.detach(), first, "the loss")
             gradients = torch.autograd.grad(losses.mean(), list(parameters.values()), create_graph=True)
             values: dict[tuple[int, str], Tensor] = {}
@@ -143,9 +144,9 @@ def collect_probes(
                 keep = probe + 1 < section.probes
                 products = torch.autograd.grad(gradients, list(parameters.values()), signs, retain_graph=keep)
                 diagonal = {name: v * hv for name, v, hv in zip(parameters, signs, products, strict=True)}
-                _add_probe(architecture, sums, diagonal, parameters, len(ids), first, values)
+                _add_probe(architecture, sums, diagonal, parameters, len(sequences), first, values)
             for (layer, part), value in values.items():
-                sums.update(layer, UNITS + part, value / section.probes, torch.tensor(float(len(ids))))
+                sums.update(layer, UNITS + part, value / section.probes, torch.tensor(float(len(sequences))))
             del gradients
 
 

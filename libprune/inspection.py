@@ -203,4 +203,5 @@ def as_data(inspection: Inspection) -> dict[str, Any]:
 
 def part_parameters(architecture: Architecture, part: str | None) -> int:
     """Parameters of a part in all layers; of what lies outside the blocks for None."""
-    return sum(architecture.numel(p) for p in architecture.parameters if p.part == part)
+    chosen = (p for p in architecture.parameters if p.part == part and (p.layer is None) == (part is None))
+    return sum(map(architecture.numel, chosen))

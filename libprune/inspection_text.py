@@ -50,7 +50,11 @@ def _parameters(architecture: Architecture) -> str:
             _parameter(architecture, p, f"{architecture.layers_path}.0.") for p in architecture.parameters_of(0, part)
         ]
         rows.append(_sum(f"{part}, {architecture.layers} layers", part_parameters(architecture, part), total))
-    outside = [parameter for parameter in architecture.parameters if parameter.part is None]
+    staying = [p for p in architecture.parameters if p.layer is not None and p.part is None]
+    if staying:
+        rows += [_parameter(architecture, p, f"{architecture.layers_path}.0.") for p in staying if p.layer == 0]
+        rows.append(_sum("norms that stay", sum(map(architecture.numel, staying)), total))
+    outside = [parameter for parameter in architecture.parameters if parameter.layer is None]
     rows += [_parameter(architecture, parameter, "") for parameter in outside]
     rows += [_sum("outside the layers", part_parameters(architecture, None), total), _sum("all", total, total)]
     return _aligned(rows, right=(3, 4))

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from libprune.architecture import Architecture
 from libprune.describe import new_config
 from libprune.errors import LibpruneError
 from libprune.family import families
+from libprune.heads import HEADS
 from libprune.sections import Latency
 
 
@@ -28,7 +29,8 @@ class Timing:
     Attributes:
         widths: units by part of each layer that was measured.
         seconds: what that layer takes, ``[widths]``, without embeddings and head.
-        outside: embeddings, last norm, and the head at one position of each sequence, as in a prefill.
+        outside: embeddings, last norm, and the head; of a model that writes at one position of each sequence, as in a
+            prefill.
     """
 
     widths: tuple[Mapping[str, int], ...]
@@ -66,7 +68,7 @@ def time_layers(
     """Time single layers with random weights; the rounds go over all widths, so that a drift favours none."""
     widths = measured_widths(architecture, params.widths)
     make = _Maker(config, architecture, device, dtype)
-    nothing, rest = make(AutoModel, None), make(AutoModelForCausalLM, None)
+    nothing, rest = make(AutoModel, None), make(HEADS[architecture.head].loader, None)
     layers = []
     for width in widths:
         layers.append(make(AutoModel, width))
@@ -74,7 +76,7 @@ def time_layers(
     ids = torch.zeros((params.batch, params.tokens), dtype=torch.long, device=device)
     rounds = []
     for _ in tqdm(range(params.rounds + 1), desc="latency", unit="round"):
-        head = _seconds(rest, ids, logits_to_keep=1)
+        head = _seconds(rest, ids, **({"logits_to_keep": 1} if architecture.head == "causal_lm" else {}))
         rounds.append([_seconds(nothing, ids), head, *(_seconds(layer, ids) for layer in layers)])
     empty, outside, *found = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
     return Timing(tuple(widths), np.array(found) - empty, outside)

@@ -36,6 +36,7 @@ def loading(result: Metrics, folder: str, line: str) -> list[str]:
         line: of Python that loads it.
     """
     shape, proof = result["plan"]["shape"], result["pruning"]["proof"]
+    writes = result["model"]["head"] == "causal_lm"
     kind = {
         "uniform": "all layers alike, under a stock config and without code of its own",
         "per_layer": "layers of different widths, with a modeling file of a few lines inside",
@@ -44,9 +45,9 @@ def loading(result: Metrics, folder: str, line: str) -> list[str]:
     return [
         "## How to load it",
         f"{code(folder)} has the shape `{shape}`: {kind}.",
-        f"```python\nfrom transformers import AutoModelForCausalLM\nmodel = {line}\n```",
+        f"```python\nfrom transformers import {line.partition('.')[0]}\nmodel = {line}\n```",
         f"A fresh process without libprune loaded it; its logits differ from the masked dense model's by "
-        f"{proof['logit_difference']:.1e} of {proof['logit_scale']:.1f}, and it generates.",
+        f"{proof['logit_difference']:.1e} of {proof['logit_scale']:.1f}{', and it generates' if writes else ''}.",
         markdown_table(takers, ("program", "takes this shape", "remarks")).replace("---:", "---"),
         *_commands(folder, [program for program, verdict, _ in takers if verdict == _BY_CODE]),
     ]
@@ -64,7 +65,8 @@ def _commands(folder: str, programs: list[str]) -> list[str]:
 def _transformers(result: Metrics) -> tuple[str, str, str]:
     version = result["pruning"]["versions"]["transformers"]
     if result["plan"]["shape"] == "uniform":
-        return "transformers", "yes, tried", f"with {code(version)}; KV cache and `generate` included"
+        more = "; KV cache and `generate` included" if result["model"]["head"] == "causal_lm" else ""
+        return "transformers", "yes, tried", f"with {code(version)}{more}"
     return "transformers", "yes, tried", f"with {code(version)}, 5.15 or later; only with `trust_remote_code=True`"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import typer
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +27,7 @@ from libprune.collection import Collection
 from libprune.compute import hooked, require_finite, sequence_losses
 from libprune.memory import gigabytes
 from libprune.plan import Plan
+from libprune.sequences import Sequences
 from libprune.statistics import Field, State, Statistic
 from libprune.surgery import masked
 
@@ -34,7 +35,7 @@ LOSSES = "losses"
 """The name of `SequenceLosses` among the statistics."""
 
 
-Measure = Callable[[int, Tensor], Tensor]
+Measure = Callable[[int, Sequences], Tensor]
 
 
 class Prefix:
@@ -51,7 +52,7 @@ class Prefix:
         self,
         model: PreTrainedModel,
         architecture: Architecture,
-        ids: Int[Tensor, "sequences length"],
+        sequences: Sequences,
         at_once: int,
         layers: Iterable[int],
         measure: Measure | None = None,
@@ -61,16 +62,16 @@ class Prefix:
         Args:
             model: the model.
             architecture: its description.
-            ids: token ids on the model's device.
+            sequences: on the model's device.
             at_once: sequences in one pass.
             layers: those that measurements will start from; nothing needs to be kept for the first.
-            measure: of the number of a pass and its ids, a value for each sequence; None for the
+            measure: of the number of a pass and its sequences, a value for each sequence; None for the
                 mean-token loss, in nats. The first call for each pass is on the model as it is now.
         """
         self._model, self._architecture = model, architecture
         self._blocks = blocks_of(model, architecture)
-        self._passes = ids.split(at_once)
-        self._measure = measure or (lambda number, ids: sequence_losses(model, ids))
+        self._passes = list(sequences.passes(at_once))
+        self._measure = measure or (lambda number, sequences: sequence_losses(model, sequences))
         self._kept: dict[int, list[Any]] = {layer: [] for layer in layers if layer > 0}
         with hooked(model) as handles:
             for layer, outputs in self._kept.items():
@@ -95,11 +96,11 @@ class Prefix:
             return torch.cat([self._pass(start, number) for number in range(len(self._passes))])
 
     def _pass(self, start: int, number: int) -> Float[Tensor, " batch"]:
-        ids = self._passes[number]
+        sequences = self._passes[number]
         if start == 0:
-            return self._measure(number, ids).double().cpu()
-        with skipped(self._blocks[:start], self._kept[start][number], ids.device):
-            return self._measure(number, ids).double().cpu()
+            return self._measure(number, sequences).double().cpu()
+        with skipped(self._blocks[:start], self._kept[start][number], sequences.ids.device):
+            return self._measure(number, sequences).double().cpu()
 
 
 def first_changed(plan: Plan) -> int | None:
@@ -142,12 +143,12 @@ class SequenceLosses(Statistic):
 
 def loss_groups(run: Calibration, changes: int) -> list[Group]:
     """The statistic that `collect_losses` fills."""
-    return [{LOSSES: SequenceLosses(changes, len(run.ids))}]
+    return [{LOSSES: SequenceLosses(changes, len(run.sequences))}]
 
 
 def _announce_states(run: Calibration, layers: set[int]) -> None:
     width, each = run.architecture.sizes["model"], next(run.model.parameters()).element_size()
-    size = len(layers - {0}) * run.ids.size * width * each
+    size = len(layers - {0}) * run.sequences.tokens * width * each
     if run.world.first:
         typer.echo(f"states before {len(layers)} layers are kept in {gigabytes(size)} of memory")
 
@@ -179,9 +180,9 @@ def collect_losses(
     names = list(plans)
     left = names[work.accumulator.done * run.world.size + run.world.rank :: run.world.size]
     layers = {first_changed(plans[name]) or 0 for name in left}
-    ids = torch.from_numpy(run.ids).to(run.device)
+    sequences = run.sequences.to(run.device)
     _announce_states(run, layers)
-    prefix = Prefix(run.model, run.architecture, ids, run.at_once, layers, measure)
+    prefix = Prefix(run.model, run.architecture, sequences, run.at_once, layers, measure)
     require_finite(prefix.losses, first, "the loss of the dense model")
     for number in work.steps():
         with replaced(run.model, weights_of(names[number])):

@@ -13,13 +13,14 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from libprune.architecture import Architecture
 from libprune.axes import LinearMap, parse_expr
 from libprune.checkpoint import load_config
 from libprune.describe import new_config, without_weights
 from libprune.family import Family, Part, families
+from libprune.heads import HEADS, Head
 from libprune.plan import Plan
 
 MODELING_FILE = "modeling_pruned.py"
@@ -63,7 +64,7 @@ def write_pruned(
     pruned = pruned_config(family, config, architecture, plan, shape)
     pruned["dtype"] = str(dtype).removeprefix("torch.")
     if "per_layer_config" in pruned:
-        (folder / MODELING_FILE).write_text(_modeling_code(family, config))
+        (folder / MODELING_FILE).write_text(_modeling_code(family, config, HEADS[architecture.head]))
     _save_weights(folder, config, pruned, state)
     (folder / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
     for path in dense.iterdir():
@@ -91,11 +92,12 @@ def pruned_config(
         data["architectures"] = config.architectures
         return data
     data = new_config(family, config, dict(architecture.sizes), plan.layers).to_dict()
-    _, model_class, config_class = _stock_classes(config)
+    head = HEADS[architecture.head]
+    _, model_class, config_class = _stock_classes(config, head)
     data["architectures"] = [f"Pruned{model_class}"]
     data["auto_map"] = {
         "AutoConfig": f"{Path(MODELING_FILE).stem}.Pruned{config_class}",
-        "AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.Pruned{model_class}",
+        head.auto_class: f"{Path(MODELING_FILE).stem}.Pruned{model_class}",
     }
     data["per_layer_config"] = {
         str(index): _layer_overrides(family, architecture, plan, layer) for index, layer in enumerate(plan.layers)
@@ -135,14 +137,13 @@ def _layer_overrides(family: Family, architecture: Architecture, plan: Plan, lay
     return {**overrides, "skip": skip} if skip else overrides
 
 
-def _stock_classes(config: PreTrainedConfig) -> tuple[str, str, str]:
-    """Transformers' package, causal model class and config class of a config."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
-    return type(config).__module__.split(".")[-2], model_class, type(config).__name__
+def _stock_classes(config: PreTrainedConfig, head: Head) -> tuple[str, str, str]:
+    """Transformers' package, model class and config class of a config."""
+    return type(config).__module__.split(".")[-2], head.model_class(config), type(config).__name__
 
 
-def _modeling_code(family: Family, config: PreTrainedConfig) -> str:
-    package, model_class, config_class = _stock_classes(config)
+def _modeling_code(family: Family, config: PreTrainedConfig, head: Head) -> str:
+    package, model_class, config_class = _stock_classes(config, head)
     parts = {
         name: (part.module, [path for path in part.modules if not f"{path}.".startswith(f"{part.module}.")])
         for name, part in family.parts.items()
@@ -151,6 +152,7 @@ def _modeling_code(family: Family, config: PreTrainedConfig) -> str:
         package=package,
         model_class=model_class,
         config_class=config_class,
+        auto_class=head.auto_class,
         layer_class=_layer_class(family, config),
         layers=family.layers,
         parts=repr(parts),

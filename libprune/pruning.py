@@ -92,10 +92,10 @@ def _prove(
     """Compare the folder, loaded in a fresh process, with the dense model under the same weights and the mask."""
     _set_weights(model, architecture, weights)
     tokens, _ = read_tokens(layout.calibration, architecture.fingerprint)
-    ids = torch.from_numpy(tokens[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH])
+    ids = tokens.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
     with masked(model, architecture, plan):
         expected = reference_logits(model, ids)
-    found = verify_folder(folder, ids, expected, remote=shape == "per_layer")
+    found = verify_folder(folder, ids, expected, remote=shape == "per_layer", head=architecture.head)
     return {"logit_difference": found.difference, "logit_scale": found.scale}
 
 

@@ -21,7 +21,7 @@ from libprune.plan import Plan
 
 PLAN = "plan.parquet"
 """The file of a pruned folder that says which units are kept."""
-_OWN_CODE = {"per_layer_config", "auto_map", "architectures"}
+_OWN_CODE = {"per_layer_config", "auto_map"}
 """Keys of a config that belong to the folder's own modeling file."""
 
 

@@ -28,6 +28,7 @@ from libprune.plan import Plan
 from libprune.prefix import Prefix
 from libprune.search import fill
 from libprune.sections import Allocate
+from libprune.sequences import Sequences
 
 LARGEST_MOVE = 8
 """A trial moves at most one in so many of a block's steps."""
@@ -40,7 +41,7 @@ class Judge:
         self,
         model: PreTrainedModel,
         architecture: Architecture,
-        ids: Tensor,
+        sequences: Sequences,
         at_once: int,
         repair: Callable[[Plan], Mapping[str, Tensor]],
     ) -> None:
@@ -49,13 +50,13 @@ class Judge:
         Args:
             model: the dense model, with its weights whole on its device.
             architecture: its description.
-            ids: token ids ``[sequences, length]`` on the model's device.
+            sequences: on the model's device.
             at_once: sequences in one pass.
             repair: new weights for a plan.
         """
         self._model, self._architecture, self._repair = model, architecture, repair
         self._dense = Plan.dense(architecture).keep
-        self._prefix = Prefix(model, architecture, ids, at_once, [], Divergence(model))
+        self._prefix = Prefix(model, architecture, sequences, at_once, [], Divergence(model))
         self._weights: dict[tuple[Block, bytes], Mapping[str, Tensor]] = {}
 
     def __call__(self, plan: Plan) -> float:

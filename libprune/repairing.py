@@ -108,9 +108,9 @@ def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute:
         raise LibpruneError("the slice stage runs in one process; start it without torchrun")
     damping = None if params.damping == "auto" else params.damping
     drift = None if params.drift == "auto" else params.drift
-    batches = split_batches(torch.from_numpy(run.ids).to(run.device), run.at_once)
+    batches = split_batches(run.sequences.to(run.device), run.at_once)
     repair = SequentialRepair(run.model, architecture, plan, batches, damping, drift, params.drift_cap)
-    identity = {"plan": plan.digest, **params.model_dump(), "sequences": len(run.ids)}
+    identity = {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
     folder = run.work / "slice" / fingerprint(run, identity)
     fits = []
     for layer in tqdm(range(architecture.layers), desc="repair", unit="layer"):

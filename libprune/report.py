@@ -5,6 +5,7 @@ from typing import Any
 
 from libprune import report_sections as sections
 from libprune.cautions import cautions
+from libprune.heads import HEADS, HeadName
 from libprune.loading import loading
 from libprune.markdown import Picture, Rows, code, markdown_table
 from libprune.origin import Origin
@@ -18,7 +19,7 @@ def headline(evaluation: Metrics) -> Rows:
     ratio = evaluation["perplexity_ratio"]
     return [
         (
-            "perplexity",
+            PERPLEXITY[evaluation["model"]["head"]],
             f"{dense['perplexity']:.2f} ± {dense['perplexity_se']:.2f}",
             f"{pruned['perplexity']:.2f} ± {pruned['perplexity_se']:.2f}",
             f"× {ratio['value']:.3f} ± {ratio['se']:.3f}",
@@ -26,13 +27,18 @@ def headline(evaluation: Metrics) -> Rows:
         _count("decoder parameters", dense["decoder_parameters"], pruned["decoder_parameters"]),
         _count("all parameters", dense["total_parameters"], pruned["total_parameters"]),
         _count("weights, MB", dense["bytes"] / 1e6, pruned["bytes"] / 1e6),
-        _count("KV cache, bytes a token", dense["cache_bytes"], pruned["cache_bytes"]),
-        _speed(
-            "prefill, tokens/s", dense["prefill"], pruned["prefill"], speed["prefill_ratio"], speed["prefill_spread"]
-        ),
-        _speed("decode, tokens/s", dense["decode"], pruned["decode"], speed["decode_ratio"], speed["decode_spread"]),
+        *(_count(name, dense[key], pruned[key]) for name, key in _CACHE.items() if dense[key]),
+        *(_speed(name, dense, pruned, speed) for name in ("prefill", "decode") if dense[name]),
         *(_accuracy(task, models["dense"], models["pruned"]) for task, models in evaluation["tasks"].items()),
     ]
+
+
+_CACHE = {"KV cache, bytes a token": "cache_bytes"}
+PERPLEXITY = {
+    "causal_lm": "perplexity",
+    "masked_lm": "perplexity of masked tokens",
+    "sequence_classification": "perplexity of labels",
+}
 
 
 def _accuracy(task: str, dense: Metrics, pruned: Metrics) -> tuple[str, ...]:
@@ -45,8 +51,14 @@ def _count(name: str, dense: int | float, pruned: int | float) -> tuple[str, ...
     return name, f"{dense:,.0f}", f"{pruned:,.0f}", f"{100 * (pruned / dense - 1):+.1f} %"
 
 
-def _speed(name: str, dense: float, pruned: float, ratio: float, spread: list[float]) -> tuple[str, ...]:
-    return name, f"{dense:,.0f}", f"{pruned:,.0f}", f"× {ratio:.2f} ({spread[0]:.2f} to {spread[1]:.2f})"
+def _speed(name: str, dense: Metrics, pruned: Metrics, speed: Metrics) -> tuple[str, ...]:
+    return f"{name}, tokens/s", f"{dense[name]:,.0f}", f"{pruned[name]:,.0f}", _faster(name, speed)
+
+
+def _faster(name: str, speed: Metrics) -> str:
+    """How many times as fast, and the slowest and fastest round."""
+    least, most = speed[f"{name}_spread"]
+    return f"× {speed[f'{name}_ratio']:.2f} ({least:.2f} to {most:.2f})"
 
 
 def text_table(rows: Rows, header: tuple[str, ...]) -> str:
@@ -63,10 +75,10 @@ def text_table(rows: Rows, header: tuple[str, ...]) -> str:
 HEADER = ("", "dense", "pruned", "change")
 
 
-def how_to_load(folder: str, shape: str) -> str:
+def how_to_load(folder: str, shape: str, head: HeadName) -> str:
     """The line of Python that loads the result."""
     remote = "" if shape == "uniform" else ", trust_remote_code=True"
-    return f'AutoModelForCausalLM.from_pretrained("{folder}"{remote})'
+    return f'{HEADS[head].auto_class}.from_pretrained("{folder}"{remote})'
 
 
 def markdown(
@@ -91,7 +103,7 @@ def markdown(
         sections.sensitivity(pictures),
         sections.repair(result["pruning"]["repair"]),
         sections.continuations(result),
-        loading(result, folder, how_to_load(folder, result["plan"]["shape"])),
+        loading(result, folder, how_to_load(folder, result["plan"]["shape"], result["model"]["head"])),
         sections.provenance(result, origin),
     ]
     return "\n\n".join(text for part in parts for text in part) + "\n"
@@ -100,24 +112,22 @@ def markdown(
 def summary(result: Metrics) -> str:
     """How much smaller, how much faster and how much worse, each with its uncertainty."""
     pruned, speed, ratio = result["pruned"], result["speed"], result["perplexity_ratio"]
-    prefill, decode = (
-        f"× {speed[f'{name}_ratio']:.2f} ({speed[f'{name}_spread'][0]:.2f} to {speed[f'{name}_spread'][1]:.2f})"
-        for name in ("prefill", "decode")
-    )
+    faster = ", ".join(f"{name} {_faster(name, speed)}" for name in ("prefill", "decode") if pruned[name])
     return (
         f"- **Size:** {100 * pruned['decoder_share_removed']:.1f} % of the decoder's parameters are gone, "
         f"{100 * pruned['total_share_removed']:.1f} % of all (counted, exact).\n"
-        f"- **Speed:** prefill {prefill}, decode {decode}.\n"
-        f"- **Loss:** perplexity × {ratio['value']:.3f} ± {ratio['se']:.3f}."
+        f"- **Speed:** {faster}.\n"
+        f"- **Loss:** {PERPLEXITY[result['model']['head']]} × {ratio['value']:.3f} ± {ratio['se']:.3f}."
     )
 
 
 def _measured(protocol: Metrics) -> str:
+    decoded = f", {protocol['decode_tokens']} tokens decoded" if protocol["decode_tokens"] else ""
     return (
         f"Perplexity on {protocol['windows']} windows of {protocol['length']} tokens of {code(protocol['text'])}, "
         "disjoint from the calibration text; ± is one standard error over windows, for the ratio over paired windows. "
-        f"Speed: median of {protocol['rounds']} alternating rounds, prompt {protocol['prompt_tokens']} tokens, "
-        f"{protocol['decode_tokens']} tokens decoded, {protocol['dtype']} on {protocol['device']}; in brackets the "
+        f"Speed: median of {protocol['rounds']} alternating rounds, prompt {protocol['prompt_tokens']} tokens"
+        f"{decoded}, {protocol['dtype']} on {protocol['device']}; in brackets the "
         "slowest and fastest round."
     )
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 import typer
 
 from libprune.architecture import Architecture
@@ -49,11 +48,11 @@ class Search:
         assert self._evidence.curves is not None
         run = set_up(self._layout, self._compute, self._levels.sequences, last=True)
         require_own_weights(run)
-        ids = torch.from_numpy(run.ids).to(run.device)
+        sequences = run.sequences.to(run.device)
         repair = local_repair(self._layout, self._architecture)
-        judge = Judge(run.model, self._architecture, ids, run.at_once, repair)
+        judge = Judge(run.model, self._architecture, sequences, run.at_once, repair)
         inputs = inputs_identity(self._layout)
-        name = fingerprint(run, {"order": self._order, "sequences": len(run.ids), "inputs": inputs})
+        name = fingerprint(run, {"order": self._order, "sequences": len(run.sequences), "inputs": inputs})
         record: Path = run.work / "search" / f"{name}.jsonl"
         curves, params = self._evidence.curves, self._params
         self.found = refine(judge, self._architecture, ladders, curves, depth, target, params, record)

@@ -79,8 +79,10 @@ class Tokenize(Section):
     """At least two, for a standard error."""
     evaluation_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of an evaluation window."""
+    label_column: str | None = None
+    """Column of the labels, for a model that tells classes apart; null: `label`."""
     seed: Floor = 0
-    """Which calibration sequences are drawn."""
+    """Which calibration sequences are drawn, and which of their tokens a model of masked tokens is asked."""
 
 
 class Compute(Section):

@@ -27,6 +27,7 @@ from libprune.architecture import Architecture
 from libprune.artifacts import Layout, remove, require, writing
 from libprune.checkpoint import load_model
 from libprune.compute import resolve_device, resolve_dtype
+from libprune.errors import SourceError
 from libprune.plan import Plan
 from libprune.tokens import Ids
 
@@ -68,7 +69,12 @@ class SelfText:
 
         Returns:
             Token ids ``[count, length]``, and what to record of them.
+
+        Raises:
+            SourceError: if the model does not write.
         """
+        if self._architecture.head != "causal_lm":
+            raise SourceError("this model does not write text; name a text in tokenize.text instead of self")
         step = min(count, self.at_once(length))
         label = "calibration text" if seed is not None else "evaluation text"
         how: dict[str, Any] = {"greedy": GREEDY, "temperature": TEMPERATURE, "top_k": TOP_K, "at_once": step}

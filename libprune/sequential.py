@@ -31,6 +31,7 @@ from libprune.calibration import held_out
 from libprune.errors import LibpruneError
 from libprune.plan import Plan
 from libprune.repair import Fit, Moments, fit_consumer, new_parameters, oriented, pruned_consumers
+from libprune.sequences import Sequences
 from libprune.surgery import masked
 
 
@@ -42,11 +43,11 @@ class Batch:
     held_out: bool
 
 
-def split_batches(ids: Int[Tensor, "sequences length"], at_once: int) -> list[Batch]:
+def split_batches(sequences: Sequences, at_once: int) -> list[Batch]:
     """All sequences in batches, every eighth sequence among the held-out ones."""
-    apart = held_out(0, len(ids))
-    chosen = ((ids[~apart], False), (ids[apart], True))
-    return [Batch(part, flag) for group, flag in chosen for part in group.split(at_once) if len(part)]
+    apart = held_out(0, len(sequences))
+    chosen = ((sequences[~apart], False), (sequences[apart], True))
+    return [Batch(part.ids, flag) for group, flag in chosen for part in group.passes(at_once)]
 
 
 class SequentialRepair:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -15,6 +14,7 @@ from transformers import (
 )
 
 from libprune.errors import SourceError
+from libprune.heads import CAUSAL_LM, head_of
 from libprune.sections import Prepare
 
 _PACKAGE = "package://"
@@ -63,11 +63,11 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     name, where = _place(params)
     dtype: Any = params.dtype if params.dtype == "auto" else getattr(torch, params.dtype)
     if "gguf_file" in where:
-        dtype = torch.float32 if dtype == "auto" else dtype
+        head, dtype = CAUSAL_LM, torch.float32 if dtype == "auto" else dtype
     else:
-        load_dense_config(params)
+        head = head_of(load_dense_config(params).architectures)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
+        model = head.loader.from_pretrained(name, dtype=dtype, **where)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
         raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error

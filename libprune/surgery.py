@@ -84,15 +84,25 @@ def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: P
         state: the dense model's parameters by name; read one at a time, so it may be lazy.
 
     Raises:
-        LibpruneError: if some but not all of the units go that a norm couples.
+        LibpruneError: if some but not all of the units go that a norm couples, or a whole layer that norms stay of.
     """
     _require_whole(architecture, plan)
+    _require_layers(architecture, plan)
     sliced = {}
     for parameter in architecture.parameters:
         tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
         if tensor is not None:
             sliced[sliced_name(architecture, plan, parameter)] = tensor
     return sliced
+
+
+def _require_layers(architecture: Architecture, plan: Plan) -> None:
+    if architecture.layers_stay and len(plan.layers) < architecture.layers:
+        first = min(set(range(architecture.layers)) - set(plan.layers))
+        raise LibpruneError(
+            f"the plan deletes layer {first}, but the norms of a block of family {architecture.family!r} work on the "
+            "residual stream itself; something of every layer must stay"
+        )
 
 
 def _require_whole(architecture: Architecture, plan: Plan) -> None:

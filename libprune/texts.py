@@ -65,6 +65,7 @@ class TextSource:
         config, revision, split: of a hub data set; without effect on local files.
         column: that holds the text.
         streaming: read documents one after another, no more than are asked for.
+        label: column that holds the labels; None: not wanted.
     """
 
     name: str
@@ -74,10 +75,11 @@ class TextSource:
     split: str
     column: str
     streaming: bool
+    label: str | None = None
 
 
-def calibration_source(settings: Tokenize) -> TextSource:
-    """The text to calibrate on; explicit keys win over the preset's."""
+def calibration_source(settings: Tokenize, label: str | None = None) -> TextSource:
+    """The text to calibrate on, with the given label column; explicit keys win over the preset's."""
     preset = PRESETS.get(settings.text, Preset(settings.text))
     return TextSource(
         name=settings.text,
@@ -87,10 +89,11 @@ def calibration_source(settings: Tokenize) -> TextSource:
         split=settings.split or preset.split,
         column=settings.column or preset.column,
         streaming=preset.streaming if settings.streaming is None else settings.streaming,
+        label=label,
     )
 
 
-def evaluation_source(settings: Tokenize) -> TextSource | None:
+def evaluation_source(settings: Tokenize, label: str | None = None) -> TextSource | None:
     """The text to evaluate on; None: documents of the calibration text are to be set apart.
 
     Without `evaluation_text` it is the held-out split of the calibration text, which is `evaluation_split` or the
@@ -102,11 +105,11 @@ def evaluation_source(settings: Tokenize) -> TextSource | None:
     if settings.evaluation_text is None and (split is None or resolve(preset.data_set) is not None):
         return None
     if name == settings.text:
-        source = calibration_source(settings)
+        source = calibration_source(settings, label)
     else:
         own = {} if name in PRESETS else {"column": settings.column}
         keys = {"text": name, "config": None, "revision": None, "split": None, "column": None} | own
-        source = calibration_source(settings.model_copy(update=keys))
+        source = calibration_source(settings.model_copy(update=keys), label)
     return replace(
         source,
         config=settings.evaluation_config or source.config,
@@ -148,7 +151,8 @@ class Text:
     Attributes:
         source: what it is.
         revision: the commit that it was read at; None for local files.
-        rows: its one column, a `datasets.Dataset` or, if streaming, a `datasets.IterableDataset`.
+        rows: its text, and its labels if they are wanted: a `datasets.Dataset` or, if streaming, a
+            `datasets.IterableDataset`.
     """
 
     source: TextSource
@@ -162,6 +166,15 @@ class Text:
             SourceError: if there is none, or one cannot be read or is not text.
         """
         return self._read(self.rows, "")
+
+    def examples(self) -> Iterator[tuple[str, Any]]:
+        """The non-blank documents in their order, each with what its label column holds.
+
+        Raises:
+            SourceError: as `documents`.
+        """
+        rows = self.rows.filter(self._is_document, input_columns=self.source.column)
+        yield from zip(self._read(rows, ""), rows[self.source.label], strict=True)
 
     def shuffled(self, skip: int, seed: int) -> Iterator[str]:
         """The non-blank documents of a stream after the first `skip`, in a seeded order.
@@ -216,9 +229,11 @@ def open_text(source: TextSource) -> Text:
         columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them before its first row
     if not columns:
         raise SourceError(f"text {source.name!r} holds no document")
-    if source.column not in columns:
-        raise SourceError(f"text {source.name!r} has no column {source.column!r}; it has {', '.join(columns)}")
-    return Text(source, revision, rows.select_columns([source.column]))
+    wanted = [column for column in (source.column, source.label) if column is not None]
+    for column in wanted:
+        if column not in columns:
+            raise SourceError(f"text {source.name!r} has no column {column!r}; it has {', '.join(columns)}")
+    return Text(source, revision, rows.select_columns(wanted))
 
 
 def _require_revision(source: TextSource, found: str) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from libprune.artifacts import read_table, same_origin, write_table
 from libprune.errors import SourceError
+from libprune.sequences import NO_TARGET, Sequences
 
 Ids = NDArray[np.int64]
 Documents = Literal["joined", "apart"]
@@ -45,7 +47,9 @@ def split_documents(documents: list[str], evaluation_share: float) -> tuple[list
     return documents[:cut], documents[cut:]
 
 
-def windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, mode: Documents) -> Windows:
+def windows(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, mode: Documents, framed: bool = False
+) -> Windows:
     """All whole consecutive windows, tokenized without special tokens.
 
     Args:
@@ -53,13 +57,55 @@ def windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: in
         tokenizer: of the model.
         length: of a window, in tokens.
         mode: `joined`: of all documents with an empty line between them; `apart`: of each document by itself.
+        framed: the first and last token of each are those that the tokenizer puts around a text, as in BERT.
     """
     texts = [_SEPARATOR.join(documents)] if mode == "joined" else documents
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    whole = [ids[: len(ids) // length * length] for ids in encoded]
-    joined = np.fromiter(chain.from_iterable(whole), dtype=np.int64)
+    before, after = _frame(tokenizer) if framed else ([], [])
+    width = length - len(before) - len(after)
+    whole = [ids[: len(ids) // width * width] for ids in encoded]
+    joined = np.fromiter(chain.from_iterable(whole), dtype=np.int64).reshape(-1, width)
     skipped = sum(not ids for ids in whole) if mode == "apart" else 0
-    return Windows(joined.reshape(-1, length), len(documents), skipped)
+    around = (np.tile(np.array(ids, dtype=np.int64), (len(joined), 1)) for ids in (before, after))
+    return Windows(np.concatenate([next(around), joined, next(around)], axis=1), len(documents), skipped)
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and after a text."""
+    inner: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+    return whole[:start], whole[start + len(inner) :]
+
+
+def with_masks(ids: Ids, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sequences:
+    """Windows of which the model is asked `MASKED_SHARE` of the tokens, the same number in each.
+
+    The tokens asked for are seeded and all replaced by the mask token. In BERT's training 80 % of them were, 10 % were
+    left and 10 % changed (Devlin et al. 2019); but what a model makes of a token that it sees tells little.
+
+    Args:
+        ids: in the tokenizer's frame, ``[windows, length]``.
+        tokenizer: of the model.
+        seed: which tokens.
+
+    Raises:
+        SourceError: if the tokenizer has no mask token.
+    """
+    if tokenizer.mask_token_id is None:
+        raise SourceError("the model predicts masked tokens, but its tokenizer has no mask token")
+    before, after = _frame(tokenizer)
+    inner = np.arange(len(before), ids.shape[1] - len(after))
+    number = max(1, round(MASKED_SHARE * len(inner)))
+    order = np.random.default_rng(seed).random((len(ids), len(inner))).argsort(1)
+    chosen = np.zeros(ids.shape, dtype=bool)
+    np.put_along_axis(chosen, inner[order[:, :number]], True, axis=1)
+    hidden, targets = np.where(chosen, tokenizer.mask_token_id, ids), np.where(chosen, ids, NO_TARGET)
+    return Sequences(torch.from_numpy(hidden), torch.from_numpy(targets))
+
+
+MASKED_SHARE = 0.15
+"""Of BERT's training (Devlin et al. 2019)."""
 
 
 def draw(available: Windows, count: int, seed: int, what: str) -> Ids:
@@ -96,15 +142,17 @@ def _require(available: Windows, count: int, what: str) -> None:
     )
 
 
-def write_tokens(path: Path, ids: Ids, meta: dict[str, Any]) -> None:
-    """Write token ids with what they are and a digest that names them in other artifacts."""
-    digest = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
-    counts = {"sequences": ids.shape[0], "length": ids.shape[1]}
-    write_table(path, {"input_ids": ids}, {**meta, **counts, "tokens": digest})
+def write_tokens(path: Path, sequences: Sequences, meta: dict[str, Any]) -> None:
+    """Write sequences with what they are and a digest that names them in other artifacts."""
+    columns = {"input_ids": sequences.ids, "targets": sequences.targets, "length": sequences.lengths}
+    arrays = {name: column.numpy() for name, column in columns.items() if column is not None}
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()[:16]
+    counts = {"sequences": len(sequences), "length": sequences.ids.shape[1]}
+    write_table(path, arrays, {**meta, **counts, "tokens": digest})
 
 
-def read_tokens(path: Path, model: str, sequences: int | None = None) -> tuple[Ids, dict[str, Any]]:
-    """Token ids ``[sequences, length]`` and their metadata.
+def read_tokens(path: Path, model: str, sequences: int | None = None) -> tuple[Sequences, dict[str, Any]]:
+    """Sequences and their metadata.
 
     Args:
         path: the artifact.
@@ -117,19 +165,23 @@ def read_tokens(path: Path, model: str, sequences: int | None = None) -> tuple[I
     """
     table, meta = read_table(path, "tokenize")
     same_origin(path, meta, {"model": model})
-    ids = np.stack(list(table["input_ids"])).astype(np.int64)
-    return ids[: require_sequences(sequences, ids, path)], meta
+    columns = {name: torch.from_numpy(np.stack(list(table[name])).astype(np.int64)) for name in _COLUMNS & table.keys()}
+    found = Sequences(columns["input_ids"], columns.get("targets"), columns.get("length"))
+    return found[: require_sequences(sequences, found, path)], meta
 
 
-def require_sequences(sequences: int | None, ids: Ids, path: Path) -> int:
+_COLUMNS = {"input_ids", "targets", "length"}
+
+
+def require_sequences(sequences: int | None, found: Sequences, path: Path) -> int:
     """How many sequences to use: as many as asked for, or all.
 
     Raises:
         SourceError: if there are fewer.
     """
-    if sequences is not None and sequences > len(ids):
+    if sequences is not None and sequences > len(found):
         raise SourceError(
-            f"{sequences} calibration sequences are asked for, {path} holds {len(ids)}; "
+            f"{sequences} calibration sequences are asked for, {path} holds {len(found)}; "
             "raise tokenize.calibration_sequences"
         )
-    return len(ids) if sequences is None else sequences
+    return len(found) if sequences is None else sequences

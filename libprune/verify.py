@@ -16,29 +16,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from libprune.errors import LibpruneError
+from libprune.heads import HEADS, HeadName
 
 _SCRIPT = """
 import sys
 sys.modules["libprune"] = None
-folder, remote, tokens, result = sys.argv[1:]
+folder, remote, loader, tokens, result = sys.argv[1:]
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 ids = load_file(tokens)["ids"]
-model = AutoModelForCausalLM.from_pretrained(
+model = getattr(transformers, loader).from_pretrained(
     folder, dtype=torch.float32, trust_remote_code=remote == "remote", local_files_only=True
 ).eval()
+found = {"parameters": torch.tensor(sum(parameter.numel() for parameter in model.parameters()))}
 with torch.no_grad():
-    logits = model(input_ids=ids).logits
-    half = max(1, ids.shape[1] // 2)
-    first = model(input_ids=ids[:, :half], use_cache=True)
-    cached = model(input_ids=ids[:, half:], past_key_values=first.past_key_values, use_cache=True).logits
-    cached = torch.cat([first.logits, cached], dim=1)
-    prompt = ids[:1, :half]
-    new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
-count = torch.tensor(sum(parameter.numel() for parameter in model.parameters()))
-generated = new[:, prompt.shape[1] :].contiguous()
-save_file({"logits": logits, "cached": cached, "generated": generated, "parameters": count}, result)
+    found["logits"] = model(input_ids=ids).logits
+    if loader == "AutoModelForCausalLM":
+        half = max(1, ids.shape[1] // 2)
+        first = model(input_ids=ids[:, :half], use_cache=True)
+        cached = model(input_ids=ids[:, half:], past_key_values=first.past_key_values, use_cache=True).logits
+        found["cached"] = torch.cat([first.logits, cached], dim=1)
+        prompt = ids[:1, :half]
+        new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+        found["generated"] = new[:, prompt.shape[1] :].contiguous()
+save_file(found, result)
 """
 
 
@@ -63,8 +65,9 @@ class Verification:
 def verify_folder(
     folder: Path,
     ids: Int[Tensor, "batch length"],
-    expected: Float[Tensor, "batch length vocab"],
+    expected: Float[Tensor, "..."],
     remote: bool,
+    head: HeadName,
     tolerance: float = 1e-4,
 ) -> Verification:
     """Load a folder in a fresh process and compare its float32 logits.
@@ -72,37 +75,40 @@ def verify_folder(
     Args:
         folder: the pruned model's folder.
         ids: token ids, ``[batch, length]``.
-        expected: the masked (and repaired) dense model's logits, ``[batch, length, vocab]`` float32.
+        expected: the masked (and repaired) dense model's logits, float32.
         remote: whether the folder's own modeling file has to be trusted.
+        head: of the model.
         tolerance: largest relative difference allowed.
 
     Raises:
         LibpruneError: if it does not load, does not generate, or computes something else.
     """
-    found = reload(folder, ids, remote)
-    difference = max(float((found[name] - expected).abs().max()) for name in ("logits", "cached"))
+    found = reload(folder, ids, remote, head)
+    difference = max(float((found[name] - expected).abs().max()) for name in ("logits", "cached") if name in found)
     result = Verification(difference, float(expected.abs().max()))
     if not result.relative <= tolerance:
         raise LibpruneError(
             f"the pruned model in {folder} loads but computes something else: logits differ by {difference:.3g} "
             f"of {result.scale:.3g} from the masked dense model. This is a defect of libprune; please report the plan"
         )
-    if found["generated"].shape[1] < 1:
+    if "generated" in found and found["generated"].shape[1] < 1:
         raise LibpruneError(f"the pruned model in {folder} loads but generates nothing")
     return result
 
 
-def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool) -> dict[str, Tensor]:
+def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: HeadName) -> dict[str, Tensor]:
     """What a model folder computes in a fresh process, in float32.
 
     Args:
         folder: a Hugging Face folder.
         ids: token ids, ``[batch, length]``.
         remote: whether the folder's own modeling file has to be trusted.
+        head: of the model.
 
     Returns:
-        `logits` of one pass and `cached`, of two with the KV cache, ``[batch, length, vocab]``; `generated`, new
-        token ids ``[1, tokens]`` after the first half of the first row; `parameters`, their number.
+        `parameters`, their number, and `logits` of one pass, ``[batch, length, vocab]`` or ``[batch, labels]``; of a
+        model that writes also `cached`, the logits of two passes with the KV cache, and `generated`, new token ids
+        ``[1, tokens]`` after the first half of the first row.
 
     Raises:
         LibpruneError: if it does not load or run, with the last line of what Python says.
@@ -110,7 +116,8 @@ def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool) -> dict
     with tempfile.TemporaryDirectory() as scratch:
         tokens, result = Path(scratch, "tokens.safetensors"), Path(scratch, "result.safetensors")
         save_file({"ids": ids.contiguous()}, tokens)
-        command = [sys.executable, "-I", "-c", _SCRIPT, str(folder.resolve()), "remote" if remote else "stock"]
+        how = ["remote" if remote else "stock", HEADS[head].auto_class]
+        command = [sys.executable, "-I", "-c", _SCRIPT, str(folder.resolve()), *how]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
         done = subprocess.run(
             [*command, str(tokens), str(result)],
@@ -126,8 +133,8 @@ def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool) -> dict
         return {name: tensor.clone() for name, tensor in load_file(result).items()}
 
 
-def reference_logits(model: torch.nn.Module, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length vocab"]:
-    """Logits of a model on the given ids, ``[batch, length, vocab]`` in float32."""
+def reference_logits(model: torch.nn.Module, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "..."]:
+    """Logits of a model on the given ids, ``[batch, length, vocab]`` or ``[batch, labels]``, in float32."""
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.float()

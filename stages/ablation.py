@@ -29,9 +29,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     if run.world.first and len(units) < section.units:
         typer.echo(f"ablation.units is {section.units}, the model has {len(units)} units: all are measured")
     groups = loss_groups(run, len(units))
-    identity = {"units": len(units), "seed": section.seed, "sequences": len(run.ids)}
-    with collecting(run, "ablation", layout.ablation, groups, 1, identity, len(units), run.ids.size) as work:
-        dense = collect_losses(run, work, unit_plans(run.architecture, units), run.available - len(run.ids)).numpy()
+    identity = {"units": len(units), "seed": section.seed, "sequences": len(run.sequences)}
+    with collecting(run, "ablation", layout.ablation, groups, 1, identity, len(units), run.sequences.tokens) as work:
+        dense = collect_losses(run, work, unit_plans(run.architecture, units), run.first).numpy()
         if work.merge():
             table = ablation_table(units, work.accumulator.finish(0)[LOSSES].numpy(), dense)
             loss = float(dense.mean())

@@ -17,7 +17,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     run = set_up(layout, settings.compute, section.sequences)
     groups = activation_groups(run.architecture, section)
     with collecting(run, "activations", layout.activations, groups, run.at_once, {}) as work:
-        collect_activations(run.model, run.architecture, work.batches(), work.accumulator)
+        collect_activations(run.model, run.architecture, work.passes(), work.accumulator)
         if work.merge():
             tables = write_artifact(run, layout.activations, work.accumulator, activation_columns, {})
             print_units(tables["units"], ("activation_magnitude", "activation_entropy"), layout.activations)

@@ -26,7 +26,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         collect_gradients(run.model, run.architecture, work.batches(), sums, run.at_once, run.recompute)
         if work.merge():
             rows: dict[str, RowsOf] = {
-                "layers": partial(layer_rows, batches=-(-len(run.ids) // size)),
+                "layers": partial(layer_rows, batches=-(-len(run.sequences) // size)),
                 "tensors": tensor_rows,
             }
             loss = {"loss": float(sums.finish(layers)["loss"])}

@@ -36,7 +36,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     groups = hessian_groups(run.architecture, run.n_tok, section)
     identity = {"estimator": section.estimator} | ({"probes": section.probes, "seed": section.seed} if probing else {})
     with collecting(run, "hessian", layout.hessian, groups, run.at_once, identity) as work:
-        sums, batches = work.accumulator, work.batches()
+        sums, batches = work.accumulator, work.passes()
         if probing:
             collect_probes(run.model, run.architecture, batches, sums, section)
         else:

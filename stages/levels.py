@@ -40,13 +40,12 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     orders = unit_orders(architecture, scores)
     levels = choose_levels(architecture, section.number)
     plans = level_plans(architecture, orders, levels)
-    identity = {"order": order_digest(orders), "number": section.number, "sequences": len(run.ids)}
+    identity = {"order": order_digest(orders), "number": section.number, "sequences": len(run.sequences)}
     identity["inputs"] = inputs_identity(layout)
     groups = loss_groups(run, len(levels))
     repair = local_repair(layout, architecture)
-    with collecting(run, "levels", layout.levels, groups, 1, identity, len(levels), run.ids.size) as work:
-        first = run.available - len(run.ids)
-        collect_losses(run, work, plans, first, Divergence(run.model), lambda name: repair(plans[name]))
+    with collecting(run, "levels", layout.levels, groups, 1, identity, len(levels), run.sequences.tokens) as work:
+        collect_losses(run, work, plans, run.first, Divergence(run.model), lambda name: repair(plans[name]))
         if work.merge():
             table = level_table(levels, work.accumulator.finish(0)[LOSSES].numpy())
             write_table(layout.levels, table, run.meta | {"levels": section.number, "order": identity["order"]})

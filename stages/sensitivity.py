@@ -25,9 +25,11 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     run = set_up(layout, settings.compute, settings.sensitivity.sequences, last=True)
     plans, measured = removal_plans(run.architecture), removals(run.architecture)
     groups = loss_groups(run, len(plans))
-    identity = {"sequences": len(run.ids)}
-    with collecting(run, "sensitivity", layout.sensitivity, groups, 1, identity, len(plans), run.ids.size) as work:
-        dense = collect_losses(run, work, plans, run.available - len(run.ids)).numpy()
+    identity = {"sequences": len(run.sequences)}
+    with collecting(
+        run, "sensitivity", layout.sensitivity, groups, 1, identity, len(plans), run.sequences.tokens
+    ) as work:
+        dense = collect_losses(run, work, plans, run.first).numpy()
         if work.merge():
             table = sensitivity_table(measured, work.accumulator.finish(0)[LOSSES].numpy(), dense)
             loss = float(dense.mean())

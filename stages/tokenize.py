@@ -11,6 +11,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.artifacts import Layout, read_architecture, require
     from libprune.checkpoint import load_config, require_positions
     from libprune.drawing import draw_texts
+    from libprune.labels import draw_examples
     from libprune.params import load_params
     from libprune.self_text import SelfText
     from libprune.tokens import write_tokens
@@ -19,13 +20,17 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     architecture = read_architecture(layout)
     lengths = ("calibration_length", "evaluation_length")
     asked = {f"tokenize.{name}": getattr(settings.tokenize, name) for name in lengths}
-    require_positions(load_config(require(layout.model, "prepare")), architecture, asked)
+    config = load_config(require(layout.model, "prepare"))
+    require_positions(config, architecture, asked)
     tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
     writer = SelfText(layout, architecture, tokenizer, settings.compute.device, settings.compute.dtype)
-    calibration, evaluation = draw_texts(settings.tokenize, tokenizer, writer.sample)
+    if architecture.head == "sequence_classification":
+        calibration, evaluation = draw_examples(settings.tokenize, tokenizer, config)
+    else:
+        calibration, evaluation = draw_texts(settings.tokenize, tokenizer, writer.sample, architecture.head)
     texts = (("calibration", layout.calibration, calibration), ("evaluation", layout.evaluation, evaluation))
     for what, path, drawn in texts:
-        write_tokens(path, drawn.ids, {"model": architecture.fingerprint} | drawn.record)
+        write_tokens(path, drawn.sequences, {"model": architecture.fingerprint} | drawn.record)
         typer.echo(drawn.sentence(what))
     writer.forget()
 

@@ -15,6 +15,7 @@ from libprune.describe import describe
 from libprune.gradients import collect_gradients, gradient_groups
 from libprune.hessian import collect_probes, collect_squared_gradients, hessian_groups
 from libprune.sections import Activations, Gradients, Hessian
+from libprune.sequences import Batch, Sequences
 from tests.models import FAMILIES, VOCAB, tokens
 from tests.test_units import conv1d_stored
 
@@ -40,10 +41,10 @@ def architecture(model) -> Architecture:
     return describe(model)
 
 
-def batches(size: int, ids: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
-    """Number, index of the first sequence, and ids of every batch."""
+def batches(size: int, ids: Tensor | None = None) -> Iterator[Batch]:
+    """Number, index of the first sequence, and sequences of every batch."""
     ids = tokens(SEQUENCES, LENGTH) if ids is None else ids
-    return ((first // size, first, ids[first : first + size]) for first in range(0, len(ids), size))
+    return ((first // size, first, Sequences(ids[first : first + size])) for first in range(0, len(ids), size))
 
 
 def gradients(

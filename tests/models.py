@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    AutoModelForCausalLM,
+    BertConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -29,6 +29,7 @@ from transformers import (
 from libprune.architecture import Architecture
 from libprune.checkpoint import WeightFiles, load_model
 from libprune.describe import describe
+from libprune.heads import HEADS, HeadName
 from libprune.plan import Plan
 from libprune.pruned_folder import write_pruned
 from libprune.surgery import slice_state
@@ -50,11 +51,13 @@ _LONG_ROPE = {
 }
 
 
-def tiny_model(config_class: type[PreTrainedConfig], **settings: Any) -> Callable[[int], PreTrainedModel]:
+def tiny_model(
+    config_class: type[PreTrainedConfig], head: HeadName = "causal_lm", **settings: Any
+) -> Callable[[int], PreTrainedModel]:
     """Makes a model of the config from a seed, every parameter random, norms and biases too."""
 
     def make(seed: int) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config_class(**_SHORT, **settings))
+        model: PreTrainedModel = HEADS[head].loader.from_config(config_class(**_SHORT, **settings))
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
@@ -68,6 +71,8 @@ def heads(hidden: int, groups: int, queries: int, head_dim: int | None = None) -
     explicit = {} if head_dim is None else {"head_dim": head_dim}
     return {"hidden_size": hidden, "num_key_value_heads": groups, "num_attention_heads": groups * queries, **explicit}
 
+
+_ENCODER = {"hidden_size": 24, "num_attention_heads": 4, "max_position_embeddings": 50}
 
 # Odd sizes that tell the axes apart, and all that a family can have: biases, tied weights, windows.
 FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
@@ -98,9 +103,13 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
     "smollm3": tiny_model(SmolLM3Config, **FFN, **heads(36, 3, 2), no_rope_layer_interval=2),
     "olmo2": tiny_model(Olmo2Config, **FFN, **heads(36, 3, 2)),
     "starcoder2": tiny_model(Starcoder2Config, **FFN, **heads(36, 3, 2), sliding_window=WINDOW),
+    "bert": tiny_model(BertConfig, "masked_lm", **FFN, **_ENCODER),
+    "bert_classifier": tiny_model(BertConfig, "sequence_classification", **FFN, **_ENCODER, num_labels=3),
 }
 
 
+ENCODERS = ("bert", "bert_classifier")
+"""Those that read all tokens at once, and do not write."""
 LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 """Families that differ in what statistics and repair meet: biases, norms on heads, fused maps, norms behind the parts,
 [in, out] storage, heads side by side with parallel parts, an MLP on flattened tokens."""
@@ -144,9 +153,9 @@ def _per_layer(architecture: Architecture, rng: np.random.Generator) -> Counts:
 
 
 def _holes(architecture: Architecture, rng: np.random.Generator) -> Counts:
-    """The first attention, one MLP and one whole layer are gone."""
+    """The first attention, one MLP and, where it can be deleted, one whole layer are gone."""
     left = _per_layer(architecture, rng)
-    gone = {(0, "attention"), (1, "mlp"), (2, "attention"), (2, "mlp")}
+    gone = {(0, "attention"), (1, "mlp"), (2, "attention"), *([] if architecture.layers_stay else [(2, "mlp")])}
     return lambda layer, part: 0 if (layer, part) in gone else left(layer, part)
 
 

@@ -118,6 +118,8 @@ def _architecture(shape: Shape) -> Architecture:
         parameters=(outside, *blocks),
         maps=(),
         cache=parse_expr("kv d + kv d"),
+        head="causal_lm",
+        head_macs=7 * shape.model,
     )
 
 

@@ -20,6 +20,7 @@ from libprune.checkpoint import fingerprint, load_model
 from libprune.compute import sequence_losses
 from libprune.describe import describe
 from libprune.errors import StatisticsError
+from libprune.sequences import Sequences
 from libprune.surgery import masked
 from libprune.tokens import write_tokens
 from stages.ablation import main
@@ -42,6 +43,8 @@ def shapes(layers: int, attention: int, mlp: int) -> Architecture:
         parameters=(),
         maps=(),
         cache=parse_expr("kv"),
+        head="causal_lm",
+        head_macs=0,
     )
 
 
@@ -115,7 +118,7 @@ def write_project(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(layout.model)
     digest = fingerprint(layout.model)
     layout.architecture.write_text(describe(model, digest).to_json())
-    write_tokens(layout.calibration, tokens(SEQUENCES, LENGTH).numpy(), {"model": digest})
+    write_tokens(layout.calibration, Sequences(tokens(SEQUENCES, LENGTH)), {"model": digest})
     params(folder)
     return folder
 
@@ -138,7 +141,7 @@ def direct(model: PreTrainedModel, architecture: Architecture, table: dict) -> n
 
     def losses() -> np.ndarray:
         with torch.no_grad():
-            return torch.cat([sequence_losses(model, some) for some in ids.split(AT_ONCE)]).double().numpy()
+            return torch.cat([sequence_losses(model, Sequences(some)) for some in ids.split(AT_ONCE)]).double().numpy()
 
     rows = []
     for unit in zip(table["layer_idx"], table["group_type"], table["group_idx"], strict=True):
@@ -160,7 +163,8 @@ def test_the_increase_is_that_of_a_direct_computation(project, capsys):
     assert table["loss_increase"].all()
     assert (meta["units"], meta["seed"], meta["sequences"], meta["length"]) == (12, 0, USED, LENGTH)
     with torch.no_grad():
-        assert meta["loss"] == pytest.approx(float(sequence_losses(model, tokens(SEQUENCES, LENGTH)[-USED:]).mean()))
+        used = Sequences(tokens(SEQUENCES, LENGTH)[-USED:])
+        assert meta["loss"] == pytest.approx(float(sequence_losses(model, used).mean()))
     printed = capsys.readouterr().out
     assert "loss_increase attention" in printed
     assert f"12 units measured; dense loss {meta['loss']:.4f}" in printed
@@ -210,9 +214,9 @@ def patch_losses(monkeypatch, value_of) -> list[int]:
     """Calls a function with the number of each pass and its losses; returns the list of passes."""
     passes: list[int] = []
 
-    def patched(model, ids):
+    def patched(model, sequences):
         passes.append(len(passes))
-        return value_of(passes[-1], sequence_losses(model, ids))
+        return value_of(passes[-1], sequence_losses(model, sequences))
 
     monkeypatch.setattr(prefix_module, "sequence_losses", patched)
     return passes

@@ -23,6 +23,7 @@ from libprune.pruned_folder import MODELING_FILE, write_pruned
 from libprune.pruning import prune
 from libprune.record import PLAN, Record
 from libprune.sections import Compute, Slice
+from libprune.sequences import Sequences
 from libprune.surgery import slice_state
 from libprune.tokens import write_tokens
 from tests import tiny
@@ -40,8 +41,8 @@ def layout(tmp_path_factory) -> Layout:
     import_module("stages.prepare").main(params, folder / "artifacts")
     layout = Layout(folder / "artifacts")
     architecture = read_architecture(layout)
-    ids = np.random.default_rng(0).integers(0, architecture.sizes["vocab"], (2, 16))
-    write_tokens(layout.calibration, ids, {"model": architecture.fingerprint})
+    ids = torch.randint(architecture.sizes["vocab"], (2, 16), generator=torch.Generator().manual_seed(0))
+    write_tokens(layout.calibration, Sequences(ids), {"model": architecture.fingerprint})
     return layout
 
 

@@ -194,10 +194,10 @@ def test_a_value_that_is_not_finite_leaves_the_sums_before_it_usable(place, stop
     seen = 0
     sequence_losses = import_module("libprune.gradients").sequence_losses
 
-    def broken(model, ids):
+    def broken(model, sequences):
         nonlocal seen
         seen += 1
-        return sequence_losses(model, ids) * (float("nan") if seen == 4 else 1.0)
+        return sequence_losses(model, sequences) * (float("nan") if seen == 4 else 1.0)
 
     monkeypatch.setattr("libprune.gradients.sequence_losses", broken)
     with pytest.raises(
@@ -399,6 +399,7 @@ from torch.distributed.tensor import DTensor
 from libprune.artifacts import Layout
 from libprune.calibration import set_up
 from libprune.params import load_params
+from libprune.sequences import Sequences
 
 found = set_up(Layout(Path("artifacts")), load_params(Path("params.yaml")).compute, None)
 with torch.no_grad():

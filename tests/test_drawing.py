@@ -18,6 +18,7 @@ from libprune.errors import SourceError
 from libprune.origin import read_origin
 from libprune.plan import Plan
 from libprune.self_text import GREEDY, SelfText
+from libprune.sequences import Sequences
 from libprune.tokens import read_tokens, windows
 from stages import prepare, tokenize
 from tests import tiny
@@ -50,7 +51,8 @@ def run(project, tmp_path):
         text = str(project / "text.txt")
         params = tiny.write_params(tmp_path / "params.yaml", "unused", text, tokenize={"text": text} | SIZES | changes)
         tokenize.main(params, layout.root)
-        return [read_tokens(path, fingerprint) for path in (layout.calibration, layout.evaluation)]
+        found = (read_tokens(path, fingerprint) for path in (layout.calibration, layout.evaluation))
+        return [(sequences.ids.numpy(), meta) for sequences, meta in found]
 
     return run_stage
 
@@ -225,10 +227,14 @@ def test_sampled_and_read_text_go_together(run, project):
 
 def test_a_model_that_writes_the_same_again_and_again_is_refused():
     ids = np.arange(40).reshape(4, 10)
-    record = {"source": "self", "mode": "sampled", "part": ""}
-    require_disjoint(Drawn(ids, record, []), Drawn(ids[:, 1:] + 100, record, []))
+
+    def drawn(rows: np.ndarray) -> Drawn:
+        return Drawn(Sequences(torch.from_numpy(rows)), {"source": "self", "mode": "sampled", "part": ""}, [])
+
+    known, partly = (drawn(rows) for rows in (ids, np.concatenate([ids[:1, :7], ids[:3, 1:8]])))
+    require_disjoint(known, drawn(ids[:, 1:] + 100))
     with pytest.raises(SourceError, match=r"25 % of the text to evaluate on \('self'\)"):
-        require_disjoint(Drawn(ids, record, []), Drawn(np.concatenate([ids[:1, :7], ids[:3, 1:8]]), record, []))
+        require_disjoint(known, partly)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from libprune.evaluation import compare_speed, perplexity, perplexity_ratio, window_losses
+from libprune.sequences import Sequences
 from tests.collected import MODELS
 from tests.models import FAMILIES, tokens
 
@@ -27,7 +28,7 @@ def test_the_loss_of_a_window_is_transformers_own_whatever_the_batch(family):
     with torch.no_grad():
         expected = [model(input_ids=row[None], labels=row[None], use_cache=False).loss.item() for row in ids]
     for batch_tokens in (1, LENGTH, 2 * LENGTH + 1, 100 * LENGTH):
-        found = window_losses(model, ids.numpy(), batch_tokens, "windows")
+        found = window_losses(model, Sequences(ids), batch_tokens, "windows")
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -37,13 +38,13 @@ def test_the_loss_is_the_mean_negative_log_probability_of_each_next_token():
     with torch.no_grad():
         log_p = torch.log_softmax(model(input_ids=ids).logits.double(), -1)
     expected = [-np.mean([float(log_p[w, t, ids[w, t + 1]]) for t in range(LENGTH - 1)]) for w in range(2)]
-    np.testing.assert_allclose(window_losses(model, ids.numpy(), 64, "windows"), expected, rtol=1e-5)
+    np.testing.assert_allclose(window_losses(model, Sequences(ids), 64, "windows"), expected, rtol=1e-5)
 
 
 def test_measuring_leaves_no_gradient_graph_and_no_change():
     model = FAMILIES["llama"](0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    window_losses(model, tokens(WINDOWS, LENGTH).numpy(), 64, "windows")
+    window_losses(model, Sequences(tokens(WINDOWS, LENGTH)), 64, "windows")
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

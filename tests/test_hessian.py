@@ -134,6 +134,8 @@ class SoftmaxLinear(PreTrainedModel):
             parameters=(Parameter("head.weight", (unit, model), 0, "head"),),
             maps=(Map("head", 0, "head", model, unit, transposed=False),),
             cache=unit,
+            head="causal_lm",
+            head_macs=0,
         )
 
 

@@ -22,6 +22,7 @@ from libprune.levels import choose_levels, empty_table, level_plans, level_table
 from libprune.plan import Plan
 from libprune.repairing import local_repair
 from libprune.sections import Allocate
+from libprune.sequences import Sequences
 from libprune.surgery import masked
 from libprune.tokens import read_tokens
 from tests import tiny
@@ -118,9 +119,9 @@ def test_the_divergence_is_that_of_the_definition(family, kind):
     architecture = import_module("libprune.describe").describe(model)
     measure, dense = Divergence(model), logits_of(model, ids)
     with torch.no_grad():
-        assert measure(0, ids).tolist() == [0, 0, 0]
+        assert measure(0, Sequences(ids)).tolist() == [0, 0, 0]
         with masked(model, architecture, random_plan(architecture, kind)):
-            found, expected = measure(0, ids), kl(dense, logits_of(model, ids))
+            found, expected = measure(0, Sequences(ids)), kl(dense, logits_of(model, ids))
     assert (expected > 0).all()
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
 
@@ -129,12 +130,12 @@ def test_an_unchanged_model_does_not_diverge_and_no_change_gives_less():
     model, ids = FAMILIES["llama"](0), tokens(4, 12)
     measure = Divergence(model)
     with torch.no_grad():
-        measure(0, ids)
-        np.testing.assert_allclose(measure(0, ids).numpy(), 0, atol=1e-6)
+        measure(0, Sequences(ids))
+        np.testing.assert_allclose(measure(0, Sequences(ids)).numpy(), 0, atol=1e-6)
         for scale in (1e-6, 1e-4, 1e-2, 1.0):
             for parameter in model.parameters():
                 parameter.add_(scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-            assert (measure(0, ids) >= -1e-6).all()
+            assert (measure(0, Sequences(ids)) >= -1e-6).all()
 
 
 def test_every_pass_is_compared_with_its_own_dense_predictions():
@@ -142,9 +143,9 @@ def test_every_pass_is_compared_with_its_own_dense_predictions():
     measure, dense = Divergence(model), logits_of(model, ids)
     with torch.no_grad():
         for number in (0, 1):
-            measure(number, ids[2 * number : 2 * number + 2])
+            measure(number, Sequences(ids[2 * number : 2 * number + 2]))
         model.lm_head.weight.add_(0.3)
-        found = torch.cat([measure(number, ids[2 * number : 2 * number + 2]) for number in (1, 0)])
+        found = torch.cat([measure(number, Sequences(ids[2 * number : 2 * number + 2])) for number in (1, 0)])
     np.testing.assert_allclose(found.numpy(), kl(dense, logits_of(model, ids))[[2, 3, 0, 1]], rtol=1e-4, atol=1e-7)
 
 
@@ -152,10 +153,10 @@ def test_dense_predictions_are_kept_in_the_models_type():
     model, ids = FAMILIES["llama"](0).to(torch.bfloat16), tokens(3, 12)
     measure = Divergence(model)
     with torch.no_grad():
-        measure(0, ids)
+        measure(0, Sequences(ids))
         kept = measure._dense[0]
         assert kept.nbytes == stored_bytes(ids.numel(), model.config.vocab_size, torch.bfloat16)
-        assert (measure(0, ids).abs() < 0.01).all()
+        assert (measure(0, Sequences(ids)).abs() < 0.01).all()
 
 
 # The table
@@ -240,7 +241,7 @@ def test_the_measured_divergence_is_that_of_a_direct_computation(project):
     layout = Layout(project / "artifacts")
     architecture, scores = read_architecture(layout), read_table(layout.scores, "score")[0]
     dense = load_model(layout.model, torch.float32)
-    ids = torch.from_numpy(read_tokens(layout.calibration, architecture.fingerprint)[0][-USED:])
+    ids = read_tokens(layout.calibration, architecture.fingerprint)[0].ids[-USED:]
     repair = local_repair(layout, architecture)
     score = dict(split_blocks(architecture, scores["score"]))
     for layer, part, removed, divergence, error in levels_of(project)[::4]:

@@ -25,6 +25,7 @@ from libprune.plan import Plan
 from libprune.refine import Judge, Refined, refine
 from libprune.repair import Inputs, new_parameters, repair_local
 from libprune.sections import Allocate
+from libprune.sequences import Sequences
 from libprune.surgery import masked
 from tests.collected import activations, assert_untouched
 from tests.models import FAMILIES, random_plan, tokens
@@ -255,7 +256,7 @@ def repair_of(model: torch.nn.Module, architecture: Architecture, ids: Tensor) -
 
 
 def judge_of(llama: SimpleNamespace, at_once: int = 2) -> Judge:
-    return Judge(llama.model, llama.architecture, llama.ids, at_once, llama.repair)
+    return Judge(llama.model, llama.architecture, Sequences(llama.ids), at_once, llama.repair)
 
 
 def direct(llama: SimpleNamespace, plan: Plan) -> float:

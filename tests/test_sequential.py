@@ -19,6 +19,7 @@ from libprune.describe import describe
 from libprune.errors import LibpruneError
 from libprune.plan import Plan
 from libprune.repair import Fit, Inputs, new_parameters, oriented, pruned_consumers, repair_local
+from libprune.sequences import Sequences
 from libprune.sequential import SequentialRepair, split_batches
 from libprune.surgery import input_mask, masked
 from tests.collected import activations, assert_untouched, of_layers
@@ -50,7 +51,7 @@ def repair(
 ) -> list[list[Fit]]:
     """The fits of every layer, with the first layers' known; the model gets the new weights."""
     architecture = describe(model)
-    run = SequentialRepair(model, architecture, plan, split_batches(ids, at_once), damping, drift, cap)
+    run = SequentialRepair(model, architecture, plan, split_batches(Sequences(ids), at_once), damping, drift, cap)
     return [
         run.step(layer, new_parameters(known[layer]) if layer < len(known) else None)
         for layer in range(architecture.layers)
@@ -74,7 +75,7 @@ def assert_weights_close(found: dict[str, Tensor], expected: dict[str, Tensor], 
 
 @given(st.integers(1, 40), st.integers(1, 10))
 def test_every_sequence_is_in_one_batch_and_every_eighth_is_held_out(number, at_once):
-    batches = split_batches(torch.arange(number)[:, None].repeat(1, 3), at_once)
+    batches = split_batches(Sequences(torch.arange(number)[:, None].repeat(1, 3)), at_once)
     assert all(1 <= len(batch.ids) <= at_once for batch in batches)
     seen = {flag: [int(row[0]) for b in batches if b.held_out is flag for row in b.ids] for flag in (False, True)}
     assert seen[True] == list(range(7, number, 8))
@@ -349,7 +350,7 @@ def test_auto_chooses_a_damping_for_every_consumer_by_its_own_held_out_error():
     architecture = describe(FAMILIES["llama"](0))
 
     def first_fit(damping: float | None, sequences: int = 18) -> Fit:
-        batches = split_batches(tokens(sequences, 12), 4)
+        batches = split_batches(Sequences(tokens(sequences, 12)), 4)
         return SequentialRepair(FAMILIES["llama"](0), architecture, a_third(architecture), batches, damping).step(0)[0]
 
     auto = first_fit(None)

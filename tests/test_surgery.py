@@ -47,6 +47,8 @@ def attention(modules: dict[str, str], transposed: bool = False, layers: int = 1
         parameters=tuple(parameters),
         maps=tuple(maps),
         cache=parse_expr("kv d + kv d"),
+        head="causal_lm",
+        head_macs=0,
     )
 
 

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from libprune.errors import ArtifactError, SourceError
+from libprune.sequences import Sequences
 from libprune.tokens import Windows, draw, read_tokens, split_documents, spread, windows, write_tokens
 from tests.tiny import WORDS, write_model
 
@@ -106,11 +108,11 @@ def test_windows_of_documents_apart_are_those_of_each_document_by_itself(tokeniz
 
 def test_tokens_come_back_and_those_of_another_model_are_refused(tmp_path):
     path = tmp_path / "tokens.parquet"
-    write_tokens(path, IDS, {"model": "here", "source": "a text"})
-    ids, meta = read_tokens(path, "here")
-    np.testing.assert_array_equal(ids, IDS)
+    write_tokens(path, Sequences(torch.from_numpy(IDS)), {"model": "here", "source": "a text"})
+    found, meta = read_tokens(path, "here")
+    np.testing.assert_array_equal(found.ids, IDS)
     assert (meta["source"], meta["sequences"], meta["length"]) == ("a text", 20, 3)
-    np.testing.assert_array_equal(read_tokens(path, "here", 4)[0], IDS[:4])
+    np.testing.assert_array_equal(read_tokens(path, "here", 4)[0].ids, IDS[:4])
     with pytest.raises(ArtifactError, match="belongs to model 'here', but the current model is 'elsewhere'"):
         read_tokens(path, "elsewhere")
     with pytest.raises(SourceError, match=r"21 calibration sequences are asked for, .* holds 20; raise tokenize\."):
@@ -120,7 +122,7 @@ def test_tokens_come_back_and_those_of_another_model_are_refused(tmp_path):
 def test_the_digest_names_the_tokens(tmp_path):
     digests = []
     for ids in (IDS, IDS.copy(), IDS + 1, IDS[:10]):
-        write_tokens(tmp_path / "tokens.parquet", ids, {"model": "here"})
+        write_tokens(tmp_path / "tokens.parquet", Sequences(torch.from_numpy(ids)), {"model": "here"})
         digests.append(read_tokens(tmp_path / "tokens.parquet", "here")[1]["tokens"])
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3

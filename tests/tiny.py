@@ -1,7 +1,9 @@
 """A tiny project: a random Llama with a tokenizer, a text of made-up sentences, and params for both."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -63,6 +65,23 @@ def write_model(folder: Path) -> Path:
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
+    return folder
+
+
+def write_encoder(folder: Path, make: Callable[[int], Any]) -> Path:
+    """A tiny model that reads all tokens at once, with a tokenizer that frames and masks, in a Hugging Face folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    frame = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=frame)
+    named = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    make(0).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,118 @@
+"""Examples with a label each, for models that tell classes apart."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from libprune.drawing import Drawn, origin, require_disjoint
+from libprune.errors import SourceError
+from libprune.sections import Tokenize
+from libprune.sequences import Sequences
+from libprune.texts import SELF, TextSource, calibration_source, evaluation_source, open_text, require_other_text
+
+Example = tuple[str, int]
+Indices = NDArray[np.int64]
+
+
+def draw_examples(
+    settings: Tokenize, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> tuple[Drawn, Drawn]:
+    """Labelled sequences to calibrate on and to evaluate on: one document each, with the tokenizer's special tokens.
+
+    A document that is longer than the params allow is cut off; shorter ones stay as they are. Where one text serves
+    both, every so-manieth document of it is set apart for evaluation, since data sets may be in the order of their
+    labels.
+
+    Args:
+        settings: which, how many, how long.
+        tokenizer: of the dense model.
+        config: of the dense model; names the labels.
+
+    Raises:
+        SourceError: if a text cannot be read, has no label or too few documents, or is in large part the other one.
+    """
+    column = settings.label_column or "label"
+    source, other = calibration_source(settings, column), evaluation_source(settings, column)
+    if SELF in (settings.text, settings.evaluation_text) or source.streaming:
+        what = "is streamed" if source.streaming else "has no labels"
+        raise SourceError(f"the text {settings.text!r} {what}; a model that tells classes apart needs a labelled text")
+    found = _read(source, config)
+    if other is None:
+        apart = _spread(len(found), max(1, round(len(found) * settings.evaluation_share)), "evaluation")
+        held, rest = [found[i] for i in apart], [one for i, one in enumerate(found) if i not in set(apart.tolist())]
+        parts = f"{len(rest)} documents", f"{len(held)} documents at even distances"
+    else:
+        require_other_text(source, other)
+        held, rest, parts = _read(other, config), found, ("all documents", "all documents")
+    rng = np.random.default_rng(settings.seed)
+    _require(len(rest), settings.calibration_sequences, "calibration")
+    chosen = np.sort(rng.choice(len(rest), size=settings.calibration_sequences, replace=False))
+    calibration = _drawn(rest, chosen, settings.calibration_length, tokenizer, source, parts[0])
+    calibration.record["seed"] = settings.seed
+    spread = _spread(len(held), settings.evaluation_windows, "evaluation")
+    evaluation = _drawn(held, spread, settings.evaluation_length, tokenizer, other or source, parts[1])
+    require_disjoint(calibration, evaluation)
+    return calibration, evaluation
+
+
+def _read(source: TextSource, config: PreTrainedConfig) -> list[Example]:
+    text = open_text(source)
+    return [(document, _label(value, config, source)) for document, value in text.examples()]
+
+
+def _label(value: Any, config: PreTrainedConfig, source: TextSource) -> int:
+    """A label as the model numbers it: a number, or a name that its config knows."""
+    names: Mapping[str, int] = config.label2id or {}
+    if isinstance(value, str) and value in names:
+        return int(names[value])
+    number = int(value) if isinstance(value, int | str) and str(value).lstrip("-").isdigit() else -1
+    if not 0 <= number < config.num_labels:
+        known = f"0 to {config.num_labels - 1}" + (f" or {', '.join(map(str, names))}" if names else "")
+        raise SourceError(
+            f"column {source.label!r} of text {source.name!r} holds {value!r}, no label of the model ({known}); a "
+            "test split often hides its labels: name another split"
+        )
+    return number
+
+
+def _spread(available: int, count: int, what: str) -> Indices:
+    _require(available, count, what)
+    return np.linspace(0, available - 1, count).round().astype(np.int64)
+
+
+def _require(available: int, count: int, what: str) -> None:
+    if available < count:
+        raise SourceError(f"{what} needs {count} labelled documents, the text gives {available}; use fewer")
+
+
+def _drawn(
+    examples: Sequence[Example],
+    chosen: Indices,
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    source: TextSource,
+    part: str,
+) -> Drawn:
+    texts = [examples[i][0] for i in chosen]
+    rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id or 0)
+    for row, filled in zip(rows, ids, strict=True):
+        filled[: len(row)] = torch.tensor(row)
+    targets = torch.tensor([examples[i][1] for i in chosen])
+    record = {
+        **origin(source, None),
+        "mode": "labelled",
+        "part": part,
+        "documents": len(examples),
+        "skipped": 0,
+        "cut": sum(len(row) == length for row in rows),
+        "available": len(examples),
+        "windows": chosen.tolist(),
+        "label_column": source.label,
+    }
+    sequences = Sequences(ids, targets, torch.tensor([len(row) for row in rows]))
+    return Drawn(sequences, record, [document for document, _ in examples])

@@ -1,0 +1,71 @@
+"""Token sequences, and what a model is asked on them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+NO_TARGET = -100
+"""Where nothing is asked for; transformers' own mark."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences with their targets.
+
+    Attributes:
+        ids: token ids, ``[sequences, length]``; what lies behind the end of a shorter one is never read.
+        targets: None for the next token at every position but the last; ``[sequences, length]`` for the token asked for
+            at each position, `NO_TARGET` where there is none; ``[sequences]`` for the label of each sequence.
+        lengths: tokens of each sequence, ``[sequences]``; None where all fill the whole length.
+    """
+
+    ids: Int[Tensor, "sequences length"]
+    targets: Int[Tensor, "sequences length"] | Int[Tensor, " sequences"] | None = None
+    lengths: Int[Tensor, " sequences"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, chosen: slice | Tensor) -> "Sequences":
+        """Some of them, as many dimensions as before."""
+        parts = (None if part is None else part[chosen] for part in (self.targets, self.lengths))
+        return Sequences(self.ids[chosen], *parts)
+
+    def to(self, device: torch.device) -> "Sequences":
+        """The same on a device."""
+        return replace(self, ids=self.ids.to(device), targets=None if self.targets is None else self.targets.to(device))
+
+    def shortest_first(self) -> "Sequences":
+        """The same in the order of their lengths, so that many of one length lie together."""
+        return self if self.lengths is None else self[self.lengths.argsort(stable=True)]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all of them together, without what fills shorter ones up."""
+        return self.ids.numel() if self.lengths is None else int(self.lengths.sum())
+
+    @property
+    def counted(self) -> int:
+        """Places of a sequence that its loss is the mean over; the same for all of them."""
+        if self.targets is None:
+            return self.ids.shape[1] - 1
+        return 1 if self.targets.ndim == 1 else int((self.targets[0] != NO_TARGET).sum())
+
+    def passes(self, at_once: int) -> Iterator["Sequences"]:
+        """All in their order, at most so many together and only neighbours of one length, so that none is filled up."""
+        if self.lengths is None:
+            yield from (self[start : start + at_once] for start in range(0, len(self), at_once))
+            return
+        for length, run in groupby(range(len(self)), key=self.lengths.tolist().__getitem__):
+            members = list(run)
+            same = self[members[0] : members[-1] + 1]
+            whole = Sequences(same.ids[:, :length], same.targets)
+            yield from whole.passes(at_once)
+
+
+Batch = tuple[int, int, Sequences]
+"""A batch's number, the index of its first sequence, and its sequences on the device."""

@@ -1,0 +1,294 @@
+"""Models that read all tokens at once: masked tokens, labels, sequences of several lengths, norms that stay."""
+
+import json
+import random
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForSequenceClassification
+
+from libprune.accumulator import Accumulator
+from libprune.activations import activation_groups, collect_activations
+from libprune.artifacts import Layout, read_architecture
+from libprune.checking import check_folder
+from libprune.compute import sequence_losses
+from libprune.describe import describe
+from libprune.errors import FamilyError, LibpruneError, SourceError
+from libprune.gradients import collect_gradients, gradient_groups
+from libprune.sections import Activations, Gradients
+from libprune.sequences import NO_TARGET, Sequences
+from libprune.tokens import MASKED_SHARE, read_tokens, with_masks
+from tests import tiny
+from tests.models import FAMILIES, VOCAB
+
+STAGES = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "latency", "score")
+STAGES += ("sensitivity", "levels", "allocate", "slice", "evaluate", "report")
+KINDS = {"bert": "masked_lm", "bert_classifier": "sequence_classification"}
+
+
+def write_examples(path: Path, number: int = 90) -> Path:
+    """Documents of 1 to 20 words with one of three labels, in the order of their labels."""
+    rng = random.Random(1)
+    rows = [{"text": " ".join(rng.choices(tiny.WORDS, k=1 + i % 20)), "label": 3 * i // number} for i in range(number)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_project(folder: Path, name: str, **changes: dict) -> Path:
+    """Params for a tiny model of the family and a text of the kind that it needs."""
+    source = tiny.write_encoder(folder / "source", FAMILIES[name])
+    labelled = KINDS[name] == "sequence_classification"
+    text = write_examples(folder / "data.jsonl") if labelled else tiny.write_text(folder / "text.txt")
+    return tiny.write_params(folder / "params.yaml", str(source), str(text), **changes)
+
+
+def run(*stages: str) -> None:
+    for stage in stages:
+        import_module(f"stages.{stage}").main()
+
+
+# The whole pipeline
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per_layer"])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_stage_runs_and_the_result_is_what_it_says(name, shape, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    method = "hgsp" if shape == "per_layer" else "uniform"
+    changes = {"allocate": {"ratio": 0.1, "shape": shape, "method": method}}
+    write_project(tmp_path, name, ablation={"units": 4, "sequences": 4}, **changes)
+    run(*STAGES)
+    found = json.loads(Path("artifacts/evaluation.json").read_text())
+    assert found["model"]["head"] == KINDS[name]
+    assert found["pruned"]["decoder_share_removed"] == pytest.approx(0.1, abs=0.02)
+    assert found["dense"]["decode"] is None
+    assert found["pruned"]["cache_bytes"] == 0
+    assert found["continuations"] == []
+    assert ("labels" in found["tasks"]) is (name == "bert_classifier")
+    report = Path("report/report.md").read_text()
+    assert ("perplexity of masked tokens" in report) is (name == "bert")
+    assert "decode ×" not in report
+    assert "tokens decoded" not in report
+    assert found["perplexity_ratio"]["value"] != 1
+    trusted = shape == "per_layer"
+    assert {one.kind for one in check_folder(Path("artifacts/pruned"), trusted)} == {"ok"}
+
+
+def test_the_accuracy_is_the_share_of_right_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, "bert_classifier", tokenize={"evaluation_windows": 20})
+    run("prepare", "tokenize")
+    layout = Layout(Path("artifacts"))
+    windows, _ = read_tokens(layout.evaluation, read_architecture(layout).fingerprint)
+    model, evaluation = FAMILIES["bert_classifier"](0), import_module("libprune.evaluation")
+    mask = torch.arange(windows.ids.shape[1]) < windows.lengths[:, None]
+    with torch.no_grad():
+        expected = model(windows.ids, attention_mask=mask.long()).logits.argmax(1) == windows.targets
+    hits = evaluation.label_hits(model, windows, 64, "test")
+    np.testing.assert_array_equal(hits, expected.numpy())
+    assert evaluation.accuracy(hits)["acc"] == expected.double().mean()
+    assert set(windows.targets.tolist()) == {0, 1, 2}, "the text is in the order of its labels"
+
+
+# Sequences
+
+
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=20), at_once=st.integers(1, 6), sort=st.booleans())
+def test_passes_hold_every_sequence_once_in_order_and_are_never_filled_up(lengths, at_once, sort):
+    ids = torch.arange(len(lengths))[:, None].repeat(1, 4)
+    whole = Sequences(ids, torch.arange(len(lengths)), torch.tensor(lengths))
+    whole = whole.shortest_first() if sort else whole
+    passes = list(whole.passes(at_once))
+    assert torch.cat([one.ids[:, 0] for one in passes]).tolist() == whole.ids[:, 0].tolist()
+    assert torch.cat([one.targets for one in passes]).tolist() == whole.targets.tolist()
+    assert [one.ids.shape[1] for one in passes for _ in range(len(one))] == whole.lengths.tolist()
+    assert max(map(len, passes)) <= at_once
+    assert sum(one.tokens for one in passes) == whole.tokens
+    if sort:
+        assert whole.lengths.tolist() == sorted(lengths)
+        assert len(passes) <= -(-len(lengths) // at_once) + len(set(lengths)), "neighbours of one length go together"
+
+
+@given(length=st.integers(5, 40), number=st.integers(1, 5), seed=st.integers(0, 9))
+def test_masks_hide_what_is_asked_for_and_nothing_else(tokenizer, length, number, seed):
+    ids = np.random.default_rng(seed).integers(5, VOCAB, (number, length))
+    ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
+    found = with_masks(ids, tokenizer, seed)
+    asked = found.targets != NO_TARGET
+    assert (asked.sum(1) == found.counted).all()
+    assert found.counted == max(1, round(MASKED_SHARE * (length - 2)))
+    assert (found.ids[asked] == tokenizer.mask_token_id).all()
+    assert (torch.where(asked, found.targets, found.ids) == torch.from_numpy(ids)).all()
+    assert not asked[:, [0, -1]].any()
+    assert (with_masks(ids, tokenizer, seed).ids == found.ids).all()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tiny.write_encoder(tmp_path_factory.mktemp("tokenizer"), FAMILIES["bert"])
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_windows_have_the_tokenizers_frame(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, "bert")
+    run("prepare", "tokenize")
+    layout = Layout(Path("artifacts"))
+    windows, _ = read_tokens(layout.calibration, read_architecture(layout).fingerprint)
+    assert windows.ids.shape == (8, 16)
+    assert set(windows.ids[:, 0].tolist()) == {tokenizer.cls_token_id}
+    assert set(windows.ids[:, -1].tolist()) == {tokenizer.sep_token_id}
+
+
+# Losses and statistics
+
+
+def masked_lm_sequences(number: int = 5, length: int = 12) -> Sequences:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCAB, (number, length), generator=generator)
+    targets = torch.full_like(ids, NO_TARGET)
+    targets[:, 2:4] = torch.randint(VOCAB, (number, 2), generator=generator)
+    return Sequences(ids, targets)
+
+
+def labelled_sequences(number: int = 5, length: int = 12) -> Sequences:
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(VOCAB, (number, length), generator=generator)
+    return Sequences(ids, torch.arange(number) % 3, torch.tensor([3, 12, 5, 5, 7][:number]))
+
+
+MAKERS = {"bert": masked_lm_sequences, "bert_classifier": labelled_sequences}
+
+
+def transformers_losses(model, sequences: Sequences) -> torch.Tensor:
+    """Sequence by sequence, filled up, with the attention mask, by transformers' own loss."""
+    width = sequences.ids.shape[1]
+    lengths = torch.full((len(sequences),), width) if sequences.lengths is None else sequences.lengths
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    rows = [slice(i, i + 1) for i in range(len(sequences))]
+    return torch.stack(
+        [model(sequences.ids[r], attention_mask=mask[r], labels=sequences.targets[r]).loss for r in rows]
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_losses_are_transformers_own(name):
+    model, sequences = FAMILIES[name](0), MAKERS[name]()
+    with torch.no_grad():
+        found = torch.cat([sequence_losses(model, one) for one in sequences.passes(2)])
+        torch.testing.assert_close(found, transformers_losses(model, sequences))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_are_those_of_transformers_own_loss(name, at_once):
+    model, sequences = FAMILIES[name](0), MAKERS[name]().shortest_first()
+    architecture = describe(model)
+    groups = gradient_groups(architecture, sequences.counted, 1, Gradients(storage_dtype="float32"), in_pieces=True)
+    sums = Accumulator(groups)
+    collect_gradients(model, architecture, [(0, 0, sequences)], sums, at_once)
+    names = [p.name for p in architecture.parameters_of(1, "attention")]
+    expected = torch.autograd.grad(
+        transformers_losses(model, sequences).mean(), [model.get_parameter(n) for n in names]
+    )
+    found = sums.finish(1)
+    for parameter, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_of_activations_see_no_token_behind_the_end():
+    model, sequences = FAMILIES["bert_classifier"](0), labelled_sequences().shortest_first()
+    architecture, section = describe(model), Activations()
+    junk = Sequences(sequences.ids.clone(), sequences.targets, sequences.lengths)
+    for row, length in zip(junk.ids, junk.lengths, strict=True):
+        row[length:] = 0
+    found = []
+    for some in (sequences, junk):
+        sums = Accumulator(activation_groups(architecture, section))
+        first = 0
+        for number, one in enumerate(some.passes(2)):
+            collect_activations(model, architecture, [(number, first, one)], sums)
+            first += len(one)
+        found.append(sums.finish(0))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+# What is refused
+
+
+def refuses(tmp_path: Path, message: str, **tokenize) -> None:
+    write_project(tmp_path, "bert_classifier", tokenize=tokenize)
+    run("prepare")
+    with pytest.raises(SourceError, match=message):
+        run("tokenize")
+
+
+def test_a_text_without_labels_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuses(tmp_path, r"has no column 'stars'; it has text, label", label_column="stars")
+    text = tiny.write_text(tmp_path / "plain.txt")
+    refuses(tmp_path, r"has no column 'label'", text=str(text))
+    refuses(tmp_path, r"the text 'self' has no labels", text="self")
+    refuses(tmp_path, r"is streamed; a model that tells classes apart", streaming=True)
+
+
+@pytest.mark.parametrize("value", [-1, 3, "good", 1.5, None])
+def test_a_label_that_the_model_does_not_know_is_refused(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"text": "the cat", "label": value}) + "\n" for _ in range(20)))
+    refuses(tmp_path, r"which is no label|no label of the model \(0 to 2", text=str(path))
+
+
+def test_labels_by_name_are_the_models_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_examples(tmp_path / "numbers.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "numbers.jsonl").read_text().splitlines()]
+    named = [row | {"label": f"LABEL_{row['label']}"} for row in rows]
+    (tmp_path / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    drawn = []
+    for kind in ("numbers", "names"):
+        write_project(tmp_path, "bert_classifier", tokenize={"text": str(tmp_path / f"{kind}.jsonl")})
+        run("prepare", "tokenize")
+        layout = Layout(Path("artifacts"))
+        drawn.append(read_tokens(layout.calibration, read_architecture(layout).fingerprint)[0].targets)
+    assert torch.equal(*drawn)
+
+
+def test_no_layer_of_a_model_whose_norms_stay_can_be_deleted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, "bert", allocate={"allow_layer_removal": True})
+    run("prepare", "tokenize", "gradients", "hessian", "activations", "score", "sensitivity")
+    with pytest.raises(LibpruneError, match="no layer of family 'bert' can be deleted"):
+        run("allocate")
+
+
+def test_a_head_that_the_family_does_not_have_is_refused():
+    config = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(FamilyError, match="of head sequence_classification; family 'llama' describes causal_lm"):
+        describe(LlamaForSequenceClassification(config))
+
+
+def test_a_model_without_a_head_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, "bert")
+    config = BertConfig(vocab_size=22, hidden_size=24, intermediate_size=13, num_hidden_layers=1, num_attention_heads=4)
+    BertModel(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(FamilyError, match="of head causal_lm; family 'bert' describes masked_lm, seq"):
+        run("prepare")
+
+
+def test_masked_tokens_need_a_mask_token(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = tiny.write_model(tmp_path / "causal")
+    write_project(tmp_path, "bert")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "source" / name).write_bytes((source / name).read_bytes())
+    run("prepare")
+    with pytest.raises(SourceError, match="its tokenizer has no mask token"):
+        run("tokenize")
