@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from libprune.pictures import NAMES
 from libprune.publishing import publish
 from libprune.report import HEADER, headline, how_to_load, markdown, summary, text_table
 from libprune.report_sections import continuations
+from libprune.sequences import Sequences
 from libprune.tokens import write_tokens
 from tests.closure import ROOT
 from tests.models import FAMILIES
@@ -84,7 +86,12 @@ EVALUATION: dict[str, Any] = {
         "proof": {"logit_difference": 2.5e-6, "logit_scale": 33.1},
         "versions": {"libprune": "9.8.7", "torch": "6.5.4", "transformers": "5.99"},
     },
-    "model": {"type": "llama", "sizes": {"model": 576, "kv": 3, "q": 3, "d": 64, "ffn": 1536}, "biases": []},
+    "model": {
+        "type": "llama",
+        "head": "causal_lm",
+        "sizes": {"model": 576, "kv": 3, "q": 3, "d": 64, "ffn": 1536},
+        "biases": [],
+    },
     "units": {"attention": 3, "mlp": 1536},
     "kept": [{"attention": 3, "mlp": 1200}, {"attention": 2, "mlp": 1111}],
     "perplexity_ratio": {"value": 1.2715, "se": 0.0086},
@@ -175,7 +182,7 @@ def test_the_report_says_what_was_cut_what_it_cost_and_how_to_load_it(shape):
         assert share in text
     assert "| 0 | 3 of 3 | 1,200 of 1,536 |" in text
     assert "| 1 | 2 of 3 | 1,111 of 1,536 |" in text
-    assert how_to_load("out/pruned", shape) in text
+    assert how_to_load("out/pruned", shape, "causal_lm") in text
     assert ("trust_remote_code=True" in text) is (shape == "per_layer")
 
 
@@ -277,7 +284,7 @@ def write_artifacts(root: Path, measured: int) -> Layout:
     layout.architecture.write_text(architecture.to_json())
     write_table(layout.weights, unit_index(architecture), {"model": "cafe", "source": "a <b>model</b>"})
     origin = {"model": "cafe", "source": "a text", "documents": 3, "seed": 0}
-    write_tokens(layout.calibration, np.zeros((2, 4), dtype=np.int64), origin)
+    write_tokens(layout.calibration, Sequences(torch.zeros((2, 4), dtype=torch.long)), origin)
     write_table(layout.gradients / "layers.parquet", gradient_rows(architecture.layers), {"model": "cafe"})
     rows = unit_index(architecture)
     scores = np.random.default_rng(0).normal(size=len(rows["layer_idx"]))
