@@ -157,7 +157,8 @@ def test_sliced_equals_masked_behind_padding(pruned):
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     expected = masked_logits(pruned.dense, pruned.plan, ids, attention_mask=mask)
-    assert_close(logits(pruned.model, ids, attention_mask=mask)[mask.bool()], expected[mask.bool()])
+    seen = mask.bool() if expected.ndim == 3 else ...
+    assert_close(logits(pruned.model, ids, attention_mask=mask)[seen], expected[seen])
 
 
 def counts_of(architecture: Architecture, part: str) -> list[int]:
