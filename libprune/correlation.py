@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-_ROWS = 256
+_ROWS = 32
 """Rows of the Gram matrix at a time; beside it no table of units by units is ever made."""
 _ROUNDINGS = 16
 """A variance within so many roundings of the mean square is none."""
@@ -62,32 +62,26 @@ def unit_graph(
     """
     count = int(units.max()) + 1
     order = torch.from_numpy(np.argsort(units, kind="stable"))
-    positions = order.view(count, -1)
-    m = mean.double()
-    blocks = positions.split(max(1, _ROWS // positions.shape[1]))
-    scale, output = (torch.cat(parts) for parts in zip(*(_alone(gram, m, weight, b) for b in blocks), strict=True))
-    found, start = [], 0
-    for block in blocks:
-        rows = gram[block.flatten()][:, order].double() - torch.outer(m[block.flatten()], m[order])
-        norms = rows.view(*block.shape, *positions.shape).square().sum((1, 3)).sqrt()
-        own = torch.arange(len(block))
-        r = (norms * scale[start : start + len(block), None] * scale).clamp(max=1)
-        r[own, start + own] = 0
-        others = output.sum() - output[start : start + len(block)]
-        found.append(
-            torch.stack(
-                [
-                    r.sum(1) / max(1, count - 1),
-                    r.amax(1),
-                    (r > threshold).sum(1) / max(1, count - 1),
-                    _over(r @ output, others),
-                ]
-            )
-        )
-        start += len(block)
-    connection, closest, centrality, cooperation = torch.cat(found, 1)
-    uniqueness = torch.where(scale > 0, 1 - closest, 0.0)
-    return UnitGraph(*(values.numpy() for values in (connection, uniqueness, centrality, cooperation)))
+    positions, m = order.view(count, -1), mean.double()
+    step = max(1, _ROWS // positions.shape[1])
+    alone = (_alone(gram, m, weight, some) for some in positions.split(step))
+    scale, output = (torch.cat(parts) for parts in zip(*alone, strict=True))
+    found = torch.empty(
+        4, count, dtype=torch.float64
+    )  # made first: small results between large scratch fragment the heap
+    for start in range(0, count, step):
+        own = slice(start, start + step)
+        at = positions[own].flatten()
+        rows = gram[at][:, order].double() - torch.outer(m[at], m[order])
+        norms = rows.view(-1, positions.shape[1], *positions.shape).square().sum((1, 3)).sqrt()
+        r = (norms * scale[own, None] * scale).clamp(max=1)
+        r.diagonal(start).zero_()
+        found[0, own], found[1, own] = r.sum(1), r.amax(1)
+        found[2, own] = (r > threshold).sum(1)
+        found[3, own] = _over(r @ output, output.sum() - output[own])
+    others = max(1, count - 1)
+    unique = torch.where(scale > 0, 1 - found[1], 0.0)
+    return UnitGraph(*(v.numpy() for v in (found[0] / others, unique, found[2] / others, found[3])))
 
 
 def _alone(gram: Tensor, mean: Tensor, weight: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
