@@ -90,7 +90,9 @@ def over_pruned(lost: NDArray[np.float64], freeze_first: int = 0, freeze_last: i
     return [int(layer) for layer in layers[counted] if lost[layer] > max(HALF, 1.1 * usual)]
 
 
-def diagnosis(fixed: Fixed, architecture: Architecture, plan: Plan, params: Allocate, orders: bool) -> dict[str, Any]:
+def diagnosis(
+    fixed: Fixed, architecture: Architecture, plan: Plan, params: Allocate, orders: Mapping[str, int]
+) -> dict[str, Any]:
     """What the plan's metadata and the report say of gradients and layers.
 
     Args:
@@ -98,7 +100,7 @@ def diagnosis(fixed: Fixed, architecture: Architecture, plan: Plan, params: Allo
         architecture: the model's description.
         plan: which units stay.
         params: how they were chosen.
-        orders: whether the scores come from gradients.
+        orders: of the scores' components that come from gradients, the order in them.
 
     Returns:
         JSON: `gradient_ratio` and `gradient_ratio_after_fix` (null: infinite), `verdict`, `fix`,
@@ -124,10 +126,10 @@ def _finite(ratio: float) -> float | None:
     return ratio if np.isfinite(ratio) else None
 
 
-def _about_gradients(fixed: Fixed, params: Allocate, orders: bool) -> list[str]:
+def _about_gradients(fixed: Fixed, params: Allocate, orders: Mapping[str, int]) -> list[str]:
     between = params.method in {"global", "hgsp"}
     advice = []
-    if orders and between and fixed.fix == "none" and fixed.ratio >= MILD:
+    if any(orders.values()) and between and fixed.fix == "none" and fixed.ratio >= MILD:
         advice.append(f"gradient ratio {fixed.ratio:,.0f}: {verdict(fixed.ratio)}; try allocate.gradient_fix=auto")
     if fixed.fix != "none" and fixed.ratio_after > fixed.ratio:
         advice.append(

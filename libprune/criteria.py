@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns, Layout, check_rows, column, read_architecture, read_table, same_origin
 from libprune.errors import ArtifactError, LibpruneError, StatisticsError, nearest
+from libprune.mixed_criteria import TERMS, activation_stats, cooperative, gradient_flow, weight_stats
 from libprune.sections import Score
 
 Values = NDArray[np.float64]
@@ -31,8 +32,10 @@ class Criterion:
             layer and type.
         unit: what the importance is measured in.
         source: paper of the formula.
-        orders: of the components that come from gradients, the order in them: 1 for |W G|, 2 for squares.
+        orders: of the components that come from gradients, the order in them: 1 for |W G|, 2 for squares, 0 for
+            what a factor on a layer's gradients does not change.
         columns: further per-unit columns, from the stages' shards; None if their tables say all.
+        terms: names of the components, where there are several that do not all come from gradients.
     """
 
     components: Callable[[Columns, Score], dict[str, Values]]
@@ -42,6 +45,7 @@ class Criterion:
     source: str
     orders: Mapping[str, int] = field(default_factory=dict)
     columns: Callable[[Layout, Architecture, Score], Columns] | None = None
+    terms: tuple[str, ...] = ()
 
 
 def _read(table: Columns, name: str) -> Values:
@@ -64,7 +68,11 @@ def _taylor_group(table: Columns, params: Score) -> dict[str, Values]:
 
 
 def _hessian_trace(table: Columns, params: Score) -> dict[str, Values]:
-    """|Sum of H| |W|^2 / (2 count): the unit's curvature, spread evenly over its weights."""
+    """|Sum of H| |W|^2 / (2 count): the unit's curvature, spread evenly over its weights.
+
+    Half, because it is the second-order term of the loss, H W^2 / 2 of each weight, with the unit's mean H for all:
+    nats, on the scale of `fisher`. No order depends on it. Absolute, because probes may give a sum below 0.
+    """
     trace, squares, count = (_read(table, name) for name in ("hessian_trace", "magnitude_l2", "cost"))
     return {"hessian_trace": np.abs(trace) * squares / (2 * count)}
 
@@ -98,6 +106,12 @@ def _obs_columns(layout: Layout, architecture: Architecture, params: Score) -> C
     from libprune.gram_criteria import gram_columns  # needs torch, which the other criteria do not
 
     return gram_columns(layout, architecture, params, in_nats=params.criterion == "obs_fisher")
+
+
+def _cooperative_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:
+    from libprune.gram_criteria import graph_columns
+
+    return graph_columns(layout, architecture, params)
 
 
 def _obs(table: Columns, params: Score) -> dict[str, Values]:
@@ -183,6 +197,34 @@ CRITERIA = {
         "Theis et al. 2018, with Kurtic et al. 2023",
         {"fisher_obs": 2},
         _obs_columns,
+    ),
+    "weight_stats": Criterion(
+        weight_stats, (), False, "none", "Li et al. 2017; Roy & Vetterli 2007", terms=TERMS["weight_stats"]
+    ),
+    "activation_stats": Criterion(
+        activation_stats,
+        ("activations",),
+        False,
+        "none",
+        "Hu et al. 2016; Luo & Wu 2017",
+        terms=TERMS["activation_stats"],
+    ),
+    "gradient_flow": Criterion(
+        gradient_flow,
+        ("gradients",),
+        False,
+        "none",
+        "Molchanov et al. 2019; Blundell et al. 2015",
+        dict.fromkeys(TERMS["gradient_flow"], 0),
+    ),
+    "cooperative": Criterion(
+        cooperative,
+        ("activations",),
+        False,
+        "none",
+        "Robert & Escoufier 1976; Freeman 1978",
+        columns=_cooperative_columns,
+        terms=TERMS["cooperative"],
     ),
     "random": Criterion(_random, (), True, "none", ""),
 }

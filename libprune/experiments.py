@@ -168,13 +168,12 @@ def _experiment(name: str, data: Mapping[str, Any]) -> Experiment:
     )
 
 
-def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The params by their full names: `section.key`, and `preset`, which is in no section."""
+def _leaves(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The params by their full names: `preset`, `section.key`, `section.key.part`."""
     flat: dict[str, Any] = {}
-    for section, value in params.items():
-        flat |= (
-            {f"{section}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {section: value}
-        )
+    for key, value in params.items():
+        name = f"{prefix}{key}"
+        flat |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
@@ -192,7 +191,7 @@ def outdated(params: Mapping[str, Any], lock: str) -> str | None:
         return "its dvc.lock is not valid YAML, as after a merge conflict; run `dvc repro`"
     made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
     for name, stage in stages.items():
-        for key, value in stage.get("params", {}).get("params.yaml", {}).items():
+        for key, value in _leaves(stage.get("params", {}).get("params.yaml", {})).items():
             if str(params.get(key)) != str(value):  # as text: YAML 1.1 and 1.2 disagree whether 1e-05 is a number
                 return f"{name} last ran with {key} {value}, not {params.get(key)}"
         for dep in stage.get("deps", []):

@@ -105,7 +105,8 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
         LibpruneError: for an unknown criterion.
     """
     rows = sum(architecture.units(part) for _, part in architecture.blocks())
-    components = max(1, len(find_criterion(params.score.criterion).orders))
+    criterion = find_criterion(params.score.criterion)
+    components = len(criterion.terms or criterion.orders) or 1
     scores = _units(architecture, numbers=2 + components, runs=3)
     return [
         _prepare(architecture, stored),
@@ -142,7 +143,7 @@ def _prepare(architecture: Architecture, stored: torch.dtype) -> Footprint:
         "model/config.json": _CONFIG,
         "model/tokenizer.json": _TOKEN_TEXT * architecture.sizes["vocab"],
         "architecture.json": len(architecture.to_json()),
-        "weights.parquet": _units(architecture, numbers=2, runs=3).nbytes,
+        "weights.parquet": _units(architecture, numbers=5, runs=4).nbytes,
     }
     return Footprint("prepare", files, f"stored as {dtype_name(stored)}")
 

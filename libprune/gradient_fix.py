@@ -100,8 +100,8 @@ def require_defined(fix: str, criterion: str, orders: Mapping[str, int], scaling
     """Stop where a fix would do nothing or mean nothing.
 
     Raises:
-        LibpruneError: if the criterion does not come from gradients, the scores were scaled by layer, or the
-            allocation is measured.
+        LibpruneError: if the criterion does not come from gradients, or is relative to its layer's, the scores were
+            scaled by layer, or the allocation is measured.
     """
     if fix == "none":
         return
@@ -114,6 +114,11 @@ def require_defined(fix: str, criterion: str, orders: Mapping[str, int], scaling
         raise LibpruneError(
             f"allocate.gradient_fix: {fix} multiplies gradients, from which {criterion} does not come; "
             "set it to none, or choose another score.criterion, such as taylor or unit_fisher"
+        )
+    if not any(orders.values()):
+        raise LibpruneError(
+            f"{criterion} compares each unit's gradient with those of its own layer, so allocate.gradient_fix: {fix} "
+            "would do nothing; set it to none, or choose another score.criterion, such as taylor or unit_fisher"
         )
     if scaling != "none":
         raise LibpruneError(

@@ -1,12 +1,16 @@
 """Per-unit columns that need a consumer's whole Gram matrix, not only sums by unit."""
 
+from dataclasses import asdict
+
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from libprune.activations import GRAM
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns, Layout, require
 from libprune.checkpoint import WeightFiles
+from libprune.correlation import unit_graph
 from libprune.repair import oriented
 from libprune.sections import Score
 from libprune.selection import obs_removal
@@ -44,3 +48,32 @@ def gram_columns(layout: Layout, architecture: Architecture, params: Score, in_n
         errors.append(error)
         shares.append(share)
     return {"obs": np.concatenate(errors), "obs_share": np.concatenate(shares)}
+
+
+def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:
+    """`unit_connection`, `unit_uniqueness`, `unit_centrality` and `unit_cooperation` of every unit.
+
+    Means over a part's consumers of what `libprune.correlation.UnitGraph` says of each.
+
+    Args:
+        layout: where the artifacts are.
+        architecture: the model's description.
+        params: the threshold.
+    """
+    weights = WeightFiles(require(layout.model, "prepare"))
+    found: dict[str, list[NDArray[np.float64]]] = {}
+    for layer, part in tqdm(list(architecture.blocks()), desc="score", unit="block"):
+        graphs = []
+        for consumer in architecture.consumers(layer, part):
+            name = consumer.module + GRAM
+            graph = unit_graph(
+                read_tensor(layout.activations, layer, name, "activations"),
+                read_tensor(layout.activations, layer, f"{name}.mean", "activations"),
+                oriented(consumer, weights[consumer.weight]),
+                consumer.input.units(architecture.parts[part].axis, architecture.sizes),
+                params.cooperative_threshold,
+            )
+            graphs.append(asdict(graph))
+        for name in graphs[0]:
+            found.setdefault(f"unit_{name}", []).append(np.mean([graph[name] for graph in graphs], axis=0))
+    return {name: np.concatenate(blocks) for name, blocks in found.items()}

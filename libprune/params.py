@@ -140,6 +140,7 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
     if kind != "extra_forbidden":
         return f"{place}: {message}" if place else message.removeprefix("Value error, ")
     known = _fields(loc[:-1])
+    place = ".".join(map(str, loc))
     return f"unknown key {place!r}{nearest(str(loc[-1]), known)} (known: {', '.join(known)})"
 
 

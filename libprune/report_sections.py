@@ -146,6 +146,8 @@ def provenance(result: Metrics, origin: Origin) -> Section:
         *([("git commit of the project", code(origin.commit) + changed)] if origin.commit else []),
     ]
     settings = {key: value for key, value in plan.items() if key not in _NOT_SETTINGS and not isinstance(value, dict)}
+    criterion = plan["criterion"]
+    settings |= {f"{criterion}.{part}": weight for part, weight in plan.get(criterion, {}).items()}
     params: Rows = [(code(key), code(_value(value))) for key, value in settings.items()]
     params += [(code(f"slice.{key}"), code(_value(value))) for key, value in result["pruning"]["slice"].items()]
     return [

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from libprune.mixtures import ActivationStats, Cooperative, GradientFlow, WeightStats
+
 Count = Annotated[int, Field(ge=1)]
 Floor = Annotated[int, Field(ge=0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -167,6 +169,13 @@ class Score(Section):
     """Rounds in which the criteria of `obs` remove a block's units; 1 judges all of them in the dense model."""
     obs_damping: Annotated[float, Field(gt=0)] = 0.01
     """Ridge of `obs`, relative to the mean diagonal of the Gram matrix."""
+    weight_stats: WeightStats = WeightStats()
+    """Weights of the parts of that criterion, as are the following three."""
+    activation_stats: ActivationStats = ActivationStats()
+    gradient_flow: GradientFlow = GradientFlow()
+    cooperative: Cooperative = Cooperative()
+    cooperative_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Correlation above which `cooperative` counts two units as connected."""
     seed: int = 0
     """For `random`."""
 

@@ -1,7 +1,6 @@
 """Sums over units: from any per-element quantity to one number a unit."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libprune.architecture import Architecture
-from libprune.cost import unit_parameters
 from libprune.errors import StatisticsError, missing_key
 
 
@@ -55,17 +53,3 @@ def unit_sums(
         tensor = values[parameter.name].double().movedim(dim, -1)
         total += sum_positions(tensor.reshape(-1, tensor.shape[-1]).sum(0), units, count).cpu()
     return total.numpy()
-
-
-def weight_columns(
-    architecture: Architecture, weights: Mapping[str, Tensor], layer: int, part: str
-) -> dict[str, NDArray[Any]]:
-    """Cost in parameters, sum of |W| and sum of W^2 of each unit of a block."""
-    names = [parameter.name for parameter in architecture.parameters_of(layer, part)]
-    absolute = {name: weights[name].detach().double().abs() for name in names}
-    squares = {name: tensor.square() for name, tensor in absolute.items()}
-    return {
-        "cost": np.full(architecture.units(part), unit_parameters(architecture, layer, part)),
-        "magnitude_l1": unit_sums(architecture, layer, part, absolute),
-        "magnitude_l2": unit_sums(architecture, layer, part, squares),
-    }

@@ -32,7 +32,7 @@ def main(
         search = Search(layout, architecture, everything.compute, everything.levels, settings, evidence, order)
     fixed = fixed_scores(layout, architecture, scores, meta, settings)
     decision = decide(architecture, fixed.scores, meta, settings, evidence, search)
-    found = diagnosis(fixed, architecture, decision.plan, settings, bool(meta["gradient_orders"]))
+    found = diagnosis(fixed, architecture, decision.plan, settings, meta["gradient_orders"])
     chosen = {"shape": decision.shape, "split": decision.split, "kept_set_overlap": dict(decision.overlap)}
     made = meta | settings.model_dump() | chosen | {"diagnosis": found}
     write_table(layout.plan, fixed.scores | {"keep": decision.keep_column}, made)

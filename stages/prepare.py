@@ -13,7 +13,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.describe import describe
     from libprune.params import load_params
     from libprune.sources import load_dense
-    from libprune.units import weight_columns
+    from libprune.weight_statistics import weight_columns
 
     layout, settings = Layout(artifacts), load_params(params).prepare
     model, tokenizer = load_dense(settings)

@@ -25,9 +25,9 @@ WIDE = Shape(layers=10, ffn=30)
 """Two thirds of a layer are its channels."""
 
 
-def told(ratio: float, after: float | None = None, plan: Plan | None = None, orders: bool = True, **settings) -> dict:
+def told(ratio: float, after: float | None = None, plan: Plan | None = None, order: int | None = 1, **settings) -> dict:
     architecture = WIDE.architecture()
-    fix = settings.pop("fix", "none")
+    fix, orders = settings.pop("fix", "none"), {} if order is None else {"component": order}
     fixed = Fixed({}, fix, ratio, ratio if after is None else after)
     return diagnosis(fixed, architecture, plan or Plan.dense(architecture), Allocate(**settings), orders)
 
@@ -51,7 +51,8 @@ def test_vanishing_gradients_are_named_with_what_to_try():
 
 def test_nothing_is_advised_where_gradients_play_no_part():
     assert told(2300.0, method="uniform")["advice"] == []
-    assert told(2300.0, method="global", orders=False)["advice"] == []
+    assert told(2300.0, method="global", order=None)["advice"] == []
+    assert told(2300.0, method="global", order=0)["advice"] == []
     assert told(2300.0, 5.0, method="global", fix="adaptive")["advice"] == []
 
 

@@ -136,6 +136,14 @@ def test_a_number_that_yaml_reads_as_text_has_not_changed():
     )
 
 
+def test_a_param_of_several_parts_is_compared_part_by_part_in_any_order():
+    lock = lock_text({"score.cooperative": {"connection": 0.3, "uniqueness": 0.7}})
+    same = {"score.cooperative.uniqueness": 0.7, "score.cooperative.connection": 0.3}
+    assert outdated(same, lock) is None
+    changed = outdated(same | {"score.cooperative.uniqueness": 0.6}, lock)
+    assert changed == "allocate last ran with score.cooperative.uniqueness 0.7, not 0.6"
+
+
 def test_results_are_outdated_if_a_later_stage_has_not_run_again():
     assert outdated({}, lock_text({}, made="new", read="old")) == "slice has not run since plan changed"
 

@@ -36,6 +36,7 @@ FROM_GRADIENTS = {
     "unit_fisher": Score(criterion="unit_fisher"),
     "unit_fisher, token": Score(criterion="unit_fisher", fisher_over="token"),
     "fisher_obs": Score(criterion="fisher_obs"),
+    "gradient_flow": Score(criterion="gradient_flow"),
 }
 FACTORS = np.array([3.0, 0.25, 1.0, 7.5])
 
@@ -104,7 +105,10 @@ def test_the_squares_that_weigh_obs_fisher_grow_with_the_square_of_the_factor(mo
 
 def test_every_component_of_a_criterion_from_gradients_has_an_order():
     without = {name for name, criterion in CRITERIA.items() if not criterion.orders}
-    assert without == {"magnitude", "wanda", "fluctuation", "obs", "obs_share", "random"}
+    assert without == {
+        *("magnitude", "weight_stats", "wanda", "fluctuation", "activation_stats"),
+        *("obs", "obs_share", "cooperative", "random"),
+    }
     assert {
         name for name in CRITERIA if {"gradients", "hessian"} & set(CRITERIA[name].stages)
     } == CRITERIA.keys() - without
@@ -205,6 +209,7 @@ def test_a_layer_without_gradient_has_no_norm_but_a_bounded_adaptive_factor():
     ("orders", "scaling", "method", "message"),
     [
         ({}, "none", "global", "from which wanda does not come"),
+        ({"gradient_flow_snr": 0}, "rank", "global", "wanda compares each unit's gradient with those of its own layer"),
         ({"taylor": 1}, "rank", "global", "gives every layer the same scale"),
         ({"taylor": 1}, "none", "search", "measures what layers are worth"),
     ],

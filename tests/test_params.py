@@ -111,13 +111,21 @@ def test_a_key_beside_the_known_ones_is_refused_with_the_known_ones(load, place)
         load(data)
 
 
+def test_a_misspelled_part_of_a_mixed_criterion_is_refused_with_its_whole_place(load):
+    data = shipped()
+    data["score"]["weight_stats"]["entrpy"] = data["score"]["weight_stats"].pop("entropy")
+    with pytest.raises(ParamsError, match=r"unknown key 'score\.weight_stats\.entrpy'; did you mean 'entropy'\?"):
+        load(data)
+
+
 # Wrong values
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if len(place) == 2], ids=".".join)
 def test_a_value_of_another_type_is_refused_with_its_place(load, place):
     data = shipped()
-    data[place[0]][place[1]] = {"a": "mapping"}
+    nested = isinstance(data[place[0]][place[1]], dict)
+    data[place[0]][place[1]] = 0.5 if nested else {"a": "mapping"}
     with pytest.raises(ParamsError, match=rf"params\.yaml: {re.escape('.'.join(place))}: "):
         load(data)
 
@@ -148,6 +156,9 @@ def test_a_value_of_another_type_is_refused_with_its_place(load, place):
         ("gradients.sequences", 0),
         ("hessian.estimator", None),
         ("score.scaling", "z-score"),
+        ("score.cooperative_threshold", 1),
+        ("score.gradient_flow", {"snr": -0.1}),
+        ("score.cooperative", {"connection": 0, "uniqueness": 0, "centrality": 0, "cooperation": 0}),
         ("slice.damping", 0),
         ("evaluate.rounds", 0),
     ],

@@ -219,6 +219,11 @@ def test_provenance_names_model_texts_seed_versions_commit_and_params():
     assert table["`minutes`"] == "`none`"
     assert table["`slice.repair`"] == "`local`"
     assert not {"`gradient_orders`", "`kept_set_overlap`", "`model`"} & table.keys()
+    mixed = report(
+        changed(plan={"criterion": "gradient_flow", "gradient_flow": {"snr": 0.25}, "cooperative": {"a": 1}})
+    )
+    assert "| `gradient_flow.snr` | `0.25` |" in mixed
+    assert "cooperative" not in mixed
     assert "git commit" not in markdown(EVALUATION, "x", replace(ORIGIN, commit=None), [], None)
 
 

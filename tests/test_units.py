@@ -17,7 +17,8 @@ from libprune.architecture import Architecture, Parameter, PartShape
 from libprune.axes import parse_expr
 from libprune.describe import describe
 from libprune.errors import StatisticsError
-from libprune.units import sum_positions, unit_sums, weight_columns
+from libprune.units import sum_positions, unit_sums
+from libprune.weight_statistics import weight_columns
 from tests.models import FAMILIES
 
 sizes = st.integers(1, 4)

@@ -26,7 +26,7 @@ from libprune.hessian import hessian_columns
 from libprune.sections import Score
 from libprune.selection import obs_removal
 from libprune.shards import shard, write_shard
-from libprune.units import weight_columns
+from libprune.weight_statistics import weight_columns
 from tests.collected import activations, gradients, hessian
 from tests.models import FAMILIES, tokens
 
