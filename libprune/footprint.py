@@ -230,8 +230,10 @@ def _losses(stage: str, rows: int, settings: str, keys: int) -> Footprint:
 
 
 def _sensitivity(architecture: Architecture, allocate: Allocate) -> Footprint:
-    used = allocate.method == "hgsp"
-    return _losses("sensitivity", len(removals(architecture)) if used else 0, _only(used, "method: hgsp"), 2)
+    weighed = allocate.worth == "sensitivity"
+    used = allocate.method == "hgsp" or weighed
+    setting = "worth: sensitivity" if weighed else "method: hgsp"
+    return _losses("sensitivity", len(removals(architecture)) if used else 0, _only(used, setting), 2)
 
 
 def _levels(architecture: Architecture, params: Params) -> Footprint:
@@ -253,9 +255,9 @@ def _slice(architecture: Architecture, params: Params, stored: torch.dtype, plan
     """Of the objectives that do not count parameters it is not known what goes: the dense size is the most."""
     section, allocate = params.slice, params.allocate
     dtype = stored if section.dtype == "auto" else getattr(torch, section.dtype)
-    known = allocate.objective in {"parameters", "macs"}
+    known = allocate.objective in {"parameters", "macs"} and allocate.ratio is not None
     base = architecture.decoder_parameters if allocate.ratio_of == "decoder" else architecture.total_parameters
-    left = architecture.total_parameters - (round(allocate.ratio * base) if known else 0)
+    left = architecture.total_parameters - (round((allocate.ratio or 0) * base) if known else 0)
     consumers = sum(len(architecture.consumers(*block)) for block in architecture.blocks())
     files = {
         "pruned/model.safetensors": _weights(architecture, left, dtype),
@@ -265,5 +267,6 @@ def _slice(architecture: Architecture, params: Params, stored: torch.dtype, plan
         "pruned/plan.parquet": plan.nbytes,
         "pruned/repair.parquet": Table(0 if section.repair == "none" else consumers, 5, runs=3).nbytes,
     }
-    asked = f"allocate.ratio: {allocate.ratio} of the {allocate.ratio_of}'s {allocate.objective}"
+    ratio = "null" if allocate.ratio is None else allocate.ratio
+    asked = f"allocate.ratio: {ratio} of the {allocate.ratio_of}'s {allocate.objective}"
     return Footprint("slice", files, f"{dtype_name(dtype)}, {'' if known else 'at most, '}{asked}")

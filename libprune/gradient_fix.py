@@ -110,15 +110,15 @@ def require_defined(fix: str, criterion: str, orders: Mapping[str, int], scaling
             f"allocate.method: search measures what layers are worth, so allocate.gradient_fix: {fix} would do "
             "nothing; set it to none"
         )
-    if not orders:
-        raise LibpruneError(
-            f"allocate.gradient_fix: {fix} multiplies gradients, from which {criterion} does not come; "
-            "set it to none, or choose another score.criterion, such as taylor or unit_fisher"
-        )
     if scaling != "none":
         raise LibpruneError(
             f"score.scaling: {scaling} gives every layer the same scale, so allocate.gradient_fix: {fix} would do "
             "nothing; set one of the two to none"
+        )
+    if not orders:
+        raise LibpruneError(
+            f"allocate.gradient_fix: {fix} multiplies gradients, from which {criterion} does not come, or not alone; "
+            "set it to none, or choose another score.criterion, such as taylor or unit_fisher"
         )
 
 

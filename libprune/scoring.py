@@ -1,0 +1,303 @@
+"""Scoring: from the artifacts and what is asked for to the global importance table, of one criterion or several."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.architecture import Architecture
+from libprune.artifacts import Columns, Layout, read_architecture, read_table, same_origin
+from libprune.criteria import SCALINGS, find_criterion, join_tables, score_units
+from libprune.errors import ArtifactError, LibpruneError
+from libprune.fusion import Values, Weights, adaptive_weights, expression, parse_criteria
+from libprune.measured import best_criterion, fit_losses
+from libprune.sections import Score
+
+NATS = "nats"
+_READS_LOSSES = ("learned", "best")
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One criterion by itself, over all units: its components, their sum, and what the sum is worth elsewhere.
+
+    Attributes:
+        components: `[units]` each, by name.
+        importance: their sum, ``[units]``.
+        comparable: whether it compares across layers and types.
+        unit: what it is measured in.
+        orders: of the components that come from gradients, the order in them.
+    """
+
+    components: Mapping[str, Values]
+    importance: Values
+    comparable: bool
+    unit: str
+    orders: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The importance of one type's units, ``[units of the type]``, and where it comes from.
+
+    Attributes:
+        components: arrays that add up to the importance, by name, if it is not scaled afterwards.
+        importance: what the units are worth.
+        source: the criteria, as an expression.
+        nature: what it compares with: the importance of another type with the same entry; None: nothing beyond a
+            layer and type.
+        orders: of the components the order in the gradients; empty where a factor on gradients is not defined.
+        facts: figures of the fusion, for the metadata.
+    """
+
+    components: Mapping[str, Values]
+    importance: Values
+    source: str
+    nature: str | None
+    orders: Mapping[str, int]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def score_layout(layout: Layout, params: Score) -> tuple[Columns, dict[str, Any]]:
+    """The importance table and its metadata.
+
+    Raises:
+        LibpruneError: if the criteria cannot be read, do not go together, or measured losses say that they are
+            worth nothing.
+    """
+    architecture = read_architecture(layout)
+    asked = criteria_of(architecture, params)
+    named = list(dict.fromkeys(name for weights in asked.values() for name in weights))
+    _require_scaling(asked, params)
+    alone, table, origin = _alone(layout, named, params)
+    measured: Columns = {}
+    if params.fusion in _READS_LOSSES and any(len(weights) > 1 for weights in asked.values()):
+        measured = _measured(layout, architecture, origin)
+    scored = {
+        part: score_part(part, table, {name: alone[name] for name in weights}, weights, measured, params)
+        for part, weights in asked.items()
+    }
+    return assemble(table, scored, params), origin | params.model_dump() | _nature(asked, scored, params)
+
+
+def criteria_of(architecture: Architecture, params: Score) -> dict[str, Weights]:
+    """The criteria of every type with their weights.
+
+    Raises:
+        LibpruneError: if an expression cannot be read.
+    """
+    own = {"attention": params.attention, "mlp": params.mlp}
+    return {part: parse_criteria(own[part] or params.criterion, params.fusion) for part in architecture.parts}
+
+
+def _require_scaling(asked: Mapping[str, Weights], params: Score) -> None:
+    """Several criteria need one scale, and a fit to losses the levels that scales take away."""
+    several = [weights for weights in asked.values() if len(weights) > 1]
+    for weights in several:
+        units = {name: (find_criterion(name).unit, find_criterion(name).comparable) for name in weights}
+        if params.fusion == "learned" and params.scaling != "none":
+            raise LibpruneError(
+                f"score.fusion: learned predicts nats from the criteria's own levels, which score.scaling: "
+                f"{params.scaling} takes away; set it to none"
+            )
+        alike = set(units.values()) == {(NATS, True)} and params.fusion in {"weighted", "simple"}
+        if params.scaling == "none" and params.fusion not in _READS_LOSSES and not alike:
+            told = ", ".join(f"{name} ({unit})" for name, (unit, _) in units.items())
+            raise LibpruneError(
+                f"score.fusion: {params.fusion} of {told} adds unlike things; set score.scaling to rank, zscore or "
+                "minmax (only criteria in nats can be weighted without), or score.fusion to learned"
+            )
+
+
+def _alone(layout: Layout, names: list[str], params: Score) -> tuple[dict[str, Alone], Columns, dict[str, Any]]:
+    """Every criterion by itself, the index columns and costs, and the common origin."""
+    found: dict[str, Alone] = {}
+    origin: dict[str, Any] = {}
+    index: Columns = {}
+    for name in names:
+        criterion, own = find_criterion(name), params.model_copy(update={"criterion": name, "scaling": "none"})
+        table, source = join_tables(layout, criterion, own)
+        same_origin(layout.root, source, {key: origin[key] for key in origin.keys() & source.keys()})
+        origin |= source
+        scores = score_units(table, own)
+        index = {key: scores[key] for key in ("layer_idx", "group_type", "group_idx", "cost")}
+        components = {key: scores[key] for key in scores if key not in {*index, "importance", "score"}}
+        found[name] = Alone(
+            components, scores["importance"], criterion.comparable, criterion.unit, dict(criterion.orders)
+        )
+    return found, index, origin
+
+
+def _measured(layout: Layout, architecture: Architecture, origin: Mapping[str, Any]) -> Columns:
+    """The ablation table, with `row`: where each unit stands in a per-unit table."""
+    table, meta = read_table(layout.ablation, "ablation")
+    if not len(table["layer_idx"]):
+        raise ArtifactError(
+            f"{layout.ablation} holds no measured unit, and score.fusion: learned and best are about them; set "
+            "ablation.units (400 is a start) and run `dvc repro`"
+        )
+    same_origin(layout.ablation, meta, origin)
+    starts, start = {}, 0
+    for block in architecture.blocks():
+        starts[block] = start
+        start += architecture.units(block[1])
+    blocks = zip(table["layer_idx"].tolist(), table["group_type"].tolist(), strict=True)
+    return table | {"row": np.array([starts[block] for block in blocks]) + table["group_idx"]}
+
+
+def score_part(
+    part: str, table: Columns, alone: Mapping[str, Alone], weights: Weights, measured: Columns, params: Score
+) -> Scored:
+    """The importance of one type's units.
+
+    Args:
+        part: the type.
+        table: the index columns of all units.
+        alone: its criteria.
+        weights: how much each counts, where that is given.
+        measured: the ablation table with `row`; empty where nothing reads it.
+        params: how to fuse and to scale.
+
+    Raises:
+        LibpruneError: if the measured losses say nothing.
+    """
+    rows = np.flatnonzero(table["group_type"] == part)
+    if len(alone) == 1:
+        return _single(rows, table, weights, alone, params)
+    if params.fusion in _READS_LOSSES:
+        chosen = measured["group_type"] == part
+        units, increases = measured["row"][chosen], measured["loss_increase"][chosen]
+        values = {name: one.importance[units] for name, one in alone.items()}
+        if params.fusion == "learned":
+            fit = fit_losses(values, increases, part)
+            components = {name: weight * alone[name].importance[rows] for name, weight in fit.coefficients.items()}
+            importance = _sum(components)
+            shares = {name: float(values.sum() / importance.sum()) for name, values in components.items()}
+            facts: dict[str, Any] = {"coefficients": dict(fit.coefficients), "shares": shares}
+            facts |= {"r2": fit.r2, "r2_se": fit.error, "units": fit.units}
+            return Scored(components, importance, expression(weights), NATS, {}, facts)
+        best, correlations = best_criterion(values, increases, part)
+        facts = {"rank_correlations": correlations, "units": len(units)}
+        return _single(rows, table, {best: 1.0}, {best: alone[best]}, params, facts)
+    if params.scaling == "none":
+        return _in_nats(rows, alone, weights)
+    return _scaled(rows, table, alone, weights, params)
+
+
+def _single(
+    rows: NDArray[np.int64],
+    table: Columns,
+    weights: Weights,
+    alone: Mapping[str, Alone],
+    params: Score,
+    facts: Mapping[str, Any] | None = None,
+) -> Scored:
+    (name,) = alone
+    one = alone[name]
+    importance = one.importance[rows]
+    if params.scaling != "none":
+        importance = np.concatenate([SCALINGS[params.scaling](importance[own]) for own in _layers(rows, table)])
+    components = {key: values[rows] for key, values in one.components.items()}
+    nature = (one.unit if one.unit == NATS else name) if one.comparable else None
+    return Scored(components, importance, expression(weights), nature, one.orders, facts or {})
+
+
+def _in_nats(rows: NDArray[np.int64], alone: Mapping[str, Alone], weights: Weights) -> Scored:
+    """The weighted mean of loss increases, with components kept apart, so that a gradient fix knows their orders."""
+    components: dict[str, Values] = {}
+    orders: dict[str, int] = {}
+    for name, one in alone.items():
+        orders |= one.orders
+        for key, values in one.components.items():
+            components[key] = components.get(key, np.zeros(len(rows))) + weights[name] * values[rows]
+    known = orders if orders.keys() == components.keys() else {}
+    return Scored(components, _sum(components), expression(weights), NATS, known)
+
+
+def _scaled(
+    rows: NDArray[np.int64], table: Columns, alone: Mapping[str, Alone], weights: Weights, params: Score
+) -> Scored:
+    """The mean of the criteria on the scale of each layer; weights are given, or found in each layer."""
+    adaptive = params.fusion == "adaptive"
+    components = {name: np.empty(len(rows)) for name in alone}
+    used = []
+    for own in _layers(rows, table):
+        values = {name: one.importance[rows[own]] for name, one in alone.items()}
+        shares = adaptive_weights(list(values.values())) if adaptive else np.array([weights[name] for name in alone])
+        for share, (name, importance) in zip(shares, values.items(), strict=True):
+            components[name][own] = share * SCALINGS[params.scaling](importance)
+        used.append(shares)
+    means = dict(zip(alone, np.mean(used, axis=0).tolist(), strict=True))
+    facts = {"mean_weights": means} if adaptive else {}
+    return Scored(components, _sum(components), expression(weights), None, {}, facts)
+
+
+def _layers(rows: NDArray[np.int64], table: Columns) -> Iterator[NDArray[np.int64]]:
+    """Positions in `rows` of each layer's units."""
+    layers = table["layer_idx"][rows]
+    for layer in np.unique(layers):
+        yield np.flatnonzero(layers == layer)
+
+
+def _sum(components: Mapping[str, Values]) -> Values:
+    total: Values = np.sum(list(components.values()), axis=0)
+    return total
+
+
+def assemble(table: Columns, scored: Mapping[str, Scored], params: Score) -> Columns:
+    """The importance table of all types.
+
+    Components are columns by their name where all types have the same ones, and `type.name` with 0 elsewhere
+    where types differ.
+    """
+    importance = np.zeros(len(table["cost"]))
+    components: Columns = {}
+    for part, one in scored.items():
+        rows = table["group_type"] == part
+        importance[rows] = one.importance
+        for name, values in one.components.items():
+            components.setdefault(_named(name, part, scored), np.zeros(len(importance)))[rows] = values
+    score = importance / table["cost"] if params.scaling == "none" else importance
+    index = {name: table[name] for name in ("layer_idx", "group_type", "group_idx")}
+    return {**index, "importance": importance, "cost": table["cost"], "score": score, **components}
+
+
+def _named(component: str, part: str, scored: Mapping[str, Scored]) -> str:
+    alike = len({frozenset(one.components) for one in scored.values()}) == 1
+    return component if alike else f"{part}.{component}"
+
+
+def _nature(asked: Mapping[str, Weights], scored: Mapping[str, Scored], params: Score) -> dict[str, Any]:
+    """What allocation has to know of the scores, and what the report says of them."""
+    sources = {part: one.source for part, one in scored.items()}
+    alike = len(set(sources.values())) == 1
+    natures = {one.nature for one in scored.values()}
+    orders = {_named(name, part, scored): order for part, one in scored.items() for name, order in one.orders.items()}
+    return {
+        "criterion": next(iter(sources.values()))
+        if alike
+        else ", ".join(f"{part}: {source}" for part, source in sources.items()),
+        "fusion": params.fusion if any(len(weights) > 1 for weights in asked.values()) else "none",
+        "fused": {part: dict(one.facts) for part, one in scored.items() if one.facts},
+        "comparable": len(natures) == 1 and None not in natures,
+        "gradient_orders": orders if all(one.orders for one in scored.values()) else {},
+    }
+
+
+def fusion_lines(meta: Mapping[str, Any]) -> Iterator[str]:
+    """Lines that say what a fusion came to, one a type."""
+    for part, facts in meta["fused"].items():
+        if "r2" in facts:
+            told = f"R² {facts['r2']:.3f} ± {facts['r2_se']:.3f} on held-out units of {facts['units']} measured"
+            yield f"{part}: {told}; shares of the loss: {_listed(facts['shares'])}"
+        elif "rank_correlations" in facts:
+            told = f"rank correlation with {facts['units']} measured loss increases"
+            yield f"{part}: {told}: {_listed(facts['rank_correlations'])}"
+        else:
+            yield f"{part}: weights, mean over layers: {_listed(facts['mean_weights'])}"
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
