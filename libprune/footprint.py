@@ -12,11 +12,11 @@ import torch
 from libprune.accumulator import PENDING, ROWS, UNITS, Group, finished, state_bytes
 from libprune.activations import activation_groups
 from libprune.architecture import Architecture
-from libprune.criteria import find_criterion
 from libprune.gradients import gradient_groups
 from libprune.hessian import hessian_groups
 from libprune.levels import choose_levels
 from libprune.params import Params
+from libprune.scoring import component_columns, criteria_of
 from libprune.sections import Allocate
 from libprune.sensitivity import removals
 
@@ -105,8 +105,9 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
         LibpruneError: for an unknown criterion.
     """
     rows = sum(architecture.units(part) for _, part in architecture.blocks())
-    components = max(1, len(find_criterion(params.score.criterion).orders))
+    components = component_columns(criteria_of(architecture, params.score), params.score)
     scores = _units(architecture, numbers=2 + components, runs=3)
+    scored = ", ".join(f"score.{key}: {text}" for key, text in params.score.expressions.items())
     return [
         _prepare(architecture, stored),
         _tokenize(params),
@@ -114,7 +115,7 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
         _hessian(architecture, params),
         _activations(architecture, params),
         _losses("ablation", min(params.ablation.units, rows), f"ablation.units: {params.ablation.units}", 3),
-        Footprint("score", {"scores.parquet": scores.nbytes}, f"score.criterion: {params.score.criterion}"),
+        Footprint("score", {"scores.parquet": scores.nbytes}, scored),
         _sensitivity(architecture, params.allocate),
         _levels(architecture, params),
         _latency(params.allocate),

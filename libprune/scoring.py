@@ -264,6 +264,21 @@ def assemble(table: Columns, scored: Mapping[str, Scored], params: Score) -> Col
     return {**index, "importance": importance, "cost": table["cost"], "score": score, **components}
 
 
+def component_columns(asked: Mapping[str, Weights], params: Score) -> int:
+    """How many columns of components the table of these criteria has; of `best` the most that it may have."""
+    apart = params.fusion in {"weighted", "simple"} and params.scaling == "none"
+    columns = []
+    for weights in asked.values():
+        own = {name: frozenset(find_criterion(name).orders) or frozenset({name}) for name in weights}
+        if len(weights) == 1 or apart:
+            columns.append(frozenset().union(*own.values()))
+        elif params.fusion == "best":
+            return len(asked) * max(map(len, own.values()))
+        else:
+            columns.append(frozenset(weights))
+    return len(columns[0]) if len(set(columns)) == 1 else sum(map(len, columns))
+
+
 def _named(component: str, part: str, scored: Mapping[str, Scored]) -> str:
     alike = len({frozenset(one.components) for one in scored.values()}) == 1
     return component if alike else f"{part}.{component}"

@@ -11,7 +11,7 @@ from libprune.ablation import ablation_table, empty_table
 from libprune.artifacts import Columns, Layout, unit_index, write_table
 from libprune.criteria import SCALINGS, find_criterion, join_tables, score_units
 from libprune.errors import ArtifactError, LibpruneError
-from libprune.scoring import fusion_lines, score_layout
+from libprune.scoring import component_columns, criteria_of, fusion_lines, score_layout
 from libprune.sections import Score
 from tests.shapes import Shape
 
@@ -249,6 +249,24 @@ def test_best_takes_for_each_type_the_criterion_that_ranks_the_losses_best(layou
         rows = table["group_type"] == part
         np.testing.assert_array_equal(table["score"][rows], alone(layout, name, "rank")["score"][rows])
         assert meta["fused"][part]["rank_correlations"][name] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"criterion": "wanda"},
+        {"criterion": "taylor_2nd", "scaling": "rank"},
+        {"criterion": "taylor + taylor_2nd + taylor_group"},
+        {"criterion": "taylor_2nd + wanda", "scaling": "rank"},
+        {"criterion": "taylor + wanda", "fusion": "learned"},
+        {"criterion": "wanda", "mlp": "taylor_2nd"},
+        {"criterion": "taylor_2nd", "mlp": "taylor + fisher"},
+    ],
+)
+def test_the_columns_that_a_table_will_have_are_known_before(layout, params):
+    table, _ = score_layout(layout, Score(**params))
+    asked = criteria_of(SHAPE.architecture(), Score(**params))
+    assert component_columns(asked, Score(**params)) == len(table) - 6
 
 
 # Small layers
