@@ -189,7 +189,11 @@ class Bench:
     def _plan(self, score: Score, allocate: Allocate):
         table, origin = join_tables(self.scored, find_criterion(score.criterion), score)
         criterion = find_criterion(score.criterion)
-        meta = origin | score.model_dump() | {"comparable": criterion.comparable, "gradient_orders": criterion.orders}
+        meta = (
+            origin
+            | score.model_dump()
+            | {"comparable": criterion.comparable, "gradient_orders": criterion.orders, "fusion": "none"}
+        )
         fixed = fixed_scores(self.scored, self.architecture, score_units(table, score), meta, allocate)
         scores = fixed.scores
         evidence = read_evidence(self.scored, self.architecture, scores, meta, allocate)

@@ -1,7 +1,7 @@
 """Allocation: which units go, so that a given share of the parameters is removed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,40 @@ from libprune.hgsp import above_floors
 from libprune.ladders import Ladders, build_ladders, held_whole, plan_of
 from libprune.methods import METHODS, Depth, Evidence
 from libprune.plan import Plan
+from libprune.retention import wanted_removals, wanted_total
 from libprune.sections import Allocate
 
 NO_EVIDENCE = Evidence()
 
 
 def target_of(prices: Prices, params: Allocate) -> int:
-    """How much of the objective is to go."""
-    return round(params.ratio * (prices.decoder if params.ratio_of == "decoder" else prices.total))
+    """How much of the objective is to go; the ratio is settled."""
+    assert params.ratio is not None
+    return round(params.ratio * base_of(prices, params))
+
+
+def base_of(prices: Prices, params: Allocate) -> int:
+    """How much of the objective the ratio is of."""
+    return prices.decoder if params.ratio_of == "decoder" else prices.total
+
+
+def settle_ratio(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence) -> Allocate:
+    """The params with a ratio: as given, or where it is null what `retention` finds that the scores allow.
+
+    Raises:
+        BudgetError: if they allow nothing to go.
+    """
+    if params.ratio is not None:
+        return params
+    prices = cost.prices(architecture, params.objective, evidence.latency)
+    wanted = wanted_removals(architecture, scores, params.network_type)
+    target = wanted_total(build_ladders(architecture, scores, params, prices), wanted)
+    if target == 0:
+        raise BudgetError(
+            "allocate.method: retention finds no block that can lose a unit under the floors, multiples and frozen "
+            "layers; set allocate.ratio"
+        )
+    return params.model_copy(update={"ratio": target / base_of(prices, params)})
 
 
 Improve = Callable[[Ladders, Depth, int], Depth]
@@ -56,6 +82,8 @@ def allocate(
             "norms work on the residual stream itself; set it to false"
         )
     prices = cost.prices(architecture, params.objective, evidence.latency)
+    if params.method == "retention":
+        evidence = replace(evidence, wanted=wanted_removals(architecture, scores, params.network_type))
     return descend(architecture, _ladders(architecture, scores, params, prices), prices, params, evidence, improve)
 
 
@@ -151,7 +179,7 @@ def decide(
         LibpruneError: if the scores do not compare across layers and the method needs that, or the
             budget or shape cannot be had.
     """
-    comparable = meta["comparable"] and meta["scaling"] == "none"
+    comparable = params.worth != "none" or (meta["comparable"] and meta["scaling"] == "none")
     _require_comparable(meta, params)
     prices = cost.prices(architecture, params.objective, evidence.latency)
     unit = scores["cost"]
@@ -182,6 +210,12 @@ def _require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
             f"{meta['criterion']} compares only within a layer and type, so allocate.method: {method} would rank "
             f"unlike things; set score.scaling to {scalings}, or allocate.method to uniform"
         )
+    if method == "global" and scaling != "none" and params.worth == "none" and meta["fusion"] not in {"none", "best"}:
+        raise LibpruneError(
+            f"{meta['criterion']} is fused from criteria with one scale in every layer, which leaves no layer a level "
+            "of its own for allocate.method: global; with score.scaling: rank set allocate.worth to sensitivity or "
+            "functional, or allocate.method to hgsp; with another choose uniform or functional"
+        )
     if method == "hgsp" and scaling not in {"none", "rank"}:
         raise LibpruneError(
             "allocate.method: hgsp multiplies scores by what their block is worth, so they must be positive, but "
@@ -194,9 +228,10 @@ def summary(architecture: Architecture, decision: Decision, params: Allocate) ->
     prices, parameters = decision.prices, cost.prices(architecture, "parameters").removed(decision.plan)
     return {
         "objective": params.objective,
+        "ratio": params.ratio,
         "target": target_of(prices, params),
         "removed": prices.removed(decision.plan),
-        "share_removed": params.ratio * prices.removed(decision.plan) / max(1, target_of(prices, params)),
+        "share_removed": prices.removed(decision.plan) / base_of(prices, params),
         "removed_parameters": parameters,
         "decoder_share_removed": parameters / architecture.decoder_parameters,
         "total_share_removed": parameters / architecture.total_parameters,
@@ -220,7 +255,7 @@ def _check_reached(
         return
     most = _most(architecture, ladders, plan, prices, params, evidence)
     if most < target:
-        base, what = target / params.ratio, params.objective
+        base, what = base_of(prices, params), params.objective
         held = "".join(f"; {reason}" for reason in held_whole(architecture, params.shape == "per_layer"))
         raise BudgetError(
             f"allocate.ratio = {params.ratio} of the {params.ratio_of} {what} cannot be removed: under the floors, "

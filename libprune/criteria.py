@@ -35,7 +35,7 @@ class Criterion:
         orders: of the components that come from gradients, the order in them: 1 for |W G|, 2 for squares, 0 for
             what a factor on a layer's gradients does not change.
         columns: further per-unit columns, from the stages' shards; None if their tables say all.
-        terms: names of the components, where there are several that do not all come from gradients.
+        terms: names of the components, where they are others than the criterion itself or those of `orders`.
     """
 
     components: Callable[[Columns, Score], dict[str, Values]]

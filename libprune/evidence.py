@@ -5,10 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns, Layout, read_json, read_table, same_origin
 from libprune.errors import ArtifactError
+from libprune.hgsp import Increases
 from libprune.levels import order_digest, unit_orders
 from libprune.methods import Evidence
 from libprune.search import divergence_curves
@@ -52,23 +54,41 @@ def _of_method(
     layout: Layout, architecture: Architecture, scores: Columns, origin: dict[str, Any], params: Allocate
 ) -> Evidence:
     if params.method == "functional":
-        same_origin(layout.activations, read_meta(layout.activations, "activations"), origin)
-        cosines = [
-            float(read_tensor(layout.activations, layer, "block.cosine_mean", "activations"))
-            for layer in range(architecture.layers)
-        ]
-        return Evidence(change=1 - np.array(cosines))
+        return Evidence(change=read_change(layout, architecture, origin))
     if params.method == "hgsp":
-        table, meta = read_table(layout.sensitivity, "sensitivity")
-        if list(zip(table["layer_idx"].tolist(), table["removed"].tolist(), strict=True)) != removals(architecture):
-            raise ArtifactError(
-                f"{layout.sensitivity} does not hold every layer and block of this model, as when allocate.method was "
-                "another; run `dvc repro sensitivity`"
-            )
-        same_origin(layout.sensitivity, meta, origin)
-        return Evidence(sensitivity=increases_of(table))
+        return Evidence(sensitivity=read_increases(layout, architecture, origin))
     if params.method == "search":
         levels, meta = read_table(layout.levels, "levels")
         same_origin(layout.levels, meta, origin | {"order": order_digest(unit_orders(architecture, scores))})
         return Evidence(curves=divergence_curves(architecture, levels))
     return Evidence()
+
+
+def read_change(layout: Layout, architecture: Architecture, origin: Mapping[str, Any]) -> NDArray[np.float64]:
+    """1 - cosine between the input and the output of each layer, mean over tokens, ``[layers]``.
+
+    Raises:
+        ArtifactError: if it is missing, or was measured on another model or text.
+    """
+    same_origin(layout.activations, read_meta(layout.activations, "activations"), origin)
+    cosines = [
+        float(read_tensor(layout.activations, layer, "block.cosine_mean", "activations"))
+        for layer in range(architecture.layers)
+    ]
+    return 1 - np.array(cosines)
+
+
+def read_increases(layout: Layout, architecture: Architecture, origin: Mapping[str, Any]) -> Increases:
+    """The measured loss increases of removing layers and blocks, ``[layers]`` each, nats.
+
+    Raises:
+        ArtifactError: if they are missing, or were measured on another model or text.
+    """
+    table, meta = read_table(layout.sensitivity, "sensitivity")
+    if list(zip(table["layer_idx"].tolist(), table["removed"].tolist(), strict=True)) != removals(architecture):
+        raise ArtifactError(
+            f"{layout.sensitivity} does not hold every layer and block of this model, as when no "
+            "param asked for them; run `dvc repro sensitivity`"
+        )
+    same_origin(layout.sensitivity, meta, origin)
+    return increases_of(table)

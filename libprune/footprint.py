@@ -12,11 +12,11 @@ import torch
 from libprune.accumulator import PENDING, ROWS, UNITS, Group, finished, state_bytes
 from libprune.activations import activation_groups
 from libprune.architecture import Architecture
-from libprune.criteria import find_criterion
 from libprune.gradients import gradient_groups
 from libprune.hessian import hessian_groups
 from libprune.levels import choose_levels
 from libprune.params import Params
+from libprune.scoring import component_columns, criteria_of
 from libprune.sections import Allocate
 from libprune.sensitivity import removals
 
@@ -105,9 +105,9 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
         LibpruneError: for an unknown criterion.
     """
     rows = sum(architecture.units(part) for _, part in architecture.blocks())
-    criterion = find_criterion(params.score.criterion)
-    components = len(criterion.terms or criterion.orders) or 1
+    components = component_columns(criteria_of(architecture, params.score), params.score)
     scores = _units(architecture, numbers=2 + components, runs=3)
+    scored = ", ".join(f"score.{key}: {text}" for key, text in params.score.expressions.items())
     return [
         _prepare(architecture, stored),
         _tokenize(params),
@@ -115,7 +115,7 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
         _hessian(architecture, params),
         _activations(architecture, params),
         _losses("ablation", min(params.ablation.units, rows), f"ablation.units: {params.ablation.units}", 3),
-        Footprint("score", {"scores.parquet": scores.nbytes}, f"score.criterion: {params.score.criterion}"),
+        Footprint("score", {"scores.parquet": scores.nbytes}, scored),
         _sensitivity(architecture, params.allocate),
         _levels(architecture, params),
         _latency(params.allocate),
@@ -231,8 +231,10 @@ def _losses(stage: str, rows: int, settings: str, keys: int) -> Footprint:
 
 
 def _sensitivity(architecture: Architecture, allocate: Allocate) -> Footprint:
-    used = allocate.method == "hgsp"
-    return _losses("sensitivity", len(removals(architecture)) if used else 0, _only(used, "method: hgsp"), 2)
+    weighed = allocate.worth == "sensitivity"
+    used = allocate.method == "hgsp" or weighed
+    setting = "worth: sensitivity" if weighed else "method: hgsp"
+    return _losses("sensitivity", len(removals(architecture)) if used else 0, _only(used, setting), 2)
 
 
 def _levels(architecture: Architecture, params: Params) -> Footprint:
@@ -254,9 +256,9 @@ def _slice(architecture: Architecture, params: Params, stored: torch.dtype, plan
     """Of the objectives that do not count parameters it is not known what goes: the dense size is the most."""
     section, allocate = params.slice, params.allocate
     dtype = stored if section.dtype == "auto" else getattr(torch, section.dtype)
-    known = allocate.objective in {"parameters", "macs"}
+    known = allocate.objective in {"parameters", "macs"} and allocate.ratio is not None
     base = architecture.decoder_parameters if allocate.ratio_of == "decoder" else architecture.total_parameters
-    left = architecture.total_parameters - (round(allocate.ratio * base) if known else 0)
+    left = architecture.total_parameters - (round((allocate.ratio or 0) * base) if known else 0)
     consumers = sum(len(architecture.consumers(*block)) for block in architecture.blocks())
     files = {
         "pruned/model.safetensors": _weights(architecture, left, dtype),
@@ -266,5 +268,6 @@ def _slice(architecture: Architecture, params: Params, stored: torch.dtype, plan
         "pruned/plan.parquet": plan.nbytes,
         "pruned/repair.parquet": Table(0 if section.repair == "none" else consumers, 5, runs=3).nbytes,
     }
-    asked = f"allocate.ratio: {allocate.ratio} of the {allocate.ratio_of}'s {allocate.objective}"
+    ratio = "null" if allocate.ratio is None else allocate.ratio
+    asked = f"allocate.ratio: {ratio} of the {allocate.ratio_of}'s {allocate.objective}"
     return Footprint("slice", files, f"{dtype_name(dtype)}, {'' if known else 'at most, '}{asked}")

@@ -110,20 +110,20 @@ def require_defined(fix: str, criterion: str, orders: Mapping[str, int], scaling
             f"allocate.method: search measures what layers are worth, so allocate.gradient_fix: {fix} would do "
             "nothing; set it to none"
         )
+    if scaling != "none":
+        raise LibpruneError(
+            f"score.scaling: {scaling} gives every layer the same scale, so allocate.gradient_fix: {fix} would do "
+            "nothing; set one of the two to none"
+        )
     if not orders:
         raise LibpruneError(
-            f"allocate.gradient_fix: {fix} multiplies gradients, from which {criterion} does not come; "
+            f"allocate.gradient_fix: {fix} multiplies gradients, from which {criterion} does not come, or not alone; "
             "set it to none, or choose another score.criterion, such as taylor or unit_fisher"
         )
     if not any(orders.values()):
         raise LibpruneError(
             f"{criterion} compares each unit's gradient with those of its own layer, so allocate.gradient_fix: {fix} "
             "would do nothing; set it to none, or choose another score.criterion, such as taylor or unit_fisher"
-        )
-    if scaling != "none":
-        raise LibpruneError(
-            f"score.scaling: {scaling} gives every layer the same scale, so allocate.gradient_fix: {fix} would do "
-            "nothing; set one of the two to none"
         )
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from libprune.architecture import Architecture
 from libprune.hgsp import Increases, above_floors, block_factors, collapsing, weighted
 from libprune.ladders import Block, Ladders, Step, empties_layer, spent
+from libprune.retention import by_progress
 from libprune.search import choose_levels, fill
 from libprune.sections import Allocate
 
@@ -23,12 +24,14 @@ class Evidence:
         change: 1 - cosine between each block's input and output, ``[layers]``; for `functional`.
         curves: for every block the divergence by the number of units removed, ``[units + 1]``, nats; for `search`.
         sensitivity: loss increases of removing layers and blocks, ``[layers]`` each, nats; for `hgsp`.
+        wanted: units that each block may lose; for `retention`.
         latency: the straight lines fitted to measured times; for the objective `latency`.
     """
 
     change: NDArray[np.float64] | None = None
     curves: Mapping[Block, NDArray[np.float64]] | None = None
     sensitivity: Increases | None = None
+    wanted: Mapping[Block, float] | None = None
     latency: Mapping[str, Any] | None = None
 
 
@@ -240,10 +243,19 @@ def allocate_hgsp(
     return {block: collapsed[block] or others[block] for block in ladders}
 
 
+def allocate_retention(
+    architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
+) -> Depth:
+    """Every block loses the same multiple of what its importance lets it lose (`libprune.retention`)."""
+    assert evidence.wanted is not None
+    return allocate_global(architecture, by_progress(ladders, evidence.wanted), target, params, evidence)
+
+
 METHODS: dict[str, Method] = {
     "uniform": allocate_uniform,
     "global": allocate_global,
     "functional": allocate_functional,
+    "retention": allocate_retention,
     "hgsp": allocate_hgsp,
     "search": allocate_search,
 }

@@ -102,10 +102,14 @@ class Params(Section):
             raise ValueError(f"allocate.collapse_below belongs to allocate.method: hgsp, not {self.allocate.method}")
         if self.allocate.collapse_below and not self.allocate.allow_layer_removal:
             raise ValueError("allocate.collapse_below removes whole layers; set allocate.allow_layer_removal: true too")
+        if self.allocate.ratio is None and self.allocate.method != "retention":
+            raise ValueError(
+                f"allocate.ratio: null leaves the ratio to allocate.method: retention, not to {self.allocate.method}"
+            )
         uses = {
             "slice.repair: local": repair == "local",
             "allocate.method: search": self.allocate.method == "search",
-            f"score.criterion: {self.score.criterion}": "obs" in self.score.criterion,
+            **{f"score.{key}: {text}": "obs" in text for key, text in self.score.expressions.items()},
         }
         using = [what for what, used in uses.items() if used]
         if using and self.activations.storage_dtype == "bfloat16":

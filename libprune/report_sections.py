@@ -28,10 +28,15 @@ def _shown(pictures: Sequence[Picture], *names: str) -> Section:
 def asked(result: Metrics, origin: Origin) -> Section:
     """What was asked for."""
     plan = result["plan"]
+    decided = "" if plan["ratio_asked"] is not None else ", as `retention` decided,"
+    fusion = "" if plan["fusion"] == "none" else f"fusion {code(plan['fusion'])}, "
+    worth = "" if plan["worth"] == "none" else f" with the worth of layers by {code(plan['worth'])}"
     return [
         "## What was asked",
-        f"Remove {100 * plan['ratio']:.1f} % of the {plan['ratio_of']} {plan['objective']} of {code(origin.model)}. "
-        f"Criterion {code(plan['criterion'])} (scaling {code(plan['scaling'])}), allocation {code(plan['method'])}, "
+        f"Remove {100 * plan['ratio']:.1f} %{decided} of the {plan['ratio_of']} {plan['objective']} of "
+        f"{code(origin.model)}. "
+        f"Criterion {code(plan['criterion'])} ({fusion}scaling {code(plan['scaling'])}), allocation "
+        f"{code(plan['method'])}{worth}, "
         f"repair {code(result['pruning']['slice']['repair'])}, no fine-tuning.",
     ]
 

@@ -156,9 +156,17 @@ class Score(Section):
     """How much the loss of a unit matters."""
 
     criterion: str = "unit_fisher"
-    """A name from `libprune.criteria.CRITERIA`."""
+    """A name from `libprune.criteria.CRITERIA`, or several to fuse: `taylor + wanda`, `0.7*taylor + 0.3*wanda`."""
+    attention: str | None = None
+    """The criteria of attention, where they are others; null: `criterion`."""
+    mlp: str | None = None
+    """The criteria of the MLP, where they are others; null: `criterion`."""
+    fusion: Literal["weighted", "simple", "adaptive", "learned", "best"] = "weighted"
+    """What several criteria make: their mean by the weights written before them (1 where none is), or without
+    (`simple`); by how far each tells a layer's units apart (`adaptive`); fitted to the measured losses of the ablation
+    stage (`learned`); or for each type the one that ranks those losses best (`best`)."""
     scaling: Literal["none", "zscore", "minmax", "rank"] = "none"
-    """Per layer and type; lets a criterion that is only comparable there enter `global`."""
+    """Per layer and type, of each criterion before fusion; lets one that is only comparable there enter `global`."""
     magnitude_norm: Literal["l1", "l2"] = "l1"
     """Sum of absolute or of squared weights."""
     wanda_norm: Literal["l1", "l2", "mean", "max"] = "l2"
@@ -179,9 +187,15 @@ class Score(Section):
     seed: int = 0
     """For `random`."""
 
+    @property
+    def expressions(self) -> dict[str, str]:
+        """The keys that name criteria, and what they say; without those that are null, or that others replace."""
+        own = {key: text for key, text in (("attention", self.attention), ("mlp", self.mlp)) if text}
+        return own if len(own) == 2 else {"criterion": self.criterion} | own
+
 
 class Sensitivity(Section):
-    """The measured loss increase of removing whole layers and blocks; for `allocate.method: hgsp`."""
+    """The measured loss increase of removing layers and blocks; for `allocate.method: hgsp`, `worth: sensitivity`."""
 
     sequences: Count | None = 8
     """Calibration sequences used, from the last; null: all."""
@@ -212,17 +226,24 @@ class Latency(Section):
 class Allocate(Section):
     """How much goes where."""
 
-    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share to remove."""
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
+    """Share to remove; null: as `method: retention` finds."""
     ratio_of: Literal["decoder", "total"] = "decoder"
     """Of what lies inside the blocks, or of all."""
     objective: Literal["parameters", "macs", "cache", "latency"] = "parameters"
     """What the ratio is of: parameters (and so bytes), multiply-accumulates a token, bytes of the KV cache, or
     time of a forward pass on this machine (the latency stage)."""
-    method: Literal["uniform", "global", "functional", "hgsp", "search"] = "uniform"
+    method: Literal["uniform", "global", "functional", "retention", "hgsp", "search"] = "uniform"
     """`uniform`: the same counts in every layer; `global`: the lowest scores anywhere; `functional`: layers that
-    change their input less lose more; `hgsp`: the lowest scores anywhere, weighed by the measured worth of their
-    layer or block (the sensitivity stage); `search`: least measured divergence (the levels stage)."""
+    change their input less lose more; `retention`: blocks whose importance lies in few units lose more; `hgsp`: the
+    lowest scores anywhere, weighed by the measured worth of their layer or block (the sensitivity stage); `search`:
+    least measured divergence (the levels stage)."""
+    network_type: Literal["transformer", "mixed", "snn", "rnn"] = "transformer"
+    """What `retention` keeps of the importance of a block whose units are alike: 85, 90, 90, 95 %. Conventions, not
+    measured; the higher, the further the kind of network carries an error. All described families are transformers."""
+    worth: Literal["none", "functional", "sensitivity"] = "none"
+    """What scores of `score.scaling: rank` are given back, which have lost what their layer is worth: a share of how
+    far the layer changes its input (`functional`), or of the measured loss of removing the block (`sensitivity`)."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
     """How strongly `hgsp` weighs scores by their layer or block; 0 is `global`."""
     threshold: Threshold = "percentile:25"

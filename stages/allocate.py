@@ -1,5 +1,7 @@
 """allocate: which units go, so that the asked share of the parameters does."""
 
+from typing import Any
+
 from libprune import stage
 
 
@@ -12,16 +14,19 @@ def main(
     import typer
 
     from libprune.advice import diagnosis, fixed_scores
-    from libprune.allocation import decide, summary
+    from libprune.allocation import decide, settle_ratio, summary
     from libprune.artifacts import Layout, read_architecture, read_table, same_origin, write_json, write_table
     from libprune.evidence import read_evidence
     from libprune.params import load_params
+    from libprune.worth import with_worth
 
     layout, everything = Layout(artifacts), load_params(params)
     settings = everything.allocate
     architecture = read_architecture(layout)
     scores, meta = read_table(layout.scores, "score")
     same_origin(layout.scores, meta, {"model": architecture.fingerprint})
+    fixed = fixed_scores(layout, architecture, scores, meta, settings)
+    scores = with_worth(layout, architecture, fixed.scores, meta, settings)
     evidence = read_evidence(layout, architecture, scores, meta, settings)
     search = None
     if settings.method == "search" and settings.evaluations:
@@ -30,20 +35,26 @@ def main(
 
         order = order_digest(unit_orders(architecture, scores))
         search = Search(layout, architecture, everything.compute, everything.levels, settings, evidence, order)
-    fixed = fixed_scores(layout, architecture, scores, meta, settings)
-    decision = decide(architecture, fixed.scores, meta, settings, evidence, search)
+    settings = settle_ratio(architecture, scores, settings, evidence)
+    decision = decide(architecture, scores, meta, settings, evidence, search)
     found = diagnosis(fixed, architecture, decision.plan, settings, meta["gradient_orders"])
-    chosen = {"shape": decision.shape, "split": decision.split, "kept_set_overlap": dict(decision.overlap)}
+    chosen: dict[str, Any] = {
+        "ratio_asked": everything.allocate.ratio,
+        "shape": decision.shape,
+        "split": decision.split,
+        "kept_set_overlap": dict(decision.overlap),
+    }
     made = meta | settings.model_dump() | chosen | {"diagnosis": found}
-    write_table(layout.plan, fixed.scores | {"keep": decision.keep_column}, made)
+    write_table(layout.plan, scores | {"keep": decision.keep_column}, made)
     result = summary(architecture, decision, settings) | {"diagnosis": found}
     if search is not None and search.found is not None:
         best = search.found
         result |= {"divergence": best.divergence, "divergence_before": best.first, "trials": best.evaluations}
     write_json(metrics / "allocation.json", result)
     shares = [100 * result[f"{what}share_removed"] for what in ("", "decoder_", "total_")]
+    asked = "asked for" if everything.allocate.ratio is not None else "retention allows"
     typer.echo(
-        f"asked for {100 * settings.ratio:.2f} % of the {settings.ratio_of} {settings.objective}, removed "
+        f"{asked} {100 * result['ratio']:.2f} % of the {settings.ratio_of} {settings.objective}, removed "
         "{:.2f} %: {:.2f} % of the decoder's parameters, {:.2f} % of all".format(*shares)
         + f"; shape {decision.shape}"
     )

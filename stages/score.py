@@ -4,17 +4,18 @@ from libprune import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
-    """Score every removable unit by the chosen criterion."""
-    from libprune.artifacts import Layout, write_table
-    from libprune.criteria import find_criterion, join_tables, score_units
-    from libprune.params import load_params
+    """Score every removable unit by the chosen criterion, or by several."""
+    import typer
 
-    layout, settings = Layout(artifacts), load_params(params).score
-    criterion = find_criterion(settings.criterion)
-    table, meta = join_tables(layout, criterion, settings)
-    scores = score_units(table, settings)
-    nature = {"comparable": criterion.comparable, "gradient_orders": dict(criterion.orders)}
-    write_table(layout.scores, scores, meta | settings.model_dump() | nature)
+    from libprune.artifacts import Layout, write_table
+    from libprune.params import load_params
+    from libprune.scoring import fusion_lines, score_layout
+
+    layout = Layout(artifacts)
+    scores, meta = score_layout(layout, load_params(params).score)
+    write_table(layout.scores, scores, meta)
+    for line in fusion_lines(meta):
+        typer.echo(line)
 
 
 app = stage.app(main)

@@ -1,4 +1,4 @@
-"""sensitivity: the loss increase of removing each layer, attention and MLP (forward passes; only for hgsp)."""
+"""sensitivity: the loss increase of removing each layer, attention and MLP (forward passes; for hgsp and worth)."""
 
 from libprune import stage
 
@@ -12,7 +12,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.sensitivity import empty_table, print_sensitivity, removal_plans, removals, sensitivity_table
 
     layout, settings = Layout(artifacts), load_params(params)
-    if settings.allocate.method != "hgsp":
+    if settings.allocate.method != "hgsp" and settings.allocate.worth != "sensitivity":
         if stage.first_process():
             write_table(layout.sensitivity, empty_table(), {"model": read_architecture(layout).fingerprint})
             typer.echo(f"allocate.method is {settings.allocate.method}: no layer is measured")

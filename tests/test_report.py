@@ -40,6 +40,9 @@ EVALUATION: dict[str, Any] = {
     "plan": {
         "criterion": "taylor_2nd",
         "scaling": "none",
+        "fusion": "none",
+        "worth": "none",
+        "ratio_asked": 0.2,
         "method": "global",
         "ratio": 0.2,
         "ratio_of": "decoder",

@@ -21,7 +21,7 @@ from libprune.plan import Plan
 from libprune.sections import Allocate
 from tests.shapes import EQUAL_COSTS, Shape, drawn, ladders_of, removed_parameters, shapes
 
-META = {"criterion": "wanda", "comparable": True, "scaling": "none"}
+META = {"criterion": "wanda", "fusion": "none", "comparable": True, "scaling": "none"}
 
 every_method = pytest.mark.parametrize("method", METHODS)
 WITHIN_ONE = [method for method in METHODS if method != "uniform"]
