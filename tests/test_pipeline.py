@@ -191,6 +191,42 @@ def test_experiments_are_compared_with_those_results_that_belong_to_their_params
     run(["dvc", "checkout", "-q"], project)
 
 
+COMPARISON = """
+name: two
+title: Two criteria
+set: {ablation.units: 40, ablation.sequences: 4}
+settings:
+  fisher: {}
+  magnitude: {score.criterion: magnitude}
+seeds: [0, 1]
+reference: fisher
+"""
+
+
+def compare(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"from libprune.cli import app; app(['compare', *{list(arguments)!r}])"]
+    return run(command, folder, check)
+
+
+def test_a_comparison_runs_what_is_missing_and_leaves_the_workspace_as_it_was(project):
+    """A name that another experiment has is refused first; a second call runs nothing and writes the same."""
+    (project / "two.yaml").write_text(COMPARISON)
+    before = {path: (project / path).read_bytes() for path in ("params.yaml", "dvc.lock", "artifacts/plan.parquet")}
+    state = run(["git", "status", "--porcelain"], project).stdout
+    started = time.monotonic()
+    first = compare(project, "run", "two.yaml")
+    print(first.stdout, time.monotonic() - started)
+    assert before == {path: (project / path).read_bytes() for path in before}
+    assert run(["git", "status", "--porcelain"], project).stdout == state
+    assert stages_run(run(["dvc", "repro"], project)) == []
+    print(compare(project, "run", "two.yaml").stdout)
+    folder = project / "report/compare/two"
+    for p in folder.glob("*.csv"):
+        print(p.name, p.read_text())
+    shutil.copytree(project / "report/compare", "/tmp/comp-out", dirs_exist_ok=True)
+    shutil.copytree(project, "/tmp/comp-tiny", dirs_exist_ok=True, symlinks=True)
+
+
 def test_a_wrong_param_stops_at_once_and_loses_nothing(project):
     change(project, "allocate", "ratio", 0.99)
     done = run(["dvc", "repro"], project, check=False)
