@@ -5,16 +5,21 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.canvas import BLUE, GREY, INK, WIDTH, Figure, styled
+from libprune.canvas import BLUE, GREY, INK, WIDTH, Figure, LogLocator, NullFormatter, styled
 from libprune.comparison_summary import Summary
 
 _WIDE = 3.0
 """Ratio of largest to smallest from which the axis is logarithmic."""
+_DECADES = 30.0
+"""Ratio from which only powers of ten are numbered."""
 
 
 @styled()
 def draw_ratios(found: Sequence[Summary], reference: Summary) -> Figure:
-    """Perplexity ratio of every setting: its seeds, their mean and interval; a line at the reference's mean."""
+    """Perplexity ratio of every setting: its seeds, their mean and interval, the error over the windows below it.
+
+    A line goes through the reference's mean.
+    """
     figure = Figure(figsize=(WIDTH, 1.3 + 0.42 * len(found)), layout="constrained", facecolor="white")
     axes = figure.subplots()
     for place, one in enumerate(found):
@@ -23,17 +28,23 @@ def draw_ratios(found: Sequence[Summary], reference: Summary) -> Figure:
         if one.ratio.known:
             axes.plot([one.ratio.low, one.ratio.high], [place, place], color=BLUE, linewidth=2, solid_capstyle="butt")
         axes.plot([one.ratio.mean], [place], marker="|", color=BLUE, markersize=13, markeredgewidth=2)
+        axes.errorbar([one.ratio.mean], [place + 0.28], xerr=[one.error], color=GREY, capsize=2, linewidth=1)
     axes.axvline(reference.ratio.mean, color=INK, linewidth=0.8, linestyle="--", zorder=0)
     axes.set_yticks(range(len(found)), [one.name for one in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
     shown = [value for one in found for value in one.ratios.values()]
     if max(shown) > _WIDE * min(shown):
         axes.set_xscale("log")
+        few = max(shown) < _DECADES * min(shown)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if few else (1,)))
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", visible=True)
     axes.set_xlabel("perplexity ÷ dense")
-    axes.set_title(f"Perplexity by setting: seeds (dots), mean and 95 % interval; dashed: {reference.name}")
+    axes.set_title(
+        f"Seeds (dots), mean and 95 % interval (blue), ± error over windows (grey); dashed: {reference.name}"
+    )
     return figure
 
 

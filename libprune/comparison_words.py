@@ -41,7 +41,7 @@ _SAID: dict[Kind, str] = {
 def _differences(gathered: Gathered, found: Sequence[Summary]) -> list[str]:
     reference = reference_of(gathered, found)
     others = [(one, difference(one, reference)) for one in found if one is not reference]
-    said = [f"Beside {reference.name}:"] if others else []
+    said = [f"Beside {reference.name}, with the factor between the two perplexities."] if others else []
     for kind, sentence in _SAID.items():
         named = [f"{one.name} {interval_text(to.factor)}" for one, to in others if to is not None and to.kind == kind]
         said += [sentence.format("; ".join(named))] if named else []

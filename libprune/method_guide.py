@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from libprune.comparison_results import Gathered
-from libprune.comparison_summary import Summary, difference, reference_of
+from libprune.comparison_summary import Summary, difference
 from libprune.comparison_table import correlation_text, interval_text, times
 from libprune.criteria import find_criterion
-from libprune.markdown import code, markdown_table, prose
+from libprune.markdown import code, prose
 from libprune.params import Params
 from libprune.stage_costs import collecting, pruning
 
@@ -36,10 +36,9 @@ def guide(gathered: Gathered, found: Sequence[Summary]) -> str:
             ("loses", _quality(one)),
             ("ranks units like measured losses", _ranks(one)),
         ]
-        parts += [f"## {prose(one.name)}", markdown_table(rows, ("", "")), *_when(one, found)]
-    reference = reference_of(gathered, found)
-    table = f"The whole comparison, beside {prose(reference.name)}: `libprune compare gather` with its file."
-    return "\n\n".join([*parts, "---", table]) + "\n"
+        facts = "\n".join(f"- {what}: {text}" for what, text in rows)
+        parts += [f"## {prose(one.name)}", facts, _when(one, found)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _criterion(params: Params) -> str:
@@ -67,19 +66,14 @@ def _ranks(one: Summary) -> str:
     return ", ".join(f"{part} {correlation_text(value)}" for part, value in one.correlations.items()) or "not measured"
 
 
-def _when(one: Summary, found: Sequence[Summary]) -> list[str]:
+def _when(one: Summary, found: Sequence[Summary]) -> str:
     """When to choose a setting, as far as the figures say."""
     said = [sentence for other in found if other is not one and (sentence := _beside(one, other))]
     if one.seconds is None:
         said.append("What it costs is not on record, so that nothing here weighs its cost.")
-    if not _worse_than(one, found):
+    if not [other for other in found if other is not one and _loses(one, other) == "more"]:
         said.insert(0, "No setting here loses less by more than the noise.")
-    return [prose(" ".join(said))]
-
-
-def _worse_than(one: Summary, found: Sequence[Summary]) -> list[Summary]:
-    """The settings that lose less than one, by more than the noise."""
-    return [other for other in found if other is not one and _loses(one, other) == "more"]
+    return prose(" ".join(said))
 
 
 def _loses(one: Summary, other: Summary) -> str:

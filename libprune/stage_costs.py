@@ -40,7 +40,7 @@ Costs = Mapping[str, Cost]
 def total(costs: Iterable[Cost]) -> Cost:
     """Of several after each other."""
     known = list(costs)
-    return Cost(sum(cost.seconds for cost in known), max((cost.peak_memory_bytes for cost in known), default=0))
+    return Cost(sum((cost.seconds for cost in known), 0.0), max((cost.peak_memory_bytes for cost in known), default=0))
 
 
 def read_costs(path: Path) -> dict[str, Cost]:
