@@ -64,7 +64,7 @@ def run(file: File, out: Out = OUT, guide: Guide = None) -> None:
             raise SystemExit(130) from None
         typer.echo("")
         try:
-            typer.echo(write_comparison(gathered_now(comparison, out), out, guide))
+            typer.echo(write_comparison(gathered_now(comparison, out, failed=failed), out, guide))
         finally:
             for name, reason in failed.items():
                 typer.echo(f"failed: {name}: {reason}", err=True)

@@ -1,6 +1,6 @@
 """What `libprune compare` writes of a comparison, and prints."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +24,24 @@ COSTS = "costs.json"
 """The record of what stages took, beside the folders of all comparisons."""
 
 
-def gathered_now(comparison: Comparison, out: Path, all_commits: bool = False) -> Gathered:
+def gathered_now(
+    comparison: Comparison, out: Path, all_commits: bool = False, failed: Mapping[str, str] | None = None
+) -> Gathered:
     """The results that the current folder's project has.
 
     Args:
         comparison: what is wanted.
         out: the folder of all comparisons.
         all_commits: experiments of every commit, not only of HEAD.
+        failed: by experiment, why it has just failed, which DVC does not keep.
 
     Raises:
         LibpruneError: if there are none, or this is no project.
     """
     rows, left_out = gather(show(all_commits), read_lock)
-    return gather_results(comparison, rows, left_out, read_lock, cache_folder(), read_costs(out / COSTS))
+    return gather_results(
+        comparison, rows, {**left_out, **(failed or {})}, read_lock, cache_folder(), read_costs(out / COSTS)
+    )
 
 
 def write_comparison(gathered: Gathered, out: Path, guide_to: Path | None) -> str:

@@ -1,5 +1,6 @@
 """The whole pipeline on a tiny model: with only the declared files, and under DVC."""
 
+import csv
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -209,22 +211,28 @@ def compare(folder: Path, *arguments: str, check: bool = True) -> subprocess.Com
 
 
 def test_a_comparison_runs_what_is_missing_and_leaves_the_workspace_as_it_was(project):
-    """A name that another experiment has is refused first; a second call runs nothing and writes the same."""
-    (project / "two.yaml").write_text(COMPARISON)
+    """Then again with a setting that fails: only that one is run, and the others are shown."""
     before = {path: (project / path).read_bytes() for path in ("params.yaml", "dvc.lock", "artifacts/plan.parquet")}
-    state = run(["git", "status", "--porcelain"], project).stdout
-    started = time.monotonic()
+    (project / "two.yaml").write_text(COMPARISON)
     first = compare(project, "run", "two.yaml")
-    print(first.stdout, time.monotonic() - started)
-    assert before == {path: (project / path).read_bytes() for path in before}
-    assert run(["git", "status", "--porcelain"], project).stdout == state
-    assert stages_run(run(["dvc", "repro"], project)) == []
-    print(compare(project, "run", "two.yaml").stdout)
+    assert "two: 0 runs have results, 4 to do" in first.stdout
     folder = project / "report/compare/two"
-    for p in folder.glob("*.csv"):
-        print(p.name, p.read_text())
-    shutil.copytree(project / "report/compare", "/tmp/comp-out", dirs_exist_ok=True)
-    shutil.copytree(project, "/tmp/comp-tiny", dirs_exist_ok=True, symlinks=True)
+    with (folder / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["setting"], row["seed"]) for row in rows] == [*product(("fisher", "magnitude"), "01")]
+    assert all(row["correlation_mlp"] and float(row["pruning_seconds"]) > 0 for row in rows)
+    assert (folder / "overlaps.png").exists()
+    broken = COMPARISON.replace("seeds", "  broken: {tokenize.evaluation_windows: 100000}\nseeds")
+    (project / "two.yaml").write_text(broken.replace("seeds: [0, 1]", "seeds: [1]"))
+    second = compare(project, "run", "two.yaml", check=False)
+    assert second.returncode == 1
+    assert "two: 2 runs have results, 1 to do" in second.stdout
+    assert re.search(r"^failed: two-broken-s1: .*100000", second.stderr, re.MULTILINE)
+    assert re.search(r"^magnitude +1 ", second.stdout, re.MULTILINE)
+    (project / "two.yaml").unlink()
+    assert before == {path: (project / path).read_bytes() for path in before}
+    assert run(["git", "status", "--porcelain"], project).stdout == ""
+    assert stages_run(run(["dvc", "repro"], project)) == []
 
 
 def test_a_wrong_param_stops_at_once_and_loses_nothing(project):
