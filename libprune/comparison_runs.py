@@ -25,7 +25,7 @@ _PATIENCE = 60  # seconds for DVC to end after an interrupt
 
 
 def missing_runs(comparison: Comparison, rows: Sequence[Experiment], left_out: Mapping[str, str]) -> list[Run]:
-    """The runs that no experiment has results of.
+    """The runs that no experiment, nor a commit, has results of; those of the workspace alone would not last.
 
     Args:
         comparison: what is wanted.
@@ -35,7 +35,8 @@ def missing_runs(comparison: Comparison, rows: Sequence[Experiment], left_out: M
     Raises:
         LibpruneError: if a run's name is taken by an experiment with other params, or one without results.
     """
-    done = {run.experiment for run in comparison.runs() if found(run, rows)}
+    lasting = [row for row in rows if row.revision != WORKSPACE]
+    done = {run.experiment for run in comparison.runs() if found(run, lasting)}
     todo = [run for run in comparison.runs() if run.experiment not in done]
     taken = [f"{run.experiment} ({why})" for run in todo if (why := _taken(run, rows, left_out))]
     if taken:
@@ -77,6 +78,8 @@ def run_all(comparison: Comparison, todo: Sequence[Run], logs: Path, costs: Path
         By experiment, why it failed.
     """
     failed: dict[str, str] = {}
+    if not todo:
+        return failed
     seconds: list[float] = []
     present = leaves_of(comparison.data)
     with workspace_kept(echo):

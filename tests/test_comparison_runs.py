@@ -51,6 +51,7 @@ def test_what_has_results_under_any_name_is_not_run_again(tmp_path):
     assert missing_runs(made, [there], {}) == [run for run in runs if run is not runs[2]]
     assert found(runs[2], [there]) is there
     assert missing_runs(made, [experiment(run, 1.3) for run in runs], {}) == []
+    assert missing_runs(made, [replace(there, revision="workspace")], {}) == runs
 
 
 def test_a_name_that_other_params_have_is_refused_with_the_difference(tmp_path):
