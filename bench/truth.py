@@ -17,6 +17,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from libprune.agreement import spearman
 from libprune.artifacts import Columns, Layout, read_table
 from libprune.criteria import CRITERIA
 from libprune.markdown import markdown_table
@@ -24,16 +25,6 @@ from libprune.sections import Score
 
 Values = NDArray[np.float64]
 RESAMPLES = 2000
-
-
-def ranks(values: Values) -> Values:
-    """Ranks, ties shared."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def spearman(a: Values, b: Values) -> float:
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
 def interval(of: Callable[[NDArray[np.int64]], float], count: int) -> str:

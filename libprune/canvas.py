@@ -20,9 +20,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter  # noqa: E402
 
-__all__ = ["Axes", "Figure", "LogNorm", "Patch"]  # pictures take these from here, never from matplotlib before it
+__all__ = [
+    "Axes",
+    "Figure",
+    "LogLocator",
+    "LogNorm",
+    "NullFormatter",
+    "Patch",
+]  # pictures take these from here, never from matplotlib before it
 
 BLUE, ORANGE, GREEN, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"
 """Colours that stay apart for colour-blind eyes and in grey print (Okabe and Ito, Color Universal Design, 2008)."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from libprune import stage
+from libprune import compare_cli, stage
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -91,30 +91,4 @@ def check(folder: Folder, trust_remote_code: TrustFolder = False, dense: DenseFo
         raise SystemExit(1)
 
 
-Out = Annotated[Path, typer.Option("--out", help="The folder for table.md, table.csv and perplexity.png.")]
-AllCommits = Annotated[bool, typer.Option("--all-commits", help="Experiments of every commit, not only of HEAD.")]
-
-
-@app.command()
-def compare(out: Out = Path("report/compare"), all_commits: AllCommits = False) -> None:
-    """Show DVC's experiments and the workspace as one table and one picture, the lowest perplexity first."""
-    from libprune.artifacts import writing
-    from libprune.errors import LibpruneError
-    from libprune.experiments import comparable
-    from libprune.report import text_table
-    from libprune.sweep_picture import write_picture
-    from libprune.sweep_table import csv_text, markdown_text, params_diff, remarks, table
-
-    with stage.user_errors():
-        rows, left_out = comparable(all_commits)
-        if out.exists() and not out.is_dir():
-            raise LibpruneError(f"--out {out} is a file; name a folder")
-        for name, text in (("table.md", markdown_text(rows, left_out)), ("table.csv", csv_text(rows))):
-            with writing(out / name) as partial:
-                partial.write_text(text)
-        write_picture(out / "perplexity.png", rows)
-    command = params_diff(rows)
-    typer.echo("\n".join([text_table(*table(rows)), "", *remarks(rows, left_out)]))
-    typer.echo(f"\nwritten: {out}/table.md, table.csv, perplexity.png")
-    if command:
-        typer.echo(f"the two best, param by param: {command}")
+app.add_typer(compare_cli.app, name="compare")

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from libprune.comparison_file import leaves_of
 from libprune.errors import LibpruneError
 
 Shown = Sequence[Mapping[str, Any]]
@@ -48,6 +49,8 @@ class Experiment:
     """Bytes of the pruned model's folder; None if its revision has no `dvc.lock`."""
     proved: bool = True
     """Whether a `dvc.lock` says that the results were made with these params."""
+    revision: str = ""
+    """The commit, or `workspace`, that holds its `dvc.lock`; one of them where several are equal."""
 
     @property
     def label(self) -> str:
@@ -120,7 +123,7 @@ def gather(shown: Shown, lock_of: Callable[[str], str | None]) -> tuple[list[Exp
         if isinstance(result, str):
             left_out[name] = result
             continue
-        content = repr(replace(result, names=()))
+        content = repr(replace(result, names=(), revision=""))
         names = [*(found[content].names if content in found else ()), name]
         found[content] = replace(result, names=tuple(sorted(names, key=lambda one: one == WORKSPACE)))
     return sorted(found.values(), key=lambda row: row.ratio), left_out
@@ -143,7 +146,7 @@ def _result(name: str, state: Mapping[str, Any], lock_of: Callable[[str], str | 
     if state["error"]:
         return str(state["error"]["msg"])
     try:
-        experiment = _experiment(name, state["data"])
+        experiment = replace(_experiment(name, state["data"]), revision=state["rev"])
     except KeyError:
         return "no results in metrics/evaluation.json"
     if not isfinite(experiment.ratio):
@@ -158,7 +161,7 @@ def _experiment(name: str, data: Mapping[str, Any]) -> Experiment:
     evaluation = data["metrics"]["metrics/evaluation.json"]["data"]
     return Experiment(
         names=(name,),
-        params=_leaves(data["params"]["params.yaml"]["data"]),
+        params=leaves_of(data["params"]["params.yaml"]["data"]),
         ratio=evaluation["perplexity_ratio"]["value"],
         error=evaluation["perplexity_ratio"]["se"],
         dense=evaluation["dense"]["perplexity"],
@@ -166,15 +169,6 @@ def _experiment(name: str, data: Mapping[str, Any]) -> Experiment:
         prefill=evaluation["speed"]["prefill_ratio"],
         size=data["outs"].get("artifacts/pruned", {}).get("size"),
     )
-
-
-def _leaves(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The params by their full names: `preset`, `section.key`, `section.key.part`."""
-    flat: dict[str, Any] = {}
-    for key, value in params.items():
-        name = f"{prefix}{key}"
-        flat |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def outdated(params: Mapping[str, Any], lock: str) -> str | None:
@@ -191,7 +185,7 @@ def outdated(params: Mapping[str, Any], lock: str) -> str | None:
         return "its dvc.lock is not valid YAML, as after a merge conflict; run `dvc repro`"
     made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
     for name, stage in stages.items():
-        for key, value in _leaves(stage.get("params", {}).get("params.yaml", {})).items():
+        for key, value in leaves_of(stage.get("params", {}).get("params.yaml", {})).items():
             if str(params.get(key)) != str(value):  # as text: YAML 1.1 and 1.2 disagree whether 1e-05 is a number
                 return f"{name} last ran with {key} {value}, not {params.get(key)}"
         for dep in stage.get("deps", []):

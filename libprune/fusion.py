@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.errors import LibpruneError
+from libprune.sections import Score
 
 Values = NDArray[np.float64]
 Weights = Mapping[str, float]
@@ -50,6 +51,16 @@ def parse_criteria(text: str, fusion: str) -> Weights:
     if total == 0:
         raise LibpruneError(f"all weights of score.criterion = {text!r} are 0; give one criterion a weight")
     return {name: weight / total for name, weight in found.items()}
+
+
+def named_criteria(params: Score) -> list[str]:
+    """The criteria that the params name, each once.
+
+    Raises:
+        LibpruneError: if an expression cannot be read.
+    """
+    asked = (parse_criteria(text, params.fusion) for text in params.expressions.values())
+    return list(dict.fromkeys(name for weights in asked for name in weights))
 
 
 def expression(weights: Weights) -> str:

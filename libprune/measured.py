@@ -6,11 +6,12 @@ of units that it was not fitted to.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
+from libprune.agreement import spearman
 from libprune.errors import LibpruneError
 
 Values = NDArray[np.float64]
@@ -22,8 +23,6 @@ LEAST = 10
 CLEAR = 2.0
 """Standard errors by which R² must exceed 0, what predicting the mean of the other units has: of noise it is above 0 by
 luck one time in four with 20 units, one in eight with 60."""
-MOST = 10
-"""Criteria that one fit takes: all of their subsets are tried."""
 
 _REMEDY = "raise ablation.units or ablation.sequences, or set score.fusion to weighted"
 
@@ -45,33 +44,6 @@ class Fit:
     units: int
 
 
-def non_negative_least_squares(features: Values, target: Values) -> Values:
-    """The w >= 0 that minimises |features w - target|, exactly: the best of all subsets' free solutions.
-
-    The minimiser is the free least-squares solution on its own support, so the best one without a negative entry is
-    it. With as few features as criteria that is less work than to be careful (Lawson & Hanson 1974, chapter 23).
-
-    Args:
-        features: ``[rows, features]``.
-        target: ``[rows]``.
-
-    Returns:
-        ``[features]``.
-    """
-    count = features.shape[1]
-    triangle = np.linalg.qr(np.column_stack([features, target])).R
-    best, least = np.zeros(count), float(np.linalg.norm(triangle[:, -1]))
-    for size in range(1, count + 1):
-        for support in combinations(range(count), size):
-            chosen = triangle[:, support]
-            found = np.linalg.lstsq(chosen, triangle[:, -1], rcond=None)[0]
-            error = float(np.linalg.norm(chosen @ found - triangle[:, -1]))
-            if (found >= 0).all() and error < least * (1 - 1e-12):
-                best, least = np.zeros(count), error
-                best[list(support)] = found
-    return best
-
-
 def fit_losses(criteria: Mapping[str, Values], increases: Values, part: str) -> Fit:
     """Fit the measured loss increases of one type by a non-negative mixture of criteria, and test it on held-out units.
 
@@ -83,15 +55,11 @@ def fit_losses(criteria: Mapping[str, Values], increases: Values, part: str) -> 
         part: the type, for messages.
 
     Raises:
-        LibpruneError: if there are too few units, too many criteria, or the fit does not clearly predict held-out
+        LibpruneError: if there are too few units, or the fit does not clearly predict held-out
             units better than their mean would, so that it explains nothing.
     """
     names = list(criteria)
     require_enough(len(increases), max(LEAST, FOLDS * len(names)), part)
-    if len(names) > MOST:
-        raise LibpruneError(
-            f"score.fusion: learned takes up to {MOST} criteria, and {len(names)} are named; name fewer"
-        )
     features = np.column_stack([criteria[name] for name in names])
     scale = np.abs(features).mean(axis=0)
     features = features / np.where(scale > 0, scale, 1)
@@ -102,7 +70,7 @@ def fit_losses(criteria: Mapping[str, Values], increases: Values, part: str) -> 
             f"{len(increases)} measured ones, is not clearly above 0, which predicting their mean has; {_REMEDY}, or "
             f"name one criterion for score.{part}"
         )
-    found = non_negative_least_squares(features, increases) / np.where(scale > 0, scale, 1)
+    found = nnls(features, increases)[0] / np.where(scale > 0, scale, 1)
     return Fit(dict(zip(names, found.tolist(), strict=True)), r2, error, len(increases))
 
 
@@ -117,7 +85,7 @@ def held_out_r2(features: Values, target: Values) -> tuple[float, float]:
     of_fit, of_mean = np.empty(len(target)), np.empty(len(target))
     for number in range(FOLDS):
         held, rest = fold == number, fold != number
-        predicted = features[held] @ non_negative_least_squares(features[rest], target[rest])
+        predicted = features[held] @ nnls(features[rest], target[rest])[0]
         of_fit[held] = (target[held] - predicted) ** 2
         of_mean[held] = (target[held] - target[rest].mean()) ** 2
     total = float(of_mean.sum())
@@ -140,7 +108,7 @@ def best_criterion(criteria: Mapping[str, Values], increases: Values, part: str)
         LibpruneError: if there are too few units, or no criterion's ranks clearly agree with the measured ones.
     """
     require_enough(len(increases), LEAST, part)
-    found = {name: rank_correlation(values, increases) for name, values in criteria.items()}
+    found = {name: float(np.nan_to_num(spearman(values, increases))) for name, values in criteria.items()}
     best = max(found, key=lambda name: found[name])
     error = 1 / np.sqrt(len(increases) - 1)  # of Spearman's under independence
     if not found[best] > CLEAR * error:
@@ -163,17 +131,3 @@ def require_enough(measured: int, least: int, part: str) -> None:
             f"score.fusion compares criteria with measured losses, and the ablation stage measured {measured} "
             f"{part} units of at least {least}; raise ablation.units, which counts the units of all types"
         )
-
-
-def rank_correlation(one: Values, two: Values) -> float:
-    """Spearman's rank correlation, equal values with their mean rank; 0 where all values of either are equal."""
-    first, second = _mean_ranks(one), _mean_ranks(two)
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        return 0.0
-    return float(np.corrcoef(first, second)[0, 1])
-
-
-def _mean_ranks(values: Values) -> Values:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[inverse]

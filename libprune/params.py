@@ -132,11 +132,24 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise ParamsError(f"{path} does not exist; run from the project folder or pass --params") from error
     except yaml.YAMLError as error:
         raise ParamsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return validate_params(data, str(path))
+
+
+def validate_params(data: Any, where: str) -> Params:
+    """The params that a mapping of sections holds.
+
+    Args:
+        data: what a params file says.
+        where: the place that an error names.
+
+    Raises:
+        ParamsError: as `load_params`.
+    """
     try:
         return Params.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())
-        raise ParamsError(f"{path}: {problems}") from error
+        raise ParamsError(f"{where}: {problems}") from error
 
 
 def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:

@@ -9,7 +9,7 @@ from libprune.architecture import Architecture
 from libprune.artifacts import Columns, Layout, read_architecture, read_table, same_origin
 from libprune.criteria import find_criterion, join_tables, score_units
 from libprune.errors import ArtifactError, LibpruneError
-from libprune.fusion import Weights, parse_criteria
+from libprune.fusion import Weights, named_criteria, parse_criteria
 from libprune.part_scores import NATS, READS_LOSSES, Alone, Scored, score_part
 from libprune.sections import Score
 
@@ -23,9 +23,8 @@ def score_layout(layout: Layout, params: Score) -> tuple[Columns, dict[str, Any]
     """
     architecture = read_architecture(layout)
     asked = criteria_of(architecture, params)
-    named = list(dict.fromkeys(name for weights in asked.values() for name in weights))
     _require_scaling(asked, params)
-    alone, table, origin = _alone(layout, named, params)
+    alone, table, origin = _alone(layout, named_criteria(params), params)
     measured: Columns = {}
     if params.fusion in READS_LOSSES and any(len(weights) > 1 for weights in asked.values()):
         measured = _measured(layout, architecture, origin)

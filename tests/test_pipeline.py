@@ -1,5 +1,6 @@
 """The whole pipeline on a tiny model: with only the declared files, and under DVC."""
 
+import csv
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -189,6 +191,50 @@ def test_experiments_are_compared_with_those_results_that_belong_to_their_params
     assert "evaluate.prompt_tokens" in difference
     run(["git", "checkout", "-q", "."], project)
     run(["dvc", "checkout", "-q"], project)
+
+
+COMPARISON = """
+name: two
+title: Two criteria
+set: {ablation.units: 40, ablation.sequences: 4}
+settings:
+  fisher: {}
+  magnitude: {score.criterion: magnitude}
+seeds: [0, 1]
+reference: fisher
+"""
+
+
+def compare(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"from libprune.cli import app; app(['compare', *{list(arguments)!r}])"]
+    return run(command, folder, check)
+
+
+def test_a_comparison_runs_what_is_missing_and_leaves_the_workspace_as_it_was(project):
+    """Then again with a setting that fails: only that one is run, and the others are shown."""
+    before = {path: (project / path).read_bytes() for path in ("params.yaml", "dvc.lock", "artifacts/plan.parquet")}
+    (project / "two.yaml").write_text(COMPARISON)
+    first = compare(project, "run", "two.yaml")
+    assert "two: 0 runs have results, 4 to do" in first.stdout
+    folder = project / "report/compare/two"
+    with (folder / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["setting"], row["seed"]) for row in rows] == [*product(("fisher", "magnitude"), "01")]
+    assert all(row["correlation_mlp"] for row in rows)
+    timed = [row["experiment"] for row in rows if row["pruning_seconds"]]
+    assert timed == ["two-fisher-s1", "two-magnitude-s0", "two-magnitude-s1"]  # the first is cached since `dvc repro`
+    assert (folder / "overlaps.png").exists()
+    broken = COMPARISON.replace("seeds", "  broken: {tokenize.evaluation_windows: 100000}\nseeds")
+    (project / "two.yaml").write_text(broken.replace("seeds: [0, 1]", "seeds: [1]"))
+    second = compare(project, "run", "two.yaml", check=False)
+    assert second.returncode == 1
+    assert "two: 2 runs have results, 1 to do" in second.stdout
+    assert re.search(r"^failed: two-broken-s1: .*100000", second.stderr, re.MULTILINE)
+    assert re.search(r"^magnitude +1 ", second.stdout, re.MULTILINE)
+    (project / "two.yaml").unlink()
+    assert before == {path: (project / path).read_bytes() for path in before}
+    assert run(["git", "status", "--porcelain"], project).stdout == ""
+    assert stages_run(run(["dvc", "repro"], project)) == []
 
 
 def test_a_wrong_param_stops_at_once_and_loses_nothing(project):
