@@ -31,19 +31,20 @@ from libprune.artifacts import Layout, read_architecture
 from libprune.blocks import replaced
 from libprune.checkpoint import load_model
 from libprune.compute import resolve_device, resolve_dtype
-from libprune.criteria import find_criterion, join_tables, score_units
 from libprune.evaluation import perplexity, perplexity_ratio, window_losses
 from libprune.evidence import read_evidence
 from libprune.levels import order_digest, unit_orders
 from libprune.markdown import markdown_table
 from libprune.repair import Fit, new_parameters
 from libprune.repairing import REPAIRS
+from libprune.scoring import score_layout
 from libprune.searching import Search
 from libprune.sections import Allocate, Compute, Levels, Score, Slice
 from libprune.stage import peak_memory
 from libprune.surgery import masked
 from libprune.tasks import zero_shot
 from libprune.tokens import read_tokens
+from libprune.worth import with_worth
 
 LEVELS = Levels(sequences=4, number=6)
 SEARCH = {"method": "search", "evaluations": 32}
@@ -155,7 +156,7 @@ class Bench:
         score, allocate, repair = setting
         sections = Score(**score), Allocate(ratio=ratio, **allocate), Slice(**repair)
         start = time.perf_counter()
-        plan, info = self._plan(*sections[:2])
+        plan, info = self.plan(*sections[:2])
         planned = time.perf_counter()
         fits = self._fits(plan, sections[2])
         repaired = time.perf_counter()
@@ -186,16 +187,15 @@ class Bench:
             "kept": [[plan.kept(layer, part) for part in self.architecture.parts] for layer in range(len(plan.layers))],
         } | info
 
-    def _plan(self, score: Score, allocate: Allocate):
-        table, origin = join_tables(self.scored, find_criterion(score.criterion), score)
-        criterion = find_criterion(score.criterion)
-        meta = (
-            origin
-            | score.model_dump()
-            | {"comparable": criterion.comparable, "gradient_orders": criterion.orders, "fusion": "none"}
-        )
-        fixed = fixed_scores(self.scored, self.architecture, score_units(table, score), meta, allocate)
-        scores = fixed.scores
+    def scores(self, score: Score):
+        """The importance table and its metadata."""
+        return score_layout(self.scored, score)
+
+    def plan(self, score: Score, allocate: Allocate):
+        """The plan of these params, and what else came out."""
+        table, meta = self.scores(score)
+        fixed = fixed_scores(self.scored, self.architecture, table, meta, allocate)
+        scores = with_worth(self.scored, self.architecture, fixed.scores, meta, allocate)
         evidence = read_evidence(self.scored, self.architecture, scores, meta, allocate)
         search = None
         if allocate.evaluations:

@@ -1,0 +1,160 @@
+"""Which view of a unit adds something: every criterion and fusion over calibration seeds, with and without repair.
+
+    python -m bench.views --text wiki.valid.raw --work /tmp/views            # collects, then measures
+    python -m bench.views --work /tmp/views --table                          # what there is so far
+
+20 % of the decoder, the same counts in every layer, so that only the choice of units differs. Calibration on the first
+half of the text: 256 x 128 tokens (gradients 128, Hessian 32 sequences), drawn anew for each seed; judged on windows of
+512 tokens of the second half, the same for all. Losses of single units are measured on 16 further sequences of each
+seed. Rows go to WORK/views.jsonl; those that are there are not measured again.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+import yaml
+
+from bench.least_loss import Bench, _run
+from libprune.agreement import jaccard, mean_interval, paired_factor, ratio_interval, spearman
+from libprune.artifacts import read_table
+from libprune.criteria import CRITERIA
+from libprune.markdown import markdown_table
+from libprune.sections import Allocate, Score
+
+VIEWS = ("weight_stats", "activation_stats", "gradient_flow", "cooperative")
+IN_NATS = "taylor + unit_fisher"
+ALL = " + ".join((IN_NATS, *VIEWS))
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{name: {"criterion": name} for name in CRITERIA},
+    "weights + activations": {"criterion": " + ".join(VIEWS[:2]), "scaling": "rank"},
+    "weights + activations + gradients": {"criterion": " + ".join(VIEWS[:3]), "scaling": "rank"},
+    "four views, simple": {"criterion": " + ".join(VIEWS), "scaling": "rank", "fusion": "simple"},
+    "four views, adaptive": {"criterion": " + ".join(VIEWS), "scaling": "rank", "fusion": "adaptive"},
+    **{f"unit_fisher + {view}": {"criterion": f"unit_fisher + {view}", "scaling": "rank"} for view in VIEWS},
+    "all six, learned": {"criterion": ALL, "fusion": "learned"},
+    "all six, best": {"criterion": ALL, "fusion": "best"},
+}
+"""By name the params of the score section."""
+ALLOCATE = {"method": "uniform", "split": "proportional"}
+RATIO, REFERENCE = 0.2, "unit_fisher"
+COLLECTED = ("tokenize", "gradients", "hessian", "activations", "ablation")
+
+
+def collect(work: Path, text: Path, seed: int) -> Path:
+    """Run the collecting stages of one seed that have not run yet; the folder of its artifacts."""
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["tokenize"] |= {"text": str(text.resolve()), "evaluation_share": 0.5, "seed": seed}
+    params["tokenize"] |= {"calibration_sequences": 272, "calibration_length": 128}
+    params["tokenize"] |= {"evaluation_windows": 64, "evaluation_length": 512}
+    params["activations"] |= {"sequences": 256}
+    params["hessian"] |= {"estimator": "fisher", "sequences": 32}
+    params["ablation"] |= {"units": 240, "sequences": 16}
+    root = work / f"seed-{seed}"
+    root.mkdir(parents=True, exist_ok=True)
+    path = work / f"params-{seed}.yaml"
+    path.write_text(yaml.safe_dump(params))
+    _run("prepare", path, work / "dense", work / "prepare.done")
+    for name in ("model", "architecture.json", "weights.parquet"):
+        if not (root / name).exists():
+            (root / name).symlink_to((work / "dense" / name).resolve())
+    for stage in COLLECTED:
+        _run(stage, path, root, work / f"{stage}-{seed}.done")
+    return root
+
+
+def measured(bench: Bench, name: str) -> dict[str, float]:
+    """Spearman's correlation of a setting's importance with the measured loss increases, by part."""
+    table, _ = bench.scores(Score(**SETTINGS[name]))
+    truth, _ = read_table(bench.layout.ablation, "ablation")
+    keys = ("layer_idx", "group_type", "group_idx")
+    place = {key: row for row, key in enumerate(zip(*(table[k].tolist() for k in keys), strict=True))}
+    rows = np.array([place[key] for key in zip(*(truth[k].tolist() for k in keys), strict=True)])
+    return {
+        part: spearman(table["importance"][rows[own]], truth["loss_increase"][own])
+        for part in bench.architecture.parts
+        for own in [truth["group_type"] == part]
+    }
+
+
+def measure(work: Path, root: Path, seed: int, windows: int, rows: list[dict[str, Any]]) -> None:
+    """Measure the settings of one seed that are not among the rows yet."""
+    done = {(row["setting"], row["seed"], row["repair"]) for row in rows}
+    left = [(n, r) for r in ("none", "local") for n in SETTINGS if (n, seed, r) not in done]
+    if not left:
+        return
+    bench = Bench(work, windows, sequences=0, questions=0, root=root)
+    for name, repair in left:
+        score = SETTINGS[name]
+        row = bench.measure(name, RATIO, (score, ALLOCATE, {"repair": repair})) | {"seed": seed, "repair": repair}
+        plan, _ = bench.plan(Score(**score), Allocate(ratio=RATIO, **ALLOCATE))
+        kept = np.packbits(np.concatenate([plan.keep[block] for block in bench.architecture.blocks()]))
+        row |= {"ranks": measured(bench, name), "kept": kept.tobytes().hex()}
+        rows.append(row)
+        with (work / "views.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a setting, the lowest perplexity after repair first."""
+    ratios = {key: {} for key in {(row["setting"], row["repair"]) for row in rows}}
+    for row in rows:
+        ratios[row["setting"], row["repair"]][row["seed"]] = row["ratio"]
+    body = []
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        own = [row for row in rows if row["setting"] == name and row["repair"] == "none"]
+        cells = [_ratio(ratios, name, repair) for repair in ("none", "local")]
+        if not own:
+            continue
+        ranks = [_interval([row["ranks"][part] for row in own]) for part in own[0]["ranks"]]
+        seconds = np.mean([row["plan_seconds"] for row in own])
+        body.append((name, *cells, *ranks, _overlap(own), f"{seconds:.1f}"))
+    parts = [f"ranks, {part}" for part in rows[0]["ranks"]]
+    header = ("importance", "no repair", f"/ {REFERENCE}", "local", f"/ {REFERENCE}", *parts, "overlap of seeds", "s")
+    flat = [(one[0], *one[1], *one[2], *one[3:]) for one in sorted(body, key=lambda line: line[2][0])]
+    return markdown_table(flat, header)
+
+
+def _ratio(ratios: dict[tuple[str, str], dict[int, float]], name: str, repair: str) -> tuple[str, str]:
+    own = ratios.get((name, repair))
+    if not own:
+        return "", ""
+    mean = ratio_interval(list(own.values()))
+    beside = paired_factor(own, ratios.get((REFERENCE, repair), {}))
+    factor = f"{beside.mean:.3f} ({beside.low:.3f} to {beside.high:.3f})" if beside and name != REFERENCE else ""
+    return f"× {mean.mean:.3f} ({mean.low:.2f} to {mean.high:.2f})", factor
+
+
+def _interval(values: list[float]) -> str:
+    found = mean_interval(values)
+    return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _overlap(rows: list[dict[str, Any]]) -> str:
+    """Mean Jaccard overlap of the kept sets of different seeds."""
+    kept = [np.unpackbits(np.frombuffer(bytes.fromhex(row["kept"]), dtype=np.uint8)).astype(bool) for row in rows]
+    pairs = [jaccard(one, other) for i, one in enumerate(kept) for other in kept[:i]]
+    return f"{np.mean(pairs):.3f}" if pairs else ""
+
+
+def main(
+    text: Annotated[Path | None, typer.Option(help="Raw text, one document a line.")] = None,
+    work: Path = Path("/tmp/views"),
+    seeds: int = 3,
+    windows: int = 8,
+    table_only: Annotated[bool, typer.Option("--table")] = False,
+) -> None:
+    """Collect, measure, print."""
+    path = work / "views.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not table_only:
+        assert text is not None, "name a text"
+        for seed in range(seeds):
+            measure(work, collect(work, text, seed), seed, windows, rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
