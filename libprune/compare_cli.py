@@ -55,8 +55,8 @@ def run(file: File, out: Out = OUT, guide: Guide = None) -> None:
     with stage.user_errors():
         comparison = read_comparison(file)
         todo = missing_runs(comparison, *gather(show(), read_lock))
-        there = len(comparison.settings) * len(comparison.seeds) - len(todo)
-        typer.echo(f"{comparison.name}: {there} runs have results, {len(todo)} to do")
+        wanted = len(comparison.settings) * len(comparison.seeds)
+        typer.echo(f"{comparison.name}: {wanted - len(todo)} of {wanted} runs have results, {len(todo)} to do")
         try:
             failed = run_all(comparison, todo, out / comparison.name / "logs", out / COSTS, typer.echo)
         except KeyboardInterrupt:
