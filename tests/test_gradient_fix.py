@@ -209,7 +209,7 @@ def test_a_layer_without_gradient_has_no_norm_but_a_bounded_adaptive_factor():
     ("orders", "scaling", "method", "message"),
     [
         ({}, "none", "global", "from which wanda does not come"),
-        ({"gradient_flow_snr": 0}, "rank", "global", "wanda compares each unit's gradient with those of its own layer"),
+        ({"gradient_flow_snr": 0}, "none", "global", "wanda compares each unit's gradient with those of its own layer"),
         ({"taylor": 1}, "rank", "global", "gives every layer the same scale"),
         ({"taylor": 1}, "none", "search", "measures what layers are worth"),
     ],
