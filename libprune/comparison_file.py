@@ -7,7 +7,6 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from libprune.criteria import find_criterion
@@ -15,6 +14,7 @@ from libprune.errors import LibpruneError, ParamsError, nearest
 from libprune.fusion import named_criteria
 from libprune.params import Params, validate_params
 from libprune.sections import Floor, Section
+from libprune.yaml_file import read_yaml
 
 Data = Mapping[str, Any]
 """What a params file says: sections of keys, and `preset`."""
@@ -165,7 +165,7 @@ def read_comparison(path: Path, params: Path = Path("params.yaml")) -> Compariso
     Raises:
         LibpruneError: naming the setting, the key, what is wrong with it, and the nearest known key.
     """
-    found, data = read_file(path), _read_yaml(params)
+    found, data = read_file(path), read_yaml(params)
     changes = {name: {**found.base, **own} for name, own in found.changes().items()}
     if found.reference is not None and found.reference not in changes:
         known = ", ".join(changes)
@@ -184,7 +184,7 @@ def read_file(path: Path) -> ComparisonFile:
         ParamsError: naming the key and the nearest known one.
     """
     try:
-        return ComparisonFile.model_validate(_read_yaml(path))
+        return ComparisonFile.model_validate(read_yaml(path))
     except ValidationError as error:
         problems = "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())
         raise ParamsError(f"{path}: {problems}") from error
@@ -231,18 +231,6 @@ def _require_different(settings: tuple[Setting, ...], data: Data, path: Path) ->
         if content in seen:
             raise ParamsError(f"{path}: settings {seen[content]!r} and {setting.name!r} have the same params")
         seen[content] = setting.name
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ParamsError(f"{path} does not exist; run in the project's folder") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ParamsError(f"{path} holds no keys")
-    return cast(dict[str, Any], data)
 
 
 def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:

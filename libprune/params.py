@@ -7,7 +7,6 @@ after minutes of collecting.
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from libprune.errors import ParamsError, nearest
@@ -28,6 +27,7 @@ from libprune.sections import (
     Slice,
     Tokenize,
 )
+from libprune.yaml_file import read_yaml
 
 
 def _preset(method: str, repair: str, fix: str = "none") -> dict[str, dict[str, Any]]:
@@ -126,13 +126,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     Raises:
         ParamsError: naming the key, what is wrong with it, and the nearest known key.
     """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ParamsError(f"{path} does not exist; run from the project folder or pass --params") from error
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    return validate_params(data, str(path))
+    return validate_params(read_yaml(path), str(path))
 
 
 def validate_params(data: Any, where: str) -> Params:

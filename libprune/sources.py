@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -69,7 +70,7 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     try:
         model = head.loader.from_pretrained(name, dtype=dtype, **where)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
     if "gguf_file" in where:
         _forget_quantization(model)

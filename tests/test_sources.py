@@ -1,6 +1,7 @@
 """Models from where users have them, and how sources are found."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def test_a_hub_id_is_left_to_the_hub(name, tmp_path, monkeypatch):
 def folder(tmp_path_factory) -> Path:
     """A tiny model and its tokenizer as a Hugging Face folder."""
     return write_model(tmp_path_factory.mktemp("model"))
+
+
+def test_a_damaged_weight_file_is_named(folder, tmp_path):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    path = damaged / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SourceError, match=r"damaged' cannot be loaded: .*"):
+        load_dense(Prepare(model=str(damaged)))
 
 
 def test_a_local_folder_is_loaded_and_written_as_a_plain_one(folder, tmp_path):
