@@ -89,9 +89,12 @@ class ConfigKeys(_Strict):
             for key, texts in self.sizes.items()
         }
 
-    def unsaid(self, axis: str) -> bool:
-        """Whether a key holds the size of the axis and another one at once, so that it cannot follow a change."""
-        return any(len(found) > 1 and any(axis in e.names for e in found) for found in self.expressions.values())
+    def unsaid(self, axis: str) -> str | None:
+        """In words the key that holds the size of the axis and another one at once, so that it cannot follow a change."""
+        for key, found in self.expressions.items():
+            if len(found) > 1 and any(axis in e.names for e in found):
+                return f"its {key} is both {' and '.join(map(str, found))}"
+        return None
 
     @property
     def known(self) -> frozenset[str]:

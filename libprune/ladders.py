@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns
 from libprune.cost import Prices
+from libprune.family import families
 from libprune.plan import Plan
 from libprune.sections import Allocate
 
@@ -96,8 +97,10 @@ def held_whole(architecture: Architecture, per_layer: bool) -> list[str]:
             norms = " and ".join(shape.coupled)
             found.append(f"no {part} unit can go alone: {norms} of {architecture.family} work over all of them at once")
         elif not per_layer and not any(map(shape.says, range(1, architecture.units(part)))):
+            why = families()[architecture.family].config.unsaid(shape.axis)
             found.append(
-                f"the stock config of {architecture.family} cannot say fewer {part} units; allocate.shape=per_layer can"
+                f"the stock config of {architecture.family} cannot say fewer {part} units{f' ({why})' if why else ''}; "
+                "allocate.shape=per_layer can"
             )
     return found
 

@@ -92,7 +92,8 @@ def test_of_coupled_units_only_the_whole_level_is_measured(olmo2):
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_what_cannot_go_is_said(olmo2, gpt2, per_layer):
     coupled = f"no attention unit can go alone: {NORMS} of olmo2 work over all of them at once"
-    unsaid = "the stock config of gpt2 cannot say fewer attention units; allocate.shape=per_layer can"
+    unsaid = "the stock config of gpt2 cannot say fewer attention units (its n_embd is both model and kv d); "
+    unsaid += "allocate.shape=per_layer can"
     assert held_whole(olmo2, per_layer) == [coupled]
     assert held_whole(gpt2, per_layer) == ([] if per_layer else [unsaid])
     assert held_whole(describe(FAMILIES["llama"](0)), per_layer) == []
@@ -100,7 +101,7 @@ def test_what_cannot_go_is_said(olmo2, gpt2, per_layer):
 
 def test_a_budget_out_of_reach_says_which_part_cannot_go(gpt2):
     params = Allocate(method="uniform", ratio=0.5, min_channels=1, min_groups=1)
-    with pytest.raises(BudgetError, match=re.escape("cannot say fewer attention units; allocate.shape=per_layer can")):
+    with pytest.raises(BudgetError, match=re.escape("is both model and kv d); allocate.shape=per_layer can")):
         allocate(gpt2, table(gpt2, 0), params)
     more = params.model_copy(update={"shape": "per_layer"})
     assert allocate(gpt2, table(gpt2, 0), more).kept(0, "attention") < gpt2.units("attention")
