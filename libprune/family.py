@@ -90,7 +90,7 @@ class ConfigKeys(_Strict):
         }
 
     def unsaid(self, axis: str) -> str | None:
-        """In words the key that holds the size of the axis and another one at once, so that it cannot follow a change."""
+        """The key, in words, that holds the size of the axis and another one, so that it cannot follow a change."""
         for key, found in self.expressions.items():
             if len(found) > 1 and any(axis in e.names for e in found):
                 return f"its {key} is both {' and '.join(map(str, found))}"
