@@ -25,10 +25,16 @@ SEQUENCES = 5
 IDS = tokens(SEQUENCES, 9)
 
 
+def asked(model: PreTrainedModel, ids: Tensor) -> Sequences:
+    """The ids with what the model's loss counts; masked tokens are taken for any others."""
+    labelled = model.get_output_embeddings() is None
+    return Sequences(ids, torch.zeros(len(ids), dtype=torch.long) if labelled else None)
+
+
 def full(model: PreTrainedModel, at_once: int, ids: Tensor = IDS) -> Tensor:
     """Losses of the model as it is, all blocks run, in the same passes."""
     with torch.no_grad():
-        return torch.cat([sequence_losses(model, Sequences(some)) for some in ids.split(at_once)]).double()
+        return torch.cat([sequence_losses(model, asked(model, some)) for some in ids.split(at_once)]).double()
 
 
 def full_masked(model: PreTrainedModel, architecture: Architecture, plan: Plan, at_once: int) -> Tensor:
@@ -74,7 +80,7 @@ def test_so_they_are_of_one_sequence_at_once_and_of_all(at_once):
 
 
 def assert_measured_as_the_full_masked_model(model: PreTrainedModel, architecture: Architecture, at_once: int) -> None:
-    prefix = Prefix(model, architecture, Sequences(IDS), at_once, range(architecture.layers))
+    prefix = Prefix(model, architecture, asked(model, IDS), at_once, range(architecture.layers))
     assert prefix.losses.dtype == torch.float64
     assert torch.equal(prefix.losses, full(model, at_once))
     for layer, part in architecture.blocks():
@@ -86,14 +92,14 @@ def assert_measured_as_the_full_masked_model(model: PreTrainedModel, architectur
 
 @pytest.mark.parametrize("kind", PLANS)
 def test_any_plan_can_be_measured(model, architecture, kind):
-    prefix = Prefix(model, architecture, Sequences(IDS), 2, range(architecture.layers))
+    prefix = Prefix(model, architecture, asked(model, IDS), 2, range(architecture.layers))
     plan = random_plan(architecture, kind, seed=1)
     assert torch.equal(prefix.losses_of(plan), full_masked(model, architecture, plan, 2))
 
 
 def test_the_same_states_serve_again(model, architecture):
     """Nothing that a measurement does reaches what was kept."""
-    prefix = Prefix(model, architecture, Sequences(IDS), 2, [2])
+    prefix = Prefix(model, architecture, asked(model, IDS), 2, [2])
     plan = plan_without(architecture, 2, "mlp", 0)
     assert torch.equal(prefix.losses_of(plan), prefix.losses_of(plan))
     assert torch.equal(prefix.losses_from(2), prefix.losses)
@@ -102,7 +108,7 @@ def test_the_same_states_serve_again(model, architecture):
 def test_only_blocks_from_the_nearest_kept_layer_are_run():
     model = FAMILIES["llama"](0)
     architecture = describe(model)
-    prefix = Prefix(model, architecture, Sequences(IDS), SEQUENCES, [0, 2])
+    prefix = Prefix(model, architecture, asked(model, IDS), SEQUENCES, [0, 2])
     ran = run_blocks(model)
     for layer, expected in enumerate([[0, 1, 2, 3], [0, 1, 2, 3], [2, 3], [2, 3]]):
         ran.clear()
@@ -113,7 +119,7 @@ def test_only_blocks_from_the_nearest_kept_layer_are_run():
 def test_the_plan_that_keeps_all_runs_nothing():
     model = FAMILIES["llama"](0)
     architecture = describe(model)
-    prefix = Prefix(model, architecture, Sequences(IDS), SEQUENCES, [1])
+    prefix = Prefix(model, architecture, asked(model, IDS), SEQUENCES, [1])
     ran = run_blocks(model)
     assert torch.equal(prefix.losses_of(Plan.dense(architecture)), prefix.losses)
     assert ran == []
@@ -135,7 +141,7 @@ def test_a_model_masked_beforehand_keeps_its_own_states():
     before, more = plan_without(architecture, 0, "mlp", 3), plan_without(architecture, 2, "attention", 1)
     both = Plan(dict(before.keep) | {(2, "attention"): more.keep[2, "attention"]})
     with masked(model, architecture, before):
-        found = Prefix(model, architecture, Sequences(IDS), 2, [2]).losses_of(more)
+        found = Prefix(model, architecture, asked(model, IDS), 2, [2]).losses_of(more)
     assert torch.equal(found, full_masked(model, architecture, both, 2))
 
 
@@ -172,7 +178,7 @@ def test_blocks_may_return_tuples_and_write_in_place(start):
     layers = model.model.layers
     for number in (0, 2):
         layers[number], layers[number + 1] = InPlace(layers[number]), Unpacked(layers[number + 1])
-    prefix = Prefix(model, architecture, Sequences(IDS), 2, [start])
+    prefix = Prefix(model, architecture, asked(model, IDS), 2, [start])
     assert torch.equal(prefix.losses, full(model, 2))
     for _ in range(2):
         assert torch.equal(prefix.losses_from(start), prefix.losses)
@@ -182,7 +188,7 @@ def test_the_model_is_as_it_was():
     model = FAMILIES["llama"](0)
     architecture = describe(model)
     before = inventory(model)
-    prefix = Prefix(model, architecture, Sequences(IDS), 2, [1, 3])
+    prefix = Prefix(model, architecture, asked(model, IDS), 2, [1, 3])
     prefix.losses_of(plan_without(architecture, 3, "attention", 1))
     assert inventory(model) == before
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -192,7 +198,7 @@ def test_the_model_is_as_it_was_after_an_error(monkeypatch):
     model = FAMILIES["llama"](0)
     architecture = describe(model)
     before = inventory(model)
-    prefix = Prefix(model, architecture, Sequences(IDS), 2, [3])
+    prefix = Prefix(model, architecture, asked(model, IDS), 2, [3])
     losses = full(model, 2)
 
     def fail(*_):
@@ -203,7 +209,7 @@ def test_the_model_is_as_it_was_after_an_error(monkeypatch):
     with pytest.raises(KeyError):
         prefix.losses_of(plan_without(architecture, 3, "mlp", 1))
     with pytest.raises(KeyError):
-        Prefix(model, architecture, Sequences(IDS), 2, [3])
+        Prefix(model, architecture, asked(model, IDS), 2, [3])
     assert inventory(model) == before
     assert torch.equal(full(model, 2), losses)
 
@@ -214,7 +220,7 @@ def test_a_forward_function_of_a_blocks_own_comes_back():
     architecture = describe(model)
     checkpoint_blocks(model, architecture)
     own = [vars(block)["forward"] for block in model.model.layers]
-    prefix = Prefix(model, architecture, Sequences(IDS), 2, [2])
+    prefix = Prefix(model, architecture, asked(model, IDS), 2, [2])
     plan = plan_without(architecture, 2, "mlp", 1)
     assert torch.equal(prefix.losses_of(plan), full_masked(model, architecture, plan, 2))
     assert [vars(block)["forward"] for block in model.model.layers] == own
@@ -223,7 +229,7 @@ def test_a_forward_function_of_a_blocks_own_comes_back():
 def test_states_are_kept_in_the_models_dtype_for_the_chosen_layers_alone():
     model = FAMILIES["llama"](0).bfloat16()
     architecture = describe(model)
-    prefix = Prefix(model, architecture, Sequences(IDS), 2, [0, 1, 3])
+    prefix = Prefix(model, architecture, asked(model, IDS), 2, [0, 1, 3])
     assert {layer: len(outputs) for layer, outputs in prefix._kept.items()} == {1: 3, 3: 3}
     width = architecture.sizes["model"]
     kept = [output for outputs in prefix._kept.values() for output in outputs]

@@ -293,7 +293,7 @@ def test_a_plan_has_the_same_divergence_whatever_was_judged_before_and_however_m
 
 def test_the_repair_lowers_the_divergence(llama):
     plan = random_plan(llama.architecture, "uniform", 0)
-    bare = Judge(llama.model, llama.architecture, llama.ids, 2, lambda plan: {})
+    bare = Judge(llama.model, llama.architecture, Sequences(llama.ids), 2, lambda plan: {})
     assert judge_of(llama)(plan) < bare(plan)
 
 
@@ -304,7 +304,7 @@ def test_blocks_that_stay_as_they_were_are_not_repaired_again(llama):
         asked_for.append(plan)
         return llama.repair(plan)
 
-    judge = Judge(llama.model, llama.architecture, llama.ids, 2, repair)
+    judge = Judge(llama.model, llama.architecture, Sequences(llama.ids), 2, repair)
     plan = random_plan(llama.architecture, "per_layer", 0)
     judge(plan)
     number = len(asked_for)

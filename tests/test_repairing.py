@@ -17,6 +17,7 @@ from libprune.pruning import prune
 from libprune.repair import oriented, pruned_consumers
 from libprune.repairing import REPAIRS
 from libprune.sections import Compute, Slice
+from libprune.sequences import Sequences
 from libprune.shards import write_shard
 from libprune.tokens import write_tokens
 from tests.collected import activations
@@ -67,7 +68,7 @@ def made(root: Path, name: str, kind: str) -> tuple[Layout, Plan]:
     plan = random_plan(architecture, kind)
     model.save_pretrained(layout.model)
     layout.architecture.write_text(architecture.to_json())
-    write_tokens(layout.calibration, ids.numpy(), {"model": "here"})
+    write_tokens(layout.calibration, Sequences(ids), {"model": "here"})
     layout.activations.mkdir()
     sums = activations(model, 4, ids)
     for layer in range(architecture.layers):

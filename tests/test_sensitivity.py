@@ -15,6 +15,7 @@ from libprune.blocks import blocks_of
 from libprune.compute import sequence_losses
 from libprune.describe import describe
 from libprune.sensitivity import LAYER, empty_table, increases_of, removal_plans, removals
+from libprune.sequences import Sequences
 from libprune.surgery import masked
 from stages.sensitivity import main
 from tests import tiny
@@ -77,7 +78,7 @@ def test_the_increases_are_those_of_models_with_zeroed_weights(llama, capsys):
 
     def losses(model: nn.Module) -> np.ndarray:
         with torch.no_grad():
-            return torch.cat([sequence_losses(model, some) for some in ids.split(AT_ONCE)]).double().numpy()
+            return torch.cat([sequence_losses(model, Sequences(some)) for some in ids.split(AT_ONCE)]).double().numpy()
 
     dense = losses(model)
     for layer, what, increase, error in zip(*table.values(), strict=True):
