@@ -22,6 +22,7 @@ from libprune.errors import FamilyError, LibpruneError, SourceError
 from libprune.gradients import collect_gradients, gradient_groups
 from libprune.sections import Activations, Gradients
 from libprune.sequences import NO_TARGET, Sequences
+from libprune.shards import read_tensor
 from libprune.tokens import MASKED_SHARE, read_tokens, with_masks
 from tests import tiny
 from tests.models import FAMILIES, VOCAB
@@ -199,6 +200,30 @@ def test_gradients_are_those_of_transformers_own_loss(name, at_once):
     found = sums.finish(1)
     for parameter, gradient in zip(names, expected, strict=True):
         torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_tokens", [16, 1024])
+def test_the_stages_mean_gradient_is_that_of_all_sequences_of_a_batch(batch_tokens, tmp_path, monkeypatch):
+    """However many passes a batch takes: sequences of several lengths take several, even where all would fit in one."""
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "compute": {"device": "cpu", "dtype": "float32", "batch_tokens": batch_tokens},
+        "gradients": {"sequences": 8, "batch_sequences": 8, "storage_dtype": "float32"},
+    }
+    write_project(tmp_path, "bert_classifier", **settings)
+    run("prepare", "tokenize", "gradients")
+    layout = Layout(Path("artifacts"))
+    architecture = read_architecture(layout)
+    sequences, _ = read_tokens(layout.calibration, architecture.fingerprint)
+    assert len(set(sequences.lengths.tolist())) > 1
+    model = FAMILIES["bert_classifier"](0)
+    names = [p.name for p in architecture.parameters_of(1, "mlp")]
+    expected = torch.autograd.grad(
+        transformers_losses(model, sequences).mean(), [model.get_parameter(n) for n in names]
+    )
+    for name, gradient in zip(names, expected, strict=True):
+        found = read_tensor(layout.gradients, 1, name, "gradients")
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_statistics_of_activations_see_no_token_behind_the_end():
