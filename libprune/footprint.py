@@ -177,7 +177,8 @@ def _gradients(architecture: Architecture, params: Params) -> Footprint:
     section, tokens = params.gradients, params.tokenize
     sequences = section.sequences or tokens.calibration_sequences
     size, available = section.batch_sequences, tokens.calibration_sequences
-    in_pieces = max(1, params.compute.batch_tokens // tokens.calibration_length) < size
+    in_one_pass = max(1, params.compute.batch_tokens // tokens.calibration_length)
+    in_pieces = architecture.head == "sequence_classification" or in_one_pass < size
     n_tok = tokens.calibration_length - 1
     groups = gradient_groups(architecture, n_tok, -(-available // size), section, in_pieces)
     parameters = [p for block in architecture.blocks() for p in architecture.parameters_of(*block)]

@@ -33,7 +33,8 @@ def gradient_groups(
         n_tok: loss-counted tokens of a sequence.
         batches: the most batches that the text has.
         section: storage type, and whether to keep whole second moments.
-        in_pieces: whether batches take several passes, so that their gradients must be kept until the last.
+        in_pieces: whether batches may take several passes, as those of several lengths do, so that their gradients
+            must be kept until the last.
     """
     layers = [
         _layer_group(architecture, layer, n_tok, batches, section, in_pieces) for layer in range(architecture.layers)

@@ -134,13 +134,13 @@ def collect_probes(
     with hooked(model), twice_differentiable(model), torch.enable_grad():
         model.requires_grad_(False)
         parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if name in wanted}
-        for number, first, sequences in batches:
+        for _, first, sequences in batches:
             losses = sequence_losses(model, sequences)
             require_finite(losses.detach(), first, "the loss")
             gradients = torch.autograd.grad(losses.mean(), list(parameters.values()), create_graph=True)
             values: dict[tuple[int, str], Tensor] = {}
             for probe in range(section.probes):
-                signs = [_signs(p, (section.seed, number, probe, index)) for index, p in enumerate(gradients)]
+                signs = [_signs(p, (section.seed, first, probe, index)) for index, p in enumerate(gradients)]
                 keep = probe + 1 < section.probes
                 products = torch.autograd.grad(gradients, list(parameters.values()), signs, retain_graph=keep)
                 diagonal = {name: v * hv for name, v, hv in zip(parameters, signs, products, strict=True)}

@@ -65,11 +65,14 @@ def _read(source: TextSource, config: PreTrainedConfig) -> list[Example]:
 
 
 def _label(value: Any, config: PreTrainedConfig, source: TextSource) -> int:
-    """A label as the model numbers it: a number, or a name that its config knows."""
+    """A label as the model numbers it: a whole number of any type, or a name that its config knows."""
     names: Mapping[str, int] = config.label2id or {}
     if isinstance(value, str) and value in names:
         return int(names[value])
-    number = int(value) if isinstance(value, int | str) and str(value).lstrip("-").isdigit() else -1
+    if isinstance(value, str):
+        number = int(value) if value.isdecimal() else -1
+    else:
+        number = int(value) if isinstance(value, int | float) and float(value).is_integer() else -1
     if not 0 <= number < config.num_labels:
         known = f"0 to {config.num_labels - 1}" + (f" or {', '.join(map(str, names))}" if names else "")
         raise SourceError(

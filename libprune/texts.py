@@ -212,7 +212,7 @@ def open_text(source: TextSource) -> Text:
     A local file of unknown ending is read as text, one document a line.
 
     Raises:
-        SourceError: if it cannot be read or has no such column.
+        SourceError: if it cannot be read, has no such column, or the same one is asked for text and labels.
     """
     from datasets import load_dataset, load_dataset_builder
 
@@ -229,6 +229,10 @@ def open_text(source: TextSource) -> Text:
         columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them before its first row
     if not columns:
         raise SourceError(f"text {source.name!r} holds no document")
+    if source.label == source.column:
+        raise SourceError(
+            f"column {source.column!r} of text {source.name!r} holds the documents; name another tokenize.label_column"
+        )
     wanted = [column for column in (source.column, source.label) if column is not None]
     for column in wanted:
         if column not in columns:

@@ -58,11 +58,19 @@ def windows(
         length: of a window, in tokens.
         mode: `joined`: of all documents with an empty line between them; `apart`: of each document by itself.
         framed: the first and last token of each are those that the tokenizer puts around a text, as in BERT.
+
+    Raises:
+        SourceError: if what is put around a text fills a window.
     """
     texts = [_SEPARATOR.join(documents)] if mode == "joined" else documents
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     before, after = _frame(tokenizer) if framed else ([], [])
     width = length - len(before) - len(after)
+    if width < 1:
+        raise SourceError(
+            f"windows of {length} tokens have no room beside the {len(before) + len(after)} that the tokenizer puts "
+            "around every text; raise tokenize.calibration_length and tokenize.evaluation_length"
+        )
     whole = [ids[: len(ids) // width * width] for ids in encoded]
     joined = np.fromiter(chain.from_iterable(whole), dtype=np.int64).reshape(-1, width)
     skipped = sum(not ids for ids in whole) if mode == "apart" else 0

@@ -18,7 +18,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     section = settings.gradients
     run = set_up(layout, settings.compute, section.sequences)
     size, layers = section.batch_sequences, run.architecture.layers
-    in_pieces = run.at_once < size
+    in_pieces = run.sequences.lengths is not None or run.at_once < size
     groups = gradient_groups(run.architecture, run.n_tok, -(-run.available // size), section, in_pieces)
     identity = {"second_moments": section.second_moments}
     with collecting(run, "gradients", layout.gradients, groups, size, identity) as work:

@@ -22,6 +22,7 @@ from libprune.errors import FamilyError, LibpruneError, SourceError
 from libprune.gradients import collect_gradients, gradient_groups
 from libprune.sections import Activations, Gradients
 from libprune.sequences import NO_TARGET, Sequences
+from libprune.shards import read_tensor
 from libprune.tokens import MASKED_SHARE, read_tokens, with_masks
 from tests import tiny
 from tests.models import FAMILIES, VOCAB
@@ -200,6 +201,30 @@ def test_gradients_are_those_of_transformers_own_loss(name, at_once):
         torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch_tokens", [16, 1024])
+def test_the_stages_mean_gradient_is_that_of_all_sequences_of_a_batch(batch_tokens, tmp_path, monkeypatch):
+    """However many passes a batch takes: sequences of several lengths take several, even where all would fit in one."""
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "compute": {"device": "cpu", "dtype": "float32", "batch_tokens": batch_tokens},
+        "gradients": {"sequences": 8, "batch_sequences": 8, "storage_dtype": "float32"},
+    }
+    write_project(tmp_path, "bert_classifier", **settings)
+    run("prepare", "tokenize", "gradients")
+    layout = Layout(Path("artifacts"))
+    architecture = read_architecture(layout)
+    sequences, _ = read_tokens(layout.calibration, architecture.fingerprint)
+    assert len(set(sequences.lengths.tolist())) > 1
+    model = FAMILIES["bert_classifier"](0)
+    names = [p.name for p in architecture.parameters_of(1, "mlp")]
+    expected = torch.autograd.grad(
+        transformers_losses(model, sequences).mean(), [model.get_parameter(n) for n in names]
+    )
+    for name, gradient in zip(names, expected, strict=True):
+        found = read_tensor(layout.gradients, 1, name, "gradients")
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_statistics_of_activations_see_no_token_behind_the_end():
     model, sequences = FAMILIES["bert_classifier"](0), labelled_sequences().shortest_first()
     architecture, section = describe(model), Activations()
@@ -236,7 +261,21 @@ def test_a_text_without_labels_is_refused(tmp_path, monkeypatch):
     refuses(tmp_path, r"is streamed; a model that tells classes apart", streaming=True)
 
 
-@pytest.mark.parametrize("value", [-1, 3, "good", 1.5, None])
+def test_a_text_is_no_label_of_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuses(tmp_path, r"column 'text' of text .* holds the documents; name another", label_column="text")
+
+
+@pytest.mark.parametrize("length", ["calibration_length", "evaluation_length"])
+def test_windows_without_room_for_a_token_in_their_frame_are_refused(length, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, "bert", tokenize={length: 2})
+    run("prepare")
+    with pytest.raises(SourceError, match="windows of 2 tokens have no room beside the 2 that the tokenizer"):
+        run("tokenize")
+
+
+@pytest.mark.parametrize("value", [-1, 3, "good", 1.5, None, "²", "--1"])
 def test_a_label_that_the_model_does_not_know_is_refused(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "odd.jsonl"
@@ -244,14 +283,16 @@ def test_a_label_that_the_model_does_not_know_is_refused(value, tmp_path, monkey
     refuses(tmp_path, r"which is no label|no label of the model \(0 to 2", text=str(path))
 
 
-def test_labels_by_name_are_the_models_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize("written", ["LABEL_{}".format, str, float])
+def test_labels_by_name_and_as_other_types_write_them_are_the_models_own(written, tmp_path, monkeypatch):
+    """Tables with a missing value elsewhere hold whole numbers as floats."""
     monkeypatch.chdir(tmp_path)
     write_examples(tmp_path / "numbers.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "numbers.jsonl").read_text().splitlines()]
-    named = [row | {"label": f"LABEL_{row['label']}"} for row in rows]
-    (tmp_path / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    other = [row | {"label": written(row["label"])} for row in rows]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
     drawn = []
-    for kind in ("numbers", "names"):
+    for kind in ("numbers", "others"):
         write_project(tmp_path, "bert_classifier", tokenize={"text": str(tmp_path / f"{kind}.jsonl")})
         run("prepare", "tokenize")
         layout = Layout(Path("artifacts"))

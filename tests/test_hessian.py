@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from libprune.accumulator import Accumulator
+from libprune.accumulator import UNITS, Accumulator
 from libprune.architecture import Architecture, Map, Parameter, PartShape
 from libprune.axes import parse_expr
 from libprune.errors import LibpruneError, StatisticsError
-from libprune.hessian import _signs, hessian_columns, require_probes_possible
-from libprune.sections import Compute
+from libprune.hessian import _signs, collect_probes, hessian_columns, hessian_groups, require_probes_possible
+from libprune.sections import Compute, Hessian
+from libprune.sequences import Sequences
 from tests import tiny
 from tests.closure import run_without_torch
 from tests.collected import (
@@ -210,6 +211,14 @@ def test_probes_are_the_same_for_the_same_seed_and_batches_count_by_their_sequen
     one, same, other = (of_layers(hessian(model, 2, estimator="hutchinson", seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(same[name], tensor) for name, tensor in one.items())
     assert any(not torch.allclose(other[name], tensor, equal_nan=True) for name, tensor in one.items())
+
+
+def test_passes_of_one_batch_have_probes_of_their_own(model, architecture):
+    """As sequences of several lengths make; the standard error takes the passes for independent samples."""
+    one = Sequences(tokens(1, LENGTH))
+    sums = Accumulator(hessian_groups(architecture, N_TOK, Hessian(estimator="hutchinson")))
+    collect_probes(model, architecture, [(0, 0, one), (0, 1, one)], sums, Hessian(estimator="hutchinson"))
+    assert all((sums.finish(0)[f"{UNITS}{part}.standard_error"] > 0).any() for part in architecture.parts)
 
 
 def test_probes_give_the_product_of_signs_and_hessian(model, architecture):
