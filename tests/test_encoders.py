@@ -2,7 +2,10 @@
 
 import json
 import random
+import shutil
+from contextlib import nullcontext
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForSequenceClassification
 
+from libprune import cost
 from libprune.accumulator import Accumulator
 from libprune.activations import activation_groups, collect_activations
-from libprune.artifacts import Layout, read_architecture
+from libprune.artifacts import Layout, read_architecture, read_table
+from libprune.calibration import require_equal_passes, set_up
 from libprune.checking import check_folder
+from libprune.collection import Collection, collecting
 from libprune.compute import sequence_losses
 from libprune.describe import describe
 from libprune.errors import FamilyError, LibpruneError, SourceError
 from libprune.gradients import collect_gradients, gradient_groups
-from libprune.sections import Activations, Gradients
+from libprune.parallel import World
+from libprune.sections import Activations, Compute, Gradients
 from libprune.sequences import NO_TARGET, Sequences
 from libprune.shards import read_tensor
 from libprune.tokens import MASKED_SHARE, read_tokens, with_masks
@@ -243,6 +250,40 @@ def test_statistics_of_activations_see_no_token_behind_the_end():
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_what_a_killed_run_left_is_not_taken_for_the_sums_of_fewer_labelled_sequences(tmp_path, monkeypatch):
+    """The shortest of eight are others than the shortest of six, in whose order they run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIBPRUNE_CHECKPOINT_SECONDS", "0")
+    compute = {"device": "cpu", "dtype": "float32", "batch_tokens": 16}
+    write_project(tmp_path, "bert_classifier", compute=compute, tokenize={"seed": 1}, activations={"sequences": 6})
+    run("prepare", "tokenize")
+    layout = Layout(Path("artifacts"))
+    calibration = set_up(layout, Compute(**compute), 8)
+    fewer = set_up(layout, Compute(**compute), 6)
+    assert not torch.equal(calibration.sequences[:5].lengths, fewer.sequences[:5].lengths)
+    groups = activation_groups(calibration.architecture, Activations())
+
+    def killed(work: Collection):
+        yield from islice(work.passes(), 6)
+        raise Killed
+
+    with pytest.raises(Killed), collecting(calibration, "activations", layout.activations, groups, 1, {}) as work:
+        collect_activations(calibration.model, calibration.architecture, killed(work), work.accumulator)
+    assert list(Path(".work/activations").glob("*/process-*/*"))
+    tables = []
+    for left in (True, False):
+        if not left:
+            shutil.rmtree(".work")
+        run("activations")
+        tables.append(read_table(layout.activations / "units.parquet", "activations")[0])
+    for name, values in tables[0].items():
+        np.testing.assert_array_equal(values, tables[1][name])
+
+
 # What is refused
 
 
@@ -307,6 +348,21 @@ def test_no_layer_of_a_model_whose_norms_stay_can_be_deleted(tmp_path, monkeypat
     run("prepare", "tokenize", "gradients", "hessian", "activations", "score", "sensitivity")
     with pytest.raises(LibpruneError, match="no layer of family 'bert' can be deleted"):
         run("allocate")
+
+
+def test_a_cache_that_a_model_does_not_have_cannot_be_saved_on():
+    with pytest.raises(LibpruneError, match=r"allocate.objective is cache, but a model of family 'bert' keeps no KV"):
+        cost.prices(describe(FAMILIES["bert"](0)), "cache")
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 4])])
+def test_processes_that_share_weights_need_sequences_of_one_length(lengths):
+    """Each would run another number of passes, and wait for the others' weights for ever."""
+    sequences = Sequences(torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, dtype=torch.long), lengths)
+    for world in (World(), World(size=2), World(size=2, sharded=True)):
+        refused = lengths is not None and world.sharded
+        with pytest.raises(LibpruneError, match="LIBPRUNE_SHARD") if refused else nullcontext():
+            require_equal_passes(sequences, world)
 
 
 def test_a_head_that_the_family_does_not_have_is_refused():
