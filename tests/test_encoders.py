@@ -13,7 +13,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from libprune import cost
 from libprune.accumulator import Accumulator
@@ -376,8 +383,39 @@ def test_a_model_without_a_head_is_refused(tmp_path, monkeypatch):
     write_project(tmp_path, "bert")
     config = BertConfig(vocab_size=22, hidden_size=24, intermediate_size=13, num_hidden_layers=1, num_attention_heads=4)
     BertModel(config).save_pretrained(tmp_path / "source")
-    with pytest.raises(FamilyError, match="of head causal_lm; family 'bert' describes masked_lm, seq"):
+    with pytest.raises(SourceError, match="has no weights for 6 parameters of a BertLMHeadModel"):
         run("prepare")
+
+
+def changed_config(folder: Path, **changes) -> None:
+    path = folder / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path, monkeypatch):
+    """Transformers fills them with random numbers and warns."""
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, "bert")
+    changed_config(tmp_path, architectures=["BertForSequenceClassification"])
+    message = r"has no weights for 4 parameters of a BertForSequenceClassification, the first 'bert.pooler.dense.bias'"
+    with pytest.raises(SourceError, match=message):
+        run("prepare")
+
+
+def test_weights_of_other_shapes_than_the_config_says_are_an_error_in_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, "bert_classifier")
+    changed_config(tmp_path, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    with pytest.raises(SourceError, match=r"prepare\.model = .* cannot be loaded"):
+        run("prepare")
+
+
+def test_a_single_label_is_no_class():
+    """Its cross entropy is 0 whatever the model computes; transformers takes such a model for a regression."""
+    config = BertConfig(vocab_size=22, hidden_size=24, intermediate_size=13, num_hidden_layers=1, num_attention_heads=4)
+    config.num_labels = 1
+    with pytest.raises(FamilyError, match="has 1 label; a model that tells classes apart needs two"):
+        describe(BertForSequenceClassification(config))
 
 
 def test_masked_tokens_need_a_mask_token(tmp_path, monkeypatch):
