@@ -91,6 +91,7 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     number = require_sequences(sequences, found, layout.calibration)
     chosen = (found[-number:] if last else found[:number]).shortest_first()
     world = join_world()
+    require_equal_passes(chosen, world)
     device = resolve_device(compute.device, world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -106,6 +107,19 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     weights = WeightFiles(layout.model)
     work = layout.root.parent / ".work"
     return Calibration(model, architecture, weights, chosen, len(found), device, compute, world, meta, work)
+
+
+def require_equal_passes(sequences: Sequences, world: World) -> None:
+    """Stop where processes that share the weights would run different numbers of passes, and wait for each other.
+
+    Raises:
+        LibpruneError: saying what to change.
+    """
+    if world.sharded and sequences.lengths is not None:
+        raise LibpruneError(
+            "LIBPRUNE_SHARD needs as many passes in every process, but labelled documents run in passes of their own "
+            "lengths; unset it, and use compute.offload: cpu where the weights do not fit"
+        )
 
 
 def require_own_weights(run: Calibration) -> None:

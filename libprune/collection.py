@@ -181,8 +181,8 @@ def collecting(
         target: the artifact that will be written.
         groups: the statistics of every layer and of the whole model.
         size: sequences, or other items, in a batch.
-        identity: what the sums depend on beside the model and the text; not the number of
-            sequences, since the sums of the first ones are the same for any number.
+        identity: what the sums depend on beside the model and the text; of the number of sequences `fingerprint`
+            knows.
         items: what is worked through, if not the calibration sequences.
         tokens: tokens of such an item.
 
@@ -212,7 +212,8 @@ def collecting(
         try:
             yield work
         except StatisticsError as error:
-            advice = _kept(checkpoints, stage) if items is None and work.unfinished else ""
+            reusable = items is None and run.sequences.lengths is None and work.unfinished
+            advice = _kept(checkpoints, stage) if reusable else ""
             raise StatisticsError(f"{error}{advice}") from error
         accumulator.close()
         run.world.barrier()
@@ -227,11 +228,15 @@ def _on_disk(run: Calibration, states: int) -> bool:
 
 
 def fingerprint(run: Calibration, identity: Mapping[str, Any]) -> str:
-    """Digest of all that the sums depend on, this code included."""
+    """Digest of all that the sums depend on, this code included.
+
+    The sums of the first sequences are the same for any number of them, unless their lengths put them in order.
+    """
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    origin = {key: value for key, value in run.meta.items() if key != "sequences"}
+    ordered = run.sequences.lengths is not None
+    origin = {key: value for key, value in run.meta.items() if ordered or key != "sequences"}
     digest.update(run.architecture.to_json().encode())
     ways = {
         "processes": run.world.size,

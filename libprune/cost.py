@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from libprune.architecture import Architecture, Parameter
+from libprune.errors import LibpruneError
 from libprune.plan import Plan
 
 
@@ -64,10 +65,18 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
         objective: `parameters`, `macs` (multiply-accumulates a token), `cache` (elements a token) or `latency`
             (picoseconds of one forward pass).
         latency: what the latency stage measured; for that objective.
+
+    Raises:
+        LibpruneError: for the cache of a model that keeps none.
     """
     if objective == "latency":
         assert latency is not None
         return _measured_prices(architecture, latency)
+    if objective == "cache" and architecture.cache is None:
+        raise LibpruneError(
+            f"allocate.objective is cache, but a model of family {architecture.family!r} keeps no KV cache; choose "
+            "parameters, macs or latency"
+        )
     blocks = list(architecture.blocks())
     if objective == "parameters":
         unit = {block: unit_parameters(architecture, *block) for block in blocks}

@@ -99,6 +99,11 @@ def _require_head(family: Family, head: Head, model: PreTrainedModel) -> None:
             f"this {model.config.model_type} model is a {type(model).__name__}, of head {head.name}; family "
             f"{family.family!r} describes {', '.join(family.heads)}"
         )
+    if head is SEQUENCE_CLASSIFICATION and model.config.num_labels < 2:
+        raise FamilyError(
+            f"this {model.config.model_type} model has {model.config.num_labels} label; a model that tells classes "
+            "apart needs two, and models of numbers are not supported"
+        )
 
 
 def _refuse_experts(config: PreTrainedConfig) -> None:

@@ -117,8 +117,8 @@ def collect_probes(
 ) -> None:
     """Add v * (H v) of every batch's mean loss for seeded Rademacher probes v, by double backward.
 
-    Each batch is one sample, weighted by its sequences: the mean over its probes of W^2 v (H v) / 2, summed
-    over a unit, gives that unit's standard error. Probes of one batch share its text.
+    Each pass is one sample, weighted by its sequences: the mean over its probes of W^2 v (H v) / 2, summed
+    over a unit, gives that unit's standard error. Probes of one pass share its text.
 
     Args:
         model: the model; its attention must be differentiable twice, see `twice_differentiable`.

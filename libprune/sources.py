@@ -59,7 +59,7 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     marks are taken off, so that the model can be saved again.
 
     Raises:
-        SourceError: if it cannot be found or read, or is quantized.
+        SourceError: if it cannot be found or read, lacks weights, or is quantized.
     """
     name, where = _place(params)
     dtype: Any = params.dtype if params.dtype == "auto" else getattr(torch, params.dtype)
@@ -68,13 +68,24 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     else:
         head = head_of(load_dense_config(params).architectures)
     try:
-        model = head.loader.from_pretrained(name, dtype=dtype, **where)
+        model, found = head.loader.from_pretrained(name, dtype=dtype, output_loading_info=True, **where)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
+    _require_weights(params, model, sorted(found["missing_keys"]))
     if "gguf_file" in where:
         _forget_quantization(model)
     return model.eval(), tokenizer
+
+
+def _require_weights(params: Prepare, model: PreTrainedModel, missing: list[str]) -> None:
+    """Stop where transformers has filled parameters with random numbers."""
+    if missing:
+        raise SourceError(
+            f"prepare.model = {params.model!r} has no weights for {len(missing)} parameters of a "
+            f"{type(model).__name__}, the first {missing[0]!r}; name the class that they were saved from under "
+            "architectures in its config.json"
+        )
 
 
 def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:

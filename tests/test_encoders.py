@@ -2,7 +2,10 @@
 
 import json
 import random
+import shutil
+from contextlib import nullcontext
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +13,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
+from libprune import cost
 from libprune.accumulator import Accumulator
 from libprune.activations import activation_groups, collect_activations
-from libprune.artifacts import Layout, read_architecture
+from libprune.artifacts import Layout, read_architecture, read_table
+from libprune.calibration import require_equal_passes, set_up
 from libprune.checking import check_folder
+from libprune.collection import Collection, collecting
 from libprune.compute import sequence_losses
 from libprune.describe import describe
 from libprune.errors import FamilyError, LibpruneError, SourceError
 from libprune.gradients import collect_gradients, gradient_groups
-from libprune.sections import Activations, Gradients
+from libprune.parallel import World
+from libprune.sections import Activations, Compute, Gradients
 from libprune.sequences import NO_TARGET, Sequences
 from libprune.shards import read_tensor
 from libprune.tokens import MASKED_SHARE, read_tokens, with_masks
@@ -242,6 +256,40 @@ def test_statistics_of_activations_see_no_token_behind_the_end():
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_what_a_killed_run_left_is_not_taken_for_the_sums_of_fewer_labelled_sequences(tmp_path, monkeypatch):
+    """The shortest of eight are others than the shortest of six, in whose order they run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIBPRUNE_CHECKPOINT_SECONDS", "0")
+    compute = {"device": "cpu", "dtype": "float32", "batch_tokens": 16}
+    write_project(tmp_path, "bert_classifier", compute=compute, tokenize={"seed": 1}, activations={"sequences": 6})
+    run("prepare", "tokenize")
+    layout = Layout(Path("artifacts"))
+    calibration = set_up(layout, Compute(**compute), 8)
+    fewer = set_up(layout, Compute(**compute), 6)
+    assert not torch.equal(calibration.sequences[:5].lengths, fewer.sequences[:5].lengths)
+    groups = activation_groups(calibration.architecture, Activations())
+
+    def killed(work: Collection):
+        yield from islice(work.passes(), 6)
+        raise Killed
+
+    with pytest.raises(Killed), collecting(calibration, "activations", layout.activations, groups, 1, {}) as work:
+        collect_activations(calibration.model, calibration.architecture, killed(work), work.accumulator)
+    assert list(Path(".work/activations").glob("*/process-*/*"))
+    tables = []
+    for left in (True, False):
+        if not left:
+            shutil.rmtree(".work")
+        run("activations")
+        tables.append(read_table(layout.activations / "units.parquet", "activations")[0])
+    for name, values in tables[0].items():
+        np.testing.assert_array_equal(values, tables[1][name])
+
+
 # What is refused
 
 
@@ -308,6 +356,21 @@ def test_no_layer_of_a_model_whose_norms_stay_can_be_deleted(tmp_path, monkeypat
         run("allocate")
 
 
+def test_a_cache_that_a_model_does_not_have_cannot_be_saved_on():
+    with pytest.raises(LibpruneError, match=r"allocate.objective is cache, but a model of family 'bert' keeps no KV"):
+        cost.prices(describe(FAMILIES["bert"](0)), "cache")
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 4])])
+def test_processes_that_share_weights_need_sequences_of_one_length(lengths):
+    """Each would run another number of passes, and wait for the others' weights for ever."""
+    sequences = Sequences(torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, dtype=torch.long), lengths)
+    for world in (World(), World(size=2), World(size=2, sharded=True)):
+        refused = lengths is not None and world.sharded
+        with pytest.raises(LibpruneError, match="LIBPRUNE_SHARD") if refused else nullcontext():
+            require_equal_passes(sequences, world)
+
+
 def test_a_head_that_the_family_does_not_have_is_refused():
     config = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(FamilyError, match="of head sequence_classification; family 'llama' describes causal_lm"):
@@ -319,8 +382,39 @@ def test_a_model_without_a_head_is_refused(tmp_path, monkeypatch):
     write_project(tmp_path, "bert")
     config = BertConfig(vocab_size=22, hidden_size=24, intermediate_size=13, num_hidden_layers=1, num_attention_heads=4)
     BertModel(config).save_pretrained(tmp_path / "source")
-    with pytest.raises(FamilyError, match="of head causal_lm; family 'bert' describes masked_lm, seq"):
+    with pytest.raises(SourceError, match="has no weights for 6 parameters of a BertLMHeadModel"):
         run("prepare")
+
+
+def changed_config(folder: Path, **changes) -> None:
+    path = folder / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path, monkeypatch):
+    """Transformers fills them with random numbers and warns."""
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, "bert")
+    changed_config(tmp_path, architectures=["BertForSequenceClassification"])
+    message = r"has no weights for 4 parameters of a BertForSequenceClassification, the first 'bert.pooler.dense.bias'"
+    with pytest.raises(SourceError, match=message):
+        run("prepare")
+
+
+def test_weights_of_other_shapes_than_the_config_says_are_an_error_in_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, "bert_classifier")
+    changed_config(tmp_path, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    with pytest.raises(SourceError, match=r"prepare\.model = .* cannot be loaded"):
+        run("prepare")
+
+
+def test_a_single_label_is_no_class():
+    """Its cross entropy is 0 whatever the model computes; transformers takes such a model for a regression."""
+    config = BertConfig(vocab_size=22, hidden_size=24, intermediate_size=13, num_hidden_layers=1, num_attention_heads=4)
+    config.num_labels = 1
+    with pytest.raises(FamilyError, match="has 1 label; a model that tells classes apart needs two"):
+        describe(BertForSequenceClassification(config))
 
 
 def test_masked_tokens_need_a_mask_token(tmp_path, monkeypatch):
