@@ -16,7 +16,7 @@ from libprune.errors import LibpruneError
 from libprune.mask_extraction import Extraction
 from libprune.plan import Plan
 from libprune.surgery import masked
-from tests.models import FAMILIES, FFN, LAYOUTS, heads, plan_of, random_plan, tiny_model, tokens
+from tests.models import FAMILIES, FFN, heads, plan_of, random_plan, tiny_model, tokens
 
 Q, K, V, O = (f"self_attn.{name}_proj" for name in "qkvo")  # noqa: E741
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
@@ -39,7 +39,7 @@ def removed(plan: Plan) -> dict[tuple[int, str], list[int]]:
     return {block: np.flatnonzero(~keep).tolist() for block, keep in plan.keep.items() if not keep.all()}
 
 
-CASES = [(family, "holes") for family in FAMILIES] + [(family, "uniform") for family in LAYOUTS]
+CASES = [(family, "holes") for family in FAMILIES] + [(family, "uniform") for family in ("llama", "phi3", "gpt2")]
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -69,7 +69,7 @@ def zero_producers(model: nn.Module, architecture: Architecture, plan: Plan) -> 
             model.get_parameter(name).data *= mask
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gpt2", "gpt_neox", "opt", "starcoder2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gpt_neox", "opt", "bert"])
 def test_constants_of_units_whose_producers_alone_are_zero_go_into_the_consumers_bias(family):
     model = FAMILIES[family](0)
     architecture = describe(model)
@@ -78,7 +78,7 @@ def test_constants_of_units_whose_producers_alone_are_zero_go_into_the_consumers
     found = masks.extract(model)
     assert removed(found.plan) == removed(plan)
     assert set(found.decision.folds) <= {p.name for p in architecture.parameters}
-    assert bool(found.decision.folds) == (family not in {"phi3", "gemma2"})  # those have no biases
+    assert bool(found.decision.folds) == (family != "phi3")  # it has no biases
     assert_outputs_stay(found, model)
 
 
