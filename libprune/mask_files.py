@@ -8,10 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,12 +35,23 @@ class Masked:
     Attributes:
         model: float32, on the CPU, in evaluation mode, a copy without torch.nn.utils.prune.
         dtype: that its weights were stored in.
-        masks: names of the parameters that had a mask; none where zeroed weights are all there is.
+        masks: by masked parameter which of its entries stay; none where zeroed weights are all there is.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
-    masks: tuple[str, ...]
+    masks: Mapping[str, Bool[Tensor, "..."]]
+
+    @cached_property
+    def _named(self) -> bool:
+        """Whether there are masks, by the names of the model's parameters; published checkpoints may have others."""
+        return bool(self.masks) and self.masks.keys() <= {name for name, _ in self.model.named_parameters()}
+
+    def cut(self, name: str) -> Bool[Tensor, "..."]:
+        """Which entries of a parameter are masked; where that cannot be known, which are zero."""
+        if not self._named:
+            return self.model.get_parameter(name).detach() == 0
+        return ~self.masks[name] if name in self.masks else torch.zeros_like(self.model.get_parameter(name)).bool()
 
 
 def of_model(model: PreTrainedModel) -> Masked:
@@ -51,7 +64,7 @@ def of_model(model: PreTrainedModel) -> Masked:
     clean = fresh(type(model), model.config)
     _require_equal_ties(clean, state)
     clean.load_state_dict(state)
-    return _finite(Masked(clean, next(model.parameters()).dtype, tuple(masks)))
+    return _finite(Masked(clean, next(model.parameters()).dtype, masks))
 
 
 def fresh(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
@@ -82,13 +95,13 @@ def read_masked(folder: Path, masks: Path | None = None) -> Masked:
     dtype = files[next(name for name in files if not name.endswith(_MASK))].dtype
     if pairs:
         state, names = multiplied(files, str(folder))
-        return _finite(Masked(_loaded_from(folder, state), dtype, tuple(names)))
+        return _finite(Masked(_loaded_from(folder, state), dtype, names))
     model = _load(folder, files)
-    return _finite(Masked(model, dtype, tuple(_multiply(model, masks) if masks else ())))
+    return _finite(Masked(model, dtype, _multiply(model, masks) if masks else {}))
 
 
-def multiplied(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict with X in the place of X_orig and X_mask, and the names that had masks.
+def multiplied(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict with X in the place of X_orig and X_mask, and by X the masks, true where an entry stays.
 
     Raises:
         LibpruneError: if one of the two is missing, or the mask is none.
@@ -100,18 +113,20 @@ def multiplied(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tenso
         has, lacks = (_ORIG, _MASK) if name + _ORIG in state else (_MASK, _ORIG)
         raise LibpruneError(f"{where} holds {name}{has} without {name}{lacks}; torch.nn.utils.prune makes both")
     result = {name: state[name] for name in state if not name.endswith((_ORIG, _MASK))}
+    stay: dict[str, Tensor] = {}
     for name in masks:
-        result[name] = _product(name, state[name + _ORIG], state[name + _MASK], where)
-    return result, masks
+        result[name], stay[name] = _product(name, state[name + _ORIG], state[name + _MASK], where)
+    return result, stay
 
 
-def _product(name: str, weight: Tensor, mask: Tensor, where: str) -> Tensor:
+def _product(name: str, weight: Tensor, mask: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """The masked weight, and where the mask is one."""
     if mask.shape != weight.shape:
         raise LibpruneError(f"{where}: {name}{_MASK} has shape {list(mask.shape)}, but {name} has {list(weight.shape)}")
     ones = mask != 0
     if not torch.equal(ones.to(mask.dtype), mask):
         raise LibpruneError(f"{where}: {name}{_MASK} holds values other than 0 and 1; a mask says which entries stay")
-    return weight.detach() * ones.to(weight.device, weight.dtype)
+    return weight.detach() * ones.to(weight.device, weight.dtype), ones.cpu()
 
 
 def _loaded_from(folder: Path, state: dict[str, Tensor]) -> PreTrainedModel:
@@ -146,9 +161,10 @@ def _load(folder: Path, state: Mapping[str, Tensor]) -> PreTrainedModel:
     return loaded
 
 
-def _multiply(model: PreTrainedModel, path: Path) -> list[str]:
-    """Multiply a file of masks into a model; the names that had one."""
-    names, parameters = [], dict(model.named_parameters(remove_duplicate=False))
+def _multiply(model: PreTrainedModel, path: Path) -> dict[str, Tensor]:
+    """Multiply a file of masks into a model; by parameter the mask, true where an entry stays."""
+    masks: dict[str, Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     ties = {name for group in _ties(model) for name in group}
     for key, tensor, orig in _masks_in(path):
         if key not in parameters:
@@ -159,13 +175,12 @@ def _multiply(model: PreTrainedModel, path: Path) -> list[str]:
             raise LibpruneError(f"{path}: {key}{_ORIG} has shape {list(weight.shape)}, but {key} has {expected}")
         if key in ties:
             raise LibpruneError(f"{path} masks {key}, which the model shares with another module; untie them first")
-        parameters[key].data = _product(key, weight, tensor, str(path))
-        names.append(key)
-    if not names:
+        parameters[key].data, masks[key] = _product(key, weight, tensor, str(path))
+    if not masks:
         raise LibpruneError(
             f"{path} holds no mask; masks are tensors named like model.layers.0.mlp.up_proj.weight_mask"
         )
-    return names
+    return masks
 
 
 def _masks_in(path: Path) -> Iterator[tuple[str, Tensor, Tensor | None]]:

@@ -9,8 +9,8 @@ from jaxtyping import Float64
 
 from libprune import cost
 from libprune.errors import LibpruneError
-from libprune.inspection_text import size
 from libprune.mask_extraction import Extraction
+from libprune.memory import gigabytes
 from libprune.plan import Plan
 from libprune.report import text_table
 
@@ -27,7 +27,7 @@ class BlockMasks:
         folded: those of them that send a constant, which goes into a bias.
         staying: those that are wholly masked and cannot go.
         why: they cannot; empty where there is none.
-        partly: the other units that have zero weights: the share of zeros among their weights.
+        partly: the other units of whose weights some are masked (where there are no masks: zero): the share.
     """
 
     layer: int
@@ -109,7 +109,7 @@ def _zeros(found: Extraction) -> float:
 
 def _block(found: Extraction, layer: int, part: str) -> BlockMasks:
     sent, gone = found.reach[layer, part], ~found.plan.keep[layer, part]
-    share = _zero_shares(found, layer, part)
+    share = _cut_shares(found, layer, part)
     return BlockMasks(
         layer=layer,
         part=part,
@@ -122,18 +122,18 @@ def _block(found: Extraction, layer: int, part: str) -> BlockMasks:
     )
 
 
-def _zero_shares(found: Extraction, layer: int, part: str) -> Float64[np.ndarray, " units"]:
-    """Share of zeros among the weights of each unit, biases and norms left out."""
+def _cut_shares(found: Extraction, layer: int, part: str) -> Float64[np.ndarray, " units"]:
+    """Share of the weights of each unit that is masked, biases and norms left out."""
     count = found.own.units(part)
-    zeros, all_of = np.zeros(count), np.zeros(count)
+    cut, all_of = np.zeros(count), np.zeros(count)
     for parameter, dim, units in found.own.carriers(layer, part):
         if len(parameter.dims) < 2:
             continue
-        weight = found.masked.model.get_parameter(parameter.name).detach().movedim(dim, 0).flatten(1)
+        entries = found.masked.cut(parameter.name).movedim(dim, 0).flatten(1)
         owned = units >= 0
-        zeros += np.bincount(units[owned], (weight == 0).sum(1).numpy()[owned], count)
-        all_of += np.bincount(units[owned], minlength=count) * weight.shape[1]
-    share: Float64[np.ndarray, " units"] = zeros / all_of
+        cut += np.bincount(units[owned], entries.sum(1).numpy()[owned], count)
+        all_of += np.bincount(units[owned], minlength=count) * entries.shape[1]
+    share: Float64[np.ndarray, " units"] = cut / all_of
     return share
 
 
@@ -167,7 +167,7 @@ def as_data(found: MaskInspection) -> dict[str, Any]:
 
 def as_text(found: MaskInspection) -> str:
     """An inspection for reading: a row for every part of a layer, then what slicing saves."""
-    header = ("layer", "part", "units", "removable", "folded", "wholly masked, stay", "partly masked", "zeros in these")
+    header = ("layer", "part", "units", "removable", "folded", "wholly masked, stay", "partly masked", "share of these")
     source = f"{found.masks} masked parameters" if found.masks else "zeroed weights"
     first = f"{found.family}, {source}: {100 * found.zeros:.1f} % of the weights of the layers' maps are zero"
     return "\n".join([first, "", text_table([_row(block) for block in found.blocks], header), "", *_summary(found)])
@@ -184,7 +184,7 @@ def _summary(found: MaskInspection) -> Iterator[str]:
     if found.removable:
         share = f"{found.saved_parameters:,} parameters, {100 * found.saved_share:.1f} % of the decoder"
         code = "a stock config" if found.shape == "uniform" else "layers of any width, code of its own"
-        yield f"slicing removes {found.removable:,} units: {share}, {size(found.saved_bytes)} as {found.dtype}"
+        yield f"slicing removes {found.removable:,} units: {share}, {gigabytes(found.saved_bytes)} as {found.dtype}"
         yield f"the result has the shape {found.shape}: {code}"
     else:
         yield nothing_to_remove(found)

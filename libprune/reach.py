@@ -84,15 +84,16 @@ def _reach(
 
 def _constants(model: nn.Module, architecture: Architecture) -> dict[str, Float64[np.ndarray, "..."]]:
     """By consumer the constants of its input, NaN where there is none; of the blocks that have a zero row."""
-    blocks = [block for block in architecture.blocks() if _zero_rows(model, architecture, block)]
-    if not blocks:
+    rows = {block: _zero_rows(model, architecture, block) for block in architecture.blocks()}
+    rows = {block: zero for block, zero in rows.items() if any(row.any() for row in zero.values())}
+    if not rows:
         return {}
     generator = torch.Generator().manual_seed(0)
     length = min(_LENGTH, architecture.sizes.get("positions", _LENGTH))
     ids = torch.randint(architecture.sizes["vocab"], (_SEQUENCES, length), generator=generator)
     seen: dict[str, list[Tensor]] = {}
     for scale in _SCALES:
-        with _noise(model, architecture, blocks, scale, generator, seen), torch.no_grad():
+        with _noise(model, architecture, rows, scale, generator, seen), torch.no_grad():
             model(input_ids=ids, use_cache=False)
     return {name: _same(torch.stack(ranges)) for name, ranges in seen.items()}
 
@@ -104,28 +105,25 @@ def _producers(architecture: Architecture, block: Block) -> Iterator[Map]:
 
 
 def _zero_rows(model: nn.Module, architecture: Architecture, block: Block) -> dict[str, Bool[Tensor, "..."]]:
-    """By producer which of its outputs are its bias whatever the input, ``[output]``; of those that have some."""
-    rows = {m.module: (matrix(model, m) == 0).all(dim=1) for m in _producers(architecture, block)}
-    return {name: zero for name, zero in rows.items() if zero.any()}
+    """By producer which of its outputs are its bias whatever the input, ``[output]``."""
+    return {m.module: (matrix(model, m) == 0).all(dim=1) for m in _producers(architecture, block)}
 
 
 @contextmanager
 def _noise(
     model: nn.Module,
     architecture: Architecture,
-    blocks: list[Block],
+    rows: Mapping[Block, Mapping[str, Bool[Tensor, "..."]]],
     scale: float,
     generator: torch.Generator,
     seen: dict[str, list[Tensor]],
 ) -> Iterator[None]:
     """Noise in the place of all outputs of producers but those of zero rows, and a look at the consumers' inputs."""
     with ExitStack() as stack:
-        for block in blocks:
-            zero = _zero_rows(model, architecture, block)
-            for producer in _producers(architecture, block):
-                module = model.get_submodule(producer.module)
-                hook = partial(_replace, zero.get(producer.module, torch.tensor(False)), scale, generator)
-                stack.callback(module.register_forward_hook(hook).remove)
+        for block, producers in rows.items():
+            for name, zero in producers.items():
+                hook = partial(_replace, zero, scale, generator)
+                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
             for consumer in architecture.consumers(*block):
                 module, ranges = model.get_submodule(consumer.module), seen.setdefault(consumer.module, [])
                 stack.callback(module.register_forward_pre_hook(partial(_look, ranges)).remove)
