@@ -5,6 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from transformers import LlamaConfig, PreTrainedModel, Starcoder2Config
@@ -13,7 +15,8 @@ from libprune import masks
 from libprune.architecture import Architecture
 from libprune.describe import describe
 from libprune.errors import LibpruneError
-from libprune.mask_extraction import Extraction
+from libprune.mask_extraction import Extraction, extraction
+from libprune.mask_files import of_model
 from libprune.plan import Plan
 from libprune.surgery import masked
 from tests.models import FAMILIES, FFN, heads, plan_of, random_plan, tiny_model, tokens
@@ -58,15 +61,51 @@ def test_a_plan_as_masks_computes_what_the_plan_does_and_is_extracted_again(fami
     assert all(torch.equal(p, before[name.removesuffix("_orig")]) for name, p in model.named_parameters())
 
 
-# Producers alone
+# Ways to mask a unit
+
+WAYS = ("columns", "rows", "rows and biases", "some columns", "some rows", "not")
+WHOLLY = ("columns", "rows", "rows and biases")
 
 
-def zero_producers(model: nn.Module, architecture: Architecture, plan: Plan) -> None:
-    """Zero the producers' rows of the units that a plan removes, and no bias."""
-    consumers = {consumer.weight for block in architecture.blocks() for consumer in architecture.consumers(*block)}
+def cut(model: nn.Module, architecture: Architecture, plan: Plan, way: str) -> None:
+    """Zero something of the units that a plan removes: of the consumers' columns, or of the producers' rows."""
+    consumers = [consumer for block in architecture.blocks() for consumer in architecture.consumers(*block)]
+    weights, biases = ({getattr(consumer, kind) for consumer in consumers} for kind in ("weight", "bias"))
     for name, mask in masks.plan_masks(architecture, plan):
-        if name not in consumers and mask.ndim == 2:
-            model.get_parameter(name).data *= mask
+        column = name in weights
+        if name in biases or column != way.endswith("columns") or (mask.ndim == 1 and way != "rows and biases"):
+            continue
+        if way.startswith("some"):
+            mask |= torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        model.get_parameter(name).data *= mask
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_exactly_the_wholly_masked_units_go_in_whatever_ways_they_are_masked(family, seed):
+    model, rng = FAMILIES[family](0), np.random.default_rng(seed)
+    architecture = describe(model)
+    ways = {block: rng.integers(len(WAYS), size=architecture.units(block[1])) for block in architecture.blocks()}
+    for of_block in ways.values():
+        of_block[0] = WAYS.index("not")  # a part without units is another matter
+    for index, way in enumerate(WAYS[:-1]):
+        cut(model, architecture, Plan({block: of_block != index for block, of_block in ways.items()}), way)
+    found = extraction(of_model(model))
+    gone = {b: np.flatnonzero(of_block < len(WHOLLY)).tolist() for b, of_block in ways.items()}
+    assert removed(found.plan) == {block: units for block, units in gone.items() if units}
+    assert_same(under_plan(found, family), logits(model))
+
+
+def under_plan(found: Extraction, family: str) -> Tensor:
+    """Logits of the dense shape with the folded weights under the plan, which slicing equals."""
+    model = FAMILIES[family](0)
+    model.load_state_dict(found.weights, strict=False)
+    with masked(model, found.architecture, found.plan):
+        return logits(model)
+
+
+# Producers alone
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gpt_neox", "opt", "bert"])
@@ -74,7 +113,7 @@ def test_constants_of_units_whose_producers_alone_are_zero_go_into_the_consumers
     model = FAMILIES[family](0)
     architecture = describe(model)
     plan = random_plan(architecture, "per_layer", seed=1)
-    zero_producers(model, architecture, plan)
+    cut(model, architecture, plan, "rows")
     found = masks.extract(model)
     assert removed(found.plan) == removed(plan)
     assert set(found.decision.folds) <= {p.name for p in architecture.parameters}
@@ -86,7 +125,7 @@ def test_a_constant_that_no_bias_can_hold_stays():
     model = FAMILIES["qwen2"](0)
     architecture = describe(model)
     plan = random_plan(architecture, "per_layer", seed=1)
-    zero_producers(model, architecture, plan)
+    cut(model, architecture, plan, "rows")
     found = masks.extract(model)
     assert removed(found.plan) == {b: units for b, units in removed(plan).items() if b[1] == "mlp"}
     assert_outputs_stay(found, model)
@@ -100,7 +139,7 @@ def test_biases_are_added_where_the_config_can_say_them():
     model = make(0)
     architecture = describe(model)
     plan = plan_of(architecture, lambda layer, part: 9 if part == "mlp" else 3)
-    zero_producers(model, architecture, plan)
+    cut(model, architecture, plan, "rows")
     found = masks.extract(model)
     assert (removed(found.plan), found.shape) == (removed(plan), "uniform")
     assert found.decision.added == ("mlp",)
@@ -154,15 +193,7 @@ def test_a_unit_is_wholly_masked_if_nothing_of_it_depends_on_the_input(name):
         return
     found = masks.extract(model)
     assert removed(found.plan) == {(2, part): units}
-    assert_same(_under(found), logits(model))
-
-
-def _under(found: Extraction) -> Tensor:
-    """Logits of the dense shape with the folded weights under the plan, which slicing equals."""
-    model = FAMILIES["llama"](0)
-    model.load_state_dict(found.weights, strict=False)
-    with masked(model, found.architecture, found.plan):
-        return logits(model)
+    assert_same(under_plan(found, "llama"), logits(model))
 
 
 RELU: dict[str, tuple[float, Zeros, list[int]]] = {
