@@ -99,7 +99,7 @@ def _constants(model: nn.Module, architecture: Architecture) -> dict[str, Float6
 
 
 def _producers(architecture: Architecture, block: Block) -> Iterator[Map]:
-    """The maps of a part that something lies between and a consumer: all but the last ones."""
+    """The maps of a part that its consumers' inputs are made from."""
     axis = architecture.parts[block[1]].axis
     return (m for m in architecture.maps_of(*block) if axis in m.output.names or axis not in m.input.names)
 

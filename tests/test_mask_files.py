@@ -74,16 +74,22 @@ def beside(dense: Dense, plan: Plan, folder: Path) -> list[object]:
 LAYOUTS: dict[str, Callable[[Dense, Plan, Path], list[object]]] = {"a": with_masks, "b": with_zeros, "c": beside}
 
 
-@pytest.mark.parametrize(("layout", "kind"), [("a", "uniform"), ("b", "uniform"), ("c", "holes")])
-def test_every_layout_is_extracted_to_a_folder_that_passes_its_checks(dense, layout, kind, tmp_path, quick_proof):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_reads_alike(dense, layout, tmp_path):
+    plan = random_plan(dense.architecture, "uniform")
+    seen = json.loads(run("inspect", *LAYOUTS[layout](dense, plan, tmp_path), "--json").output)
+    assert {(b["layer"], b["part"]): b["removable"] for b in seen["blocks"] if b["removable"]} == removed(plan)
+    assert seen["shape"] == "uniform"
+    left = sum(p.numel() for p in masks.extract(remasked(dense, plan)).smaller().parameters())
+    assert seen["saved_parameters"] == dense.model.num_parameters() - left
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("b", "uniform"), ("c", "holes")])
+def test_what_is_extracted_passes_its_checks(dense, layout, kind, tmp_path, quick_proof):
     plan = random_plan(dense.architecture, kind)
     given = LAYOUTS[layout](dense, plan, tmp_path)
-    seen = json.loads(run("inspect", *given, "--json").output)
-    assert {(b["layer"], b["part"]): b["removable"] for b in seen["blocks"] if b["removable"]} == removed(plan)
-
     done = run("extract", given[0], tmp_path / "out", *given[1:])
     assert done.exit_code == 0, done.output
-    assert seen["shape"] == ("uniform" if kind == "uniform" else "per_layer")
     assert removed(read_record(tmp_path / "out").plan) == removed(plan)
     zeroed = given[0] if layout == "b" else None
     findings = list(check_folder(tmp_path / "out", trust_remote_code=True, dense=zeroed))
