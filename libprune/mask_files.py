@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from libprune.artifacts import read_json
-from libprune.checkpoint import WeightFiles
+from libprune.checkpoint import WeightFiles, load_config
+from libprune.describe import describe, without_weights
 from libprune.errors import ArtifactError, LibpruneError, SourceError, missing_key
 from libprune.heads import head_of
+from libprune.sources import first_line
 
 _ORIG, _MASK = "_orig", "_mask"
 
@@ -88,6 +90,7 @@ def read_masked(folder: Path, masks: Path | None = None) -> Masked:
     """
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder} holds no config.json; name the folder of a Hugging Face model")
+    _require_described(folder)
     files = WeightFiles(folder)
     pairs = [name for name in files if name.endswith((_ORIG, _MASK))]
     if pairs and masks is not None:
@@ -98,6 +101,15 @@ def read_masked(folder: Path, masks: Path | None = None) -> Masked:
         return _finite(Masked(_loaded_from(folder, state), dtype, names))
     model = _load(folder, files)
     return _finite(Masked(model, dtype, _multiply(model, masks) if masks else {}))
+
+
+def _require_described(folder: Path) -> None:
+    """Refuse by its config what no family describes, or is no dense model, before any weight is read."""
+    try:
+        config = load_config(folder)
+    except Exception as error:  # the config classes raise types of their own
+        raise SourceError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
+    describe(without_weights(config), accept=tuple(config.to_dict()))
 
 
 def multiplied(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -151,8 +163,7 @@ def _load(folder: Path, state: Mapping[str, Tensor]) -> PreTrainedModel:
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # transformers raises types of its own
-        last = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SourceError(f"{folder} cannot be loaded: {last}") from error
+        raise SourceError(f"{folder} cannot be loaded: {first_line(error)}") from error
     for what, names in (("lack", info["missing_keys"]), ("hold, for no parameter,", info["unexpected_keys"])):
         if names:
             raise SourceError(f"the weights of {folder} {what} {len(names)} tensors, the first {min(names)}")

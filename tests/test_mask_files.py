@@ -205,6 +205,12 @@ def test_what_exists_is_not_replaced_and_what_is_no_model_is_refused(dense, tmp_
     done = run("extract", dense.folder, tmp_path)
     assert (done.exit_code, "exists; name a folder that does not" in done.output) == (1, True)
     assert "holds no config.json" in run("inspect", tmp_path).output
+    copy = Path(shutil.copytree(dense.folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    assert "mamba" in run("inspect", copy).output
+    (copy / "config.json").write_text(json.dumps(config | {"per_layer_config": {}}))
+    assert "its layers differ in width already" in run("inspect", copy).output
 
 
 # Export
