@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from libprune import compare_cli, stage
+from libprune import compare_cli, masks_cli, stage
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -92,3 +92,4 @@ def check(folder: Folder, trust_remote_code: TrustFolder = False, dense: DenseFo
 
 
 app.add_typer(compare_cli.app, name="compare")
+app.add_typer(masks_cli.app, name="masks")

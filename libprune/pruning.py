@@ -76,7 +76,7 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     model = load_model(layout.model, torch.float32, config=config)
     proof, errors = _prove(layout, folder, model, architecture, plan, weights, meta["shape"]), mean_errors(fits)
     made = {"plan": meta, "slice": params.model_dump(), "repair": errors, "biases_added": added, "proof": proof}
-    write_provenance(folder, made | _versions())
+    write_provenance(folder, made | versions())
     return proof | errors, fits
 
 
@@ -105,6 +105,7 @@ def _set_weights(model: nn.Module, architecture: Architecture, weights: Mapping[
             model.get_parameter(parameter.name).copy_(weights[parameter.name])
 
 
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
+    """The versions of what made a pruned folder, for its record."""
     names = ("libprune", "torch", "transformers")
     return {"versions": {name: version(name) for name in names} | {"python": platform.python_version()}}

@@ -31,7 +31,7 @@ def app(main: Callable[P, None]) -> typer.Typer:
     @application.command(help=main.__doc__)
     @wraps(main)
     def command(*args: P.args, **kwargs: P.kwargs) -> None:
-        _quiet()
+        quiet()
         end_with_dvc()
         with user_errors(), _summary(main.__module__.rpartition(".")[2]):
             main(*args, **kwargs)
@@ -69,7 +69,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the libraries' own progress bars and notices out of the stages' output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
