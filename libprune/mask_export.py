@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from libprune.artifacts import Layout, encode_meta, read_plan
+from libprune.artifacts import Layout, encode_meta, read_plan, writing
 from libprune.checkpoint import WeightFiles, fingerprint, load_config
 from libprune.describe import describe, without_weights
 from libprune.errors import LibpruneError, SourceError
@@ -41,5 +41,6 @@ def export_masks(source: Path, dense: Path, target: Path, orig: bool) -> int:
     if orig:
         weights = WeightFiles(dense)
         tensors |= {f"{name}_orig": weights[name] for name in masks}
-    save_file(tensors, target, metadata=encode_meta({"model": architecture.fingerprint, "plan": plan.digest}))
+    with writing(target) as partial:
+        save_file(tensors, partial, metadata=encode_meta({"model": architecture.fingerprint, "plan": plan.digest}))
     return len(masks)
