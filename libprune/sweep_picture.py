@@ -20,9 +20,10 @@ PERPLEXITY = "perplexity ÷ dense"
 
 
 def write_picture(target: Path, rows: Sequence[Experiment]) -> None:
-    """Write a PNG: perplexity ratio ± one standard error, in one panel for each numeric param that differs, or as bars.
+    """Write a PNG: perplexity ratio ± one standard error, in one panel for each param with several numbers, or as bars.
 
-    The same rows give the same bytes.
+    A row whose value is no number, such as `auto`, is a line across the panel. What is only measured differently
+    (`evaluate`) has no panel. The same rows give the same bytes.
     """
     with styled(), writing(target) as partial:
         partial.write_bytes(png(draw(rows)))
@@ -31,7 +32,7 @@ def write_picture(target: Path, rows: Sequence[Experiment]) -> None:
 def draw(rows: Sequence[Experiment]) -> Figure:
     """The picture, not yet rendered."""
     names = differing(rows)
-    numeric = [name for name in names if _is_numeric(rows, name)]
+    numeric = [name for name in names if not name.startswith("evaluate.") and len(_numbers(rows, name)) > 1]
     if not numeric:
         figure = Figure(figsize=(7, 1 + 0.45 * len(rows)), layout="constrained")
         _bars(figure.subplots(), rows, names)
@@ -52,15 +53,24 @@ def draw(rows: Sequence[Experiment]) -> Figure:
     return figure
 
 
-def _is_numeric(rows: Sequence[Experiment], name: str) -> bool:
-    """Whether a param is a number in every row."""
-    return all(type(row.params.get(name)) in (int, float) for row in rows)
+def _numbers(rows: Sequence[Experiment], name: str) -> set[float]:
+    """The numbers that a param is in some of the rows."""
+    return {float(row.params[name]) for row in rows if _is_number(row, name)}
 
 
-def _panel(axes: Axes, rows: Sequence[Experiment], name: str, names: Mapping[str, str]) -> None:
+def _is_number(row: Experiment, name: str) -> bool:
+    return type(row.params.get(name)) in (int, float)
+
+
+def _panel(axes: Axes, every: Sequence[Experiment], name: str, names: Mapping[str, str]) -> None:
     """Ratio against one param; the other params that differ are told by colour and marker, where those suffice."""
-    others = [other for other in names if other != name]
-    named = [other for other in others if not _is_numeric(rows, other)]
+    rows = [row for row in every if _is_number(row, name)]
+    for row in every:
+        if row not in rows:
+            axes.axhline(row.ratio, color="grey", linestyle=":", linewidth=1)
+            axes.annotate(row.label, (0, row.ratio), xycoords=("axes fraction", "data"), color="grey", fontsize=8)
+    others = [other for other in names if other != name and len({repr(row.params.get(other)) for row in rows}) > 1]
+    named = [other for other in others if not all(_is_number(row, other) for row in rows)]
     by = next(keys for keys in (others, named, []) if len(_groups(rows, keys)) <= len(COLOURS))
     groups = _groups(rows, by)
     for (label, members), colour, marker in zip(groups.items(), COLOURS, MARKERS, strict=False):

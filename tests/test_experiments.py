@@ -240,6 +240,14 @@ def test_colours_tell_other_settings_apart_and_a_line_joins_what_differs_in_one_
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fisher", "taylor"]
 
 
+def test_a_row_without_a_number_is_a_line_across_the_panel_and_how_it_is_measured_has_none():
+    rows = [row(f"t{t}", 1.2 + t / 10, s__t=t, evaluate__rounds=t) for t in (1, 2)]
+    (axes,) = draw([*rows, row("plain", 1.1, s__t="auto", evaluate__rounds=3)]).axes
+    assert axes.get_xlabel() == "s.t"
+    assert [text.get_text() for text in axes.texts] == ["plain"]
+    assert [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == ":"] == [[1.1, 1.1]]
+
+
 def test_too_many_other_settings_are_not_joined_or_coloured():
     rows = [row(f"e{i}", 1.0 + i, s__x=i % 3, s__y=i) for i in range(len(COLOURS) + 2)]
     first, _ = draw(rows).axes
