@@ -141,12 +141,13 @@ def test_an_interrupt_ends_dvc_once_and_waits_for_it(folder, monkeypatch):
         "json.dump(len(seen), open('seen', 'w'))\n"
     )
     program = (
-        "import _thread, threading, time\n"
+        "import os, signal, threading, time\n"
         "from pathlib import Path\n"
         "from libprune.comparison_runs import run_experiment\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in jobs that run in the background
         "def interrupt():\n"
         "    while not Path('ready').exists(): time.sleep(0.01)\n"
-        "    import os, signal; os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
         "threading.Thread(target=interrupt).start()\n"
         "try:\n"
         "    run_experiment('a', [], Path('logs/a.txt'))\n"
@@ -154,7 +155,8 @@ def test_an_interrupt_ends_dvc_once_and_waits_for_it(folder, monkeypatch):
         "    print(Path('seen').read_text())\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{':'.join(sys.path)}")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=folder)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=120)
     assert (json.loads(done.stdout), done.returncode) == (1, 0), done.stderr
 
 
