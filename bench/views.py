@@ -18,8 +18,9 @@ import typer
 import yaml
 
 from bench.least_loss import Bench, _run
-from libprune.agreement import jaccard, mean_interval, paired_factor, ratio_interval, spearman
+from libprune.agreement import jaccard, mean_interval, paired_factor, ratio_interval
 from libprune.artifacts import read_table
+from libprune.comparison_results import correlations_by_part
 from libprune.criteria import CRITERIA
 from libprune.markdown import markdown_table
 from libprune.sections import Allocate, Score
@@ -65,20 +66,6 @@ def collect(work: Path, text: Path, seed: int) -> Path:
     return root
 
 
-def measured(bench: Bench, name: str) -> dict[str, float]:
-    """Spearman's correlation of a setting's importance with the measured loss increases, by part."""
-    table, _ = bench.scores(Score(**SETTINGS[name]))
-    truth, _ = read_table(bench.layout.ablation, "ablation")
-    keys = ("layer_idx", "group_type", "group_idx")
-    place = {key: row for row, key in enumerate(zip(*(table[k].tolist() for k in keys), strict=True))}
-    rows = np.array([place[key] for key in zip(*(truth[k].tolist() for k in keys), strict=True)])
-    return {
-        part: spearman(table["importance"][rows[own]], truth["loss_increase"][own])
-        for part in bench.architecture.parts
-        for own in [truth["group_type"] == part]
-    }
-
-
 def measure(work: Path, root: Path, seed: int, windows: int, rows: list[dict[str, Any]]) -> None:
     """Measure the settings of one seed that are not among the rows yet."""
     done = {(row["setting"], row["seed"], row["repair"]) for row in rows}
@@ -86,12 +73,13 @@ def measure(work: Path, root: Path, seed: int, windows: int, rows: list[dict[str
     if not left:
         return
     bench = Bench(work, windows, sequences=0, questions=0, root=root)
+    truth, _ = read_table(bench.layout.ablation, "ablation")
     for name, repair in left:
         score = SETTINGS[name]
         row = bench.measure(name, RATIO, (score, ALLOCATE, {"repair": repair})) | {"seed": seed, "repair": repair}
         plan, _ = bench.plan(Score(**score), Allocate(ratio=RATIO, **ALLOCATE))
         kept = np.packbits(np.concatenate([plan.keep[block] for block in bench.architecture.blocks()]))
-        row |= {"ranks": measured(bench, name), "kept": kept.tobytes().hex()}
+        row |= {"ranks": correlations_by_part(bench.scores(Score(**score))[0], truth), "kept": kept.tobytes().hex()}
         rows.append(row)
         with (work / "views.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -108,7 +108,8 @@ def _part_cost(architecture: Architecture, layer: int, part: str, count: int, ob
     axis = architecture.parts[part].axis
     sizes = {**architecture.sizes, axis: count}
     if objective == "cache":
-        return architecture.cache.size(sizes) if architecture.cache and axis in architecture.cache.names else 0
+        assert architecture.cache is not None, "prices refuses the objective without one"
+        return architecture.cache.size(sizes) if axis in architecture.cache.names else 0
     return sum(m.input.size(sizes) * m.output.size(sizes) for m in architecture.maps_of(layer, part))
 
 

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.architecture import Architecture
-from libprune.artifacts import Columns, Layout, check_rows, column, read_architecture, read_table, same_origin
+from libprune.artifacts import Columns, Layout, check_rows, read_architecture, read_table, same_origin
 from libprune.errors import ArtifactError, LibpruneError, StatisticsError, nearest
 from libprune.mixed_criteria import TERMS, activation_stats, cooperative, gradient_flow, weight_stats
 from libprune.sections import Score
+from libprune.tables import layers_and_types, numbers
 
 Values = NDArray[np.float64]
 
@@ -48,23 +49,19 @@ class Criterion:
     terms: tuple[str, ...] = ()
 
 
-def _read(table: Columns, name: str) -> Values:
-    return np.asarray(column(table, name, "the joined statistics tables"), dtype=np.float64)
-
-
 def _magnitude(table: Columns, params: Score) -> dict[str, Values]:
     """Sum of |W|, or of W^2, over the unit's weights."""
-    return {"magnitude": _read(table, f"magnitude_{params.magnitude_norm}")}
+    return {"magnitude": numbers(table, f"magnitude_{params.magnitude_norm}")}
 
 
 def _taylor(table: Columns, params: Score) -> dict[str, Values]:
     """Sum of |W G|: first order, the absolute change of the loss weight by weight."""
-    return {"taylor": _read(table, "taylor")}
+    return {"taylor": numbers(table, "taylor")}
 
 
 def _taylor_group(table: Columns, params: Score) -> dict[str, Values]:
     """|Sum of W G|: first order of the whole unit, where single weights may cancel."""
-    return {"taylor_group": np.abs(_read(table, "taylor_signed"))}
+    return {"taylor_group": np.abs(numbers(table, "taylor_signed"))}
 
 
 def _hessian_trace(table: Columns, params: Score) -> dict[str, Values]:
@@ -73,13 +70,13 @@ def _hessian_trace(table: Columns, params: Score) -> dict[str, Values]:
     Half, because it is the second-order term of the loss, H W^2 / 2 of each weight, with the unit's mean H for all:
     nats, on the scale of `fisher`. No order depends on it. Absolute, because probes may give a sum below 0.
     """
-    trace, squares, count = (_read(table, name) for name in ("hessian_trace", "magnitude_l2", "cost"))
+    trace, squares, count = (numbers(table, name) for name in ("hessian_trace", "magnitude_l2", "cost"))
     return {"hessian_trace": np.abs(trace) * squares / (2 * count)}
 
 
 def _fisher(table: Columns, params: Score) -> dict[str, Values]:
     """Half the sum of |W^2 H|: second order, diagonal."""
-    return {"fisher": _read(table, "fisher")}
+    return {"fisher": numbers(table, "fisher")}
 
 
 def _taylor_2nd(table: Columns, params: Score) -> dict[str, Values]:
@@ -89,17 +86,17 @@ def _taylor_2nd(table: Columns, params: Score) -> dict[str, Values]:
 
 def _wanda(table: Columns, params: Score) -> dict[str, Values]:
     """Sum of |W_ij| a_j, with a_j a norm of input feature j over the calibration tokens."""
-    return {"wanda": _read(table, f"wanda_{params.wanda_norm}")}
+    return {"wanda": numbers(table, f"wanda_{params.wanda_norm}")}
 
 
 def _unit_fisher(table: Columns, params: Score) -> dict[str, Values]:
     """Half the Fisher information of the unit's own mask."""
-    return {"unit_fisher": _read(table, f"unit_fisher_{params.fisher_over}")}
+    return {"unit_fisher": numbers(table, f"unit_fisher_{params.fisher_over}")}
 
 
 def _fluctuation(table: Columns, params: Score) -> dict[str, Values]:
     """Sum over the unit's inputs of the consumer of their variance times |W_:,u|^2: what a bias cannot give back."""
-    return {"fluctuation": _read(table, "fluctuation")}
+    return {"fluctuation": numbers(table, "fluctuation")}
 
 
 def _obs_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:
@@ -116,12 +113,12 @@ def _cooperative_columns(layout: Layout, architecture: Architecture, params: Sco
 
 def _obs(table: Columns, params: Score) -> dict[str, Values]:
     """The consumer's squared output error that is left after the best refit, when the unit's turn comes."""
-    return {"obs": _read(table, "obs")}
+    return {"obs": numbers(table, "obs")}
 
 
 def _obs_share(table: Columns, params: Score) -> dict[str, Values]:
     """That error in the dense model over the error without a refit, 0 to 1."""
-    return {"obs_share": _read(table, "obs_share")}
+    return {"obs_share": numbers(table, "obs_share")}
 
 
 def _obs_fisher(table: Columns, params: Score) -> dict[str, Values]:
@@ -130,17 +127,17 @@ def _obs_fisher(table: Columns, params: Score) -> dict[str, Values]:
     Second order, with the Hessian of the consumer's weights as the product of its inputs' Gram matrix
     and the diagonal of its outputs' gradient covariance (a Kronecker factorisation).
     """
-    return {"obs_fisher": _read(table, "obs")}
+    return {"obs_fisher": numbers(table, "obs")}
 
 
 def _fisher_obs(table: Columns, params: Score) -> dict[str, Values]:
     """`unit_fisher` times `obs_share`: the share of a unit's loss that the others cannot take over."""
-    return {"fisher_obs": _unit_fisher(table, params)["unit_fisher"] * _read(table, "obs_share")}
+    return {"fisher_obs": _unit_fisher(table, params)["unit_fisher"] * numbers(table, "obs_share")}
 
 
 def _random(table: Columns, params: Score) -> dict[str, Values]:
     """Seeded noise per parameter, the floor that every criterion must clear."""
-    cost = _read(table, "cost")
+    cost = numbers(table, "cost")
     return {"random": np.random.default_rng(params.seed).random(len(cost)) * cost}
 
 
@@ -287,7 +284,7 @@ def score_units(table: Columns, params: Score) -> Columns:
     components = find_criterion(params.criterion).components(table, params)
     importance = np.sum(list(components.values()), axis=0)
     _require_finite(importance, table, params.criterion)
-    cost = _read(table, "cost")
+    cost = numbers(table, "cost")
     if params.scaling == "none":
         score = importance / cost
     else:
@@ -303,8 +300,7 @@ def scale(importance: Values, table: Columns, how: str) -> Values:
     all units of a layer and type are equal they become 0, 0 and 1/2.
     """
     scaled = np.empty_like(importance)
-    for layer, part in sorted(set(zip(table["layer_idx"].tolist(), table["group_type"].tolist(), strict=True))):
-        rows = (table["layer_idx"] == layer) & (table["group_type"] == part)
+    for rows in layers_and_types(table):
         scaled[rows] = SCALINGS[how](importance[rows])
     return scaled
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from libprune.drawing import Drawn, origin, require_disjoint
@@ -13,9 +12,9 @@ from libprune.errors import SourceError
 from libprune.sections import Tokenize
 from libprune.sequences import Sequences
 from libprune.texts import SELF, TextSource, calibration_source, evaluation_source, open_text, require_other_text
+from libprune.tokens import Ids, at_random, evenly
 
 Example = tuple[str, int]
-Indices = NDArray[np.int64]
 
 
 def draw_examples(
@@ -40,28 +39,30 @@ def draw_examples(
     if SELF in (settings.text, settings.evaluation_text) or source.streaming:
         what = "is streamed" if source.streaming else "has no labels"
         raise SourceError(f"the text {settings.text!r} {what}; a model that tells classes apart needs a labelled text")
-    found = _read(source, config)
+    (found, revision), parts = _read(source, config), ("all documents", "all documents")
     if other is None:
-        apart = _spread(len(found), max(1, round(len(found) * settings.evaluation_share)), "evaluation")
-        held, rest = [found[i] for i in apart], [one for i, one in enumerate(found) if i not in set(apart.tolist())]
+        apart = _evenly(len(found), max(1, round(len(found) * settings.evaluation_share)))
+        held, rest = [found[i] for i in apart], [found[i] for i in np.delete(np.arange(len(found)), apart)]
         parts = f"{len(rest)} documents", f"{len(held)} documents at even distances"
+        other, held_revision = source, revision
     else:
         require_other_text(source, other)
-        held, rest, parts = _read(other, config), found, ("all documents", "all documents")
-    rng = np.random.default_rng(settings.seed)
+        (held, held_revision), rest = _read(other, config), found
     _require(len(rest), settings.calibration_sequences, "calibration")
-    chosen = np.sort(rng.choice(len(rest), size=settings.calibration_sequences, replace=False))
-    calibration = _drawn(rest, chosen, settings.calibration_length, tokenizer, source, parts[0])
-    calibration.record["seed"] = settings.seed
-    spread = _spread(len(held), settings.evaluation_windows, "evaluation")
-    evaluation = _drawn(held, spread, settings.evaluation_length, tokenizer, other or source, parts[1])
+    chosen = at_random(len(rest), settings.calibration_sequences, settings.seed)
+    where = origin(source, revision) | {"label_column": source.label, "part": parts[0], "seed": settings.seed}
+    calibration = _drawn(rest, chosen, settings.calibration_length, tokenizer, where)
+    where = origin(other, held_revision) | {"label_column": other.label, "part": parts[1]}
+    chosen = _evenly(len(held), settings.evaluation_windows)
+    evaluation = _drawn(held, chosen, settings.evaluation_length, tokenizer, where)
     require_disjoint(calibration, evaluation)
     return calibration, evaluation
 
 
-def _read(source: TextSource, config: PreTrainedConfig) -> list[Example]:
+def _read(source: TextSource, config: PreTrainedConfig) -> tuple[list[Example], str | None]:
+    """The examples of a text, and the commit that it was read at."""
     text = open_text(source)
-    return [(document, _label(value, config, source)) for document, value in text.examples()]
+    return [(document, _label(value, config, source)) for document, value in text.examples()], text.revision
 
 
 def _label(value: Any, config: PreTrainedConfig, source: TextSource) -> int:
@@ -82,9 +83,9 @@ def _label(value: Any, config: PreTrainedConfig, source: TextSource) -> int:
     return number
 
 
-def _spread(available: int, count: int, what: str) -> Indices:
-    _require(available, count, what)
-    return np.linspace(0, available - 1, count).round().astype(np.int64)
+def _evenly(available: int, count: int) -> Ids:
+    _require(available, count, "evaluation")
+    return evenly(available, count)
 
 
 def _require(available: int, count: int, what: str) -> None:
@@ -94,11 +95,10 @@ def _require(available: int, count: int, what: str) -> None:
 
 def _drawn(
     examples: Sequence[Example],
-    chosen: Indices,
+    chosen: Ids,
     length: int,
     tokenizer: PreTrainedTokenizerBase,
-    source: TextSource,
-    part: str,
+    where: Mapping[str, Any],
 ) -> Drawn:
     texts = [examples[i][0] for i in chosen]
     rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
@@ -107,15 +107,13 @@ def _drawn(
         filled[: len(row)] = torch.tensor(row)
     targets = torch.tensor([examples[i][1] for i in chosen])
     record = {
-        **origin(source, None),
+        **where,
         "mode": "labelled",
-        "part": part,
         "documents": len(examples),
         "skipped": 0,
         "cut": sum(len(row) == length for row in rows),
         "available": len(examples),
         "windows": chosen.tolist(),
-        "label_column": source.label,
     }
     sequences = Sequences(ids, targets, torch.tensor([len(row) for row in rows]))
     return Drawn(sequences, record, [document for document, _ in examples])

@@ -21,9 +21,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.artifacts import Columns, column
+from libprune.artifacts import Columns
 from libprune.mixtures import ActivationStats, Cooperative, GradientFlow, Mixture, WeightStats
 from libprune.sections import Score
+from libprune.tables import layers_and_types, numbers
 
 Values = NDArray[np.float64]
 
@@ -55,11 +56,11 @@ def weight_stats(table: Columns, params: Score) -> dict[str, Values]:
     A unit without any weight has 0 in all of them.
     """
     parts = {
-        "l2": _relative(np.sqrt(_read(table, "magnitude_l2")), table),
-        "variance": _relative(_read(table, "weight_variance"), table),
-        "nonzero": _read(table, "weight_nonzero"),
-        "entropy": _read(table, "weight_entropy"),
-        "effective_rank": _read(table, "weight_effective_rank"),
+        "l2": _relative(np.sqrt(numbers(table, "magnitude_l2")), table),
+        "variance": _relative(numbers(table, "weight_variance"), table),
+        "nonzero": numbers(table, "weight_nonzero"),
+        "entropy": numbers(table, "weight_entropy"),
+        "effective_rank": numbers(table, "weight_effective_rank"),
     }
     return _weighed("weight_stats", parts, params.weight_stats)
 
@@ -81,11 +82,11 @@ def activation_stats(table: Columns, params: Score) -> dict[str, Values]:
     from libprune.input_statistics import BINS  # needs torch, which most criteria do not
 
     amounts = {
-        name: _relative(_read(table, f"activation_{name}"), table) for name in ("magnitude", "variance", "range")
+        name: _relative(numbers(table, f"activation_{name}"), table) for name in ("magnitude", "variance", "range")
     }
     ratios = {
-        "frequency": _read(table, "activation_frequency"),
-        "entropy": _read(table, "activation_entropy") / np.log(BINS),
+        "frequency": numbers(table, "activation_frequency"),
+        "entropy": numbers(table, "activation_entropy") / np.log(BINS),
     }
     return _weighed("activation_stats", amounts | ratios, params.activation_stats)
 
@@ -106,14 +107,14 @@ def gradient_flow(table: Columns, params: Score) -> dict[str, Values]:
     relative to the layer, the others are ratios. So they are of order 0 in the gradients, and
     `allocate.gradient_fix`, which could do nothing, is refused.
     """
-    snr = _read(table, "snr")
+    snr = numbers(table, "snr")
     with np.errstate(invalid="ignore"):
         bounded = snr / (1 + snr)
     parts = {
-        "magnitude": _relative(_read(table, "mask_gradient_abs"), table),
-        "stability": _read(table, "stability"),
+        "magnitude": _relative(numbers(table, "mask_gradient_abs"), table),
+        "stability": numbers(table, "stability"),
         "snr": bounded,
-        "sign_consistency": _read(table, "sign_consistency"),
+        "sign_consistency": numbers(table, "sign_consistency"),
     }
     return _weighed("gradient_flow", parts, params.gradient_flow)
 
@@ -129,16 +130,12 @@ def cooperative(table: Columns, params: Score) -> dict[str, Values]:
     replaces it. A unit alone in its layer is unique and has no connections.
     """
     parts = {
-        "connection": _relative(_read(table, "unit_connection"), table),
-        "uniqueness": _read(table, "unit_uniqueness"),
-        "centrality": _relative(_read(table, "unit_centrality"), table),
-        "cooperation": _relative(_read(table, "unit_cooperation"), table),
+        "connection": _relative(numbers(table, "unit_connection"), table),
+        "uniqueness": numbers(table, "unit_uniqueness"),
+        "centrality": _relative(numbers(table, "unit_centrality"), table),
+        "cooperation": _relative(numbers(table, "unit_cooperation"), table),
     }
     return _weighed("cooperative", parts, params.cooperative)
-
-
-def _read(table: Columns, name: str) -> Values:
-    return np.asarray(column(table, name, "the joined statistics tables"), dtype=np.float64)
 
 
 def _weighed(criterion: str, parts: Mapping[str, Values], mixture: Mixture) -> dict[str, Values]:
@@ -150,8 +147,7 @@ def _weighed(criterion: str, parts: Mapping[str, Values], mixture: Mixture) -> d
 def _relative(amounts: Values, table: Columns) -> Values:
     """Amounts x as x / (x + median of the layer and type), 0 of 0; what is not finite stays so."""
     shares = np.zeros_like(amounts)
-    for layer, part in sorted(set(zip(table["layer_idx"].tolist(), table["group_type"].tolist(), strict=True))):
-        rows = (table["layer_idx"] == layer) & (table["group_type"] == part)
+    for rows in layers_and_types(table):
         own = amounts[rows]
         finite = own[np.isfinite(own)]
         total = own + (np.median(finite) if len(finite) else 0.0)

@@ -123,7 +123,7 @@ def draw(available: Windows, count: int, seed: int, what: str) -> Ids:
         SourceError: if there are too few.
     """
     _require(available, count, what)
-    return np.sort(np.random.default_rng(seed).choice(len(available.ids), size=count, replace=False))
+    return at_random(len(available.ids), count, seed)
 
 
 def spread(available: Windows, count: int, what: str) -> Ids:
@@ -133,7 +133,17 @@ def spread(available: Windows, count: int, what: str) -> Ids:
         SourceError: if there are too few.
     """
     _require(available, count, what)
-    return np.linspace(0, len(available.ids) - 1, count).round().astype(np.int64)
+    return evenly(len(available.ids), count)
+
+
+def at_random(available: int, count: int, seed: int) -> Ids:
+    """So many different numbers below a number, ascending, the same for the same seed."""
+    return np.sort(np.random.default_rng(seed).choice(available, size=count, replace=False))
+
+
+def evenly(available: int, count: int) -> Ids:
+    """So many numbers below a number, at even distances from the first to the last."""
+    return np.linspace(0, available - 1, count).round().astype(np.int64)
 
 
 def _require(available: Windows, count: int, what: str) -> None:
