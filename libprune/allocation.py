@@ -180,7 +180,7 @@ def decide(
             budget or shape cannot be had.
     """
     comparable = params.worth != "none" or (meta["comparable"] and meta["scaling"] == "none")
-    _require_comparable(meta, params)
+    require_comparable(meta, params)
     prices = cost.prices(architecture, params.objective, evidence.latency)
     unit = scores["cost"]
     if comparable and params.objective != "parameters":
@@ -202,7 +202,12 @@ COMPARED_COMPONENTS = ("taylor", "fisher")
 """Parts of a second-order criterion: a kept set equal to the first's says that the second did nothing."""
 
 
-def _require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
+def require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
+    """Stop where a method would rank unlike things.
+
+    Raises:
+        LibpruneError: saying what to set.
+    """
     method, scaling = params.method, meta["scaling"]
     if method in {"global", "hgsp"} and not meta["comparable"] and scaling == "none":
         scalings = "zscore, minmax or rank" if method == "global" else "rank"

@@ -31,7 +31,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Map:
-    """One linear map of a block. ``transposed`` says that its weight is stored ``[input, output]``."""
+    """One linear map of a block.
+
+    Attributes:
+        part: the part that it belongs to; of a network the axes that it reads, for the reader.
+        input: the axes of what one row of the map takes; of a convolution a patch, the kernel running fastest.
+        transposed: whether its weight is stored ``[input, output]``.
+        kernel: positions of the input for each one that the module takes; above 1 for convolutions.
+        rows: of a network how many rows of the map one sample makes.
+    """
 
     module: str
     layer: int
@@ -39,6 +47,8 @@ class Map:
     input: Expr
     output: Expr
     transposed: bool
+    kernel: int = 1
+    rows: int = 1
 
     @property
     def weight(self) -> str:
@@ -85,9 +95,10 @@ class Architecture:
         parameters: every parameter of the model once (a tied one under its first name).
         maps: the linear maps of all blocks.
         cache: what the KV cache holds per token and block; None where there is none.
-        head: what the model is for, a name of `libprune.heads.HEADS`.
+        head: what the model is for, a name of `libprune.heads.HEADS`, or `network`.
         head_macs: multiply-accumulates a token of the linear maps behind the blocks; 0 where they run once a sequence.
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
+        buffers: what a network stores beside its parameters, such as running statistics.
     """
 
     family: str
@@ -101,10 +112,18 @@ class Architecture:
     head: HeadName
     head_macs: int
     fingerprint: str = ""
+    buffers: tuple[Parameter, ...] = ()
 
     def units(self, part: str) -> int:
         """Number of units of a part in one block."""
         return self.sizes[self.parts[part].axis]
+
+    @property
+    def is_network(self) -> bool:
+        """Whether this is a network of the user's own: one layer, whose maps and parameters carry the axes of several
+        parts and belong to all of them.
+        """
+        return self.head == "network"
 
     @property
     def layers_stay(self) -> bool:
@@ -119,16 +138,26 @@ class Architecture:
     def _maps_of(self) -> dict[tuple[int, str], tuple[Map, ...]]:
         table: dict[tuple[int, str], list[Map]] = {block: [] for block in self.blocks()}
         for entry in self.maps:
-            table[entry.layer, entry.part].append(entry)
+            names = entry.input.names | entry.output.names
+            for part in self._carried(names) if self.is_network else (entry.part,):
+                table[entry.layer, part].append(entry)
         return {block: tuple(entries) for block, entries in table.items()}
 
     @cached_property
     def _parameters_of(self) -> dict[tuple[int, str], tuple[Parameter, ...]]:
         table: dict[tuple[int, str], list[Parameter]] = {block: [] for block in self.blocks()}
         for entry in self.parameters:
-            if entry.layer is not None and entry.part is not None:
+            if self.is_network:
+                names: frozenset[str] = frozenset().union(*(expr.names for expr in entry.dims))
+                for part in self._carried(names):
+                    table[0, part].append(entry)
+            elif entry.layer is not None and entry.part is not None:
                 table[entry.layer, entry.part].append(entry)
         return {block: tuple(entries) for block, entries in table.items()}
+
+    def _carried(self, names: frozenset[str]) -> Iterator[str]:
+        """The parts whose axes are among the names."""
+        return (part for part, shape in self.parts.items() if shape.axis in names)
 
     def maps_of(self, layer: int, part: str) -> tuple[Map, ...]:
         """The linear maps of one part of one block."""
@@ -199,9 +228,12 @@ class Architecture:
                         "input": str(m.input),
                         "output": str(m.output),
                         "transposed": m.transposed,
+                        "kernel": m.kernel,
+                        "rows": m.rows,
                     }
                     for m in self.maps
                 ],
+                "buffers": [{"name": b.name, "dims": [str(d) for d in b.dims]} for b in self.buffers],
             },
             indent=1,
         )
@@ -228,11 +260,9 @@ class Architecture:
                 for p in data["parameters"]
             ),
             maps=tuple(
-                Map(
-                    m["module"], m["layer"], m["part"], parse_expr(m["input"]), parse_expr(m["output"]), m["transposed"]
-                )
-                for m in data["maps"]
+                Map(**(m | {"input": parse_expr(m["input"]), "output": parse_expr(m["output"])})) for m in data["maps"]
             ),
+            buffers=tuple(Parameter(b["name"], tuple(map(parse_expr, b["dims"])), 0, None) for b in data["buffers"]),
         )
 
 

@@ -16,6 +16,7 @@ from libprune.compute import resolve_device, resolve_dtype
 from libprune.errors import LibpruneError
 from libprune.memory import checkpoint_blocks, offload_maps
 from libprune.parallel import World, join_world, shard_blocks
+from libprune.samples import Samples
 from libprune.sections import Compute
 from libprune.sequences import Sequences
 from libprune.tokens import read_tokens, require_sequences
@@ -30,28 +31,45 @@ def held_out(first: int, number: int) -> Bool[Tensor, " number"]:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """A model on its device and the text to run through it.
+class Run:
+    """What is collected from: a described model, and what is run through it.
 
     Attributes:
         weights: the dense model's parameters, read from its files.
-        sequences: the chosen calibration sequences.
-        available: calibration sequences that there are.
+        sequences: the chosen calibration sequences, or samples.
         compute: the params of how to run the model.
         meta: what the collected artifacts say of their origin.
         work: the folder of unfinished work.
+        at_once: sequences in one pass.
     """
 
-    model: PreTrainedModel
     architecture: Architecture
     weights: WeightFiles
-    sequences: Sequences
-    available: int
+    sequences: Sequences | Samples
     device: torch.device
     compute: Compute
     world: World
     meta: dict[str, Any]
     work: Path
+    at_once: int
+
+    @property
+    def unit(self) -> str:
+        """What a progress bar counts."""
+        return "tok" if isinstance(self.sequences, Sequences) else "sample"
+
+
+@dataclass(frozen=True)
+class Calibration(Run):
+    """A language model on its device and the text to run through it.
+
+    Attributes:
+        available: calibration sequences that there are.
+    """
+
+    sequences: Sequences
+    model: PreTrainedModel
+    available: int
 
     @property
     def first(self) -> int:
@@ -67,11 +85,6 @@ class Calibration:
     def recompute(self) -> bool:
         """Whether the blocks are checkpointed."""
         return self.compute.gradient_checkpointing or self.compute.offload == "cpu"
-
-    @property
-    def at_once(self) -> int:
-        """Sequences that `compute.batch_tokens` allow in one pass."""
-        return max(1, self.compute.batch_tokens // self.sequences.ids.shape[1])
 
 
 def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool = False) -> Calibration:
@@ -104,9 +117,19 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
         "length": found.ids.shape[1],
         "compute_dtype": str(dtype).removeprefix("torch."),
     }
-    weights = WeightFiles(layout.model)
-    work = layout.root.parent / ".work"
-    return Calibration(model, architecture, weights, chosen, len(found), device, compute, world, meta, work)
+    return Calibration(
+        architecture=architecture,
+        weights=WeightFiles(layout.model),
+        sequences=chosen,
+        device=device,
+        compute=compute,
+        world=world,
+        meta=meta,
+        work=layout.root.parent / ".work",
+        at_once=max(1, compute.batch_tokens // found.ids.shape[1]),
+        model=model,
+        available=len(found),
+    )
 
 
 def require_equal_passes(sequences: Sequences, world: World) -> None:

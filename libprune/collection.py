@@ -39,11 +39,11 @@ from libprune.artifacts import (
     write_table,
     writing_folder,
 )
-from libprune.calibration import Calibration
+from libprune.calibration import Run
 from libprune.errors import StatisticsError
 from libprune.memory import fits_in_memory, gigabytes, require_room
 from libprune.parallel import World
-from libprune.sequences import Batch
+from libprune.sequences import Batch, Sequences
 from libprune.shards import write_shard
 
 ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
@@ -60,7 +60,7 @@ class Collection:
         tokens: tokens of an item, for the progress bar.
     """
 
-    run: Calibration
+    run: Run
     stage: str
     accumulator: Accumulator
     checkpoints: Checkpoints
@@ -70,9 +70,11 @@ class Collection:
 
     def batches(self) -> Iterator[Batch]:
         """The batches of calibration sequences that the sums do not hold yet."""
+        sequences = self.run.sequences
+        assert isinstance(sequences, Sequences)
         for number in self.steps():
             first = number * self.size
-            yield number, first, self.run.sequences[first : first + self.size].to(self.run.device)
+            yield number, first, sequences[first : first + self.size].to(self.run.device)
 
     def passes(self) -> Iterator[Batch]:
         """The same, where sequences differ in length as several of one length each, under one number."""
@@ -158,13 +160,18 @@ class Collection:
     def _bar(self) -> Any:
         total, done = self.items * self.tokens, self._seen() * self.tokens
         return tqdm(
-            total=total, initial=done, desc=self.stage, unit="tok", unit_scale=True, disable=not self.run.world.first
+            total=total,
+            initial=done,
+            desc=self.stage,
+            unit=self.run.unit,
+            unit_scale=True,
+            disable=not self.run.world.first,
         )
 
 
 @contextmanager
 def collecting(
-    run: Calibration,
+    run: Run,
     stage: str,
     target: Path,
     groups: Sequence[Group],
@@ -205,7 +212,7 @@ def collecting(
         on_disk = _on_disk(run, state_bytes(groups))
         _announce(run, stage, target, home, groups, on_disk)
         accumulator = Accumulator(groups, live if on_disk else None)
-        count, length = items or len(run.sequences), tokens or run.sequences.ids.shape[1]
+        count, length = items or len(run.sequences), tokens or run.sequences.length
         work = Collection(run, stage, accumulator, checkpoints, count, size, length)
         _mention_others(run, home)
         work.resume(home)
@@ -221,13 +228,13 @@ def collecting(
             discard(home)
 
 
-def _on_disk(run: Calibration, states: int) -> bool:
+def _on_disk(run: Run, states: int) -> bool:
     """Whether the sums are mapped from disk: if the processes of this machine would take too much memory."""
     wanted = run.compute.sums
     return wanted == "disk" or (wanted == "auto" and not fits_in_memory(states * run.world.local_size))
 
 
-def fingerprint(run: Calibration, identity: Mapping[str, Any]) -> str:
+def fingerprint(run: Run, identity: Mapping[str, Any]) -> str:
     """Digest of all that the sums depend on, this code included.
 
     The sums of the first sequences are the same for any number of them, unless their lengths put them in order.
@@ -261,7 +268,7 @@ def _kept(checkpoints: Checkpoints, stage: str) -> str:
     return f"; the sums of the first {sequences} sequences are kept: {stage}.sequences: {sequences} finishes with them"
 
 
-def _mention_others(run: Calibration, home: Path) -> None:
+def _mention_others(run: Run, home: Path) -> None:
     """Say what other settings left unfinished: it is kept for a return to them, and takes room."""
     others = [path for path in home.parent.glob("*") if path != home]
     size = sum(file.stat().st_size for path in others for file in path.rglob("*") if file.is_file())
@@ -269,7 +276,7 @@ def _mention_others(run: Calibration, home: Path) -> None:
         typer.echo(f"{gigabytes(size)} of unfinished work with other settings is in {home.parent}")
 
 
-def _announce(run: Calibration, stage: str, target: Path, home: Path, groups: Sequence[Group], on_disk: bool) -> None:
+def _announce(run: Run, stage: str, target: Path, home: Path, groups: Sequence[Group], on_disk: bool) -> None:
     """Say what will be written, before any work, and stop if it does not fit."""
     states, stored = state_bytes(groups), sum(map(stored_bytes, groups))
     scratch = (3 if on_disk else 2) * states * run.world.size
@@ -285,7 +292,7 @@ def _announce(run: Calibration, stage: str, target: Path, home: Path, groups: Se
 
 
 def write_artifact(
-    run: Calibration,
+    run: Run,
     target: Path,
     sums: Accumulator,
     columns_of: ColumnsOf,

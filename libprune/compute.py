@@ -69,7 +69,7 @@ def batches(sequences: Sequences, batch_tokens: int, device: torch.device, label
 
 
 @contextmanager
-def hooked(model: PreTrainedModel) -> Iterator[list[RemovableHandle]]:
+def hooked(model: nn.Module) -> Iterator[list[RemovableHandle]]:
     """A list for the handles of hooks; on exit they are removed and every `requires_grad` is as it was."""
     handles: list[RemovableHandle] = []
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from libprune.selection import positions_of
+
 _ROWS = 32
 """Rows of the Gram matrix at a time; beside it no table of units by units is ever made."""
 _ROUNDINGS = 16
@@ -57,12 +59,12 @@ def unit_graph(
         gram: E[x x^T].
         mean: E[x] over the same tokens.
         weight: W.
-        units: the unit of each input position; every unit owns equally many.
+        units: the unit of each input position, or -1; every unit owns equally many.
         threshold: above which two units count as connected.
     """
     count = int(units.max()) + 1
-    order = torch.from_numpy(np.argsort(units, kind="stable"))
-    positions, m = order.view(count, -1), mean.double()
+    positions, m = positions_of(units), mean.double()
+    order = positions.flatten()
     step = max(1, _ROWS // positions.shape[1])
     alone = (_alone(gram, m, weight, some) for some in positions.split(step))
     scale, output = (torch.cat(parts) for parts in zip(*alone, strict=True))

@@ -16,8 +16,8 @@ class Size:
     Attributes:
         decoder: parameters inside the blocks.
         total: all parameters, tied ones once.
-        macs: multiply-accumulates of linear maps per token, with the output head and without the
-            attention products (which depend on the context).
+        macs: multiply-accumulates of linear maps per token, or per sample of a network, with the output head and
+            without the attention products (which depend on the context).
         cache: elements of the KV cache per token; 0 where there is none.
     """
 
@@ -28,11 +28,11 @@ class Size:
 
 
 def unit_parameters(architecture: Architecture, layer: int, part: str) -> int:
-    """Parameters that go with one unit of a part, biases on its outputs included."""
-    return sum(
-        int((units == 0).sum()) * (architecture.numel(parameter) // parameter.dims[dim].size(architecture.sizes))
-        for parameter, dim, units in architecture.carriers(layer, part)
-    )
+    """Parameters that go with one unit of a part, biases on its outputs included; of a network with the first one."""
+    axis = architecture.parts[part].axis
+    carrying = {parameter for parameter, _, _ in architecture.carriers(layer, part)}
+    fewer = {**architecture.sizes, axis: architecture.sizes[axis] - 1}
+    return sum(architecture.numel(parameter) - architecture.numel(parameter, fewer) for parameter in carrying)
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
             "parameters, macs or latency"
         )
     blocks = list(architecture.blocks())
+    if architecture.is_network:
+        return _network_prices(architecture, objective)
     if objective == "parameters":
         unit = {block: unit_parameters(architecture, *block) for block in blocks}
         rest = {block: part_overhead(architecture, *block) for block in blocks}
@@ -88,6 +90,21 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
     if objective == "cache":
         return Prices(unit, rest, dense.cache, dense.cache)
     return Prices(unit, rest, dense.macs - architecture.head_macs, dense.macs)
+
+
+def _network_prices(architecture: Architecture, objective: str) -> Prices:
+    """What goes with the first unit of each part; less goes with the next, which shares weights with it.
+
+    No part of a network goes as a whole.
+    """
+    amount = {"parameters": "decoder", "macs": "macs"}[objective]
+    dense = getattr(size(architecture, Plan.dense(architecture)), amount)
+    unit = {}
+    for block in architecture.blocks():
+        plan = Plan.dense(architecture)
+        plan.keep[block][0] = False
+        unit[block] = dense - getattr(size(architecture, plan), amount)
+    return Prices(unit, dict.fromkeys(unit, 0), dense, dense)
 
 
 def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> Prices:
@@ -121,6 +138,8 @@ def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
 
 def size(architecture: Architecture, plan: Plan) -> Size:
     """The exact size of the model that a plan leaves."""
+    if architecture.is_network:
+        return _network_size(architecture, plan)
     decoder = macs = cache = 0
     for layer, part in architecture.blocks():
         if plan.gone(layer, part):
@@ -135,9 +154,23 @@ def size(architecture: Architecture, plan: Plan) -> Size:
     return Size(decoder=decoder, total=decoder + outside, macs=macs + architecture.head_macs, cache=cache)
 
 
+def _network_size(architecture: Architecture, plan: Plan) -> Size:
+    sizes = _network_sizes(architecture, plan)
+    parameters = sum(architecture.numel(parameter, sizes) for parameter in architecture.parameters)
+    macs = sum(m.rows * m.input.size(sizes) * m.output.size(sizes) for m in architecture.maps)
+    return Size(decoder=parameters, total=parameters, macs=macs, cache=0)
+
+
+def _network_sizes(architecture: Architecture, plan: Plan) -> dict[str, int]:
+    kept = {architecture.parts[part].axis: plan.kept(layer, part) for layer, part in architecture.blocks()}
+    return {**architecture.sizes, **kept}
+
+
 def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) -> tuple[int, ...]:
     """The shape of a parameter that stays, in storage order."""
-    if parameter.layer is None or parameter.part is None:
+    if architecture.is_network:
+        sizes = _network_sizes(architecture, plan)
+    elif parameter.layer is None or parameter.part is None:
         sizes = dict(architecture.sizes)
     else:
         sizes = _sizes(architecture, plan, parameter.layer, parameter.part)

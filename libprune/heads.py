@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from libprune.errors import FamilyError
 
-HeadName = Literal["causal_lm", "masked_lm", "sequence_classification"]
+HeadName = Literal["causal_lm", "masked_lm", "sequence_classification", "network"]
+"""`network` stands for the head of a network that is not of transformers, with a loss of its own."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """The diagonal of the Hessian, by squared per-sequence gradients or by random probes."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
@@ -46,7 +47,9 @@ def hessian_groups(architecture: Architecture, n_tok: int, section: Hessian) -> 
 
 
 def map_parameters(architecture: Architecture, layer: int, part: str) -> list[Parameter]:
-    """Weights and biases of the linear maps of a block."""
+    """Weights and biases of the linear maps of a block; of a network all parameters that carry the part's units."""
+    if architecture.is_network:
+        return list(architecture.parameters_of(layer, part))
     modules = {entry.module for entry in architecture.maps_of(layer, part)}
     return [p for p in architecture.parameters_of(layer, part) if p.name.rpartition(".")[0] in modules]
 
@@ -109,11 +112,12 @@ def _require_no_overflow(squares: Tensor, name: str, first: int) -> None:
 
 
 def collect_probes(
-    model: PreTrainedModel,
+    model: nn.Module,
     architecture: Architecture,
-    batches: Iterable[Batch],
+    batches: Iterable[tuple[int, int, Any]],
     sums: Accumulator,
     section: Hessian,
+    losses_of: Callable[[Any, Any], Tensor] = sequence_losses,
 ) -> None:
     """Add v * (H v) of every batch's mean loss for seeded Rademacher probes v, by double backward.
 
@@ -126,6 +130,7 @@ def collect_probes(
         batches: each of sequences of one length.
         sums: of the `hessian_groups`.
         section: number of probes, and their seed.
+        losses_of: from the model and a batch to the loss of each sequence.
 
     Raises:
         StatisticsError: naming the parameter and the batch where a product is not finite.
@@ -135,14 +140,16 @@ def collect_probes(
         model.requires_grad_(False)
         parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if name in wanted}
         for _, first, sequences in batches:
-            losses = sequence_losses(model, sequences)
+            losses = losses_of(model, sequences)
             require_finite(losses.detach(), first, "the loss")
             gradients = torch.autograd.grad(losses.mean(), list(parameters.values()), create_graph=True)
             values: dict[tuple[int, str], Tensor] = {}
             for probe in range(section.probes):
                 signs = [_signs(p, (section.seed, first, probe, index)) for index, p in enumerate(gradients)]
                 keep = probe + 1 < section.probes
-                products = torch.autograd.grad(gradients, list(parameters.values()), signs, retain_graph=keep)
+                products = torch.autograd.grad(
+                    gradients, list(parameters.values()), signs, retain_graph=keep, materialize_grads=True
+                )
                 diagonal = {name: v * hv for name, v, hv in zip(parameters, signs, products, strict=True)}
                 _add_probe(architecture, sums, diagonal, parameters, len(sequences), first, values)
             for (layer, part), value in values.items():
@@ -182,7 +189,7 @@ def _signs(like: Tensor, seed: tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def twice_differentiable(model: PreTrainedModel) -> Iterator[None]:
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Attention by its formula: the fused kernels have no second derivative."""
     with sdpa_kernel(SDPBackend.MATH):
         yield

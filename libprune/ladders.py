@@ -19,7 +19,6 @@ from libprune.plan import Plan
 from libprune.sections import Allocate
 
 Block = tuple[int, str]
-_FLOORS = {"attention": "min_groups", "mlp": "min_channels"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def build_ladders(architecture: Architecture, scores: Columns, params: Allocate,
 
 
 def _multiple(part: str, params: Allocate) -> int:
-    return params.channel_multiple if part == "mlp" else 1
+    return 1 if part == "attention" else params.channel_multiple
 
 
 def _ladder(
@@ -107,7 +106,7 @@ def held_whole(architecture: Architecture, per_layer: bool) -> list[str]:
 
 def floor_of(part: str, params: Allocate) -> int:
     """Units that every block of a part keeps."""
-    return int(getattr(params, _FLOORS[part]))
+    return params.min_groups if part == "attention" else params.min_channels
 
 
 def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block) -> bool:

@@ -185,16 +185,16 @@ def fit_consumer(
 
 
 def oriented(consumer: Map, weight: Tensor) -> Float[Tensor, "output input"]:
-    """A consumer's weight as ``[output, input]``, whatever its storage order."""
-    return weight.T if consumer.transposed else weight
+    """A consumer's weight as ``[output, input]``, whatever its storage order; of a convolution by patches."""
+    return weight.T if consumer.transposed else weight.flatten(1)
 
 
 def pruned_consumers(architecture: Architecture, plan: Plan) -> Iterator[tuple[Map, Bool[Tensor, " input"]]]:
     """Every consumer that loses some of its inputs, but not all, with the positions that stay."""
-    for layer, part in architecture.blocks():
-        if not plan.gone(layer, part) and not plan.keep[layer, part].all():
-            for consumer in architecture.consumers(layer, part):
-                yield consumer, torch.from_numpy(np.asarray(input_mask(architecture, plan, consumer)))
+    for consumer in architecture.maps:
+        kept = input_mask(architecture, plan, consumer)
+        if kept.any() and not kept.all():
+            yield consumer, torch.from_numpy(kept)
 
 
 @dataclass(frozen=True)

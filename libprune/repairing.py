@@ -34,7 +34,7 @@ def _none(layout: Layout, architecture: Architecture, plan: Plan, compute: Compu
 
 
 def _local(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
-    inputs = _inputs_of(layout, architecture, params.fisher_share > 0)
+    inputs = inputs_of(layout, architecture, params.fisher_share > 0)
     damping = None if params.damping == "auto" else params.damping
     return repair_local(architecture, plan, WeightFiles(layout.model).__getitem__, inputs, damping, params.fisher_share)
 
@@ -44,7 +44,7 @@ def local_repair(layout: Layout, architecture: Architecture) -> Callable[[Plan],
 
     The damping is chosen on held-out sequences, or is 0.001 where the text has none.
     """
-    inputs, weights = _inputs_of(layout, architecture, curvature=False), WeightFiles(layout.model)
+    inputs, weights = inputs_of(layout, architecture, curvature=False), WeightFiles(layout.model)
 
     def repair(plan: Plan) -> dict[str, Tensor]:
         found = {consumer.module: inputs(consumer) for consumer, _ in pruned_consumers(architecture, plan)}
@@ -78,11 +78,11 @@ def _bias(layout: Layout, architecture: Architecture, plan: Plan, compute: Compu
     def mean(consumer: Map) -> Tensor:
         return read_tensor(layout.activations, consumer.layer, f"{consumer.module}{GRAM}.mean", "activations")
 
-    inputs = _inputs_of(layout, architecture, curvature=False)
+    inputs = inputs_of(layout, architecture, curvature=False)
     return repair_bias(architecture, plan, dense.__getitem__, bias, mean, inputs)
 
 
-def _inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Callable[[Map], Inputs]:
+def inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Callable[[Map], Inputs]:
     """Reads what the collecting stages know of a consumer's inputs."""
     origin = {"model": architecture.fingerprint}
     same_origin(layout.activations, read_meta(layout.activations, "activations"), origin)

@@ -42,7 +42,7 @@ def criteria_of(architecture: Architecture, params: Score) -> dict[str, Weights]
         LibpruneError: if an expression cannot be read.
     """
     own = {"attention": params.attention, "mlp": params.mlp}
-    return {part: parse_criteria(own[part] or params.criterion, params.fusion) for part in architecture.parts}
+    return {part: parse_criteria(own.get(part) or params.criterion, params.fusion) for part in architecture.parts}
 
 
 def _require_scaling(asked: Mapping[str, Weights], params: Score) -> None:

@@ -52,7 +52,7 @@ def obs_removal(
     Args:
         weight: W.
         gram: C, per token.
-        units: the unit of each input position; every unit owns equally many.
+        units: the unit of each input position, or -1; every unit owns equally many.
         rounds: looks at what is left, each followed by an equal number of removals; at most the number of
             units. With 1 all units are judged in the dense model.
         damping: lambda relative to the mean diagonal of C, above 0.
@@ -62,7 +62,7 @@ def obs_removal(
         StatisticsError: if the damped Gram matrix is not positive definite.
     """
     count = int(units.max()) + 1
-    positions = torch.from_numpy(np.argsort(units, kind="stable")).view(count, -1)
+    positions = positions_of(units)
     w, c = weight.double().clone(), gram.double()
     if output_weights is not None:
         w *= output_weights.double().sqrt()[:, None]  # each output's error is its own, so that F goes into W
@@ -80,6 +80,12 @@ def obs_removal(
         _remove(w, inverse, positions[left[chosen]].flatten())
         left = np.delete(left, chosen)
     return Removal(errors, share)
+
+
+def positions_of(units: Int[np.ndarray, " input"]) -> Int[Tensor, "units positions"]:
+    """The input positions of each unit, of which all own equally many."""
+    order = np.argsort(units, kind="stable")[int((units < 0).sum()) :]
+    return torch.from_numpy(order).view(int(units.max()) + 1, -1)
 
 
 def _inverse(gram: Tensor, damping: float) -> Tensor:

@@ -44,6 +44,11 @@ class Sequences:
         return self if self.lengths is None else self[self.lengths.argsort(stable=True)]
 
     @property
+    def length(self) -> int:
+        """Tokens of the longest."""
+        return self.ids.shape[1]
+
+    @property
     def tokens(self) -> int:
         """Tokens of all of them together, without what fills shorter ones up."""
         return self.ids.numel() if self.lengths is None else int(self.lengths.sum())

@@ -7,18 +7,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from libprune.architecture import Architecture, Map, Parameter
+from libprune.axes import Expr
 from libprune.errors import LibpruneError
 from libprune.plan import Plan
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+"""Modules whose input has its features before the dimensions of space."""
+
+
+def positions_kept(architecture: Architecture, plan: Plan, layer: int, expr: Expr) -> NDArray[np.bool_]:
+    """Which positions of a dimension of a layer stay; shape ``[size]``."""
+    kept = np.ones(expr.size(architecture.sizes), dtype=bool)
+    for part, shape in architecture.parts.items():
+        if shape.axis in expr.names:
+            kept &= expr.kept(shape.axis, architecture.sizes, plan.keep[layer, part])
+    return kept
 
 
 def input_mask(architecture: Architecture, plan: Plan, consumer: Map) -> NDArray[np.bool_]:
     """Which input positions of a consumer stay; shape ``[input]``."""
-    axis = architecture.parts[consumer.part].axis
-    return consumer.input.kept(axis, architecture.sizes, plan.keep[consumer.layer, consumer.part])
+    return positions_kept(architecture, plan, consumer.layer, consumer.input)
 
 
 @contextmanager
@@ -29,15 +42,14 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
     a zero contribution to the residual stream, bias included.
     """
     handles = []
-    for layer, part in architecture.blocks():
-        for consumer in architecture.consumers(layer, part):
-            module = model.get_submodule(consumer.module)
-            if plan.gone(layer, part):
-                handles.append(module.register_forward_hook(_zero_output))
-            elif not plan.keep[layer, part].all():
-                weight = next(module.parameters())
-                mask = torch.from_numpy(input_mask(architecture, plan, consumer)).to(weight.device)
-                handles.append(module.register_forward_pre_hook(partial(_mask_input, mask)))
+    for consumer in architecture.maps:
+        kept = input_mask(architecture, plan, consumer)
+        module = model.get_submodule(consumer.module)
+        if not kept.any():
+            handles.append(module.register_forward_hook(_zero_output))
+        elif not kept.all():
+            mask = torch.from_numpy(kept[:: consumer.kernel]).to(next(module.parameters()).device)
+            handles.append(module.register_forward_pre_hook(partial(_mask_input, mask)))
     try:
         yield
     finally:
@@ -46,7 +58,18 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
 
 
 def _mask_input(mask: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0].masked_fill(~mask, 0), *args[1:])
+    return (args[0].masked_fill(~along_features(module, mask), 0), *args[1:])
+
+
+def along_features(module: nn.Module, values: Shaped[Tensor, "*batch features"]) -> Shaped[Tensor, "..."]:
+    """Values of each feature in the shape in which the module takes them: the last dimension, or before those of space.
+
+    Args:
+        module: a map.
+        values: ``[features]``, or ``[batch, features]`` for convolutions.
+    """
+    space = module.weight.ndim - 2 if isinstance(module, CONVOLUTIONS) else 0
+    return values.reshape(*values.shape, *[1] * space)
 
 
 def _zero_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -55,14 +78,12 @@ def _zero_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Te
 
 def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, parameter: Parameter) -> Tensor | None:
     """The rows and columns of a parameter that the plan keeps; None if its whole part goes."""
-    if parameter.layer is None or parameter.part is None:
+    if parameter.layer is None:
         return tensor
-    if plan.gone(parameter.layer, parameter.part):
+    if parameter.part is not None and plan.gone(parameter.layer, parameter.part):
         return None
-    axis = architecture.parts[parameter.part].axis
-    keep = plan.keep[parameter.layer, parameter.part]
     for dim, expr in enumerate(parameter.dims):
-        positions = expr.kept(axis, architecture.sizes, keep)
+        positions = positions_kept(architecture, plan, parameter.layer, expr)
         if not positions.all():
             tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(positions)).to(tensor.device))
     return tensor.contiguous()
@@ -70,7 +91,7 @@ def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, para
 
 def sliced_name(architecture: Architecture, plan: Plan, parameter: Parameter) -> str:
     """The name of a parameter in the pruned model, where deleted layers leave no gap."""
-    if parameter.layer is None:
+    if parameter.layer is None or architecture.is_network:
         return parameter.name
     prefix = f"{architecture.layers_path}."
     inside = parameter.name.removeprefix(f"{prefix}{parameter.layer}.")

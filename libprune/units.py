@@ -1,6 +1,6 @@
 """Sums over units: from any per-element quantity to one number a unit."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def sum_positions(
 
 
 def unit_sums(
-    architecture: Architecture, layer: int, part: str, values: Mapping[str, Tensor], weights_only: bool = False
+    architecture: Architecture, layer: int, part: str, values: Mapping[str, Tensor], only: Container[str] | None = None
 ) -> NDArray[np.float64]:
     """Sum a per-element quantity over every element that carries a unit's index; ``[units]``.
 
@@ -38,18 +38,38 @@ def unit_sums(
         layer: which block.
         part: which part of it.
         values: parameter name to a tensor of the parameter's shape.
-        weights_only: leave biases out, for quantities that they do not have.
+        only: the parameters that have the quantity, where not all do.
 
     Raises:
         StatisticsError: if a parameter has no entry.
     """
     count = architecture.units(part)
     total = torch.zeros(count, dtype=torch.float64)
+    seen: dict[str, tuple[int, NDArray[np.int64]]] = {}
     for parameter, dim, units in architecture.carriers(layer, part):
-        if weights_only and parameter.name.endswith(".bias"):
+        if only is not None and parameter.name not in only:
             continue
         if parameter.name not in values:
             raise StatisticsError(missing_key(parameter.name, values, "the collected statistics"))
         tensor = values[parameter.name].double().movedim(dim, -1)
         total += sum_positions(tensor.reshape(-1, tensor.shape[-1]).sum(0), units, count).cpu()
+        if parameter.name in seen:  # rows and columns, as in a recurrent map: what is both has been counted twice
+            total -= _both(tensor, *seen[parameter.name], units, count).cpu()
+        seen[parameter.name] = dim, units
     return total.numpy()
+
+
+def _both(
+    tensor: Tensor, dim: int, units: NDArray[np.int64], last_units: NDArray[np.int64], count: int
+) -> Float[Tensor, " units"]:
+    """Sum of the elements whose index belongs to a unit both in one dimension and in the last; ``[units]``.
+
+    Args:
+        tensor: values, its second carrying dimension moved to the end.
+        dim: the first carrying dimension.
+        units: the unit of each position there.
+        last_units: the unit of each position of the last dimension.
+        count: number of units.
+    """
+    matrix = tensor.movedim(dim, 0).flatten(1, -2).sum(1) if tensor.ndim > 2 else tensor
+    return sum_positions(sum_positions(matrix, last_units, count).T, units, count).diagonal()

@@ -134,7 +134,7 @@ def test_matrices_biases_and_vectors_of_a_part_add_up():
     ones = {name: torch.ones(shape) for name, shape in shapes.items()}
     np.testing.assert_array_equal(unit_sums(architecture, 0, "part", ones), [6 + 2 + 6] * 2)
     weights = {name: tensor for name, tensor in ones.items() if "bias" not in name}
-    np.testing.assert_array_equal(unit_sums(architecture, 0, "part", weights, weights_only=True), [12, 12])
+    np.testing.assert_array_equal(unit_sums(architecture, 0, "part", weights, only=weights), [12, 12])
 
 
 def test_low_precision_values_are_summed_in_float64():

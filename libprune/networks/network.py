@@ -1,0 +1,285 @@
+"""Pruning a network of the user's own: statistics once, then any number of settings."""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from libprune import cost
+from libprune.allocation import require_comparable
+from libprune.architecture import Architecture
+from libprune.artifacts import (
+    Columns,
+    Layout,
+    read_json,
+    remove,
+    unit_index,
+    write_table,
+    write_units,
+    writing,
+    writing_folder,
+)
+from libprune.calibration import Run
+from libprune.checkpoint import WeightFiles, write_provenance
+from libprune.criteria import find_criterion
+from libprune.errors import ArtifactError, LibpruneError
+from libprune.fusion import named_criteria
+from libprune.networks.allocation import allocate_network
+from libprune.networks.collect import collect_activations, collect_gradients, collect_hessian
+from libprune.networks.describe import describe
+from libprune.networks.family import NetworkFamily
+from libprune.networks.repair import repair_local, repair_sequential, set_weights
+from libprune.networks.slicing import (
+    WEIGHTS,
+    difference,
+    load,
+    numbers_after,
+    sliced_state,
+    stored,
+    with_tensors,
+)
+from libprune.parallel import World
+from libprune.part_scores import READS_LOSSES
+from libprune.plan import Plan
+from libprune.pruning import versions
+from libprune.record import PLAN
+from libprune.repair import Fit, fit_table, mean_errors
+from libprune.samples import Samples
+from libprune.scoring import score_layout
+from libprune.sections import Activations, Allocate, Compute, Gradients, Hessian, Score
+from libprune.shards import read_meta
+from libprune.surgery import masked
+
+_CHECKED = 8
+"""Samples on which the sliced network is compared with the masked one."""
+_TOLERANCE = 1e-4
+"""Of the largest output, in float32."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A smaller network and how it came about.
+
+    Attributes:
+        network: the module, in evaluation mode.
+        dense: the description of the dense network.
+        plan: which units stay.
+        repair: how the weights were fitted.
+        fits: how well each repaired map was fitted.
+        numbers: attribute path to what it is now, of those that the family names.
+        proof: largest difference of an output between the sliced and the masked network, and the largest output.
+    """
+
+    network: nn.Module
+    dense: Architecture
+    plan: Plan
+    repair: str
+    fits: list[Fit]
+    numbers: dict[str, int]
+    proof: dict[str, float]
+
+    @property
+    def parameters(self) -> int:
+        """How many it has."""
+        return cost.size(self.dense, self.plan).total
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `libprune.networks.load` reads: weights, plan, fits, record.
+
+        Raises:
+            LibpruneError: if the folder exists, or does not read back as it was written.
+        """
+        if folder.exists():
+            raise LibpruneError(f"{folder} exists; name a folder that does not")
+        meta = {"model": self.dense.fingerprint, "plan": self.plan.digest}
+        keep = np.concatenate([self.plan.keep[block] for block in self.dense.blocks()])
+        with writing_folder(folder) as partial_folder:
+            tensors = {name: tensor.contiguous() for name, tensor in stored(self.network).items()}
+            save_file(tensors, partial_folder / WEIGHTS)
+            write_table(partial_folder / PLAN, unit_index(self.dense) | {"keep": keep}, meta)
+            write_table(partial_folder / "repair.parquet", fit_table(self.fits), meta)
+            made: dict[str, Any] = {"family": self.dense.family, "numbers": self.numbers, "repair": self.repair}
+            made |= {"errors": mean_errors(self.fits), "proof": self.proof}
+            write_provenance(partial_folder, meta | made | versions())
+            again = stored(load(partial_folder, self.network))
+            if any(not torch.equal(tensor, again[name]) for name, tensor in tensors.items()):
+                raise ArtifactError(f"the weights written to {folder} do not read back as they were")
+
+
+class Network:
+    """A network with its family, calibration samples, and a folder for what is collected of them.
+
+    The statistics that a criterion or a repair reads are collected when they are first asked for, and kept in the
+    folder: other criteria, ratios and repairs start from there, also in another process. What belongs to other
+    weights or samples is collected anew.
+
+    Attributes:
+        architecture: the description.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        family: NetworkFamily | Path,
+        samples: Samples,
+        folder: Path,
+        batch: int = 64,
+        hessian: Hessian | None = None,
+    ) -> None:
+        """Describe a network.
+
+        Args:
+            network: any module; a copy in evaluation mode is worked on.
+            family: its description, or the file of it.
+            samples: what the statistics are collected on. Every eighth is held out from repairs to judge them by.
+            folder: for the artifacts.
+            batch: samples in one pass.
+            hessian: how second order is estimated; the empirical Fisher information if not given.
+
+        Raises:
+            FamilyError: if the family does not describe the network.
+        """
+        self.family = family if isinstance(family, NetworkFamily) else NetworkFamily.read(family)
+        self._network = copy.deepcopy(network).eval()
+        self._samples, self._layout = samples, Layout(folder)
+        self._hessian = hessian or Hessian(estimator="fisher")
+        digest = _digest(stored(self._network).items(), self.family.model_dump_json())
+        self.architecture = describe(self._network, self.family, samples[:2].inputs, digest)
+        self._prepare()
+        self._run = Run(
+            architecture=self.architecture,
+            weights=WeightFiles(self._layout.model),
+            sequences=samples,
+            device=next(self._network.parameters()).device,
+            compute=Compute(),
+            world=World(),
+            meta={
+                "model": digest,
+                "tokens": _digest(
+                    [("inputs", samples.inputs), ("targets", samples.targets)], samples.loss.__qualname__
+                ),
+                "sequences": len(samples),
+            },
+            work=folder / ".work",
+            at_once=batch,
+        )
+
+    def scores(self, score: Score) -> tuple[Columns, dict[str, Any]]:
+        """The importance of every unit, and the table's metadata.
+
+        Raises:
+            LibpruneError: for criteria that are unknown, do not go together, or need a language model.
+        """
+        if score.fusion in READS_LOSSES:
+            raise LibpruneError(f"fusion = {score.fusion!r} needs the ablation stage, which networks do not have")
+        for name in named_criteria(score):
+            for stage in find_criterion(name).stages:
+                self._collect(stage)
+        return score_layout(self._layout, score)
+
+    def plan(self, score: Score, allocate: Allocate) -> Plan:
+        """Decide which units stay.
+
+        Args:
+            score: the criterion.
+            allocate: ratio, method (`uniform`, `global`, `retention`), objective (`parameters`, `macs`), floors.
+
+        Raises:
+            BudgetError: if the ratio cannot be reached.
+        """
+        table, meta = self.scores(score)
+        require_comparable(meta, allocate)
+        return allocate_network(self.architecture, table, allocate)
+
+    def prune(self, plan: Plan, repair: str = "local", damping: float | None = None) -> Pruned:
+        """Slice, repair, and prove that the sliced network computes what the masked one does.
+
+        Args:
+            plan: which units stay.
+            repair: `none`; `local`, from cached moments; `sequential`, map by map on what the pruned network hands on.
+            damping: ridge of the repair; None to choose it on held-out samples.
+
+        Raises:
+            LibpruneError: for another repair, or if the outputs differ.
+        """
+        if repair not in self._repairs:
+            raise LibpruneError(f"repair = {repair!r} is unknown; choose {', '.join(self._repairs)}")
+        fits = self._repairs[repair](plan, damping)
+        whole = copy.deepcopy(self._network)
+        set_weights(whole, fits)
+        numbers = numbers_after(self.architecture, plan, self.family.numbers(whole))
+        smaller = with_tensors(whole, sliced_state(stored(whole), self.architecture, plan), numbers)
+        return Pruned(smaller, self.architecture, plan, repair, fits, numbers, self._prove(whole, smaller, plan))
+
+    @property
+    def _repairs(self) -> dict[str, Callable[[Plan, float | None], list[Fit]]]:
+        return {"none": lambda plan, damping: [], "local": self._local, "sequential": self._sequential}
+
+    def _local(self, plan: Plan, damping: float | None) -> list[Fit]:
+        self._collect("activations")
+        return repair_local(self._layout, self.architecture, plan, self._network.state_dict(), damping)
+
+    def _sequential(self, plan: Plan, damping: float | None) -> list[Fit]:
+        batches = list(self._samples.passes(self._run.at_once))
+        return repair_sequential(self._network, self.architecture, plan, batches, damping)
+
+    def _prove(self, whole: nn.Module, smaller: nn.Module, plan: Plan) -> dict[str, float]:
+        inputs = self._samples[:_CHECKED].inputs
+        with masked(whole, self.architecture, plan), torch.no_grad():
+            expected = whole(inputs)
+        found, scale = difference(smaller, inputs, expected)
+        if not found <= _TOLERANCE * scale:
+            raise LibpruneError(
+                f"the sliced network's outputs differ from the masked one's by {found:.3g} of {scale:.3g}: family "
+                f"{self.family.family!r} describes a module wrongly, or the network works out something from a width "
+                "that the family's `attributes` do not name"
+            )
+        return {"difference": found, "scale": scale}
+
+    def _prepare(self) -> None:
+        """Write the dense weights and their description, if they are not there, and remove those of another network."""
+        layout, digest = self._layout, self.architecture.fingerprint
+        if layout.weights.exists() and read_json(layout.architecture, "prepare")["fingerprint"] == digest:
+            return
+        remove(layout.root)
+        with writing_folder(layout.model) as folder:
+            save_file({name: tensor.contiguous() for name, tensor in stored(self._network).items()}, folder / WEIGHTS)
+        with writing(layout.architecture) as path:
+            path.write_text(self.architecture.to_json())
+        from libprune.weight_statistics import weight_columns
+
+        columns = partial(weight_columns, self.architecture, dict(self._network.named_parameters()))
+        write_units(layout.weights, self.architecture, columns, {"model": digest})
+
+    def _collect(self, stage: str) -> None:
+        """Run a collecting stage, unless its artifact is there and of this network and these samples."""
+        target = self._layout.root / stage
+        if target.exists() and read_meta(target, stage).items() >= self._run.meta.items():
+            return
+        if stage == "gradients":
+            collect_gradients(self._run, self._network, target, Gradients(storage_dtype="float32"))
+        elif stage == "hessian":
+            collect_hessian(self._run, self._network, target, self._hessian)
+        else:
+            collect_activations(self._run, self._network, target, Activations())
+
+
+def _digest_of(samples: Samples) -> str:
+    return _digest([("inputs", samples.inputs), ("targets", samples.targets)], samples.loss.__qualname__)
+
+
+def _digest(tensors: Any, text: str) -> str:
+    """Names what was collected from."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,126 @@
+"""Watching a network: what its maps take and give, and a mask for every unit of every sample."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from libprune.architecture import Architecture, Map
+from libprune.compute import hooked
+from libprune.errors import StatisticsError
+from libprune.surgery import CONVOLUTIONS, along_features
+
+
+def input_rows(module: nn.Module, x: Tensor, samples: int) -> Float[Tensor, "samples rows input"]:
+    """What a map takes, row by row: the patches of a convolution, the last dimension of another map.
+
+    Args:
+        module: the map.
+        x: its input, the samples in the first dimension.
+        samples: how many samples there are.
+    """
+    if not isinstance(module, CONVOLUTIONS):
+        return x.reshape(samples, -1, x.shape[-1])
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode)
+    kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
+    if isinstance(module, nn.Conv1d):
+        padded, kernel, dilation, stride = padded.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
+    return nn.functional.unfold(padded, kernel, dilation, stride=stride).mT
+
+
+def output_rows(module: nn.Module, y: Tensor) -> Float[Tensor, "rows output"]:
+    """What a map gives, or the gradient there, row by row."""
+    return (y.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else y).flatten(0, -2)
+
+
+@contextmanager
+def watched_inputs(
+    network: nn.Module, maps: Iterable[Map], samples: int
+) -> Iterator[Mapping[Map, list[Float[Tensor, "samples rows input"]]]]:
+    """Inside the context, what maps take in a pass over so many samples, one entry a call."""
+    seen: dict[Map, list[Tensor]] = {entry: [] for entry in maps}
+
+    def keep(entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[entry].append(input_rows(module, args[0].detach(), samples))
+
+    with hooked(network) as handles:
+        for entry in seen:
+            handles.append(network.get_submodule(entry.module).register_forward_pre_hook(partial(keep, entry)))
+        yield seen
+
+
+@contextmanager
+def watched_gradients(
+    network: nn.Module, architecture: Architecture
+) -> Iterator[Mapping[Map, list[Float[Tensor, "rows output"]]]]:
+    """Inside the context, the gradients at the output of every map, one entry a call, once backward has run."""
+    seen: dict[Map, list[Tensor]] = {entry: [] for entry in architecture.maps}
+
+    def keep(entry: Map, module: nn.Module, gradient: Tensor) -> None:
+        seen[entry].append(output_rows(module, gradient.detach()))
+
+    def watch(entry: Map, module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(partial(keep, entry, module))
+
+    with hooked(network) as handles:
+        for entry in architecture.maps:
+            handles.append(network.get_submodule(entry.module).register_forward_hook(partial(watch, entry)))
+        yield seen
+
+
+@contextmanager
+def unit_masks(
+    network: nn.Module, architecture: Architecture, samples: int
+) -> Iterator[Mapping[str, Float[Tensor, "samples units"]]]:
+    """Inside the context every consumer's input is multiplied by masks of ones, one for each sample and unit.
+
+    The gradient of the loss by them is that of the units' own masks, over all consumers, calls and positions.
+
+    Yields:
+        By part the masks, which take a gradient.
+    """
+    device = next(network.parameters()).device
+    masks = {part: torch.ones(samples, architecture.units(part), device=device) for part in architecture.parts}
+    for mask in masks.values():
+        mask.requires_grad_(True)
+    with hooked(network) as handles:
+        for entry in architecture.maps:
+            parts = [part for part in architecture.parts if part in entry.input.names]
+            if parts:
+                index = torch.from_numpy(_places(architecture, entry, parts)).to(device)
+                hook = partial(_multiply, entry.module, [masks[part] for part in parts], index)
+                handles.append(network.get_submodule(entry.module).register_forward_pre_hook(hook))
+        yield masks
+
+
+def _places(architecture: Architecture, entry: Map, parts: list[str]) -> Int[np.ndarray, " features"]:
+    """For every feature that a map takes its place among the units of the parts, one after the other; the last place
+    for features of no unit.
+    """
+    starts = np.cumsum([0, *(architecture.units(part) for part in parts)])
+    places = np.full(entry.input.size(architecture.sizes) // entry.kernel, starts[-1])
+    for part, start in zip(parts, starts[:-1], strict=True):
+        units = entry.input.units(part, architecture.sizes)[:: entry.kernel]
+        places[units >= 0] = start + units[units >= 0]
+    return places
+
+
+def _multiply(
+    name: str, masks: list[Tensor], index: Tensor, module: nn.Module, args: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    x, samples = args[0], len(masks[0])
+    if len(x) % samples:
+        raise StatisticsError(
+            f"module {name!r} takes an input of shape {list(x.shape)} for {samples} samples; the first dimension must "
+            "run over the samples"
+        )
+    factors = torch.cat([*masks, masks[0].new_ones(samples, 1)], 1)[:, index].repeat_interleave(len(x) // samples, 0)
+    if isinstance(module, CONVOLUTIONS):
+        return (x * along_features(module, factors), *args[1:])
+    return (x * factors.view(len(x), *[1] * (x.ndim - 2), -1), *args[1:])
