@@ -163,9 +163,7 @@ class Network:
             world=World(),
             meta={
                 "model": digest,
-                "tokens": _digest(
-                    [("inputs", samples.inputs), ("targets", samples.targets)], samples.loss.__qualname__
-                ),
+                "tokens": _digest_of(samples),
                 "sequences": len(samples),
             },
             work=folder / ".work",
