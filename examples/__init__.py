@@ -1,0 +1,1 @@
+"""Networks that are not transformers, pruned from beginning to end."""
