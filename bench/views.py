@@ -23,6 +23,7 @@ from libprune.agreement import jaccard, mean_interval, paired_factor, ratio_inte
 from libprune.artifacts import Layout, read_table, write_table
 from libprune.comparison_results import correlations_by_part
 from libprune.criteria import CRITERIA
+from libprune.errors import LibpruneError
 from libprune.markdown import markdown_table
 from libprune.sections import Allocate, Score
 from libprune.tokens import read_tokens
@@ -39,6 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"unit_fisher + {view}": {"criterion": f"unit_fisher + {view}", "scaling": "rank"} for view in VIEWS},
     "all six, learned": {"criterion": ALL, "fusion": "learned"},
     "all six, best": {"criterion": ALL, "fusion": "best"},
+    "all six for attention, learned": {"criterion": "unit_fisher", "attention": ALL, "fusion": "learned"},
+    "all six for attention, best": {"criterion": "unit_fisher", "attention": ALL, "fusion": "best"},
 }
 """By name the params of the score section."""
 ALLOCATE = {"method": "uniform", "split": "proportional"}
@@ -100,6 +103,11 @@ def measure(work: Path, root: Path, seed: int, windows: int, rows: list[dict[str
     truth, _ = read_table(bench.layout.ablation, "ablation")
     for name, repair in left:
         score = SETTINGS[name]
+        try:
+            bench.scores(Score(**score))
+        except LibpruneError as error:  # a fusion that the measured losses do not support
+            print(f"{name}, seed {seed}: {error}")
+            continue
         row = bench.measure(name, RATIO, (score, ALLOCATE, REPAIRS[repair])) | {"seed": seed, "repair": repair}
         plan, _ = bench.plan(Score(**score), Allocate(ratio=RATIO, **ALLOCATE))
         kept = np.packbits(np.concatenate([plan.keep[block] for block in bench.architecture.blocks()]))
