@@ -1,1 +1,1 @@
-"""Networks that are not transformers, pruned from beginning to end."""
+"""Complete small programs around libprune."""
