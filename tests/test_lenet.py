@@ -12,7 +12,7 @@ from examples.lenet_picture import filters
 from libprune import cost
 from libprune.criteria import CRITERIA
 from libprune.errors import LibpruneError
-from libprune.networks import Network
+from libprune.networks import Network, load
 from libprune.plan import Plan
 from libprune.surgery import masked
 from tests.closure import ROOT
@@ -156,3 +156,11 @@ def test_collecting_the_statistics_of_a_small_network_prints_nothing(network, de
     lenet.prune_by(again, "obs_fisher", 0.3)
     found = capfd.readouterr()
     assert found.out + found.err == ""
+
+
+def test_folders_and_family_files_may_be_named_by_texts(dense, digits, tmp_path):
+    network = Network(dense, str(lenet.FAMILY), digits.calibration[:16], str(tmp_path / "work"))
+    pruned = lenet.prune_by(network, "magnitude", 0.3).pruned["none"]
+    pruned.save(str(tmp_path / "saved"))
+    loaded = load(str(tmp_path / "saved"), lenet.LeNet())
+    assert torch.equal(loaded(digits.test.inputs), pruned.network(digits.test.inputs))

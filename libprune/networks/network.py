@@ -91,12 +91,13 @@ class Pruned:
         """How many it has."""
         return cost.size(self.dense, self.plan).total
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write a folder that `libprune.networks.load` reads: weights, plan, fits, record.
 
         Raises:
             LibpruneError: if the folder exists, or does not read back as it was written.
         """
+        folder = Path(folder)
         if folder.exists():
             raise LibpruneError(f"{folder} exists; name a folder that does not")
         meta = {"model": self.dense.fingerprint, "plan": self.plan.digest}
@@ -128,9 +129,9 @@ class Network:
     def __init__(
         self,
         network: nn.Module,
-        family: NetworkFamily | Path,
+        family: NetworkFamily | Path | str,
         samples: Samples,
-        folder: Path,
+        folder: Path | str,
         batch: int = 64,
         hessian: Hessian | None = None,
     ) -> None:
@@ -147,9 +148,9 @@ class Network:
         Raises:
             FamilyError: if the family does not describe the network.
         """
-        self.family = family if isinstance(family, NetworkFamily) else NetworkFamily.read(family)
+        self.family = family if isinstance(family, NetworkFamily) else NetworkFamily.read(Path(family))
         self._network = copy.deepcopy(network).eval()
-        self._samples, self._layout = samples, Layout(folder)
+        self._samples, self._layout = samples, Layout(Path(folder))
         self._hessian = hessian or Hessian(estimator="fisher")
         digest = _digest(stored(self._network).items(), self.family.model_dump_json())
         self._device = next(self._network.parameters()).device
@@ -167,7 +168,7 @@ class Network:
                 "tokens": _digest_of(samples),
                 "sequences": len(samples),
             },
-            work=folder / ".work",
+            work=self._layout.root / ".work",
             at_once=batch,
         )
 
