@@ -6,7 +6,7 @@
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,19 +115,27 @@ def _require_described(folder: Path) -> None:
     describe(without_weights(config), accept=tuple(config.to_dict()))
 
 
-def multiplied(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def multiplied(
+    state: Mapping[str, Tensor], where: str, own: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A state dict with X in the place of X_orig and X_mask, and by X the masks, true where an entry stays.
+
+    Args:
+        state: of a pruned model.
+        where: it comes from, for messages.
+        own: names that the model has without masks, too, such as a buffer ``causal_mask``.
 
     Raises:
         LibpruneError: if one of the two is missing, or the mask is none.
     """
-    masks = [name.removesuffix(_MASK) for name in state if name.endswith(_MASK)]
-    alone = {name.removesuffix(_ORIG) for name in state if name.endswith(_ORIG)} ^ set(masks)
+    made = [name for name in state if name.endswith((_ORIG, _MASK)) and name not in own]
+    masks = [name.removesuffix(_MASK) for name in made if name.endswith(_MASK)]
+    alone = {name.removesuffix(_ORIG) for name in made if name.endswith(_ORIG)} ^ set(masks)
     if alone:
         name = min(alone)
         has, lacks = (_ORIG, _MASK) if name + _ORIG in state else (_MASK, _ORIG)
         raise LibpruneError(f"{where} holds {name}{has} without {name}{lacks}; torch.nn.utils.prune makes both")
-    result = {name: state[name] for name in state if not name.endswith((_ORIG, _MASK))}
+    result = {name: state[name] for name in state if name not in made}
     stay: dict[str, Tensor] = {}
     for name in masks:
         result[name], stay[name] = _product(name, state[name + _ORIG], state[name + _MASK], where)
