@@ -201,6 +201,12 @@ def require_units(found: MaskInspection) -> None:
         raise LibpruneError(nothing_to_remove(found))
 
 
+def removed(found: MaskInspection) -> str:
+    """What has gone, in a sentence."""
+    share = f"{found.saved_parameters:,} parameters, {100 * found.saved_share:.1f} % of the {found.whole}"
+    return f"removed {found.removable:,} units: {share}"
+
+
 def as_data(found: MaskInspection) -> dict[str, Any]:
     """All of an inspection for JSON, numbers unrounded."""
     return asdict(found) | {"removable": found.removable, "saved_share": found.saved_share}

@@ -36,6 +36,7 @@ samples in any place; ``[3, features]``.
 """
 
 _SCALES = (0.1, 1.0, 10.0)
+"""Standard deviations of the noise."""
 _SEQUENCES, _LENGTH = 2, 16
 _TOLERANCE = 1e-5
 """Of the largest value: how far float32 lets a constant move, behind weights that sum to one only up to rounding."""
@@ -128,7 +129,7 @@ def _seen(model: nn.Module, architecture: Architecture) -> dict[str, Steady]:
     ids = torch.randint(architecture.sizes["vocab"], (_SEQUENCES, length), generator=generator)
     fixed = {name: zero for producers in rows.values() for name, zero in producers.items()}
     consumers = [consumer.module for block in rows for consumer in architecture.consumers(*block)]
-    return under_noise(model, fixed, consumers, [lambda: model(input_ids=ids, use_cache=False)], _SCALES, generator)
+    return under_noise(model, fixed, consumers, [lambda: model(input_ids=ids, use_cache=False)], generator)
 
 
 def _producers(architecture: Architecture, block: Block) -> Iterator[Map]:
@@ -144,24 +145,23 @@ def _zero_rows(model: nn.Module, architecture: Architecture, block: Block) -> di
 
 def under_noise(
     model: nn.Module,
-    fixed: Mapping[str, Bool[Tensor, "..."]],
+    fixed: Mapping[str, Bool[Tensor, "..."] | None],
     consumers: Iterable[str],
     passes: Sequence[Pass],
-    scales: Sequence[float],
     generator: torch.Generator,
 ) -> dict[str, Steady]:
     """What consumers take with noise in the place of the outputs of other modules.
 
     Args:
         model: in evaluation mode.
-        fixed: by module which of its outputs are left as they are, ``[output]``.
+        fixed: by module which of its outputs are left as they are, ``[output]``; None: those that are the same for
+            all samples.
         consumers: modules whose input is watched.
         passes: how the model is run, once for each kind of input.
-        scales: standard deviations of the noise.
         generator: where the noise comes from.
     """
     seen: Ranges = {name: [] for name in consumers}
-    for run, scale in product(passes, scales):
+    for run, scale in product(passes, _SCALES):
         with hooked(model) as handles, torch.no_grad():
             for name, outputs in fixed.items():
                 hook = partial(_replace, outputs, scale, generator)
@@ -173,7 +173,7 @@ def under_noise(
 
 
 def _replace(
-    fixed: Bool[Tensor, "..."],
+    fixed: Bool[Tensor, "..."] | None,
     scale: float,
     generator: torch.Generator,
     module: nn.Module,
@@ -181,7 +181,8 @@ def _replace(
     output: Float[Tensor, "..."],
 ) -> Float[Tensor, "..."]:
     noise = torch.randn(output.shape, generator=generator, dtype=output.dtype)
-    return torch.where(along_features(module, fixed), output, scale * noise)
+    left = _alike(output.amin(0), output.amax(0)) if fixed is None else along_features(module, fixed)
+    return torch.where(left, output, scale * noise)
 
 
 def _look(calls: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -196,6 +197,6 @@ def _steady(calls: Float64[Tensor, "calls 3 features"]) -> Steady:
     return Steady(values.numpy(), moves.bool().numpy())
 
 
-def _alike(low: Float64[Tensor, "..."], high: Float64[Tensor, "..."]) -> Bool[Tensor, "..."]:
+def _alike(low: Float[Tensor, "..."], high: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
     """Whether a range is that of rounding; not where it is not finite."""
     return (high - low <= _TOLERANCE * torch.maximum(low.abs(), high.abs())) & torch.isfinite(high - low)

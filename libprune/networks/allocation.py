@@ -74,7 +74,7 @@ def _ranked(architecture: Architecture, scores: Columns, params: Allocate) -> La
     """The ladders, with ranks that let `allocate_global` take the method's order."""
     ladders = build_ladders(architecture, scores, params, cost.prices(architecture, params.objective))
     if params.method == "uniform":
-        return by_progress(ladders, {block: architecture.units(block[1]) for block in ladders})
+        return by_progress(ladders, {block: float(architecture.units(block[1])) for block in ladders})
     if params.method == "retention":
         return by_progress(ladders, wanted_removals(architecture, scores, params.network_type))
     return ladders

@@ -23,8 +23,6 @@ from libprune.surgery import CONVOLUTIONS, entries_kept, input_mask
 
 Units = dict[Block, Bool[np.ndarray, " units"]]
 
-_SCALES = (0.1, 1.0, 10.0, 1e3, 1e6)
-"""Of the noise: also beyond what a batch norm may subtract before an activation."""
 _SAMPLES = 4
 
 
@@ -38,7 +36,7 @@ class Settled:
         wholly: units that are wholly masked.
         folded: those of which a constant has gone into a bias.
         biases: the biases that hold these.
-        network: of the dense shape, what goes zeroed and the constants in the biases.
+        network: of the dense shape, what can go zeroed and the constants in the biases.
     """
 
     plan: Plan
@@ -57,24 +55,33 @@ def settle(masked: nn.Module, architecture: Architecture, inputs: Shaped[Tensor,
         architecture: its description.
         inputs: of a few samples.
     """
-    network, plan = copy.deepcopy(masked), Plan.dense(architecture)
+    network, left = copy.deepcopy(masked), Plan.dense(architecture)
     generator = torch.Generator().manual_seed(0)
     probes = _probes(network, inputs, generator)
-    folded: Units = {block: np.zeros_like(keep) for block, keep in plan.keep.items()}
+    folded: Units = {block: np.zeros_like(keep) for block, keep in left.keep.items()}
     biases: set[str] = set()
     while True:
         reach = _reaches(network, architecture, probes, generator)
         found = {block: _removable(network, architecture, block, sent) for block, sent in reach.items()}
         after = Plan({block: ~gone for block, (gone, _) in found.items()})
-        if after.digest == plan.digest:
+        if after.digest == left.digest:
             break
         for block, (gone, _) in found.items():
             folded[block] |= gone & ~reach[block].silent
         biases |= _take_out(network, architecture, after, reach)
-        plan = after
+        left = after
     stays = {block: why for block, (_, why) in found.items() if why}
     wholly = {block: sent.still | sent.drifts for block, sent in reach.items()}
-    return Settled(plan, stays, wholly, folded, tuple(sorted(biases)), network)
+    return Settled(_with_one_each(left, stays), stays, wholly, folded, tuple(sorted(biases)), network)
+
+
+def _with_one_each(left: Plan, stays: dict[Block, str]) -> Plan:
+    """The plan with a unit of every part, of which nothing but zeros is left where all of the part could go."""
+    keep = {block: units.copy() for block, units in left.keep.items()}
+    for block, units in keep.items():
+        if left.gone(*block):
+            units[0], stays[block] = True, f"a network cannot lose all of {block[1]}, so one unit stays"
+    return Plan(keep)
 
 
 def like(inputs: Shaped[Tensor, "samples ..."], samples: int, generator: torch.Generator) -> Shaped[Tensor, "..."]:
@@ -106,13 +113,20 @@ def _takes(network: nn.Module, probe: Tensor) -> bool:
 def _reaches(
     network: nn.Module, architecture: Architecture, probes: Sequence[Tensor], generator: torch.Generator
 ) -> dict[Block, Reach]:
-    """What the units of every part send, with noise in the place of what all maps and embeddings give."""
-    fixed = {entry.module: (matrix(network, entry) == 0).all(dim=1) for entry in architecture.maps}
+    """What the units of every part send, with noise in the place of what depends on the input.
+
+    The weights say which outputs of maps and embeddings do; of what else has weights, such as norms and depthwise
+    convolutions, those that move.
+    """
+    fixed: dict[str, Bool[Tensor, " output"] | None] = {
+        stored.name.rpartition(".")[0]: None for stored in (*architecture.parameters, *architecture.buffers)
+    }
+    fixed |= {entry.module: (matrix(network, entry) == 0).all(dim=1) for entry in architecture.maps}
     for name, module in network.named_modules():
         if isinstance(module, nn.Embedding):
             fixed[name] = (module.weight == 0).all(dim=0)
     consumers = [entry.module for entry in architecture.maps]
-    seen = under_noise(network, fixed, consumers, [partial(network, probe) for probe in probes], _SCALES, generator)
+    seen = under_noise(network, fixed, consumers, [partial(network, probe) for probe in probes], generator)
     return {block: reach_of(network, architecture, block, seen) for block in architecture.blocks()}
 
 
@@ -130,9 +144,6 @@ def _removable(
             why.append(obstacle)
     if sent.drifts.any():
         why.append("what they send depends on no input, but changes with time, place or the input's size")
-    if gone.all():
-        gone[0] = False
-        why.append(f"a network cannot lose all of {axis}, so one unit stays")
     return gone, "; ".join(why)
 
 

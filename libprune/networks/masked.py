@@ -128,6 +128,23 @@ def read_inputs(path: Path) -> Tensor:
     return tensors[INPUTS]
 
 
+def require_takes(network: nn.Module, inputs: Tensor) -> None:
+    """Stop where a network does not run on inputs.
+
+    Raises:
+        LibpruneError: saying what its code says.
+    """
+    try:
+        with torch.no_grad():
+            network(inputs[:2])
+    except Exception as error:  # the network's own code raises what it likes
+        raise SourceError(
+            f"{type(network).__name__} does not run on inputs of shape {list(inputs.shape)} and type "
+            f"{str(inputs.dtype).removeprefix('torch.')}: {first_line(error)}. Write inputs that it takes to a file, "
+            "and name that with --inputs"
+        ) from error
+
+
 def drawn_inputs(shape: str) -> Tensor:
     """Inputs of a shape, normally distributed, ``[samples, *shape]``.
 
