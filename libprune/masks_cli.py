@@ -1,14 +1,11 @@
 """The `libprune masks` commands: from masks of torch.nn.utils.prune to structure, and back."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from libprune import stage
-
-if TYPE_CHECKING:
-    from libprune.networks.masks import Extraction
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -67,10 +64,11 @@ def inspect_masks(
     from libprune.mask_extraction import extraction
     from libprune.mask_files import read_masked
     from libprune.mask_inspection import as_data, as_text, inspection
+    from libprune.networks.mask_options import network_of
     from libprune.networks.masks import inspection as of_network
 
     with stage.user_errors():
-        given = _network(model, masks, family, network, inputs, input_shape)
+        given = network_of(model, masks, family, network, inputs, input_shape)
         found = of_network(given) if given else inspection(extraction(read_masked(model, masks)))
     typer.echo(json.dumps(as_data(found), indent=2) if as_json else as_text(found))
 
@@ -87,12 +85,13 @@ def extract(
 ) -> None:
     """Remove the wholly masked units for real, and prove that the outputs are the same."""
     from libprune.errors import LibpruneError
+    from libprune.networks.mask_options import extract_network, network_of
 
     with stage.user_errors():
         if out.exists():
             raise LibpruneError(f"{out} exists; name a folder that does not")
-        given = _network(model, masks, family, network, inputs, input_shape)
-        lines = _extract_network(given, out, str(network)) if given else _extract_model(model, masks, out)
+        given = network_of(model, masks, family, network, inputs, input_shape)
+        lines = extract_network(given, out, str(network)) if given else _extract_model(model, masks, out)
     typer.echo("\n".join(lines))
 
 
@@ -114,51 +113,6 @@ def _extract_model(model: Path, masks: Path | None, out: Path) -> list[str]:
         f"{proof['logit_scale']:.1f}; reloaded in a fresh process by {proof['logit_difference']:.1e}",
         f"load:   {how_to_load(str(out), found.shape, found.own.head)}",
     ]
-
-
-def _extract_network(found: "Extraction", out: Path, factory: str) -> list[str]:
-    from libprune.mask_inspection import removed, require_units
-    from libprune.networks.masks import inspection
-
-    seen = inspection(found)
-    require_units(seen)
-    found.save(out)
-    proof = found.proof
-    return [
-        removed(seen),
-        f"outputs differ from the masked network's by {proof['difference']:.1e} of {proof['scale']:.1f}; on inputs "
-        f"without order by {proof['noise_difference']:.1e} of {proof['noise_scale']:.1f}",
-        f'load:   libprune.networks.load(Path("{out}"), {factory.rpartition(":")[2]}())',
-    ]
-
-
-def _network(
-    model: Path, masks: Path | None, family: Path | None, factory: str | None, inputs: Path | None, shape: str | None
-) -> "Extraction | None":
-    """The network that the options describe; None where none of them is given, for a language model."""
-    from libprune.errors import LibpruneError
-
-    if family is None and factory is None and inputs is None and shape is None:
-        if model.is_file():
-            raise LibpruneError(
-                f"{model} is a file. Name a folder of a language model; for a network add --family FILE.yaml, "
-                "--network package.module:Name, and --inputs FILE or --input-shape SIZES"
-            )
-        return None
-    if family is None or factory is None or (inputs is None) == (shape is None):
-        raise LibpruneError(
-            "a network needs --family FILE.yaml, --network package.module:Name, and one of --inputs FILE and "
-            "--input-shape SIZES"
-        )
-    if masks is not None:
-        raise LibpruneError(f"leave out --masks {masks}: masks of a network are X_orig and X_mask in its state dict")
-    from libprune.networks.masked import drawn_inputs, read_inputs, read_network, require_takes
-    from libprune.networks.masks import extraction
-
-    examples = drawn_inputs(str(shape)) if inputs is None else read_inputs(inputs)
-    masked = read_network(model, factory)
-    require_takes(masked.model, examples)
-    return extraction(masked, family, examples)
 
 
 @app.command()
