@@ -21,7 +21,11 @@ from jaxtyping import install_import_hook
 from tests.preloaded import preloaded
 
 _PACKAGE = Path(__file__).parents[1] / "libprune"
-_SHAPED = [f"libprune.{path.stem}" for path in _PACKAGE.glob("*.py") if "from jaxtyping" in path.read_text()]
+_SHAPED = [
+    ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
+    for path in _PACKAGE.rglob("*.py")
+    if "from jaxtyping" in path.read_text()
+]
 beartype_package("libprune", conf=BeartypeConf(claw_is_pep526=False))
 install_import_hook(_SHAPED, "beartype.beartype")
 
