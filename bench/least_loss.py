@@ -132,7 +132,7 @@ class Bench:
         root: Path | None = None,
     ) -> None:
         self.layout, self.long, self.compute = Layout(root or work / "artifacts"), Layout(work / "long"), Compute()
-        self.scored = self.layout
+        self.scored, self._tables = self.layout, {}
         self.sequences, self.questions, self.tasks = sequences, questions, tasks
         self.architecture = read_architecture(self.layout)
         device = resolve_device("auto")
@@ -188,8 +188,11 @@ class Bench:
         } | info
 
     def scores(self, score: Score):
-        """The importance table and its metadata."""
-        return score_layout(self.scored, score)
+        """The importance table and its metadata; each is made once."""
+        key = f"{self.scored.root} {score.model_dump_json()}"
+        if key not in self._tables:
+            self._tables[key] = score_layout(self.scored, score)
+        return self._tables[key]
 
     def plan(self, score: Score, allocate: Allocate):
         """The plan of these params, and what else came out."""

@@ -40,6 +40,10 @@ class BudgetError(LibpruneError):
     """The requested share cannot be removed under the given floors and shapes."""
 
 
+class NetworkError(LibpruneError):
+    """A network cannot be built as asked, or cannot run on what it is given."""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """The known words nearest to `word`, as the end of a message: ``; did you mean 'kv'?``."""
     matches = get_close_matches(word, list(known), n=count, cutoff=0.5)

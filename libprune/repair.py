@@ -100,6 +100,8 @@ def solve(
         StatisticsError: if no damping up to 100 makes the matrix positive definite.
     """
     diagonal = moments.gram.diagonal()
+    if not (diagonal > 0).any():  # inputs that are always 0: any weights will do
+        return weight.double(), damping
     scale = diagonal.clamp_min(_SILENT * float(diagonal.max()))
     while True:
         damped = moments.gram.clone()

@@ -22,8 +22,9 @@ def cross_entropy(outputs: Float[Tensor, "samples ..."], targets: Tensor) -> Flo
         outputs: logits ``[samples, classes]``, or ``[samples, positions, classes]``.
         targets: classes ``[samples]``, or ``[samples, positions]`` with `NO_TARGET` where nothing is asked.
     """
+    precise = torch.promote_types(outputs.dtype, torch.float32)
     losses = nn.functional.cross_entropy(
-        outputs.flatten(0, -2).float(), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
+        outputs.flatten(0, -2).to(precise), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
     ).view(len(targets), -1)
     return losses.sum(1) / (targets.view(len(targets), -1) != NO_TARGET).sum(1)
 

@@ -60,6 +60,7 @@ def describe(network: nn.Module, family: NetworkFamily, example: Tensor | None, 
         buffers=tuple(buffers),
     )
     _require_prunable(network, architecture, described)
+    _require_own_weights(network, architecture)
     return architecture
 
 
@@ -174,10 +175,20 @@ def _rows(network: nn.Module, paths: set[str], example: Tensor) -> Counter[str]:
     return Counter({path: number // len(example) for path, number in rows.items()})
 
 
+def _require_own_weights(network: nn.Module, architecture: Architecture) -> None:
+    """Stop at a map that shares its weight: a repair of one module would change the other."""
+    owned = {parameter.name for parameter in architecture.parameters}
+    for entry in {entry for block in architecture.blocks() for entry in architecture.maps_of(*block)}:
+        if entry.weight not in owned:
+            same = network.get_parameter(entry.weight)
+            owner = next(name for name, parameter in network.named_parameters() if parameter is same)
+            raise FamilyError(
+                f"{entry.weight} and {owner} are one parameter, and prunable axes lie in it; untie them "
+                "(module.weight = nn.Parameter(module.weight.clone())), or take its axes from `prunable`"
+            )
+
+
 def _require_prunable(network: nn.Module, architecture: Architecture, described: dict[str, LinearMap | Expr]) -> None:
-    for part in architecture.parts:
-        if not architecture.consumers(0, part):
-            raise FamilyError(f"axis {part!r} is prunable, but no map takes it as its input")
     for path, entry in described.items():
         module = network.get_submodule(path)
         prunable = [axis for axis in architecture.parts if axis in _names(entry)]
@@ -188,3 +199,6 @@ def _require_prunable(network: nn.Module, architecture: Architecture, described:
             )
         if isinstance(module, _TABLES) and isinstance(entry, LinearMap) and entry.input.names & set(architecture.parts):
             raise FamilyError(f"axis {entry.input!s} cannot be prunable: it is what embedding {path!r} looks up")
+    for part in architecture.parts:
+        if not architecture.consumers(0, part):
+            raise FamilyError(f"axis {part!r} is prunable, but no map takes it as its input")

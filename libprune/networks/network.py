@@ -152,13 +152,14 @@ class Network:
         self._samples, self._layout = samples, Layout(folder)
         self._hessian = hessian or Hessian(estimator="fisher")
         name = digest(stored(self._network).items(), self.family.model_dump_json())
-        self.architecture = describe(self._network, self.family, samples[:2].inputs, name)
+        self._device = next(self._network.parameters()).device
+        self.architecture = describe(self._network, self.family, samples[:2].to(self._device).inputs, name)
         self._prepare()
         self._run = Run(
             architecture=self.architecture,
             weights=WeightFiles(self._layout.model),
             sequences=samples,
-            device=next(self._network.parameters()).device,
+            device=self._device,
             compute=Compute(),
             world=World(),
             meta={
@@ -223,14 +224,15 @@ class Network:
 
     def _local(self, plan: Plan, damping: float | None) -> list[Fit]:
         self._collect("activations")
-        return repair_local(self._layout, self.architecture, plan, self._network.state_dict(), damping)
+        state = {name: tensor.cpu() for name, tensor in self._network.state_dict().items()}
+        return repair_local(self._layout, self.architecture, plan, state, damping)
 
     def _sequential(self, plan: Plan, damping: float | None) -> list[Fit]:
-        batches = list(self._samples.passes(self._run.at_once))
+        batches = [batch.to(self._device) for batch in self._samples.passes(self._run.at_once)]
         return repair_sequential(self._network, self.architecture, plan, batches, damping)
 
     def _prove(self, whole: nn.Module, smaller: nn.Module, plan: Plan) -> dict[str, float]:
-        inputs = self._samples[:_CHECKED].inputs
+        inputs = self._samples[:_CHECKED].to(self._device).inputs
         with masked(whole, self.architecture, plan), torch.no_grad():
             expected = whole(inputs)
         found, scale = difference(smaller, inputs, expected)
@@ -275,5 +277,5 @@ def digest(tensors: Iterable[tuple[str, Tensor]], text: str) -> str:
     found = hashlib.sha256(text.encode())
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]

@@ -1,0 +1,341 @@
+"""Statistics, repair and errors of networks, each against another way to the same number."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from libprune.activations import GRAM
+from libprune.artifacts import read_table
+from libprune.criteria import CRITERIA
+from libprune.errors import BudgetError, FamilyError, LibpruneError, StatisticsError
+from libprune.networks import Network, NetworkFamily, Samples
+from libprune.networks.describe import describe
+from libprune.networks.watching import input_rows, output_rows, unit_masks
+from libprune.plan import Plan
+from libprune.repair import oriented
+from libprune.sections import Allocate, Hessian, Score
+from libprune.shards import read_tensor
+from tests.networks import CASES, LENET, RECURRENT, LeNet, Recurrent
+
+
+@st.composite
+def convolutions(draw):
+    """A convolution and an input for it."""
+    two = draw(st.booleans())
+    kernel, stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    padding = draw(st.sampled_from([0, 1, 2, "valid", "same"]))
+    assume(padding != "same" or stride == 1)
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    make = nn.Conv2d if two else nn.Conv1d
+    module = make(2, 3, kernel, stride, padding, dilation, padding_mode=mode)
+    return module, torch.randn(4, 2, 7, 6) if two else torch.randn(4, 2, 7)
+
+
+@given(convolutions())
+def test_a_convolution_is_a_linear_map_on_patches(drawn):
+    module, x = drawn
+    with torch.no_grad():
+        expected = output_rows(module, module(x))
+        rows = input_rows(module, x, 4)
+        found = rows.flatten(0, 1) @ module.weight.flatten(1).T + module.bias
+    assert rows.shape[0] == 4
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mask_gradient_is_the_slope_of_the_loss_along_the_mask(name):
+    """The mask of one unit of one sample is moved a little, over all consumers, calls and positions."""
+    case, step = CASES[name], 1e-6
+    network, samples = case.network().double(), case.samples(2)
+    inputs = samples.inputs.double() if samples.inputs.is_floating_point() else samples.inputs
+    samples = Samples(inputs, samples.targets)
+    architecture = describe(network, case.family, inputs)
+    with unit_masks(network, architecture, 2) as masks:
+        for mask in masks.values():
+            mask.data = mask.data.double()
+        slopes = torch.autograd.grad(samples.losses(network).sum(), list(masks.values()))
+        for part, found in zip(masks, slopes, strict=True):
+            for unit in (0, architecture.units(part) - 1):
+                losses = []
+                for sign in (1, -1):
+                    masks[part].data[1, unit] = 1 + sign * step
+                    losses.append(samples.losses(network).detach())
+                masks[part].data[1, unit] = 1
+                slope = (losses[0] - losses[1]) / (2 * step)
+                assert float(slope[0]) == 0  # of the other sample
+                np.testing.assert_allclose(float(slope[1]), float(found[1, unit]), atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_statistics_do_not_depend_on_the_size_of_batches(name, tmp_path):
+    case = CASES[name]
+    tables = []
+    for batch in (24, 7):
+        folder = tmp_path / str(batch)
+        network = Network(case.network(), case.family, case.samples(), folder, batch)
+        for criterion in ("taylor_2nd", "unit_fisher", "fluctuation"):
+            network.scores(Score(criterion=criterion))
+        tables.append([read_table(folder / stage / "units.parquet", stage)[0] for stage in _STAGES])
+    for one, two in zip(*tables, strict=True):
+        assert one.keys() == two.keys()
+        for column in one.keys() - {"group_type"}:
+            np.testing.assert_allclose(one[column], two[column], rtol=1e-4, atol=1e-7, err_msg=column)
+
+
+_STAGES = ("gradients", "hessian", "activations")
+
+
+def test_squared_gradients_are_those_of_single_samples(tmp_path):
+    case = CASES["lenet"]
+    network, samples = case.network(), case.samples()
+    pruner = Network(network, case.family, samples, tmp_path / "work")
+    pruner.scores(Score(criterion="fisher"))
+    names = dict(network.named_parameters())
+
+    def loss(parameters, x, y):
+        return nn.functional.cross_entropy(torch.func.functional_call(network, parameters, (x[None],)), y[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(
+        {name: p.detach() for name, p in names.items()}, samples.inputs, samples.targets
+    )
+    for name, gradients in each.items():
+        if name != "fc2.bias":  # carries no unit
+            stored = read_tensor(tmp_path / "work" / "hessian", 0, name, "hessian").float()
+            torch.testing.assert_close(stored, gradients.square().mean(0), rtol=1e-2, atol=1e-9)  # stored in bfloat16
+
+
+def test_random_probes_find_the_diagonal_of_the_hessian(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    family = NetworkFamily(family="tanh", prunable=["h"], modules={"0": "in -> h", "2": "h -> out"})
+    samples = Samples(torch.randn(8, 3).double(), torch.randint(2, (8,)))
+    hessian = Hessian(estimator="hutchinson", probes=4000, storage_dtype="float32")
+    pruner = Network(network, family, samples, tmp_path / "work", hessian=hessian)
+    pruner.scores(Score(criterion="fisher"))
+
+    def loss(weight):
+        return nn.functional.cross_entropy(
+            torch.func.functional_call(network, {"0.weight": weight}, (samples.inputs,)), samples.targets
+        )
+
+    weight = network[0].weight.detach()
+    exact = torch.autograd.functional.hessian(loss, weight).reshape(6, 6).diagonal().view(2, 3)
+    found = read_tensor(tmp_path / "work" / "hessian", 0, "0.weight", "hessian").double()
+    assert float((found - exact).abs().max()) < 0.1 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gram_matrices_are_those_of_the_samples_that_fits_see(name, tmp_path):
+    case = CASES[name]
+    network, samples = case.network(), case.samples()
+    pruner = Network(network, case.family, samples, tmp_path / "work", batch=5)
+    pruner.scores(Score(criterion="fluctuation"))
+    fitted = torch.arange(len(samples)) % 8 != 7
+    for entry in pruner.architecture.maps:
+        if not set(pruner.architecture.parts) & entry.input.names:
+            continue
+        module, seen = network.get_submodule(entry.module), []
+        handle = module.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            network(samples.inputs[fitted])
+        handle.remove()
+        x = torch.cat([input_rows(module, call, int(fitted.sum())) for call in seen], 1).flatten(0, 1).double()
+        gram = read_tensor(tmp_path / "work" / "activations", 0, entry.module + GRAM, "activations").double()
+        torch.testing.assert_close(gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("repair", ["local", "sequential"])
+def test_a_unit_that_another_repeats_goes_without_loss(repair, tmp_path):
+    """Of two equal channels one goes, in a convolution and in a linear map; the repair hands its part to the other."""
+    case = CASES["lenet"]
+    network, samples = case.network(), case.samples(64)
+    with torch.no_grad():
+        for module in (network.conv1, network.fc1):
+            module.weight[1], module.bias[1] = module.weight[0], module.bias[0]
+    pruner = Network(network, case.family, samples, tmp_path / "work")
+    plan = Plan.dense(pruner.architecture)
+    plan.keep[0, "c1"][1] = plan.keep[0, "f1"][0] = False
+    fresh = case.samples(10, seed=5).inputs
+    with torch.no_grad():
+        expected = network(fresh)
+        found = pruner.prune(plan, repair, damping=1e-7).network(fresh)
+        without = pruner.prune(plan, "none").network(fresh)
+    scale = float(expected.abs().max())
+    assert float((found - expected).abs().max()) < 1e-3 * scale
+    assert float((without - expected).abs().max()) > 0.05 * scale
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_local_repair_is_the_best_fit_with_its_bias(name, tmp_path):
+    """With hardly any ridge no other weights and bias give less error on the samples of the fit."""
+    case = CASES[name]
+    network, samples = case.network(), case.samples(40)
+    pruner = Network(network, case.family, samples, tmp_path / "work")
+    plan = pruner.plan(Score(criterion="random"), Allocate(ratio=0.3, method="global"))
+    fitted = torch.arange(len(samples)) % 8 != 7
+    for fit in pruner.prune(plan, "local", damping=1e-9).fits:
+        entry, module, seen = fit.consumer, network.get_submodule(fit.consumer.module), []
+        handle = module.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            network(samples.inputs[fitted])
+        handle.remove()
+        x = torch.cat([input_rows(module, call, int(fitted.sum())) for call in seen], 1).flatten(0, 1).double()
+        y = x @ oriented(entry, module.weight.detach()).double().T
+        new = oriented(entry, fit.weight).double()
+        kept = new.abs().sum(0) > 0
+        own, error = x[:, kept], y - x @ new.T
+        if fit.bias is not None:
+            own = torch.cat([own, own.new_ones(len(own), 1)], 1)
+            error = error - (fit.bias - module.bias.detach()).double()
+        best = y - own @ torch.linalg.lstsq(own, y, driver="gelsd").solution
+        scale = float(y.square().sum())
+        assert float(error.square().sum()) <= float(best.square().sum()) + 1e-4 * scale
+
+
+def test_statistics_are_collected_once_and_anew_for_other_samples(tmp_path):
+    case, folder = CASES["lenet"], tmp_path / "work"
+
+    def score(samples: Samples) -> float:
+        Network(case.network(), case.family, samples, folder).scores(Score(criterion="taylor"))
+        return (folder / "gradients" / "units.parquet").stat().st_mtime_ns
+
+    first = score(case.samples())
+    assert score(case.samples()) == first
+    assert score(case.samples(seed=2)) != first
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", CASES)
+def test_every_criterion_scores_every_unit(name, criterion, scored):
+    table, _ = scored[name].scores(Score(criterion=criterion))
+    assert len(table["importance"]) == sum(scored[name].architecture.units(p) for p in scored[name].architecture.parts)
+    assert np.isfinite(table["importance"]).all()
+    assert np.ptp(table["importance"]) > 0
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory) -> dict[str, Network]:
+    folder = tmp_path_factory.mktemp("scored")
+    return {n: Network(case.network(), case.family, case.samples(), folder / n) for n, case in CASES.items()}
+
+
+def family(**changes: object) -> NetworkFamily:
+    return NetworkFamily(**(LENET | changes))
+
+
+def modules(**changes: str) -> dict[str, str]:
+    return LENET["modules"] | changes
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"modules": {k: v for k, v in modules().items() if k != "fc1"}}, r"parameter 'fc1.weight' \[12, 45\]"),
+        ({"modules": modules(conv3="c1 -> c2")}, "'conv3'.* no entry|has no entry 'conv3'"),
+        ({"modules": modules(conv2="c1 -> c1")}, "does not fit this network"),
+        ({"prunable": ["c9"]}, "axis 'c9' as prunable.*did you mean"),
+        ({"prunable": ["classes"]}, "no map takes it as its input"),
+        ({"attributes": {"fc1.nothing": "f1"}}, "attribute 'fc1.nothing'"),
+        ({"attributes": {"fc1.out_features": "c1"}}, "attribute fc1.out_features = 12, but c1 is 4"),
+    ],
+)
+def test_a_family_that_does_not_fit_is_refused_by_name(changed, message):
+    with pytest.raises(FamilyError, match=message):
+        describe(LeNet(), family(**changed), torch.randn(2, 1, 14, 14))
+
+
+def test_a_star_stands_for_the_same_name_in_path_and_expression():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    described = NetworkFamily(family="f", prunable=["a_*"], modules={"*": "a_* -> b_*"}).described(network)
+    assert {path: str(entry) for path, entry in described.items()} == {"0": "a_0 -> b_0", "1": "a_1 -> b_1"}
+
+
+@pytest.mark.parametrize(
+    ("norm", "name"), [(nn.LayerNorm(4), "LayerNorm"), (nn.GroupNorm(2, 4), "GroupNorm"), (nn.RMSNorm(4), "RMSNorm")]
+)
+def test_norms_over_units_are_refused(norm, name):
+    network = nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2))
+    described = NetworkFamily(family="f", prunable=["h"], modules={"0": "a -> h", "1": "h", "2": "h -> b"})
+    with pytest.raises(FamilyError, match=f"{name}, whose statistics run over its units"):
+        describe(network, described, torch.randn(2, 3))
+
+
+def test_convolutions_of_several_groups_are_refused_as_maps():
+    network = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2))
+    described = NetworkFamily(family="f", prunable=["h"], modules={"0": "a -> h", "1": "h -> b"})
+    with pytest.raises(FamilyError, match="Conv2d of several groups"):
+        describe(network, described, torch.randn(2, 4, 3, 3))
+
+
+def test_a_tied_map_with_prunable_axes_is_refused():
+    with pytest.raises(FamilyError, match=r"decoder.weight and embedding.weight are one parameter"):
+        describe(Recurrent(tied=True), NetworkFamily(**RECURRENT), torch.randint(7, (2, 3)))
+
+
+def test_a_module_that_is_never_called_is_refused():
+    class Uncalled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return nn.functional.linear(self.one(x), self.two.weight)
+
+    described = NetworkFamily(family="f", prunable=["h"], modules={"one": "a -> h", "two": "h -> b"})
+    with pytest.raises(FamilyError, match="'two' is described, but the network does not call it"):
+        describe(Uncalled(), described, torch.randn(2, 3))
+
+
+def test_an_embedding_cannot_lose_what_it_looks_up():
+    with pytest.raises(FamilyError, match="what embedding 'embedding' looks up"):
+        describe(Recurrent(), NetworkFamily(**(RECURRENT | {"prunable": ["vocab"]})), torch.randint(7, (2, 3)))
+
+
+def test_samples_must_be_the_first_dimension(tmp_path):
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.two(self.one(x).transpose(0, 1)).mean(0)
+
+    described = NetworkFamily(family="f", prunable=["h"], modules={"one": "a -> h", "two": "h -> b"})
+    samples = Samples(torch.randn(8, 5, 3), torch.randint(2, (8,)))
+    network = Network(TimeFirst(), described, samples, tmp_path / "work")
+    with pytest.raises(StatisticsError, match="'two' takes an input of shape"):
+        network.scores(Score(criterion="taylor"))
+
+
+def test_what_networks_do_not_have_is_refused(scored):
+    network = scored["lenet"]
+    with pytest.raises(LibpruneError, match="method = 'hgsp' needs a language model"):
+        network.plan(Score(criterion="taylor"), Allocate(method="hgsp"))
+    with pytest.raises(LibpruneError, match="objective = 'cache' needs a language model"):
+        network.plan(Score(criterion="taylor"), Allocate(objective="cache"))
+    with pytest.raises(LibpruneError, match="at least one unit"):
+        network.plan(Score(criterion="taylor"), Allocate(min_channels=0))
+    with pytest.raises(LibpruneError, match="repair = 'bias' is unknown"):
+        network.prune(Plan.dense(network.architecture), "bias")
+    with pytest.raises(LibpruneError, match="compares only within a layer and type"):
+        network.plan(Score(criterion="wanda"), Allocate(method="global"))
+    with pytest.raises(BudgetError, match=r"ratio = 0.9.* at most 0\.\d+ can"):
+        network.plan(Score(criterion="taylor"), Allocate(ratio=0.9, min_channels=3))
+
+
+def test_a_loss_must_be_told_sample_by_sample(tmp_path):
+    case = CASES["lenet"]
+    samples = case.samples()
+    samples = Samples(samples.inputs, samples.targets, nn.functional.cross_entropy)
+    network = Network(case.network(), case.family, samples, tmp_path / "work")
+    with pytest.raises(LibpruneError, match=r"has shape \[\]; it must give one number a sample"):
+        network.scores(Score(criterion="taylor"))
+
+
+def test_inputs_and_targets_must_go_together():
+    with pytest.raises(LibpruneError, match="2 inputs and 3 targets"):
+        Samples(torch.zeros(2), torch.zeros(3))
