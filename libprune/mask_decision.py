@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float64
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from libprune.architecture import Architecture, Map
@@ -61,9 +62,9 @@ def decide(
     added: set[str] = set()
     for block in architecture.blocks():
         for consumer in architecture.consumers(*block):
-            fold = _fold(model, architecture, consumer, reach[block], gone[block])
-            if fold.any() and not plan.gone(*block):
-                folds[consumer.bias] = fold
+            sends = _fold(model, architecture, consumer, reach[block], gone[block])
+            if sends.any() and not plan.gone(*block):
+                folds[consumer.bias] = sends
                 added |= set() if consumer.bias in names else {consumer.part}
     return Decision(plan, stays, folds, tuple(sorted(added)))
 
@@ -101,15 +102,24 @@ def _leave_layers(
             stays[layer, last] = "norms of the block work on the residual stream itself; something of a layer must stay"
 
 
+def fold(
+    model: nn.Module,
+    consumer: Map,
+    constants: Float64[np.ndarray, " input"],
+    removed: Bool[np.ndarray, " input"],
+) -> Float64[np.ndarray, " output"]:
+    """What the removed positions of a consumer's input send through it, to every token alike."""
+    columns = matrix(model, consumer).double().numpy()[:, removed]
+    sent: Float64[np.ndarray, " output"] = columns @ constants[removed]
+    return sent
+
+
 def _fold(
     model: PreTrainedModel, architecture: Architecture, consumer: Map, sent: Reach, gone: Bool[np.ndarray, " units"]
 ) -> Float64[np.ndarray, " output"]:
-    """What the removed units of a block send through one consumer, to every token alike."""
-    axis = architecture.parts[consumer.part].axis
-    removed = ~consumer.input.kept(axis, architecture.sizes, ~gone)
-    columns = matrix(model, consumer).double().numpy()[:, removed]
-    fold: Float64[np.ndarray, " output"] = columns @ sent.constants[consumer.module][removed]
-    return fold
+    """What the removed units of a block send through one consumer."""
+    removed = ~consumer.input.kept(architecture.parts[consumer.part].axis, architecture.sizes, ~gone)
+    return fold(model, consumer, sent.constants[consumer.module], removed)
 
 
 def _constant(
@@ -121,5 +131,5 @@ def _constant(
     names: set[str],
 ) -> Float64[np.ndarray, " output"]:
     """What a consumer adds to every token once all its units have gone."""
-    fold = _fold(model, architecture, consumer, sent, gone)
-    return fold + model.get_parameter(consumer.bias).detach().double().numpy() if consumer.bias in names else fold
+    sends = _fold(model, architecture, consumer, sent, gone)
+    return sends + model.get_parameter(consumer.bias).detach().double().numpy() if consumer.bias in names else sends

@@ -6,11 +6,11 @@
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -30,8 +30,11 @@ from libprune.sources import first_line
 _ORIG, _MASK = "_orig", "_mask"
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 @dataclass(frozen=True)
-class Masked:
+class Masked(Generic[Model]):
     """A model whose masks are multiplied into its weights.
 
     Attributes:
@@ -40,7 +43,7 @@ class Masked:
         masks: by masked parameter which of its entries stay; none where zeroed weights are all there is.
     """
 
-    model: PreTrainedModel
+    model: Model
     dtype: torch.dtype
     masks: Mapping[str, Bool[Tensor, "..."]]
 
@@ -64,9 +67,9 @@ def of_model(model: PreTrainedModel) -> Masked:
     """
     state, masks = multiplied(model.state_dict(), type(model).__name__)
     clean = fresh(type(model), model.config)
-    _require_equal_ties(clean, state)
+    require_equal_ties(clean, state)
     clean.load_state_dict(state)
-    return _finite(Masked(clean, next(model.parameters()).dtype, masks))
+    return finite(Masked(clean, next(model.parameters()).dtype, masks))
 
 
 def fresh(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
@@ -98,9 +101,9 @@ def read_masked(folder: Path, masks: Path | None = None) -> Masked:
     dtype = files[next(name for name in files if not name.endswith(_MASK))].dtype
     if pairs:
         state, names = multiplied(files, str(folder))
-        return _finite(Masked(_loaded_from(folder, state), dtype, names))
+        return finite(Masked(_loaded_from(folder, state), dtype, names))
     model = _load(folder, files)
-    return _finite(Masked(model, dtype, _multiply(model, masks) if masks else {}))
+    return finite(Masked(model, dtype, _multiply(model, masks) if masks else {}))
 
 
 def _require_described(folder: Path) -> None:
@@ -112,19 +115,27 @@ def _require_described(folder: Path) -> None:
     describe(without_weights(config), accept=tuple(config.to_dict()))
 
 
-def multiplied(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def multiplied(
+    state: Mapping[str, Tensor], where: str, own: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A state dict with X in the place of X_orig and X_mask, and by X the masks, true where an entry stays.
+
+    Args:
+        state: of a pruned model.
+        where: it comes from, for messages.
+        own: names that the model has without masks, too, such as a buffer ``causal_mask``.
 
     Raises:
         LibpruneError: if one of the two is missing, or the mask is none.
     """
-    masks = [name.removesuffix(_MASK) for name in state if name.endswith(_MASK)]
-    alone = {name.removesuffix(_ORIG) for name in state if name.endswith(_ORIG)} ^ set(masks)
+    made = [name for name in state if name.endswith((_ORIG, _MASK)) and name not in own]
+    masks = [name.removesuffix(_MASK) for name in made if name.endswith(_MASK)]
+    alone = {name.removesuffix(_ORIG) for name in made if name.endswith(_ORIG)} ^ set(masks)
     if alone:
         name = min(alone)
         has, lacks = (_ORIG, _MASK) if name + _ORIG in state else (_MASK, _ORIG)
         raise LibpruneError(f"{where} holds {name}{has} without {name}{lacks}; torch.nn.utils.prune makes both")
-    result = {name: state[name] for name in state if not name.endswith((_ORIG, _MASK))}
+    result = {name: state[name] for name in state if name not in made}
     stay: dict[str, Tensor] = {}
     for name in masks:
         result[name], stay[name] = _product(name, state[name + _ORIG], state[name + _MASK], where)
@@ -167,7 +178,7 @@ def _load(folder: Path, state: Mapping[str, Tensor]) -> PreTrainedModel:
     for what, names in (("lack", info["missing_keys"]), ("hold, for no parameter,", info["unexpected_keys"])):
         if names:
             raise SourceError(f"the weights of {folder} {what} {len(names)} tensors, the first {min(names)}")
-    _require_equal_ties(model, state)
+    require_equal_ties(model, state)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
@@ -176,7 +187,7 @@ def _multiply(model: PreTrainedModel, path: Path) -> dict[str, Tensor]:
     """Multiply a file of masks into a model; by parameter the mask, true where an entry stays."""
     masks: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    ties = {name for group in _ties(model) for name in group}
+    tied = {name for group in ties(model) for name in group}
     for key, tensor, orig in _masks_in(path):
         if key not in parameters:
             raise LibpruneError(missing_key(key, parameters, f"{path} has {key}{_MASK}, but the model"))
@@ -184,7 +195,7 @@ def _multiply(model: PreTrainedModel, path: Path) -> dict[str, Tensor]:
         if weight.shape != parameters[key].shape:
             expected = list(parameters[key].shape)
             raise LibpruneError(f"{path}: {key}{_ORIG} has shape {list(weight.shape)}, but {key} has {expected}")
-        if key in ties:
+        if key in tied:
             raise LibpruneError(f"{path} masks {key}, which the model shares with another module; untie them first")
         parameters[key].data, masks[key] = _product(key, weight, tensor, str(path))
     if not masks:
@@ -209,7 +220,7 @@ def _masks_in(path: Path) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         raise ArtifactError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def _ties(model: nn.Module) -> list[list[str]]:
+def ties(model: nn.Module) -> list[list[str]]:
     """Names that share one parameter, group by group."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -217,18 +228,28 @@ def _ties(model: nn.Module) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _require_equal_ties(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    for names in _ties(model):
+def require_equal_ties(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Stop where names that share one parameter have different weights.
+
+    Raises:
+        LibpruneError: naming two of them.
+    """
+    for names in ties(model):
         first, *others = [name for name in names if name in state] or names[:1]
         for other in others:
             if not torch.equal(state[first], state[other]):
                 raise LibpruneError(
                     f"{first} and {other} are one weight in this model, but only one of them is masked; untie them "
-                    "first (tie_word_embeddings: false), or mask both alike"
+                    "first (of a language model by tie_word_embeddings: false), or mask both alike"
                 )
 
 
-def _finite(masked: Masked) -> Masked:
+def finite(masked: Masked[Model]) -> Masked[Model]:
+    """The same masked model, if its weights are finite.
+
+    Raises:
+        LibpruneError: naming the first that is not.
+    """
     for name, parameter in masked.model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise LibpruneError(f"{name} holds values that are not finite, masked ones included (0 · NaN is NaN)")

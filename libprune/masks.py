@@ -17,6 +17,7 @@ from libprune.mask_extraction import Extraction, extraction
 from libprune.mask_files import of_model
 from libprune.mask_inspection import MaskInspection, inspection, require_units
 from libprune.plan import Plan
+from libprune.surgery import entries_kept
 
 
 def inspect(model: PreTrainedModel) -> MaskInspection:
@@ -67,12 +68,5 @@ def plan_masks(architecture: Architecture, plan: Plan) -> Iterator[tuple[str, Te
 
 
 def _mask(architecture: Architecture, plan: Plan, parameter: Parameter, block: tuple[int, str]) -> Tensor:
-    shape = [dim.size(architecture.sizes) for dim in parameter.dims]
-    mask = torch.ones(shape, dtype=torch.bool)
-    if plan.gone(*block):
-        return torch.zeros_like(mask)
-    axis = architecture.parts[block[1]].axis
-    for dim, expr in enumerate(parameter.dims):
-        kept = torch.from_numpy(expr.kept(axis, architecture.sizes, plan.keep[block]))
-        mask &= kept.view([-1 if i == dim else 1 for i in range(len(shape))])
-    return mask
+    kept = entries_kept(architecture, plan, parameter)
+    return torch.zeros_like(kept) if plan.gone(*block) else kept

@@ -9,12 +9,30 @@ from libprune import stage
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-MODEL = "A Hugging Face folder, with X_orig and X_mask in its weights, or with zeroed weights."
+MODEL = (
+    "A Hugging Face folder, with X_orig and X_mask in its weights, or with zeroed weights; of a network its state dict "
+    "as a safetensors file."
+)
 Model = Annotated[Path, typer.Argument(help=MODEL)]
 Masks = Annotated[
     Path | None, typer.Option("--masks", help="A safetensors file of X_mask (and X_orig) for a folder without masks.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="For machines: every unit, numbers unrounded.")]
+Family = Annotated[Path | None, typer.Option("--family", help="Of a network: its family file.")]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--network",
+        help="Of a network: package.module:Name of what makes it. Imports and RUNS that code; modules of the current "
+        "folder are found.",
+    ),
+]
+Inputs = Annotated[
+    Path | None, typer.Option("--inputs", help="Of a network: a safetensors file with a tensor inputs, some samples.")
+]
+InputShape = Annotated[
+    str | None, typer.Option("--input-shape", help="Instead of --inputs: shape of a sample to draw, such as 1,28,28.")
+]
 Out = Annotated[Path, typer.Argument(help="The folder for the smaller model; must not exist.")]
 Source = Annotated[Path, typer.Argument(help="A pruned folder, or a plan.parquet.")]
 MasksOut = Annotated[Path, typer.Argument(help="The safetensors file to write.")]
@@ -31,43 +49,70 @@ def main() -> None:
 
 
 @app.command("inspect")
-def inspect_masks(model: Model, masks: Masks = None, as_json: Json = False) -> None:
+def inspect_masks(
+    model: Model,
+    masks: Masks = None,
+    family: Family = None,
+    network: Factory = None,
+    inputs: Inputs = None,
+    input_shape: InputShape = None,
+    as_json: Json = False,
+) -> None:
     """Show which units are wholly masked, which partly, and what slicing would save."""
     import json
 
     from libprune.mask_extraction import extraction
     from libprune.mask_files import read_masked
     from libprune.mask_inspection import as_data, as_text, inspection
+    from libprune.networks.mask_options import network_of
+    from libprune.networks.masks import inspection as of_network
 
     with stage.user_errors():
-        found = inspection(extraction(read_masked(model, masks)))
+        given = network_of(model, masks, family, network, inputs, input_shape)
+        found = of_network(given) if given else inspection(extraction(read_masked(model, masks)))
     typer.echo(json.dumps(as_data(found), indent=2) if as_json else as_text(found))
 
 
 @app.command()
-def extract(model: Model, out: Out, masks: Masks = None) -> None:
-    """Remove the wholly masked units for real, and prove in a fresh process that the outputs are the same."""
-    from libprune.artifacts import writing_folder
+def extract(
+    model: Model,
+    out: Out,
+    masks: Masks = None,
+    family: Family = None,
+    network: Factory = None,
+    inputs: Inputs = None,
+    input_shape: InputShape = None,
+) -> None:
+    """Remove the wholly masked units for real, and prove that the outputs are the same."""
     from libprune.errors import LibpruneError
-    from libprune.mask_extraction import extraction, write_extraction
-    from libprune.mask_files import read_masked
-    from libprune.mask_inspection import inspection, require_units
-    from libprune.report import how_to_load
+    from libprune.networks.mask_options import extract_network, network_of
 
     with stage.user_errors():
         if out.exists():
             raise LibpruneError(f"{out} exists; name a folder that does not")
-        found = extraction(read_masked(model, masks))
-        seen = inspection(found)
-        require_units(seen)
-        with writing_folder(out) as folder:
-            proof = write_extraction(found, folder, model)
-    typer.echo(
-        f"removed {seen.removable:,} units: {seen.saved_parameters:,} parameters, {100 * seen.saved_share:.1f} % of "
-        f"the decoder\nlogits differ from the masked model's by {proof['removal_difference']:.1e} of "
-        f"{proof['logit_scale']:.1f}; reloaded in a fresh process by {proof['logit_difference']:.1e}\n"
-        f"load:   {how_to_load(str(out), found.shape, found.own.head)}"
-    )
+        given = network_of(model, masks, family, network, inputs, input_shape)
+        lines = extract_network(given, out, str(network)) if given else _extract_model(model, masks, out)
+    typer.echo("\n".join(lines))
+
+
+def _extract_model(model: Path, masks: Path | None, out: Path) -> list[str]:
+    from libprune.artifacts import writing_folder
+    from libprune.mask_extraction import extraction, write_extraction
+    from libprune.mask_files import read_masked
+    from libprune.mask_inspection import inspection, removed, require_units
+    from libprune.report import how_to_load
+
+    found = extraction(read_masked(model, masks))
+    seen = inspection(found)
+    require_units(seen)
+    with writing_folder(out) as folder:
+        proof = write_extraction(found, folder, model)
+    return [
+        removed(seen),
+        f"logits differ from the masked model's by {proof['removal_difference']:.1e} of "
+        f"{proof['logit_scale']:.1f}; reloaded in a fresh process by {proof['logit_difference']:.1e}",
+        f"load:   {how_to_load(str(out), found.shape, found.own.head)}",
+    ]
 
 
 @app.command()

@@ -11,10 +11,10 @@ activation, and values behind attention weights, which sum to one, are all found
 happens to silence is not, because its row is not zero and noise takes its place.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,37 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from libprune.architecture import Architecture, Map
+from libprune.compute import hooked
+from libprune.surgery import CONVOLUTIONS, along_features
 
 Block = tuple[int, str]
 """A layer and a part."""
+Pass = Callable[[], object]
+"""Runs the model once, on inputs of one shape."""
+Ranges = dict[str, list[Tensor]]
+"""By consumer, for each of its calls, the lowest and the highest value of each feature, and whether it differs between
+samples in any place; ``[3, features]``.
+"""
 
 _SCALES = (0.1, 1.0, 10.0)
+"""Standard deviations of the noise."""
 _SEQUENCES, _LENGTH = 2, 16
 _TOLERANCE = 1e-5
 """Of the largest value: how far float32 lets a constant move, behind weights that sum to one only up to rounding."""
+
+
+@dataclass(frozen=True)
+class Steady:
+    """What one consumer takes while noise runs through the model.
+
+    Attributes:
+        values: what each feature is for every input of the model, in every place and call, ``[features]``; NaN where
+            it is not one number.
+        moves: features that depend on the input, ``[features]``. Others without a value depend on the place or call.
+    """
+
+    values: Float64[np.ndarray, " features"]
+    moves: Bool[np.ndarray, " features"]
 
 
 @dataclass(frozen=True)
@@ -39,51 +62,64 @@ class Reach:
 
     Attributes:
         constants: by consumer, what each position of its input is for every input of the model, ``[input]``; NaN where
-            it depends on that, 0 where the consumer's column is zero.
+            it is not one number, 0 where the consumer's column is zero.
         still: units whose contribution is the same for every input, ``[units]``.
         silent: those of them whose contribution is zero, ``[units]``.
+        drifts: units whose contribution depends on no input, but on the place or the call, ``[units]``.
     """
 
     constants: Mapping[str, Float64[np.ndarray, "..."]]
     still: Bool[np.ndarray, " units"]
     silent: Bool[np.ndarray, " units"]
+    drifts: Bool[np.ndarray, " units"]
 
 
 def matrix(model: nn.Module, entry: Map) -> Float[Tensor, "output input"]:
-    """The weight of a map, whatever way it is stored."""
+    """The weight of a map, whatever way it is stored; of a convolution by patches."""
     weight = model.get_parameter(entry.weight).detach()
-    return weight.T if entry.transposed else weight
+    return weight.T if entry.transposed else weight.flatten(1)
 
 
 def reaches(model: nn.Module, architecture: Architecture) -> dict[Block, Reach]:
-    """What the units of every part send.
+    """What the units of every part of a language model send.
 
     Args:
         model: float32, on the CPU, in evaluation mode; its masks multiplied into the weights.
         architecture: its description.
     """
-    constants = _constants(model, architecture)
-    return {block: _reach(model, architecture, block, constants) for block in architecture.blocks()}
+    seen = _seen(model, architecture)
+    return {block: reach_of(model, architecture, block, seen) for block in architecture.blocks()}
 
 
-def _reach(
-    model: nn.Module, architecture: Architecture, block: Block, constants: Mapping[str, Float64[np.ndarray, "..."]]
-) -> Reach:
+def reach_of(model: nn.Module, architecture: Architecture, block: Block, seen: Mapping[str, Steady]) -> Reach:
+    """What the units of a part send, from what its consumers take; one that was not watched takes no constant."""
     axis, count = architecture.parts[block[1]].axis, architecture.units(block[1])
-    varies, adds = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+    moves, adds, uneven = (np.zeros(count, dtype=bool) for _ in range(3))
     sent = {}
     for consumer in architecture.consumers(*block):
-        unread = (matrix(model, consumer) == 0).all(dim=0).numpy()
-        found = np.where(unread, 0.0, constants.get(consumer.module, np.nan))
+        read = (matrix(model, consumer) != 0).any(dim=0).numpy()
+        values, moving = _by_position(consumer, seen.get(consumer.module), len(read))
+        found = np.where(read, values, 0.0)
         units = consumer.input.units(axis, architecture.sizes)
-        varies[units[(units >= 0) & np.isnan(found)]] = True
+        moves[units[(units >= 0) & read & moving]] = True
         adds[units[(units >= 0) & (found != 0)]] = True
+        uneven[units[(units >= 0) & np.isnan(values) & ~moving]] = True
         sent[consumer.module] = found
-    return Reach(sent, ~varies, ~adds)
+    drifts = ~moves & adds & uneven
+    return Reach(sent, ~moves & ~drifts, ~moves & ~adds, drifts)
 
 
-def _constants(model: nn.Module, architecture: Architecture) -> dict[str, Float64[np.ndarray, "..."]]:
-    """By consumer the constants of its input, NaN where there is none; of the blocks that have a zero row."""
+def _by_position(
+    consumer: Map, steady: Steady | None, count: int
+) -> tuple[Float64[np.ndarray, " input"], Bool[np.ndarray, " input"]]:
+    """Values and moves of each position of a consumer's rows, of which a feature has one for each entry of a kernel."""
+    if steady is None:
+        return np.full(count, np.nan), np.ones(count, dtype=bool)
+    return np.repeat(steady.values, consumer.kernel), np.repeat(steady.moves, consumer.kernel)
+
+
+def _seen(model: nn.Module, architecture: Architecture) -> dict[str, Steady]:
+    """What the consumers take in the blocks that have a zero row."""
     rows = {block: _zero_rows(model, architecture, block) for block in architecture.blocks()}
     rows = {block: zero for block, zero in rows.items() if any(row.any() for row in zero.values())}
     if not rows:
@@ -91,11 +127,9 @@ def _constants(model: nn.Module, architecture: Architecture) -> dict[str, Float6
     generator = torch.Generator().manual_seed(0)
     length = min(_LENGTH, architecture.sizes.get("positions", _LENGTH))
     ids = torch.randint(architecture.sizes["vocab"], (_SEQUENCES, length), generator=generator)
-    seen: dict[str, list[Tensor]] = {}
-    for scale in _SCALES:
-        with _noise(model, architecture, rows, scale, generator, seen), torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-    return {name: _same(torch.stack(ranges)) for name, ranges in seen.items()}
+    fixed = {name: zero for producers in rows.values() for name, zero in producers.items()}
+    consumers = [consumer.module for block in rows for consumer in architecture.consumers(*block)]
+    return under_noise(model, fixed, consumers, [lambda: model(input_ids=ids, use_cache=False)], generator)
 
 
 def _producers(architecture: Architecture, block: Block) -> Iterator[Map]:
@@ -109,45 +143,60 @@ def _zero_rows(model: nn.Module, architecture: Architecture, block: Block) -> di
     return {m.module: (matrix(model, m) == 0).all(dim=1) for m in _producers(architecture, block)}
 
 
-@contextmanager
-def _noise(
+def under_noise(
     model: nn.Module,
-    architecture: Architecture,
-    rows: Mapping[Block, Mapping[str, Bool[Tensor, "..."]]],
-    scale: float,
+    fixed: Mapping[str, Bool[Tensor, "..."] | None],
+    consumers: Iterable[str],
+    passes: Sequence[Pass],
     generator: torch.Generator,
-    seen: dict[str, list[Tensor]],
-) -> Iterator[None]:
-    """Noise in the place of all outputs of producers but those of zero rows, and a look at the consumers' inputs."""
-    with ExitStack() as stack:
-        for block, producers in rows.items():
-            for name, zero in producers.items():
-                hook = partial(_replace, zero, scale, generator)
-                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
-            for consumer in architecture.consumers(*block):
-                module, ranges = model.get_submodule(consumer.module), seen.setdefault(consumer.module, [])
-                stack.callback(module.register_forward_pre_hook(partial(_look, ranges)).remove)
-        yield
+) -> dict[str, Steady]:
+    """What consumers take with noise in the place of the outputs of other modules.
+
+    Args:
+        model: in evaluation mode.
+        fixed: by module which of its outputs are left as they are, ``[output]``; None: those that are the same for
+            all samples.
+        consumers: modules whose input is watched.
+        passes: how the model is run, once for each kind of input.
+        generator: where the noise comes from.
+    """
+    seen: Ranges = {name: [] for name in consumers}
+    for run, scale in product(passes, _SCALES):
+        with hooked(model) as handles, torch.no_grad():
+            for name, outputs in fixed.items():
+                hook = partial(_replace, outputs, scale, generator)
+                handles.append(model.get_submodule(name).register_forward_hook(hook))
+            for name, calls in seen.items():
+                handles.append(model.get_submodule(name).register_forward_pre_hook(partial(_look, calls)))
+            run()
+    return {name: _steady(torch.stack(calls)) for name, calls in seen.items() if calls}
 
 
 def _replace(
-    zero: Bool[Tensor, "..."],
+    fixed: Bool[Tensor, "..."] | None,
     scale: float,
     generator: torch.Generator,
     module: nn.Module,
     args: tuple[Any, ...],
     output: Float[Tensor, "..."],
 ) -> Float[Tensor, "..."]:
-    return torch.where(zero, output, scale * torch.randn(output.shape, generator=generator))
+    noise = torch.randn(output.shape, generator=generator, dtype=output.dtype)
+    left = _alike(output.amin(0), output.amax(0)) if fixed is None else along_features(module, fixed)
+    return torch.where(left, output, scale * noise)
 
 
-def _look(ranges: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
-    values = args[0].flatten(0, -2).double()
-    ranges.append(torch.stack([values.amin(0), values.amax(0), values.mean(0)]))
+def _look(calls: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
+    x = (args[0].movedim(1, -1) if isinstance(module, CONVOLUTIONS) else args[0]).double()
+    low, high = (extreme.reshape(-1, x.shape[-1]) for extreme in (x.amin(0), x.amax(0)))
+    calls.append(torch.stack([low.amin(0), high.amax(0), (~_alike(low, high)).any(0)]))
 
 
-def _same(ranges: Float64[Tensor, "runs 3 input"]) -> Float64[np.ndarray, " input"]:
-    """The mean of each position where it does not move over all runs, else NaN."""
-    low, high, mean = ranges[:, 0].amin(0), ranges[:, 1].amax(0), ranges[:, 2].mean(0)
-    moves = high - low > _TOLERANCE * torch.maximum(low.abs(), high.abs())
-    return torch.where(moves, torch.nan, mean).numpy()
+def _steady(calls: Float64[Tensor, "calls 3 features"]) -> Steady:
+    low, high, moves = calls[:, 0].amin(0), calls[:, 1].amax(0), calls[:, 2].amax(0)
+    values = torch.where(_alike(low, high), (low + high) / 2, torch.nan)
+    return Steady(values.numpy(), moves.bool().numpy())
+
+
+def _alike(low: Float[Tensor, "..."], high: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+    """Whether a range is that of rounding; not where it is not finite."""
+    return (high - low <= _TOLERANCE * torch.maximum(low.abs(), high.abs())) & torch.isfinite(high - low)

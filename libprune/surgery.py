@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -26,6 +26,16 @@ def positions_kept(architecture: Architecture, plan: Plan, layer: int, expr: Exp
     for part, shape in architecture.parts.items():
         if shape.axis in expr.names:
             kept &= expr.kept(shape.axis, architecture.sizes, plan.keep[layer, part])
+    return kept
+
+
+def entries_kept(architecture: Architecture, plan: Plan, parameter: Parameter) -> Bool[Tensor, "..."]:
+    """Which entries of a parameter of a layer stay, in its shape."""
+    assert parameter.layer is not None
+    kept = torch.ones([dim.size(architecture.sizes) for dim in parameter.dims], dtype=torch.bool)
+    for dim, expr in enumerate(parameter.dims):
+        positions = torch.from_numpy(positions_kept(architecture, plan, parameter.layer, expr))
+        kept &= positions.view([-1 if i == dim else 1 for i in range(kept.ndim)])
     return kept
 
 

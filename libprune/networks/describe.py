@@ -25,13 +25,14 @@ _KERNEL = re.compile(r"k\d+")
 """How the axes of kernels are named, each by its size."""
 
 
-def describe(network: nn.Module, family: NetworkFamily, example: Tensor, fingerprint: str = "") -> Architecture:
+def describe(network: nn.Module, family: NetworkFamily, example: Tensor | None, fingerprint: str = "") -> Architecture:
     """Solve the axes of a network.
 
     Args:
         network: any module, in evaluation mode.
         family: its description.
-        example: inputs of a few samples, ``[samples, ...]``; they are run through it once.
+        example: inputs of a few samples, ``[samples, ...]``; they are run through it once. None where only shapes
+            matter, not how often a map runs.
         fingerprint: digest of its weights, kept in the result.
 
     Raises:
@@ -39,7 +40,8 @@ def describe(network: nn.Module, family: NetworkFamily, example: Tensor, fingerp
             lose units.
     """
     described = family.described(network)
-    rows = _rows(network, {path for path, entry in described.items() if isinstance(entry, LinearMap)}, example)
+    maps = {path for path, entry in described.items() if isinstance(entry, LinearMap)}
+    rows = Counter[str]() if example is None else _rows(network, maps, example)
     parameters, buffers = _stored(network, family, described)
     sizes = _solve(network, family, [*parameters, *buffers])
     axes = family.axes(sorted({name for entry in described.values() for name in _names(entry)}))

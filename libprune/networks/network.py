@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from libprune import cost
 from libprune.allocation import require_comparable
@@ -60,7 +60,7 @@ from libprune.surgery import masked
 
 _CHECKED = 8
 """Samples on which the sliced network is compared with the masked one."""
-_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
 """Of the largest output, in float32."""
 
 
@@ -152,9 +152,9 @@ class Network:
         self._network = copy.deepcopy(network).eval()
         self._samples, self._layout = samples, Layout(Path(folder))
         self._hessian = hessian or Hessian(estimator="fisher")
-        digest = _digest(stored(self._network).items(), self.family.model_dump_json())
+        name = digest(stored(self._network).items(), self.family.model_dump_json())
         self._device = next(self._network.parameters()).device
-        self.architecture = describe(self._network, self.family, samples[:2].to(self._device).inputs, digest)
+        self.architecture = describe(self._network, self.family, samples[:2].to(self._device).inputs, name)
         self._prepare()
         self._run = Run(
             architecture=self.architecture,
@@ -164,8 +164,8 @@ class Network:
             compute=Compute(),
             world=World(),
             meta={
-                "model": digest,
-                "tokens": _digest_of(samples),
+                "model": name,
+                "tokens": digest([("inputs", samples.inputs), ("targets", samples.targets)], samples.loss.__qualname__),
                 "sequences": len(samples),
             },
             work=self._layout.root / ".work",
@@ -237,7 +237,7 @@ class Network:
         with masked(whole, self.architecture, plan), torch.no_grad():
             expected = whole(inputs)
         found, scale = difference(smaller, inputs, expected)
-        if not found <= _TOLERANCE * scale:
+        if not found <= TOLERANCE * scale:
             raise LibpruneError(
                 f"the sliced network's outputs differ from the masked one's by {found:.3g} of {scale:.3g}: family "
                 f"{self.family.family!r} describes a module wrongly, or the network works out something from a width "
@@ -273,14 +273,10 @@ class Network:
             collect_activations(self._run, self._network, target, Activations())
 
 
-def _digest_of(samples: Samples) -> str:
-    return _digest([("inputs", samples.inputs), ("targets", samples.targets)], samples.loss.__qualname__)
-
-
-def _digest(tensors: Any, text: str) -> str:
-    """Names what was collected from."""
-    digest = hashlib.sha256(text.encode())
+def digest(tensors: Iterable[tuple[str, Tensor]], text: str) -> str:
+    """A name for tensors and a text."""
+    found = hashlib.sha256(text.encode())
     for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

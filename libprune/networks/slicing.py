@@ -13,6 +13,7 @@ from libprune.artifacts import damage, read_json, require
 from libprune.axes import Expr
 from libprune.errors import ArtifactError, LibpruneError, missing_key
 from libprune.plan import Plan
+from libprune.sources import first_line
 from libprune.surgery import CONVOLUTIONS, slice_parameter
 
 WEIGHTS, RECORD = "model.safetensors", "libprune.json"
@@ -35,14 +36,23 @@ def sliced_state(state: Mapping[str, Tensor], architecture: Architecture, plan: 
     Raises:
         LibpruneError: if nothing is left of a part.
     """
-    empty = [part for layer, part in architecture.blocks() if plan.gone(layer, part)]
-    if empty:
-        raise LibpruneError(f"the plan leaves no unit of {', '.join(empty)}; a network needs one of each at least")
+    require_units_of_each(architecture, plan)
     carrying = {entry.name: entry for entry in (*architecture.parameters, *architecture.buffers)}
     return {
         name: _whole(slice_parameter(tensor, architecture, plan, carrying[name])) if name in carrying else tensor
         for name, tensor in state.items()
     }
+
+
+def require_units_of_each(architecture: Architecture, plan: Plan) -> None:
+    """Stop where nothing is left of a part.
+
+    Raises:
+        LibpruneError: naming the parts.
+    """
+    empty = [part for layer, part in architecture.blocks() if plan.gone(layer, part)]
+    if empty:
+        raise LibpruneError(f"the plan leaves no unit of {', '.join(empty)}; a network needs one of each at least")
 
 
 def _whole(tensor: Tensor | None) -> Tensor:
@@ -129,8 +139,37 @@ def load(folder: Path | str, network: nn.Module) -> nn.Module:
     return with_tensors(network, state, record["numbers"]).eval()
 
 
-def difference(network: nn.Module, inputs: Tensor, expected: Tensor) -> tuple[float, float]:
-    """The largest difference between a network's outputs and those expected, and the largest of these."""
+def outputs(network: nn.Module, inputs: Tensor) -> Tensor:
+    """What a network computes.
+
+    Raises:
+        LibpruneError: if that is not one tensor.
+    """
     with torch.no_grad():
         found = network(inputs)
+    if not isinstance(found, Tensor):
+        raise LibpruneError(
+            f"the network returns a {type(found).__name__}, not a tensor; wrap it in a module that returns what counts"
+        )
+    return found
+
+
+def difference(network: nn.Module, inputs: Tensor, expected: Tensor) -> tuple[float, float]:
+    """The largest difference between a sliced network's outputs and those expected, and the largest of these.
+
+    Raises:
+        LibpruneError: if it does not run, or its outputs have another shape.
+    """
+    try:
+        found = outputs(network, inputs)
+    except RuntimeError as error:
+        raise LibpruneError(
+            f"the sliced network does not run: {first_line(error)}; it works out something from a width that the "
+            "family's `attributes` do not name"
+        ) from error
+    if found.shape != expected.shape:
+        raise LibpruneError(
+            f"the sliced network's outputs have shape {list(found.shape)} instead of {list(expected.shape)}: an axis "
+            "of its outputs is prunable; take it out of the family's `prunable`"
+        )
     return float((found - expected).abs().max()), float(expected.abs().max())
