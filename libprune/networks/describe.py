@@ -2,10 +2,10 @@
 stops here, by name.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,13 @@ from libprune.architecture import Architecture, Map, Parameter, PartShape
 from libprune.axes import Equation, Expr, LinearMap, parse_expr, solve
 from libprune.compute import hooked
 from libprune.errors import FamilyError, NotationError
-from libprune.networks.family import NetworkFamily
+from libprune.networks.family import RESERVED, NetworkFamily
 from libprune.surgery import CONVOLUTIONS
 
 MAPS = (nn.Linear, *CONVOLUTIONS)
 _TABLES = (nn.Embedding,)
 _OVER_UNITS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 """Norms whose statistics run over features, so that they change when a unit goes."""
-_KERNEL = re.compile(r"k\d+")
-"""How the axes of kernels are named, each by its size."""
 
 
 def describe(network: nn.Module, family: NetworkFamily, example: Tensor | None, fingerprint: str = "") -> Architecture:
@@ -86,8 +84,7 @@ def _maps(
             sides = tuple(module.get_parameter("weight").shape[2:])
             patch = Expr(tuple((*term, *map(_kernel, sides)) for term in entry.input.terms)) if sides else entry.input
             reads = " + ".join(axis for axis in axes if axis in entry.input.names)
-            kernel = int(torch.tensor(sides).prod()) if sides else 1
-            yield Map(path, 0, reads, patch, entry.output, False, kernel, rows[path])
+            yield Map(path, 0, reads, patch, entry.output, False, prod(sides), rows[path])
 
 
 def _stored(
@@ -117,8 +114,8 @@ def _stored(
 
 def _own(module: nn.Module, stored: dict[str, Tensor], path: str) -> list[str]:
     """The stored names of a module's own tensors, without those of modules inside."""
-    names = [*module._parameters, *module._buffers]
-    return [f"{path}.{name}" for name in names if f"{path}.{name}" in stored]
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return [f"{path}.{name}" for name, _ in own if f"{path}.{name}" in stored]
 
 
 def _dims(name: str, entry: LinearMap | Expr, tensor: Tensor, module: nn.Module) -> tuple[Expr, ...]:
@@ -146,7 +143,7 @@ def _solve(network: nn.Module, family: NetworkFamily, tensors: list[Parameter]) 
     for path, expr in family.numbers(network).items():
         module, _, name = path.rpartition(".")
         equations.append(Equation(expr, getattr(network.get_submodule(module), name), f"attribute {path}"))
-    names = {name for equation in equations for name in equation.expr.names if _KERNEL.fullmatch(name)}
+    names = {name for equation in equations for name in equation.expr.names if RESERVED.fullmatch(name)}
     equations += [Equation(parse_expr(name), int(name[1:]), "a kernel's side") for name in sorted(names)]
     try:
         return solve(equations)

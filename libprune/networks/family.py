@@ -14,10 +14,16 @@ from libprune.errors import FamilyError, NotationError, ParamsError, missing_key
 from libprune.yaml_file import read_yaml
 
 WILD = "*"
+RESERVED = re.compile(r"k\d+")
+"""How the axes of kernels are named, each by its size."""
 
 
 def _readable(text: str) -> str:
-    parse_map(text.replace(WILD, "0"))
+    entry = parse_map(text.replace(WILD, "0"))
+    sides = (entry,) if isinstance(entry, Expr) else (entry.input, entry.output)
+    reserved = sorted(name for side in sides for name in side.names if RESERVED.fullmatch(name))
+    if reserved:
+        raise ValueError(f"axis {reserved[0]!r} in {text!r}: such names stand for the sides of kernels; take another")
     return text
 
 

@@ -79,7 +79,7 @@ def with_tensors(network: nn.Module, state: Mapping[str, Tensor], numbers: Mappi
     """
     new = copy.deepcopy(network)
     known = stored(new)
-    for name in known.keys() ^ state.keys():
+    for name in sorted(known.keys() ^ state.keys()):
         where, names = ("the network", known) if name in state else ("the file", state)
         raise LibpruneError(f"{missing_key(name, names, where)}; load it into the network that it was made from")
     tied: dict[int, nn.Parameter] = {}

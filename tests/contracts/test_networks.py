@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from torch import nn
 
 from libprune import cost
 from libprune.architecture import Architecture
+from libprune.artifacts import split_blocks
 from libprune.errors import LibpruneError
 from libprune.networks import Network, load
 from libprune.networks.describe import describe
@@ -129,3 +131,19 @@ def test_a_budget_is_met_from_below_to_within_one_removal(pruner, method, ratio,
     dense, left = ((size.total, size.macs)[objective == "macs"] for size in sizes)
     assert dense - left <= round(ratio * dense)
     assert round(ratio * dense) - (dense - left) <= max(prices.unit.values())
+
+
+@pytest.mark.parametrize("method", ["uniform", "global"])
+def test_no_part_can_lose_its_next_unit_within_the_budget(pruner, method):
+    architecture, ratio = pruner.architecture, 0.3
+    allocate = Allocate(ratio=ratio, method=method)
+    table, _ = pruner.scores(Score(criterion="unit_fisher"))
+    plan = pruner.plan(Score(criterion="unit_fisher"), allocate)
+    dense = cost.size(architecture, Plan.dense(architecture)).total
+    scores = dict(split_blocks(architecture, table["score"]))
+    for block in architecture.blocks():
+        kept = np.flatnonzero(plan.keep[block])
+        if len(kept) > 1:
+            more = Plan({other: keep.copy() for other, keep in plan.keep.items()})
+            more.keep[block][kept[np.argmin(scores[block][kept])]] = False
+            assert dense - cost.size(architecture, more).total > round(ratio * dense)
