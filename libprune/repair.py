@@ -30,8 +30,8 @@ from libprune.surgery import input_mask
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Ridges, relative to each input's mean square, that `slice.damping: auto` chooses from."""
 _LARGEST = 100.0
-_SILENT = 1e-12
-"""Inputs whose mean square is this far below the largest count as if it were no further below."""
+SILENT = 1e-12
+"""Inputs whose mean square is this far below the largest count in the ridge as if it were no further below."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Moments:
 
 
 def solve(
-    moments: Moments, weight: Float[Tensor, "output kept"], damping: float
+    moments: Moments, weight: Float[Tensor, "output kept"], damping: float, floor: float = SILENT
 ) -> tuple[Float[Tensor, "output kept"], float]:
     """The weights W' of the module's docstring.
 
@@ -92,6 +92,7 @@ def solve(
         moments: of the kept inputs and the target.
         weight: W_K, the old weights of the kept inputs.
         damping: lambda, above 0.
+        floor: the least of D, as a share of its largest.
 
     Returns:
         W' in float64, and the damping that was used.
@@ -100,9 +101,7 @@ def solve(
         StatisticsError: if no damping up to 100 makes the matrix positive definite.
     """
     diagonal = moments.gram.diagonal()
-    if not (diagonal > 0).any():  # inputs that are always 0: any weights will do
-        return weight.double(), damping
-    scale = diagonal.clamp_min(_SILENT * float(diagonal.max()))
+    scale = diagonal.clamp_min(floor * float(diagonal.max()))
     while True:
         damped = moments.gram.clone()
         damped.diagonal().add_(damping * scale)
@@ -151,6 +150,7 @@ def fit_consumer(
     held_out: Moments | None,
     damping: float | None,
     refit: bool = False,
+    floor: float = SILENT,
 ) -> Fit:
     """Fit one consumer.
 
@@ -162,6 +162,7 @@ def fit_consumer(
         held_out: the same over sequences that the fit is not to see.
         damping: the ridge; None for that of `DAMPINGS` that does best on the held-out sequences.
         refit: with the ridge settled, fit once more to both sets of sequences together.
+        floor: as in `solve`.
 
     Raises:
         LibpruneError: if the damping is to be chosen and nothing is held out.
@@ -172,13 +173,13 @@ def fit_consumer(
             "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
             "use more calibration sequences, or set slice.damping to a number such as 0.001"
         )
-    found = [solve(moments, old, value) for value in (DAMPINGS if damping is None else (damping,))]
+    found = [solve(moments, old, value, floor) for value in (DAMPINGS if damping is None else (damping,))]
     errors = [held_out.error(new) if held_out else np.nan for new, _ in found]
     best = int(np.argmin(errors))
     new, used = found[best]
     after = moments.error(new)
     if refit and held_out:
-        new, used = solve(moments.join(held_out), old, used)
+        new, used = solve(moments.join(held_out), old, used, floor)
     whole = weight.new_zeros(weight.shape)
     whole[:, kept] = new.to(weight.dtype)
     stored = (whole.T if consumer.transposed else whole).contiguous()

@@ -339,3 +339,20 @@ def test_a_loss_must_be_told_sample_by_sample(tmp_path):
 def test_inputs_and_targets_must_go_together():
     with pytest.raises(LibpruneError, match="2 inputs and 3 targets"):
         Samples(torch.zeros(2), torch.zeros(3))
+
+
+def test_an_input_that_hardly_ever_varies_gets_no_large_weight(tmp_path):
+    """A unit that is on for one sample alone could take over anything there; the repair leaves it almost as it was."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2))
+    inputs = torch.rand(64, 4)
+    inputs[:, 3] = 0
+    inputs[5, 3] = 1e-3
+    with torch.no_grad():
+        network[0].weight.copy_(torch.eye(4))
+    described = NetworkFamily(family="f", prunable=["h"], modules={"0": "a -> h", "2": "h -> b"})
+    pruner = Network(network, described, Samples(inputs, torch.randint(2, (64,))), tmp_path / "work")
+    plan = Plan.dense(pruner.architecture)
+    plan.keep[0, "h"][0] = False
+    (fit,) = pruner.prune(plan, "local", damping=1e-3).fits
+    assert float((fit.weight[:, 3] - network[2].weight.detach()[:, 3]).abs().max()) < 1

@@ -24,6 +24,10 @@ from libprune.surgery import masked
 
 State = dict[str, Tensor]
 
+_FLOOR = 1e-2
+"""The least mean square of an input in the ridge, as a share of the largest. A unit that hardly ever fires in the dense
+network would get any weight, and may fire all the time in the pruned one; a recurrent network then diverges."""
+
 
 def repair_local(
     layout: Layout, architecture: Architecture, plan: Plan, state: State, damping: float | None
@@ -52,7 +56,8 @@ def repair_local(
         apart = None
         if rows is not None:
             apart = Moments.of_dense(whole, rows.double().T @ rows.double() / len(rows), kept)
-        fits.append(_apart(fit_consumer(consumer, whole, kept, moments, apart, damping), state))
+        if _heard(moments):
+            fits.append(_apart(fit_consumer(consumer, whole, kept, moments, apart, damping, floor=_FLOOR), state))
     return fits
 
 
@@ -80,9 +85,10 @@ def repair_sequential(
             if consumer.bias in state:
                 kept = torch.cat([kept, torch.ones(1, dtype=torch.bool)])
             moments, apart = _moments(network, current, architecture, plan, consumer, whole, kept, batches)
-            fit = _apart(fit_consumer(consumer, whole, kept, moments, apart, damping, refit=True), state)
-            set_weights(current, [fit])
-            fits.append(fit)
+            if _heard(moments):
+                fit = fit_consumer(consumer, whole, kept, moments, apart, damping, refit=True, floor=_FLOOR)
+                fits.append(_apart(fit, state))
+                set_weights(current, fits[-1:])
     return fits
 
 
@@ -94,6 +100,11 @@ def set_weights(network: nn.Module, fits: list[Fit]) -> None:
                 network.get_parameter(fit.consumer.weight).copy_(fit.weight)
             if fit.bias is not None:
                 network.get_parameter(fit.consumer.bias).copy_(fit.bias)
+
+
+def _heard(moments: Moments) -> bool:
+    """Whether any input that is left is ever other than 0; where none is, as behind dead ReLUs, any weights will do."""
+    return float(moments.gram.diagonal().max()) != 0
 
 
 def _with_bias(consumer: Map, state: State) -> Float[Tensor, "output inputs"]:
