@@ -10,8 +10,6 @@ are judged on.
 """
 
 import math
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -90,11 +88,10 @@ def compare(
         perplexity, parameters = math.exp(judge.loss(model)), sum(weight.numel() for weight in model.parameters())
         typer.echo(f"dense: perplexity per byte {perplexity:.3f}, {parameters:,} parameters; ratio {ratio}, {repair}")
         results = []
-        with redirect_stdout(sys.stderr):  # what collecting tells of itself
-            for seed in range(seeds):
-                samples = Calibration(sequences, length).draw(parts.training, seed)
-                network = network_of(model, samples, Path(work) / str(seed))
-                results += list(results_of(model, network, judge, ratio, repair, seed))
+        for seed in range(seeds):
+            samples = Calibration(sequences, length).draw(parts.training, seed)
+            network = network_of(model, samples, Path(work) / str(seed))
+            results += list(results_of(model, network, judge, ratio, repair, seed))
     typer.echo(table(results))
 
 

@@ -22,7 +22,7 @@ def allocate_network(architecture: Architecture, scores: Columns, params: Alloca
     """Decide which units stay.
 
     `uniform` takes the same share of every part, `global` the lowest scores anywhere, `retention` what the importance
-    of each part lets it lose.
+    of each part lets it lose: without a ratio just that, with one so many times that.
 
     Args:
         architecture: the network's description.
@@ -30,11 +30,13 @@ def allocate_network(architecture: Architecture, scores: Columns, params: Alloca
         params: ratio, objective (`parameters` or `macs`), method, floors (`min_channels`), multiple.
 
     Raises:
-        BudgetError: if the ratio cannot be reached under the floors.
+        BudgetError: if the ratio cannot be reached under the floors, or `retention` finds nothing to remove.
         LibpruneError: for a method or an objective that networks do not have.
     """
     _require_known(params)
     ladders = _ranked(architecture, scores, params)
+    if params.ratio is None and params.method == "retention":
+        return _as_wanted(architecture, ladders)
     dense = _amount(architecture, Plan.dense(architecture), params)
     target = round(_ratio(params) * dense)
 
@@ -66,7 +68,9 @@ def _require_known(params: Allocate) -> None:
 
 def _ratio(params: Allocate) -> float:
     if params.ratio is None:
-        raise LibpruneError("ratio is None; say which share of the network is to go, such as 0.5")
+        raise LibpruneError(
+            "ratio is None; say which share of the network is to go, such as 0.5, or take method = 'retention'"
+        )
     return params.ratio
 
 
@@ -78,6 +82,14 @@ def _ranked(architecture: Architecture, scores: Columns, params: Allocate) -> La
     if params.method == "retention":
         return by_progress(ladders, wanted_removals(architecture, scores, params.network_type))
     return ladders
+
+
+def _as_wanted(architecture: Architecture, ladders: Ladders) -> Plan:
+    """What `retention` lets every part lose, where a rank of 1 says that so much is gone."""
+    depth = {block: sum(step.rank <= 1 for step in steps) for block, steps in ladders.items()}
+    if not any(depth.values()):
+        raise BudgetError("retention finds no part that can lose a unit under min_channels; set ratio")
+    return plan_of(architecture, ladders, depth)
 
 
 def _amount(architecture: Architecture, plan: Plan, params: Allocate) -> int:
