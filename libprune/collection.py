@@ -49,6 +49,9 @@ from libprune.shards import write_shard
 ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
 RowsOf = Callable[[Architecture, Mapping[str, Tensor], int], Columns]
 
+_WORTH_SAYING = 10**9
+"""Bytes."""
+
 
 @dataclass
 class Collection:
@@ -165,6 +168,7 @@ class Collection:
             desc=self.stage,
             unit=self.run.unit,
             unit_scale=True,
+            delay=self.run.patience,
             disable=not self.run.world.first,
         )
 
@@ -240,7 +244,7 @@ def fingerprint(run: Run, identity: Mapping[str, Any]) -> str:
     The sums of the first sequences are the same for any number of them, unless their lengths put them in order.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     ordered = run.sequences.lengths is not None
     origin = {key: value for key, value in run.meta.items() if ordered or key != "sequences"}
@@ -277,11 +281,11 @@ def _mention_others(run: Run, home: Path) -> None:
 
 
 def _announce(run: Run, stage: str, target: Path, home: Path, groups: Sequence[Group], on_disk: bool) -> None:
-    """Say what will be written, before any work, and stop if it does not fit."""
+    """Say what will be written, of a network only if it is much, before any work, and stop if it does not fit."""
     states, stored = state_bytes(groups), sum(map(stored_bytes, groups))
     scratch = (3 if on_disk else 2) * states * run.world.size
     there = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
-    if run.world.first:
+    if run.world.first and (not run.architecture.is_network or scratch + stored >= _WORTH_SAYING):
         where = "files mapped from disk" if on_disk else "memory"
         typer.echo(
             f"{stage}: {gigabytes(stored)} will be written to {target}; sums of {gigabytes(states)} in {where}, "

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from libprune.errors import LibpruneError, StatisticsError
 from libprune.sequences import NO_TARGET, Sequences
 
+PATIENCE = 3.0
+"""Seconds of work that need no progress bar."""
 _CPU_BF16 = {"amx_bf16", "avx512_bf16"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -10,6 +10,7 @@ from libprune.activations import GRAM
 from libprune.architecture import Architecture
 from libprune.artifacts import Columns, Layout, require
 from libprune.checkpoint import WeightFiles
+from libprune.compute import PATIENCE
 from libprune.correlation import unit_graph
 from libprune.repair import oriented
 from libprune.sections import Score
@@ -28,7 +29,7 @@ def gram_columns(layout: Layout, architecture: Architecture, params: Score, in_n
     """
     weights = WeightFiles(require(layout.model, "prepare"))
     errors, shares = [], []
-    for layer, part in tqdm(list(architecture.blocks()), desc="score", unit="block"):
+    for layer, part in tqdm(list(architecture.blocks()), desc="score", unit="block", delay=PATIENCE):
         consumers = architecture.consumers(layer, part)
         units = architecture.units(part)
         error, share = np.zeros(units), np.zeros(units)
@@ -62,7 +63,7 @@ def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> 
     """
     weights = WeightFiles(require(layout.model, "prepare"))
     found: dict[str, list[NDArray[np.float64]]] = {}
-    for layer, part in tqdm(list(architecture.blocks()), desc="score", unit="block"):
+    for layer, part in tqdm(list(architecture.blocks()), desc="score", unit="block", delay=PATIENCE):
         graphs = []
         for consumer in architecture.consumers(layer, part):
             name = consumer.module + GRAM

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from libprune.architecture import Architecture
 from libprune.networks import NetworkFamily, Samples
 from libprune.networks.recurrent import RecurrentLM
+from libprune.networks.slicing import numbers_after, sliced_state, stored, with_tensors
+from libprune.plan import Plan
 from tests.closure import ROOT
 
 
@@ -234,3 +238,19 @@ CASES = {
         smooth=False,
     ),
 }
+
+
+def random_plan(architecture: Architecture, seed: int) -> Plan:
+    """Every part keeps between one unit and all of them."""
+    rng = np.random.default_rng(seed)
+    keep = {}
+    for block in architecture.blocks():
+        number = architecture.units(block[1])
+        keep[block] = np.zeros(number, dtype=bool)
+        keep[block][rng.permutation(number)[: rng.integers(1, number + 1)]] = True
+    return Plan(keep)
+
+
+def cut(case: Case, network: nn.Module, architecture: Architecture, plan: Plan) -> nn.Module:
+    numbers = numbers_after(architecture, plan, case.family.numbers(network))
+    return with_tensors(network, sliced_state(stored(network), architecture, plan), numbers)

@@ -2,9 +2,7 @@
 
 import copy
 import hashlib
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,12 +92,13 @@ class Pruned:
         """How many it has."""
         return cost.size(self.dense, self.plan).total
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write a folder that `libprune.networks.load` reads: weights, plan, fits, record.
 
         Raises:
             LibpruneError: if the folder exists, or does not read back as it was written.
         """
+        folder = Path(folder)
         if folder.exists():
             raise LibpruneError(f"{folder} exists; name a folder that does not")
         meta = {"model": self.dense.fingerprint, "plan": self.plan.digest}
@@ -131,9 +130,9 @@ class Network:
     def __init__(
         self,
         network: nn.Module,
-        family: NetworkFamily | Path,
+        family: NetworkFamily | Path | str,
         samples: Samples,
-        folder: Path,
+        folder: Path | str,
         batch: int = 64,
         hessian: Hessian | None = None,
     ) -> None:
@@ -150,9 +149,9 @@ class Network:
         Raises:
             FamilyError: if the family does not describe the network.
         """
-        self.family = family if isinstance(family, NetworkFamily) else NetworkFamily.read(family)
+        self.family = family if isinstance(family, NetworkFamily) else NetworkFamily.read(Path(family))
         self._network = copy.deepcopy(network).eval()
-        self._samples, self._layout = samples, Layout(folder)
+        self._samples, self._layout = samples, Layout(Path(folder))
         self._hessian = hessian or Hessian(estimator="fisher")
         digest = _digest(stored(self._network).items(), self.family.model_dump_json())
         self._device = next(self._network.parameters()).device
@@ -167,12 +166,10 @@ class Network:
             world=World(),
             meta={
                 "model": digest,
-                "tokens": _digest(
-                    [("inputs", samples.inputs), ("targets", samples.targets)], samples.loss.__qualname__
-                ),
+                "tokens": _digest_of(samples),
                 "sequences": len(samples),
             },
-            work=folder / ".work",
+            work=self._layout.root / ".work",
             at_once=batch,
         )
 
@@ -276,13 +273,16 @@ class Network:
         target = self._layout.root / stage
         if target.exists() and read_meta(target, stage).items() >= self._run.meta.items():
             return
-        with redirect_stdout(sys.stderr):  # stdout is the caller's
-            if stage == "gradients":
-                collect_gradients(self._run, self._network, target, Gradients(storage_dtype="float32"))
-            elif stage == "hessian":
-                collect_hessian(self._run, self._network, target, self._hessian)
-            else:
-                collect_activations(self._run, self._network, target, Activations())
+        if stage == "gradients":
+            collect_gradients(self._run, self._network, target, Gradients(storage_dtype="float32"))
+        elif stage == "hessian":
+            collect_hessian(self._run, self._network, target, self._hessian)
+        else:
+            collect_activations(self._run, self._network, target, Activations())
+
+
+def _digest_of(samples: Samples) -> str:
+    return _digest([("inputs", samples.inputs), ("targets", samples.targets)], samples.loss.__qualname__)
 
 
 def _digest(tensors: Any, text: str) -> str:

@@ -109,7 +109,7 @@ def _note_shapes(module: nn.Module) -> None:
         module.num_parameters = len(module.weight)
 
 
-def load(folder: Path, network: nn.Module) -> nn.Module:
+def load(folder: Path | str, network: nn.Module) -> nn.Module:
     """The pruned network of a folder, in evaluation mode.
 
     Args:
@@ -119,6 +119,7 @@ def load(folder: Path, network: nn.Module) -> nn.Module:
     Raises:
         LibpruneError: if the folder is damaged, or of another network.
     """
+    folder = Path(folder)
     path = require(folder / WEIGHTS, "slice")
     with damage(path, "slice"), safe_open(path, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in list(file.keys())}

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,12 +13,11 @@ from libprune.architecture import Architecture
 from libprune.errors import LibpruneError
 from libprune.networks import Network, load
 from libprune.networks.describe import describe
-from libprune.networks.slicing import numbers_after, sliced_state, stored, with_tensors
 from libprune.networks.watching import watched_inputs
 from libprune.plan import Plan
 from libprune.sections import Allocate, Score
 from libprune.surgery import masked
-from tests.networks import CASES, Case
+from tests.networks import CASES, Case, cut, random_plan
 
 TOLERANCE = 1e-5
 """Of the largest output."""
@@ -43,22 +41,6 @@ def architecture(case, network) -> Architecture:
 @pytest.fixture(scope="module")
 def pruner(case, network, tmp_path_factory) -> Network:
     return Network(network, case.family, case.samples(), tmp_path_factory.mktemp("network") / "work", batch=10)
-
-
-def random_plan(architecture: Architecture, seed: int) -> Plan:
-    """Every part keeps between one unit and all of them."""
-    rng = np.random.default_rng(seed)
-    keep = {}
-    for block in architecture.blocks():
-        number = architecture.units(block[1])
-        keep[block] = np.zeros(number, dtype=bool)
-        keep[block][rng.permutation(number)[: rng.integers(1, number + 1)]] = True
-    return Plan(keep)
-
-
-def cut(case: Case, network: nn.Module, architecture: Architecture, plan: Plan) -> nn.Module:
-    numbers = numbers_after(architecture, plan, case.family.numbers(network))
-    return with_tensors(network, sliced_state(stored(network), architecture, plan), numbers)
 
 
 @settings(max_examples=12)
