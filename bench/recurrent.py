@@ -37,7 +37,7 @@ from examples.recurrent_comparison import (
     shown,
 )
 from examples.recurrent_training import load
-from libprune.agreement import paired_factor, ratio_interval
+from libprune.agreement import Interval, paired_factor, ratio_interval
 from libprune.markdown import markdown_table
 from libprune.networks import Network, Pruned
 from libprune.networks.recurrent import RecurrentLM
@@ -150,30 +150,48 @@ def _speed(network: Network, model: RecurrentLM, inputs: torch.Tensor, kind: Net
     return found
 
 
-def table(rows: list[Row]) -> str:
-    """One line for each model, share and setting, the repairs side by side."""
-    own: dict[tuple[str, float, str, str], dict[str, dict[int, Row]]] = {}
+def tables(rows: list[Row]) -> str:
+    """Two tables of a line a setting, and a column for each model, share and repair: perplexity over the dense one's,
+    and the paired factor to the reference.
+    """
+    ratios: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for row in rows:
-        key = (row["model"], row["removed"], row["importance"], row["method"])
-        own.setdefault(key, {}).setdefault(row["repair"], {})[row["seed"]] = row
-    body = []
-    for key, repairs in own.items():
-        cells: list[str] = []
-        for repair in REPAIRS:
-            ratios = _ratios(repairs.get(repair, {}))
-            reference = _ratios(own[(*key[:2], *REFERENCE)].get(repair, {}))
-            cells.append(f"× {shown(ratio_interval(list(ratios.values())))}" if ratios else "")
-            cells.append(shown(paired_factor(ratios, reference)) if key[2:] != REFERENCE else "")
-        one = next(iter(repairs["none"].values()))
-        kept = ", ".join(f"{axis} {number}" for axis, number in one["kept"].items())
-        body.append((key[0], f"{key[1]:.0%}", *key[2:], *cells, f"{one['actual']:,}", kept))
-    beside = f"/ {REFERENCE[0]}"
-    heads = [head for repair in REPAIRS for head in (repair, beside)]
-    return markdown_table(body, ("model", "removed", "importance", "allocation", *heads, "parameters", "kept, seed 0"))
+        column = f"{row['model']} {row['removed']:.0%}, {row['repair']}"
+        seeds = ratios.setdefault((row["importance"], row["method"]), {}).setdefault(column, {})
+        seeds[row["seed"]] = row["ratio"]
+    columns = [f"{model} {removed:.0%}, {repair}" for removed in RATIOS for model in MODELS for repair in REPAIRS]
+
+    def factor(own: dict[str, dict[int, float]], column: str) -> Interval | None:
+        return paired_factor(own[column], ratios[REFERENCE].get(column, {}))
+
+    def overall(own: dict[str, dict[int, float]], column: str) -> Interval:
+        return ratio_interval(list(own[column].values()))
+
+    def table(cell: Callable[[dict[str, dict[int, float]], str], Interval | None]) -> str:
+        body = [
+            (*setting, *(shown(cell(own, column)) if column in own else "" for column in columns))
+            for setting, own in ratios.items()
+        ]
+        return markdown_table(body, ("importance", "allocation", *columns))
+
+    return f"{table(overall)}\n\nover {' / '.join(REFERENCE)}:\n\n{table(factor)}"
 
 
-def _ratios(seeds: dict[int, Row]) -> dict[int, float]:
-    return {seed: row["ratio"] for seed, row in seeds.items()}
+def units(rows: list[Row]) -> str:
+    """Parameters and units that are left by the methods that choose how many go where, first seed."""
+    own = [row for row in rows if row["seed"] == 0 and row["repair"] == "none"]
+    body = [
+        (
+            row["model"],
+            f"{row['removed']:.0%}",
+            f"{row['importance']}, {row['method']}",
+            f"{row['actual']:,}",
+            ", ".join(f"{axis} {number}" for axis, number in row["kept"].items()),
+        )
+        for row in own
+        if row["method"] != "uniform" or row["importance"] == REFERENCE[0]
+    ]
+    return markdown_table(body, ("model", "removed", "setting", "parameters", "units kept"))
 
 
 def summary(rows: list[Row]) -> str:
@@ -210,7 +228,8 @@ def main(
         for seed in range(seeds):
             for name in MODELS:
                 measure(name, trained(name, text, work), parts, store, seed)
-    print(table(store.rows("pruned")), summary(store.rows("pruned")), sep="\n\n")
+    rows = store.rows("pruned")
+    print(tables(rows), units(rows), summary(rows), sep="\n\n")
     for row in store.rows("retention") + store.rows("speed"):
         print(json.dumps(row))
 

@@ -223,8 +223,12 @@ def shown(interval: Interval | None) -> str:
     """A mean, and in brackets its interval, if it is known."""
     if interval is None:
         return ""
-    bounds = f" ({interval.low:.3f} to {interval.high:.3f})" if interval.known else ""
-    return f"{interval.mean:.3f}{bounds}"
+    bounds = f" ({_number(interval.low)} to {_number(interval.high)})" if interval.known else ""
+    return _number(interval.mean) + bounds
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 1000 else f"{value:.0e}"
 
 
 def _mean(values: Sequence[int]) -> int:
