@@ -1,72 +1,29 @@
-"""A byte-level recurrent language model, of LSTM units or of LSTM and spiking units, trained in minutes on a CPU.
+"""A byte-level recurrent language model, of LSTM units or of LSTM and spiking units: trained in minutes on a CPU, and
+pruned.
 
     python -m examples.recurrent train --out FOLDER
+    python -m examples.recurrent compare FOLDER --ratio 0.5
 
-It reads text as UTF-8 bytes, learns the first part by truncated backpropagation through time (Williams & Peng 1990) in
-parallel streams, and keeps the weights of the epoch with the lowest loss on the rest.
+It reads text as UTF-8 bytes, learns the first eight tenths by truncated backpropagation through time in parallel
+streams, and keeps the weights of the epoch with the lowest loss on the next tenth. The last tenth is what pruned models
+are judged on.
 """
 
-import json
 import math
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
 
 import typer
 
-from libprune.errors import ArtifactError, LibpruneError, SourceError
+from examples.byte_text import BYTES, NEWS, read_bytes, split, streams, unigram_loss
+from examples.recurrent_comparison import Calibration, Judge, network_of, results_of, table
+from examples.recurrent_training import DROPOUT, Schedule, described, epochs_of, load, save
 from libprune.stage import quiet, user_errors
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from libprune.networks.recurrent import RecurrentLM
-
-NEWS = "package://gensim/test/test_data/lee_background.cor"
-"""Short news texts, 0.35 MB, that ship in the package gensim."""
-BYTES = 256
-_VALIDATION_SHARE = 0.1
-_LEARNING_RATE = 5e-3
-_DROPOUT = 0.1
-_LARGEST_GRADIENT = 1.0
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a model is trained.
-
-    Attributes:
-        batch: streams that the text is cut into, which run in parallel.
-        bptt: steps that the gradient goes back.
-        epochs: passes over the training part.
-    """
-
-    batch: int
-    bptt: int
-    epochs: int
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one pass over the training part gave; losses in nats a byte.
-
-    Attributes:
-        training_loss: mean over the pass, with the weights of each step.
-        validation_loss: with the weights at its end.
-        firing: share of the LIF units that fired in the validation part; NaN without LIF units.
-        seconds: that training took.
-    """
-
-    training_loss: float
-    validation_loss: float
-    firing: float
-    seconds: float
+Text = Annotated[str, typer.Option(help="A file, package://NAME/path, or another text that libprune reads.")]
 
 
 @app.callback()
@@ -77,7 +34,7 @@ def main() -> None:
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="The folder to write; of an older one, nothing stays.")],
-    text: Annotated[str, typer.Option(help="A file, package://NAME/path, or another text that libprune reads.")] = NEWS,
+    text: Text = NEWS,
     snn_ratio: Annotated[float, typer.Option(help="Share of the units of each layer that spike, 0 to 1.")] = 0.0,
     layers: Annotated[int, typer.Option(help="Recurrent layers.")] = 2,
     hidden: Annotated[int, typer.Option(help="Units of each layer.")] = 256,
@@ -95,9 +52,10 @@ def train(
     quiet()
     schedule = Schedule(batch, bptt, epochs)
     config: dict[str, Any] = {"vocab": BYTES, "embedding": embedding, "hidden": hidden, "layers": layers}
-    config |= {"snn_ratio": snn_ratio, "dropout": _DROPOUT}
+    config |= {"snn_ratio": snn_ratio, "dropout": DROPOUT}
     with user_errors():
-        training, validation = split(read_bytes(text), batch)
+        parts = split(read_bytes(text))
+        training, validation = streams(parts.training, batch), streams(parts.validation, batch)
         torch.manual_seed(seed)
         model = RecurrentLM(**config)
         unigram = math.exp(unigram_loss(training, validation))
@@ -110,176 +68,31 @@ def train(
     typer.echo(f"{out}: perplexity per byte {math.exp(best):.2f} in validation, {unigram:.2f} by frequencies alone")
 
 
-def described(epoch: Epoch) -> str:
-    """An epoch in words."""
-    training, validation = math.exp(epoch.training_loss), math.exp(epoch.validation_loss)
-    firing = "" if math.isnan(epoch.firing) else f", {epoch.firing:.0%} of the LIF units fire"
-    return f"perplexity per byte {training:.2f} training, {validation:.2f} validation{firing}, {epoch.seconds:.0f} s"
-
-
-def read_bytes(text: str) -> "Tensor":
-    """The bytes ``[bytes]`` of all documents of a text, joined by newlines.
-
-    Raises:
-        SourceError: if it cannot be read.
-    """
-    import torch
-
-    from libprune.sections import Tokenize
-    from libprune.texts import calibration_source, open_text
-
-    joined = "\n".join(open_text(calibration_source(Tokenize(text=text))).documents())
-    return torch.frombuffer(bytearray(joined.encode()), dtype=torch.uint8).long()
-
-
-def split(ids: "Tensor", batch: int) -> tuple["Tensor", "Tensor"]:
-    """Training and validation streams ``[batch, bytes]``: the first nine tenths of a text, and the rest.
-
-    Raises:
-        SourceError: if the text is too short for so many streams.
-    """
-    cut = len(ids) - round(_VALIDATION_SHARE * len(ids))
-    if len(ids) - cut < 2 * batch:
-        least = math.ceil(2 * batch / _VALIDATION_SHARE)
-        raise SourceError(
-            f"the text has {len(ids):,} bytes, too few for {batch} streams; give some {least:,} bytes or more, "
-            "or a smaller --batch"
-        )
-    return streams(ids[:cut], batch), streams(ids[cut:], batch)
-
-
-def streams(ids: "Tensor", batch: int) -> "Tensor":
-    """A text cut into equal pieces, ``[batch, bytes]``; what is left over at the end is dropped."""
-    length = len(ids) // batch
-    return ids[: batch * length].view(batch, length)
-
-
-def unigram_loss(training: "Tensor", validation: "Tensor") -> float:
-    """The loss, in nats a byte, of the bytes' frequencies in training with one added to each count.
-
-    Of validation the bytes count that a model is asked for: all but the first of each stream.
-    """
-    counts, asked = Counter(training.flatten().tolist()), validation[:, 1:].flatten().tolist()
-    total = training.numel() + BYTES
-    return -sum(math.log((counts[byte] + 1) / total) for byte in asked) / len(asked)
-
-
-def epochs_of(model: "RecurrentLM", training: "Tensor", validation: "Tensor", schedule: Schedule) -> Iterator[Epoch]:
-    """Train a model in place, and yield after every epoch.
-
-    Adam, whose learning rate falls along a half cosine to 0; gradients are clipped by their norm.
-
-    Args:
-        model: to be trained.
-        training: streams ``[batch, bytes]``.
-        validation: likewise.
-        schedule: how.
-    """
-    import torch
-
-    optimizer = torch.optim.Adam(model.parameters(), lr=_LEARNING_RATE)
-    updates = schedule.epochs * math.ceil((training.shape[1] - 1) / schedule.bptt)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-
-    def update(loss: "Tensor") -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), _LARGEST_GRADIENT)
-        optimizer.step()
-        decay.step()
-
-    for _ in range(schedule.epochs):
-        start = time.perf_counter()
-        training_loss = mean_loss(model.train(), training, schedule.bptt, update)
-        seconds = time.perf_counter() - start
-        with torch.no_grad(), firing(model) as fired:
-            validation_loss = mean_loss(model.eval(), validation, schedule.bptt)
-        yield Epoch(training_loss, validation_loss, fired(), seconds)
-
-
-def mean_loss(
-    model: "RecurrentLM", text: "Tensor", bptt: int, update: Callable[["Tensor"], None] | None = None
-) -> float:
-    """The mean loss of the next byte over whole streams, in nats.
-
-    Args:
-        model: begins each stream with a state of zeros.
-        text: streams ``[batch, bytes]``.
-        bptt: bytes at a time; the state goes on, its gradient does not.
-        update: is given the mean loss of each piece.
-    """
-    from torch.nn.functional import cross_entropy
-
-    from libprune.networks.recurrent import detached
-
-    state, total = None, 0.0
-    for ids, following in zip(text[:, :-1].split(bptt, 1), text[:, 1:].split(bptt, 1), strict=True):
-        logits, state = model.step(ids, state)
-        state = detached(state)
-        loss = cross_entropy(logits.flatten(0, 1), following.flatten())
-        if update:
-            update(loss)
-        total += loss.item() * ids.shape[1]
-    return total / (text.shape[1] - 1)
-
-
-@contextmanager
-def firing(model: "RecurrentLM") -> Iterator[Callable[[], float]]:
-    """Inside the context it is watched which LIF units fire; what is given tells their share, NaN if there are none."""
-    import torch
-
-    from libprune.networks.recurrent import RecurrentLayer
-
-    def watching(fired: "Tensor") -> Callable[..., None]:
-        def hook(_module: Any, _inputs: Any, output: tuple["Tensor", "Tensor"]) -> None:
-            fired.logical_or_(output[0].any(0))
-
-        return hook
-
-    layers = [layer for layer in model.layers if isinstance(layer, RecurrentLayer) and layer.spiking]
-    fired = [torch.zeros(layer.spiking, dtype=torch.bool) for layer in layers]
-    hooks = [layer.neuron.register_forward_hook(watching(seen)) for layer, seen in zip(layers, fired, strict=True)]
-    try:
-        yield lambda: torch.cat([torch.zeros(0, dtype=torch.bool), *fired]).float().mean().item()
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def save(model: "RecurrentLM", config: dict[str, Any], folder: Path) -> None:
-    """Write `model.safetensors` and `config.json`, the arguments of `RecurrentLM`, as a folder, whole or not at all."""
-    from safetensors.torch import save_file
-
-    from libprune.artifacts import writing_folder
-
-    with writing_folder(folder) as partial:
-        save_file(model.state_dict(), partial / "model.safetensors")
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def load(folder: Path) -> "RecurrentLM":
-    """The model of a folder that `save` wrote, ready to be evaluated.
-
-    Raises:
-        ArtifactError: if the folder lacks a file, or holds another model.
-        NetworkError: if units of it spike and snntorch is not installed.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from libprune.networks.recurrent import RecurrentLM
-
-    try:
-        model = RecurrentLM(**json.loads((folder / "config.json").read_text()))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except LibpruneError:
-        raise
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{folder} holds no whole recurrent model ({type(error).__name__}: {error}); write one with "
-            f"`python -m examples.recurrent train --out {folder}`"
-        ) from error
-    return model.eval()
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="What train wrote.")],
+    text: Text = NEWS,
+    ratio: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share of the parameters to remove.")] = 0.5,
+    repair: Annotated[Literal["none", "local", "sequential"], typer.Option(help="Of the maps that read.")] = "none",
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of the calibration sequences.")] = 3,
+    sequences: Annotated[int, typer.Option(min=8, help="Calibration sequences, from the training part.")] = 128,
+    length: Annotated[int, typer.Option(min=1, help="Bytes of each.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Streams of the evaluation part in parallel.")] = 64,
+    evaluated: Annotated[int, typer.Option(min=2, help="Bytes of the evaluation part, at most.")] = 32768,
+) -> None:
+    """Prune a trained model by classical and by mixed criteria, and print what each does to the perplexity per byte."""
+    quiet()
+    with user_errors(), TemporaryDirectory() as work:
+        model, parts = load(folder), split(read_bytes(text))
+        judge = Judge.of(parts, batch, evaluated)
+        perplexity, parameters = math.exp(judge.loss(model)), sum(weight.numel() for weight in model.parameters())
+        typer.echo(f"dense: perplexity per byte {perplexity:.3f}, {parameters:,} parameters; ratio {ratio}, {repair}")
+        results = []
+        for seed in range(seeds):
+            samples = Calibration(sequences, length).draw(parts.training, seed)
+            network = network_of(model, samples, Path(work) / str(seed))
+            results += list(results_of(model, network, judge, ratio, repair, seed))
+    typer.echo(table(results))
 
 
 if __name__ == "__main__":

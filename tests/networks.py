@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from libprune.architecture import Architecture
 from libprune.networks import NetworkFamily, Samples
+from libprune.networks.recurrent import RecurrentLM
 from libprune.networks.slicing import numbers_after, sliced_state, stored, with_tensors
 from libprune.plan import Plan
+from tests.closure import ROOT
 
 
 class LeNet(nn.Module):
@@ -144,6 +146,38 @@ RECURRENT = {
 }
 
 
+def recurrent_lm(snn_ratio: float) -> RecurrentLM:
+    """Two layers of 6 units, whose LIF units fire about half of the time."""
+    model = RecurrentLM(7, 5, 6, 2, snn_ratio)
+    for layer in model.layers:
+        if layer.spiking:
+            nn.init.normal_(layer.current_input.weight, 0, 2)
+            nn.init.normal_(layer.current_input.bias, 1)
+    return model
+
+
+LSTM = ROOT / "examples/recurrent_lstm.yaml"
+
+MIXED = {
+    "family": "recurrent",
+    "prunable": ["h0", "s0", "h1", "s1"],
+    "modules": {
+        "embedding": "vocab -> e",
+        "layers.0.gates_input": "e -> h0 + h0 + h0 + h0",
+        "layers.0.gates_recurrent": "h0 + s0 -> h0 + h0 + h0 + h0",
+        "layers.0.current_input": "e -> s0",
+        "layers.0.current_recurrent": "h0 + s0 -> s0",
+        "layers.0.neuron": "s0",
+        "layers.1.gates_input": "h0 + s0 -> h1 + h1 + h1 + h1",
+        "layers.1.gates_recurrent": "h1 + s1 -> h1 + h1 + h1 + h1",
+        "layers.1.current_input": "h0 + s0 -> s1",
+        "layers.1.current_recurrent": "h1 + s1 -> s1",
+        "layers.1.neuron": "s1",
+        "decoder": "h1 + s1 -> vocab",
+    },
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """A network, its family and how to make samples."""
@@ -152,6 +186,8 @@ class Case:
     family: NetworkFamily
     inputs: Callable[[int], Tensor]
     targets: Callable[[int], Tensor]
+    smooth: bool = True
+    """Whether its gradient is the slope of its loss; a spike's is a surrogate."""
 
     def network(self, seed: int = 0) -> nn.Module:
         """With random weights, and running statistics that are not those of a fresh batch norm."""
@@ -187,6 +223,19 @@ CASES = {
         NetworkFamily(**(RECURRENT | {"prunable": ["h", "s"]})),
         lambda n: torch.randint(7, (n, 5)),
         lambda n: torch.randint(7, (n, 5)),
+    ),
+    "lstm": Case(
+        partial(recurrent_lm, 0.0),
+        NetworkFamily.read(LSTM),
+        lambda n: torch.randint(7, (n, 5)),
+        lambda n: torch.randint(7, (n, 5)),
+    ),
+    "mixed": Case(
+        partial(recurrent_lm, 0.5),
+        NetworkFamily(**MIXED),
+        lambda n: torch.randint(7, (n, 5)),
+        lambda n: torch.randint(7, (n, 5)),
+        smooth=False,
     ),
 }
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from examples import byte_text, recurrent_training
 from examples import recurrent as example
 from libprune.errors import ArtifactError, NetworkError, SourceError
 from libprune.networks.recurrent import BETA, THRESHOLD, RecurrentLayer, RecurrentLM, detached, from_torch
@@ -267,27 +268,31 @@ def test_training_learns_more_than_frequencies_and_the_folder_holds_what_it_lear
     if ratio:
         pytest.importorskip("snntorch")
     text = torch.arange(3000) % 5
-    training, validation = example.split(text, 4)
+    training, validation = (byte_text.streams(part, 4) for part in byte_text.split(text)[:2])
     torch.manual_seed(0)
-    config = {"vocab": example.BYTES, "embedding": 8, "hidden": 16, "layers": 1, "snn_ratio": ratio, "dropout": 0.0}
+    config = {"vocab": byte_text.BYTES, "embedding": 8, "hidden": 16, "layers": 1, "snn_ratio": ratio, "dropout": 0.0}
     model = RecurrentLM(**config)
-    epochs = list(example.epochs_of(model, training, validation, example.Schedule(batch=4, bptt=4, epochs=2)))
+    epochs = list(
+        recurrent_training.epochs_of(
+            model, training, validation, recurrent_training.Schedule(batch=4, bptt=4, epochs=2)
+        )
+    )
     assert epochs[1].training_loss < epochs[0].training_loss
-    assert epochs[1].validation_loss < example.unigram_loss(training, validation)
+    assert epochs[1].validation_loss < byte_text.unigram_loss(training, validation)
     assert math.isnan(epochs[1].firing) if ratio == 0 else 0 < epochs[1].firing <= 1
-    example.save(model, config, tmp_path / "model")
-    loaded = example.load(tmp_path / "model")
-    assert example.mean_loss(loaded, validation, 16) == pytest.approx(epochs[1].validation_loss)
+    recurrent_training.save(model, config, tmp_path / "model")
+    loaded = recurrent_training.load(tmp_path / "model")
+    assert recurrent_training.mean_loss(loaded, validation, 16) == pytest.approx(epochs[1].validation_loss)
 
 
 @given(st.lists(st.integers(0, 255), min_size=40, max_size=80))
 def test_the_unigram_loss_is_that_of_the_frequencies_with_one_added(values):
-    training, validation = example.split(torch.tensor(values), 2)
+    training, validation = (byte_text.streams(part, 2) for part in byte_text.split(torch.tensor(values))[:2])
     counts = torch.bincount(training.flatten(), minlength=256).double() + 1
     expected = torch.nn.functional.nll_loss(
         (counts / counts.sum()).log()[None].expand(validation[:, 1:].numel(), -1), validation[:, 1:].flatten()
     )
-    assert example.unigram_loss(training, validation) == pytest.approx(expected.item())
+    assert byte_text.unigram_loss(training, validation) == pytest.approx(expected.item())
 
 
 def test_the_command_reads_a_file_and_says_where_the_model_is(tmp_path, monkeypatch):
@@ -299,12 +304,22 @@ def test_the_command_reads_a_file_and_says_where_the_model_is(tmp_path, monkeypa
     assert done.exit_code == 0, done.output
     assert "epoch 1/1: perplexity per byte" in done.output
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
-    assert json.loads((out / "config.json").read_text())["hidden"] == example.load(out).layers[0].hidden == 8
+    assert json.loads((out / "config.json").read_text())["hidden"] == recurrent_training.load(out).layers[0].hidden == 8
 
 
 def test_a_text_that_is_too_short_is_refused_with_what_would_do():
-    with pytest.raises(SourceError, match="100 bytes, too few for 8 streams; give some 160"):
-        example.split(torch.zeros(100, dtype=torch.long), 8)
+    parts = byte_text.split(torch.zeros(100, dtype=torch.long))
+    with pytest.raises(SourceError, match="10 bytes, too few for 8 streams; give a text of some 160"):
+        byte_text.streams(parts.validation, 8)
+
+
+@given(st.integers(0, 300))
+def test_a_text_is_split_into_eight_tenths_and_two_times_one_in_its_order(length):
+    ids = torch.arange(length)
+    parts = byte_text.split(ids)
+    assert torch.equal(torch.cat(parts), ids)
+    assert len(parts.validation) == len(parts.evaluation)
+    assert abs(len(parts.evaluation) - length / 10) <= 0.5
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"width": 3}'], ids=["nothing", "broken", "another"])
@@ -312,4 +327,4 @@ def test_a_folder_without_a_whole_model_is_refused_with_how_to_write_one(content
     if content:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ArtifactError, match=r"no whole recurrent model .* examples\.recurrent train"):
-        example.load(tmp_path)
+        recurrent_training.load(tmp_path)
