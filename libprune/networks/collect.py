@@ -7,6 +7,7 @@ once, and per-sample gradients come from passes over one sample. A sample stands
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -54,14 +55,18 @@ def collect_hessian(run: Run, network: nn.Module, target: Path, section: Hessian
     """The diagonal of the Hessian."""
     architecture, samples = run.architecture, run.sequences
     groups = hessian_groups(architecture, samples.counted, section)
-    identity = {"estimator": section.estimator, "probes": section.probes, "seed": section.seed}
-    with collecting(run, "hessian", target, groups, run.at_once, identity) as work:
+    with collecting(run, "hessian", target, groups, run.at_once, estimation(section)) as work:
         if section.estimator == "hutchinson":
             collect_probes(network, architecture, _batches(work), work.accumulator, section, _losses)
         else:
             for _, first, batch in _batches(work):
                 _add_squares(network, architecture, work.accumulator, first, batch)
-        write_artifact(run, target, work.accumulator, hessian_columns, {"estimator": section.estimator})
+        write_artifact(run, target, work.accumulator, hessian_columns, estimation(section))
+
+
+def estimation(section: Hessian) -> dict[str, Any]:
+    """What the diagonal depends on beside the network and its samples."""
+    return section.model_dump(exclude={"sequences"})
 
 
 def collect_activations(run: Run, network: nn.Module, target: Path, section: Activations) -> None:
