@@ -358,6 +358,23 @@ def test_a_module_in_two_places_is_described_once(tmp_path):
         describe(Repeated(), described, samples.inputs)
 
 
+def test_a_map_on_which_no_loss_depends_has_gradients_of_zero(tmp_path):
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.out = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(self.one(x) + self.two(x).detach())
+
+    described = NetworkFamily(family="f", prunable=["h"], modules={"one": "a -> h", "two": "a -> h", "out": "h -> b"})
+    samples = Samples(torch.randn(8, 3), torch.randint(2, (8,)))
+    network = Network(Detached(), described, samples, tmp_path / "work")
+    table, _ = network.scores(Score(criterion="taylor_2nd"))
+    assert np.isfinite(table["importance"]).all()
+    assert not read_tensor(tmp_path / "work" / "gradients", 0, "two.weight", "gradients").any()
+
+
 def test_what_cannot_be_watched_is_refused_by_name(tmp_path):
     class Uneasy(nn.Module):
         def __init__(self, kind):

@@ -132,13 +132,16 @@ def _add_gradients(
     for part in masks:
         sums.update(0, UNITS + part, found[UNITS + part].float().unsqueeze(1))
     for entry, rows in deltas.items():
+        weight = network.get_parameter(entry.weight).detach()
+        still = weight.new_zeros(
+            0 if rows else entry.rows * len(batch), len(weight)
+        )  # where no loss depends on the map
+        delta = torch.cat([still, *rows]).float()
         name = f"{entry.module}.output_gradient_square"
         if name in sums.groups[0]:
-            delta = torch.cat(rows).float()
             sums.update(0, name, _squares(delta, batch.counted), count(len(delta)))
         name = f"{entry.module}.input_gradient_square"
         if name in sums.groups[0]:
-            weight = network.get_parameter(entry.weight).detach()
             sums.update(0, name, _squares(delta @ oriented(entry, weight).float(), batch.counted), count(len(delta)))
     sums.update(1, "loss", losses.detach().double().sum().cpu(), samples)
 
