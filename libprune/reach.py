@@ -36,7 +36,8 @@ samples in any place; ``[3, features]``.
 """
 
 _SCALES = (0.1, 1.0, 10.0)
-"""Standard deviations of the noise."""
+"""Standard deviations of the noise; behind maps of networks, which may have thresholds of any size, one more."""
+_FAR = 1e4
 _SEQUENCES, _LENGTH = 2, 16
 _TOLERANCE = 1e-5
 """Of the largest value: how far float32 lets a constant move, behind weights that sum to one only up to rounding."""
@@ -149,6 +150,7 @@ def under_noise(
     consumers: Iterable[str],
     passes: Sequence[Pass],
     generator: torch.Generator,
+    far: bool = False,
 ) -> dict[str, Steady]:
     """What consumers take with noise in the place of the outputs of other modules.
 
@@ -159,9 +161,10 @@ def under_noise(
         consumers: modules whose input is watched.
         passes: how the model is run, once for each kind of input.
         generator: where the noise comes from.
+        far: whether it is also to pass thresholds that the model may have, however high.
     """
     seen: Ranges = {name: [] for name in consumers}
-    for run, scale in product(passes, _SCALES):
+    for run, scale in product(passes, (*_SCALES, _FAR) if far else _SCALES):
         with hooked(model) as handles, torch.no_grad():
             for name, outputs in fixed.items():
                 hook = partial(_replace, outputs, scale, generator)
@@ -178,8 +181,10 @@ def _replace(
     generator: torch.Generator,
     module: nn.Module,
     args: tuple[Any, ...],
-    output: Float[Tensor, "..."],
-) -> Float[Tensor, "..."]:
+    output: Any,
+) -> Any:
+    if isinstance(output, tuple):
+        return tuple(_replace(fixed, scale, generator, module, args, item) for item in output)
     noise = torch.randn(output.shape, generator=generator, dtype=output.dtype)
     left = _alike(output.amin(0), output.amax(0)) if fixed is None else along_features(module, fixed)
     return torch.where(left, output, scale * noise)

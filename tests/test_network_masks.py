@@ -292,6 +292,47 @@ def test_a_network_in_bfloat16_is_told_in_float32_and_comes_back_as_it_was():
     assert masks.inspect(network, described, x).saved_bytes == 2 * (9 + 1 + 36)
 
 
+def test_a_unit_that_only_a_large_input_wakes_is_not_masked():
+    class Distant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.two(torch.relu(self.one(x) - 200))
+
+    network = Distant().eval()
+    zero(network, "one.weight", 0, [0])
+    described = family(["h"], one="a -> h", two="h -> b")
+    assert masks.inspect(network, described, torch.randn(8, 3)).blocks[0].removable == [0]
+
+
+def test_masks_pass_neurons_that_return_their_state_too():
+    class Neuron(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.leak = nn.Parameter(torch.rand(4))
+
+        def forward(self, x, state):
+            state = self.leak * state + x
+            return torch.tanh(state), state
+
+    class Spiking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.neuron, self.two = nn.Linear(3, 4), Neuron(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y, state = self.neuron(self.one(x), 0)
+            return self.two(y) + self.two(self.neuron(self.one(x), state)[0])
+
+    network = Spiking().eval()
+    for name in ("one.weight", "one.bias"):
+        zero(network, name, 0, [2])
+    described = family(["h"], one="a -> h", neuron="h", two="h -> b")
+    assert masks.extract(network, described, torch.randn(8, 3)).plan.keep[0, "h"].tolist() == [True, True, False, True]
+
+
 def test_scattered_zeros_are_told_and_not_extracted():
     network, described, x = built("residual", nn.ReLU())
     for module in (network.a, network.b):

@@ -11,7 +11,7 @@ from libprune.activations import GRAM
 from libprune.artifacts import read_table
 from libprune.criteria import CRITERIA
 from libprune.errors import BudgetError, FamilyError, LibpruneError, StatisticsError
-from libprune.networks import Network, NetworkFamily, Samples
+from libprune.networks import Network, NetworkFamily, Samples, load
 from libprune.networks.describe import describe
 from libprune.networks.watching import input_rows, output_rows, unit_masks
 from libprune.plan import Plan
@@ -69,6 +69,54 @@ def test_a_mask_gradient_is_the_slope_of_the_loss_along_the_mask(name):
                 slope = (losses[0] - losses[1]) / (2 * step)
                 assert float(slope[0]) == 0  # of the other sample
                 np.testing.assert_allclose(float(slope[1]), float(found[1, unit]), atol=1e-7, rtol=1e-4)
+
+
+def test_a_feature_of_two_axes_has_the_masks_of_both():
+    """The slope of the loss along the columns of the map that reads heads of several dimensions, both prunable."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    modules = {"0": "a -> h d", "2": "h d -> b"}
+    described = NetworkFamily(family="f", prunable=["h", "d"], modules=modules, attributes={"heads": "h"})
+    network.heads = 2
+    samples = Samples(torch.randn(5, 3), torch.randint(2, (5,)))
+    architecture = describe(network, described, samples.inputs)
+    with unit_masks(network, architecture, 5) as masks:
+        slopes = torch.autograd.grad(samples.losses(network).sum(), list(masks.values()))
+    weight = network[2].weight
+    along = torch.autograd.grad(samples.losses(network).sum(), weight)[0] * weight.detach()
+    for part, slope, others in zip(masks, slopes, ((0, 2), (0, 1)), strict=True):
+        torch.testing.assert_close(slope.sum(0), along.view(2, 2, 3).sum(others), msg=part)
+
+
+def _frames() -> tuple[nn.Module, NetworkFamily, Samples]:
+    class Frames(nn.Module):
+        """Convolutions see every frame of a film as a sample of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.out = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            frames = torch.relu(self.two(torch.relu(self.one(x.flatten(0, 1)))))
+            return self.out(frames.mean((2, 3))).unflatten(0, x.shape[:2]).mean(1)
+
+    torch.manual_seed(0)
+    modules = {"one": "pixel -> c", "two": "c -> d", "out": "d -> class"}
+    samples = Samples(torch.randn(24, 5, 1, 6, 6), torch.randint(2, (24,)))
+    return Frames(), NetworkFamily(family="frames", prunable=["c", "d"], modules=modules), samples
+
+
+def test_whole_samples_are_held_out_where_a_convolution_sees_their_parts(tmp_path):
+    network, described, samples = _frames()
+    pruner = Network(network, described, samples, tmp_path / "work", batch=10)
+    pruner.scores(Score(criterion="fluctuation"))
+    fitted = samples.inputs[torch.arange(24) % 8 != 7].flatten(0, 1)
+    with torch.no_grad():
+        x = input_rows(network.two, torch.relu(network.one(fitted)), 105).flatten(0, 1).double()
+    gram = read_tensor(tmp_path / "work" / "activations", 0, "two" + GRAM, "activations").double()
+    torch.testing.assert_close(gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    plan = pruner.plan(Score(criterion="random"), Allocate(ratio=0.3, method="global"))
+    assert all(fit.after <= fit.before for fit in pruner.prune(plan, "sequential").fits)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -277,6 +325,95 @@ def test_a_tied_map_with_prunable_axes_is_refused():
         describe(Recurrent(tied=True), NetworkFamily(**RECURRENT), torch.randint(7, (2, 3)))
 
 
+class Repeated(nn.Module):
+    """One map and one activation in two places each, and a parameter of the network itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        again, act = nn.Linear(3, 3), nn.PReLU()
+        self.first, self.second, self.one, self.two = again, again, act, act
+        self.wide, self.out, self.scale = nn.Linear(3, 6), nn.Linear(6, 2), nn.Parameter(torch.rand(6))
+
+    def forward(self, x):
+        x = self.two(self.second(self.one(self.first(x))))
+        return self.out(torch.tanh(self.wide(x)) * self.scale)
+
+
+REPEATED = {"first": "a -> a", "one": "a", "wide": "a -> h", "out": "h -> b", "": "h"}
+
+
+def test_a_module_in_two_places_is_described_once(tmp_path):
+    torch.manual_seed(0)
+    described = NetworkFamily(family="f", prunable=["h"], modules=REPEATED)
+    samples = Samples(torch.randn(16, 3), torch.randint(2, (16,)))
+    network = Network(Repeated(), described, samples, tmp_path / "work")
+    plan = network.plan(Score(criterion="taylor"), Allocate(ratio=0.3, method="uniform"))
+    pruned = network.prune(plan)
+    assert pruned.network.second is pruned.network.first
+    assert len(pruned.network.scale) == plan.kept(0, "h") < 6
+    pruned.save(tmp_path / "pruned")
+    again = load(tmp_path / "pruned", Repeated())
+    assert torch.equal(again(samples.inputs), pruned.network(samples.inputs))
+    del described.modules["one"]
+    with pytest.raises(FamilyError, match=r"does not describe parameter 'one.weight'"):
+        describe(Repeated(), described, samples.inputs)
+
+
+def test_a_map_on_which_no_loss_depends_has_gradients_of_zero(tmp_path):
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.out = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(self.one(x) + self.two(x).detach())
+
+    described = NetworkFamily(family="f", prunable=["h"], modules={"one": "a -> h", "two": "a -> h", "out": "h -> b"})
+    samples = Samples(torch.randn(8, 3), torch.randint(2, (8,)))
+    network = Network(Detached(), described, samples, tmp_path / "work")
+    table, _ = network.scores(Score(criterion="taylor_2nd"))
+    assert np.isfinite(table["importance"]).all()
+    assert not read_tensor(tmp_path / "work" / "gradients", 0, "two.weight", "gradients").any()
+
+
+def test_what_cannot_be_watched_is_refused_by_name(tmp_path):
+    class Uneasy(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.one, self.two, self.kind = nn.Linear(3, 4), nn.Linear(4, 2), kind
+
+        def forward(self, x):
+            y = self.two(input=self.one(x)) if self.kind == "keyword" else self.two(self.one(x))
+            return (y, x) if self.kind == "tuple" else y
+
+    described = NetworkFamily(family="f", prunable=["h"], modules={"one": "a -> h", "two": "h -> b"})
+    x = torch.randn(4, 3)
+    with pytest.raises(FamilyError, match="'two' is given its input by keyword"):
+        describe(Uneasy("keyword"), described, x)
+    samples = Samples(x, torch.randint(2, (4,)))
+    with pytest.raises(LibpruneError, match="returns a tuple, not a tensor"):
+        Network(Uneasy("tuple"), described, samples, tmp_path / "work")
+    with pytest.raises(LibpruneError, match=r"one.weight is bfloat16"):
+        Network(Uneasy("").bfloat16(), described, samples, tmp_path / "work")
+    with pytest.raises(LibpruneError, match="there are 4 samples, of which none is held out"):
+        network = Network(Uneasy(""), described, samples, tmp_path / "work")
+        network.prune(network.plan(Score(criterion="taylor"), Allocate(ratio=0.3, method="uniform")))
+
+
+def test_a_recurrent_module_of_torch_is_refused_as_a_map():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.out = nn.LSTM(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(self.cell(x)[0])
+
+    described = NetworkFamily(family="f", prunable=["h"], modules={"cell": "a -> h", "out": "h -> b"})
+    with pytest.raises(FamilyError, match=r"cell.weight_ih_l0 belongs to a LSTM"):
+        describe(Hidden(), described, torch.randn(2, 3))
+
+
 def test_a_module_that_is_never_called_is_refused():
     class Uncalled(nn.Module):
         def __init__(self):
@@ -371,9 +508,8 @@ def test_a_loss_must_be_told_sample_by_sample(tmp_path):
     case = CASES["lenet"]
     samples = case.samples()
     samples = Samples(samples.inputs, samples.targets, nn.functional.cross_entropy)
-    network = Network(case.network(), case.family, samples, tmp_path / "work")
     with pytest.raises(LibpruneError, match=r"has shape \[\]; it must give one number a sample"):
-        network.scores(Score(criterion="taylor"))
+        Network(case.network(), case.family, samples, tmp_path / "work")
 
 
 def test_inputs_and_targets_must_go_together():

@@ -7,6 +7,7 @@ once, and per-sample gradients come from passes over one sample. A sample stands
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -54,14 +55,18 @@ def collect_hessian(run: Run, network: nn.Module, target: Path, section: Hessian
     """The diagonal of the Hessian."""
     architecture, samples = run.architecture, run.sequences
     groups = hessian_groups(architecture, samples.counted, section)
-    identity = {"estimator": section.estimator, "probes": section.probes, "seed": section.seed}
-    with collecting(run, "hessian", target, groups, run.at_once, identity) as work:
+    with collecting(run, "hessian", target, groups, run.at_once, estimation(section)) as work:
         if section.estimator == "hutchinson":
             collect_probes(network, architecture, _batches(work), work.accumulator, section, _losses)
         else:
             for _, first, batch in _batches(work):
                 _add_squares(network, architecture, work.accumulator, first, batch)
-        write_artifact(run, target, work.accumulator, hessian_columns, {"estimator": section.estimator})
+        write_artifact(run, target, work.accumulator, hessian_columns, estimation(section))
+
+
+def estimation(section: Hessian) -> dict[str, Any]:
+    """What the diagonal depends on beside the network and its samples."""
+    return section.model_dump(exclude={"sequences"})
 
 
 def collect_activations(run: Run, network: nn.Module, target: Path, section: Activations) -> None:
@@ -127,13 +132,16 @@ def _add_gradients(
     for part in masks:
         sums.update(0, UNITS + part, found[UNITS + part].float().unsqueeze(1))
     for entry, rows in deltas.items():
+        weight = network.get_parameter(entry.weight).detach()
+        still = weight.new_zeros(
+            0 if rows else entry.rows * len(batch), len(weight)
+        )  # where no loss depends on the map
+        delta = torch.cat([still, *rows]).float()
         name = f"{entry.module}.output_gradient_square"
         if name in sums.groups[0]:
-            delta = torch.cat(rows).float()
             sums.update(0, name, _squares(delta, batch.counted), count(len(delta)))
         name = f"{entry.module}.input_gradient_square"
         if name in sums.groups[0]:
-            weight = network.get_parameter(entry.weight).detach()
             sums.update(0, name, _squares(delta @ oriented(entry, weight).float(), batch.counted), count(len(delta)))
     sums.update(1, "loss", losses.detach().double().sum().cpu(), samples)
 

@@ -39,9 +39,9 @@ def describe(network: nn.Module, family: NetworkFamily, example: Tensor | None, 
     """
     described = family.described(network)
     maps = {path for path, entry in described.items() if isinstance(entry, LinearMap)}
-    rows = Counter[str]() if example is None else _rows(network, maps, example)
     parameters, buffers = _stored(network, family, described)
     sizes = _solve(network, family, [*parameters, *buffers])
+    rows = Counter[str]() if example is None else _rows(network, maps, example)
     axes = family.axes(sorted({name for entry in described.values() for name in _names(entry)}))
     architecture = Architecture(
         family=family.family,
@@ -97,7 +97,10 @@ def _stored(
         for name in _own(network.get_submodule(path), stored, path):
             found[name] = Parameter(name, _dims(name, entry, stored[name], network.get_submodule(path)), 0, None)
     first = {id(parameter): name for name, parameter in network.named_parameters()}
+    again = _of_repeated_modules(network)
     for name, tensor in stored.items():
+        if name in again:
+            continue
         if name not in found and isinstance(tensor, nn.Parameter):
             raise FamilyError(
                 f"family {family.family!r} does not describe parameter {name!r} {list(tensor.shape)} of this network; "
@@ -115,7 +118,15 @@ def _stored(
 def _own(module: nn.Module, stored: dict[str, Tensor], path: str) -> list[str]:
     """The stored names of a module's own tensors, without those of modules inside."""
     own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return [f"{path}.{name}" for name, _ in own if f"{path}.{name}" in stored]
+    names = (f"{path}.{name}".removeprefix(".") for name, _ in own)
+    return [name for name in names if name in stored]
+
+
+def _of_repeated_modules(network: nn.Module) -> set[str]:
+    """The names of what a module stores that has another path before."""
+    first = {path for path, _ in network.named_modules()}
+    every = dict(network.named_modules(remove_duplicate=False))
+    return {f"{path}.{key}" for path in every.keys() - first for key in every[path].state_dict()}
 
 
 def _dims(name: str, entry: LinearMap | Expr, tensor: Tensor, module: nn.Module) -> tuple[Expr, ...]:
@@ -156,6 +167,8 @@ def _rows(network: nn.Module, paths: set[str], example: Tensor) -> Counter[str]:
     rows: Counter[str] = Counter()
 
     def count(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not args:
+            raise FamilyError(f"module {path!r} is given its input by keyword; give it by place, where hooks see it")
         features = output.shape[1] if isinstance(module, CONVOLUTIONS) else output.shape[-1]
         rows[path] += output.numel() // features
 

@@ -126,7 +126,7 @@ def _reaches(
         if isinstance(module, nn.Embedding):
             fixed[name] = (module.weight == 0).all(dim=0)
     consumers = [entry.module for entry in architecture.maps]
-    seen = under_noise(network, fixed, consumers, [partial(network, probe) for probe in probes], generator)
+    seen = under_noise(network, fixed, consumers, [partial(network, probe) for probe in probes], generator, far=True)
     return {block: reach_of(network, architecture, block, seen) for block in architecture.blocks()}
 
 

@@ -20,14 +20,15 @@ from libprune.mask_files import Masked
 from libprune.mask_inspection import MaskInspection, block_masks, outside, require_units, zero_share
 from libprune.networks.describe import describe
 from libprune.networks.family import NetworkFamily
+from libprune.networks.identity import digest
 from libprune.networks.mask_decision import Settled, like, settle
 from libprune.networks.masked import of_network
-from libprune.networks.network import TOLERANCE, Pruned, digest
+from libprune.networks.network import TOLERANCE, Pruned
 from libprune.networks.slicing import (
     difference,
     numbers_after,
     outputs,
-    require_units_of_each,
+    require_fits,
     sliced_state,
     stored,
     with_tensors,
@@ -158,7 +159,7 @@ def apply(network: nn.Module, family: NetworkFamily | Path, plan: Plan) -> None:
         LibpruneError: if the plan is of another network, or leaves no unit of a part.
     """
     architecture = describe(of_network(network).model, _family(family), None)
-    _require_fits(plan, architecture)
+    require_fits(architecture, plan)
     names: dict[int, list[str]] = {}
     for name, tensor in network.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name.removesuffix("_orig"))
@@ -169,20 +170,6 @@ def apply(network: nn.Module, family: NetworkFamily | Path, plan: Plan) -> None:
             module, _, name = path.rpartition(".")
             owner = network.get_submodule(module)
             prune.custom_from_mask(owner, name, mask.to(getattr(owner, name).device))
-
-
-def _require_fits(plan: Plan, architecture: Architecture) -> None:
-    units = {block: len(keep) for block, keep in plan.keep.items()}
-    expected = {block: architecture.units(block[1]) for block in architecture.blocks()}
-    if units != expected:
-        raise LibpruneError(
-            f"the plan is of units {_counts(units)}, but the network has {_counts(expected)}; take a plan of this one"
-        )
-    require_units_of_each(architecture, plan)
-
-
-def _counts(units: dict[tuple[int, str], int]) -> str:
-    return ", ".join(f"{part} {count}" for (_, part), count in units.items()) or "none"
 
 
 def extraction(

@@ -1,8 +1,7 @@
 """Pruning a network of the user's own: statistics once, then any number of settings."""
 
 import copy
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,21 +26,24 @@ from libprune.artifacts import (
     writing,
     writing_folder,
 )
-from libprune.calibration import Run
+from libprune.calibration import HELD_OUT_EVERY, Run
 from libprune.checkpoint import WeightFiles, write_provenance
 from libprune.criteria import find_criterion
 from libprune.errors import ArtifactError, LibpruneError
 from libprune.fusion import named_criteria
 from libprune.networks.allocation import allocate_network
-from libprune.networks.collect import collect_activations, collect_gradients, collect_hessian
+from libprune.networks.collect import collect_activations, collect_gradients, collect_hessian, estimation
 from libprune.networks.describe import describe
 from libprune.networks.family import NetworkFamily
+from libprune.networks.identity import digest, require_precise, told
 from libprune.networks.repair import repair_local, repair_sequential, set_weights
 from libprune.networks.slicing import (
     WEIGHTS,
     difference,
     load,
     numbers_after,
+    outputs,
+    require_fits,
     sliced_state,
     stored,
     with_tensors,
@@ -149,14 +151,19 @@ class Network:
 
         Raises:
             FamilyError: if the family does not describe the network.
+            LibpruneError: if it does not take and give one tensor, computes in half precision, or the folder holds
+                other things.
         """
         self.family = family if isinstance(family, NetworkFamily) else NetworkFamily.read(Path(family))
         self._network = copy.deepcopy(network).eval()
         self._samples, self._layout = samples, Layout(Path(folder))
         self._hessian = hessian or Hessian(estimator="fisher")
         name = digest(stored(self._network).items(), self.family.model_dump_json())
+        require_precise(self._network)
         self._device = next(self._network.parameters()).device
-        self.architecture = describe(self._network, self.family, samples[:2].to(self._device).inputs, name)
+        few = samples[:_CHECKED].to(self._device)
+        outputs(self._network, few.inputs)
+        self.architecture = describe(self._network, self.family, few[:2].inputs, name)
         self._prepare()
         self._run = Run(
             architecture=self.architecture,
@@ -167,7 +174,7 @@ class Network:
             world=World(),
             meta={
                 "model": name,
-                "tokens": digest([("inputs", samples.inputs), ("targets", samples.targets)], samples.loss.__qualname__),
+                "tokens": digest([("inputs", samples.inputs), ("targets", samples.targets)], told(few, self._network)),
                 "sequences": len(samples),
             },
             work=self._layout.root / ".work",
@@ -182,6 +189,7 @@ class Network:
         """
         if score.fusion in READS_LOSSES:
             raise LibpruneError(f"fusion = {score.fusion!r} needs the ablation stage, which networks do not have")
+        self._prepare()
         for name in named_criteria(score):
             for stage in find_criterion(name).stages:
                 self._collect(stage)
@@ -210,10 +218,16 @@ class Network:
             damping: ridge of the repair; None to choose it on held-out samples.
 
         Raises:
-            LibpruneError: for another repair, or if the outputs differ.
+            LibpruneError: for another repair, a plan of another network, or if the outputs differ.
         """
         if repair not in self._repairs:
             raise LibpruneError(f"repair = {repair!r} is unknown; choose {', '.join(self._repairs)}")
+        require_fits(self.architecture, plan)
+        if repair != "none" and damping is None and len(self._samples) < HELD_OUT_EVERY:
+            raise LibpruneError(
+                f"there are {len(self._samples)} samples, of which none is held out to choose the damping of a repair "
+                f"by; take at least {HELD_OUT_EVERY}, or name one, such as damping=0.001"
+            )
         fits = self._repairs[repair](plan, damping)
         whole = copy.deepcopy(self._network)
         set_weights(whole, fits)
@@ -226,6 +240,7 @@ class Network:
         return {"none": lambda plan, damping: [], "local": self._local, "sequential": self._sequential}
 
     def _local(self, plan: Plan, damping: float | None) -> list[Fit]:
+        self._prepare()
         self._collect("activations")
         state = {name: tensor.cpu() for name, tensor in self._network.state_dict().items()}
         return repair_local(self._layout, self.architecture, plan, state, damping)
@@ -255,23 +270,35 @@ class Network:
         return difference(smaller, inputs, expected)
 
     def _prepare(self) -> None:
-        """Write the dense weights and their description, if they are not there, and remove those of another network."""
-        layout, digest = self._layout, self.architecture.fingerprint
-        if layout.weights.exists() and read_json(layout.architecture, "prepare")["fingerprint"] == digest:
+        """Write the dense weights and their description, if they are not there, and remove those of another network.
+
+        Raises:
+            LibpruneError: if something else is in their place.
+        """
+        layout, name = self._layout, self.architecture.fingerprint
+        collected = (layout.gradients, layout.hessian, layout.activations)
+        there = [path for path in (layout.weights, layout.model, *collected) if path.exists()]
+        known = read_json(layout.architecture, "prepare") if layout.architecture.exists() else {}
+        if layout.weights.exists() and known.get("fingerprint") == name:
             return
-        for path in (layout.weights, layout.gradients, layout.hessian, layout.activations):
+        if (known or there) and known.get("head") != self.architecture.head:
+            raise LibpruneError(
+                f"{(there or [layout.architecture])[0]} is not of a network that was pruned here; name another folder"
+            )
+        for path in there:
             remove(path)
-        with writing_folder(layout.model) as folder:
-            save_file({name: tensor.contiguous() for name, tensor in stored(self._network).items()}, folder / WEIGHTS)
         with writing(layout.architecture) as path:
             path.write_text(self.architecture.to_json())
+        with writing_folder(layout.model) as folder:
+            save_file({name: tensor.contiguous() for name, tensor in stored(self._network).items()}, folder / WEIGHTS)
         columns = partial(weight_columns, self.architecture, dict(self._network.named_parameters()))
-        write_units(layout.weights, self.architecture, columns, {"model": digest})
+        write_units(layout.weights, self.architecture, columns, {"model": name})
 
     def _collect(self, stage: str) -> None:
         """Run a collecting stage, unless its artifact is there and of this network and these samples."""
         target = self._layout.root / stage
-        if target.exists() and read_meta(target, stage).items() >= self._run.meta.items():
+        wanted = self._run.meta | (estimation(self._hessian) if stage == "hessian" else {})
+        if target.exists() and read_meta(target, stage).items() >= wanted.items():
             return
         if stage == "gradients":
             collect_gradients(self._run, self._network, target, Gradients(storage_dtype="float32"))
@@ -279,12 +306,3 @@ class Network:
             collect_hessian(self._run, self._network, target, self._hessian)
         else:
             collect_activations(self._run, self._network, target, Activations())
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]], text: str) -> str:
-    """A name for tensors and a text."""
-    found = hashlib.sha256(text.encode())
-    for name, tensor in tensors:
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]

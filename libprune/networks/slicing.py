@@ -12,6 +12,7 @@ from libprune.architecture import Architecture
 from libprune.artifacts import damage, read_json, require
 from libprune.axes import Expr
 from libprune.errors import ArtifactError, LibpruneError, missing_key
+from libprune.ladders import Block
 from libprune.plan import Plan
 from libprune.sources import first_line
 from libprune.surgery import CONVOLUTIONS, slice_parameter
@@ -34,9 +35,9 @@ def sliced_state(state: Mapping[str, Tensor], architecture: Architecture, plan: 
     """What the smaller network stores.
 
     Raises:
-        LibpruneError: if nothing is left of a part.
+        LibpruneError: if the plan is of another network, or leaves nothing of a part.
     """
-    require_units_of_each(architecture, plan)
+    require_fits(architecture, plan)
     carrying = {entry.name: entry for entry in (*architecture.parameters, *architecture.buffers)}
     return {
         name: _whole(slice_parameter(tensor, architecture, plan, carrying[name])) if name in carrying else tensor
@@ -44,15 +45,25 @@ def sliced_state(state: Mapping[str, Tensor], architecture: Architecture, plan: 
     }
 
 
-def require_units_of_each(architecture: Architecture, plan: Plan) -> None:
-    """Stop where nothing is left of a part.
+def require_fits(architecture: Architecture, plan: Plan) -> None:
+    """Stop at a plan of another network, or one that leaves nothing of a part.
 
     Raises:
         LibpruneError: naming the parts.
     """
+    units = {block: len(keep) for block, keep in plan.keep.items()}
+    expected = {block: architecture.units(block[1]) for block in architecture.blocks()}
+    if units != expected:
+        raise LibpruneError(
+            f"the plan is of units {_counts(units)}, but the network has {_counts(expected)}; take a plan of this one"
+        )
     empty = [part for layer, part in architecture.blocks() if plan.gone(layer, part)]
     if empty:
         raise LibpruneError(f"the plan leaves no unit of {', '.join(empty)}; a network needs one of each at least")
+
+
+def _counts(units: Mapping[Block, int]) -> str:
+    return ", ".join(f"{part} {count}" for (_, part), count in units.items()) or "none"
 
 
 def _whole(tensor: Tensor | None) -> Tensor:
@@ -83,7 +94,7 @@ def with_tensors(network: nn.Module, state: Mapping[str, Tensor], numbers: Mappi
         where, names = ("the network", known) if name in state else ("the file", state)
         raise LibpruneError(f"{missing_key(name, names, where)}; load it into the network that it was made from")
     tied: dict[int, nn.Parameter] = {}
-    for path, module in list(new.named_modules(remove_duplicate=False)):
+    for path, module in list(new.named_modules()):
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 full = f"{path}.{name}".removeprefix(".")
@@ -113,8 +124,9 @@ def _note_shapes(module: nn.Module) -> None:
         module.in_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase) and module.affine:
-        module.num_features = len(module.weight)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        for tensor in (module.weight, module.running_mean):
+            module.num_features = module.num_features if tensor is None else len(tensor)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
 
@@ -136,7 +148,20 @@ def load(folder: Path | str, network: nn.Module) -> nn.Module:
     record = read_json(folder / RECORD, "slice")
     if "numbers" not in record:
         raise ArtifactError(f"{folder / RECORD} does not say how a network was pruned; name a folder of Pruned.save")
+    _require_of(path, state, stored(network))
     return with_tensors(network, state, record["numbers"]).eval()
+
+
+def _require_of(path: Path, state: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> None:
+    """Stop at a tensor that is none of the dense one with fewer outputs or inputs."""
+    for name in state.keys() & dense.keys():
+        found, whole = state[name].shape, dense[name].shape
+        fewer = len(found) == len(whole) and all(map(int.__le__, found, whole))
+        if not fewer or found[2:] != whole[2:]:
+            raise LibpruneError(
+                f"{path}: {name} has shape {list(found)}, which is no part of the network's {list(whole)}; load it "
+                "into the network that it was made from"
+            )
 
 
 def outputs(network: nn.Module, inputs: Tensor) -> Tensor:
@@ -165,7 +190,7 @@ def difference(network: nn.Module, inputs: Tensor, expected: Tensor) -> tuple[fl
     except RuntimeError as error:
         raise LibpruneError(
             f"the sliced network does not run: {first_line(error)}; it works out something from a width that the "
-            "family's `attributes` do not name"
+            "family's `attributes` do not name, or stores something of that width that its `modules` do not"
         ) from error
     if found.shape != expected.shape:
         raise LibpruneError(

@@ -31,7 +31,8 @@ def input_rows(module: nn.Module, x: Tensor, samples: int) -> Float[Tensor, "sam
     kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
     if isinstance(module, nn.Conv1d):
         padded, kernel, dilation, stride = padded.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
-    return nn.functional.unfold(padded, kernel, dilation, stride=stride).mT
+    rows = nn.functional.unfold(padded, kernel, dilation, stride=stride).mT
+    return rows.reshape(samples, -1, rows.shape[-1])
 
 
 def output_rows(module: nn.Module, y: Tensor) -> Float[Tensor, "rows output"]:
@@ -47,6 +48,7 @@ def watched_inputs(
     seen: dict[Map, list[Tensor]] = {entry: [] for entry in maps}
 
     def keep(entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        _require_samples_first(entry.module, args[0], samples)
         seen[entry].append(input_rows(module, args[0].detach(), samples))
 
     with hooked(network) as handles:
@@ -91,36 +93,34 @@ def unit_masks(
         mask.requires_grad_(True)
     with hooked(network) as handles:
         for entry in architecture.maps:
-            parts = [part for part in architecture.parts if part in entry.input.names]
-            if parts:
-                index = torch.from_numpy(_places(architecture, entry, parts)).to(device)
-                hook = partial(_multiply, entry.module, [masks[part] for part in parts], index)
-                handles.append(network.get_submodule(entry.module).register_forward_pre_hook(hook))
+            for part, mask in masks.items():
+                if part in entry.input.names:
+                    places = torch.from_numpy(_places(architecture, entry, part)).to(device)
+                    hook = partial(_multiply, entry.module, mask, places)
+                    handles.append(network.get_submodule(entry.module).register_forward_pre_hook(hook))
         yield masks
 
 
-def _places(architecture: Architecture, entry: Map, parts: list[str]) -> Int[np.ndarray, " features"]:
-    """For every feature that a map takes its place among the units of the parts, one after the other; the last place
-    for features of no unit.
-    """
-    starts = np.cumsum([0, *(architecture.units(part) for part in parts)])
-    places = np.full(entry.input.size(architecture.sizes) // entry.kernel, starts[-1])
-    for part, start in zip(parts, starts[:-1], strict=True):
-        units = entry.input.units(part, architecture.sizes)[:: entry.kernel]
-        places[units >= 0] = start + units[units >= 0]
-    return places
+def _places(architecture: Architecture, entry: Map, part: str) -> Int[np.ndarray, " features"]:
+    """For every feature that a map takes its unit of a part; one past the last for features of none."""
+    units = entry.input.units(part, architecture.sizes)[:: entry.kernel]
+    return np.where(units < 0, architecture.units(part), units)
 
 
-def _multiply(
-    name: str, masks: list[Tensor], index: Tensor, module: nn.Module, args: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    x, samples = args[0], len(masks[0])
+def _require_samples_first(name: str, x: Tensor, samples: int) -> None:
     if len(x) % samples:
         raise StatisticsError(
             f"module {name!r} takes an input of shape {list(x.shape)} for {samples} samples; the first dimension must "
             "run over the samples"
         )
-    factors = torch.cat([*masks, masks[0].new_ones(samples, 1)], 1)[:, index].repeat_interleave(len(x) // samples, 0)
+
+
+def _multiply(
+    name: str, mask: Tensor, places: Tensor, module: nn.Module, args: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    x, samples = args[0], len(mask)
+    _require_samples_first(name, x, samples)
+    factors = torch.cat([mask, mask.new_ones(samples, 1)], 1)[:, places].repeat_interleave(len(x) // samples, 0)
     if isinstance(module, CONVOLUTIONS):
         return (x * along_features(module, factors), *args[1:])
     return (x * factors.view(len(x), *[1] * (x.ndim - 2), -1), *args[1:])
