@@ -162,7 +162,7 @@ def test_random_probes_find_the_diagonal_of_the_hessian(tmp_path):
     network = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
     family = NetworkFamily(family="tanh", prunable=["h"], modules={"0": "in -> h", "2": "h -> out"})
     samples = Samples(torch.randn(8, 3).double(), torch.randint(2, (8,)))
-    hessian = Hessian(estimator="hutchinson", probes=4000, storage_dtype="float32")
+    hessian = Hessian(estimator="hutchinson", probes=1500, storage_dtype="float32")
     pruner = Network(network, family, samples, tmp_path / "work", hessian=hessian)
     pruner.scores(Score(criterion="fisher"))
 
