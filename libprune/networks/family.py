@@ -60,6 +60,15 @@ class NetworkFamily(BaseModel):
         except (ValidationError, NotationError, ParamsError) as error:
             raise FamilyError(f"family file {path}: {error}") from error
 
+    @staticmethod
+    def of(family: "NetworkFamily | Path | str") -> "NetworkFamily":
+        """The family itself, or that of a file.
+
+        Raises:
+            FamilyError: as `read`.
+        """
+        return family if isinstance(family, NetworkFamily) else NetworkFamily.read(Path(family))
+
     def described(self, network: nn.Module) -> dict[str, LinearMap | Expr]:
         """Module path to description, for all modules of a network that the family speaks of.
 

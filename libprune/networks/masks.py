@@ -15,7 +15,6 @@ from torch.nn.utils import prune
 
 from libprune import cost
 from libprune.architecture import Architecture
-from libprune.errors import LibpruneError
 from libprune.mask_files import Masked
 from libprune.mask_inspection import MaskInspection, block_masks, outside, require_units, zero_share
 from libprune.networks.describe import describe
@@ -23,7 +22,7 @@ from libprune.networks.family import NetworkFamily
 from libprune.networks.identity import digest
 from libprune.networks.mask_decision import Settled, like, settle
 from libprune.networks.masked import of_network
-from libprune.networks.network import TOLERANCE, Pruned
+from libprune.networks.pruned import Pruned, require_alike
 from libprune.networks.slicing import (
     difference,
     numbers_after,
@@ -95,12 +94,8 @@ class Extraction:
         found: dict[str, float] = {}
         for name, inputs in (("", self.inputs), ("noise_", noise)):
             differs, scale = difference(smaller, inputs, outputs(self.masked.model, inputs))
-            if not differs <= TOLERANCE * scale:
-                raise LibpruneError(
-                    f"without the wholly masked units the outputs differ by {differs:.3g} of {scale:.3g}: family "
-                    f"{self.family.family!r} describes a module wrongly, or the network works out something from a "
-                    "width that the family's `attributes` do not name"
-                )
+            what = "without the wholly masked units the outputs differ"
+            require_alike(differs, scale, self.family.family, what)
             found |= {f"{name}difference": differs, f"{name}scale": scale}
         return found
 
@@ -158,7 +153,7 @@ def apply(network: nn.Module, family: NetworkFamily | Path, plan: Plan) -> None:
     Raises:
         LibpruneError: if the plan is of another network, or leaves no unit of a part.
     """
-    architecture = describe(of_network(network).model, _family(family), None)
+    architecture = describe(of_network(network).model, NetworkFamily.of(family), None)
     require_fits(architecture, plan)
     names: dict[int, list[str]] = {}
     for name, tensor in network.named_parameters(remove_duplicate=False):
@@ -180,7 +175,7 @@ def extraction(
     Raises:
         LibpruneError: if the family does not describe it.
     """
-    described = _family(family)
+    described = NetworkFamily.of(family)
     inputs = inputs.detach().cpu()
     if inputs.is_floating_point():
         inputs = inputs.to(next(masked.model.parameters()).dtype)
@@ -188,10 +183,6 @@ def extraction(
     name = digest(stored(masked.model).items(), described.model_dump_json())
     architecture = describe(masked.model, described, inputs[:2], name)
     return Extraction(masked, described, inputs, architecture, settle(masked.model, architecture, inputs))
-
-
-def _family(family: NetworkFamily | Path) -> NetworkFamily:
-    return family if isinstance(family, NetworkFamily) else NetworkFamily.read(family)
 
 
 def inspection(found: Extraction) -> MaskInspection:

@@ -2,45 +2,39 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from libprune import cost
 from libprune.allocation import require_comparable
-from libprune.architecture import Architecture
 from libprune.artifacts import (
     Columns,
     Layout,
     read_json,
     remove,
-    unit_index,
-    write_table,
     write_units,
     writing,
     writing_folder,
 )
 from libprune.calibration import HELD_OUT_EVERY, Run
-from libprune.checkpoint import WeightFiles, write_provenance
+from libprune.checkpoint import WeightFiles
 from libprune.criteria import find_criterion
-from libprune.errors import ArtifactError, LibpruneError
+from libprune.errors import LibpruneError
 from libprune.fusion import named_criteria
 from libprune.networks.allocation import allocate_network
 from libprune.networks.collect import collect_activations, collect_gradients, collect_hessian, estimation
 from libprune.networks.describe import describe
 from libprune.networks.family import NetworkFamily
 from libprune.networks.identity import digest, require_precise, told
+from libprune.networks.pruned import TOLERANCE, Pruned, require_alike
 from libprune.networks.repair import repair_local, repair_sequential, set_weights
 from libprune.networks.slicing import (
     WEIGHTS,
     difference,
-    load,
     numbers_after,
     outputs,
     require_fits,
@@ -51,9 +45,7 @@ from libprune.networks.slicing import (
 from libprune.parallel import World
 from libprune.part_scores import READS_LOSSES
 from libprune.plan import Plan
-from libprune.pruning import versions
-from libprune.record import PLAN
-from libprune.repair import Fit, fit_table, mean_errors
+from libprune.repair import Fit
 from libprune.samples import Samples
 from libprune.scoring import score_layout
 from libprune.sections import Activations, Allocate, Compute, Gradients, Hessian, Score
@@ -63,60 +55,6 @@ from libprune.weight_statistics import weight_columns
 
 _CHECKED = 8
 """Samples on which the sliced network is compared with the masked one."""
-TOLERANCE = 1e-4
-"""Of the largest output, in float32."""
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A smaller network and how it came about.
-
-    Attributes:
-        network: the module, in evaluation mode.
-        dense: the description of the dense network.
-        plan: which units stay.
-        repair: how the weights were fitted.
-        fits: how well each repaired map was fitted.
-        numbers: attribute path to what it is now, of those that the family names.
-        proof: largest difference of an output between the sliced and the masked network, and the largest output; in
-            float64 where they differ in the network's own precision, as units that fire at a threshold may.
-    """
-
-    network: nn.Module
-    dense: Architecture
-    plan: Plan
-    repair: str
-    fits: list[Fit]
-    numbers: dict[str, int]
-    proof: dict[str, float]
-
-    @property
-    def parameters(self) -> int:
-        """How many it has."""
-        return cost.size(self.dense, self.plan).total
-
-    def save(self, folder: Path | str) -> None:
-        """Write a folder that `libprune.networks.load` reads: weights, plan, fits, record.
-
-        Raises:
-            LibpruneError: if the folder exists, or does not read back as it was written.
-        """
-        folder = Path(folder)
-        if folder.exists():
-            raise LibpruneError(f"{folder} exists; name a folder that does not")
-        meta = {"model": self.dense.fingerprint, "plan": self.plan.digest}
-        keep = np.concatenate([self.plan.keep[block] for block in self.dense.blocks()])
-        with writing_folder(folder) as partial_folder:
-            tensors = {name: tensor.contiguous() for name, tensor in stored(self.network).items()}
-            save_file(tensors, partial_folder / WEIGHTS)
-            write_table(partial_folder / PLAN, unit_index(self.dense) | {"keep": keep}, meta)
-            write_table(partial_folder / "repair.parquet", fit_table(self.fits), meta)
-            made: dict[str, Any] = {"family": self.dense.family, "numbers": self.numbers, "repair": self.repair}
-            made |= {"errors": mean_errors(self.fits), "proof": self.proof}
-            write_provenance(partial_folder, meta | made | versions())
-            again = stored(load(partial_folder, self.network))
-            if any(not torch.equal(tensor, again[name]) for name, tensor in tensors.items()):
-                raise ArtifactError(f"the weights written to {folder} do not read back as they were")
 
 
 class Network:
@@ -154,7 +92,7 @@ class Network:
             LibpruneError: if it does not take and give one tensor, computes in half precision, or the folder holds
                 other things.
         """
-        self.family = family if isinstance(family, NetworkFamily) else NetworkFamily.read(Path(family))
+        self.family = NetworkFamily.of(family)
         self._network = copy.deepcopy(network).eval()
         self._samples, self._layout = samples, Layout(Path(folder))
         self._hessian = hessian or Hessian(estimator="fisher")
@@ -256,12 +194,7 @@ class Network:
             # Sums over fewer terms round otherwise, and a unit near its threshold may fire for that alone.
             exact = inputs.double() if inputs.is_floating_point() else inputs
             found, scale = self._compared(copy.deepcopy(whole).double(), copy.deepcopy(smaller).double(), plan, exact)
-        if not found <= TOLERANCE * scale:
-            raise LibpruneError(
-                f"the sliced network's outputs differ from the masked one's by {found:.3g} of {scale:.3g}: family "
-                f"{self.family.family!r} describes a module wrongly, or the network works out something from a width "
-                "that the family's `attributes` do not name"
-            )
+        require_alike(found, scale, self.family.family, "the sliced network's outputs differ from the masked one's")
         return {"difference": found, "scale": scale}
 
     def _compared(self, whole: nn.Module, smaller: nn.Module, plan: Plan, inputs: Tensor) -> tuple[float, float]:

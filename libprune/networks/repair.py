@@ -4,7 +4,6 @@ As in `libprune.repair`, with a constant input of 1 whose weight is the bias, wh
 """
 
 import copy
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
@@ -135,20 +134,9 @@ def _bordered(gram: Float[Tensor, "input input"], mean: Float[Tensor, " input"])
 
 def _running_order(network: nn.Module, architecture: Architecture, batch: Samples) -> list[Map]:
     """The maps in the order of their first calls."""
-    order: dict[str, None] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda *_: order.setdefault(name)
-
-    handles = [network.get_submodule(m.module).register_forward_pre_hook(note(m.module)) for m in architecture.maps]
-    try:
-        with torch.no_grad():
-            network(batch.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    by_name = {entry.module: entry for entry in architecture.maps}
-    return [by_name[name] for name in order]
+    with watched_inputs(network, architecture.maps, len(batch)) as seen, torch.no_grad():
+        network(batch.inputs)
+    return list(seen)
 
 
 def _moments(

@@ -44,15 +44,15 @@ def output_rows(module: nn.Module, y: Tensor) -> Float[Tensor, "rows output"]:
 def watched_inputs(
     network: nn.Module, maps: Iterable[Map], samples: int
 ) -> Iterator[Mapping[Map, list[Float[Tensor, "samples rows input"]]]]:
-    """Inside the context, what maps take in a pass over so many samples, one entry a call."""
-    seen: dict[Map, list[Tensor]] = {entry: [] for entry in maps}
+    """Inside the context, what maps take in a pass over so many samples, one entry a call; first called, first."""
+    seen: dict[Map, list[Tensor]] = {}
 
     def keep(entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         _require_samples_first(entry.module, args[0], samples)
-        seen[entry].append(input_rows(module, args[0].detach(), samples))
+        seen.setdefault(entry, []).append(input_rows(module, args[0].detach(), samples))
 
     with hooked(network) as handles:
-        for entry in seen:
+        for entry in maps:
             handles.append(network.get_submodule(entry.module).register_forward_pre_hook(partial(keep, entry)))
         yield seen
 
