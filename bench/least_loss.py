@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 import yaml
@@ -27,23 +28,25 @@ from transformers import AutoTokenizer
 from libprune import cost
 from libprune.advice import fixed_scores
 from libprune.allocation import decide
-from libprune.artifacts import Layout, read_architecture
+from libprune.artifacts import Columns, Layout, read_architecture
 from libprune.blocks import replaced
-from libprune.checkpoint import load_model
+from libprune.checkpoint import WeightFiles, load_model
 from libprune.compute import resolve_device, resolve_dtype
 from libprune.evaluation import perplexity, perplexity_ratio, window_losses
 from libprune.evidence import read_evidence
 from libprune.levels import order_digest, unit_orders
 from libprune.markdown import markdown_table
-from libprune.repair import Fit, new_parameters
+from libprune.repair import Fit, new_parameters, oriented
 from libprune.repairing import REPAIRS
 from libprune.scoring import score_layout
 from libprune.searching import Search
 from libprune.sections import Allocate, Compute, Levels, Score, Slice
+from libprune.shards import read_tensor
 from libprune.stage import peak_memory
 from libprune.surgery import masked
 from libprune.tasks import zero_shot
 from libprune.tokens import read_tokens
+from libprune.units import sum_positions
 from libprune.worth import with_worth
 
 LEVELS = Levels(sequences=4, number=6)
@@ -57,7 +60,12 @@ SETTINGS: dict[str, Setting] = {
         {"method": "global", "freeze_first": 3, "freeze_last": 2},
         {"repair": "none"},
     ),
-    "FLAP: fluctuation, z-scored, global, bias": (
+    "FLAP: fluctuation, z-scored as there, global, bias": (
+        {"criterion": "flap"},
+        {"method": "global"},
+        {"repair": "bias"},
+    ),
+    "fluctuation, z-scored by unit, global, bias": (
         {"criterion": "fluctuation", "scaling": "zscore"},
         {"method": "global"},
         {"repair": "bias"},
@@ -81,42 +89,87 @@ SETTINGS: dict[str, Setting] = {
     ),
     "unit_fisher, levels, local": ({}, {"method": "search"}, {"repair": "local"}),
     "unit_fisher, levels, sequential": ({}, {"method": "search"}, {"repair": "sequential"}),
+    "obs_fisher, levels, local": ({"criterion": "obs_fisher"}, {"method": "search"}, {"repair": "local"}),
+    "obs_fisher, levels, sequential": ({"criterion": "obs_fisher"}, {"method": "search"}, {"repair": "sequential"}),
     "unit_fisher, search, local": ({}, SEARCH, {"repair": "local"}),
     "unit_fisher, search, sequential": ({}, SEARCH, {"repair": "sequential"}),
 }
 """By name what is set of the score, allocate and slice sections."""
 
 
+def flap_scores(layout: Layout, params: Score) -> tuple[Columns, dict[str, Any]]:
+    """`fluctuation` as FLAP standardises it (lib/prune.py, WIFV, AL-AM): before it averages over a head's columns.
+
+    Those of attention are squared first. What `score.scaling: zscore` does comes after the sum over a unit.
+    """
+    table, meta = score_layout(layout, params.model_copy(update={"criterion": "fluctuation", "scaling": "zscore"}))
+    architecture, weights, found = read_architecture(layout), WeightFiles(layout.model), []
+    for layer, part in architecture.blocks():
+        (consumer,) = architecture.consumers(layer, part)
+        variance = read_tensor(layout.activations, layer, f"{consumer.module}.input_variance", "activations")
+        columns = variance.double() * oriented(consumer, weights[consumer.weight]).double().square().sum(0)
+        columns = columns.square() if part == "attention" else columns
+        units = consumer.input.units(architecture.parts[part].axis, architecture.sizes)
+        number = architecture.units(part)
+        of_units = sum_positions((columns - columns.mean()) / columns.std(), units, number) * number / len(units)
+        found.append(of_units.numpy())
+    return table | {"importance": np.concatenate(found), "score": np.concatenate(found)}, meta
+
+
+SCORERS = {"flap": flap_scores}
+"""Criteria of this bench's own."""
+
+
 def collect(work: Path, text: Path) -> None:
-    """Run the collecting stages that have not run yet, and the levels of `unit_fisher`."""
+    """Run the collecting stages that have not run yet, and the levels of some criteria."""
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["tokenize"] |= {"text": str(text.resolve()), "evaluation_share": 0.5, "calibration_sequences": 440}
     params["tokenize"] |= {"calibration_length": 256, "evaluation_windows": 110, "evaluation_length": 1024}
     params["activations"] |= {"sequences": 256}
-    params["score"] |= {"criterion": "unit_fisher"}
     params["levels"] = LEVELS.model_dump()
     params["allocate"] |= {"method": "search"}
     work.mkdir(parents=True, exist_ok=True)
     path = work / "params.yaml"
     path.write_text(yaml.safe_dump(params))
-    for stage in ("prepare", "tokenize", "gradients", "activations", "score", "levels"):
+    for stage in ("prepare", "tokenize", "gradients", "activations"):
         _run(stage, path, work / "artifacts", work / f"{stage}.done")
+    for criterion in LEVELLED:
+        params["score"] |= {"criterion": criterion}
+        path, root = work / f"params_{criterion}.yaml", levelled(work, criterion)
+        path.write_text(yaml.safe_dump(params))
+        _link(work / "artifacts", root, ("model", "architecture.json", "weights.parquet", "tokens", *SUMS))
+        for stage in ("score", "levels"):
+            _run(stage, path, root, work / f"{stage}-{criterion}.done")
     params["tokenize"] |= {"calibration_sequences": 108, "calibration_length": 1024}
     path = work / "params_long.yaml"
     path.write_text(yaml.safe_dump(params))
-    long = work / "long"
-    long.mkdir(exist_ok=True)
-    for name in ("model", "architecture.json"):
-        if not (long / name).exists():
-            (long / name).symlink_to(work.resolve() / "artifacts" / name)
-    _run("tokenize", path, long, work / "long.done")
+    _link(work / "artifacts", work / "long", ("model", "architecture.json"))
+    _run("tokenize", path, work / "long", work / "long.done")
+
+
+SUMS = ("gradients", "activations")
+LEVELLED = ("unit_fisher", "obs_fisher")
+"""Criteria in whose order units are taken by `search`."""
+
+
+def levelled(work: Path, criterion: str) -> Path:
+    """The artifacts with the levels in a criterion's order."""
+    return work / f"levels-{criterion}"
+
+
+def _link(owner: Path, other: Path, names: tuple[str, ...]) -> None:
+    other.mkdir(exist_ok=True)
+    for name in names:
+        if not (other / name).exists():
+            (other / name).symlink_to(owner.resolve() / name)
 
 
 def _run(stage: str, params: Path, artifacts: Path, done: Path) -> None:
     if not done.exists():
-        command = [sys.executable, "-m", f"stages.{stage}", "--params", str(params)]
-        subprocess.run([*command, "--artifacts", str(artifacts)], check=True)
-        done.touch()
+        command = [sys.executable, "-m", f"stages.{stage}", "--params", str(params), "--artifacts", str(artifacts)]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        print(said, flush=True)
+        done.write_text(said)
 
 
 class Bench:
@@ -131,6 +184,7 @@ class Bench:
         tasks: tuple[str, ...] = TASKS,
         root: Path | None = None,
     ) -> None:
+        self.work = work
         self.layout, self.long, self.compute = Layout(root or work / "artifacts"), Layout(work / "long"), Compute()
         self.scored, self._tables = self.layout, {}
         self.sequences, self.questions, self.tasks = sequences, questions, tasks
@@ -191,7 +245,7 @@ class Bench:
         """The importance table and its metadata; each is made once."""
         key = f"{self.scored.root} {score.model_dump_json()}"
         if key not in self._tables:
-            self._tables[key] = score_layout(self.scored, score)
+            self._tables[key] = SCORERS.get(score.criterion, score_layout)(self.scored, score)
         return self._tables[key]
 
     def plan(self, score: Score, allocate: Allocate):
@@ -199,7 +253,8 @@ class Bench:
         table, meta = self.scores(score)
         fixed = fixed_scores(self.scored, self.architecture, table, meta, allocate)
         scores = with_worth(self.scored, self.architecture, fixed.scores, meta, allocate)
-        evidence = read_evidence(self.scored, self.architecture, scores, meta, allocate)
+        measured = Layout(levelled(self.work, score.criterion)) if allocate.method == "search" else self.scored
+        evidence = read_evidence(measured, self.architecture, scores, meta, allocate)
         search = None
         if allocate.evaluations:
             order = order_digest(unit_orders(self.architecture, scores))

@@ -2,15 +2,19 @@
 
     python -m bench.views --text wiki.valid.raw --work /tmp/views            # collects, then measures
     python -m bench.views --work /tmp/views --table                          # what there is so far
+    python -m bench.views --work /tmp/views --table --guide docs/methods.md  # and what follows for the choice
 
 20 % of the decoder, the same counts in every layer, so that only the choice of units differs. Calibration on the first
 half of the text: 256 x 128 tokens (gradients 128, Hessian 32 sequences), drawn anew for each seed; judged on windows of
 512 tokens of the second half, the same for all. Losses of single units are measured once, on 16 further sequences of
 the first seed, and serve all seeds (`lend_losses`). Rows go to WORK/views.jsonl; those that are there are not measured
-again.
+again. Collecting is timed by what the stages print; of pruning the seconds are those of scoring, allocation and repair
+in this process, and its memory is this process's, which holds the dense model too.
 """
 
 import json
+import math
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,11 +25,17 @@ import yaml
 from bench.least_loss import Bench, _run
 from libprune.agreement import jaccard, mean_interval, paired_factor, ratio_interval
 from libprune.artifacts import Layout, read_table, write_table
-from libprune.comparison_results import correlations_by_part
+from libprune.comparison_file import Comparison, Setting, leaves_of, with_changes
+from libprune.comparison_results import Gathered, Result, correlations_by_part
+from libprune.comparison_summary import summaries
 from libprune.criteria import CRITERIA
 from libprune.errors import LibpruneError
+from libprune.experiments import Experiment
 from libprune.markdown import markdown_table
+from libprune.method_guide import guide
+from libprune.params import Params, validate_params
 from libprune.sections import Allocate, Score
+from libprune.stage_costs import Cost, collecting, printed_costs, total
 from libprune.tokens import read_tokens
 
 VIEWS = ("weight_stats", "activation_stats", "gradient_flow", "cooperative")
@@ -42,6 +52,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "all six, best": {"criterion": ALL, "fusion": "best"},
     "all six for attention, learned": {"criterion": "unit_fisher", "attention": ALL, "fusion": "learned"},
     "all six for attention, best": {"criterion": "unit_fisher", "attention": ALL, "fusion": "best"},
+    "unit_fisher, obs for mlp": {"criterion": "unit_fisher", "mlp": "obs"},
+    "unit_fisher, obs_fisher for mlp": {"criterion": "unit_fisher", "mlp": "obs_fisher"},
 }
 """By name the params of the score section."""
 ALLOCATE = {"method": "uniform", "split": "proportional"}
@@ -69,12 +81,17 @@ def collect(work: Path, text: Path, seed: int) -> Path:
         if not (root / name).exists():
             (root / name).symlink_to((work / "dense" / name).resolve())
     for stage in COLLECTED:
-        _run(stage, path, root, work / f"{stage}-{seed}.done")
+        _run(stage, path, root, done(work, stage, seed))
     if seed == 0:
-        _run("ablation", path, root, work / "ablation-0.done")
+        _run("ablation", path, root, done(work, "ablation", 0))
     elif not (root / "ablation.parquet").exists():
         lend_losses(Layout(work / "seed-0"), Layout(root))
     return root
+
+
+def done(work: Path, stage: str, seed: int) -> Path:
+    """The file that says that a stage is done, and what it printed."""
+    return work / f"{stage}-{seed}.done"
 
 
 def lend_losses(owner: Layout, other: Layout) -> None:
@@ -95,20 +112,24 @@ def lend_losses(owner: Layout, other: Layout) -> None:
 
 def measure(work: Path, root: Path, seed: int, windows: int, rows: list[dict[str, Any]]) -> None:
     """Measure the settings of one seed that are not among the rows yet."""
-    done = {(row["setting"], row["seed"], row["repair"]) for row in rows}
-    left = [(n, r) for r in REPAIRS for n in SETTINGS if (n, seed, r) not in done]
+    known = {(row["setting"], row["seed"], row["repair"]) for row in rows}
+    left = [(n, r) for r in REPAIRS for n in SETTINGS if (n, seed, r) not in known]
     if not left:
         return
     bench = Bench(work, windows, sequences=0, questions=0, root=root)
     truth, _ = read_table(bench.layout.ablation, "ablation")
+    seconds: dict[str, float] = {}
     for name, repair in left:
         score = SETTINGS[name]
+        start = time.perf_counter()
         try:
             bench.scores(Score(**score))
         except LibpruneError as error:  # a fusion that the measured losses do not support
             print(f"{name}, seed {seed}: {error}")
             continue
-        row = bench.measure(name, RATIO, (score, ALLOCATE, REPAIRS[repair])) | {"seed": seed, "repair": repair}
+        seconds.setdefault(name, time.perf_counter() - start)  # kept by the bench for the next repair
+        row = bench.measure(name, RATIO, (score, ALLOCATE, REPAIRS[repair]))
+        row |= {"seed": seed, "repair": repair, "score_seconds": seconds[name]}
         plan, _ = bench.plan(Score(**score), Allocate(ratio=RATIO, **ALLOCATE))
         kept = np.packbits(np.concatenate([plan.keep[block] for block in bench.architecture.blocks()]))
         row |= {"ranks": correlations_by_part(bench.scores(Score(**score))[0], truth), "kept": kept.tobytes().hex()}
@@ -129,7 +150,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if not own:
             continue
         ranks = [_interval([row["ranks"][part] for row in own]) for part in own[0]["ranks"]]
-        seconds = np.mean([row["plan_seconds"] for row in own])
+        seconds = np.mean([row["score_seconds"] + row["plan_seconds"] for row in own])
         body.append((name, *cells, *ranks, _overlap(own), f"{seconds:.1f}"))
     parts = [f"ranks, {part}" for part in rows[0]["ranks"]]
     header = ("importance", "no repair", f"/ {REFERENCE}", "local", f"/ {REFERENCE}", *parts, "overlap of seeds", "s")
@@ -159,12 +180,42 @@ def _overlap(rows: list[dict[str, Any]]) -> str:
     return f"{np.mean(pairs):.3f}" if pairs else ""
 
 
+def gathered(work: Path, rows: list[dict[str, Any]], repair: str) -> Gathered:
+    """The rows with one repair as the results of a comparison, for what libprune says of those."""
+    data = yaml.safe_load(Path("params.yaml").read_text())
+    fixed = {"allocate": ALLOCATE | {"ratio": RATIO}, "slice": REPAIRS[repair]}
+    settings, results = [], {}
+    for name in SETTINGS:
+        own = [row for row in rows if (row["setting"], row["repair"]) == (name, repair)]
+        if own:
+            changes = leaves_of({"score": SETTINGS[name], **fixed})
+            settings.append(Setting(name, changes, validate_params(with_changes(data, changes), name)))
+            results[name] = {row["seed"]: _result(work, row, settings[-1].params) for row in own}
+    title = "Criteria and fusions: what they cost, how good they are, when to choose them"
+    seeds = tuple(sorted({row["seed"] for row in rows}))
+    return Gathered(Comparison("views", title, tuple(settings), seeds, REFERENCE, data), results, {}, ())
+
+
+def _result(work: Path, row: dict[str, Any], params: Params) -> Result:
+    shown = Experiment(
+        (row["setting"],), {}, row["ratio"], row["ratio_se"], row["dense"], row["removed"], prefill=math.nan, size=None
+    )
+    costs = {}
+    for stage in collecting(params):
+        said = done(work, stage, 0 if stage == "ablation" else row["seed"]).read_text()
+        costs |= printed_costs(f"Running stage '{stage}'\n{said}")
+    seconds = row["score_seconds"] + row["plan_seconds"] + row["repair_seconds"]
+    kept = np.unpackbits(np.frombuffer(bytes.fromhex(row["kept"]), dtype=np.uint8)).astype(bool)
+    return Result(shown, kept, row["ranks"], total(costs.values()), Cost(seconds, row["peak_memory_bytes"]))
+
+
 def main(
     text: Annotated[Path | None, typer.Option(help="Raw text, one document a line.")] = None,
     work: Path = Path("/tmp/views"),
     seeds: int = 3,
     windows: int = 8,
     table_only: Annotated[bool, typer.Option("--table")] = False,
+    guide_to: Annotated[Path | None, typer.Option("--guide", help="Write a guide to the rows with repair.")] = None,
 ) -> None:
     """Collect, measure, print."""
     path = work / "views.jsonl"
@@ -174,6 +225,9 @@ def main(
         for seed in range(seeds):
             measure(work, collect(work, text, seed), seed, windows, rows)
     print(table(rows))
+    if guide_to is not None:
+        found = gathered(work, rows, "local")
+        guide_to.write_text(guide(found, summaries(found)))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from libprune.comparison_results import Gathered
 from libprune.comparison_summary import Summary, difference
-from libprune.comparison_table import correlation_text, interval_text, times
+from libprune.comparison_table import EXPLAINED, correlation_text, interval_text, table, times
 from libprune.criteria import find_criterion
 from libprune.fusion import named_criteria
-from libprune.markdown import code, prose
+from libprune.markdown import code, markdown_table, prose
 from libprune.params import Params
 from libprune.stage_costs import collecting, pruning
 
@@ -20,10 +20,12 @@ def guide(gathered: Gathered, found: Sequence[Summary]) -> str:
     comparison = gathered.comparison
     parts = [
         f"# {prose(comparison.title)}",
-        f"Written by `libprune compare` from the results of {code(comparison.name)}, the lowest perplexity first. "
+        f"Written from the results of the comparison {code(comparison.name)}, the lowest perplexity first. "
         "What it says of when to choose a setting follows from these figures alone: one model, one text, these shares "
         "removed. Two settings are told apart if their difference is larger than the noise of calibration seeds and "
         "evaluation windows, and cost the same if their times differ by a tenth or less.",
+        markdown_table(*table(gathered, found)),
+        EXPLAINED,
     ]
     for one in found:
         setting = gathered.setting(one.name)
@@ -73,12 +75,49 @@ def _ranks(one: Summary) -> str:
 
 def _when(one: Summary, found: Sequence[Summary]) -> str:
     """When to choose a setting, as far as the figures say."""
-    said = [sentence for other in found if other is not one and (sentence := _beside(one, other))]
+    beside: dict[str, list[Summary]] = {}
+    for other in found:
+        sentence = _SAID.get((_loses(one, other), _costs_beside(other, one)))
+        if other is not one and sentence:
+            beside.setdefault(sentence, []).append(other)
+    said = [
+        sentence.format(_named(one, beside[sentence]), s="s" if len(beside[sentence]) == 1 else "")
+        for sentence in dict.fromkeys(_SAID.values())
+        if sentence in beside
+    ]
+    if not any(_loses(one, other) == "more" for other in found):
+        said.insert(0, "No setting here loses less by more than the noise.")
     if one.seconds is None:
         said.append("What it costs is not on record, so that nothing here weighs its cost.")
-    if not [other for other in found if other is not one and _loses(one, other) == "more"]:
-        said.insert(0, "No setting here loses less by more than the noise.")
     return prose(" ".join(said))
+
+
+_BEFORE = "No reason to choose it before {}, which lose{s} less for no more time."
+_SAID = {
+    ("more", "less"): _BEFORE,
+    ("more", "same"): _BEFORE,
+    ("more", "more"): "Cheaper than {}, which lose{s} less.",
+    ("more", "unknown"): "Loses more than {}.",
+    ("as much", "less"): "Not distinguishable from {}, which cost{s} less.",
+    ("as much", "same"): "Not distinguishable from {}, which cost{s} the same.",
+    ("as much", "more"): "Not distinguishable from {}, which cost{s} more.",
+}
+"""What a setting's figures say beside those of others, by what it loses beside them and what they cost beside it."""
+
+_NAMED = 3
+
+
+def _named(one: Summary, others: Sequence[Summary]) -> str:
+    """The first of others, lowest perplexity first, with one's perplexity over theirs and what they cost."""
+    said = []
+    for other in others[:_NAMED]:
+        to = difference(one, other)
+        factor = [times(to.factor.mean)] if to and _loses(one, other) == "more" else []
+        seconds = [f"{other.seconds:,.0f} s"] if other.seconds is not None and one.seconds is not None else []
+        said.append(f"{other.name} ({', '.join(factor + seconds)})" if factor + seconds else other.name)
+    if len(others) > _NAMED:
+        said.append(f"{len(others) - _NAMED} more")
+    return " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
 
 
 def _loses(one: Summary, other: Summary) -> str:
@@ -90,31 +129,10 @@ def _loses(one: Summary, other: Summary) -> str:
     return "more" if to.factor.mean > 1 else "less"
 
 
-def _costs_more(one: Summary, other: Summary) -> bool | None:
-    """Whether one costs more time than the other; None if they cost the same or it is not known."""
+def _costs_beside(one: Summary, other: Summary) -> str:
+    """What one costs beside the other: `less`, `same`, `more` or `unknown`."""
     if one.seconds is None or other.seconds is None:
-        return None
+        return "unknown"
     if abs(one.seconds - other.seconds) <= SAME_TIME * max(one.seconds, other.seconds):
-        return None
-    return one.seconds > other.seconds
-
-
-def _beside(one: Summary, other: Summary) -> str | None:
-    """What one setting's figures say beside another's, if that bears on the choice."""
-    loses, dearer = _loses(one, other), _costs_more(one, other)
-    to = difference(one, other)
-    if to is None or one.seconds is None or other.seconds is None:
-        return f"Loses more than {other.name} ({times(to.factor.mean)})." if to and loses == "more" else None
-    spent = f"{one.seconds:,.0f} s against {other.seconds:,.0f} s"
-    if loses == "as much" and dearer is not None:
-        what = "which is cheaper" if dearer else "which is dearer"
-        return f"Not distinguishable from {other.name}, {what} ({spent})."
-    if loses == "as much":
-        return f"Not distinguishable from {other.name}, which costs the same."
-    if loses == "more" and dearer is False:
-        return f"Cheaper than {other.name} ({spent}) and loses more ({times(to.factor.mean)})."
-    if loses == "more":
-        return (
-            f"No reason to choose it before {other.name}, which loses less ({times(to.factor.mean)}) for no more time."
-        )
-    return None
+        return "same"
+    return "more" if one.seconds > other.seconds else "less"
