@@ -235,7 +235,7 @@ def find_criterion(name: str) -> Criterion:
     """
     if name not in CRITERIA:
         known = ", ".join(CRITERIA)
-        raise LibpruneError(f"score.criterion = {name!r} is unknown{nearest(name, CRITERIA)} (known: {known})")
+        raise LibpruneError(f"criterion {name!r} is unknown{nearest(name, CRITERIA)} (known: {known})")
     return CRITERIA[name]
 
 

@@ -20,36 +20,38 @@ Weights = Mapping[str, float]
 _TERM = re.compile(r"(?:(?P<weight>\d*\.?\d+|\d+\.)\s*\*\s*)?(?P<name>[a-z_]\w*)")
 
 
-def parse_criteria(text: str, fusion: str) -> Weights:
+def parse_criteria(text: str, fusion: str, key: str = "criterion") -> Weights:
     """The criteria that an expression such as `0.7*taylor + 0.3*wanda` names, with weights that sum to 1.
 
     Args:
         text: names joined by `+`, each with a weight before it or none, which counts as 1.
         fusion: as in `score.fusion`; only `weighted` reads weights.
+        key: where in the score section it stands, for errors.
 
     Raises:
         LibpruneError: if it is no such expression, names a criterion twice, has no positive weight, or has weights
             that the fusion would ignore.
     """
     found: dict[str, float] = {}
+    where = f"score.{key} = {text!r}"
     for term in text.split("+"):
         match = _TERM.fullmatch(term.strip())
         if match is None:
             raise LibpruneError(
-                f"{term.strip()!r} in score.criterion = {text!r} is no criterion; write one name, or several as "
+                f"{term.strip()!r} in {where} is no criterion; write one name, or several as "
                 "'taylor + wanda' or '0.7*taylor + 0.3*wanda'"
             )
         if match["name"] in found:
-            raise LibpruneError(f"score.criterion = {text!r} names {match['name']} twice; give it one weight")
+            raise LibpruneError(f"{where} names {match['name']} twice; give it one weight")
         if match["weight"] and fusion != "weighted":
             raise LibpruneError(
-                f"score.criterion = {text!r} has weights, which score.fusion: {fusion} does not read; leave them out, "
+                f"{where} has weights, which score.fusion: {fusion} does not read; leave them out, "
                 "or set score.fusion to weighted"
             )
         found[match["name"]] = float(match["weight"] or 1)
     total = sum(found.values())
     if total == 0:
-        raise LibpruneError(f"all weights of score.criterion = {text!r} are 0; give one criterion a weight")
+        raise LibpruneError(f"all weights of {where} are 0; give one criterion a weight")
     return {name: weight / total for name, weight in found.items()}
 
 
@@ -59,7 +61,7 @@ def named_criteria(params: Score) -> list[str]:
     Raises:
         LibpruneError: if an expression cannot be read.
     """
-    asked = (parse_criteria(text, params.fusion) for text in params.expressions.values())
+    asked = (parse_criteria(text, params.fusion, key) for key, text in params.expressions.items())
     return list(dict.fromkeys(name for weights in asked for name in weights))
 
 

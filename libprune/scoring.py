@@ -41,8 +41,9 @@ def criteria_of(architecture: Architecture, params: Score) -> dict[str, Weights]
     Raises:
         LibpruneError: if an expression cannot be read.
     """
-    own = {"attention": params.attention, "mlp": params.mlp}
-    return {part: parse_criteria(own.get(part) or params.criterion, params.fusion) for part in architecture.parts}
+    asked = {"criterion": params.criterion} | params.expressions
+    keys = {part: part if part in asked else "criterion" for part in architecture.parts}
+    return {part: parse_criteria(asked[key], params.fusion, key) for part, key in keys.items()}
 
 
 def _require_scaling(asked: Mapping[str, Weights], params: Score) -> None:

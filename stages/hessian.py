@@ -7,15 +7,16 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     """Estimate the diagonal of the Hessian of every weight that a unit owns."""
     import typer
 
-    from libprune.artifacts import Layout, writing_folder
+    from libprune.artifacts import Layout, write_json, writing_folder
     from libprune.params import load_params
 
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.hessian
     if section.estimator == "none":
         if stage.first_process():
-            with writing_folder(layout.hessian):
-                typer.echo("hessian.estimator is none: nothing collected")
+            with writing_folder(layout.hessian) as folder:
+                write_json(folder / "nothing.json", {"estimator": "none"})  # DVC warns of empty folders
+            typer.echo("hessian.estimator is none: nothing collected")
         return
 
     from libprune.calibration import set_up

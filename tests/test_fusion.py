@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from libprune.errors import LibpruneError
-from libprune.fusion import adaptive_weights, expression, parse_criteria
+from libprune.fusion import adaptive_weights, expression, named_criteria, parse_criteria
 from libprune.measured import (
     CLEAR,
     best_criterion,
     fit_losses,
     held_out_r2,
 )
+from libprune.sections import Score
 
 NAMES = st.lists(st.sampled_from(["taylor", "taylor_2nd", "wanda", "obs"]), min_size=1, max_size=4, unique=True)
 LEVELS = st.integers(0, 50).map(float)
@@ -57,6 +58,11 @@ def test_names_without_weights_count_alike_under_every_fusion(fusion):
 def test_what_is_no_expression_is_refused_by_name(text, fusion, message):
     with pytest.raises(LibpruneError, match=message):
         parse_criteria(text, fusion)
+
+
+def test_an_error_names_the_key_that_the_expression_stands_in():
+    with pytest.raises(LibpruneError, match=r"^'\?' in score\.mlp = 'taylor \+ \?' is no criterion"):
+        named_criteria(Score(criterion="wanda", mlp="taylor + ?"))
 
 
 # Adaptive weights
