@@ -71,9 +71,10 @@ def _budget(result: Metrics) -> list[str]:
     plan, pruned, found = result["plan"], result["pruned"], []
     shares = {"decoder": pruned["decoder_share_removed"], "total": pruned["total_share_removed"]}
     if plan["objective"] == "parameters" and abs(shares[plan["ratio_of"]] - plan["ratio"]) > MISSED:
+        added = ", and the biases that the repair adds count" if result["pruning"]["slice"]["repair"] == "bias" else ""
         found.append(
             f"{100 * plan['ratio']:.1f} % was asked for and {100 * shares[plan['ratio_of']]:.1f} % removed: the shape, "
-            "the floors or the width multiples allow nothing nearer."
+            f"the floors, the width multiples or parts that only go whole allow nothing nearer{added}."
         )
     for part in result["units"]:
         gone = [str(layer) for layer, kept in enumerate(result["kept"]) if not kept[part]]

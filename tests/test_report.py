@@ -265,6 +265,10 @@ WARNED = {
     "one text": (changed(protocol={"text": ORIGIN.text}), ["parts of one text, `some | *text*`"]),
     "no task": (EVALUATION | {"tasks": {}}, ["`evaluate.tasks`"]),
     "missed": (changed(plan={"objective": "parameters", "ratio": 0.3}), ["30.0 % was asked for and 20.0 %"]),
+    "missed by biases": (
+        changed(plan={"objective": "parameters", "ratio": 0.3}, pruning={"slice": {"repair": "bias"}}),
+        ["and the biases that the repair adds count"],
+    ),
     "part gone": (changed(kept=[{"attention": 0, "mlp": 1}, {"attention": 1, "mlp": 1}]), ["any attention left: 0"]),
     "speed": (changed(speed=SLOW), ["decode speed"]),
     "repair": (EVALUATION | {"pruning": HARM}, ["does harm"]),
