@@ -1,5 +1,6 @@
 """A guide to the settings of a comparison, whose every word follows from its figures and the criteria's records."""
 
+import math
 from collections.abc import Sequence
 
 from libprune.comparison_results import Gathered
@@ -108,13 +109,14 @@ _NAMED = 3
 
 
 def _named(one: Summary, others: Sequence[Summary]) -> str:
-    """The first of others, lowest perplexity first, with one's perplexity over theirs and what they cost."""
+    """Some of others, with one's perplexity over theirs and what they cost: the best, or of the like the nearest."""
+    factors = {other.name: to.factor.mean for other in others if (to := difference(one, other))}
+    if _loses(one, others[0]) == "as much":
+        others = sorted(others, key=lambda other: abs(math.log(factors[other.name])))
     said = []
     for other in others[:_NAMED]:
-        to = difference(one, other)
-        factor = [times(to.factor.mean)] if to and _loses(one, other) == "more" else []
         seconds = [f"{other.seconds:,.0f} s"] if other.seconds is not None and one.seconds is not None else []
-        said.append(f"{other.name} ({', '.join(factor + seconds)})" if factor + seconds else other.name)
+        said.append(f"{other.name} ({', '.join([times(factors[other.name]), *seconds])})")
     if len(others) > _NAMED:
         said.append(f"{len(others) - _NAMED} more")
     return " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))

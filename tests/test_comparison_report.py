@@ -86,9 +86,9 @@ def sections(text: str) -> dict[str, str]:
 def test_the_guide_says_of_each_setting_what_its_figures_say(data):
     found = sections(guide(data, summaries(data)))
     assert set(found) == set(RATIOS)
-    assert "Not distinguishable from twin (50 s), which costs less." in found["dear"]
+    assert "Not distinguishable from twin (× 1.000, 50 s), which costs less." in found["dear"]
     assert "No setting here loses less by more than the noise." in found["dear"]
-    assert "Not distinguishable from dear (100 s), which costs more." in found["twin"]
+    assert "Not distinguishable from dear (× 1.000, 100 s), which costs more." in found["twin"]
     assert re.search(r"Cheaper than dear \(× 1.76\d, 100 s\) and twin \(.*, 50 s\), which lose less\.", found["cheap"])
     assert re.search(
         r"No reason to choose it before twin \(× 7.\d+, 50 s\) and cheap \(.*\), which lose less", found["worst"]
@@ -109,4 +109,4 @@ def test_a_guide_without_recorded_costs_does_not_weigh_them(tmp_path):
 def test_a_setting_that_costs_about_the_same_is_said_to(tmp_path):
     data = gathered(tmp_path, {"a": [1.2, 1.21], "b": [1.2, 1.21]}, seconds={"a": 100.0, "b": 105.0})
     found = sections(guide(data, summaries(data)))
-    assert "Not distinguishable from b (105 s), which costs the same." in found["a"]
+    assert "Not distinguishable from b (× 1.000, 105 s), which costs the same." in found["a"]
