@@ -28,6 +28,7 @@ from libprune.artifacts import Layout, read_table, write_table
 from libprune.comparison_file import Comparison, Setting, leaves_of, with_changes
 from libprune.comparison_results import Gathered, Result, correlations_by_part
 from libprune.comparison_summary import summaries
+from libprune.comparison_table import correlation_text, interval_text
 from libprune.criteria import CRITERIA
 from libprune.errors import LibpruneError
 from libprune.experiments import Experiment
@@ -144,17 +145,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         ratios[row["setting"], row["repair"]][row["seed"]] = row["ratio"]
     body = []
-    for name in dict.fromkeys(row["setting"] for row in rows):
+    names = dict.fromkeys(row["setting"] for row in rows)
+    for name in sorted(names, key=lambda name: ratio_interval(list(ratios[name, "local"].values())).mean):
         own = [row for row in rows if row["setting"] == name and row["repair"] == "none"]
         cells = [_ratio(ratios, name, repair) for repair in ("none", "local")]
-        if not own:
-            continue
-        ranks = [_interval([row["ranks"][part] for row in own]) for part in own[0]["ranks"]]
+        ranks = [correlation_text(mean_interval([row["ranks"][part] for row in own])) for part in own[0]["ranks"]]
         seconds = np.mean([row["score_seconds"] + row["plan_seconds"] for row in own])
         body.append((name, *cells, *ranks, _overlap(own), f"{seconds:.1f}"))
     parts = [f"ranks, {part}" for part in rows[0]["ranks"]]
     header = ("importance", "no repair", f"/ {REFERENCE}", "local", f"/ {REFERENCE}", *parts, "overlap of seeds", "s")
-    flat = [(one[0], *one[1], *one[2], *one[3:]) for one in sorted(body, key=lambda line: line[2][0])]
+    flat = [(one[0], *one[1], *one[2], *one[3:]) for one in body]
     return markdown_table(flat, header)
 
 
@@ -164,13 +164,7 @@ def _ratio(ratios: dict[tuple[str, str], dict[int, float]], name: str, repair: s
         return "", ""
     mean = ratio_interval(list(own.values()))
     beside = paired_factor(own, ratios.get((REFERENCE, repair), {}))
-    factor = f"{beside.mean:.3f} ({beside.low:.3f} to {beside.high:.3f})" if beside and name != REFERENCE else ""
-    return f"× {mean.mean:.3f} ({mean.low:.2f} to {mean.high:.2f})", factor
-
-
-def _interval(values: list[float]) -> str:
-    found = mean_interval(values)
-    return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
+    return interval_text(mean), interval_text(beside) if beside and name != REFERENCE else ""
 
 
 def _overlap(rows: list[dict[str, Any]]) -> str:
