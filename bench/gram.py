@@ -19,7 +19,7 @@ from libprune.artifacts import Layout, read_architecture
 from libprune.checkpoint import load_model
 from libprune.input_statistics import Gram
 from libprune.markdown import markdown_table
-from libprune.repair import least_squares
+from libprune.repair import Moments, solve
 from libprune.tokens import read_tokens
 
 BATCH = 1024
@@ -50,6 +50,16 @@ def rounded_batches(x: Tensor) -> Tensor:
     """bfloat16 products rounded to bfloat16 for every batch, as a plain 16-bit matrix product gives them."""
     low = x.bfloat16()
     return sum((b.T @ b).float() for b in low.split(BATCH)) / len(x)
+
+
+def refit(weight: Tensor, gram: Tensor, kept: Tensor, damping: float) -> Tensor:
+    """The weights that are fitted to the kept inputs, zero elsewhere; a ValueError if this damping is too little."""
+    found, used = solve(Moments.of_dense(weight, gram, kept), weight[:, kept], damping)
+    if used != damping:
+        raise ValueError("not positive definite")
+    whole = torch.zeros_like(weight, dtype=torch.float64)
+    whole[:, kept] = found
+    return whole
 
 
 def error(weight: Tensor, repaired: Tensor, truth: Tensor) -> float:
@@ -84,10 +94,10 @@ def main(
         importance = truth.diagonal() * weight.double().square().sum(0)
         kept = importance > importance.quantile(0.2)
         for damping in (1e-2, 1e-3, 1e-5):
-            best = error(weight, least_squares(weight.double(), truth, kept, damping), truth)
+            best = error(weight, refit(weight, truth, kept, damping), truth)
             for way, gram in ways.items():
                 try:
-                    found = error(weight, least_squares(weight.double(), gram, kept, damping), truth)
+                    found = error(weight, refit(weight, gram, kept, damping), truth)
                     lines.append((name, f"{damping:g}", way, f"{found / best:.4f}"))
                 except ValueError:
                     lines.append((name, f"{damping:g}", way, "not positive definite"))

@@ -88,7 +88,7 @@ def kfac_diagonal(layout: Layout, architecture: Architecture) -> Values:
             square = f"{entry.module}.output_gradient_square"
             outer = torch.outer(read_tensor(layout.gradients, layer, square, "gradients").double(), norm**2 / tokens)
             terms[entry.weight] = weights[entry.weight].double().square() * (outer.T if entry.transposed else outer) / 2
-        blocks.append(unit_sums(architecture, layer, part, terms, weights_only=True))
+        blocks.append(unit_sums(architecture, layer, part, terms, only=terms))
     return np.concatenate(blocks)
 
 
@@ -111,7 +111,8 @@ def watch(run: Calibration, measured: Columns) -> tuple[Values, Values, NDArray[
             if entry.module in rows:
                 module = run.model.get_submodule(entry.module)
                 handles.append(module.register_forward_pre_hook(lambda _, args, entry=entry: keep(entry, args)))
-        for ids in torch.from_numpy(run.ids).to(run.device).split(run.at_once):
+        for batch in run.sequences.to(run.device).passes(run.at_once):
+            ids = batch.ids
             run_shape = ids.shape
             logits = run.model(input_ids=ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)
             following.append(ids[:, 1:].flatten())
