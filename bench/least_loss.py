@@ -296,6 +296,7 @@ def main(
     windows: int = 24,
     sequences: int = 32,
     questions: int = 0,
+    root: Annotated[Path | None, typer.Option(help="Other statistics than --text collects, without levels.")] = None,
     show: Annotated[bool, typer.Option("--table", help="Only print what was measured.")] = False,
 ) -> None:
     """Measure settings."""
@@ -304,7 +305,7 @@ def main(
     if text is not None:
         collect(work, text)
     if not show:
-        bench = Bench(work, windows, sequences, questions)
+        bench = Bench(work, windows, sequences, questions, root=root)
         done = {(row["setting"], row["ratio_asked"]) for row in rows if row.get("sequences") in (None, sequences)}
         for share in ratio:
             for name in settings or SETTINGS:
