@@ -185,7 +185,9 @@ def gathered(work: Path, rows: list[dict[str, Any]], repair: str) -> Gathered:
             changes = leaves_of({"score": SETTINGS[name], **fixed})
             settings.append(Setting(name, changes, validate_params(with_changes(data, changes), name)))
             results[name] = {row["seed"]: _result(work, row, settings[-1].params) for row in own}
-    title = "Criteria and fusions: what they cost, how good they are, when to choose them"
+    title = (
+        "Criteria and fusions: SmolLM2-135M-Instruct without 20 % of its decoder, the same counts everywhere, repaired"
+    )
     seeds = tuple(sorted({row["seed"] for row in rows}))
     return Gathered(Comparison("views", title, tuple(settings), seeds, REFERENCE, data), results, {}, ())
 

@@ -99,6 +99,18 @@ def test_the_guide_says_of_each_setting_what_its_figures_say(data):
         assert "measured losses: not measured" in text
 
 
+def test_of_many_like_settings_the_guide_names_three_and_counts_the_rest(tmp_path):
+    others = {f"other{i}": [1.5 + i / 100, 1.51 + i / 100] for i in range(5)}
+    costs = dict.fromkeys(others, 10.0) | {"dear": 99.0}
+    data = gathered(tmp_path, others | {"dear": [3.0, 3.02]}, seconds=costs)
+    text = guide(data, summaries(data))
+    said = sections(text)["dear"]
+    assert re.search(
+        r"before other0 \(× 2\.\d+, 10 s\), other1 \(.*\), other2 \(.*\) and 2 more, which lose less", said
+    )
+    assert all(text.count(f"\n| {name} |") == 1 for name in costs), "the table has each setting once"
+
+
 def test_a_guide_without_recorded_costs_does_not_weigh_them(tmp_path):
     data = gathered(tmp_path, RATIOS)
     text = guide(data, summaries(data))
