@@ -9,7 +9,6 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from libprune.criteria import find_criterion
 from libprune.errors import LibpruneError, ParamsError, nearest
 from libprune.fusion import named_criteria
 from libprune.params import Params, validate_params
@@ -207,8 +206,7 @@ def read_setting(name: str, changes: Mapping[str, Any], data: Data, seed: int, p
             raise ParamsError(f"{where}: unknown param {key!r}{nearest(key, known)}")
     valid = validate_params(with_changes(data, {**changes, SEED: seed}), where)
     try:
-        for criterion in named_criteria(valid.score):
-            find_criterion(criterion)
+        named_criteria(valid.score)
     except LibpruneError as error:
         raise ParamsError(f"{where}: {error}") from error
     return Setting(name, changes, valid)

@@ -227,15 +227,19 @@ CRITERIA = {
 }
 
 
-def find_criterion(name: str) -> Criterion:
+def find_criterion(name: str, key: str = "criterion") -> Criterion:
     """The record of a criterion.
+
+    Args:
+        name: as in `CRITERIA`.
+        key: where in the score section it stands, for errors.
 
     Raises:
         LibpruneError: for an unknown name, with the known ones.
     """
     if name not in CRITERIA:
         known = ", ".join(CRITERIA)
-        raise LibpruneError(f"criterion {name!r} is unknown{nearest(name, CRITERIA)} (known: {known})")
+        raise LibpruneError(f"score.{key} = {name!r} is unknown{nearest(name, CRITERIA)} (known: {known})")
     return CRITERIA[name]
 
 

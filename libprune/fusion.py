@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from libprune.criteria import find_criterion
 from libprune.errors import LibpruneError
 from libprune.sections import Score
 
@@ -29,8 +30,8 @@ def parse_criteria(text: str, fusion: str, key: str = "criterion") -> Weights:
         key: where in the score section it stands, for errors.
 
     Raises:
-        LibpruneError: if it is no such expression, names a criterion twice, has no positive weight, or has weights
-            that the fusion would ignore.
+        LibpruneError: if it is no such expression, names an unknown criterion or one twice, has no positive weight,
+            or has weights that the fusion would ignore.
     """
     found: dict[str, float] = {}
     where = f"score.{key} = {text!r}"
@@ -41,6 +42,7 @@ def parse_criteria(text: str, fusion: str, key: str = "criterion") -> Weights:
                 f"{term.strip()!r} in {where} is no criterion; write one name, or several as "
                 "'taylor + wanda' or '0.7*taylor + 0.3*wanda'"
             )
+        find_criterion(match["name"], key)
         if match["name"] in found:
             raise LibpruneError(f"{where} names {match['name']} twice; give it one weight")
         if match["weight"] and fusion != "weighted":

@@ -60,9 +60,16 @@ def test_what_is_no_expression_is_refused_by_name(text, fusion, message):
         parse_criteria(text, fusion)
 
 
-def test_an_error_names_the_key_that_the_expression_stands_in():
-    with pytest.raises(LibpruneError, match=r"^'\?' in score\.mlp = 'taylor \+ \?' is no criterion"):
-        named_criteria(Score(criterion="wanda", mlp="taylor + ?"))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("taylor + ?", r"^'\?' in score\.mlp = 'taylor \+ \?' is no criterion"),
+        ("taylor + wonda", r"^score\.mlp = 'wonda' is unknown; did you mean 'wanda'"),
+    ],
+)
+def test_an_error_names_the_key_that_the_expression_stands_in(text, message):
+    with pytest.raises(LibpruneError, match=message):
+        named_criteria(Score(criterion="taylor", mlp=text))
 
 
 # Adaptive weights
