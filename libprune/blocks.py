@@ -88,6 +88,7 @@ def run_block(
     state: Any,
     watched: Sequence[nn.Module] = (),
     until: nn.Module | None = None,
+    differentiable: bool = False,
 ) -> tuple[Any, list[Tensor]]:
     """Run one block on what the block before it returned.
 
@@ -99,6 +100,7 @@ def run_block(
         state: what the block before returned; not used for the first.
         watched: modules of the block whose outputs are wanted.
         until: the block itself or a module in it, at whose input the pass ends.
+        differentiable: whether what is returned has a graph behind it.
 
     Returns:
         What the block returns, or the input of `until`; and the outputs of the watched modules.
@@ -118,7 +120,7 @@ def run_block(
     def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         outputs[module] = per_sequence(output, len(ids))
 
-    with hooked(model) as handles, torch.no_grad():
+    with hooked(model) as handles, torch.set_grad_enabled(differentiable):
         handles += [module.register_forward_hook(watch) for module in watched]
         if until is None:
             handles.append(blocks[layer].register_forward_hook(at_output))

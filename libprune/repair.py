@@ -13,8 +13,8 @@ Structured optimal brain compression, with the ridge pulled towards the old weig
 (Frantar & Alistarh 2022, "Optimal Brain Compression").
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -130,6 +130,7 @@ class Fit:
         after: share lost by the new weights there.
         held_out_before: as `before`, on calibration sequences that the fit did not see; NaN without any.
         held_out_after: as `after`, of the fit without those sequences.
+        producers: new weights of maps that compute its inputs by parameter name, in storage order and dense shape.
     """
 
     consumer: Map
@@ -140,6 +141,7 @@ class Fit:
     after: float
     held_out_before: float
     held_out_after: float
+    producers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def fit_consumer(
@@ -329,6 +331,7 @@ def new_parameters(fits: Iterable[Fit]) -> dict[str, Tensor]:
             found[fit.consumer.weight] = fit.weight
         if fit.bias is not None:
             found[fit.consumer.bias] = fit.bias
+        found |= fit.producers
     return found
 
 

@@ -17,11 +17,12 @@ text, and the kept inputs of one layer's consumers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,6 +31,7 @@ from libprune.blocks import blocks_of, first_output, run_block
 from libprune.calibration import held_out
 from libprune.errors import LibpruneError
 from libprune.plan import Plan
+from libprune.producers import Flow, Producer, changed_weight, fit_producers, producers_of, slopes_of, watching
 from libprune.repair import Fit, Moments, fit_consumer, new_parameters, oriented, pruned_consumers
 from libprune.sequences import Sequences
 from libprune.surgery import masked
@@ -66,6 +68,7 @@ class SequentialRepair:
         damping: float | None,
         drift: float | None = None,
         cap: float | None = None,
+        steps: int = 0,
     ) -> None:
         """Begin before the first layer.
 
@@ -78,9 +81,10 @@ class SequentialRepair:
             drift: how much of the drift each consumer takes back, 1 for all of it; None: all of it in blocks that only
                 add what their consumers give to the residual stream, nothing in others.
             cap: the longest drift of a token, in medians over the tokens of its sequence; None for no limit.
+            steps: as in `libprune.producers.fit_producers`, of parts where that can be; 0: what computes units stays.
         """
         self._model, self._architecture, self._plan = model, architecture, plan
-        self._batches, self._damping, self._drift, self._cap = batches, damping, drift, cap
+        self._batches, self._damping, self._drift, self._cap, self._steps = batches, damping, drift, cap, steps
         self._blocks = blocks_of(model, architecture)
         self._kept = {consumer.module: kept for consumer, kept in pruned_consumers(architecture, plan)}
         first = [run_block(model, self._blocks, 0, batch.ids, None, until=self._blocks[0])[0] for batch in batches]
@@ -134,8 +138,10 @@ class SequentialRepair:
         states: Sequence[Tensor],
         watched: Sequence[nn.Module] = (),
         until: nn.Module | None = None,
+        differentiable: bool = False,
     ) -> tuple[Any, list[Tensor]]:
-        return run_block(self._model, self._blocks, layer, self._batches[number].ids, states[number], watched, until)
+        ids, state = self._batches[number].ids, states[number]
+        return run_block(self._model, self._blocks, layer, ids, state, watched, until, differentiable)
 
     @torch.no_grad()
     def _refit(
@@ -144,25 +150,125 @@ class SequentialRepair:
         """Fit one consumer and set its weights; also the residual stream behind it, for every batch."""
         consumer = consumers[index]
         module = self._model.get_submodule(consumer.module)
-        before = [self._model.get_submodule(entry.module) for entry in consumers[:index]]
+        kept = self._kept[consumer.module]
+        producers = producers_of(self._architecture, consumer, kept) if self._steps else ()
+        seen: Sequence[_Seen] = [
+            self._see(layer, number, consumers[: index + 1], outputs[number], share, producers)
+            for number in range(len(self._batches))
+        ]
+        weight = oriented(consumer, module.get_parameter("weight").detach()).float().cpu()
+        fit = None
+        if all(batch.slopes for batch in seen):
+            fit, seen = self._fit_producers(layer, consumer, weight, seen, producers)
+        fit = fit or self._fit(consumer, weight, seen, refit=True)
+        _set(self._model, new_parameters([fit]))
+        device = module.get_parameter("weight").device
+        return fit, [batch.pruned + module(batch.x.to(device)) for batch in seen]
+
+    def _see(
+        self,
+        layer: int,
+        number: int,
+        consumers: Sequence[Map],
+        outputs: Sequence[Tensor],
+        share: float,
+        producers: Sequence[Producer],
+    ) -> "_Seen":
+        """Take a batch to the last of some consumers: what that gets, and what it is to give."""
+        *before, module = (self._model.get_submodule(consumer.module) for consumer in consumers)
+        state = self._pruned[number]
+        with watching(self._model, producers) as watched:
+            x, given = self._run(layer, number, self._pruned, before, until=module, differentiable=bool(producers))
+        with torch.enable_grad():
+            slopes = slopes_of(x[..., self._kept[consumers[-1].module]], producers, watched) if producers else ()
+        x, given = x.detach(), [output.detach() for output in given]
+        pruned = sum(given, state.to(x.device))
+        dense = sum(outputs[: len(given)], self._dense[number].to(x.device))
+        drift = _capped(dense.float() - pruned.float(), self._cap)
+        y = _without_bias(module, outputs[len(given)]).float() + share * drift
+        inputs = tuple(watched[producer.entry.module][0].flatten(0, -2).cpu() for producer in producers)
+        return _Seen(x.cpu(), y.cpu(), pruned, inputs, tuple(part.cpu() for part in slopes))
+
+    def _fit_producers(
+        self, layer: int, consumer: Map, weight: Tensor, seen: Sequence["_Seen"], producers: Sequence[Producer]
+    ) -> tuple[Fit | None, Sequence["_Seen"]]:
+        """Fit what computes a consumer's inputs, and the consumer again; no fit where that is no better."""
+        kept, module = self._kept[consumer.module], self._model.get_submodule(consumer.module)
+        first = self._fit(consumer, weight, seen, refit=False)
+        assert first.weight is not None
+        fitted = oriented(consumer, first.weight)
+        used = fitted[:, kept].to(module.get_parameter("weight"))
+        flows = [
+            Flow(found.inputs, found.slopes, _missed(found, kept, used), batch.held_out)
+            for batch, found in zip(self._batches, seen, strict=True)
+        ]
+        change = fit_producers(flows, used, self._steps)
+        if not change.steps:
+            return None, seen
+        old = {
+            producer.entry.weight: self._model.get_parameter(producer.entry.weight).clone() for producer in producers
+        }
+        new = {
+            producer.entry.weight: changed_weight(producer, old[producer.entry.weight], rows)
+            for producer, rows in zip(producers, change.rows, strict=True)
+        }
+        _set(self._model, new)
+        numbers = range(len(self._batches))
+        inputs = [self._run(layer, number, self._pruned, until=module)[0].cpu() for number in numbers]
+        moved = [replace(found, x=x) for found, x in zip(seen, inputs, strict=True)]
+        second = self._fit(consumer, fitted, moved, refit=True)
+        if not _better(second, first):
+            _set(self._model, old)
+            return None, seen
+        fit = replace(
+            second,
+            before=first.before,
+            held_out_before=first.held_out_before,
+            producers={name: tensor.cpu() for name, tensor in new.items()},
+        )
+        return fit, moved
+
+    def _fit(self, consumer: Map, weight: Tensor, seen: Sequence["_Seen"], refit: bool) -> Fit:
         kept = self._kept[consumer.module]
         sums = {flag: _Sums() for flag in (False, True)}
-        inputs, streams = [], []
-        for number, batch in enumerate(self._batches):
-            x, given = self._run(layer, number, self._pruned, before, until=module)
-            pruned = sum(given, self._pruned[number].to(x.device))
-            dense = sum(outputs[number][:index], self._dense[number].to(x.device))
-            drift = _capped(dense.float() - pruned.float(), self._cap)
-            y = _without_bias(module, outputs[number][index]).float() + share * drift
-            sums[batch.held_out].add(x[..., kept.to(x.device)].float(), y)
-            inputs.append(x.cpu())
-            streams.append(pruned)
-        weight = oriented(consumer, module.get_parameter("weight").detach()).float().cpu()
-        moments = sums[False].finish()
+        for batch, found in zip(self._batches, seen, strict=True):
+            device = found.pruned.device
+            sums[batch.held_out].add(found.x[..., kept].to(device).float(), found.y.to(device))
         judged = sums[True].finish() if sums[True].tokens else None
-        fit = fit_consumer(consumer, weight, kept, moments, judged, self._damping, refit=True)
-        _set(self._model, new_parameters([fit]))
-        return fit, [stream + module(x.to(stream.device)) for stream, x in zip(streams, inputs, strict=True)]
+        return fit_consumer(consumer, weight, kept, sums[False].finish(), judged, self._damping, refit)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a batch shows of one consumer; on the host, but for the stream.
+
+    Attributes:
+        x: its inputs in the pruned model.
+        y: what it is to give.
+        pruned: the residual stream that its output is added to.
+        inputs: of each map that computes x, ``[tokens, input]``.
+        slopes: as of `libprune.producers.slopes_of`; empty where these are not fitted.
+    """
+
+    x: Float[Tensor, "batch length input"]
+    y: Float[Tensor, "batch length output"]
+    pruned: Float[Tensor, "batch length model"]
+    inputs: tuple[Tensor, ...]
+    slopes: tuple[Tensor, ...]
+
+
+def _missed(
+    seen: _Seen, kept: Bool[Tensor, " input"], weight: Float[Tensor, "output kept"]
+) -> Float[Tensor, "tokens output"]:
+    """What weights leave of the target, float32, on the host."""
+    x = seen.x[..., kept].to(weight.device).flatten(0, -2)
+    return seen.y.flatten(0, -2) - (x @ weight.T).float().cpu()
+
+
+def _better(one: Fit, other: Fit) -> bool:
+    """By the held-out error; by that of the fit where nothing is held out."""
+    judged = not np.isnan(other.held_out_after)
+    return one.held_out_after < other.held_out_after if judged else one.after < other.after
 
 
 class _Sums:
