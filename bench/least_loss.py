@@ -53,6 +53,7 @@ LEVELS = Levels(sequences=4, number=6)
 SEARCH = {"method": "search", "evaluations": 32}
 TASKS = ("piqa_file", "arc_easy_file")
 UNIFORM: dict[str, Any] = {"method": "uniform"}
+PRODUCERS: dict[str, Any] = {"repair": "sequential", "producer_steps": 12}
 Setting = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 SETTINGS: dict[str, Setting] = {
     "LLM-Pruner: taylor, global in layers 3 to 28, none": (
@@ -79,6 +80,7 @@ SETTINGS: dict[str, Setting] = {
     "unit_fisher, uniform, local, half fisher": ({}, UNIFORM, {"repair": "local", "fisher_share": 0.5}),
     "unit_fisher, uniform, sequential, no drift": ({}, UNIFORM, {"repair": "sequential", "drift": 0.0}),
     "unit_fisher, uniform, sequential": ({}, UNIFORM, {"repair": "sequential"}),
+    "unit_fisher, uniform, sequential with producers": ({}, UNIFORM, PRODUCERS),
     "unit_fisher, functional, local": ({}, {"method": "functional"}, {"repair": "local"}),
     "unit_fisher, global, local": ({}, {"method": "global"}, {"repair": "local"}),
     "unit_fisher, uniform by levels, local": ({}, {"method": "search", "shape": "uniform"}, {"repair": "local"}),
@@ -87,8 +89,14 @@ SETTINGS: dict[str, Setting] = {
         {"method": "search", "shape": "uniform"},
         {"repair": "sequential"},
     ),
+    "unit_fisher, uniform by levels, sequential with producers": (
+        {},
+        {"method": "search", "shape": "uniform"},
+        PRODUCERS,
+    ),
     "unit_fisher, levels, local": ({}, {"method": "search"}, {"repair": "local"}),
     "unit_fisher, levels, sequential": ({}, {"method": "search"}, {"repair": "sequential"}),
+    "unit_fisher, levels, sequential with producers": ({}, {"method": "search"}, PRODUCERS),
     "obs_fisher, levels, local": ({"criterion": "obs_fisher"}, {"method": "search"}, {"repair": "local"}),
     "obs_fisher, levels, sequential": ({"criterion": "obs_fisher"}, {"method": "search"}, {"repair": "sequential"}),
     "unit_fisher, search, local": ({}, SEARCH, {"repair": "local"}),

@@ -30,20 +30,20 @@ from libprune.sections import (
 from libprune.yaml_file import read_yaml
 
 
-def _preset(method: str, repair: str, fix: str = "none") -> dict[str, dict[str, Any]]:
+def _preset(method: str, repair: str, fix: str = "none", steps: int = 0) -> dict[str, dict[str, Any]]:
     threshold = 0.0 if method == "hgsp" else Allocate().threshold
     weights = {"temperature": 1.0, "threshold": threshold, "gradient_fix": fix}
     return {
         "score": {"criterion": "unit_fisher"},
         "allocate": {"method": method, "evaluations": 0} | weights,
-        "slice": {"repair": repair},
+        "slice": {"repair": repair, "producer_steps": steps},
     }
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": _preset("uniform", "local"),
     "balanced": _preset("uniform", "sequential"),
-    "best": _preset("search", "sequential"),
+    "best": _preset("search", "sequential", steps=12),
     "hgsp": _preset("hgsp", "sequential"),
     "hgsp+adaptive": _preset("hgsp", "sequential", "adaptive"),
     "hgsp+all": _preset("hgsp", "sequential", "adaptive+depth"),
@@ -87,6 +87,8 @@ class Params(Section):
             if isinstance(found := filled.get(section, {}), dict):
                 word = {key: _LEFT_OPEN.get(key, "auto") for key in values}
                 filled[section] = found | {k: value for k, value in values.items() if found.get(k, word[k]) == word[k]}
+                if found.get("producer_steps", "auto") == "auto" and filled[section].get("repair") != "sequential":
+                    filled[section].pop("producer_steps", None)  # the preset's go with the preset's repair
         return filled
 
     @model_validator(mode="after")
@@ -98,6 +100,8 @@ class Params(Section):
             raise ValueError(f"slice.drift belongs to slice.repair: sequential, not {repair}")
         if self.slice.drift_cap != Slice().drift_cap and repair != "sequential":
             raise ValueError(f"slice.drift_cap belongs to slice.repair: sequential, not {repair}")
+        if self.slice.producer_steps and repair != "sequential":
+            raise ValueError(f"slice.producer_steps belongs to slice.repair: sequential, not {repair}")
         if self.allocate.collapse_below and self.allocate.method != "hgsp":
             raise ValueError(f"allocate.collapse_below belongs to allocate.method: hgsp, not {self.allocate.method}")
         if self.allocate.collapse_below and not self.allocate.allow_layer_removal:

@@ -30,8 +30,10 @@ from libprune.architecture import Architecture, Map
 from libprune.compute import hooked
 from libprune.repair import SILENT, oriented
 
-RIDGE = 0.01
+RIDGE = 0.1
 """Relative to the curvature of each weight."""
+_SOLVED = 1e-10
+"""What may be left of the right side, squared and preconditioned; float32 gets no further."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,11 @@ class Change:
     """What is to be added to the producers' weights.
 
     Attributes:
-        rows: for each producer, ``[times, kept, input]``, float32.
+        rows: for each producer, ``[times, kept, input]``.
         steps: of conjugate gradients; 0 if none lowered the error on held-out tokens.
     """
 
-    rows: tuple[Float[Tensor, "times kept input"], ...]
+    rows: tuple[Float[Tensor, "_ kept _"], ...]
     steps: int
 
 
@@ -211,8 +213,9 @@ def fit_producers(flows: Sequence[Flow], weight: Float[Tensor, "output kept"], s
     best, taken, least = change, 0, _square(flow.missed for flow in judged)
     solved = normal.precondition(rest)
     along, product = solved, _dot(rest, solved)
+    solved_at = _SOLVED * product
     for step in range(1, steps + 1):
-        if not product > 0:
+        if product <= solved_at:
             break
         curved = normal.times(along)
         length = product / _dot(along, curved)
@@ -244,8 +247,8 @@ def _total(parts: Iterable[list[Tensor]]) -> list[Tensor]:
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    return sum(float((a.double() * b.double()).sum()) for a, b in zip(one, other, strict=True))
+    return sum((float((a.double() * b.double()).sum()) for a, b in zip(one, other, strict=True)), 0.0)
 
 
 def _square(parts: Iterable[Tensor]) -> float:
-    return sum(float(part.square().sum()) for part in parts)
+    return sum((float(part.square().sum()) for part in parts), 0.0)

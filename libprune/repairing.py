@@ -109,7 +109,9 @@ def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute:
     damping = None if params.damping == "auto" else params.damping
     drift = None if params.drift == "auto" else params.drift
     batches = split_batches(run.sequences.to(run.device), run.at_once)
-    repair = SequentialRepair(run.model, architecture, plan, batches, damping, drift, params.drift_cap)
+    repair = SequentialRepair(
+        run.model, architecture, plan, batches, damping, drift, params.drift_cap, params.producer_steps
+    )
     identity = {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
     folder = run.work / "slice" / fingerprint(run, identity)
     fits = []
@@ -130,15 +132,26 @@ _ERRORS = ("damping", "before", "after", "held_out_before", "held_out_after")
 def _save(path: Path, fits: list[Fit]) -> None:
     """Keep the fits of one layer, for a run after an interruption."""
     numbers = {fit.consumer.weight: [getattr(fit, name) for name in _ERRORS] for fit in fits}
+    producers = {fit.consumer.weight: list(fit.producers) for fit in fits}
     with writing(path) as partial:
-        save_file(new_parameters(fits), partial, metadata={"fits": json.dumps(numbers)})
+        metadata = {"fits": json.dumps(numbers), "producers": json.dumps(producers)}
+        save_file(new_parameters(fits), partial, metadata=metadata)
 
 
 def _load(path: Path, architecture: Architecture) -> list[Fit]:
     consumers = {entry.weight: entry for entry in architecture.maps}
     with safe_open(path, framework="pt") as file:
-        numbers = json.loads(file.metadata()["fits"])
-        return [Fit(consumers[name], file.get_tensor(name), None, *numbers[name]) for name in numbers]
+        numbers, producers = (json.loads(file.metadata()[key]) for key in ("fits", "producers"))
+        return [
+            Fit(
+                consumers[name],
+                file.get_tensor(name),
+                None,
+                *numbers[name],
+                {p: file.get_tensor(p) for p in producers[name]},
+            )
+            for name in numbers
+        ]
 
 
 REPAIRS: dict[str, Repair] = {"none": _none, "bias": _bias, "local": _local, "sequential": _sequential}

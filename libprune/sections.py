@@ -300,6 +300,9 @@ class Slice(Section):
     that only add what their maps give, nothing in others, such as those with a norm behind each part."""
     drift_cap: Annotated[float, Field(gt=0)] | None = 2.0
     """The longest drift of a token that counts, in medians over its sequence; null: no limit."""
+    producer_steps: Floor = 0
+    """Conjugate gradient steps, at most, on the maps that compute the kept channels of each MLP in `sequential`, its
+    gate and up projection; 0: only the maps that read the channels are fitted."""
     sequences: Count | None = None
     """Calibration sequences of `sequential`, from the first; null: all."""
     dtype: Dtype = "auto"

@@ -232,7 +232,12 @@ def test_gram_matrices_in_bfloat16_are_refused_where_the_repair_needs_them(load)
 
 @pytest.mark.parametrize(
     ("key", "value", "repair"),
-    [("fisher_share", 0.5, "sequential"), ("drift", 0.5, "local"), ("drift_cap", 1.5, "local")],
+    [
+        ("fisher_share", 0.5, "sequential"),
+        ("drift", 0.5, "local"),
+        ("drift_cap", 1.5, "local"),
+        ("producer_steps", 4, "local"),
+    ],
 )
 def test_settings_of_another_repair_are_refused(load, key, value, repair):
     data = shipped()
