@@ -143,15 +143,13 @@ def _load(path: Path, architecture: Architecture) -> list[Fit]:
     with safe_open(path, framework="pt") as file:
         numbers, producers = (json.loads(file.metadata()[key]) for key in ("fits", "producers"))
         return [
-            Fit(
-                consumers[name],
-                file.get_tensor(name),
-                None,
-                *numbers[name],
-                {p: file.get_tensor(p) for p in producers[name]},
-            )
-            for name in numbers
+            Fit(consumers[name], file.get_tensor(name), None, *errors, producers=_tensors(file, producers[name]))
+            for name, errors in numbers.items()
         ]
+
+
+def _tensors(file: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    return {name: file.get_tensor(name) for name in names}
 
 
 REPAIRS: dict[str, Repair] = {"none": _none, "bias": _bias, "local": _local, "sequential": _sequential}
