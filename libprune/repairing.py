@@ -131,7 +131,7 @@ _ERRORS = ("damping", "before", "after", "held_out_before", "held_out_after")
 
 def _save(path: Path, fits: list[Fit]) -> None:
     """Keep the fits of one layer, for a run after an interruption."""
-    numbers = {fit.consumer.weight: [getattr(fit, name) for name in _ERRORS] for fit in fits}
+    numbers = {fit.consumer.weight: {name: getattr(fit, name) for name in _ERRORS} for fit in fits}
     producers = {fit.consumer.weight: list(fit.producers) for fit in fits}
     with writing(path) as partial:
         metadata = {"fits": json.dumps(numbers), "producers": json.dumps(producers)}
@@ -143,7 +143,7 @@ def _load(path: Path, architecture: Architecture) -> list[Fit]:
     with safe_open(path, framework="pt") as file:
         numbers, producers = (json.loads(file.metadata()[key]) for key in ("fits", "producers"))
         return [
-            Fit(consumers[name], file.get_tensor(name), None, *errors, producers=_tensors(file, producers[name]))
+            Fit(consumers[name], file.get_tensor(name), None, producers=_tensors(file, producers[name]), **errors)
             for name, errors in numbers.items()
         ]
 
