@@ -353,4 +353,5 @@ def fit_table(fits: list[Fit]) -> Columns:
             name: np.array([getattr(fit, name) for fit in fits], dtype=np.float64)
             for name in ("damping", "before", "after", "held_out_before", "held_out_after")
         },
+        "producers": np.array([bool(fit.producers) for fit in fits], dtype=np.bool_),
     }

@@ -156,11 +156,14 @@ REPAIRS: dict[str, Repair] = {"none": _none, "bias": _bias, "local": _local, "se
 
 
 def print_fits(fits: Sequence[Fit]) -> None:
-    """What each repaired consumer loses of its output, in per cent, before and after the repair."""
+    """What each repaired consumer loses of its output, in per cent, before and after the repair; and whether the maps
+    that compute its inputs were fitted too.
+    """
     if not fits:
         return
     typer.echo(f"{'repaired map':<36}{'damping':>9}{'lost, %':>9}{'repaired':>10}{'held out':>10}{'repaired':>10}")
     for fit in fits:
         values = [100 * value for value in (fit.before, fit.after, fit.held_out_before, fit.held_out_after)]
         numbers = "".join(f"{value:>{width}.2f}" for value, width in zip(values, (9, 10, 10, 10), strict=True))
-        typer.echo(f"{fit.consumer.module:<36}{fit.damping:>9.0e}{numbers}")
+        mark = "  + producers" if fit.producers else ""
+        typer.echo(f"{fit.consumer.module:<36}{fit.damping:>9.0e}{numbers}{mark}")

@@ -18,6 +18,7 @@ from libprune.repair import oriented, pruned_consumers
 from libprune.repairing import REPAIRS
 from libprune.sections import Compute, Slice
 from libprune.sequences import Sequences
+from libprune.sequential import SequentialRepair
 from libprune.shards import write_shard
 from libprune.tokens import write_tokens
 from tests.collected import activations
@@ -110,3 +111,40 @@ def test_a_bias_is_refused_where_the_config_cannot_say_it(tmp_path, name):
     (layout.model / "config.json").write_text(json.dumps(config | {"attention_bias": False, "mlp_bias": False}))
     with pytest.raises(LibpruneError, match=r"bias on model\.layers\.0\.(self_attn\.o|mlp\.down)_proj.*cannot say one"):
         prune(layout, tmp_path, Compute(), Slice(repair="bias"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_sequential_repair_that_is_interrupted_goes_on_with_the_layers_that_are_fitted(
+    tmp_path, quick_proof, monkeypatch, name
+):
+    """Also where what computes the channels is fitted; the proof in `prune` compares the sliced model with it."""
+    step, params = SequentialRepair.step, Slice(repair="sequential", producer_steps=6)
+
+    def run(layout: Layout) -> tuple[dict[str, torch.Tensor], list[int]]:
+        fresh = []
+
+        def watched(repair, layer, known=None):
+            if layer == 2 and not layout.root.with_suffix(".on").exists():
+                layout.root.with_suffix(".on").touch()
+                raise KeyboardInterrupt
+            fresh.extend([layer] * (known is None))
+            return step(repair, layer, known)
+
+        monkeypatch.setattr(SequentialRepair, "step", watched)
+        folder = layout.root.with_suffix(".pruned")
+        folder.mkdir(exist_ok=True)
+        proof, fits = prune(layout, folder, Compute(), params)
+        assert proof["logit_difference"] < 1e-4 * proof["logit_scale"]
+        assert any(fit.producers for fit in fits)
+        return load_model(folder, torch.float32, trust_remote_code=True).state_dict(), fresh
+
+    whole, _ = made(tmp_path / "whole", name, "holes")
+    whole.root.with_suffix(".on").touch()
+    broken, _ = made(tmp_path / "broken", name, "holes")
+    expected, _ = run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken)
+    found, fresh = run(broken)
+    assert fresh == [2, 3]
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
