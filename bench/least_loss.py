@@ -82,6 +82,8 @@ SETTINGS: dict[str, Setting] = {
     "unit_fisher, uniform, sequential": ({}, UNIFORM, {"repair": "sequential"}),
     "unit_fisher, uniform, sequential with producers": ({}, UNIFORM, PRODUCERS),
     "unit_fisher, functional, local": ({}, {"method": "functional"}, {"repair": "local"}),
+    "unit_fisher, functional, sequential with producers": ({}, {"method": "functional"}, PRODUCERS),
+    "unit_fisher, global, sequential with producers": ({}, {"method": "global"}, PRODUCERS),
     "unit_fisher, global, local": ({}, {"method": "global"}, {"repair": "local"}),
     "unit_fisher, uniform by levels, local": ({}, {"method": "search", "shape": "uniform"}, {"repair": "local"}),
     "unit_fisher, uniform by levels, sequential": (

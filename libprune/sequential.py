@@ -11,9 +11,11 @@ larger a drift, which is small beside the state and which no later layer can pre
 tokens; so each token's drift is cut to a multiple of the median of its sequence. What the dense consumer gave is
 not cut: later layers need these states.
 
+Where each unit depends on its own token alone, what computes the units can be fitted too: `libprune.producers`.
+
 Cost for each layer: the block once in the dense model; in the pruned one the block once, and once
-more up to every consumer after the first. Memory on the host: three times the hidden states of the
-text, and the kept inputs of one layer's consumers.
+more up to every consumer after the first. Memory on the host: four times the hidden states of the
+text, and the inputs of one consumer; with producers also what `libprune.producers.Flow` holds.
 """
 
 from collections.abc import Mapping, Sequence
