@@ -92,7 +92,7 @@ def watching(model: nn.Module, producers: Sequence[Producer]) -> Iterator[dict[s
     def cut(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
         seen[name] = args[0].detach(), leaf
-        return leaf
+        return leaf.clone()  # an activation may write into it
 
     with hooked(model) as handles:
         for producer in producers:
@@ -109,6 +109,8 @@ def slopes_of(
     That is found out: the gradient of a sum of units with random signs has, where each depends on its own outputs
     alone, exactly the signs of those.
     """
+    if not x.requires_grad:
+        return ()
     leaves = [seen[producer.entry.module][1] for producer in producers]
     signs = torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0).to(x)
     plain, signed = (
@@ -202,7 +204,7 @@ def fit_producers(flows: Sequence[Flow], weight: Float[Tensor, "output kept"], s
     """One Gauss-Newton step of the module's docstring.
 
     Args:
-        flows: the text.
+        flows: the text; without any held out all steps are taken.
         weight: W, on the device and of the type to compute with.
         steps: the most steps of conjugate gradients.
     """
@@ -215,14 +217,14 @@ def fit_producers(flows: Sequence[Flow], weight: Float[Tensor, "output kept"], s
     along, product = solved, _dot(rest, solved)
     solved_at = _SOLVED * product
     for step in range(1, steps + 1):
-        if product <= solved_at:
+        if not product > solved_at:
             break
         curved = normal.times(along)
         length = product / _dot(along, curved)
         change = [rows + length * more for rows, more in zip(change, along, strict=True)]
         rest = [rows - length * more for rows, more in zip(rest, curved, strict=True)]
         error = _square(flow.missed.to(weight.device) - normal.forward(flow, change) for flow in judged)
-        if judged and error >= least:
+        if judged and not error < least:
             break
         best, taken, least = change, step, error
         solved = normal.precondition(rest)

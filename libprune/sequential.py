@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -153,7 +152,10 @@ class SequentialRepair:
         consumer = consumers[index]
         module = self._model.get_submodule(consumer.module)
         kept = self._kept[consumer.module]
-        producers = producers_of(self._architecture, consumer, kept) if self._steps else ()
+        judged = any(
+            batch.held_out for batch in self._batches
+        )  # without, nothing says where a fit ends and noise begins
+        producers = producers_of(self._architecture, consumer, kept) if self._steps and judged else ()
         seen: Sequence[_Seen] = [
             self._see(layer, number, consumers[: index + 1], outputs[number], share, producers)
             for number in range(len(self._batches))
@@ -188,7 +190,7 @@ class SequentialRepair:
         dense = sum(outputs[: len(given)], self._dense[number].to(x.device))
         drift = _capped(dense.float() - pruned.float(), self._cap)
         y = _without_bias(module, outputs[len(given)]).float() + share * drift
-        inputs = tuple(watched[producer.entry.module][0].flatten(0, -2).cpu() for producer in producers)
+        inputs = tuple(watched[producer.entry.module][0].flatten(0, -2).cpu() for producer in producers if slopes)
         return _Seen(x.cpu(), y.cpu(), pruned, inputs, tuple(part.cpu() for part in slopes))
 
     def _fit_producers(
@@ -205,6 +207,7 @@ class SequentialRepair:
             for batch, found in zip(self._batches, seen, strict=True)
         ]
         change = fit_producers(flows, used, self._steps)
+        del flows
         if not change.steps:
             return None, seen
         old = {
@@ -217,9 +220,9 @@ class SequentialRepair:
         _set(self._model, new)
         numbers = range(len(self._batches))
         inputs = [self._run(layer, number, self._pruned, until=module)[0].cpu() for number in numbers]
-        moved = [replace(found, x=x) for found, x in zip(seen, inputs, strict=True)]
+        moved = [replace(found, x=x, inputs=(), slopes=()) for found, x in zip(seen, inputs, strict=True)]
         second = self._fit(consumer, fitted, moved, refit=True)
-        if not _better(second, first):
+        if not second.held_out_after < first.held_out_after:
             _set(self._model, old)
             return None, seen
         fit = replace(
@@ -264,13 +267,7 @@ def _missed(
 ) -> Float[Tensor, "tokens output"]:
     """What weights leave of the target, float32, on the host."""
     x = seen.x[..., kept].to(weight.device).flatten(0, -2)
-    return seen.y.flatten(0, -2) - (x @ weight.T).float().cpu()
-
-
-def _better(one: Fit, other: Fit) -> bool:
-    """By the held-out error; by that of the fit where nothing is held out."""
-    judged = not np.isnan(other.held_out_after)
-    return one.held_out_after < other.held_out_after if judged else one.after < other.after
+    return seen.y.flatten(0, -2) - (x.float() @ weight.float().T).cpu()
 
 
 class _Sums:

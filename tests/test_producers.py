@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from libprune.architecture import Architecture, Map
 from libprune.blocks import blocks_of, replaced, run_block
 from libprune.describe import describe
+from libprune.memory import checkpoint_blocks
 from libprune.plan import Plan
 from libprune.producers import (
     RIDGE,
@@ -202,6 +203,14 @@ def test_silent_units_and_inputs_do_no_harm():
     assert not found.rows[1].any()
 
 
+def test_a_step_that_overflows_is_not_taken():
+    flows, weight, _, _ = problem(0, held_out=1)
+    flows[0].slopes[0][0, 0, 0] = torch.inf
+    found = fit_producers(flows, weight, 20)
+    assert found.steps == 0
+    assert not any(rows.any() for rows in found.rows)
+
+
 # In the sequential repair
 
 
@@ -255,6 +264,37 @@ def test_a_run_that_goes_on_with_known_layers_ends_as_one_without_a_break(name):
     repair(resumed, plan, ids, 8, known=fits[:2])
     for key, value in resumed.state_dict().items():
         torch.testing.assert_close(value, whole.state_dict()[key], rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_is_fitted_to_text_of_which_none_is_held_out():
+    fits = [
+        fit
+        for layer in repair(FAMILIES["llama"](0), two_thirds(describe(FAMILIES["llama"](0))), text(7, 2), 8)
+        for fit in layer
+    ]
+    assert fits
+    assert not any(fit.producers for fit in fits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_checkpointed_blocks_give_the_same(name):
+    plain, checkpointed = MODELS[name](0), MODELS[name](0)
+    plan, ids = two_thirds(describe(plain)), text(160, 2)
+    checkpoint_blocks(checkpointed, describe(plain))
+    fits = [[fit for layer in repair(model, plan, ids, 8) for fit in layer] for model in (plain, checkpointed)]
+    assert any(fit.producers for fit in fits[0])
+    for key, value in new_parameters(fits[0]).items():
+        torch.testing.assert_close(new_parameters(fits[1])[key], value)
+
+
+def test_an_activation_may_write_into_what_it_gets():
+    model, other = MODELS["gpt2"](0), MODELS["gpt2"](0)
+    for block, own in zip(model.transformer.h, other.transformer.h, strict=True):
+        block.mlp.act, own.mlp.act = torch.nn.ReLU(inplace=True), torch.nn.ReLU()
+    plan, ids = two_thirds(describe(model)), text(160, 2)
+    one, two = ([fit for layer in repair(m, plan, ids, 8) for fit in layer] for m in (model, other))
+    assert any(fit.producers for fit in one)
+    assert all(torch.equal(value, new_parameters(two)[key]) for key, value in new_parameters(one).items())
 
 
 def test_where_nothing_is_won_on_held_out_text_the_producers_stay():
