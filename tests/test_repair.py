@@ -332,6 +332,7 @@ def test_fits_become_parameters_a_table_and_mean_errors():
         "after": [0.2, 0.1],
         "held_out_before": [0.6, 0.2],
         "held_out_after": [0.3, 0.1],
+        "producers": [False, False],
     }
     means = {"before": 0.4, "after": 0.15, "held_out_before": 0.4, "held_out_after": 0.2}
     assert mean_errors(fits) == pytest.approx({f"lost_{name}": value for name, value in means.items()})
