@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,11 +131,25 @@ SCORERS = {"flap": flap_scores}
 """Criteria of this bench's own."""
 
 
-def collect(work: Path, text: Path) -> None:
+@dataclass(frozen=True)
+class Calibration:
+    """How a text is divided: sequences of 256 tokens, of 1024 for the sequential repair, the criteria with levels."""
+
+    sequences: int
+    long: int
+    levelled: tuple[str, ...]
+    evaluation: dict[str, Any]
+
+
+WIKI = Calibration(440, 108, ("unit_fisher", "obs_fisher"), {"evaluation_share": 0.5, "evaluation_windows": 110})
+NEWS = Calibration(256, 64, (), {"evaluation_share": 0.1, "evaluation_windows": 2})
+
+
+def collect(work: Path, text: str, calibration: Calibration) -> None:
     """Run the collecting stages that have not run yet, and the levels of some criteria."""
     params = yaml.safe_load(Path("params.yaml").read_text())
-    params["tokenize"] |= {"text": str(text.resolve()), "evaluation_share": 0.5, "calibration_sequences": 440}
-    params["tokenize"] |= {"calibration_length": 256, "evaluation_windows": 110, "evaluation_length": 1024}
+    params["tokenize"] |= {"text": text, "calibration_sequences": calibration.sequences, "calibration_length": 256}
+    params["tokenize"] |= {"evaluation_length": 1024} | calibration.evaluation
     params["activations"] |= {"sequences": 256}
     params["levels"] = LEVELS.model_dump()
     params["allocate"] |= {"method": "search"}
@@ -143,14 +158,14 @@ def collect(work: Path, text: Path) -> None:
     path.write_text(yaml.safe_dump(params))
     for stage in ("prepare", "tokenize", "gradients", "activations"):
         _run(stage, path, work / "artifacts", work / f"{stage}.done")
-    for criterion in LEVELLED:
+    for criterion in calibration.levelled:
         params["score"] |= {"criterion": criterion}
         path, root = work / f"params_{criterion}.yaml", levelled(work, criterion)
         path.write_text(yaml.safe_dump(params))
         _link(work / "artifacts", root, ("model", "architecture.json", "weights.parquet", "tokens", *SUMS))
         for stage in ("score", "levels"):
             _run(stage, path, root, work / f"{stage}-{criterion}.done")
-    params["tokenize"] |= {"calibration_sequences": 108, "calibration_length": 1024}
+    params["tokenize"] |= {"calibration_sequences": calibration.long, "calibration_length": 1024}
     path = work / "params_long.yaml"
     path.write_text(yaml.safe_dump(params))
     _link(work / "artifacts", work / "long", ("model", "architecture.json"))
@@ -158,8 +173,6 @@ def collect(work: Path, text: Path) -> None:
 
 
 SUMS = ("gradients", "activations")
-LEVELLED = ("unit_fisher", "obs_fisher")
-"""Criteria in whose order units are taken by `search`."""
 
 
 def levelled(work: Path, criterion: str) -> Path:
@@ -193,6 +206,7 @@ class Bench:
         questions: int,
         tasks: tuple[str, ...] = TASKS,
         root: Path | None = None,
+        judged: Path | None = None,
     ) -> None:
         self.work = work
         self.layout, self.long, self.compute = Layout(root or work / "artifacts"), Layout(work / "long"), Compute()
@@ -201,7 +215,8 @@ class Bench:
         self.architecture = read_architecture(self.layout)
         device = resolve_device("auto")
         self.model = load_model(self.layout.model, resolve_dtype("auto", device)).to(device)
-        found, _ = read_tokens(self.layout.evaluation, self.architecture.fingerprint)
+        judged_by = Layout(judged or self.layout.root).evaluation
+        found, _ = read_tokens(judged_by, self.architecture.fingerprint)
         self.windows = found[torch.linspace(0, len(found) - 1, min(windows, len(found))).round().long()]
         self.dense, self.dense_tasks = self._losses(), self._tasks()
 
@@ -307,15 +322,20 @@ def main(
     sequences: int = 32,
     questions: int = 0,
     root: Annotated[Path | None, typer.Option(help="Other statistics than --text collects, without levels.")] = None,
+    news: Annotated[bool, typer.Option(help="Calibrate on the demo's news text; the same windows judge.")] = False,
     show: Annotated[bool, typer.Option("--table", help="Only print what was measured.")] = False,
 ) -> None:
     """Measure settings."""
+    judged = work / "artifacts"
+    if text is not None:
+        collect(work, str(text.resolve()), WIKI)
+    if news:
+        work = work / "news"
+        collect(work, yaml.safe_load(Path("params.yaml").read_text())["tokenize"]["text"], NEWS)
     path = work / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if text is not None:
-        collect(work, text)
     if not show:
-        bench = Bench(work, windows, sequences, questions, root=root)
+        bench = Bench(work, windows, sequences, questions, root=root, judged=judged)
         done = {(row["setting"], row["ratio_asked"]) for row in rows if row.get("sequences") in (None, sequences)}
         for share in ratio:
             for name in settings or SETTINGS:
