@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from libprune import cost
 from libprune.advice import fixed_scores
-from libprune.allocation import decide
+from libprune.allocation import compares, decide
 from libprune.artifacts import Columns, Layout, read_architecture
 from libprune.blocks import replaced
 from libprune.checkpoint import WeightFiles, load_model
@@ -283,11 +283,12 @@ class Bench:
         search = None
         if allocate.evaluations:
             order = order_digest(unit_orders(self.architecture, scores))
-            search = Search(self.layout, self.architecture, self.compute, LEVELS, allocate, evidence, order)
+            comparable = compares(meta, allocate)
+            search = Search(self.layout, self.architecture, self.compute, LEVELS, evidence, order, comparable)
         plan = decide(self.architecture, scores, meta, allocate, evidence, search).plan
         found = search.found if search else None
         info = {"gradient_ratios": [fixed.ratio, fixed.ratio_after]}
-        return plan, info | ({"divergence": [found.first, found.divergence]} if found else {})
+        return plan, info | ({"divergence": {**found.starts, "best": found.divergence}} if found else {})
 
     def _fits(self, plan, section: Slice) -> list[Fit]:
         if section.repair == "sequential":

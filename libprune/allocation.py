@@ -52,8 +52,8 @@ def settle_ratio(architecture: Architecture, scores: Columns, params: Allocate, 
     return params.model_copy(update={"ratio": target / base_of(prices, params)})
 
 
-Improve = Callable[[Ladders, Depth, int], Depth]
-"""From ladders, a method's depths and the target to better depths."""
+Improve = Callable[[Ladders, Depth, int, Allocate], Depth]
+"""From ladders, a method's depths, the target and the params with the split settled to better depths."""
 
 
 def allocate(
@@ -103,7 +103,7 @@ def descend(
     target = target_of(prices, params)
     depth = METHODS[params.method](architecture, ladders, target, params, evidence)
     if improve is not None:
-        depth = improve(ladders, depth, target)
+        depth = improve(ladders, depth, target, params)
     plan = plan_of(architecture, ladders, depth)
     _check_reached(architecture, ladders, plan, target, prices, params, evidence)
     return plan
@@ -179,7 +179,7 @@ def decide(
         LibpruneError: if the scores do not compare across layers and the method needs that, or the
             budget or shape cannot be had.
     """
-    comparable = params.worth != "none" or (meta["comparable"] and meta["scaling"] == "none")
+    comparable = compares(meta, params)
     require_comparable(meta, params)
     prices = cost.prices(architecture, params.objective, evidence.latency)
     unit = scores["cost"]
@@ -196,6 +196,11 @@ def decide(
         alone = scores | {"importance": scores[name], "score": scores[name] / unit}
         overlap[name] = jaccard(plan, allocate(architecture, alone, params, evidence))
     return Decision(plan, result_shape(architecture, plan, params), params.split, overlap, prices)
+
+
+def compares(meta: Mapping[str, Any], params: Allocate) -> bool:
+    """Whether the scores compare between layers and types as they are."""
+    return params.worth != "none" or (meta["comparable"] and meta["scaling"] == "none")
 
 
 COMPARED_COMPONENTS = ("taylor", "fisher")

@@ -60,7 +60,8 @@ def _of_method(
     if params.method == "search":
         levels, meta = read_table(layout.levels, "levels")
         same_origin(layout.levels, meta, origin | {"order": order_digest(unit_orders(architecture, scores))})
-        return Evidence(curves=divergence_curves(architecture, levels))
+        change = read_change(layout, architecture, origin) if params.evaluations else None
+        return Evidence(curves=divergence_curves(architecture, levels), change=change)
     return Evidence()
 
 

@@ -30,12 +30,14 @@ from libprune.sections import (
 from libprune.yaml_file import read_yaml
 
 
-def _preset(method: str, repair: str, fix: str = "none", steps: int = 0) -> dict[str, dict[str, Any]]:
+def _preset(
+    method: str, repair: str, fix: str = "none", steps: int = 0, evaluations: int = 0
+) -> dict[str, dict[str, Any]]:
     threshold = 0.0 if method == "hgsp" else Allocate().threshold
     weights = {"temperature": 1.0, "threshold": threshold, "gradient_fix": fix}
     return {
         "score": {"criterion": "unit_fisher"},
-        "allocate": {"method": method, "evaluations": 0} | weights,
+        "allocate": {"method": method, "evaluations": evaluations} | weights,
         "slice": {"repair": repair, "producer_steps": steps},
     }
 
@@ -43,7 +45,7 @@ def _preset(method: str, repair: str, fix: str = "none", steps: int = 0) -> dict
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": _preset("uniform", "local"),
     "balanced": _preset("uniform", "sequential"),
-    "best": _preset("search", "sequential", steps=12),
+    "best": _preset("search", "sequential", steps=12, evaluations=8),
     "hgsp": _preset("hgsp", "sequential"),
     "hgsp+adaptive": _preset("hgsp", "sequential", "adaptive"),
     "hgsp+all": _preset("hgsp", "sequential", "adaptive+depth"),
@@ -89,6 +91,8 @@ class Params(Section):
                 filled[section] = found | {k: value for k, value in values.items() if found.get(k, word[k]) == word[k]}
                 if found.get("producer_steps", "auto") == "auto" and filled[section].get("repair") != "sequential":
                     filled[section].pop("producer_steps", None)  # the preset's go with the preset's repair
+                if found.get("evaluations", "auto") == "auto" and filled[section].get("shape") == "uniform":
+                    filled[section].pop("evaluations", None)  # they change single layers
         return filled
 
     @model_validator(mode="after")
@@ -102,6 +106,8 @@ class Params(Section):
             raise ValueError(f"slice.drift_cap belongs to slice.repair: sequential, not {repair}")
         if self.slice.producer_steps and repair != "sequential":
             raise ValueError(f"slice.producer_steps belongs to slice.repair: sequential, not {repair}")
+        if self.allocate.evaluations and self.allocate.method == "search" and self.allocate.shape == "uniform":
+            raise ValueError("allocate.evaluations changes single layers; set it to 0 with allocate.shape: uniform")
         if self.allocate.collapse_below and self.allocate.method != "hgsp":
             raise ValueError(f"allocate.collapse_below belongs to allocate.method: hgsp, not {self.allocate.method}")
         if self.allocate.collapse_below and not self.allocate.allow_layer_removal:

@@ -1,10 +1,11 @@
 """Refinement: whole plans are measured, and a plan that diverges less takes the place of the one before.
 
 What single blocks lose adds up only roughly, so from the knapsack's plan on the search goes by the
-divergence of the whole pruned and locally repaired model. Each trial moves some of the budget from one
-block to another and is kept if it is better: a (1 + 1) evolutionary search as in EvoPress (Sieberling
-et al. 2024) and Tyr-the-Pruner (Li et al. 2025). The best plan so far is always at hand, and what was
-measured is written down at once, so that an interrupted search goes on where it stopped.
+divergence of the whole pruned and locally repaired model. The first trials are the plans of other methods. Each
+one after them moves some of the budget of the best plan so far from one block to another and is kept if it is better: a
+(1 + 1) evolutionary search as in EvoPress (Sieberling et al. 2024) and Tyr-the-Pruner (Li et al. 2025). The best plan
+so far is always at hand, and what was measured is written down at once, so that an interrupted search goes on where it
+stopped.
 """
 
 import json
@@ -76,12 +77,25 @@ class Judge:
 
 @dataclass(frozen=True)
 class Refined:
-    """The best plan's depths, its divergence, that of the first plan, and how many trials there were."""
+    """The best plan.
+
+    Attributes:
+        depth: its depths.
+        divergence: its divergence, nats per token.
+        starts: the divergence of each plan that was there to start from, by method, as far as measured; the knapsack's
+            is the first.
+        evaluations: how many plans were tried beside the first.
+    """
 
     depth: Mapping[Block, int]
     divergence: float
-    first: float
+    starts: Mapping[str, float]
     evaluations: int
+
+    @property
+    def first(self) -> float:
+        """Of the knapsack's plan."""
+        return next(iter(self.starts.values()))
 
 
 def refine(
@@ -89,19 +103,19 @@ def refine(
     architecture: Architecture,
     ladders: Ladders,
     curves: Mapping[Block, NDArray[np.float64]],
-    depth: Mapping[Block, int],
+    starts: Mapping[str, Mapping[Block, int]],
     target: int,
     params: Allocate,
     record: Path,
 ) -> Refined:
-    """Search on from a plan.
+    """Search on from the best of some plans.
 
     Args:
         judge: the divergence of a plan, nats.
         architecture: the model's description.
         ladders: the allowed removals.
         curves: as in `libprune.search`, to fill what a trial leaves of the target.
-        depth: where to start.
+        starts: depths by the method that found them; the first are measured however few the evaluations.
         target: how much of the objective to remove.
         params: evaluations, minutes and seed.
         record: a file that what was measured is appended to, and read from after an interruption.
@@ -119,19 +133,25 @@ def refine(
                 file.write(json.dumps({"plan": key, "divergence": known[key]}) + "\n")
         return known[key]
 
-    best = dict(depth)
-    least = first = measure(best)
+    (method, first), *others = starts.items()
+    best = dict(first)
+    measured = {method: measure(best)}
+    least = measured[method]
     trials = 0
     with tqdm(total=params.evaluations, desc="search", unit="plan") as bar:
         while trials < params.evaluations and time.monotonic() < end:
-            trial = _move(architecture, ladders, curves, best, target, params, rng)
-            found = measure(trial)
+            if trials < len(others):
+                method, trial = others[trials]
+                found = measured[method] = measure(trial)
+            else:
+                trial = _move(architecture, ladders, curves, best, target, params, rng)
+                found = measure(trial)
             trials += 1
             if found < least:
-                best, least = trial, found
-            bar.set_postfix_str(f"divergence {first:.4f} to {least:.4f}")
+                best, least = dict(trial), found
+            bar.set_postfix_str(f"divergence {next(iter(measured.values())):.4f} to {least:.4f}")
             bar.update()
-    return Refined(best, least, first, trials)
+    return Refined(best, least, measured, trials)
 
 
 def _read(record: Path) -> dict[str, float]:

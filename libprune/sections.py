@@ -277,7 +277,8 @@ class Allocate(Section):
     allow_layer_removal: bool = False
     """Whether a layer may lose both its attention and its MLP."""
     evaluations: Floor = 0
-    """Whole plans that `search` measures to improve on the first one."""
+    """Whole plans that `search` measures to improve on the first one: those of `functional`, `global` and `uniform`,
+    then changes of single layers of the best one."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Time after which `search` ends even so; null: none, which alone gives the same result everywhere."""
     seed: Floor = 0

@@ -14,7 +14,7 @@ def main(
     import typer
 
     from libprune.advice import diagnosis, fixed_scores
-    from libprune.allocation import decide, settle_ratio, summary
+    from libprune.allocation import compares, decide, settle_ratio, summary
     from libprune.artifacts import Layout, read_architecture, read_table, same_origin, write_json, write_table
     from libprune.evidence import read_evidence
     from libprune.params import load_params
@@ -34,7 +34,8 @@ def main(
         from libprune.searching import Search
 
         order = order_digest(unit_orders(architecture, scores))
-        search = Search(layout, architecture, everything.compute, everything.levels, settings, evidence, order)
+        comparable = compares(meta, settings)
+        search = Search(layout, architecture, everything.compute, everything.levels, evidence, order, comparable)
     settings = settle_ratio(architecture, scores, settings, evidence)
     decision = decide(architecture, scores, meta, settings, evidence, search)
     found = diagnosis(fixed, architecture, decision.plan, settings, meta["gradient_orders"])
@@ -49,7 +50,7 @@ def main(
     result = summary(architecture, decision, settings) | {"diagnosis": found}
     if search is not None and search.found is not None:
         best = search.found
-        result |= {"divergence": best.divergence, "divergence_before": best.first, "trials": best.evaluations}
+        result |= {"divergence": best.divergence, "divergence_of": dict(best.starts), "trials": best.evaluations}
     write_json(metrics / "allocation.json", result)
     shares = [100 * result[f"{what}share_removed"] for what in ("", "decoder_", "total_")]
     asked = "asked for" if everything.allocate.ratio is not None else "retention allows"

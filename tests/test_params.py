@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from libprune.errors import ParamsError
-from libprune.params import Params, load_params
+from libprune.params import PRESETS, Params, load_params
+from libprune.searching import RIVALS
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 
@@ -244,6 +245,18 @@ def test_settings_of_another_repair_are_refused(load, key, value, repair):
     data["slice"] |= {"repair": repair, key: value}
     with pytest.raises(ParamsError, match=f"slice.{key} .*, not {repair}"):
         load(data)
+
+
+def test_whole_plans_are_measured_by_the_preset_best_unless_every_layer_is_to_have_one_shape(load):
+    data = shipped() | {"preset": "best"}
+    assert load(data).allocate.evaluations == PRESETS["best"]["allocate"]["evaluations"] > len(RIVALS)
+    data["allocate"]["shape"] = "uniform"
+    assert load(data).allocate.evaluations == 0
+    data["allocate"]["evaluations"] = 3
+    with pytest.raises(ParamsError, match="allocate.evaluations changes single layers.*shape: uniform"):
+        load(data)
+    data["allocate"]["method"] = "global"
+    load(data)
 
 
 # The file

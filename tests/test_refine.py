@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +20,12 @@ from libprune.activations import GRAM
 from libprune.architecture import Architecture
 from libprune.artifacts import split_blocks
 from libprune.describe import describe
-from libprune.ladders import Ladders, plan_of
+from libprune.ladders import Ladders, plan_of, spent
 from libprune.methods import Depth, allocate_search
 from libprune.plan import Plan
 from libprune.refine import Judge, Refined, refine
 from libprune.repair import Inputs, new_parameters, repair_local
+from libprune.searching import RIVALS, rival_starts
 from libprune.sections import Allocate
 from libprune.sequences import Sequences
 from libprune.surgery import masked
@@ -70,13 +72,20 @@ def start_of(shape: Shape, params: Allocate, seed: int) -> tuple[Ladders, Depth,
     return ladders, allocate_search(architecture, ladders, target, params, shape.evidence("search", seed)), target
 
 
-def search(judge: CountingJudge, params: Allocate, seed: int = 0, record: Path | None = None) -> Refined:
+def search(
+    judge: CountingJudge,
+    params: Allocate,
+    seed: int = 0,
+    record: Path | None = None,
+    rivals: dict[str, Depth] | None = None,
+) -> Refined:
     """From the knapsack's plan of the `SHAPE`; without a record of an earlier run unless one is given."""
     ladders, depth, target = start_of(SHAPE, params, seed)
     curves = SHAPE.evidence("search", seed).curves
     with tempfile.TemporaryDirectory() as folder:
         path = record or Path(folder) / "new" / "record.jsonl"
-        return refine(judge, SHAPE.architecture(), ladders, curves, depth, target, params, path)
+        starts = {"search": depth} | (rivals or {})
+        return refine(judge, SHAPE.architecture(), ladders, curves, starts, target, params, path)
 
 
 def asked(**changes: object) -> Allocate:
@@ -126,6 +135,40 @@ def test_no_plan_that_is_measured_passes_the_target_or_the_limits(case, seed):
             assert keep.sum() >= (params.min_groups if part == "attention" else params.min_channels)
             assert part == "attention" or keep.all() or keep.sum() % params.channel_multiple == 0
             assert keep.all() or not keep.any() or score[~keep].max() < score[keep].min()
+
+
+def rivals_of(params: Allocate, seed: int) -> dict[str, Depth]:
+    """Of the methods that need nothing measured, for the same target."""
+    ladders, _, target = start_of(SHAPE, params, seed)
+    evidence = replace(SHAPE.evidence("search", seed), change=SHAPE.evidence("functional", seed).change)
+    return rival_starts(SHAPE.architecture(), ladders, target, params, evidence, RIVALS)
+
+
+@settings(max_examples=25)
+@given(cases, st.integers(0, 99))
+def test_the_plans_of_other_methods_come_first_and_the_search_goes_on_from_the_best(case, seed):
+    params, judge = asked(**case), CountingJudge(SHAPE, seed, interacting=True)
+    ladders, depth, target = start_of(SHAPE, params, seed)
+    rivals = rivals_of(params, seed)
+    assert all(spent(ladders, rival) <= target for rival in rivals.values())
+    found = search(judge, params, seed, rivals=rivals)
+    value = {
+        name: judge.value(plan_of(SHAPE.architecture(), ladders, d)) for name, d in {"search": depth, **rivals}.items()
+    }
+    tried = ["search", *RIVALS][: 1 + params.evaluations]
+    assert found.starts == {name: value[name] for name in tried}
+    assert found.divergence <= min(found.starts.values())
+    if params.evaluations <= len(RIVALS):
+        assert found.divergence == min(found.starts.values())
+
+
+def test_a_rival_is_filled_up_to_the_target_as_far_as_the_knapsack_is():
+    for seed in range(5):
+        params = asked()
+        ladders, depth, target = start_of(SHAPE, params, seed)
+        assert {target - spent(ladders, rival) for rival in rivals_of(params, seed).values()} == {
+            target - spent(ladders, depth)
+        }
 
 
 @pytest.mark.parametrize("interacting", [False, True])
