@@ -253,7 +253,7 @@ def test_whole_plans_are_measured_by_the_preset_best_unless_every_layer_is_to_ha
     data["allocate"]["shape"] = "uniform"
     assert load(data).allocate.evaluations == 0
     data["allocate"]["evaluations"] = 3
-    with pytest.raises(ParamsError, match="allocate.evaluations changes single layers.*shape: uniform"):
+    with pytest.raises(ParamsError, match=r"allocate.evaluations changes single layers.*shape: uniform"):
         load(data)
     data["allocate"]["method"] = "global"
     load(data)
