@@ -51,7 +51,7 @@ from libprune.units import sum_positions
 from libprune.worth import with_worth
 
 LEVELS = Levels(sequences=4, number=6)
-SEARCH = {"method": "search", "evaluations": 32}
+SEARCH = {"method": "search", "evaluations": 8}
 TASKS = ("piqa_file", "arc_easy_file")
 UNIFORM: dict[str, Any] = {"method": "uniform"}
 PRODUCERS: dict[str, Any] = {"repair": "sequential", "producer_steps": 12}
