@@ -152,9 +152,8 @@ class SequentialRepair:
         consumer = consumers[index]
         module = self._model.get_submodule(consumer.module)
         kept = self._kept[consumer.module]
-        judged = any(
-            batch.held_out for batch in self._batches
-        )  # without, nothing says where a fit ends and noise begins
+        # without held-out text nothing says where a fit ends and noise begins
+        judged = any(batch.held_out for batch in self._batches)
         producers = producers_of(self._architecture, consumer, kept) if self._steps and judged else ()
         seen: Sequence[_Seen] = [
             self._see(layer, number, consumers[: index + 1], outputs[number], share, producers)
