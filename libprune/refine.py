@@ -92,11 +92,6 @@ class Refined:
     starts: Mapping[str, float]
     evaluations: int
 
-    @property
-    def first(self) -> float:
-        """Of the knapsack's plan."""
-        return next(iter(self.starts.values()))
-
 
 def refine(
     judge: Callable[[Plan], float],
@@ -133,10 +128,10 @@ def refine(
                 file.write(json.dumps({"plan": key, "divergence": known[key]}) + "\n")
         return known[key]
 
-    (method, first), *others = starts.items()
-    best = dict(first)
-    measured = {method: measure(best)}
-    least = measured[method]
+    (method, depth), *others = starts.items()
+    best = dict(depth)
+    least = first = measure(best)
+    measured = {method: first}
     trials = 0
     with tqdm(total=params.evaluations, desc="search", unit="plan") as bar:
         while trials < params.evaluations and time.monotonic() < end:
@@ -149,7 +144,7 @@ def refine(
             trials += 1
             if found < least:
                 best, least = dict(trial), found
-            bar.set_postfix_str(f"divergence {next(iter(measured.values())):.4f} to {least:.4f}")
+            bar.set_postfix_str(f"divergence {first:.4f} to {least:.4f}")
             bar.update()
     return Refined(best, least, measured, trials)
 

@@ -61,9 +61,9 @@ class Search:
         inputs = inputs_identity(self._layout)
         name = fingerprint(run, {"order": self._order, "sequences": len(run.sequences), "inputs": inputs})
         record: Path = run.work / "search" / f"{name}.jsonl"
-        names = [name for name in RIVALS if name != "global" or self._comparable]
+        rivals = [method for method in RIVALS if method != "global" or self._comparable]
         starts: dict[str, Depth] = {params.method: depth}
-        starts |= rival_starts(self._architecture, ladders, target, params, self._evidence, names)
+        starts |= rival_starts(self._architecture, ladders, target, params, self._evidence, rivals)
         self.found = refine(judge, self._architecture, ladders, curves, starts, target, params, record)
         told = ", ".join(f"{method} {divergence:.4f}" for method, divergence in self.found.starts.items())
         typer.echo(f"{self.found.evaluations} trials: divergence {told}; best {self.found.divergence:.4f}")

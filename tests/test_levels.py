@@ -287,6 +287,15 @@ def test_a_search_keeps_the_target_and_reports_what_it_measured(place):
     assert plan.keep.keys() == dict.fromkeys(product(range(architecture.layers), architecture.parts)).keys()
 
 
+def test_global_is_no_rival_where_scores_do_not_compare(place):
+    change(place, "score", criterion="magnitude")
+    change(place, "allocate", evaluations=3)
+    for name in ("score", "levels", "allocate"):
+        stage(name, place)
+    told = json.loads((place / "metrics/allocation.json").read_text())
+    assert list(told["divergence_of"]) == ["search", "functional", "uniform"]
+
+
 def test_without_evaluations_nothing_is_run_and_nothing_reported(place, monkeypatch):
     monkeypatch.setattr("libprune.calibration.load_model", lambda *args: pytest.fail("a model was loaded"))
     stage("allocate", place)

@@ -112,9 +112,9 @@ def test_the_result_is_never_worse_than_the_start_and_is_the_best_plan_that_was_
     params, judge = asked(**case), CountingJudge(SHAPE, seed, interacting)
     ladders, depth, _ = start_of(SHAPE, params, seed)
     found = search(judge, params, seed)
-    assert found.first == judge.value(plan_of(SHAPE.architecture(), ladders, depth))
+    assert found.starts["search"] == judge.value(plan_of(SHAPE.architecture(), ladders, depth))
     assert found.divergence == judge.value(plan_of(SHAPE.architecture(), ladders, found.depth))
-    assert found.divergence == min(map(judge.value, judge.seen)) <= found.first
+    assert found.divergence == min(map(judge.value, judge.seen)) <= found.starts["search"]
 
 
 @settings(max_examples=25)
@@ -175,8 +175,8 @@ def test_a_rival_is_filled_up_to_the_target_as_far_as_the_knapsack_is():
 def test_what_the_judge_says_is_followed_where_the_curves_were_wrong(interacting):
     """The curves were made up apart from the judge, so a search that listens to it finds much better plans."""
     found = [search(CountingJudge(SHAPE, seed, interacting), asked(evaluations=200), seed) for seed in range(4)]
-    assert all(one.divergence < one.first for one in found)
-    assert sum(one.divergence for one in found) < 0.9 * sum(one.first for one in found)
+    assert all(one.divergence < one.starts["search"] for one in found)
+    assert sum(one.divergence for one in found) < 0.9 * sum(one.starts["search"] for one in found)
 
 
 def test_the_same_seed_gives_the_same_search_and_another_one_another():
@@ -197,7 +197,7 @@ def test_trials_are_counted_and_no_plan_is_measured_twice(evaluations):
 def test_where_nothing_can_move_the_start_is_measured_once():
     judge = CountingJudge(SHAPE, 0)
     found = search(judge, asked(min_groups=4, min_channels=8, ratio=0.99))
-    assert (len(judge.seen), found.evaluations, found.divergence) == (1, 30, found.first)
+    assert (len(judge.seen), found.evaluations, found.divergence) == (1, 30, found.starts["search"])
 
 
 # Time and interruptions
