@@ -15,9 +15,9 @@ import typer
 import yaml
 
 from bench.least_loss import Bench, _run
-from libprune.artifacts import Layout, read_table
-from libprune.diagnosis import gradient_ratio
-from libprune.markdown import markdown_table
+from libprune.pipeline.artifacts import Layout, read_table
+from libprune.report.markdown import markdown_table
+from libprune.statistics.gradient_health import gradient_ratio
 
 TOKENS = 128 * 256
 CRITERIA, REPAIRS = ("unit_fisher", "taylor"), ("none", "local")

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from libprune.markdown import markdown_table
+from libprune.report.markdown import markdown_table
 from tests.models import FAMILIES
 
 ROOT = Path(__file__).parents[1]

@@ -17,16 +17,16 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from libprune.accumulator import Accumulator
-from libprune.activations import activation_groups, collect_activations
-from libprune.architecture import Architecture
-from libprune.checkpoint import load_model
-from libprune.compute import sequence_losses
-from libprune.describe import describe
-from libprune.gradients import collect_gradients, gradient_groups
-from libprune.hessian import collect_probes, collect_squared_gradients, hessian_groups
-from libprune.sections import Activations, Gradients, Hessian
-from libprune.sequences import Sequences
+from libprune.collection.accumulator import Accumulator
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.models.compute import sequence_losses
+from libprune.models.folder import load_model
+from libprune.models.sequences import Sequences
+from libprune.pipeline.sections import Activations, Gradients, Hessian
+from libprune.statistics.activations import activation_groups, collect_activations
+from libprune.statistics.gradients import collect_gradients, gradient_groups
+from libprune.statistics.hessian import collect_probes, collect_squared_gradients, hessian_groups
 
 SHAPES = {
     "1b": {

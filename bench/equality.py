@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from libprune import cost
-from libprune.markdown import markdown_table
-from libprune.surgery import masked
+from libprune.engine import cost
+from libprune.engine.surgery import masked
+from libprune.report.markdown import markdown_table
 from tests.models import FAMILIES, PLANS, prune, random_plan, tokens, write_dense
 
 CUSTOM = {"uniform": False, "per_layer": True, "holes": True, "shallow": False}

@@ -15,12 +15,12 @@ import torch
 import typer
 from torch import Tensor
 
-from libprune.artifacts import Layout, read_architecture
-from libprune.checkpoint import load_model
-from libprune.input_statistics import Gram
-from libprune.markdown import markdown_table
-from libprune.repair import Moments, solve
-from libprune.tokens import read_tokens
+from libprune.collection.input_records import Gram
+from libprune.models.folder import load_model
+from libprune.pipeline.artifacts import Layout, read_architecture
+from libprune.repair.least_squares import Moments, solve
+from libprune.report.markdown import markdown_table
+from libprune.texts.windows import read_tokens
 
 BATCH = 1024
 

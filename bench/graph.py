@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import typer
 
-from libprune.correlation import unit_graph
+from libprune.scoring.correlation import unit_graph
 
 ROWS = 250
 

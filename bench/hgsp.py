@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from bench.least_loss import Bench, _run
-from libprune.markdown import markdown_table
+from libprune.report.markdown import markdown_table
 
 BASE: dict[str, Any] = {"method": "hgsp", "temperature": 1.0, "threshold": "percentile:25"}
 FIXES = ("normalize", "adaptive", "depth", "adaptive+depth")

@@ -25,7 +25,7 @@ import torch
 import typer
 import yaml
 
-from libprune.artifacts import remove
+from libprune.pipeline.artifacts import remove
 from tests import tiny
 
 COLLECTING = ("gradients", "hessian", "activations", "ablation")

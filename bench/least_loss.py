@@ -26,29 +26,29 @@ import typer
 import yaml
 from transformers import AutoTokenizer
 
-from libprune import cost
-from libprune.advice import fixed_scores
-from libprune.allocation import compares, decide
-from libprune.artifacts import Columns, Layout, read_architecture
-from libprune.blocks import replaced
-from libprune.checkpoint import WeightFiles, load_model
-from libprune.compute import resolve_device, resolve_dtype
-from libprune.evaluation import perplexity, perplexity_ratio, window_losses
-from libprune.evidence import read_evidence
-from libprune.levels import order_digest, unit_orders
-from libprune.markdown import markdown_table
-from libprune.repair import Fit, new_parameters, oriented
-from libprune.repairing import REPAIRS
-from libprune.scoring import score_layout
-from libprune.searching import Search
-from libprune.sections import Allocate, Compute, Levels, Score, Slice
-from libprune.shards import read_tensor
-from libprune.stage import peak_memory
-from libprune.surgery import masked
-from libprune.tasks import zero_shot
-from libprune.tokens import read_tokens
-from libprune.units import sum_positions
-from libprune.worth import with_worth
+from libprune.allocation.advice import fixed_scores
+from libprune.allocation.allocate import compares, decide
+from libprune.allocation.block_worth import with_worth
+from libprune.allocation.evidence import read_evidence
+from libprune.allocation.search import Search
+from libprune.engine import cost
+from libprune.engine.surgery import masked
+from libprune.engine.unit_sums import sum_positions
+from libprune.models.compute import resolve_device, resolve_dtype
+from libprune.models.folder import WeightFiles, load_model
+from libprune.models.layers import replaced
+from libprune.pipeline.artifacts import Columns, Layout, read_architecture
+from libprune.pipeline.sections import Allocate, Compute, Levels, Score, Slice
+from libprune.pipeline.shards import read_tensor
+from libprune.pipeline.stage import peak_memory
+from libprune.repair.least_squares import Fit, new_parameters, oriented
+from libprune.repair.repairs import REPAIRS
+from libprune.report.markdown import markdown_table
+from libprune.results.perplexity import perplexity, perplexity_ratio, window_losses
+from libprune.results.tasks import zero_shot
+from libprune.scoring.score import score_layout
+from libprune.statistics.levels import order_digest, unit_orders
+from libprune.texts.windows import read_tokens
 
 LEVELS = Levels(sequences=4, number=6)
 SEARCH = {"method": "search", "evaluations": 8}

@@ -29,11 +29,11 @@ from torch import nn
 from torch_pruning.pruner import importance as peers
 
 from examples.lenet import FAMILY, REPAIRS, accuracy, load_digits, mean_loss, train
-from libprune.agreement import Interval, mean_interval
-from libprune.criteria import CRITERIA
-from libprune.markdown import markdown_table
+from libprune.experiments.agreement import Interval, mean_interval
 from libprune.networks import Network, Samples
-from libprune.sections import Allocate, Score
+from libprune.pipeline.sections import Allocate, Score
+from libprune.report.markdown import markdown_table
+from libprune.scoring.criteria import CRITERIA
 
 RATIOS = (0.3, 0.5, 0.7)
 EPOCHS = 20

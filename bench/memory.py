@@ -17,16 +17,16 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from libprune.accumulator import state_bytes
-from libprune.activations import activation_groups
-from libprune.artifacts import Layout
-from libprune.describe import describe
-from libprune.gradients import gradient_groups
-from libprune.hessian import hessian_groups
-from libprune.markdown import markdown_table
-from libprune.sections import Activations, Gradients, Hessian
-from libprune.sequences import Sequences
-from libprune.tokens import write_tokens
+from libprune.collection.accumulator import state_bytes
+from libprune.engine.describe import describe
+from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import Layout
+from libprune.pipeline.sections import Activations, Gradients, Hessian
+from libprune.report.markdown import markdown_table
+from libprune.statistics.activations import activation_groups
+from libprune.statistics.gradients import gradient_groups
+from libprune.statistics.hessian import hessian_groups
+from libprune.texts.windows import write_tokens
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"small": (384, 1152, 6), "medium": (640, 1920, 10), "large": (896, 2688, 14)}

@@ -10,11 +10,11 @@ from functools import partial
 
 import torch
 
-from libprune import cost
-from libprune.markdown import markdown_table
+from libprune.engine import cost
+from libprune.engine.describe_module import describe
+from libprune.engine.surgery import masked
 from libprune.networks import NetworkFamily
-from libprune.networks.describe import describe
-from libprune.surgery import masked
+from libprune.report.markdown import markdown_table
 from tests.networks import CASES, Case, ResNet, cut, random_plan, resnet_family
 
 PLANS = 4

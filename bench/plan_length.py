@@ -12,13 +12,13 @@ from pathlib import Path
 import typer
 
 from bench.least_loss import Bench
-from libprune.blocks import replaced
-from libprune.divergence import Divergence
-from libprune.markdown import markdown_table
-from libprune.prefix import Prefix
-from libprune.repairing import local_repair
-from libprune.sections import Allocate, Score
-from libprune.tokens import read_tokens
+from libprune.models.layers import replaced
+from libprune.pipeline.sections import Allocate, Score
+from libprune.repair.repairs import local_repair
+from libprune.report.markdown import markdown_table
+from libprune.statistics.divergence import Divergence
+from libprune.statistics.losses import Prefix
+from libprune.texts.windows import read_tokens
 
 METHODS = ("search", "functional", "global", "uniform")
 

@@ -37,11 +37,11 @@ from examples.recurrent_comparison import (
     shown,
 )
 from examples.recurrent_training import load
-from libprune.agreement import Interval, paired_factor, ratio_interval
-from libprune.markdown import markdown_table
+from libprune.experiments.agreement import Interval, paired_factor, ratio_interval
 from libprune.networks import Network, Pruned
 from libprune.networks.recurrent import RecurrentLM
-from libprune.sections import Allocate, Score
+from libprune.pipeline.sections import Allocate, Score
+from libprune.report.markdown import markdown_table
 
 MODELS = {"lstm": 0.0, "mixed": 0.5}
 """By name the share of spiking units."""

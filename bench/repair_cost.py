@@ -15,15 +15,15 @@ import numpy as np
 import torch
 import typer
 
-from libprune.architecture import Map
-from libprune.artifacts import Layout, read_architecture, read_plan
-from libprune.axes import parse_expr
-from libprune.blocks import blocks_of, run_block
-from libprune.checkpoint import load_model
-from libprune.compute import resolve_device, resolve_dtype
-from libprune.repair import Moments, fit_consumer
-from libprune.sequential import SequentialRepair, split_batches
-from libprune.tokens import read_tokens
+from libprune.engine.architecture import Map
+from libprune.engine.axes import parse_expr
+from libprune.models.compute import resolve_device, resolve_dtype
+from libprune.models.folder import load_model
+from libprune.models.layers import blocks_of, run_block
+from libprune.pipeline.artifacts import Layout, read_architecture, read_plan
+from libprune.repair.least_squares import Moments, fit_consumer
+from libprune.repair.sequential import SequentialRepair, split_batches
+from libprune.texts.windows import read_tokens
 
 WIDTHS = (512, 1024, 2048, 4096)
 ANY = Map("map", 0, "mlp", parse_expr("kept"), parse_expr("out"), transposed=False)

@@ -29,19 +29,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.truth import interval, rows_of, spearman
-from libprune.activations import GRAM
-from libprune.architecture import Architecture, Map
-from libprune.artifacts import Columns, Layout, read_architecture, read_table
-from libprune.calibration import Calibration, set_up
-from libprune.checkpoint import WeightFiles
-from libprune.compute import hooked
-from libprune.criteria import CRITERIA, join_tables, score_units
-from libprune.errors import LibpruneError
-from libprune.markdown import markdown_table
-from libprune.repair import oriented
-from libprune.sections import Compute, Score
-from libprune.shards import read_tensor
-from libprune.units import sum_positions, unit_sums
+from libprune.collection.calibration import Calibration, set_up
+from libprune.engine.architecture import Architecture, Map
+from libprune.engine.errors import LibpruneError
+from libprune.engine.unit_sums import sum_positions, unit_sums
+from libprune.models.compute import hooked
+from libprune.models.folder import WeightFiles
+from libprune.pipeline.artifacts import Columns, Layout, read_architecture, read_table
+from libprune.pipeline.sections import Compute, Score
+from libprune.pipeline.shards import read_tensor
+from libprune.repair.least_squares import oriented
+from libprune.report.markdown import markdown_table
+from libprune.scoring.criteria import CRITERIA, join_tables, score_units
+from libprune.statistics.activations import GRAM
 
 Values = NDArray[np.float64]
 BINS, TOKENS = 8, 31

@@ -17,11 +17,11 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from libprune.agreement import spearman
-from libprune.artifacts import Columns, Layout, read_table
-from libprune.criteria import CRITERIA
-from libprune.markdown import markdown_table
-from libprune.sections import Score
+from libprune.experiments.agreement import spearman
+from libprune.pipeline.artifacts import Columns, Layout, read_table
+from libprune.pipeline.sections import Score
+from libprune.report.markdown import markdown_table
+from libprune.scoring.criteria import CRITERIA
 
 Values = NDArray[np.float64]
 RESAMPLES = 2000

@@ -21,10 +21,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from bench.hgsp import where
 from bench.least_loss import Bench, _run
-from libprune.artifacts import Layout, read_architecture, read_table
-from libprune.checkpoint import load_model, write_dense
-from libprune.diagnosis import gradient_ratio
-from libprune.markdown import markdown_table
+from libprune.models.folder import load_model, write_dense
+from libprune.pipeline.artifacts import Layout, read_architecture, read_table
+from libprune.report.markdown import markdown_table
+from libprune.statistics.gradient_health import gradient_ratio
 
 UNCHANGED, SCALE = 8, 16384.0
 FADED, SHRINK = range(1, 5), 1e-3

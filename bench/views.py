@@ -23,21 +23,21 @@ import typer
 import yaml
 
 from bench.least_loss import Bench, _run
-from libprune.agreement import jaccard, mean_interval, paired_factor, ratio_interval
-from libprune.artifacts import Layout, read_table, write_table
-from libprune.comparison_file import Comparison, Setting, leaves_of, with_changes
-from libprune.comparison_results import Gathered, Result, correlations_by_part
-from libprune.comparison_summary import summaries
-from libprune.comparison_table import correlation_text, interval_text
-from libprune.criteria import CRITERIA
-from libprune.errors import LibpruneError
-from libprune.experiments import Experiment
-from libprune.markdown import markdown_table
-from libprune.method_guide import guide
-from libprune.params import Params, validate_params
-from libprune.sections import Allocate, Score
-from libprune.stage_costs import Cost, collecting, printed_costs, total
-from libprune.tokens import read_tokens
+from libprune.engine.errors import LibpruneError
+from libprune.experiments.agreement import jaccard, mean_interval, paired_factor, ratio_interval
+from libprune.experiments.costs import Cost, collecting, printed_costs, total
+from libprune.experiments.dvc_experiments import Experiment
+from libprune.experiments.file import Comparison, Setting, leaves_of, with_changes
+from libprune.experiments.guide import guide
+from libprune.experiments.results import Gathered, Result, correlations_by_part
+from libprune.experiments.summary import summaries
+from libprune.experiments.table import correlation_text, interval_text
+from libprune.pipeline.artifacts import Layout, read_table, write_table
+from libprune.pipeline.params import Params, validate_params
+from libprune.pipeline.sections import Allocate, Score
+from libprune.report.markdown import markdown_table
+from libprune.scoring.criteria import CRITERIA
+from libprune.texts.windows import read_tokens
 
 VIEWS = ("weight_stats", "activation_stats", "gradient_flow", "cooperative")
 IN_NATS = "taylor + unit_fisher"

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from libprune.errors import SourceError
+from libprune.engine.errors import SourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +36,8 @@ def read_bytes(text: str) -> "Tensor":
     """
     import torch
 
-    from libprune.sections import Tokenize
-    from libprune.texts import calibration_source, open_text
+    from libprune.pipeline.sections import Tokenize
+    from libprune.texts.source import calibration_source, open_text
 
     joined = "\n".join(open_text(calibration_source(Tokenize(text=text))).documents())
     return torch.frombuffer(bytearray(joined.encode()), dtype=torch.uint8).long()

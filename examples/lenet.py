@@ -17,15 +17,15 @@ import typer
 from torch import Tensor, nn
 
 from examples.lenet_picture import filters
-from libprune import stage
-from libprune.artifacts import remove, writing
-from libprune.canvas import png
-from libprune.criteria import CRITERIA
-from libprune.errors import LibpruneError
-from libprune.markdown import Rows
+from libprune.engine.errors import LibpruneError
 from libprune.networks import Network, Pruned, Samples, load
-from libprune.report import text_table
-from libprune.sections import Allocate, Score
+from libprune.pipeline import stage
+from libprune.pipeline.artifacts import remove, writing
+from libprune.pipeline.sections import Allocate, Score
+from libprune.report.canvas import png
+from libprune.report.markdown import Rows
+from libprune.report.report import text_table
+from libprune.scoring.criteria import CRITERIA
 
 FAMILY = Path(__file__).with_name("lenet.yaml")
 REPAIRS = ("none", "local", "sequential")

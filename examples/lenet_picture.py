@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from libprune.canvas import BLUE, ORANGE, WIDTH, Axes, Figure, Patch, Rectangle, styled
-from libprune.plan import Plan
+from libprune.engine.plan import Plan
+from libprune.report.canvas import BLUE, ORANGE, WIDTH, Axes, Figure, Patch, Rectangle, styled
 
 _COLUMNS = (3, 4)
 """Filters beside each other, of either convolution."""

@@ -19,7 +19,7 @@ import typer
 from examples.byte_text import BYTES, NEWS, read_bytes, split, streams, unigram_loss
 from examples.recurrent_comparison import Calibration, Judge, network_of, results_of, table
 from examples.recurrent_training import DROPOUT, Schedule, described, epochs_of, load, save
-from libprune.stage import quiet, user_errors
+from libprune.pipeline.stage import quiet, user_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from examples.byte_text import Parts, streams
 from examples.recurrent_training import mean_loss
-from libprune.agreement import Interval, paired_factor, ratio_interval
-from libprune.errors import SourceError
-from libprune.markdown import markdown_table
-from libprune.sections import Allocate, Score
+from libprune.engine.errors import SourceError
+from libprune.experiments.agreement import Interval, paired_factor, ratio_interval
+from libprune.pipeline.sections import Allocate, Score
+from libprune.report.markdown import markdown_table
 
 if TYPE_CHECKING:
     from torch import Tensor

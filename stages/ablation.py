@@ -1,15 +1,15 @@
 """ablation: the measured loss increase of masking single sampled units (forward passes)."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Measure the loss increase of masking single sampled units."""
     import typer
 
-    from libprune.ablation import ablation_table, empty_table, print_ablation, sample_units, unit_plans
-    from libprune.artifacts import Layout, read_architecture, write_table
-    from libprune.params import load_params
+    from libprune.pipeline.artifacts import Layout, read_architecture, write_table
+    from libprune.pipeline.params import load_params
+    from libprune.statistics.ablation import ablation_table, empty_table, print_ablation, sample_units, unit_plans
 
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.ablation
@@ -20,9 +20,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
             typer.echo("ablation.units is 0: nothing measured")
         return
 
-    from libprune.calibration import set_up
-    from libprune.collection import collecting
-    from libprune.prefix import LOSSES, collect_losses, loss_groups
+    from libprune.collection.calibration import set_up
+    from libprune.collection.resumable import collecting
+    from libprune.statistics.losses import LOSSES, collect_losses, loss_groups
 
     run = set_up(layout, settings.compute, section.sequences, last=True)
     units = sample_units(run.architecture, section.units, section.seed)

@@ -1,16 +1,16 @@
 """activations: one forward pass; moments at every map's input, Gram matrices and histograms at the consumers'."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Collect norms and moments at every map's input, Gram matrices at the consumers', and cosines across blocks."""
-    from libprune.activations import activation_columns, activation_groups, collect_activations
-    from libprune.artifacts import Layout
-    from libprune.calibration import set_up
-    from libprune.collection import collecting, write_artifact
-    from libprune.diagnosis import print_units
-    from libprune.params import load_params
+    from libprune.collection.calibration import set_up
+    from libprune.collection.resumable import collecting, write_artifact
+    from libprune.pipeline.artifacts import Layout
+    from libprune.pipeline.params import load_params
+    from libprune.statistics.activations import activation_columns, activation_groups, collect_activations
+    from libprune.statistics.gradient_health import print_units
 
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.activations

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(
@@ -13,12 +13,12 @@ def main(
     """Turn scores and a budget into a plan."""
     import typer
 
-    from libprune.advice import diagnosis, fixed_scores
-    from libprune.allocation import compares, decide, settle_ratio, summary
-    from libprune.artifacts import Layout, read_architecture, read_table, same_origin, write_json, write_table
-    from libprune.evidence import read_evidence
-    from libprune.params import load_params
-    from libprune.worth import with_worth
+    from libprune.allocation.advice import diagnosis, fixed_scores
+    from libprune.allocation.allocate import compares, decide, settle_ratio, summary
+    from libprune.allocation.block_worth import with_worth
+    from libprune.allocation.evidence import read_evidence
+    from libprune.pipeline.artifacts import Layout, read_architecture, read_table, same_origin, write_json, write_table
+    from libprune.pipeline.params import load_params
 
     layout, everything = Layout(artifacts), load_params(params)
     settings = everything.allocate
@@ -30,8 +30,8 @@ def main(
     evidence = read_evidence(layout, architecture, scores, meta, settings)
     search = None
     if settings.method == "search" and settings.evaluations:
-        from libprune.levels import order_digest, unit_orders
-        from libprune.searching import Search
+        from libprune.allocation.search import Search
+        from libprune.statistics.levels import order_digest, unit_orders
 
         order = order_digest(unit_orders(architecture, scores))
         comparable = compares(meta, settings)

@@ -1,6 +1,6 @@
 """evaluate: perplexity, size and speed of the dense and the pruned model, side by side."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(
@@ -9,9 +9,9 @@ def main(
     metrics: stage.Metrics = stage.METRICS,
 ) -> None:
     """Measure both models on the evaluation windows, and time them alternately."""
-    from libprune.artifacts import Layout, write_json
-    from libprune.comparison import compare, headline_metrics
-    from libprune.params import load_params
+    from libprune.pipeline.artifacts import Layout, write_json
+    from libprune.pipeline.params import load_params
+    from libprune.results.evaluate import compare, headline_metrics
 
     layout, settings = Layout(artifacts), load_params(params)
     result = compare(layout, settings.compute, settings.evaluate)

@@ -1,18 +1,24 @@
 """gradients: forward and backward; mean gradients by layer, first-order numbers by unit, batch rows by layer."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Collect the mean gradient of every block parameter and how every unit's mask gradient behaves."""
     from functools import partial
 
-    from libprune.artifacts import Layout
-    from libprune.calibration import set_up
-    from libprune.collection import RowsOf, collecting, write_artifact
-    from libprune.diagnosis import print_gradients
-    from libprune.gradients import collect_gradients, gradient_columns, gradient_groups, layer_rows, tensor_rows
-    from libprune.params import load_params
+    from libprune.collection.calibration import set_up
+    from libprune.collection.resumable import RowsOf, collecting, write_artifact
+    from libprune.pipeline.artifacts import Layout
+    from libprune.pipeline.params import load_params
+    from libprune.statistics.gradient_health import print_gradients
+    from libprune.statistics.gradients import (
+        collect_gradients,
+        gradient_columns,
+        gradient_groups,
+        layer_rows,
+        tensor_rows,
+    )
 
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.gradients

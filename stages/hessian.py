@@ -1,14 +1,14 @@
 """hessian: squared per-sequence gradients or random probes; diagonals by layer and second-order sums by unit."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Estimate the diagonal of the Hessian of every weight that a unit owns."""
     import typer
 
-    from libprune.artifacts import Layout, write_json, writing_folder
-    from libprune.params import load_params
+    from libprune.pipeline.artifacts import Layout, write_json, writing_folder
+    from libprune.pipeline.params import load_params
 
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.hessian
@@ -19,10 +19,10 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
             typer.echo("hessian.estimator is none: nothing collected")
         return
 
-    from libprune.calibration import set_up
-    from libprune.collection import collecting, write_artifact
-    from libprune.diagnosis import print_units
-    from libprune.hessian import (
+    from libprune.collection.calibration import set_up
+    from libprune.collection.resumable import collecting, write_artifact
+    from libprune.statistics.gradient_health import print_units
+    from libprune.statistics.hessian import (
         collect_probes,
         collect_squared_gradients,
         hessian_columns,

@@ -1,14 +1,14 @@
 """latency: the time of a layer by its width on this machine (forward passes; only for that objective)."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Time layers of several widths and fit a line to each part."""
     import typer
 
-    from libprune.artifacts import Layout, read_architecture, write_json
-    from libprune.params import load_params
+    from libprune.pipeline.artifacts import Layout, read_architecture, write_json
+    from libprune.pipeline.params import load_params
 
     layout, settings = Layout(artifacts), load_params(params)
     architecture = read_architecture(layout)
@@ -17,9 +17,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         typer.echo(f"allocate.objective is {settings.allocate.objective}: nothing is timed")
         return
 
-    from libprune.checkpoint import load_config, require_positions
-    from libprune.compute import resolve_device, resolve_dtype
-    from libprune.latency import fit_lines, time_layers
+    from libprune.models.compute import resolve_device, resolve_dtype
+    from libprune.models.folder import load_config, require_positions
+    from libprune.statistics.latency import fit_lines, time_layers
 
     device = resolve_device(settings.compute.device)
     dtype = resolve_dtype(settings.compute.dtype, device)

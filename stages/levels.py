@@ -1,14 +1,15 @@
 """levels: the measured divergence of whole levels of single blocks, repaired (forward passes; only for search)."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Measure what it costs to take one block to a level, for every block and level."""
     import typer
 
-    from libprune.artifacts import Layout, read_architecture, read_table, same_origin, write_table
-    from libprune.levels import (
+    from libprune.pipeline.artifacts import Layout, read_architecture, read_table, same_origin, write_table
+    from libprune.pipeline.params import load_params
+    from libprune.statistics.levels import (
         choose_levels,
         empty_table,
         level_plans,
@@ -17,7 +18,6 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         print_levels,
         unit_orders,
     )
-    from libprune.params import load_params
 
     layout, settings = Layout(artifacts), load_params(params)
     section, architecture = settings.levels, read_architecture(layout)
@@ -27,11 +27,11 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
             typer.echo(f"allocate.method is {settings.allocate.method}: no level is measured")
         return
 
-    from libprune.calibration import require_own_weights, set_up
-    from libprune.collection import collecting
-    from libprune.divergence import Divergence
-    from libprune.prefix import LOSSES, collect_losses, loss_groups
-    from libprune.repairing import inputs_identity, local_repair
+    from libprune.collection.calibration import require_own_weights, set_up
+    from libprune.collection.resumable import collecting
+    from libprune.repair.repairs import inputs_identity, local_repair
+    from libprune.statistics.divergence import Divergence
+    from libprune.statistics.losses import LOSSES, collect_losses, loss_groups
 
     run = set_up(layout, settings.compute, section.sequences, last=True)
     require_own_weights(run)

@@ -1,6 +1,6 @@
 """prepare: the dense model as a plain Hugging Face folder, and its description."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
@@ -8,12 +8,12 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from dataclasses import replace
     from functools import partial
 
-    from libprune.artifacts import Layout, write_units, writing
-    from libprune.checkpoint import write_dense
-    from libprune.describe import describe
-    from libprune.params import load_params
-    from libprune.sources import load_dense
-    from libprune.weight_statistics import weight_columns
+    from libprune.engine.describe import describe
+    from libprune.models.folder import write_dense
+    from libprune.models.source import load_dense
+    from libprune.pipeline.artifacts import Layout, write_units, writing
+    from libprune.pipeline.params import load_params
+    from libprune.statistics.weights import weight_columns
 
     layout, settings = Layout(artifacts), load_params(params).prepare
     model, tokenizer = load_dense(settings)

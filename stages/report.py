@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(
@@ -13,8 +13,8 @@ def main(
     report: Annotated[Path, typer.Option("--report", help="The folder of the report.")] = Path("report"),
 ) -> None:
     """Draw the pictures, and write report.md and report.html from what evaluate and the statistics say."""
-    from libprune.artifacts import Layout
-    from libprune.publishing import publish
+    from libprune.pipeline.artifacts import Layout
+    from libprune.report.publish import publish
 
     publish(Layout(artifacts), report, Path())
     typer.echo(f"{report / 'report.html'} needs no other file; {report / 'report.md'} says the same")

@@ -1,15 +1,15 @@
 """score: the global importance table, from cached per-unit sums alone."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Score every removable unit by the chosen criterion, or by several."""
     import typer
 
-    from libprune.artifacts import Layout, write_table
-    from libprune.params import load_params
-    from libprune.scoring import fusion_lines, score_layout
+    from libprune.pipeline.artifacts import Layout, write_table
+    from libprune.pipeline.params import load_params
+    from libprune.scoring.score import fusion_lines, score_layout
 
     layout = Layout(artifacts)
     scores, meta = score_layout(layout, load_params(params).score)

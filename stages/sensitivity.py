@@ -1,15 +1,21 @@
 """sensitivity: the loss increase of removing each layer, attention and MLP (forward passes; for hgsp and worth)."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Measure what it costs to remove every layer, and each of its blocks alone."""
     import typer
 
-    from libprune.artifacts import Layout, read_architecture, write_table
-    from libprune.params import load_params
-    from libprune.sensitivity import empty_table, print_sensitivity, removal_plans, removals, sensitivity_table
+    from libprune.pipeline.artifacts import Layout, read_architecture, write_table
+    from libprune.pipeline.params import load_params
+    from libprune.statistics.sensitivity import (
+        empty_table,
+        print_sensitivity,
+        removal_plans,
+        removals,
+        sensitivity_table,
+    )
 
     layout, settings = Layout(artifacts), load_params(params)
     if settings.allocate.method != "hgsp" and settings.allocate.worth != "sensitivity":
@@ -18,9 +24,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
             typer.echo(f"allocate.method is {settings.allocate.method}: no layer is measured")
         return
 
-    from libprune.calibration import set_up
-    from libprune.collection import collecting
-    from libprune.prefix import LOSSES, collect_losses, loss_groups
+    from libprune.collection.calibration import set_up
+    from libprune.collection.resumable import collecting
+    from libprune.statistics.losses import LOSSES, collect_losses, loss_groups
 
     run = set_up(layout, settings.compute, settings.sensitivity.sequences, last=True)
     plans, measured = removal_plans(run.architecture), removals(run.architecture)

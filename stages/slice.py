@@ -1,6 +1,6 @@
 """slice: the pruned model as a Hugging Face folder, repaired, and proved to load."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(
@@ -11,10 +11,10 @@ def main(
     """Repair, slice and write the pruned model, reload it in a fresh process and compare its logits."""
     import typer
 
-    from libprune.artifacts import Layout, write_json, writing_folder
-    from libprune.params import load_params
-    from libprune.pruning import prune
-    from libprune.repairing import print_fits
+    from libprune.pipeline.artifacts import Layout, write_json, writing_folder
+    from libprune.pipeline.params import load_params
+    from libprune.repair.repairs import print_fits
+    from libprune.results.prune import prune
 
     layout, settings = Layout(artifacts), load_params(params)
     with writing_folder(layout.pruned) as folder:

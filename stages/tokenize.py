@@ -1,6 +1,6 @@
 """tokenize: calibration and evaluation windows from disjoint documents."""
 
-from libprune import stage
+from libprune.pipeline import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
@@ -8,13 +8,13 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     import typer
     from transformers import AutoTokenizer
 
-    from libprune.artifacts import Layout, read_architecture, require
-    from libprune.checkpoint import load_config, require_positions
-    from libprune.drawing import draw_texts
-    from libprune.labels import draw_examples
-    from libprune.params import load_params
-    from libprune.self_text import SelfText
-    from libprune.tokens import write_tokens
+    from libprune.models.folder import load_config, require_positions
+    from libprune.pipeline.artifacts import Layout, read_architecture, require
+    from libprune.pipeline.params import load_params
+    from libprune.texts.draw import draw_texts
+    from libprune.texts.labels import draw_examples
+    from libprune.texts.self_text import SelfText
+    from libprune.texts.windows import write_tokens
 
     layout, settings = Layout(artifacts), load_params(params)
     architecture = read_architecture(layout)

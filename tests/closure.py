@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DATA = {
-    "libprune/family.py": "libprune/families",
-    "libprune/pruned_folder.py": "libprune/modeling_pruned.py.tmpl",
+    "libprune/engine/family.py": "libprune/families",
+    "libprune/results/folder.py": "libprune/results/modeling_pruned.py.tmpl",
 }
 """Files that a module reads beside its own code."""
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from libprune.accumulator import Accumulator
-from libprune.activations import activation_groups, collect_activations
-from libprune.architecture import Architecture
-from libprune.describe import describe
-from libprune.gradients import collect_gradients, gradient_groups
-from libprune.hessian import collect_probes, collect_squared_gradients, hessian_groups
-from libprune.sections import Activations, Gradients, Hessian
-from libprune.sequences import Batch, Sequences
+from libprune.collection.accumulator import Accumulator
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.models.sequences import Batch, Sequences
+from libprune.pipeline.sections import Activations, Gradients, Hessian
+from libprune.statistics.activations import activation_groups, collect_activations
+from libprune.statistics.gradients import collect_gradients, gradient_groups
+from libprune.statistics.hessian import collect_probes, collect_squared_gradients, hessian_groups
 from tests.models import FAMILIES, VOCAB, tokens
 from tests.test_units import conv1d_stored
 

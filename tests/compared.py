@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from libprune.artifacts import write_table
-from libprune.comparison_file import Comparison, Run, read_comparison
-from libprune.comparison_results import ABLATION, PLAN, SCORES, Gathered, gather_results
-from libprune.experiments import Experiment
-from libprune.stage_costs import Cost, digest
+from libprune.experiments.costs import Cost, digest
+from libprune.experiments.dvc_experiments import Experiment
+from libprune.experiments.file import Comparison, Run, read_comparison
+from libprune.experiments.results import ABLATION, PLAN, SCORES, Gathered, gather_results
+from libprune.pipeline.artifacts import write_table
 from tests.closure import ROOT
 
 UNITS = 40

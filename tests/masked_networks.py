@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from libprune.architecture import Architecture
+from libprune.engine.architecture import Architecture
+from libprune.engine.plan import Plan
 from libprune.networks import NetworkFamily
-from libprune.plan import Plan
 
 
 class LeNet(nn.Module):

@@ -26,13 +26,13 @@ from transformers import (
     Starcoder2Config,
 )
 
-from libprune.architecture import Architecture
-from libprune.checkpoint import WeightFiles, load_model
-from libprune.describe import describe
-from libprune.heads import HEADS, HeadName
-from libprune.plan import Plan
-from libprune.pruned_folder import write_pruned
-from libprune.surgery import slice_state
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.engine.heads import HEADS, HeadName
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import slice_state
+from libprune.models.folder import WeightFiles, load_model
+from libprune.results.folder import write_pruned
 
 VOCAB = 37
 WINDOW = 5

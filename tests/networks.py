@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from libprune.architecture import Architecture
+from libprune.engine.architecture import Architecture
+from libprune.engine.plan import Plan
 from libprune.networks import NetworkFamily, Samples
 from libprune.networks.recurrent import RecurrentLM
-from libprune.networks.slicing import numbers_after, sliced_state, stored, with_tensors
-from libprune.plan import Plan
+from libprune.results.module_slicing import numbers_after, sliced_state, stored, with_tensors
 from tests.closure import ROOT
 
 

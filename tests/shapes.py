@@ -7,14 +7,14 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from libprune.architecture import Architecture, Parameter, PartShape
-from libprune.artifacts import Columns, unit_index
-from libprune.axes import parse_expr
-from libprune.cost import prices
-from libprune.ladders import Block, Ladders, build_ladders
-from libprune.methods import Evidence
-from libprune.plan import Plan
-from libprune.sections import Allocate
+from libprune.allocation.ladders import Block, Ladders, build_ladders
+from libprune.allocation.methods import Evidence
+from libprune.engine.architecture import Architecture, Parameter, PartShape
+from libprune.engine.axes import parse_expr
+from libprune.engine.cost import prices
+from libprune.engine.plan import Plan
+from libprune.pipeline.artifacts import Columns, unit_index
+from libprune.pipeline.sections import Allocate
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from libprune.artifacts import Columns
+from libprune.pipeline.artifacts import Columns
 
 KINDS = ("self_attn.q_proj.weight", "input_layernorm.weight", "mlp.up_proj.weight")
 

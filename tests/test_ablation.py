@@ -11,18 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from libprune import prefix as prefix_module
-from libprune.ablation import ablation_table, sample_units, unit_plans
-from libprune.architecture import Architecture, PartShape
-from libprune.artifacts import Layout, read_table
-from libprune.axes import parse_expr
-from libprune.checkpoint import fingerprint, load_model
-from libprune.compute import sequence_losses
-from libprune.describe import describe
-from libprune.errors import StatisticsError
-from libprune.sequences import Sequences
-from libprune.surgery import masked
-from libprune.tokens import write_tokens
+from libprune.engine.architecture import Architecture, PartShape
+from libprune.engine.axes import parse_expr
+from libprune.engine.describe import describe
+from libprune.engine.errors import StatisticsError
+from libprune.engine.surgery import masked
+from libprune.models.compute import sequence_losses
+from libprune.models.folder import fingerprint, load_model
+from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import Layout, read_table
+from libprune.statistics import losses as prefix_module
+from libprune.statistics.ablation import ablation_table, sample_units, unit_plans
+from libprune.texts.windows import write_tokens
 from stages.ablation import main
 from tests import tiny
 from tests.closure import run_without_torch
@@ -224,7 +224,7 @@ def patch_losses(monkeypatch, value_of) -> list[int]:
 
 def interrupt(monkeypatch, done: int, run: Callable[[], object]) -> None:
     """Run a stage, saving after every measurement, and stop in the middle of the one after so many."""
-    monkeypatch.setattr("libprune.accumulator.Checkpoints.due", lambda self: True)
+    monkeypatch.setattr("libprune.collection.accumulator.Checkpoints.due", lambda self: True)
 
     def stop(number, losses):
         if number == PASSES * (1 + done) + 1:

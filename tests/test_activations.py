@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from libprune.accumulator import Accumulator
-from libprune.activations import ACTIVE, HISTOGRAM_STRIDE, NORMS, activation_columns
-from libprune.architecture import Architecture
-from libprune.errors import StatisticsError
-from libprune.input_statistics import HELD_OUT_TOKENS
+from libprune.collection.accumulator import Accumulator
+from libprune.collection.input_records import HELD_OUT_TOKENS
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import StatisticsError
+from libprune.statistics.activations import ACTIVE, HISTOGRAM_STRIDE, NORMS, activation_columns
 from tests.collected import (
     LENGTH,
     SEQUENCES,

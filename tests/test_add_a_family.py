@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GraniteConfig, PreTrainedModel
 
-from libprune import family
-from libprune.describe import describe
-from libprune.errors import FamilyError
-from libprune.surgery import masked
+from libprune.engine import family
+from libprune.engine.describe import describe
+from libprune.engine.errors import FamilyError
+from libprune.engine.surgery import masked
 from tests.models import FFN, heads, prune, random_plan, tiny_model, tokens, write_dense
 
 PAGE = Path(__file__).parents[1] / "docs/add-a-family.md"

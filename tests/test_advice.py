@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from libprune import cost
-from libprune.advice import Fixed, diagnosis, over_pruned, shares_lost
-from libprune.artifacts import Layout, read_architecture, read_plan, read_table, split_blocks, write_table
-from libprune.diagnosis import gradient_ratio
-from libprune.errors import ArtifactError
-from libprune.gradient_fix import factors_of
-from libprune.plan import Plan
-from libprune.sections import Allocate
+from libprune.allocation.advice import Fixed, diagnosis, over_pruned, shares_lost
+from libprune.allocation.gradient_fix import factors_of
+from libprune.engine import cost
+from libprune.engine.errors import ArtifactError
+from libprune.engine.plan import Plan
+from libprune.pipeline.artifacts import Layout, read_architecture, read_plan, read_table, split_blocks, write_table
+from libprune.pipeline.sections import Allocate
+from libprune.statistics.gradient_health import gradient_ratio
 from tests import tiny
 from tests.models import random_plan
 from tests.shapes import Shape, shapes

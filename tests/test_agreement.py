@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.agreement import (
+from libprune.experiments.agreement import (
     chance_overlap,
     jaccard,
     mean_interval,

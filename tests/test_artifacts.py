@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from libprune.architecture import Architecture
-from libprune.artifacts import (
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.engine.errors import ArtifactError
+from libprune.pipeline.artifacts import (
     Layout,
     check_rows,
     column,
@@ -36,9 +38,7 @@ from libprune.artifacts import (
     writing,
     writing_folder,
 )
-from libprune.describe import describe
-from libprune.errors import ArtifactError
-from libprune.shards import read_meta, read_tensor, shard, write_shard
+from libprune.pipeline.shards import read_meta, read_tensor, shard, write_shard
 from tests.models import FAMILIES
 
 reuses_a_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
-from libprune.errors import NotationError
+from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
+from libprune.engine.errors import NotationError
 
 AXES = ("kv", "q", "d", "ffn")
 DECODER = {"model": 5, "ffn": 7, "kv": 3, "q": 2, "d": 4}

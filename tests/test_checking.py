@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from libprune.architecture import Architecture
-from libprune.artifacts import Layout, read_architecture, read_plan, unit_index, write_table
-from libprune.checking import Finding, check_folder
-from libprune.checkpoint import PROVENANCE, WeightFiles, read_provenance, write_provenance
-from libprune.cli import app
-from libprune.plan import Plan
-from libprune.pruned_folder import MODELING_FILE, write_pruned
-from libprune.pruning import prune
-from libprune.record import PLAN, Record
-from libprune.sections import Compute, Slice
-from libprune.sequences import Sequences
-from libprune.surgery import slice_state
-from libprune.tokens import write_tokens
+from libprune.cli.main import app
+from libprune.engine.architecture import Architecture
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import slice_state
+from libprune.models.folder import PROVENANCE, WeightFiles, read_provenance, write_provenance
+from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import Layout, read_architecture, read_plan, unit_index, write_table
+from libprune.pipeline.sections import Compute, Slice
+from libprune.results.check import Finding, check_folder
+from libprune.results.folder import MODELING_FILE, write_pruned
+from libprune.results.prune import prune
+from libprune.results.record import PLAN, Record
+from libprune.texts.windows import write_tokens
 from tests import tiny
 from tests.models import FAMILIES, random_plan, write_dense
 from tests.models import prune as pruned_of
@@ -129,7 +129,9 @@ def test_a_model_that_computes_nonsense_is_a_fault_and_so_is_the_wrong_dense_mod
     computed, about, text = RESULTS[name]
     ones = {"logits": torch.ones(2, 32, 19), "cached": torch.ones(2, 32, 19), "generated": torch.ones(1, 4)}
     count = sum(tensor.numel() for tensor in load_file(uniform / WEIGHTS).values())
-    monkeypatch.setattr("libprune.checking.reload", lambda *args: ones | {"parameters": torch.tensor(count)} | computed)
+    monkeypatch.setattr(
+        "libprune.results.check.reload", lambda *args: ones | {"parameters": torch.tensor(count)} | computed
+    )
     findings = list(check_folder(uniform, dense=uniform))
     assert kinds(findings) == GOOD | {about: "fault", "dense": "fault"}
     assert text in next(finding.text for finding in findings if finding.about == about)
@@ -240,7 +242,7 @@ OLDER = [name for name in DAMAGES if name != "a changed weight"]
 @pytest.mark.parametrize(("name", "older"), [(name, False) for name in DAMAGES] + [(name, True) for name in OLDER])
 def test_every_damage_is_a_fault_that_names_the_file_and_nothing_is_run(request, tmp_path, monkeypatch, name, older):
     kind, damage, message = DAMAGES[name]
-    monkeypatch.setattr("libprune.checking.reload", lambda *args: pytest.fail("the model was run"))
+    monkeypatch.setattr("libprune.results.check.reload", lambda *args: pytest.fail("the model was run"))
     folder = copy(request.getfixturevalue(kind), tmp_path)
     damage(folder)
     if older and (folder / PROVENANCE).exists():

@@ -19,12 +19,14 @@ import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from libprune import accumulator, collection, memory
-from libprune.architecture import Architecture
-from libprune.artifacts import read_table
-from libprune.checkpoint import load_model
-from libprune.errors import ArtifactError, LibpruneError, StatisticsError
-from libprune.statistics import Sum, count
+from libprune.collection import accumulator
+from libprune.collection import resumable as collection
+from libprune.collection.records import Sum, count
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError
+from libprune.models import memory
+from libprune.models.folder import load_model
+from libprune.pipeline.artifacts import read_table
 from tests import tiny
 from tests.closure import ROOT
 
@@ -192,19 +194,19 @@ def test_a_batch_that_is_not_full_is_not_gone_on_from(place, stopping, monkeypat
 def test_a_value_that_is_not_finite_leaves_the_sums_before_it_usable(place, stopping, monkeypatch):
     """The message says how to finish with them, and that is true."""
     seen = 0
-    sequence_losses = import_module("libprune.gradients").sequence_losses
+    sequence_losses = import_module("libprune.statistics.gradients").sequence_losses
 
     def broken(model, sequences):
         nonlocal seen
         seen += 1
         return sequence_losses(model, sequences) * (float("nan") if seen == 4 else 1.0)
 
-    monkeypatch.setattr("libprune.gradients.sequence_losses", broken)
+    monkeypatch.setattr("libprune.statistics.gradients.sequence_losses", broken)
     with pytest.raises(
         StatisticsError, match=r"the loss is not finite for calibration sequence 3;.*sequences: 3 finishes"
     ):
         stage("gradients", place)
-    monkeypatch.setattr("libprune.gradients.sequence_losses", sequence_losses)
+    monkeypatch.setattr("libprune.statistics.gradients.sequence_losses", sequence_losses)
     change(place, "gradients", sequences=3)
     stopping.run = 0
     stage("gradients", place)

@@ -8,9 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.comparison_file import SEED, leaves_of, read_comparison, read_file, read_setting, with_changes
-from libprune.errors import LibpruneError
-from libprune.params import Params
+from libprune.engine.errors import LibpruneError
+from libprune.experiments.file import SEED, leaves_of, read_comparison, read_file, read_setting, with_changes
+from libprune.pipeline.params import Params
 from tests.closure import ROOT
 from tests.compared import comparison, write_comparison
 

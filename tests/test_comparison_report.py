@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 
-from libprune.comparison_pictures import draw_overlaps, draw_ratios
-from libprune.comparison_report import write_comparison
-from libprune.comparison_summary import overlap_matrix, summaries
-from libprune.criteria import CRITERIA
-from libprune.errors import LibpruneError
-from libprune.method_guide import guide
+from libprune.engine.errors import LibpruneError
+from libprune.experiments.guide import guide
+from libprune.experiments.pictures import draw_overlaps, draw_ratios
+from libprune.experiments.report import write_comparison
+from libprune.experiments.summary import overlap_matrix, summaries
+from libprune.scoring.criteria import CRITERIA
 from tests.compared import UNITS, gathered
 
 RATIOS = {"cheap": [2.0, 2.3, 2.1], "dear": [1.20, 1.22, 1.21], "twin": [1.205, 1.215, 1.21], "worst": [9.0, 9.5, 8.7]}

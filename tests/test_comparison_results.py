@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.agreement import jaccard, ratio_interval, spearman
-from libprune.comparison_results import NOT_MEASURED, correlations_by_part, gather_results
-from libprune.comparison_summary import Summary, by_chance, difference, overlap_matrix, reference_of, summaries
-from libprune.comparison_table import NOTHING, overlaps_csv, runs_csv, settings_csv, table
-from libprune.comparison_words import sentences
-from libprune.errors import LibpruneError
+from libprune.engine.errors import LibpruneError
+from libprune.experiments.agreement import jaccard, ratio_interval, spearman
+from libprune.experiments.results import NOT_MEASURED, correlations_by_part, gather_results
+from libprune.experiments.sentences import sentences
+from libprune.experiments.summary import Summary, by_chance, difference, overlap_matrix, reference_of, summaries
+from libprune.experiments.table import NOTHING, overlaps_csv, runs_csv, settings_csv, table
 from tests.compared import UNITS, comparison, experiment, gathered, lock, store, unit_table
 
 RATIOS = {"good": [1.20, 1.22, 1.21], "same": [1.205, 1.215, 1.21], "bad": [2.0, 2.3, 2.1]}

@@ -10,7 +10,8 @@ from dvc.utils.hydra import to_hydra_overrides
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.comparison_runs import (
+from libprune.engine.errors import LibpruneError
+from libprune.experiments.runs import (
     duration,
     found,
     missing_runs,
@@ -20,7 +21,6 @@ from libprune.comparison_runs import (
     run_experiment,
     workspace_kept,
 )
-from libprune.errors import LibpruneError
 from tests.compared import comparison, experiment
 
 words = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S", "Zs")), max_size=8)
@@ -143,7 +143,7 @@ def test_an_interrupt_ends_dvc_once_and_waits_for_it(folder, monkeypatch):
     program = (
         "import os, signal, threading, time\n"
         "from pathlib import Path\n"
-        "from libprune.comparison_runs import run_experiment\n"
+        "from libprune.experiments.runs import run_experiment\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in jobs that run in the background
         "def interrupt():\n"
         "    while not Path('ready').exists(): time.sleep(0.01)\n"

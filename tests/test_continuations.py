@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from libprune.continuations import agreement, continuations, greedy
+from libprune.results.continuations import agreement, continuations, greedy
 from tests import tiny
 from tests.models import ENCODERS, FAMILIES, tokens
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from libprune import correlation
-from libprune.correlation import UnitGraph, unit_graph
+from libprune.scoring import correlation
+from libprune.scoring.correlation import UnitGraph, unit_graph
 
 NAMES = ("connection", "uniqueness", "centrality", "cooperation")
 

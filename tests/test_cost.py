@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from libprune import cost
-from libprune.architecture import Architecture
-from libprune.describe import describe
-from libprune.plan import Plan
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.engine.plan import Plan
 from tests.models import ENCODERS, FAMILIES
 
 

@@ -9,18 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from libprune.allocation import allocate
-from libprune.architecture import Architecture
-from libprune.artifacts import Columns, unit_index
-from libprune.cost import unit_parameters
-from libprune.describe import describe
-from libprune.errors import BudgetError, FamilyError, LibpruneError
-from libprune.ladders import held_whole
-from libprune.levels import choose_levels
-from libprune.methods import METHODS, Evidence
-from libprune.plan import Plan
-from libprune.sections import Allocate
-from libprune.surgery import slice_state
+from libprune.allocation.allocate import allocate
+from libprune.allocation.ladders import held_whole
+from libprune.allocation.methods import METHODS, Evidence
+from libprune.engine.architecture import Architecture
+from libprune.engine.cost import unit_parameters
+from libprune.engine.describe import describe
+from libprune.engine.errors import BudgetError, FamilyError, LibpruneError
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import slice_state
+from libprune.pipeline.artifacts import Columns, unit_index
+from libprune.pipeline.sections import Allocate
+from libprune.statistics.levels import choose_levels
 from tests.models import FAMILIES, plan_of
 
 NORMS = "self_attn.q_norm and self_attn.k_norm"

@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from libprune import cost
-from libprune.artifacts import Layout, read_architecture
-from libprune.checkpoint import load_model
-from libprune.drawing import MARGIN, Drawn, require_disjoint
-from libprune.errors import SourceError
-from libprune.origin import read_origin
-from libprune.plan import Plan
-from libprune.self_text import GREEDY, SelfText
-from libprune.sequences import Sequences
-from libprune.tokens import read_tokens, windows
+from libprune.engine import cost
+from libprune.engine.errors import SourceError
+from libprune.engine.plan import Plan
+from libprune.models.folder import load_model
+from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import Layout, read_architecture
+from libprune.report.provenance import read_origin
+from libprune.texts.draw import MARGIN, Drawn, require_disjoint
+from libprune.texts.self_text import GREEDY, SelfText
+from libprune.texts.windows import read_tokens, windows
 from stages import prepare, tokenize
 from tests import tiny
 from tests.hub import REVISION, write_cached

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from libprune.params import PRESETS, Params
+from libprune.pipeline.params import PRESETS, Params
 from tests.closure import ROOT, closure
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -75,7 +75,7 @@ def test_packages_do_nothing_at_import():
 def test_libprune_does_not_know_dvc():
     imported = {
         alias.name
-        for path in (ROOT / "libprune").glob("*.py")
+        for path in (ROOT / "libprune").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Import)
         for alias in node.names
@@ -92,7 +92,7 @@ def test_a_change_of_score_reaches_no_collecting_stage():
 
 def test_help_needs_nothing_heavy():
     names = ", ".join(f"stages.{stage}" for stage in PIPELINE)
-    program = f"import sys, {names}, libprune.cli; print([m for m in {HEAVY} if m in sys.modules])"
+    program = f"import sys, {names}, libprune.cli.main; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -22,22 +22,22 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from libprune import cost
-from libprune.accumulator import Accumulator
-from libprune.activations import activation_groups, collect_activations
-from libprune.artifacts import Layout, read_architecture, read_table
-from libprune.calibration import require_equal_passes, set_up
-from libprune.checking import check_folder
-from libprune.collection import Collection, collecting
-from libprune.compute import sequence_losses
-from libprune.describe import describe
-from libprune.errors import FamilyError, LibpruneError, SourceError
-from libprune.gradients import collect_gradients, gradient_groups
-from libprune.parallel import World
-from libprune.sections import Activations, Compute, Gradients
-from libprune.sequences import NO_TARGET, Sequences
-from libprune.shards import read_tensor
-from libprune.tokens import MASKED_SHARE, read_tokens, with_masks
+from libprune.collection.accumulator import Accumulator
+from libprune.collection.calibration import require_equal_passes, set_up
+from libprune.collection.resumable import Collection, collecting
+from libprune.engine import cost
+from libprune.engine.describe import describe
+from libprune.engine.errors import FamilyError, LibpruneError, SourceError
+from libprune.models.compute import sequence_losses
+from libprune.models.parallel import World
+from libprune.models.sequences import NO_TARGET, Sequences
+from libprune.pipeline.artifacts import Layout, read_architecture, read_table
+from libprune.pipeline.sections import Activations, Compute, Gradients
+from libprune.pipeline.shards import read_tensor
+from libprune.results.check import check_folder
+from libprune.statistics.activations import activation_groups, collect_activations
+from libprune.statistics.gradients import collect_gradients, gradient_groups
+from libprune.texts.windows import MASKED_SHARE, read_tokens, with_masks
 from tests import tiny
 from tests.models import FAMILIES, VOCAB
 
@@ -99,7 +99,7 @@ def test_the_accuracy_is_the_share_of_right_labels(tmp_path, monkeypatch):
     run("prepare", "tokenize")
     layout = Layout(Path("artifacts"))
     windows, _ = read_tokens(layout.evaluation, read_architecture(layout).fingerprint)
-    model, evaluation = FAMILIES["bert_classifier"](0), import_module("libprune.evaluation")
+    model, evaluation = FAMILIES["bert_classifier"](0), import_module("libprune.results.perplexity")
     mask = torch.arange(windows.ids.shape[1]) < windows.lengths[:, None]
     with torch.no_grad():
         expected = model(windows.ids, attention_mask=mask.long()).logits.argmax(1) == windows.targets

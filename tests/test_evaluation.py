@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from libprune.evaluation import compare_speed, perplexity, perplexity_ratio, window_losses
-from libprune.sequences import Sequences
+from libprune.models.sequences import Sequences
+from libprune.results.perplexity import compare_speed, perplexity, perplexity_ratio, window_losses
 from tests.collected import MODELS
 from tests.models import FAMILIES, tokens
 

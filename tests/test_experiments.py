@@ -18,10 +18,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.errors import LibpruneError
-from libprune.experiments import Experiment, comparable, gather, outdated
-from libprune.sweep_picture import COLOURS, PANELS, draw, write_picture
-from libprune.sweep_table import csv_text, differing, markdown_text, params_diff, remarks, setting, table
+from libprune.engine.errors import LibpruneError
+from libprune.experiments.dvc_experiments import Experiment, comparable, gather, outdated
+from libprune.experiments.sweep_picture import COLOURS, PANELS, draw, write_picture
+from libprune.experiments.sweep_table import csv_text, differing, markdown_text, params_diff, remarks, setting, table
 
 RECORDED = json.loads((Path(__file__).parent / "data/exp_show.json").read_text())
 
@@ -111,7 +111,7 @@ def lock_text(params: dict[str, object], made: str = "a", read: str = "a") -> st
     """A dvc.lock of two stages, of which the second reads what the first makes."""
     stages = {
         "allocate": {"params": {"params.yaml": params}, "outs": [{"path": "plan", "md5": made}]},
-        "slice": {"deps": [{"path": "plan", "md5": read}, {"path": "libprune/plan.py", "md5": "b"}]},
+        "slice": {"deps": [{"path": "plan", "md5": read}, {"path": "libprune/engine/plan.py", "md5": "b"}]},
     }
     return yaml.safe_dump({"schema": "2.0", "stages": stages})
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from libprune.describe import check_config, describe
-from libprune.errors import FamilyError, LibpruneError
-from libprune.family import FOLDER, families, family_of, load_family
+from libprune.engine.describe import check_config, describe
+from libprune.engine.errors import FamilyError, LibpruneError
+from libprune.engine.family import FOLDER, families, family_of, load_family
 from tests.models import FAMILIES
 
 SHIPPED = sorted(FOLDER.glob("*.yaml"))

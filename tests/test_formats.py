@@ -11,7 +11,7 @@ import pytest
 import yaml
 from torch import Tensor, nn
 
-from libprune import latency
+from libprune.statistics import latency
 from tests import documented, tiny
 from tests.closure import ROOT
 

@@ -6,15 +6,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from libprune.errors import LibpruneError
-from libprune.fusion import adaptive_weights, expression, named_criteria, parse_criteria
-from libprune.measured import (
+from libprune.engine.errors import LibpruneError
+from libprune.pipeline.sections import Score
+from libprune.scoring.fusion import adaptive_weights, expression, named_criteria, parse_criteria
+from libprune.scoring.learned import (
     CLEAR,
     best_criterion,
     fit_losses,
     held_out_r2,
 )
-from libprune.sections import Score
 
 NAMES = st.lists(st.sampled_from(["taylor", "taylor_2nd", "wanda", "obs"]), min_size=1, max_size=4, unique=True)
 LEVELS = st.integers(0, 50).map(float)

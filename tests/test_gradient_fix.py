@@ -9,19 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.accumulator import Accumulator
-from libprune.architecture import Architecture
-from libprune.artifacts import Columns, unit_index
-from libprune.backward import watching
-from libprune.cost import unit_parameters
-from libprune.criteria import CRITERIA, score_units
-from libprune.describe import describe
-from libprune.diagnosis import MILD, SEVERE, gradient_ratio
-from libprune.errors import LibpruneError, StatisticsError
-from libprune.gradient_fix import adaptive, depth, factors_of, normalize, require_defined, rescaled, resolve
-from libprune.gradients import gradient_columns, layer_rows, tensor_rows
-from libprune.hessian import hessian_columns
-from libprune.sections import Score
+from libprune.allocation.gradient_fix import adaptive, depth, factors_of, normalize, require_defined, rescaled, resolve
+from libprune.collection.accumulator import Accumulator
+from libprune.collection.backward import watching
+from libprune.engine.architecture import Architecture
+from libprune.engine.cost import unit_parameters
+from libprune.engine.describe import describe
+from libprune.engine.errors import LibpruneError, StatisticsError
+from libprune.pipeline.artifacts import Columns, unit_index
+from libprune.pipeline.sections import Score
+from libprune.scoring.criteria import CRITERIA, score_units
+from libprune.statistics.gradient_health import MILD, SEVERE, gradient_ratio
+from libprune.statistics.gradients import gradient_columns, layer_rows, tensor_rows
+from libprune.statistics.hessian import hessian_columns
 from tests.collected import architecture, gradients, hessian, model
 from tests.models import FAMILIES, tokens
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from libprune.accumulator import ROWS, Accumulator
-from libprune.architecture import Architecture
-from libprune.errors import StatisticsError
-from libprune.gradients import gradient_columns, layer_rows
-from libprune.memory import checkpoint_blocks
+from libprune.collection.accumulator import ROWS, Accumulator
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import StatisticsError
+from libprune.models.memory import checkpoint_blocks
+from libprune.statistics.gradients import gradient_columns, layer_rows
 from tests.collected import (
     LENGTH,
     N_TOK,

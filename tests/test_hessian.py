@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from libprune.accumulator import UNITS, Accumulator
-from libprune.architecture import Architecture, Map, Parameter, PartShape
-from libprune.axes import parse_expr
-from libprune.errors import LibpruneError, StatisticsError
-from libprune.hessian import _signs, collect_probes, hessian_columns, hessian_groups, require_probes_possible
-from libprune.sections import Compute, Hessian
-from libprune.sequences import Sequences
+from libprune.collection.accumulator import UNITS, Accumulator
+from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
+from libprune.engine.axes import parse_expr
+from libprune.engine.errors import LibpruneError, StatisticsError
+from libprune.models.sequences import Sequences
+from libprune.pipeline.sections import Compute, Hessian
+from libprune.statistics.hessian import _signs, collect_probes, hessian_columns, hessian_groups, require_probes_possible
 from tests import tiny
 from tests.closure import run_without_torch
 from tests.collected import (

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from libprune.allocation import allocate, decide, result_shape
-from libprune.artifacts import Columns, split_blocks
-from libprune.cost import prices
-from libprune.errors import BudgetError, LibpruneError, ParamsError
-from libprune.hgsp import HARMLESS, block_factors, threshold_of
-from libprune.methods import Evidence
-from libprune.params import load_params
-from libprune.plan import Plan
-from libprune.sections import Allocate
+from libprune.allocation.allocate import allocate, decide, result_shape
+from libprune.allocation.hgsp import HARMLESS, block_factors, threshold_of
+from libprune.allocation.methods import Evidence
+from libprune.engine.cost import prices
+from libprune.engine.errors import BudgetError, LibpruneError, ParamsError
+from libprune.engine.plan import Plan
+from libprune.pipeline.artifacts import Columns, split_blocks
+from libprune.pipeline.params import load_params
+from libprune.pipeline.sections import Allocate
 from tests import tiny
 from tests.shapes import EQUAL_COSTS, Shape, drawn, ladders_of, removed_parameters
 

@@ -13,17 +13,17 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from libprune import cost
-from libprune.architecture import Architecture
-from libprune.artifacts import Layout, read_plan, write_table
-from libprune.cli import app
-from libprune.describe import describe
-from libprune.errors import ParamsError, SourceError
-from libprune.footprint import Table, footprints, header_bytes
-from libprune.inspection import RATIOS, as_data, inspect_model, params_for, uniform_shapes
-from libprune.inspection_text import as_text
-from libprune.params import Params, load_params
-from libprune.sections import Allocate
+from libprune.cli.footprint import Table, footprints, header_bytes
+from libprune.cli.inspection import RATIOS, as_data, inspect_model, params_for, uniform_shapes
+from libprune.cli.inspection_text import as_text
+from libprune.cli.main import app
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.engine.errors import ParamsError, SourceError
+from libprune.pipeline.artifacts import Layout, read_plan, write_table
+from libprune.pipeline.params import Params, load_params
+from libprune.pipeline.sections import Allocate
 from tests import tiny
 from tests.models import FAMILIES
 from tests.shapes import Shape

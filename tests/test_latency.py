@@ -11,16 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune import cost, latency
-from libprune.allocation import decide, summary
-from libprune.artifacts import write_json
-from libprune.checkpoint import fingerprint
-from libprune.describe import describe
-from libprune.errors import ArtifactError, LibpruneError
-from libprune.latency import Timing, fit_lines, measured_widths, time_layers
-from libprune.methods import Evidence
-from libprune.plan import Plan
-from libprune.sections import Allocate, Latency
+from libprune.allocation.allocate import decide, summary
+from libprune.allocation.methods import Evidence
+from libprune.engine import cost
+from libprune.engine.describe import describe
+from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.engine.plan import Plan
+from libprune.models.folder import fingerprint
+from libprune.pipeline.artifacts import write_json
+from libprune.pipeline.sections import Allocate, Latency
+from libprune.statistics import latency
+from libprune.statistics.latency import Timing, fit_lines, measured_widths, time_layers
 from tests import tiny
 from tests.models import FAMILIES, random_plan
 from tests.shapes import Shape, shapes

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from libprune.architecture import Architecture, Map
-from libprune.errors import StatisticsError
+from libprune.engine.architecture import Architecture, Map
+from libprune.engine.errors import StatisticsError
 from tests.collected import (
     LENGTH,
     N_TOK,

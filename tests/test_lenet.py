@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from examples import lenet
 from examples.lenet_picture import filters
-from libprune import cost
-from libprune.criteria import CRITERIA
-from libprune.errors import LibpruneError
+from libprune.engine import cost
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
 from libprune.networks import Network, load
-from libprune.plan import Plan
-from libprune.surgery import masked
+from libprune.scoring.criteria import CRITERIA
 from tests.closure import ROOT
 
 CHANCE = 0.1

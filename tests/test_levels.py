@@ -14,17 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from libprune.artifacts import Layout, read_architecture, read_plan, read_table, split_blocks
-from libprune.checkpoint import load_model
-from libprune.divergence import Divergence, stored_bytes
-from libprune.errors import ArtifactError
-from libprune.levels import choose_levels, empty_table, level_plans, level_table, order_digest, unit_orders
-from libprune.plan import Plan
-from libprune.repairing import local_repair
-from libprune.sections import Allocate
-from libprune.sequences import Sequences
-from libprune.surgery import masked
-from libprune.tokens import read_tokens
+from libprune.engine.errors import ArtifactError
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+from libprune.models.folder import load_model
+from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import Layout, read_architecture, read_plan, read_table, split_blocks
+from libprune.pipeline.sections import Allocate
+from libprune.repair.repairs import local_repair
+from libprune.statistics.divergence import Divergence, stored_bytes
+from libprune.statistics.levels import choose_levels, empty_table, level_plans, level_table, order_digest, unit_orders
+from libprune.texts.windows import read_tokens
 from tests import tiny
 from tests.closure import run_without_torch
 from tests.models import FAMILIES, random_plan, tokens
@@ -116,7 +116,7 @@ def kl(dense: Tensor, changed: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_divergence_is_that_of_the_definition(family, kind):
     model, ids = FAMILIES[family](0), tokens(3, 12)
-    architecture = import_module("libprune.describe").describe(model)
+    architecture = import_module("libprune.engine.describe").describe(model)
     measure, dense = Divergence(model), logits_of(model, ids)
     with torch.no_grad():
         assert measure(0, Sequences(ids)).tolist() == [0, 0, 0]
@@ -297,7 +297,7 @@ def test_global_is_no_rival_where_scores_do_not_compare(place):
 
 
 def test_without_evaluations_nothing_is_run_and_nothing_reported(place, monkeypatch):
-    monkeypatch.setattr("libprune.calibration.load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("libprune.collection.calibration.load_model", lambda *args: pytest.fail("a model was loaded"))
     stage("allocate", place)
     assert "divergence" not in json.loads((place / "metrics/allocation.json").read_text())
 

@@ -13,13 +13,13 @@ from torch.nn.utils import prune as torch_prune
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
-from libprune import masks
-from libprune.artifacts import unit_index, write_table
-from libprune.checking import check_folder
-from libprune.checkpoint import fingerprint, read_provenance
-from libprune.cli import app
-from libprune.plan import Plan
-from libprune.record import read_record
+from libprune.cli.main import app
+from libprune.engine.plan import Plan
+from libprune.masks import models as masks
+from libprune.models.folder import fingerprint, read_provenance
+from libprune.pipeline.artifacts import unit_index, write_table
+from libprune.results.check import check_folder
+from libprune.results.record import read_record
 from tests.models import FAMILIES, Dense, random_plan, write_dense
 from tests.test_masks import DOWN, GATE, UP, V, removed, unstructured, zero
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from transformers import LlamaConfig, PreTrainedModel, Starcoder2Config
 
-from libprune import masks
-from libprune.architecture import Architecture
-from libprune.describe import describe
-from libprune.errors import LibpruneError
-from libprune.mask_extraction import Extraction, extraction
-from libprune.mask_files import of_model
-from libprune.plan import Plan
-from libprune.surgery import masked
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+from libprune.masks import models as masks
+from libprune.masks.extraction import Extraction, extraction
+from libprune.masks.files import of_model
 from tests.models import FAMILIES, FFN, heads, plan_of, random_plan, tiny_model, tokens
 
 Q, K, V, O = (f"self_attn.{name}_proj" for name in "qkvo")  # noqa: E741

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.artifacts import Columns
-from libprune.criteria import CRITERIA, score_units
-from libprune.footprint import footprints
-from libprune.input_statistics import BINS
-from libprune.mixed_criteria import TERMS
-from libprune.params import Params
-from libprune.sections import Score
+from libprune.cli.footprint import footprints
+from libprune.collection.input_records import BINS
+from libprune.pipeline.artifacts import Columns
+from libprune.pipeline.params import Params
+from libprune.pipeline.sections import Score
+from libprune.scoring.criteria import CRITERIA, score_units
+from libprune.scoring.mixed import TERMS
 from tests.models import FAMILIES
 
 AMOUNTS = {
@@ -116,8 +116,8 @@ def test_an_snr_without_deviation_is_bounded():
 
 @every_mixture
 def test_the_table_of_scores_is_predicted_with_all_components(criterion, monkeypatch):
-    from libprune.describe import describe
-    from libprune.footprint import Table
+    from libprune.cli.footprint import Table
+    from libprune.engine.describe import describe
 
     sections = {"prepare": {"model": "m"}, "tokenize": {"text": "t"}, "score": {"criterion": criterion}}
     made: list[Table] = []

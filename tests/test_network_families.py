@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from libprune.errors import FamilyError
+from libprune.engine.describe_module import describe
+from libprune.engine.errors import FamilyError
 from libprune.networks import NetworkFamily
-from libprune.networks.describe import describe
 from tests.networks import LENET, RECURRENT, LeNet, Recurrent
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from libprune.errors import LibpruneError
+from libprune.engine.errors import LibpruneError
 from libprune.networks import Network, Samples, load
-from libprune.sections import Allocate, Hessian, Score
+from libprune.pipeline.sections import Allocate, Hessian, Score
 from tests.networks import CASES, LeNet
 
 CASE = CASES["lenet"]

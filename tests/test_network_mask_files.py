@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 from typer.testing import CliRunner, Result
 
-from libprune.cli import app
+from libprune.cli.main import app
 from libprune.networks import load
 from tests.masked_networks import assert_same, computed, zero
 

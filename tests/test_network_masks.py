@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from libprune.architecture import Architecture
-from libprune.errors import LibpruneError
-from libprune.networks import Network, Samples, load, masks
-from libprune.networks.describe import describe
-from libprune.networks.masked import of_network
-from libprune.plan import Plan
-from libprune.sections import Allocate, Score
-from libprune.surgery import masked as under_plan
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe_module import describe
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked as under_plan
+from libprune.masks import modules as masks
+from libprune.masks.module_files import of_network
+from libprune.networks import Network, Samples, load
+from libprune.pipeline.sections import Allocate, Score
 from tests.masked_networks import (
     DEPTHWISE,
     NETS,

@@ -7,18 +7,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from libprune.activations import GRAM
-from libprune.artifacts import read_table
-from libprune.criteria import CRITERIA
-from libprune.errors import BudgetError, FamilyError, LibpruneError, StatisticsError
+from libprune.allocation.retention import wanted_removals
+from libprune.collection.module_hooks import input_rows, output_rows, unit_masks
+from libprune.engine.describe_module import describe
+from libprune.engine.errors import BudgetError, FamilyError, LibpruneError, StatisticsError
+from libprune.engine.plan import Plan
 from libprune.networks import Network, NetworkFamily, Samples, load
-from libprune.networks.describe import describe
-from libprune.networks.watching import input_rows, output_rows, unit_masks
-from libprune.plan import Plan
-from libprune.repair import oriented
-from libprune.retention import wanted_removals
-from libprune.sections import Allocate, Hessian, Score
-from libprune.shards import read_tensor
+from libprune.pipeline.artifacts import read_table
+from libprune.pipeline.sections import Allocate, Hessian, Score
+from libprune.pipeline.shards import read_tensor
+from libprune.repair.least_squares import oriented
+from libprune.scoring.criteria import CRITERIA
+from libprune.statistics.activations import GRAM
 from tests.networks import CASES
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.errors import ArtifactError
-from libprune.markdown import Picture, code, markdown_table, picture, prose
-from libprune.page import html_page
+from libprune.engine.errors import ArtifactError
+from libprune.report.markdown import Picture, code, markdown_table, picture, prose
+from libprune.report.page import html_page
 
 PNG = b"\x89PNG made up"
 SHOWN = Picture("one", "what | is * shown", "said <of> it", PNG)

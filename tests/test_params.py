@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from libprune.errors import ParamsError
-from libprune.params import PRESETS, Params, load_params
-from libprune.searching import RIVALS
+from libprune.allocation.search import RIVALS
+from libprune.engine.errors import ParamsError
+from libprune.pipeline.params import PRESETS, Params, load_params
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 

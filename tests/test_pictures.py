@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libprune.artifacts import Columns
-from libprune.canvas import Figure, png
-from libprune.cut_pictures import kept_share, scores, sensitivity
-from libprune.diagnosis import gradient_by_layer, gradient_ratio
-from libprune.gradient_pictures import grad_comparison, grad_dist, grad_heatmap, layer_variance
-from libprune.gradient_summary import gradient_report, layer_summary
-from libprune.pictures import cut_gallery, gradient_gallery, sensitivity_gallery
+from libprune.pipeline.artifacts import Columns
+from libprune.report.canvas import Figure, png
+from libprune.report.cut_pictures import kept_share, scores, sensitivity
+from libprune.report.gallery import cut_gallery, gradient_gallery, sensitivity_gallery
+from libprune.report.gradient_pictures import grad_comparison, grad_dist, grad_heatmap, layer_variance
+from libprune.report.gradient_text import gradient_report, layer_summary
+from libprune.statistics.gradient_health import gradient_by_layer, gradient_ratio
 from tests.closure import ROOT
 from tests.tables import KINDS, gradient_rows, sensitivity_rows
 
@@ -112,7 +112,7 @@ def test_the_bytes_depend_on_the_table_alone_not_on_home_rc_files_or_backends(tm
     lines = ("font.family: Nowhere", "lines.linewidth: wide", "no.such.key: 1", "text.usetex: True")
     (tmp_path / "matplotlibrc").write_text("\n".join(lines))
     program = (
-        "import hashlib; from libprune.canvas import png; from libprune.cut_pictures import sensitivity; "
+        "import hashlib; from libprune.report.canvas import png; from libprune.report.cut_pictures import sensitivity; "
         "from tests.tables import sensitivity_rows; "
         "print(hashlib.sha256(png(sensitivity(sensitivity_rows(2)))).hexdigest())"
     )

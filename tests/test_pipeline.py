@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from libprune.processes import runs
+from libprune.pipeline.processes import runs
 from tests import tiny
 from tests.closure import ROOT
 
@@ -180,7 +180,7 @@ def test_experiments_are_compared_with_those_results_that_belong_to_their_params
     done = run(["dvc", "exp", "run", "-n", "short-prompt", "-S", "evaluate.prompt_tokens=4"], project)
     assert stages_run(done) == ["evaluate", "report"]
     change(project, "allocate", "ratio", 0.25)
-    command = [sys.executable, "-c", "from libprune.cli import app; app(['compare', '--out', 'report/sweep'])"]
+    command = [sys.executable, "-c", "from libprune.cli.main import app; app(['compare', '--out', 'report/sweep'])"]
     text = run(command, project).stdout
     assert re.search(r"^short-prompt .* 4 .* × \d\.\d{3} ± \d\.\d{3}", text, re.MULTILINE)
     assert "workspace (allocate last ran with allocate.ratio 0.2, not 0.25)" in text
@@ -203,7 +203,7 @@ seeds: [0, 1]
 
 
 def compare(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", f"from libprune.cli import app; app(['compare', *{list(arguments)!r}])"]
+    command = [sys.executable, "-c", f"from libprune.cli.main import app; app(['compare', *{list(arguments)!r}])"]
     return run(command, folder, check)
 
 

@@ -5,9 +5,9 @@ from importlib import import_module
 import pytest
 import torch
 
-from libprune.checkpoint import require_positions
-from libprune.describe import describe
-from libprune.errors import ParamsError
+from libprune.engine.describe import describe
+from libprune.engine.errors import ParamsError
+from libprune.models.folder import require_positions
 from tests import tiny
 from tests.models import ENCODERS, FAMILIES
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from libprune import prefix as prefix_module
-from libprune.architecture import Architecture
-from libprune.compute import sequence_losses
-from libprune.describe import describe
-from libprune.memory import checkpoint_blocks
-from libprune.plan import Plan
-from libprune.prefix import Prefix, SequenceLosses, first_changed
-from libprune.sequences import Sequences
-from libprune.surgery import masked
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+from libprune.models.compute import sequence_losses
+from libprune.models.memory import checkpoint_blocks
+from libprune.models.sequences import Sequences
+from libprune.statistics import losses as prefix_module
+from libprune.statistics.losses import Prefix, SequenceLosses, first_changed
 from tests.models import FAMILIES, PLANS, random_plan, tokens
 from tests.test_ablation import interrupt, run_stage, write_project
 from tests.test_surgery import plan_without

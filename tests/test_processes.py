@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from libprune.processes import runs
+from libprune.pipeline.processes import runs
 
 STAGE = """
 import os, time

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from libprune.architecture import Architecture, Map
-from libprune.blocks import blocks_of, replaced, run_block
-from libprune.describe import describe
-from libprune.memory import checkpoint_blocks
-from libprune.plan import Plan
-from libprune.producers import (
+from libprune.engine.architecture import Architecture, Map
+from libprune.engine.describe import describe
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+from libprune.models.layers import blocks_of, replaced, run_block
+from libprune.models.memory import checkpoint_blocks
+from libprune.models.sequences import Sequences
+from libprune.repair.least_squares import Fit, new_parameters, pruned_consumers
+from libprune.repair.producers import (
     RIDGE,
     Flow,
     Producer,
@@ -24,10 +27,7 @@ from libprune.producers import (
     slopes_of,
     watching,
 )
-from libprune.repair import Fit, new_parameters, pruned_consumers
-from libprune.sequences import Sequences
-from libprune.sequential import SequentialRepair, split_batches
-from libprune.surgery import masked
+from libprune.repair.sequential import SequentialRepair, split_batches
 from tests.models import FAMILIES, LAYOUTS, VOCAB, plan_of, tokens
 
 MODELS = {name: FAMILIES[name] for name in LAYOUTS}

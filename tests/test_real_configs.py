@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoConfig
 
-from libprune.describe import check_config, describe, without_weights
-from libprune.family import family_of
+from libprune.engine.describe import check_config, describe, without_weights
+from libprune.engine.family import family_of
 
 _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "use_cache": True}
 _LLAMA |= {"initializer_range": 0.02, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "pretraining_tp": 1}

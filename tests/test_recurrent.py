@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from examples import byte_text, recurrent_training
 from examples import recurrent as example
-from libprune.errors import ArtifactError, NetworkError, SourceError
+from libprune.engine.errors import ArtifactError, NetworkError, SourceError
 from libprune.networks.recurrent import BETA, THRESHOLD, RecurrentLayer, RecurrentLM, detached, from_torch
 
 SIZES = st.integers(1, 6)

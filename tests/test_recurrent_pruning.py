@@ -14,11 +14,11 @@ from examples import recurrent as example
 from examples.byte_text import BYTES, split
 from examples.recurrent_comparison import REFERENCE, SETTINGS, Calibration, Judge, Result, network_type, table
 from examples.recurrent_training import save
-from libprune.errors import SourceError
+from libprune.engine.errors import SourceError
 from libprune.networks import Network, NetworkFamily
 from libprune.networks.recurrent import RecurrentLM, from_torch
 from libprune.networks.recurrent_family import family
-from libprune.sections import Allocate, Score
+from libprune.pipeline.sections import Allocate, Score
 from tests.networks import CASES, LSTM, MIXED, recurrent_lm
 
 

@@ -16,19 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from libprune.activations import GRAM
-from libprune.architecture import Architecture
-from libprune.artifacts import split_blocks
-from libprune.describe import describe
-from libprune.ladders import Ladders, plan_of, spent
-from libprune.methods import Depth, allocate_search
-from libprune.plan import Plan
-from libprune.refine import Judge, Refined, refine
-from libprune.repair import Inputs, new_parameters, repair_local
-from libprune.searching import RIVALS, rival_starts
-from libprune.sections import Allocate
-from libprune.sequences import Sequences
-from libprune.surgery import masked
+from libprune.allocation.evolution import Judge, Refined, refine
+from libprune.allocation.ladders import Ladders, plan_of, spent
+from libprune.allocation.methods import Depth, allocate_search
+from libprune.allocation.search import RIVALS, rival_starts
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import split_blocks
+from libprune.pipeline.sections import Allocate
+from libprune.repair.least_squares import Inputs, new_parameters, repair_local
+from libprune.statistics.activations import GRAM
 from tests.collected import activations, assert_untouched
 from tests.models import FAMILIES, random_plan, tokens
 from tests.shapes import Shape, ladders_of, removed_parameters
@@ -206,13 +206,13 @@ def test_where_nothing_can_move_the_start_is_measured_once():
 def test_time_ends_the_search(monkeypatch):
     """A clock that says 10 s more at each look: the end is set at 0 s, looks at 10 to 50 s are within the minute."""
     clock = iter(range(0, 10**6, 10))
-    monkeypatch.setattr("libprune.refine.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr("libprune.allocation.evolution.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     assert search(CountingJudge(SHAPE, 0), asked(evaluations=100, minutes=1.0)).evaluations == 5
 
 
 def test_without_minutes_no_time_ends_it(monkeypatch):
     clock = iter(range(0, 10**9, 10**6))
-    monkeypatch.setattr("libprune.refine.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr("libprune.allocation.evolution.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     assert search(CountingJudge(SHAPE, 0), asked(evaluations=20)).evaluations == 20
 
 
@@ -374,7 +374,7 @@ def test_the_model_is_as_it_was_after_a_stop_in_the_middle_too(llama, monkeypatc
         assert any(not torch.equal(tensor, before[name]) for name, tensor in llama.model.state_dict().items())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("libprune.prefix.Prefix.losses_of", stop)
+    monkeypatch.setattr("libprune.statistics.losses.Prefix.losses_of", stop)
     with pytest.raises(KeyboardInterrupt):
         judge(random_plan(llama.architecture, "per_layer", 0))
     assert_untouched(llama.model)

@@ -9,12 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from libprune.architecture import Map
-from libprune.axes import parse_expr
-from libprune.describe import describe
-from libprune.errors import LibpruneError, StatisticsError
-from libprune.plan import Plan
-from libprune.repair import (
+from libprune.engine.architecture import Map
+from libprune.engine.axes import parse_expr
+from libprune.engine.describe import describe
+from libprune.engine.errors import LibpruneError, StatisticsError
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+from libprune.repair.least_squares import (
     DAMPINGS,
     Fit,
     Inputs,
@@ -30,7 +31,6 @@ from libprune.repair import (
     repair_local,
     solve,
 )
-from libprune.surgery import masked
 from tests.collected import activations, of_layers
 from tests.models import FAMILIES, plan_of, tokens
 from tests.test_units import conv1d_stored

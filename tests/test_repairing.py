@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from libprune import cost
-from libprune.artifacts import Layout, read_architecture, write_units
-from libprune.checkpoint import PROVENANCE, load_config, load_model
-from libprune.describe import describe, with_biases
-from libprune.errors import LibpruneError
-from libprune.plan import Plan
-from libprune.pruning import prune
-from libprune.repair import oriented, pruned_consumers
-from libprune.repairing import REPAIRS
-from libprune.sections import Compute, Slice
-from libprune.sequences import Sequences
-from libprune.sequential import SequentialRepair
-from libprune.shards import write_shard
-from libprune.tokens import write_tokens
+from libprune.engine import cost
+from libprune.engine.describe import describe, with_biases
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+from libprune.models.folder import PROVENANCE, load_config, load_model
+from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import Layout, read_architecture, write_units
+from libprune.pipeline.sections import Compute, Slice
+from libprune.pipeline.shards import write_shard
+from libprune.repair.least_squares import oriented, pruned_consumers
+from libprune.repair.repairs import REPAIRS
+from libprune.repair.sequential import SequentialRepair
+from libprune.results.prune import prune
+from libprune.texts.windows import write_tokens
 from tests.collected import activations
 from tests.models import FAMILIES, plan_of, random_plan, tokens
 from tests.test_activations import captured

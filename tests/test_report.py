@@ -14,19 +14,19 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.artifacts import Layout, unit_index, write_json, write_table
-from libprune.cautions import cautions
-from libprune.describe import describe
-from libprune.errors import ArtifactError
-from libprune.markdown import Picture, markdown_table
-from libprune.origin import Origin, project_state
-from libprune.page import html_page
-from libprune.pictures import NAMES
-from libprune.publishing import publish
-from libprune.report import HEADER, headline, how_to_load, markdown, summary, text_table
-from libprune.report_sections import continuations
-from libprune.sequences import Sequences
-from libprune.tokens import write_tokens
+from libprune.engine.describe import describe
+from libprune.engine.errors import ArtifactError
+from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import Layout, unit_index, write_json, write_table
+from libprune.report.cautions import cautions
+from libprune.report.gallery import NAMES
+from libprune.report.markdown import Picture, markdown_table
+from libprune.report.page import html_page
+from libprune.report.provenance import Origin, project_state
+from libprune.report.publish import publish
+from libprune.report.report import HEADER, headline, how_to_load, markdown, summary, text_table
+from libprune.report.sections import continuations
+from libprune.texts.windows import write_tokens
 from tests.closure import ROOT
 from tests.models import FAMILIES
 from tests.tables import gradient_rows, sensitivity_rows

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from libprune.allocation import allocate, decide, settle_ratio, summary
-from libprune.artifacts import split_blocks
-from libprune.errors import BudgetError, LibpruneError, ParamsError
-from libprune.methods import Evidence
-from libprune.params import load_params
-from libprune.retention import CONSERVATIVE, removable_units, retained_share
-from libprune.sections import Allocate
+from libprune.allocation.allocate import allocate, decide, settle_ratio, summary
+from libprune.allocation.methods import Evidence
+from libprune.allocation.retention import CONSERVATIVE, removable_units, retained_share
+from libprune.engine.errors import BudgetError, LibpruneError, ParamsError
+from libprune.pipeline.artifacts import split_blocks
+from libprune.pipeline.params import load_params
+from libprune.pipeline.sections import Allocate
 from tests.shapes import Shape, removed_parameters
 from tests.tiny import write_params
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from libprune.ablation import ablation_table, empty_table
-from libprune.artifacts import Columns, Layout, unit_index, write_table
-from libprune.criteria import SCALINGS, find_criterion, join_tables, score_units
-from libprune.errors import ArtifactError, LibpruneError
-from libprune.scoring import component_columns, criteria_of, fusion_lines, score_layout
-from libprune.sections import Score
+from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.pipeline.artifacts import Columns, Layout, unit_index, write_table
+from libprune.pipeline.sections import Score
+from libprune.scoring.criteria import SCALINGS, find_criterion, join_tables, score_units
+from libprune.scoring.score import component_columns, criteria_of, fusion_lines, score_layout
+from libprune.statistics.ablation import ablation_table, empty_table
 from tests.shapes import Shape
 
 SHAPE = Shape(layers=3, kv=20, ffn=30)

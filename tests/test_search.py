@@ -7,13 +7,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from libprune.allocation import allocate, decide, target_of
-from libprune.artifacts import Columns
-from libprune.cost import prices
-from libprune.ladders import Block, Ladders, empties_layer, plan_of
-from libprune.methods import Evidence, functional_shares
-from libprune.search import BINS, choose_levels, divergence_curves, fill
-from libprune.sections import Allocate
+from libprune.allocation.allocate import allocate, decide, target_of
+from libprune.allocation.knapsack import BINS, choose_levels, divergence_curves, fill
+from libprune.allocation.ladders import Block, Ladders, empties_layer, plan_of
+from libprune.allocation.methods import Evidence, functional_shares
+from libprune.engine.cost import prices
+from libprune.pipeline.artifacts import Columns
+from libprune.pipeline.sections import Allocate
 from tests.shapes import EQUAL_COSTS, Shape, ladders_of, removed_parameters
 
 Curves = dict[Block, np.ndarray]
@@ -138,7 +138,7 @@ def test_the_target_is_reached_to_within_a_step_and_the_rounding_of_every_layer(
 
 
 def test_a_block_of_many_steps_has_the_whole_of_it_among_its_choices(monkeypatch):
-    monkeypatch.setattr("libprune.search.CHOICES", 3)
+    monkeypatch.setattr("libprune.allocation.knapsack.CHOICES", 3)
     shape = Shape(layers=2, ffn=13)
     params = Allocate(method="search", min_groups=4, min_channels=0)
     curves = shape.curves(np.random.default_rng(0))

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from libprune.errors import StatisticsError
-from libprune.selection import Removal, obs_removal
+from libprune.engine.errors import StatisticsError
+from libprune.scoring.obs import Removal, obs_removal
 
 
 def random_tensors(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from libprune.architecture import Architecture
-from libprune.artifacts import Layout, read_table
-from libprune.blocks import blocks_of
-from libprune.compute import sequence_losses
-from libprune.describe import describe
-from libprune.sensitivity import LAYER, empty_table, increases_of, removal_plans, removals
-from libprune.sequences import Sequences
-from libprune.surgery import masked
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.engine.surgery import masked
+from libprune.models.compute import sequence_losses
+from libprune.models.layers import blocks_of
+from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import Layout, read_table
+from libprune.statistics.sensitivity import LAYER, empty_table, increases_of, removal_plans, removals
 from stages.sensitivity import main
 from tests import tiny
 from tests.closure import run_without_torch
@@ -101,7 +101,7 @@ def test_increases_are_sorted_by_what_is_removed_and_by_layer(llama):
 
 def test_a_removal_runs_only_the_layers_from_its_own_on(llama):
     """Of N layers, N (N + 1) / 2 blocks for each kind of removal and pass, beside the dense run's N a pass."""
-    from libprune import prefix
+    from libprune.statistics import losses as prefix
 
     ran = 0
     make = prefix.Prefix.__init__

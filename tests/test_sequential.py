@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from libprune.architecture import Architecture, Map
-from libprune.describe import describe
-from libprune.errors import LibpruneError
-from libprune.plan import Plan
-from libprune.repair import Fit, Inputs, new_parameters, oriented, pruned_consumers, repair_local
-from libprune.sequences import Sequences
-from libprune.sequential import SequentialRepair, split_batches
-from libprune.surgery import input_mask, masked
+from libprune.engine.architecture import Architecture, Map
+from libprune.engine.describe import describe
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import input_mask, masked
+from libprune.models.sequences import Sequences
+from libprune.repair.least_squares import Fit, Inputs, new_parameters, oriented, pruned_consumers, repair_local
+from libprune.repair.sequential import SequentialRepair, split_batches
 from tests.collected import activations, assert_untouched, of_layers
 from tests.models import FAMILIES, LAYOUTS, VOCAB, plan_of, random_plan, tokens
 

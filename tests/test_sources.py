@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from libprune.checkpoint import write_dense
-from libprune.errors import SourceError
-from libprune.sections import Prepare
-from libprune.sources import load_dense, resolve
+from libprune.engine.errors import SourceError
+from libprune.models.folder import write_dense
+from libprune.models.source import load_dense, resolve
+from libprune.pipeline.sections import Prepare
 from tests.tiny import write_model
 
 # Where things are

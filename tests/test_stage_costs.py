@@ -7,10 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune import stage
-from libprune.errors import LibpruneError
-from libprune.params import PRESETS, validate_params
-from libprune.stage_costs import (
+from libprune.engine.errors import LibpruneError
+from libprune.experiments.costs import (
     Cost,
     collecting,
     cost_of,
@@ -23,6 +21,8 @@ from libprune.stage_costs import (
     total,
     write_costs,
 )
+from libprune.pipeline import stage
+from libprune.pipeline.params import PRESETS, validate_params
 from tests.closure import ROOT
 
 DATA = yaml.safe_load((ROOT / "params.yaml").read_text())

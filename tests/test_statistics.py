@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from libprune.accumulator import finished
-from libprune.input_statistics import (
+from libprune.collection.accumulator import finished
+from libprune.collection.input_records import (
     BINS,
     HELD_OUT_SEQUENCES,
     HELD_OUT_TOKENS,
@@ -21,7 +21,7 @@ from libprune.input_statistics import (
     entropy,
     frequency,
 )
-from libprune.statistics import BatchRows, MaskGradient, Pending, Samples, State, Statistic, Sum, count
+from libprune.collection.records import BatchRows, MaskGradient, Pending, Samples, State, Statistic, Sum, count
 
 TOKENS, WIDTH = 24, 5
 

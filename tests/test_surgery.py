@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config
 
-from libprune.architecture import Architecture, Map, Parameter, PartShape
-from libprune.axes import LinearMap, parse_expr, parse_map
-from libprune.describe import describe, new_config
-from libprune.errors import NotExpressibleError
-from libprune.family import Family, family_of
-from libprune.plan import Plan
-from libprune.surgery import masked, slice_state
+from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
+from libprune.engine.axes import LinearMap, parse_expr, parse_map
+from libprune.engine.describe import describe, new_config
+from libprune.engine.errors import NotExpressibleError
+from libprune.engine.family import Family, family_of
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked, slice_state
 from tests.models import FAMILIES, tokens
 
 # An attention of 3 heads of size 2 over a residual stream of 4, in the layouts of several families.

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from libprune.errors import LibpruneError
-from libprune.tasks import zero_shot
+from libprune.engine.errors import LibpruneError
+from libprune.results.tasks import zero_shot
 from tests import tiny
 
 QUESTIONS = 6

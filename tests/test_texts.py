@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from libprune.errors import SourceError
-from libprune.sections import Tokenize
-from libprune.texts import (
+from libprune.engine.errors import SourceError
+from libprune.pipeline.sections import Tokenize
+from libprune.texts.source import (
     PRESETS,
     TextSource,
     calibration_source,

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from libprune.errors import ArtifactError, SourceError
-from libprune.sequences import Sequences
-from libprune.tokens import Windows, draw, read_tokens, split_documents, spread, windows, write_tokens
+from libprune.engine.errors import ArtifactError, SourceError
+from libprune.models.sequences import Sequences
+from libprune.texts.windows import Windows, draw, read_tokens, split_documents, spread, windows, write_tokens
 from tests.tiny import WORDS, write_model
 
 

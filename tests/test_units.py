@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from libprune import cost
-from libprune.architecture import Architecture, Parameter, PartShape
-from libprune.axes import parse_expr
-from libprune.describe import describe
-from libprune.errors import StatisticsError
-from libprune.units import sum_positions, unit_sums
-from libprune.weight_statistics import weight_columns
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture, Parameter, PartShape
+from libprune.engine.axes import parse_expr
+from libprune.engine.describe import describe
+from libprune.engine.errors import StatisticsError
+from libprune.engine.unit_sums import sum_positions, unit_sums
+from libprune.statistics.weights import weight_columns
 from tests.models import FAMILIES
 
 sizes = st.integers(1, 4)

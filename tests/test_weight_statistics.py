@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from libprune.describe import describe
-from libprune.weight_statistics import effective_rank, singular_values, unit_vectors, weight_columns
+from libprune.engine.describe import describe
+from libprune.statistics.weights import effective_rank, singular_values, unit_vectors, weight_columns
 from tests.models import FAMILIES
 from tests.test_units import SEPARATE, conv1d_stored, elements, one_part
 

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.allocation import decide
-from libprune.artifacts import Layout, read_table, split_blocks, write_table
-from libprune.criteria import scale
-from libprune.errors import ArtifactError, LibpruneError
-from libprune.hgsp import HARMLESS
-from libprune.sections import Allocate
-from libprune.sensitivity import empty_table, removals, sensitivity_table
-from libprune.shards import write_shard
-from libprune.worth import shared_out, with_worth
+from libprune.allocation.allocate import decide
+from libprune.allocation.block_worth import shared_out, with_worth
+from libprune.allocation.hgsp import HARMLESS
+from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.pipeline.artifacts import Layout, read_table, split_blocks, write_table
+from libprune.pipeline.sections import Allocate
+from libprune.pipeline.shards import write_shard
+from libprune.scoring.criteria import scale
+from libprune.statistics.sensitivity import empty_table, removals, sensitivity_table
 from tests.shapes import Shape
 
 SHAPE = Shape()

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from libprune.errors import LibpruneError
-from libprune.samples import Samples
+from libprune.engine.errors import LibpruneError
+from libprune.models.samples import Samples
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], text: str) -> str:

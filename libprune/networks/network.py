@@ -10,8 +10,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from libprune.allocation import require_comparable
-from libprune.artifacts import (
+from libprune.allocation.allocate import require_comparable
+from libprune.allocation.of_modules import allocate_network
+from libprune.collection.calibration import HELD_OUT_EVERY, Run
+from libprune.engine.describe_module import describe
+from libprune.engine.errors import LibpruneError
+from libprune.engine.module_family import NetworkFamily
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+from libprune.models.folder import WeightFiles
+from libprune.models.parallel import World
+from libprune.models.samples import Samples
+from libprune.networks.identity import digest, require_precise, told
+from libprune.pipeline.artifacts import (
     Columns,
     Layout,
     read_json,
@@ -20,19 +31,12 @@ from libprune.artifacts import (
     writing,
     writing_folder,
 )
-from libprune.calibration import HELD_OUT_EVERY, Run
-from libprune.checkpoint import WeightFiles
-from libprune.criteria import find_criterion
-from libprune.errors import LibpruneError
-from libprune.fusion import named_criteria
-from libprune.networks.allocation import allocate_network
-from libprune.networks.collect import collect_activations, collect_gradients, collect_hessian, estimation
-from libprune.networks.describe import describe
-from libprune.networks.family import NetworkFamily
-from libprune.networks.identity import digest, require_precise, told
-from libprune.networks.pruned import TOLERANCE, Pruned, require_alike
-from libprune.networks.repair import repair_local, repair_sequential, set_weights
-from libprune.networks.slicing import (
+from libprune.pipeline.sections import Activations, Allocate, Compute, Gradients, Hessian, Score
+from libprune.pipeline.shards import read_meta
+from libprune.repair.least_squares import Fit
+from libprune.repair.of_modules import repair_local, repair_sequential, set_weights
+from libprune.results.module_folder import TOLERANCE, Pruned, require_alike
+from libprune.results.module_slicing import (
     WEIGHTS,
     difference,
     numbers_after,
@@ -42,16 +46,12 @@ from libprune.networks.slicing import (
     stored,
     with_tensors,
 )
-from libprune.parallel import World
-from libprune.part_scores import READS_LOSSES
-from libprune.plan import Plan
-from libprune.repair import Fit
-from libprune.samples import Samples
-from libprune.scoring import score_layout
-from libprune.sections import Activations, Allocate, Compute, Gradients, Hessian, Score
-from libprune.shards import read_meta
-from libprune.surgery import masked
-from libprune.weight_statistics import weight_columns
+from libprune.scoring.criteria import find_criterion
+from libprune.scoring.fusion import named_criteria
+from libprune.scoring.parts import READS_LOSSES
+from libprune.scoring.score import score_layout
+from libprune.statistics.of_modules import collect_activations, collect_gradients, collect_hessian, estimation
+from libprune.statistics.weights import weight_columns
 
 _CHECKED = 8
 """Samples on which the sliced network is compared with the masked one."""

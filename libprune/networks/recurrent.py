@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from libprune.errors import NetworkError
+from libprune.engine.errors import NetworkError
 
 BETA = 0.9
 """β, the share of its membrane potential that a LIF unit keeps from one step to the next."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from libprune.networks.family import NetworkFamily
+from libprune.engine.module_family import NetworkFamily
 from libprune.networks.recurrent import RecurrentLayer, RecurrentLM
 
 _GATES = 4

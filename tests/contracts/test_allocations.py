@@ -11,14 +11,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from libprune import cost
-from libprune.allocation import Decision, allocate, decide, jaccard, result_shape, summary
-from libprune.architecture import Architecture
-from libprune.artifacts import Columns, split_blocks, unit_index
-from libprune.errors import BudgetError, LibpruneError
-from libprune.methods import METHODS
-from libprune.plan import Plan
-from libprune.sections import Allocate
+from libprune.allocation.allocate import Decision, allocate, decide, jaccard, result_shape, summary
+from libprune.allocation.methods import METHODS
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import BudgetError, LibpruneError
+from libprune.engine.plan import Plan
+from libprune.pipeline.artifacts import Columns, split_blocks, unit_index
+from libprune.pipeline.sections import Allocate
 from tests.shapes import EQUAL_COSTS, Shape, drawn, ladders_of, removed_parameters, shapes
 
 META = {"criterion": "wanda", "fusion": "none", "comparable": True, "scaling": "none"}

@@ -16,17 +16,25 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors import safe_open
 
-from libprune.activations import NORMS, activation_columns
-from libprune.artifacts import Columns, Layout, read_architecture, read_table, unit_index, write_table, write_units
-from libprune.criteria import CRITERIA, SCALINGS, find_criterion, join_tables, scale, score_units
-from libprune.describe import describe
-from libprune.errors import ArtifactError, LibpruneError, StatisticsError
-from libprune.gradients import gradient_columns
-from libprune.hessian import hessian_columns
-from libprune.sections import Score
-from libprune.selection import obs_removal
-from libprune.shards import shard, write_shard
-from libprune.weight_statistics import weight_columns
+from libprune.engine.describe import describe
+from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError
+from libprune.pipeline.artifacts import (
+    Columns,
+    Layout,
+    read_architecture,
+    read_table,
+    unit_index,
+    write_table,
+    write_units,
+)
+from libprune.pipeline.sections import Score
+from libprune.pipeline.shards import shard, write_shard
+from libprune.scoring.criteria import CRITERIA, SCALINGS, find_criterion, join_tables, scale, score_units
+from libprune.scoring.obs import obs_removal
+from libprune.statistics.activations import NORMS, activation_columns
+from libprune.statistics.gradients import gradient_columns
+from libprune.statistics.hessian import hessian_columns
+from libprune.statistics.weights import weight_columns
 from tests.collected import activations, gradients, hessian
 from tests.models import FAMILIES, tokens
 

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from libprune import cost
-from libprune.architecture import Architecture
-from libprune.checkpoint import WeightFiles, load_model
-from libprune.errors import LibpruneError
-from libprune.family import families
-from libprune.heads import HEADS
-from libprune.plan import Plan
-from libprune.pruned_folder import write_pruned
-from libprune.surgery import masked, slice_state
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import LibpruneError
+from libprune.engine.family import families
+from libprune.engine.heads import HEADS
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked, slice_state
+from libprune.models.folder import WeightFiles, load_model
+from libprune.results.folder import write_pruned
 from tests.models import (
     FAMILIES,
     PLANS,

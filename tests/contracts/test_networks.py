@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from libprune import cost
-from libprune.architecture import Architecture
-from libprune.artifacts import split_blocks
-from libprune.errors import LibpruneError
+from libprune.collection.module_hooks import watched_inputs
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe_module import describe
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
 from libprune.networks import Network, load
-from libprune.networks.describe import describe
-from libprune.networks.watching import watched_inputs
-from libprune.plan import Plan
-from libprune.sections import Allocate, Score
-from libprune.surgery import masked
+from libprune.pipeline.artifacts import split_blocks
+from libprune.pipeline.sections import Allocate, Score
 from tests.networks import CASES, Case, cut, random_plan
 
 TOLERANCE = 1e-5

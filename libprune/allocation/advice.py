@@ -1,0 +1,165 @@
+"""Whether gradients vanish and which layers lose too much, and what to do about it, in plain words."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.allocation.evidence import origin_of
+from libprune.allocation.gradient_fix import Factors, factors_of, require_defined, rescaled, resolve
+from libprune.allocation.ladders import held_whole
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import ArtifactError
+from libprune.engine.plan import Plan
+from libprune.pipeline.artifacts import Columns, Layout, read_table, same_origin
+from libprune.pipeline.sections import Allocate
+from libprune.statistics.gradient_health import MILD, gradient_ratio, verdict
+
+HALF, MANY, FIRST = 0.5, 0.2, 5
+"""A layer loses too much above this share, too many do above that, and so many at the input matter most."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The scores under a gradient fix.
+
+    Attributes:
+        scores: the importance table.
+        fix: the fix that was applied; what `auto` came to.
+        ratio: the gradient ratio between layers, as collected.
+        ratio_after: the same with every layer's gradients times its factor.
+    """
+
+    scores: Columns
+    fix: str
+    ratio: float
+    ratio_after: float
+
+
+def fixed_scores(
+    layout: Layout, architecture: Architecture, scores: Columns, meta: Mapping[str, Any], params: Allocate
+) -> Fixed:
+    """Diagnose the collected gradients and apply the asked fix to the scores.
+
+    Raises:
+        LibpruneError: if gradients are missing or foreign, or the fix is not defined for these scores.
+    """
+    if "gradient_orders" not in meta:
+        raise ArtifactError(f"{layout.scores} was written by an older libprune; run `dvc repro score`")
+    orders = meta["gradient_orders"]
+    require_defined(params.gradient_fix, meta["criterion"], orders, meta["scaling"], params.method)
+    rows, tensors = (_gradients(layout, name, meta) for name in ("layers", "tensors"))
+    ratio = gradient_ratio(rows)
+    fix = resolve(params.gradient_fix, ratio)
+    if fix == "none":
+        return Fixed(scores, fix, ratio, ratio)
+    factors: Factors = factors_of(fix, tensors, architecture.layers, params.depth_weights)
+    after = gradient_ratio(rows | {"mean_abs": rows["mean_abs"] * factors[rows["layer_idx"]]})
+    return Fixed(rescaled(scores, orders, factors), fix, ratio, after)
+
+
+def _gradients(layout: Layout, name: str, meta: Mapping[str, Any]) -> Columns:
+    path = layout.gradients / f"{name}.parquet"
+    table, found = read_table(path, "gradients")
+    same_origin(path, found, origin_of(meta))
+    return table
+
+
+def shares_lost(architecture: Architecture, plan: Plan) -> NDArray[np.float64]:
+    """The share of its parameters that each layer loses, ``[layers]``."""
+    prices = cost.prices(architecture, "parameters")
+    shares = []
+    for layer in range(architecture.layers):
+        own = {(layer, part): plan.keep[layer, part] for part in architecture.parts}
+        whole = Plan({block: np.zeros_like(keep) for block, keep in own.items()})
+        shares.append(prices.removed(Plan(own)) / prices.removed(whole))
+    return np.array(shares)
+
+
+def over_pruned(lost: NDArray[np.float64], freeze_first: int = 0, freeze_last: int = 0) -> list[int]:
+    """The layers that stay and lose over half of their parameters, and clearly more than the layers do on average.
+
+    The second condition is for large ratios, where all layers lose half; layers that are frozen or gone do not count.
+    """
+    layers = np.arange(len(lost))
+    counted = (lost < 1) & (layers >= freeze_first) & (layers < len(lost) - freeze_last)
+    usual = float(lost[counted].mean()) if counted.any() else 0.0
+    return [int(layer) for layer in layers[counted] if lost[layer] > max(HALF, 1.1 * usual)]
+
+
+def diagnosis(
+    fixed: Fixed, architecture: Architecture, plan: Plan, params: Allocate, orders: Mapping[str, int]
+) -> dict[str, Any]:
+    """What the plan's metadata and the report say of gradients and layers.
+
+    Args:
+        fixed: the scores that the plan was made from.
+        architecture: the model's description.
+        plan: which units stay.
+        params: how they were chosen.
+        orders: of the scores' components that come from gradients, the order in them.
+
+    Returns:
+        JSON: `gradient_ratio` and `gradient_ratio_after_fix` (null: infinite), `verdict`, `fix`,
+        `over_pruned_layers` and `advice`, a list of sentences.
+    """
+    lost = shares_lost(architecture, plan)
+    over = over_pruned(lost, params.freeze_first, params.freeze_last)
+    return {
+        "gradient_ratio": _finite(fixed.ratio),
+        "gradient_ratio_after_fix": _finite(fixed.ratio_after),
+        "verdict": verdict(fixed.ratio),
+        "fix": fixed.fix,
+        "over_pruned_layers": over,
+        "advice": [
+            *_about_gradients(fixed, params, orders),
+            *_about_layers(over, lost, params),
+            *held_whole(architecture, not plan.uniform or params.shape == "per_layer"),
+        ],
+    }
+
+
+def _finite(ratio: float) -> float | None:
+    return ratio if np.isfinite(ratio) else None
+
+
+def _about_gradients(fixed: Fixed, params: Allocate, orders: Mapping[str, int]) -> list[str]:
+    between = params.method in {"global", "hgsp"}
+    advice = []
+    if any(orders.values()) and between and fixed.fix == "none" and fixed.ratio >= MILD:
+        advice.append(f"gradient ratio {fixed.ratio:,.0f}: {verdict(fixed.ratio)}; try allocate.gradient_fix=auto")
+    if fixed.fix != "none" and fixed.ratio_after > fixed.ratio:
+        advice.append(
+            f"allocate.gradient_fix={fixed.fix} widens the gradient ratio from {fixed.ratio:,.1f} to "
+            f"{fixed.ratio_after:,.1f}; compare with none"
+        )
+    if fixed.fix != "none" and not between:
+        advice.append(
+            f"allocate.method={params.method} settles how much each layer loses without comparing scores between "
+            f"layers, so allocate.gradient_fix={fixed.fix} changes little"
+        )
+    return advice
+
+
+def _about_layers(over: Sequence[int], lost: NDArray[np.float64], params: Allocate) -> list[str]:
+    if not over:
+        return []
+    named = ", ".join(f"{layer} ({100 * lost[layer]:.0f} %)" for layer in over)
+    advice = [f"layers that lose over half of their parameters, and clearly more than the others: {named}"]
+    if len(over) > MANY * len(lost):
+        others = "" if params.method == "uniform" else ", or compare with allocate.method=uniform"
+        advice.append(
+            f"these are more than {100 * MANY:.0f} % of the layers; lower allocate.ratio, raise "
+            f"allocate.min_groups and allocate.min_channels{others}"
+        )
+    if early := [layer for layer in over if layer < FIRST]:
+        frozen = max(early) + 1
+        compare = f"; compare with allocate.freeze_first={frozen}" if frozen <= len(lost) // 3 else ""
+        advice.append(
+            f"{len(early)} of the first {min(FIRST, len(lost))} layers, which the others build on, are among "
+            f"them{compare}"
+        )
+    return advice

@@ -1,0 +1,98 @@
+"""H-GSP, hierarchical global structured pruning: units compete over all layers, weighed by what their layer and
+block are worth as a whole.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.allocation.ladders import Block, Ladders, floor_of, spent
+from libprune.engine.architecture import Architecture
+from libprune.pipeline.sections import Allocate
+from libprune.statistics.sensitivity import LAYER
+
+HARMLESS = 1e-6
+"""The least loss increase that counts, nats, so that a block whose removal helps keeps its units' order."""
+
+Increases = Mapping[str, NDArray[np.float64]]
+"""Loss increases ``[layers]`` in nats per token, by what is removed: `layer`, or a part."""
+
+
+def threshold_of(threshold: float | str, layers: NDArray[np.float64]) -> float:
+    """The loss increase up to which a layer counts as a whole, nats.
+
+    Args:
+        threshold: as in `allocate.threshold`.
+        layers: loss increases of removing whole layers, ``[layers]``.
+    """
+    if isinstance(threshold, str):
+        kind, _, share = threshold.partition(":")
+        return (
+            float(np.percentile(layers, float(share))) if share else {"blockwise": -np.inf, "layerwise": np.inf}[kind]
+        )
+    return threshold if threshold > 0 else -np.inf
+
+
+def block_factors(architecture: Architecture, increases: Increases, params: Allocate) -> dict[Block, float]:
+    """B^T for every block: B = ln(1 + max(x, HARMLESS)) of the loss increase x that the block is judged by.
+
+    That is the increase of removing its whole layer where this does not exceed the threshold, and of
+    removing the block alone elsewhere. T is `allocate.temperature`; 0 makes all factors 1.
+    """
+    limit = threshold_of(params.threshold, increases[LAYER])
+    return {
+        (layer, part): float(
+            np.log1p(max(increases[LAYER if increases[LAYER][layer] <= limit else part][layer], HARMLESS))
+            ** params.temperature
+        )
+        for layer, part in architecture.blocks()
+    }
+
+
+def weighted(ladders: Ladders, factors: Mapping[Block, float]) -> Ladders:
+    """The same ladders with every rank multiplied by the factor of its block."""
+    return {
+        block: tuple(replace(step, rank=step.rank * factors[block]) for step in steps)
+        for block, steps in ladders.items()
+    }
+
+
+def above_floors(architecture: Architecture, ladders: Ladders, params: Allocate) -> Ladders:
+    """The ladders up to where a floor ends them."""
+    cut = {}
+    for (layer, part), steps in ladders.items():
+        left = architecture.units(part) - np.cumsum([len(step.units) for step in steps], dtype=np.int64)
+        cut[layer, part] = steps[: int((left >= floor_of(part, params)).sum())]
+    return cut
+
+
+def collapsing(
+    architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], target: int, below: float
+) -> tuple[int, ...]:
+    """The layers to remove whole: the weakest first, those that keep less than a share, as far as the budget goes.
+
+    A layer's kept share is the mean over its parts of kept units over all. Frozen layers stay, and so does the
+    last layer of all.
+    """
+    units = {part: architecture.units(part) for part in architecture.parts}
+    kept = {
+        layer: np.mean(
+            [
+                1 - sum(len(step.units) for step in ladders[layer, part][: depth[layer, part]]) / units[part]
+                for part in units
+            ]
+        )
+        for layer in range(architecture.layers)
+        if all(sum(len(step.units) for step in ladders[layer, part]) == units[part] for part in units)
+    }
+    gone: list[int] = []
+    cost = 0
+    for layer in sorted(kept, key=lambda layer: (kept[layer], layer)):
+        whole = {block: len(ladders[block]) for block in ladders if block[0] == layer}
+        price = spent({block: ladders[block] for block in whole}, whole)
+        if kept[layer] < below and cost + price <= target and len(gone) + 1 < architecture.layers:
+            gone.append(layer)
+            cost += price
+    return tuple(sorted(gone))

@@ -1,0 +1,136 @@
+"""Ladders: the removals that are allowed in each block, in the order in which they happen.
+
+In every block the units go in ascending order of rank, in steps: one unit, as many channels as keep
+their count a multiple, or all units at once where a norm couples them. What differs between allocation
+methods is how far each block goes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.cost import Prices
+from libprune.engine.family import families
+from libprune.engine.plan import Plan
+from libprune.pipeline.artifacts import Columns
+from libprune.pipeline.sections import Allocate
+
+Block = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next removal in a block: which units, what they cost, their rank and summed importance."""
+
+    units: tuple[int, ...]
+    cost: int
+    rank: float
+    importance: float
+
+
+Ladders = Mapping[Block, tuple[Step, ...]]
+"""For every block the removals that are allowed, in the order in which they happen."""
+
+
+def build_ladders(architecture: Architecture, scores: Columns, params: Allocate, prices: Prices) -> Ladders:
+    """The allowed removals of every block; ties break by unit."""
+    ladders: dict[Block, tuple[Step, ...]] = {}
+    start = 0
+    for layer, part in architecture.blocks():
+        rows = slice(start, start + architecture.units(part))
+        start = rows.stop
+        frozen = layer < params.freeze_first or layer >= architecture.layers - params.freeze_last
+        rank, importance = scores[params.rank_by][rows], scores["importance"][rows]
+        unit, rest = prices.unit[layer, part], prices.rest[layer, part]
+        multiple = len(rank) if architecture.parts[part].coupled else _multiple(part, params)
+        ladders[layer, part] = () if frozen else _ladder(part, rank, importance, unit, rest, multiple, params)
+    return ladders
+
+
+def _multiple(part: str, params: Allocate) -> int:
+    return 1 if part == "attention" else params.channel_multiple
+
+
+def _ladder(
+    part: str,
+    rank: NDArray[np.float64],
+    importance: NDArray[np.float64],
+    unit_price: int,
+    rest: int,
+    multiple: int,
+    params: Allocate,
+) -> tuple[Step, ...]:
+    floor = floor_of(part, params)
+    if unit_price == 0:  # nothing to gain for this objective
+        return ()
+    order = np.argsort(rank, kind="stable")
+    steps: list[Step] = []
+    gone = 0
+    while gone < len(order):
+        size = (len(order) - gone) % multiple or multiple
+        left = len(order) - gone - size
+        if left < floor:
+            break
+        units = order[gone : gone + size]
+        total = size * unit_price + (rest if left == 0 else 0)
+        # The mean of equal ranks may round down; ranks that descend would let a later step sort first.
+        mean = max(float(rank[units].mean()), steps[-1].rank if steps else -np.inf)
+        steps.append(Step(tuple(units.tolist()), total, mean, float(importance[units].sum())))
+        gone += size
+    return tuple(steps)
+
+
+def held_whole(architecture: Architecture, per_layer: bool) -> list[str]:
+    """For each part of which no single unit can go, a sentence that says why.
+
+    Args:
+        architecture: the model's description.
+        per_layer: whether the result may have a modeling file of its own.
+    """
+    found = []
+    for part, shape in architecture.parts.items():
+        if shape.coupled:
+            norms = " and ".join(shape.coupled)
+            found.append(f"no {part} unit can go alone: {norms} of {architecture.family} work over all of them at once")
+        elif not per_layer and not any(map(shape.says, range(1, architecture.units(part)))):
+            why = families()[architecture.family].config.unsaid(shape.axis)
+            found.append(
+                f"the stock config of {architecture.family} cannot say fewer {part} units{f' ({why})' if why else ''}; "
+                "allocate.shape=per_layer can"
+            )
+    return found
+
+
+def floor_of(part: str, params: Allocate) -> int:
+    """Units that every block of a part keeps."""
+    return params.min_groups if part == "attention" else params.min_channels
+
+
+def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block) -> bool:
+    """Whether one more removal in a block would leave its layer with nothing."""
+    layer, _ = block
+    if depth[block] + 1 < len(ladders[block]):
+        return False
+    left = 0
+    for part in architecture.parts:
+        other = (layer, part)
+        taken = depth[other] + (1 if other == block else 0)
+        left += architecture.units(part) - sum(len(step.units) for step in ladders[other][:taken])
+    return left == 0
+
+
+def spent(ladders: Ladders, depth: Mapping[Block, int]) -> int:
+    """How much of the objective goes with so many steps down each block's ladder."""
+    return sum(step.cost for block, steps in ladders.items() for step in steps[: depth[block]])
+
+
+def plan_of(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int]) -> Plan:
+    """The plan that takes so many steps down each block's ladder."""
+    keep = {block: np.ones(architecture.units(block[1]), dtype=bool) for block in ladders}
+    for block, steps in depth.items():
+        for step in ladders[block][:steps]:
+            keep[block][list(step.units)] = False
+    return Plan(keep)

@@ -1,0 +1,261 @@
+"""Allocation methods: how far down its ladder each block goes, for a target in what the objective counts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.allocation.hgsp import Increases, above_floors, block_factors, collapsing, weighted
+from libprune.allocation.knapsack import choose_levels, fill
+from libprune.allocation.ladders import Block, Ladders, Step, empties_layer, spent
+from libprune.allocation.retention import by_progress
+from libprune.engine.architecture import Architecture
+from libprune.pipeline.sections import Allocate
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is measured of layers, beside the scores.
+
+    Attributes:
+        change: 1 - cosine between each block's input and output, ``[layers]``; for `functional`.
+        curves: for every block the divergence by the number of units removed, ``[units + 1]``, nats; for `search`.
+        sensitivity: loss increases of removing layers and blocks, ``[layers]`` each, nats; for `hgsp`.
+        wanted: units that each block may lose; for `retention`.
+        latency: the straight lines fitted to measured times; for the objective `latency`.
+    """
+
+    change: NDArray[np.float64] | None = None
+    curves: Mapping[Block, NDArray[np.float64]] | None = None
+    sensitivity: Increases | None = None
+    wanted: Mapping[Block, float] | None = None
+    latency: Mapping[str, Any] | None = None
+
+
+Depth = dict[Block, int]
+"""How many steps of its ladder each block goes."""
+Method = Callable[[Architecture, Ladders, int, Allocate, Evidence], Depth]
+
+
+def allocate_global(
+    architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
+) -> Depth:
+    """The lowest ranks over all blocks first; ties break by layer, then type, then unit.
+
+    A removal that no longer fits is passed over, so that the target is missed by less than the
+    cheapest removal that is left.
+    """
+    order = sorted(
+        (step.rank, layer, list(architecture.parts).index(part), position)
+        for (layer, part), steps in ladders.items()
+        for position, step in enumerate(steps)
+    )
+    depth = dict.fromkeys(ladders, 0)
+    removed = 0
+    for _, layer, part_index, position in order:
+        block = (layer, list(architecture.parts)[part_index])
+        step = ladders[block][position]
+        fits = removed + step.cost <= target and depth[block] == position
+        if fits and (params.allow_layer_removal or not empties_layer(architecture, ladders, depth, block)):
+            depth[block] += 1
+            removed += step.cost
+    return depth
+
+
+def allocate_uniform(
+    architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
+) -> Depth:
+    """The same number of removals in every layer that is not frozen.
+
+    Of all splits between the parts, those that come nearest to the target (within one removal of
+    the cheapest part in every layer) are considered; `split` chooses among them, or the least
+    divergence where that was measured.
+    """
+    layers = [layer for layer in range(architecture.layers) if any(ladders[layer, p] for p in architecture.parts)]
+    if not layers:
+        return dict.fromkeys(ladders, 0)
+    first = {part: ladders[layers[0], part] for part in architecture.parts}
+    options = {part: _options(architecture, first[part], part, params) for part in first}
+    spent = {part: _totals([[step.cost for step in ladders[layer, part]] for layer in layers]) for part in first}
+    lost = {part: _totals([_losses(ladders, evidence, (layer, part)) for layer in layers]) for part in first}
+    gone = {part: _totals([[len(step.units) for step in first[part]]]) / architecture.units(part) for part in first}
+    may_empty = params.allow_layer_removal and len(layers) < architecture.layers
+
+    def allowed(split: Split) -> bool:
+        return may_empty or any(gone[part][i] < 1 for part, i in split.items())
+
+    splits = _splits(options, spent, target, allowed)
+
+    def miss(split: Split) -> float:
+        return abs(target - float(sum(spent[part][i] for part, i in split.items())))
+
+    def preference(split: Split) -> float:
+        if params.split == "importance" or evidence.curves is not None:
+            return float(sum(lost[part][i] for part, i in split.items()))
+        shares = [float(gone[part][i]) for part, i in split.items()]
+        return max(shares) - min(shares)
+
+    cheapest = min((len(layers) * steps[0].cost for steps in first.values() if steps), default=0)
+    reach = max(cheapest, min(map(miss, splits)))
+    best = min((split for split in splits if miss(split) <= reach), key=lambda split: (preference(split), miss(split)))
+    return {(layer, part): best[part] if layer in layers else 0 for layer, part in ladders}
+
+
+def _losses(ladders: Ladders, evidence: Evidence, block: Block) -> list[float]:
+    """What each step of a block's ladder loses: importance, or divergence where that was measured."""
+    if evidence.curves is None:
+        return [step.importance for step in ladders[block]]
+    removed = np.cumsum([0, *(len(step.units) for step in ladders[block])])
+    return list(np.diff(evidence.curves[block][removed]))
+
+
+Split = Mapping[str, int]
+"""For each part the number of removals in every layer."""
+
+
+def _totals(values: list[list[Any]]) -> NDArray[np.float64]:
+    """Sums over layers of the first 0, 1, 2, ... steps; ``[steps + 1]``."""
+    return np.concatenate([[0.0], np.cumsum(np.sum(np.array(values, dtype=np.float64), axis=0))])
+
+
+def _options(architecture: Architecture, ladder: tuple[Step, ...], part: str, params: Allocate) -> list[int]:
+    """How many removals leave a count that the result's shape can hold."""
+    kept = architecture.units(part) - np.cumsum([0, *(len(step.units) for step in ladder)])
+    any_count = params.shape == "per_layer"
+    shape = architecture.parts[part]
+    return [i for i, count in enumerate(kept) if i == 0 or any_count or (count > 0 and shape.says(int(count)))]
+
+
+def _splits(
+    options: Mapping[str, list[int]],
+    spent: Mapping[str, NDArray[np.float64]],
+    target: int,
+    allowed: Callable[[Split], bool],
+) -> list[Split]:
+    """For every choice in the other parts the allowed one nearest to the target in the part of finest steps."""
+    finest = min(options, key=lambda part: spent[part][1] if len(spent[part]) > 1 else np.inf)
+    others = [part for part in options if part != finest]
+    choices = np.array(options[finest])
+    splits: list[Split] = []
+    for chosen in product(*(options[part] for part in others)):
+        rest = target - sum(spent[part][i] for part, i in zip(others, chosen, strict=True))
+        order = np.argsort(np.abs(spent[finest][choices] - rest), kind="stable")
+        fills = (dict(zip(others, chosen, strict=True)) | {finest: int(fill)} for fill in choices[order])
+        splits.extend(islice(filter(allowed, fills), 1))
+    return splits
+
+
+def allocate_functional(
+    architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
+) -> Depth:
+    """Each layer loses a share that falls as the layer changes its input more, within half and one and a half
+    times the mean share.
+
+    With c_l = 1 - cosine(input, output) of layer l scaled to 0...1 over the layers, the share is
+    r (1.5 - c_l), moved by a constant and cut to [0.5 r, 1.5 r] so that the shares meet the target (FANG's
+    functional allocation). In a layer the lowest ranks go first, or the same share of each part, as `split` says.
+    """
+    assert evidence.change is not None
+    layers = [layer for layer in range(architecture.layers) if any(ladders[layer, p] for p in architecture.parts)]
+    depth = dict.fromkeys(ladders, 0)
+    if not layers:
+        return depth
+    sizes = np.array([_removable(ladders, [(layer, part) for part in architecture.parts]) for layer in layers])
+    shares = functional_shares(evidence.change[layers], sizes, target / max(1, int(sizes.sum())))
+    owed = 0.0  # what the layers before could not remove in whole units is passed on
+    for layer, budget in zip(layers, shares * sizes, strict=True):
+        blocks = [(layer, part) for part in architecture.parts]
+        groups = [blocks] if params.split == "importance" else [[block] for block in blocks]
+        whole = _removable(ladders, blocks)
+        for group in groups:
+            owed += float(budget) * _removable(ladders, group) / whole
+            own = {block: ladders[block] if block in group else () for block in ladders}
+            if not params.allow_layer_removal and len(group) < len(blocks):
+                own |= {block: _without_the_last(architecture, ladders, depth, block) for block in group}
+            taken = allocate_global(architecture, own, round(owed), params, evidence)
+            depth |= {block: taken[block] for block in group}
+            owed -= sum(step.cost for block in group for step in ladders[block][: taken[block]])
+    return depth
+
+
+def _without_the_last(
+    architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block
+) -> tuple[Step, ...]:
+    """A block's ladder, less the step that would leave its layer with nothing."""
+    steps = ladders[block]
+    last = {**depth, block: len(steps) - 1}
+    return steps[:-1] if steps and empties_layer(architecture, ladders, last, block) else steps
+
+
+def functional_shares(change: NDArray[np.float64], sizes: NDArray[np.int64], mean: float) -> NDArray[np.float64]:
+    """The share that each layer loses, so that their mean, weighted by the layers' sizes, is the given one."""
+    spread = np.ptp(change)
+    scaled = (change - change.min()) / spread if spread > 0 else np.full(len(change), 0.5)
+    low, high = -mean, mean
+    for _ in range(60):  # the mean grows with the constant: bisection
+        middle = (low + high) / 2
+        shares = np.clip(mean * (1.5 - scaled) + middle, 0.5 * mean, min(1.0, 1.5 * mean))
+        low, high = (middle, high) if (shares * sizes).sum() < mean * sizes.sum() else (low, middle)
+    return shares
+
+
+def _removable(ladders: Ladders, blocks: Sequence[Block]) -> int:
+    return sum(step.cost for block in blocks for step in ladders[block])
+
+
+def allocate_search(
+    architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
+) -> Depth:
+    """Least summed divergence of the blocks' levels for the target: a multiple-choice knapsack.
+
+    The divergences of single blocks add up only roughly; `libprune.allocation.evolution` goes on from here with whole
+    plans. A `uniform` shape takes the same level in every layer.
+    """
+    assert evidence.curves is not None
+    if params.shape == "uniform":
+        return allocate_uniform(architecture, ladders, target, params, evidence)
+    depth = choose_levels(architecture, ladders, evidence.curves, target, params.allow_layer_removal)
+    return fill(architecture, ladders, evidence.curves, depth, target, params)
+
+
+def allocate_hgsp(
+    architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
+) -> Depth:
+    """The lowest ranks over all blocks first, each rank times the factor of its block (`libprune.allocation.hgsp`).
+
+    Layers that would keep less than `collapse_below` if there were no floors are then removed whole, as far as
+    the target goes, and the others share what is left of it. For that the ladders reach below the floors, which
+    hold for all layers that stay.
+    """
+    assert evidence.sensitivity is not None
+    ordered = weighted(ladders, block_factors(architecture, evidence.sensitivity, params))
+    bounded = above_floors(architecture, ordered, params)
+    gone: tuple[int, ...] = ()
+    if params.collapse_below:
+        free = allocate_global(architecture, ordered, target, params, evidence)
+        gone = collapsing(architecture, ladders, free, target, params.collapse_below)
+    collapsed = {block: len(steps) if block[0] in gone else 0 for block, steps in ladders.items()}
+    rest = {block: () if block[0] in gone else steps for block, steps in bounded.items()}
+    others = allocate_global(architecture, rest, target - spent(ladders, collapsed), params, evidence)
+    return {block: collapsed[block] or others[block] for block in ladders}
+
+
+def allocate_retention(
+    architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
+) -> Depth:
+    """Every block loses the same multiple of what its importance lets it lose (`libprune.allocation.retention`)."""
+    assert evidence.wanted is not None
+    return allocate_global(architecture, by_progress(ladders, evidence.wanted), target, params, evidence)
+
+
+METHODS: dict[str, Method] = {
+    "uniform": allocate_uniform,
+    "global": allocate_global,
+    "functional": allocate_functional,
+    "retention": allocate_retention,
+    "hgsp": allocate_hgsp,
+    "search": allocate_search,
+}

@@ -1,0 +1,83 @@
+"""The `libprune compare` commands: DVC's experiments side by side, and comparisons of settings over seeds."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from libprune.pipeline import stage
+
+app = typer.Typer(add_completion=False, invoke_without_command=True, pretty_exceptions_enable=False)
+
+Out = Annotated[Path, typer.Option("--out", help="The folder for what is written.")]
+AllCommits = Annotated[bool, typer.Option("--all-commits", help="Experiments of every commit, not only of HEAD.")]
+File = Annotated[Path, typer.Argument(help="A comparison file, such as comparisons/classical.yaml.")]
+Guide = Annotated[Path | None, typer.Option("--guide", help="Write a guide to the settings to this Markdown file.")]
+
+OUT = Path("report/compare")
+
+
+@app.callback()
+def compare(context: typer.Context, out: Out = OUT, all_commits: AllCommits = False) -> None:
+    """Show DVC's experiments and the workspace as one table and one picture, the lowest perplexity first."""
+    if context.invoked_subcommand is not None:
+        return
+    from libprune.engine.errors import LibpruneError
+    from libprune.experiments.dvc_experiments import comparable
+    from libprune.experiments.sweep_picture import write_picture
+    from libprune.experiments.sweep_table import csv_text, markdown_text, params_diff, remarks, table
+    from libprune.pipeline.artifacts import writing
+    from libprune.report.report import text_table
+
+    with stage.user_errors():
+        rows, left_out = comparable(all_commits)
+        if out.exists() and not out.is_dir():
+            raise LibpruneError(f"--out {out} is a file; name a folder")
+        for name, text in (("table.md", markdown_text(rows, left_out)), ("table.csv", csv_text(rows))):
+            with writing(out / name) as partial:
+                partial.write_text(text)
+        write_picture(out / "perplexity.png", rows)
+    command = params_diff(rows)
+    typer.echo("\n".join([text_table(*table(rows)), "", *remarks(rows, left_out)]))
+    typer.echo(f"\nwritten: {out}/table.md, table.csv, perplexity.png")
+    if command:
+        typer.echo(f"the two best, param by param: {command}")
+
+
+@app.command()
+def run(file: File, out: Out = OUT, guide: Guide = None) -> None:
+    """Run what a comparison file lacks, one experiment after the other, and show all of it."""
+    from libprune.experiments.dvc_experiments import gather, read_lock, show
+    from libprune.experiments.file import read_comparison
+    from libprune.experiments.report import COSTS, gathered_now, write_comparison
+    from libprune.experiments.runs import missing_runs, run_all
+
+    with stage.user_errors():
+        comparison = read_comparison(file)
+        todo = missing_runs(comparison, *gather(show(), read_lock))
+        wanted = len(comparison.settings) * len(comparison.seeds)
+        typer.echo(f"{comparison.name}: {wanted - len(todo)} of {wanted} runs have results, {len(todo)} to do")
+        try:
+            failed = run_all(comparison, todo, out / comparison.name / "logs", out / COSTS, typer.echo)
+        except KeyboardInterrupt:
+            typer.echo("stopped; the same command goes on from here", err=True)
+            raise SystemExit(130) from None
+        typer.echo("")
+        try:
+            typer.echo(write_comparison(gathered_now(comparison, out, failed=failed), out, guide))
+        finally:
+            for name, reason in failed.items():
+                typer.echo(f"failed: {name}: {reason}", err=True)
+    if failed:
+        raise SystemExit(1)
+
+
+@app.command("gather")
+def gather_only(file: File, out: Out = OUT, all_commits: AllCommits = False, guide: Guide = None) -> None:
+    """Show those results of a comparison file that experiments have already, by whatever name, and run nothing."""
+    from libprune.experiments.file import read_comparison
+    from libprune.experiments.report import gathered_now, write_comparison
+
+    with stage.user_errors():
+        comparison = read_comparison(file)
+        typer.echo(write_comparison(gathered_now(comparison, out, all_commits), out, guide))

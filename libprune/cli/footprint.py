@@ -1,0 +1,274 @@
+"""What every stage writes, in bytes, from the shapes and the params alone.
+
+Tensors are counted exactly, by the same statistics that collect them, on the meta device. What is
+compressed or written as text is estimated; it is small beside them in any model of some size.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from libprune.collection.accumulator import PENDING, ROWS, UNITS, Group, finished, state_bytes
+from libprune.engine.architecture import Architecture
+from libprune.pipeline.params import Params
+from libprune.pipeline.sections import Allocate
+from libprune.scoring.score import component_columns, criteria_of
+from libprune.statistics.activations import activation_groups
+from libprune.statistics.gradients import gradient_groups
+from libprune.statistics.hessian import hessian_groups
+from libprune.statistics.levels import choose_levels
+from libprune.statistics.sensitivity import removals
+
+# pyarrow's defaults: values that a dictionary page of 1 MiB holds, and rows of a row group.
+_DICTIONARY_VALUES, _ROW_GROUP = 1 << 17, 1 << 20
+# Measured: what a Parquet file says of a column and of itself, a safetensors header of a tensor (beside its name) and
+# of itself, a token id in Parquet, a token in tokenizer.json with its merges; then texts, and the report's pictures.
+_COLUMN, _TABLE = 320, 600
+_TENSOR, _SHARD = 76, 320
+_TOKEN_ID, _TOKEN_TEXT = 2.5, 72
+_CONFIG, _PROVENANCE, _EVALUATION, _EVALUATION_LAYER, _LATENCY = 1_400, 4_000, 3_000, 90, 1_500
+_REPORT = 1_100_000
+
+
+@dataclass(frozen=True)
+class Table:
+    """A Parquet table as `libprune.pipeline.artifacts.write_table` writes it.
+
+    Attributes:
+        rows: rows.
+        numbers: columns of float64 that hardly repeat.
+        labels: the number of distinct values of each column of small integers or rounded shares.
+        runs: columns that are constant or sorted, of which next to nothing is stored.
+    """
+
+    rows: int
+    numbers: int
+    labels: tuple[int, ...] = ()
+    runs: int = 2
+
+    @property
+    def columns(self) -> int:
+        """Number of columns."""
+        return self.numbers + len(self.labels) + self.runs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file.
+
+        A column is a dictionary of its values and one index a row, until the dictionary has grown to
+        1 MiB; what follows in a row group is plain. Numbers of statistics hardly compress.
+        """
+        groups = [min(_ROW_GROUP, self.rows - start) for start in range(0, self.rows, _ROW_GROUP)]
+        indexed = (min(rows, _DICTIONARY_VALUES) for rows in groups)
+        numbers = sum(self.numbers * (8 * rows + _index(n, n)) for rows, n in zip(groups, indexed, strict=True))
+        labels = sum(8 * min(distinct, rows) + _index(rows, distinct) for rows in groups for distinct in self.labels)
+        return _TABLE + _COLUMN * self.columns + numbers + labels
+
+
+def _index(rows: int, distinct: int) -> int:
+    """Bytes of the indices of so many rows into a dictionary."""
+    return rows * max(0, distinct - 1).bit_length() // 8
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one stage leaves on the disk, and what it holds until then.
+
+    Attributes:
+        stage: its name.
+        files: bytes by path below the folder of artifacts.
+        settings: the params that decide, and their values.
+        sums: bytes of the running sums, in memory or in `.work`; 0 for a stage that keeps hardly any.
+    """
+
+    stage: str
+    files: Mapping[str, int]
+    settings: str = ""
+    sums: int = 0
+
+    @property
+    def written(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+
+def footprints(architecture: Architecture, params: Params, stored: torch.dtype) -> list[Footprint]:
+    """What the stages will write, in the order in which they run.
+
+    Args:
+        architecture: the dense model's description.
+        params: the params of the run.
+        stored: storage type of the dense model.
+
+    Raises:
+        LibpruneError: for an unknown criterion.
+    """
+    rows = sum(architecture.units(part) for _, part in architecture.blocks())
+    components = component_columns(criteria_of(architecture, params.score), params.score)
+    scores = _units(architecture, numbers=2 + components, runs=3)
+    scored = ", ".join(f"score.{key}: {text}" for key, text in params.score.expressions.items())
+    return [
+        _prepare(architecture, stored),
+        _tokenize(params),
+        _gradients(architecture, params),
+        _hessian(architecture, params),
+        _activations(architecture, params),
+        _losses("ablation", min(params.ablation.units, rows), f"ablation.units: {params.ablation.units}", 3),
+        Footprint("score", {"scores.parquet": scores.nbytes}, scored),
+        _sensitivity(architecture, params.allocate),
+        _levels(architecture, params),
+        _latency(params.allocate),
+        Footprint("allocate", {"plan.parquet": _plan(scores).nbytes}, f"allocate.method: {params.allocate.method}"),
+        _slice(architecture, params, stored, _plan(scores)),
+        Footprint("evaluate", {"evaluation.json": _EVALUATION + _EVALUATION_LAYER * architecture.layers}),
+        Footprint("report", {"../report": _REPORT}),
+    ]
+
+
+def _units(architecture: Architecture, numbers: int, labels: tuple[int, ...] = (), runs: int = 2) -> Table:
+    """A per-unit table: layer, part and unit, and further columns."""
+    rows = sum(architecture.units(part) for _, part in architecture.blocks())
+    return Table(rows, numbers, (max(map(architecture.units, architecture.parts)), *labels), runs)
+
+
+def _plan(scores: Table) -> Table:
+    """The scores with `keep`."""
+    return Table(scores.rows, scores.numbers, (*scores.labels, 2), scores.runs)
+
+
+def _prepare(architecture: Architecture, stored: torch.dtype) -> Footprint:
+    files = {
+        "model/model.safetensors": _weights(architecture, architecture.total_parameters, stored),
+        "model/config.json": _CONFIG,
+        "model/tokenizer.json": _TOKEN_TEXT * architecture.sizes["vocab"],
+        "architecture.json": len(architecture.to_json()),
+        "weights.parquet": _units(architecture, numbers=5, runs=4).nbytes,
+    }
+    return Footprint("prepare", files, f"stored as {dtype_name(stored)}")
+
+
+def _weights(architecture: Architecture, parameters: int, stored: torch.dtype) -> int:
+    names = [parameter.name for parameter in architecture.parameters]
+    return parameters * stored.itemsize + header_bytes(names)
+
+
+def header_bytes(names: Iterable[str]) -> int:
+    """About the bytes of the header of a safetensors file that holds tensors of these names."""
+    return _SHARD + sum(_TENSOR + len(name) for name in names)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in configs and params."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _tokenize(params: Params) -> Footprint:
+    section = params.tokenize
+    shapes = {
+        "calibration": (section.calibration_sequences, section.calibration_length),
+        "evaluation": (section.evaluation_windows, section.evaluation_length),
+    }
+    files = {f"tokens/{n}.parquet": _TABLE + _COLUMN + round(_TOKEN_ID * a * b) for n, (a, b) in shapes.items()}
+    return Footprint("tokenize", files, ", ".join(f"{a} × {b} tokens" for a, b in shapes.values()))
+
+
+def _gradients(architecture: Architecture, params: Params) -> Footprint:
+    section, tokens = params.gradients, params.tokenize
+    sequences = section.sequences or tokens.calibration_sequences
+    size, available = section.batch_sequences, tokens.calibration_sequences
+    in_one_pass = max(1, params.compute.batch_tokens // tokens.calibration_length)
+    in_pieces = architecture.head == "sequence_classification" or in_one_pass < size
+    n_tok = tokens.calibration_length - 1
+    groups = gradient_groups(architecture, n_tok, -(-available // size), section, in_pieces)
+    parameters = [p for block in architecture.blocks() for p in architecture.parameters_of(*block)]
+    tables = {
+        "units": _units(architecture, numbers=10, labels=(sequences + 1,)),
+        "layers": Table(len(parameters) * -(-sequences // size), 3, runs=4),
+        "tensors": Table(len(parameters), 1, runs=3),
+    }
+    moments = f"second_moments: {section.second_moments}"
+    settings = f"{section.storage_dtype}, {sequences} sequences, {moments}"
+    return _collected("gradients", groups, architecture.layers, tables, settings)
+
+
+def _hessian(architecture: Architecture, params: Params) -> Footprint:
+    section = params.hessian
+    if section.estimator == "none":
+        return Footprint("hessian", {}, "hessian.estimator: none")
+    groups = hessian_groups(architecture, params.tokenize.calibration_length - 1, section)
+    tables = {"units": _units(architecture, numbers=4 if section.estimator == "hutchinson" else 2)}
+    settings = f"{section.storage_dtype}, {section.estimator}"
+    return _collected("hessian", groups, architecture.layers, tables, settings)
+
+
+def _activations(architecture: Architecture, params: Params) -> Footprint:
+    section, tokens = params.activations, params.tokenize
+    sequences = section.sequences or tokens.calibration_sequences
+    groups = activation_groups(architecture, section)
+    table = _units(architecture, numbers=9, labels=(sequences * tokens.calibration_length // 8,))
+    settings = f"{section.storage_dtype} Gram matrices, {sequences} sequences"
+    return _collected("activations", groups, architecture.layers, {"units": table}, settings)
+
+
+def _collected(
+    stage: str, groups: Sequence[Group], layers: int, tables: Mapping[str, Table], settings: str
+) -> Footprint:
+    files = {f"{stage}/layer-{layer:03d}.safetensors": _shard(groups[layer]) for layer in range(layers)}
+    files |= {f"{stage}/{name}.parquet": table.nbytes for name, table in tables.items()}
+    return Footprint(stage, files, settings, state_bytes(groups))
+
+
+def _shard(group: Group) -> int:
+    """Bytes of a layer's shard; what begins with one of the three words goes into tables, or nowhere."""
+    kept = {name: entry for name, entry in group.items() if not name.startswith((PENDING, ROWS, UNITS))}
+    tensors = finished(kept, {name: entry.init("meta") for name, entry in kept.items()})
+    return sum(tensor.nbytes for tensor in tensors.values()) + header_bytes(tensors)
+
+
+def _losses(stage: str, rows: int, settings: str, keys: int) -> Footprint:
+    """A table of measured means and their standard errors under so many columns that say of what."""
+    return Footprint(stage, {f"{stage}.parquet": Table(rows, 2, runs=keys).nbytes}, settings)
+
+
+def _sensitivity(architecture: Architecture, allocate: Allocate) -> Footprint:
+    weighed = allocate.worth == "sensitivity"
+    used = allocate.method == "hgsp" or weighed
+    setting = "worth: sensitivity" if weighed else "method: hgsp"
+    return _losses("sensitivity", len(removals(architecture)) if used else 0, _only(used, setting), 2)
+
+
+def _levels(architecture: Architecture, params: Params) -> Footprint:
+    used, number = params.allocate.method == "search", params.levels.number
+    rows = len(choose_levels(architecture, number)) if used else 0
+    return _losses("levels", rows, _only(used, "method: search"), 3)
+
+
+def _latency(allocate: Allocate) -> Footprint:
+    used = allocate.objective == "latency"
+    return Footprint("latency", {"latency.json": _LATENCY if used else 40}, _only(used, "objective: latency"))
+
+
+def _only(used: bool, setting: str) -> str:
+    return f"allocate.{setting}" if used else f"empty without allocate.{setting}"
+
+
+def _slice(architecture: Architecture, params: Params, stored: torch.dtype, plan: Table) -> Footprint:
+    """Of the objectives that do not count parameters it is not known what goes: the dense size is the most."""
+    section, allocate = params.slice, params.allocate
+    dtype = stored if section.dtype == "auto" else getattr(torch, section.dtype)
+    known = allocate.objective in {"parameters", "macs"} and allocate.ratio is not None
+    base = architecture.decoder_parameters if allocate.ratio_of == "decoder" else architecture.total_parameters
+    left = architecture.total_parameters - (round((allocate.ratio or 0) * base) if known else 0)
+    consumers = sum(len(architecture.consumers(*block)) for block in architecture.blocks())
+    files = {
+        "pruned/model.safetensors": _weights(architecture, left, dtype),
+        "pruned/config.json": _CONFIG,
+        "pruned/tokenizer.json": _TOKEN_TEXT * architecture.sizes["vocab"],
+        "pruned/libprune.json": _PROVENANCE,
+        "pruned/plan.parquet": plan.nbytes,
+        "pruned/repair.parquet": Table(0 if section.repair == "none" else consumers, 5, runs=3).nbytes,
+    }
+    ratio = "null" if allocate.ratio is None else allocate.ratio
+    asked = f"allocate.ratio: {ratio} of the {allocate.ratio_of}'s {allocate.objective}"
+    return Footprint("slice", files, f"{dtype_name(dtype)}, {'' if known else 'at most, '}{asked}")

@@ -1,0 +1,207 @@
+"""A model before any stage has run: what it is made of, what the stages will write, what uniform shapes it allows.
+
+No weight is read: the model is built on the meta device from its config.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from libprune.allocation.allocate import descend, result_shape
+from libprune.allocation.ladders import build_ladders
+from libprune.cli.footprint import Footprint, dtype_name, footprints
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe, without_weights
+from libprune.engine.errors import BudgetError
+from libprune.engine.family import family_of
+from libprune.engine.plan import Plan
+from libprune.models.source import dense_dtype, load_dense_config
+from libprune.pipeline.params import Params, load_params
+from libprune.pipeline.sections import Allocate
+
+RATIOS = (0.1, 0.2, 0.3, 0.5)
+"""Shares of the decoder's parameters of which the uniform shapes are shown."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of one width in every layer.
+
+    Attributes:
+        ratio: the share of the decoder's parameters that was asked for; 0 for the dense model.
+        kept: units that each layer keeps (that is not frozen), by part.
+        loads: `uniform`, as a stock config says it, or `per_layer`, with a modeling file.
+        decoder: parameters in the blocks.
+        total: all parameters.
+        removed: share of the decoder's parameters that goes.
+        weights: bytes of the weights.
+        cache: bytes of the KV cache a token.
+        refused: why the shape cannot be had; the figures are then the dense model's.
+    """
+
+    ratio: float
+    kept: dict[str, int]
+    loads: str
+    decoder: int
+    total: int
+    removed: float
+    weights: int
+    cache: int
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of a model without its weights.
+
+    Attributes:
+        model: where it comes from, as given.
+        model_class: transformers' class.
+        dtype: the type that the dense model is stored in.
+        architecture: its description.
+        shapes: the dense model, then a uniform shape for each of the `RATIOS`.
+        stages: what each stage will write.
+    """
+
+    model: str
+    model_class: str
+    dtype: str
+    architecture: Architecture
+    shapes: Sequence[Shape]
+    stages: Sequence[Footprint]
+
+
+def inspect_model(params: Params) -> Inspection:
+    """Inspect the model of the prepare section; the other sections say what will be collected of it.
+
+    Raises:
+        SourceError: if the model cannot be found, or is quantized.
+        FamilyError: if it is not wholly described by a family file.
+    """
+    config = load_dense_config(params.prepare)
+    family_of(config.model_type)
+    model = without_weights(config, params.prepare.trust_remote_code)
+    architecture, stored = describe(model, accept=params.prepare.accept_config), dense_dtype(params.prepare, config)
+    smaller = stored if params.slice.dtype == "auto" else getattr(torch, params.slice.dtype)
+    dense = _shape(architecture, Plan.dense(architecture), 0.0, "uniform", stored)
+    shapes = [dense, *uniform_shapes(architecture, params.allocate, smaller)]
+    return Inspection(
+        model=params.prepare.model,
+        model_class=type(model).__name__,
+        dtype=dtype_name(stored),
+        architecture=architecture,
+        shapes=shapes,
+        stages=footprints(architecture, params, stored),
+    )
+
+
+def params_for(model: str, revision: str | None, trust_remote_code: bool, file: Path | None) -> Params:
+    """The params of a file with another model in their place; of a project without one the defaults.
+
+    Args:
+        model: as in `prepare.model`.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run Python code that comes with the model.
+        file: None for params.yaml, if it is there.
+
+    Raises:
+        ParamsError: if the file is missing or not valid.
+    """
+    source = {"model": model, "revision": revision, "trust_remote_code": trust_remote_code}
+    usual = Path("params.yaml")
+    if file is None and not usual.exists():
+        return Params.model_validate({"prepare": source, "tokenize": {"text": ""}})
+    params = load_params(file or usual)
+    return params.model_copy(update={"prepare": params.prepare.model_copy(update=source)})
+
+
+def uniform_shapes(architecture: Architecture, limits: Allocate, dtype: torch.dtype) -> list[Shape]:
+    """What `allocate.method: uniform` makes of the model at each of the `RATIOS` of the decoder's parameters.
+
+    Which units go is not known before they are scored, and no shape depends on it, but for the division
+    between the parts: here `split: proportional`.
+
+    Args:
+        architecture: the dense model's description.
+        limits: floors, multiples and frozen layers.
+        dtype: storage type of the pruned model.
+    """
+    uniform = {"method": "uniform", "ratio_of": "decoder", "objective": "parameters", "split": "proportional"}
+    settings = limits.model_copy(update=uniform | {"shape": "auto", "collapse_below": 0.0})
+    prices = cost.prices(architecture, "parameters")
+    equal = np.zeros(sum(architecture.units(part) for _, part in architecture.blocks()))
+    ladders = build_ladders(architecture, {"score": equal, "importance": equal}, settings, prices)
+    shapes = []
+    for ratio in RATIOS:
+        asked = settings.model_copy(update={"ratio": ratio})
+        try:
+            plan = descend(architecture, ladders, prices, asked)
+            shapes.append(_shape(architecture, plan, ratio, result_shape(architecture, plan, asked), dtype))
+        except BudgetError as error:
+            shapes.append(_shape(architecture, Plan.dense(architecture), ratio, "uniform", dtype, str(error)))
+    return shapes
+
+
+def _shape(
+    architecture: Architecture, plan: Plan, ratio: float, loads: str, dtype: torch.dtype, refused: str = ""
+) -> Shape:
+    size = cost.size(architecture, plan)
+    return Shape(
+        ratio=ratio,
+        kept={part: min(plan.kept(layer, part) for layer in plan.layers) for part in architecture.parts},
+        loads=loads,
+        decoder=size.decoder,
+        total=size.total,
+        removed=1 - size.decoder / architecture.decoder_parameters,
+        weights=size.total * dtype.itemsize,
+        cache=size.cache * dtype.itemsize,
+        refused=refused,
+    )
+
+
+def as_data(inspection: Inspection) -> dict[str, Any]:
+    """The inspection for machines: what `as_text` shows, numbers unrounded, bytes of every file."""
+    architecture = inspection.architecture
+    return {
+        "model": inspection.model,
+        "class": inspection.model_class,
+        "dtype": inspection.dtype,
+        "family": architecture.family,
+        "layers": architecture.layers,
+        "axes": dict(architecture.sizes),
+        "parts": {
+            part: {
+                "axis": shape.axis,
+                "units_per_layer": architecture.units(part),
+                "parameters_per_unit": cost.unit_parameters(architecture, 0, part),
+                "parameters": part_parameters(architecture, part),
+            }
+            for part, shape in architecture.parts.items()
+        },
+        "outside": part_parameters(architecture, None),
+        "decoder_parameters": architecture.decoder_parameters,
+        "total_parameters": architecture.total_parameters,
+        "parameters": [
+            {
+                "name": parameter.name,
+                "axes": [str(dim) for dim in parameter.dims],
+                "shape": [dim.size(architecture.sizes) for dim in parameter.dims],
+                "layer": parameter.layer,
+                "part": parameter.part,
+            }
+            for parameter in architecture.parameters
+        ],
+        "shapes": [asdict(shape) for shape in inspection.shapes],
+        "stages": [asdict(stage) | {"written": stage.written} for stage in inspection.stages],
+    }
+
+
+def part_parameters(architecture: Architecture, part: str | None) -> int:
+    """Parameters of a part in all layers; of what lies outside the blocks for None."""
+    chosen = (p for p in architecture.parameters if p.part == part and (p.layer is None) == (part is None))
+    return sum(map(architecture.numel, chosen))

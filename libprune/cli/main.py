@@ -1,0 +1,97 @@
+"""The `libprune` command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from libprune.cli import compare as compare_cli
+from libprune.cli import masks as masks_cli
+from libprune.pipeline import stage
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Structured pruning of language models. The pipeline itself runs with `dvc repro`."""
+
+
+@app.command()
+def show(artifacts: stage.Root = stage.ROOT) -> None:
+    """Print the headline table, where the pruned model lies, and how to load it."""
+    from libprune.pipeline.artifacts import Layout, read_json
+    from libprune.report.report import HEADER, headline, how_to_load, text_table
+
+    layout = Layout(artifacts)
+    with stage.user_errors():
+        result = read_json(layout.comparison, "evaluate")
+    typer.echo(text_table(headline(result), HEADER))
+    load = how_to_load(str(layout.pruned), result["plan"]["shape"], result["model"]["head"])
+    typer.echo(f"\nmodel:  {layout.pruned}\nload:   {load}\nreport: report/report.html")
+
+
+@app.command("params")
+def validate(params: stage.ParamsFile = stage.PARAMS) -> None:
+    """Validate the params file without running anything."""
+    from libprune.pipeline.params import load_params
+
+    with stage.user_errors():
+        load_params(params)
+    typer.echo(f"{params} is valid")
+
+
+Model = Annotated[str, typer.Argument(help="A folder, a GGUF file, package://name/file, or a hub id.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
+OtherParams = Annotated[
+    Path | None,
+    typer.Option("--params", help="What the stages would write depends on it; params.yaml if there is one."),
+]
+Json = Annotated[bool, typer.Option("--json", help="For machines: numbers unrounded, bytes of every file.")]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    params: OtherParams = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a model is made of, what the stages would write and which uniform shapes it has; reads no weight."""
+    import json
+
+    from libprune.cli.inspection import as_data, inspect_model, params_for
+    from libprune.cli.inspection_text import as_text
+
+    with stage.user_errors():
+        found = inspect_model(params_for(model, revision, trust_remote_code, params))
+    typer.echo(json.dumps(as_data(found), indent=2) if as_json else as_text(found))
+
+
+Folder = Annotated[Path, typer.Argument(help="What the slice stage has written.")]
+TrustFolder = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the folder's modeling file, if its layers differ in width.")
+]
+DenseFolder = Annotated[
+    Path | None,
+    typer.Option("--dense", help="The dense model's folder, to compare the logits with those under the mask."),
+]
+
+
+@app.command()
+def check(folder: Folder, trust_remote_code: TrustFolder = False, dense: DenseFolder = None) -> None:
+    """Check that a pruned folder is as recorded, loads in a process without libprune, and generates."""
+    from libprune.results.check import check_folder
+
+    faults = 0
+    for finding in check_folder(folder, trust_remote_code, dense):
+        typer.echo(f"{finding.kind:<6} {finding.about:<10} {finding.text}")
+        faults += finding.kind == "fault"
+    if faults:
+        raise SystemExit(1)
+
+
+app.add_typer(compare_cli.app, name="compare")
+app.add_typer(masks_cli.app, name="masks")

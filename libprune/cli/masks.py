@@ -1,0 +1,126 @@
+"""The `libprune masks` commands: from masks of torch.nn.utils.prune to structure, and back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from libprune.pipeline import stage
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+MODEL = (
+    "A Hugging Face folder, with X_orig and X_mask in its weights, or with zeroed weights; of a network its state dict "
+    "as a safetensors file."
+)
+Model = Annotated[Path, typer.Argument(help=MODEL)]
+Masks = Annotated[
+    Path | None, typer.Option("--masks", help="A safetensors file of X_mask (and X_orig) for a folder without masks.")
+]
+Json = Annotated[bool, typer.Option("--json", help="For machines: every unit, numbers unrounded.")]
+Family = Annotated[Path | None, typer.Option("--family", help="Of a network: its family file.")]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--network",
+        help="Of a network: package.module:Name of what makes it. Imports and RUNS that code; modules of the current "
+        "folder are found.",
+    ),
+]
+Inputs = Annotated[
+    Path | None, typer.Option("--inputs", help="Of a network: a safetensors file with a tensor inputs, some samples.")
+]
+InputShape = Annotated[
+    str | None, typer.Option("--input-shape", help="Instead of --inputs: shape of a sample to draw, such as 1,28,28.")
+]
+Out = Annotated[Path, typer.Argument(help="The folder for the smaller model; must not exist.")]
+Source = Annotated[Path, typer.Argument(help="A pruned folder, or a plan.parquet.")]
+MasksOut = Annotated[Path, typer.Argument(help="The safetensors file to write.")]
+Dense = Annotated[
+    Path | None, typer.Option("--model", help="The dense model's folder; if not given, model beside SOURCE.")
+]
+Orig = Annotated[bool, typer.Option("--orig", help="Write the dense weights as X_orig, too.")]
+
+
+@app.callback()
+def main() -> None:
+    """From masks of torch.nn.utils.prune to structure, and back."""
+    stage.quiet()
+
+
+@app.command("inspect")
+def inspect_masks(
+    model: Model,
+    masks: Masks = None,
+    family: Family = None,
+    network: Factory = None,
+    inputs: Inputs = None,
+    input_shape: InputShape = None,
+    as_json: Json = False,
+) -> None:
+    """Show which units are wholly masked, which partly, and what slicing would save."""
+    import json
+
+    from libprune.masks.extraction import extraction
+    from libprune.masks.files import read_masked
+    from libprune.masks.inspection import as_data, as_text, inspection
+    from libprune.masks.modules import inspection as of_network
+    from libprune.masks.options import network_of
+
+    with stage.user_errors():
+        given = network_of(model, masks, family, network, inputs, input_shape)
+        found = of_network(given) if given else inspection(extraction(read_masked(model, masks)))
+    typer.echo(json.dumps(as_data(found), indent=2) if as_json else as_text(found))
+
+
+@app.command()
+def extract(
+    model: Model,
+    out: Out,
+    masks: Masks = None,
+    family: Family = None,
+    network: Factory = None,
+    inputs: Inputs = None,
+    input_shape: InputShape = None,
+) -> None:
+    """Remove the wholly masked units for real, and prove that the outputs are the same."""
+    from libprune.engine.errors import LibpruneError
+    from libprune.masks.options import extract_network, network_of
+
+    with stage.user_errors():
+        if out.exists():
+            raise LibpruneError(f"{out} exists; name a folder that does not")
+        given = network_of(model, masks, family, network, inputs, input_shape)
+        lines = extract_network(given, out, str(network)) if given else _extract_model(model, masks, out)
+    typer.echo("\n".join(lines))
+
+
+def _extract_model(model: Path, masks: Path | None, out: Path) -> list[str]:
+    from libprune.masks.extraction import extraction, write_extraction
+    from libprune.masks.files import read_masked
+    from libprune.masks.inspection import inspection, removed, require_units
+    from libprune.pipeline.artifacts import writing_folder
+    from libprune.report.report import how_to_load
+
+    found = extraction(read_masked(model, masks))
+    seen = inspection(found)
+    require_units(seen)
+    with writing_folder(out) as folder:
+        proof = write_extraction(found, folder, model)
+    return [
+        removed(seen),
+        f"logits differ from the masked model's by {proof['removal_difference']:.1e} of "
+        f"{proof['logit_scale']:.1f}; reloaded in a fresh process by {proof['logit_difference']:.1e}",
+        f"load:   {how_to_load(str(out), found.shape, found.own.head)}",
+    ]
+
+
+@app.command()
+def export(source: Source, out: MasksOut, model: Dense = None, orig: Orig = False) -> None:
+    """Write a plan as masks for torch.nn.utils.prune, by the names of the dense model's parameters."""
+    from libprune.masks.export import export_masks
+    from libprune.pipeline.artifacts import writing
+
+    with stage.user_errors(), writing(out) as partial:
+        count = export_masks(source, model or source.parent / "model", partial, orig)
+    typer.echo(f"{out}: {count:,} masks")

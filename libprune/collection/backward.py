@@ -1,0 +1,138 @@
+"""Watching a backward pass: the input and the gradients of every linear map, as soon as backward has them.
+
+Autograd only computes gradients of activations here; a map's weight gradient is the product of its
+output gradient and its input. So nothing waits for the end of backward, sharded and offloaded
+weights need no gradient of their own, and single sequences can be told apart.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from libprune.engine.architecture import Architecture, Map
+from libprune.models.compute import hooked, per_sequence, require_finite
+
+OnGradient = Callable[[Map, Tensor, Tensor], None]
+"""Called with a map, its input ``[sequences, tokens, input]``, and a gradient."""
+
+
+class Tape:
+    """Inputs of the maps, held until their gradients arrive.
+
+    With recomputation the inputs of the first forward pass are not held: backward runs each block
+    again, and brings them back. The gradient at a block's last output comes before that, and waits.
+
+    Attributes:
+        first: index of the first sequence of the pass in progress, for messages.
+    """
+
+    def __init__(self, on_output: OnGradient, on_input: OnGradient | None, recompute: bool) -> None:
+        self.first = 0
+        self._sequences = 0
+        self._on_output = on_output
+        self._on_input = on_input
+        self._recompute = recompute
+        self._in_backward = False
+        self._inputs: dict[str, Tensor] = {}
+        self._waiting: dict[str, Tensor] = {}
+
+    def begin(self, first: int, sequences: int) -> None:
+        """A pass over so many sequences begins."""
+        self.first, self._sequences = first, sequences
+
+    def backward(self, loss: Tensor) -> None:
+        """Run backward, which calls the functions."""
+        self._in_backward = True
+        try:
+            loss.backward()
+        finally:
+            self._in_backward = False
+            self._inputs.clear()
+            self._waiting.clear()
+
+    def enter(self, entry: Map, consumes: bool, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of a map."""
+        if self._in_backward or not self._recompute:
+            self._inputs[entry.module] = args[0].detach()
+        if entry.module in self._waiting:
+            self._give_output(entry, consumes, self._waiting.pop(entry.module))
+        if not self._in_backward and consumes:
+            self._require_finite(args[0].detach(), f"the input of {entry.module}")
+            if self._on_input is not None:
+                args[0].register_hook(partial(self._take_input, entry))
+
+    def leave(self, entry: Map, consumes: bool, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Forward hook of a map."""
+        if not self._in_backward:
+            output.register_hook(partial(self._take_output, entry, consumes))
+
+    def _take_output(self, entry: Map, consumes: bool, gradient: Tensor) -> None:
+        self._require_finite(gradient, f"the gradient at the output of {entry.module}")
+        if entry.module in self._inputs:
+            self._give_output(entry, consumes, gradient)
+        else:
+            self._waiting[entry.module] = gradient
+
+    def _give_output(self, entry: Map, consumes: bool, gradient: Tensor) -> None:
+        self._give(self._on_output, entry, self._inputs[entry.module], gradient)
+        if not consumes or self._on_input is None:
+            del self._inputs[entry.module]
+
+    def _take_input(self, entry: Map, gradient: Tensor) -> None:
+        self._require_finite(gradient, f"the gradient at the input of {entry.module}")
+        assert self._on_input is not None
+        self._give(self._on_input, entry, self._inputs.pop(entry.module), gradient)
+
+    def _require_finite(self, values: Tensor, what: str) -> None:
+        require_finite(per_sequence(values, self._sequences), self.first, what)
+
+    def _give(self, take: OnGradient, entry: Map, inputs: Tensor, gradient: Tensor) -> None:
+        take(entry, per_sequence(inputs, self._sequences), per_sequence(gradient, self._sequences))
+
+
+@contextmanager
+def watching(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    on_output: OnGradient,
+    on_input: OnGradient | None = None,
+    recompute: bool = False,
+) -> Iterator[Tape]:
+    """Inside the context, backward calls the functions with the gradients of every linear map of the blocks.
+
+    Args:
+        model: the model; no parameter of it takes a gradient inside.
+        architecture: its description.
+        on_output: called for every map with the gradient at its output.
+        on_input: called for every consumer with the gradient at its input, after `on_output`.
+        recompute: whether the blocks are checkpointed.
+    """
+    tape = Tape(on_output, on_input, recompute)
+    with hooked(model) as handles:
+        model.requires_grad_(False)
+        embedding = model.get_input_embeddings()
+        handles.append(embedding.register_forward_hook(_require_grad))
+        consumers = {c.module for block in architecture.blocks() for c in architecture.consumers(*block)}
+        for entry in architecture.maps:
+            module, consumes = model.get_submodule(entry.module), entry.module in consumers
+            handles.append(module.register_forward_pre_hook(partial(tape.enter, entry, consumes)))
+            handles.append(module.register_forward_hook(partial(tape.leave, entry, consumes)))
+        yield tape
+
+
+def _require_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+
+def weight_gradient(
+    entry: Map, inputs: Float[Tensor, "*tokens input"], deltas: Float[Tensor, "*tokens output"]
+) -> Float[Tensor, "rows columns"]:
+    """Gradient of a map's weight, in storage order: the sum over tokens of output gradient times input."""
+    x, delta = inputs.flatten(0, -2), deltas.flatten(0, -2)
+    return x.T @ delta if entry.transposed else delta.T @ x

@@ -1,0 +1,178 @@
+"""A model on its device and the text that statistics are collected on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import LibpruneError
+from libprune.models.compute import PATIENCE, resolve_device, resolve_dtype
+from libprune.models.folder import WeightFiles, load_model
+from libprune.models.memory import checkpoint_blocks, offload_maps
+from libprune.models.parallel import World, join_world, shard_blocks
+from libprune.models.samples import Samples
+from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import Layout, read_architecture, require
+from libprune.pipeline.sections import Compute
+from libprune.texts.windows import read_tokens, require_sequences
+
+HELD_OUT_EVERY = 8
+"""One calibration sequence in so many is kept from the fit of a repair, to choose and to judge it by."""
+
+
+def held_out(first: int, number: int) -> Bool[Tensor, " number"]:
+    """Which of consecutive calibration sequences, from the given one on, are held out from fits."""
+    return torch.arange(first, first + number) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is collected from: a described model, and what is run through it.
+
+    Attributes:
+        weights: the dense model's parameters, read from its files.
+        sequences: the chosen calibration sequences, or samples.
+        compute: the params of how to run the model.
+        meta: what the collected artifacts say of their origin.
+        work: the folder of unfinished work.
+        at_once: sequences in one pass.
+    """
+
+    architecture: Architecture
+    weights: WeightFiles
+    sequences: Sequences | Samples
+    device: torch.device
+    compute: Compute
+    world: World
+    meta: dict[str, Any]
+    work: Path
+    at_once: int
+
+    @property
+    def unit(self) -> str:
+        """What a progress bar counts."""
+        return "tok" if isinstance(self.sequences, Sequences) else "sample"
+
+    @property
+    def patience(self) -> float:
+        """Seconds of work before a progress bar shows: the statistics of a network are mostly there sooner."""
+        return 0.0 if isinstance(self.sequences, Sequences) else PATIENCE
+
+
+@dataclass(frozen=True)
+class Calibration(Run):
+    """A language model on its device and the text to run through it.
+
+    Attributes:
+        available: calibration sequences that there are.
+    """
+
+    sequences: Sequences
+    model: PreTrainedModel
+    available: int
+
+    @property
+    def first(self) -> int:
+        """The index of the first of them among all, where they are the last ones."""
+        return self.available - len(self.sequences)
+
+    @property
+    def n_tok(self) -> int:
+        """Loss-counted tokens of a sequence."""
+        return self.sequences.counted
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the blocks are checkpointed."""
+        return self.compute.gradient_checkpointing or self.compute.offload == "cpu"
+
+
+def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool = False) -> Calibration:
+    """Load what a collecting stage needs.
+
+    Args:
+        layout: where the artifacts are.
+        compute: how to run the model.
+        sequences: calibration sequences to use; None for all.
+        last: use the last ones instead of the first.
+
+    Raises:
+        LibpruneError: if an artifact is missing or foreign, or the device cannot be used.
+    """
+    architecture = read_architecture(layout)
+    found, tokens_meta = read_tokens(layout.calibration, architecture.fingerprint)
+    number = require_sequences(sequences, found, layout.calibration)
+    chosen = (found[-number:] if last else found[:number]).shortest_first()
+    world = join_world()
+    require_equal_passes(chosen, world)
+    device = resolve_device(compute.device, world.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype = resolve_dtype(compute.dtype, device)
+    model = place(load_model(require(layout.model, "prepare"), dtype), architecture, compute, world, device)
+    meta = {
+        "model": architecture.fingerprint,
+        "tokens": tokens_meta["tokens"],
+        "sequences": len(chosen),
+        "length": found.ids.shape[1],
+        "compute_dtype": str(dtype).removeprefix("torch."),
+    }
+    return Calibration(
+        architecture=architecture,
+        weights=WeightFiles(layout.model),
+        sequences=chosen,
+        device=device,
+        compute=compute,
+        world=world,
+        meta=meta,
+        work=layout.root.parent / ".work",
+        at_once=max(1, compute.batch_tokens // found.ids.shape[1]),
+        model=model,
+        available=len(found),
+    )
+
+
+def require_equal_passes(sequences: Sequences, world: World) -> None:
+    """Stop where processes that share the weights would run different numbers of passes, and wait for each other.
+
+    Raises:
+        LibpruneError: saying what to change.
+    """
+    if world.sharded and sequences.lengths is not None:
+        raise LibpruneError(
+            "LIBPRUNE_SHARD needs as many passes in every process, but labelled documents run in passes of their own "
+            "lengths; unset it, and use compute.offload: cpu where the weights do not fit"
+        )
+
+
+def require_own_weights(run: Calibration) -> None:
+    """Stop where the weights do not lie whole on the device, for work that changes them.
+
+    Raises:
+        LibpruneError: saying which setting to change.
+    """
+    if run.world.sharded or run.compute.offload != "none":
+        raise LibpruneError(
+            "this stage changes weights of the model, which must lie whole on the device; "
+            "set compute.offload: none and unset LIBPRUNE_SHARD"
+        )
+
+
+def place(
+    model: PreTrainedModel, architecture: Architecture, compute: Compute, world: World, device: torch.device
+) -> PreTrainedModel:
+    """The model where it is to run: on the device, offloaded, or shared out."""
+    if world.sharded:
+        shard_blocks(model, architecture, device)
+    elif compute.offload == "cpu":
+        offload_maps(model, architecture, device)
+    else:
+        model = model.to(device)
+    if compute.gradient_checkpointing or compute.offload == "cpu":  # offloaded weights must not wait for backward
+        checkpoint_blocks(model, architecture)
+    return model

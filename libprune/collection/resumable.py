@@ -1,0 +1,355 @@
+"""What the collecting stages share: batches whose sums survive a kill, and the artifact made of them."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import typer
+from torch import Tensor
+from tqdm import tqdm
+
+from libprune.collection.accumulator import (
+    PENDING,
+    ROWS,
+    UNITS,
+    Accumulator,
+    Checkpoints,
+    Group,
+    discard,
+    read_states,
+    state_bytes,
+    stored_bytes,
+)
+from libprune.collection.calibration import Run
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import StatisticsError
+from libprune.models.memory import fits_in_memory, gigabytes, require_room
+from libprune.models.parallel import World
+from libprune.models.sequences import Batch, Sequences
+from libprune.pipeline.artifacts import (
+    Columns,
+    damage,
+    remove,
+    unit_index,
+    write_table,
+    writing_folder,
+)
+from libprune.pipeline.shards import write_shard
+
+ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
+RowsOf = Callable[[Architecture, Mapping[str, Tensor], int], Columns]
+
+_WORTH_SAYING = 10**9
+"""Bytes."""
+
+
+@dataclass
+class Collection:
+    """The sums of one collecting stage, and the way of its batches through them.
+
+    Attributes:
+        items: calibration sequences, or whatever else is worked through.
+        size: items in a batch.
+        tokens: tokens of an item, for the progress bar.
+    """
+
+    run: Run
+    stage: str
+    accumulator: Accumulator
+    checkpoints: Checkpoints
+    items: int
+    size: int
+    tokens: int
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of calibration sequences that the sums do not hold yet."""
+        sequences = self.run.sequences
+        assert isinstance(sequences, Sequences)
+        for number in self.steps():
+            first = number * self.size
+            yield number, first, sequences[first : first + self.size].to(self.run.device)
+
+    def passes(self) -> Iterator[Batch]:
+        """The same, where sequences differ in length as several of one length each, under one number."""
+        for number, first, batch in self.batches():
+            for part in batch.passes(self.size):
+                yield number, first, part
+                first += len(part)
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the batches that the sums do not hold yet, with a progress bar; the sums are saved between.
+
+        With several processes each takes every so-manieth batch. Where the model is shared out
+        all must run equally often: one without a batch repeats the last one, which is not counted.
+        """
+        world, sums = self.run.world, self.accumulator
+        total = -(-self.items // self.size)
+        with self._bar() as bar:
+            for step in range(sums.done, -(-total // world.size)):
+                number = step * world.size + world.rank
+                sums.counting = number < total
+                if sums.counting or world.sharded:
+                    yield min(number, total - 1)
+                sums.counting, sums.done = True, step + 1
+                self._save_if_due()
+                bar.update(self._seen() * self.tokens - bar.n)
+
+    def merge(self) -> bool:
+        """Join the sums of all processes in the first; whether this is the first."""
+        world = self.run.world
+        if world.size > 1:
+            self.checkpoints.save(self.accumulator, self._seen())
+            world.barrier()
+        if world.first:
+            for rank in range(1, world.size):
+                folder = _rank_folder(self.checkpoints.folder.parent, World(rank, world.size))
+                saved = Checkpoints(folder, 0.0).path(self.accumulator.done, self._seen())
+                for group, statistics in enumerate(self.accumulator.groups):
+                    self.accumulator.merge(group, read_states(saved, group, statistics))
+        world.barrier()
+        return world.first
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether batches are left."""
+        return self._seen() < self.items
+
+    def _seen(self) -> int:
+        """Items that all processes have in their sums."""
+        return self.seen(self.accumulator.done)
+
+    def seen(self, done: int) -> int:
+        """Items in the sums of all processes together after a number of batches each."""
+        return min(done * self.run.world.size * self.size, self.items)
+
+    def _save_if_due(self) -> None:
+        world = self.run.world
+        if world.shared(self.checkpoints.due()):
+            self.checkpoints.save(self.accumulator, self._seen())
+            world.barrier()  # the older one must stay until every process has this one
+            self.checkpoints.keep_only(self.accumulator.done, self._seen())
+
+    def resume(self, home: Path) -> None:
+        """Load the newest checkpoint that every process has and that holds the first of the items.
+
+        Raises:
+            ArtifactError: if it cannot be read.
+        """
+        world = self.run.world
+        folders = [_rank_folder(home, World(rank, world.size)) for rank in range(world.size)]
+        common = set.intersection(*(set(Checkpoints(folder, 0.0).available()) for folder in folders))
+        fitting = {(done, items) for done, items in common if items == self.seen(done)}
+        chosen = world.shared(max(fitting, default=None))
+        if chosen is not None:
+            done, items = chosen
+            path = self.checkpoints.path(done, items)
+            with damage(path, self.stage):
+                self.accumulator.load(path, done)
+            world.barrier()
+            self.checkpoints.keep_only(done, items)
+            if world.first:
+                typer.echo(f"continues from a saved state: {items} of {self.items} are done")
+
+    def _bar(self) -> Any:
+        total, done = self.items * self.tokens, self._seen() * self.tokens
+        return tqdm(
+            total=total,
+            initial=done,
+            desc=self.stage,
+            unit=self.run.unit,
+            unit_scale=True,
+            delay=self.run.patience,
+            disable=not self.run.world.first,
+        )
+
+
+@contextmanager
+def collecting(
+    run: Run,
+    stage: str,
+    target: Path,
+    groups: Sequence[Group],
+    size: int,
+    identity: Mapping[str, Any],
+    items: int | None = None,
+    tokens: int | None = None,
+) -> Iterator[Collection]:
+    """Sums of a stage that go on where a killed run of the same stage on the same input stopped.
+
+    Args:
+        run: the model and the text.
+        stage: the name of the stage.
+        target: the artifact that will be written.
+        groups: the statistics of every layer and of the whole model.
+        size: sequences, or other items, in a batch.
+        identity: what the sums depend on beside the model and the text; of the number of sequences `fingerprint`
+            knows.
+        items: what is worked through, if not the calibration sequences.
+        tokens: tokens of such an item.
+
+    Raises:
+        LibpruneError: if the disk has no room, or a value is not finite.
+    """
+    seconds = float(os.environ.get("LIBPRUNE_CHECKPOINT_SECONDS", "30"))
+    home = run.work / stage / fingerprint(run, {**identity, "batch_sequences": size})
+    folder = _rank_folder(home, run.world)
+    with _only_one(run.work / f"{stage}.lock") if run.world.first else nullcontext():
+        run.world.barrier()
+        checkpoints = Checkpoints(folder, seconds)
+        checkpoints.clear_leftovers()
+        live = folder / "live"
+        remove(live)
+        if run.world.first:
+            for left in home.parent.glob(".discarded-*"):
+                remove(left)
+        run.world.barrier()
+        on_disk = _on_disk(run, state_bytes(groups))
+        _announce(run, stage, target, home, groups, on_disk)
+        accumulator = Accumulator(groups, live if on_disk else None)
+        count, length = items or len(run.sequences), tokens or run.sequences.length
+        work = Collection(run, stage, accumulator, checkpoints, count, size, length)
+        _mention_others(run, home)
+        work.resume(home)
+        try:
+            yield work
+        except StatisticsError as error:
+            reusable = items is None and run.sequences.lengths is None and work.unfinished
+            advice = _kept(checkpoints, stage) if reusable else ""
+            raise StatisticsError(f"{error}{advice}") from error
+        accumulator.close()
+        run.world.barrier()
+        if run.world.first:
+            discard(home)
+
+
+def _on_disk(run: Run, states: int) -> bool:
+    """Whether the sums are mapped from disk: if the processes of this machine would take too much memory."""
+    wanted = run.compute.sums
+    return wanted == "disk" or (wanted == "auto" and not fits_in_memory(states * run.world.local_size))
+
+
+def fingerprint(run: Run, identity: Mapping[str, Any]) -> str:
+    """Digest of all that the sums depend on, this code included.
+
+    The sums of the first sequences are the same for any number of them, unless their lengths put them in order.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    ordered = run.sequences.lengths is not None
+    origin = {key: value for key, value in run.meta.items() if ordered or key != "sequences"}
+    digest.update(run.architecture.to_json().encode())
+    ways = {
+        "processes": run.world.size,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": run.device.type,
+        "at_once": run.at_once,
+    }
+    digest.update(json.dumps(origin | ways | dict(identity), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _rank_folder(home: Path, world: World) -> Path:
+    return home / f"process-{world.rank}-of-{world.size}"
+
+
+def _kept(checkpoints: Checkpoints, stage: str) -> str:
+    saved = checkpoints.available()
+    if not saved:
+        return ""
+    sequences = saved[-1][1]
+    return f"; the sums of the first {sequences} sequences are kept: {stage}.sequences: {sequences} finishes with them"
+
+
+def _mention_others(run: Run, home: Path) -> None:
+    """Say what other settings left unfinished: it is kept for a return to them, and takes room."""
+    others = [path for path in home.parent.glob("*") if path != home]
+    size = sum(file.stat().st_size for path in others for file in path.rglob("*") if file.is_file())
+    if size and run.world.first:
+        typer.echo(f"{gigabytes(size)} of unfinished work with other settings is in {home.parent}")
+
+
+def _announce(run: Run, stage: str, target: Path, home: Path, groups: Sequence[Group], on_disk: bool) -> None:
+    """Say what will be written, of a network only if it is much, before any work, and stop if it does not fit."""
+    states, stored = state_bytes(groups), sum(map(stored_bytes, groups))
+    scratch = (3 if on_disk else 2) * states * run.world.size
+    there = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
+    if run.world.first and (not run.architecture.is_network or scratch + stored >= _WORTH_SAYING):
+        where = "files mapped from disk" if on_disk else "memory"
+        typer.echo(
+            f"{stage}: {gigabytes(stored)} will be written to {target}; sums of {gigabytes(states)} in {where}, "
+            f"up to {gigabytes(scratch)} of scratch in {run.work}"
+        )
+    advice = f"free some, or collect less ({stage} and compute sections of the params file)"
+    require_room({target: stored, run.work: max(0, scratch - there)}, stage, advice)
+
+
+def write_artifact(
+    run: Run,
+    target: Path,
+    sums: Accumulator,
+    columns_of: ColumnsOf,
+    extra: Mapping[str, Any],
+    tables_of: Mapping[str, RowsOf] = MappingProxyType({}),
+) -> dict[str, Columns]:
+    """Write what was collected: a safetensors shard a layer, and the tables; whole or not at all.
+
+    Args:
+        run: the model and the text.
+        target: the folder.
+        sums: the joined sums.
+        columns_of: per-unit columns of a block, from the layer's tensors and the weights.
+        extra: what the metadata say beside the origin.
+        tables_of: by the names of further tables, their rows from a layer's tensors.
+
+    Returns:
+        The tables that were written, by name.
+    """
+    architecture, meta = run.architecture, run.meta | dict(extra)
+    blocks: list[Columns] = []
+    rows: dict[str, list[Columns]] = {name: [] for name in tables_of}
+    with writing_folder(target) as folder:
+        for layer in range(architecture.layers):
+            tensors = sums.finish(layer)
+            stored = {name: tensor for name, tensor in tensors.items() if not name.startswith((PENDING, ROWS, UNITS))}
+            write_shard(folder, layer, stored, meta)
+            blocks += [columns_of(architecture, tensors, run.weights, layer, part) for part in architecture.parts]
+            for name, rows_of in tables_of.items():
+                rows[name].append(rows_of(architecture, tensors, layer))
+        tables = {"units": unit_index(architecture) | _joined(blocks)}
+        tables |= {name: _joined(parts) for name, parts in rows.items()}
+        for name, table in tables.items():
+            write_table(folder / f"{name}.parquet", table, meta)
+    return tables
+
+
+def _joined(tables: Sequence[Columns]) -> Columns:
+    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+
+
+@contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Wait until no other process, such as one whose parent was killed, works on the same stage."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            typer.echo(f"waits for process {file.read().strip()}, which runs this stage already", err=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,169 @@
+"""Family files: which axes the modules of an architecture are made of.
+
+A family file is all that anyone writes for a new architecture. `docs/notation.md` explains it;
+statistics, scores, costs, masks, slices and the pruned config are derived from it.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from libprune.engine.axes import Expr, LinearMap, parse_expr, parse_map
+from libprune.engine.errors import FamilyError, nearest
+from libprune.engine.heads import HeadName
+
+FOLDER = Path(__file__).parents[1] / "families"
+
+
+def _readable(parse: Callable[[str], object]) -> AfterValidator:
+    def read(text: str) -> str:
+        parse(text)
+        return text
+
+    return AfterValidator(read)
+
+
+ExprText = Annotated[str, _readable(parse_expr)]
+"""An expression of the notation, as it is written."""
+MapText = Annotated[str, _readable(parse_map)]
+"""A map or a vector of the notation, as it is written."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, ignored_types=(cached_property,)
+    )
+
+
+class Part(_Strict):
+    """A part of a block, attention or MLP, whose output is added to the residual stream."""
+
+    axis: str
+    """The axis whose indices are the units that can be removed."""
+    module: str
+    """The submodule of the block that computes the part, or all of it up to the modules that do not lie in it: a norm
+    around it, a map behind it."""
+    modules: dict[str, MapText]
+    """Module path inside the block to its map or vector. All of them go when the part goes."""
+    attributes: dict[str, ExprText] = Field(default_factory=dict)
+    """Path of an attribute that the code works out from the dense width, to the expression that it must equal."""
+
+    @cached_property
+    def parsed(self) -> dict[str, LinearMap | Expr]:
+        """The modules with their descriptions read."""
+        return {path: parse_map(text) for path, text in self.modules.items()}
+
+    @cached_property
+    def coupled(self) -> tuple[str, ...]:
+        """The vectors that carry the axis: norms whose statistics run over its units, so that none can go alone."""
+        return tuple(
+            path for path, entry in self.parsed.items() if isinstance(entry, Expr) and self.axis in entry.names
+        )
+
+
+class ConfigKeys(_Strict):
+    """How the Hugging Face config of the family says the sizes."""
+
+    layers: str
+    """The key that holds the number of blocks."""
+    sizes: dict[str, ExprText | list[ExprText]]
+    """Key to the expression(s) whose size it holds. A key with two expressions needs both equal."""
+    per_layer_lists: list[str] = Field(default_factory=list)
+    """Keys that hold one entry a block; the entries of a deleted block go with it."""
+    fixed: dict[str, list[Any]] = Field(default_factory=dict)
+    """Keys of which only the listed values are understood."""
+    biases: dict[str, str] = Field(default_factory=dict)
+    """Part to the key that gives all its maps a bias when it is true, where the model has none."""
+    inert: list[str] = Field(default_factory=list)
+    """Keys that no prunable size depends on."""
+
+    @cached_property
+    def expressions(self) -> dict[str, tuple[Expr, ...]]:
+        """The sizes with their expressions read, always as tuples."""
+        return {
+            key: tuple(parse_expr(text) for text in ([texts] if isinstance(texts, str) else texts))
+            for key, texts in self.sizes.items()
+        }
+
+    def unsaid(self, axis: str) -> str | None:
+        """The key, in words, that holds the size of the axis and another one, so that it cannot follow a change."""
+        for key, found in self.expressions.items():
+            if len(found) > 1 and any(axis in e.names for e in found):
+                return f"its {key} is both {' and '.join(map(str, found))}"
+        return None
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Every key that the family file speaks of."""
+        return frozenset(
+            {self.layers, *self.sizes, *self.per_layer_lists, *self.fixed, *self.biases.values(), *self.inert}
+        )
+
+
+class Family(_Strict):
+    """The description of one architecture family."""
+
+    family: str
+    model_types: list[str]
+    """The `model_type` values of Hugging Face configs that this file describes."""
+    layers: str
+    """Path of the list of blocks."""
+    parts: dict[str, Part]
+    stream: dict[str, ExprText] = Field(default_factory=dict)
+    """Path of a norm inside the block to its vector, where it works on the residual stream itself and not for one part;
+    it stays whatever goes, so that no layer can be deleted."""
+    outside: dict[str, MapText]
+    """Module path to map or vector, for what lies outside the blocks."""
+    heads: dict[HeadName, dict[str, MapText]] = {"causal_lm": {}}
+    """The heads that models of the family have, each with the modules outside the blocks that only it has."""
+    cache: ExprText | None = None
+    """What the KV cache holds per token and block; none in models that read all tokens at once."""
+    config: ConfigKeys
+
+    @field_validator("parts")
+    @classmethod
+    def _parts_readable(cls, parts: dict[str, Part]) -> dict[str, Part]:
+        for part in parts.values():
+            maps = [entry for entry in part.parsed.values() if isinstance(entry, LinearMap)]
+            if not any(part.axis in entry.input.names for entry in maps):
+                raise ValueError(f"no map of the part takes axis {part.axis!r} as its input")
+        return parts
+
+
+@cache
+def families() -> Mapping[str, Family]:
+    """All families that ship with libprune, by name."""
+    found = [load_family(path) for path in sorted(FOLDER.glob("*.yaml"))]
+    return {family.family: family for family in found}
+
+
+def load_family(path: Path) -> Family:
+    """Read one family file.
+
+    Raises:
+        FamilyError: if the file is not valid, with the place.
+    """
+    try:
+        return Family.model_validate(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, ValueError) as error:
+        raise FamilyError(f"family file {path.name}: {error}") from error
+
+
+def family_of(model_type: str) -> Family:
+    """The family that describes a `model_type`.
+
+    Raises:
+        FamilyError: for an unknown one, with the known ones and what to write.
+    """
+    known = {name: family for family in families().values() for name in family.model_types}
+    if model_type not in known:
+        raise FamilyError(
+            f"no family file describes model_type {model_type!r}; known: {', '.join(sorted(known))}"
+            f"{nearest(model_type, known)}. To add it, write libprune/families/{model_type}.yaml: "
+            "the axes of each module of a block and the config keys of their sizes (docs/notation.md)"
+        )
+    return known[model_type]

@@ -1,0 +1,69 @@
+"""What a model is for, as transformers says it by the class of its head: the next token, masked tokens, a label."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from libprune.engine.errors import FamilyError
+
+HeadName = Literal["causal_lm", "masked_lm", "sequence_classification", "network"]
+"""`network` stands for the head of a network that is not of transformers, with a loss of its own."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """One kind of head.
+
+    Attributes:
+        name: as family files and `architecture.json` name it.
+        auto_class: transformers' class that loads models with it.
+        mapping: transformers' table from config classes to model classes with it.
+        ending: how the names of these classes end.
+    """
+
+    name: HeadName
+    auto_class: str
+    mapping: str
+    ending: str
+
+    @cached_property
+    def loader(self) -> Any:
+        """Transformers' auto class."""
+        import transformers  # not above: what only reads descriptions needs no torch
+
+        return getattr(transformers, self.auto_class)
+
+    def model_class(self, config: Any) -> str:
+        """The name of the stock class for a config of transformers."""
+        import transformers
+
+        name: str = getattr(transformers, self.mapping)[type(config)].__name__
+        return name
+
+
+CAUSAL_LM = Head("causal_lm", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING", "")
+MASKED_LM = Head("masked_lm", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING", "ForMaskedLM")
+SEQUENCE_CLASSIFICATION = Head(
+    "sequence_classification",
+    "AutoModelForSequenceClassification",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "ForSequenceClassification",
+)
+HEADS = {head.name: head for head in (MASKED_LM, SEQUENCE_CLASSIFICATION, CAUSAL_LM)}
+
+
+def head_of(architectures: Sequence[str] | None) -> Head:
+    """The head that a config's `architectures` names; a causal one if it names none or one of another ending.
+
+    Raises:
+        FamilyError: for a head of another kind, such as question answering, whose weights would be lost.
+    """
+    name = next(iter(architectures or ()), "")
+    for head in HEADS.values():
+        if head.ending and name.endswith(head.ending):
+            return head
+    if "For" in name and not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
+        known = ", ".join(head.ending or "ForCausalLM" for head in HEADS.values())
+        raise FamilyError(f"the model is a {name}; libprune knows the heads {known}")
+    return CAUSAL_LM

@@ -1,0 +1,52 @@
+"""Which units stay: the meaning of a pruning decision, apart from any model."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.engine.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For each (layer, part) which units are kept, as a boolean array ``[units]``.
+
+    A part with no unit left contributes nothing to the residual stream; a layer with no part left
+    is deleted.
+    """
+
+    keep: Mapping[tuple[int, str], NDArray[np.bool_]]
+
+    @staticmethod
+    def dense(architecture: Architecture) -> "Plan":
+        """The plan that keeps everything."""
+        return Plan({block: np.ones(architecture.units(block[1]), dtype=bool) for block in architecture.blocks()})
+
+    def kept(self, layer: int, part: str) -> int:
+        """Number of units kept."""
+        return int(self.keep[layer, part].sum())
+
+    def gone(self, layer: int, part: str) -> bool:
+        """Whether the whole part is removed."""
+        return self.kept(layer, part) == 0
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are left, by their index in the dense model."""
+        return tuple(sorted({layer for layer, part in self.keep if not self.gone(layer, part)}))
+
+    @property
+    def digest(self) -> str:
+        """Names the decision."""
+        return hashlib.sha256(b"".join(keep.tobytes() for keep in self.keep.values())).hexdigest()[:16]
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers left have the same counts and all their parts, as stock configs need."""
+        parts = {part for _, part in self.keep}
+        counts = {tuple(self.kept(layer, part) for part in sorted(parts)) for layer in self.layers}
+        return len(counts) == 1 and 0 not in next(iter(counts))

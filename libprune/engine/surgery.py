@@ -1,0 +1,147 @@
+"""Masking, which defines what removal means, and slicing, which must equal it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Shaped
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from libprune.engine.architecture import Architecture, Map, Parameter
+from libprune.engine.axes import Expr
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+"""Modules whose input has its features before the dimensions of space."""
+
+
+def positions_kept(architecture: Architecture, plan: Plan, layer: int, expr: Expr) -> NDArray[np.bool_]:
+    """Which positions of a dimension of a layer stay; shape ``[size]``."""
+    kept = np.ones(expr.size(architecture.sizes), dtype=bool)
+    for part, shape in architecture.parts.items():
+        if shape.axis in expr.names:
+            kept &= expr.kept(shape.axis, architecture.sizes, plan.keep[layer, part])
+    return kept
+
+
+def entries_kept(architecture: Architecture, plan: Plan, parameter: Parameter) -> Bool[Tensor, "..."]:
+    """Which entries of a parameter of a layer stay, in its shape."""
+    assert parameter.layer is not None
+    kept = torch.ones([dim.size(architecture.sizes) for dim in parameter.dims], dtype=torch.bool)
+    for dim, expr in enumerate(parameter.dims):
+        positions = torch.from_numpy(positions_kept(architecture, plan, parameter.layer, expr))
+        kept &= positions.view([-1 if i == dim else 1 for i in range(kept.ndim)])
+    return kept
+
+
+def input_mask(architecture: Architecture, plan: Plan, consumer: Map) -> NDArray[np.bool_]:
+    """Which input positions of a consumer stay; shape ``[input]``."""
+    return positions_kept(architecture, plan, consumer.layer, consumer.input)
+
+
+@contextmanager
+def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator[None]:
+    """Inside the context the dense model computes what the pruned one will.
+
+    A removed unit is a zero at the consumer's input (the consumer's bias stays); a removed part is
+    a zero contribution to the residual stream, bias included.
+    """
+    handles = []
+    for consumer in architecture.maps:
+        kept = input_mask(architecture, plan, consumer)
+        module = model.get_submodule(consumer.module)
+        if not kept.any():
+            handles.append(module.register_forward_hook(_zero_output))
+        elif not kept.all():
+            mask = torch.from_numpy(kept[:: consumer.kernel]).to(next(module.parameters()).device)
+            handles.append(module.register_forward_pre_hook(partial(_mask_input, mask)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mask_input(mask: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].masked_fill(~along_features(module, mask), 0), *args[1:])
+
+
+def along_features(module: nn.Module, values: Shaped[Tensor, "*batch features"]) -> Shaped[Tensor, "..."]:
+    """Values of each feature in the shape in which the module takes them: the last dimension, or before those of space.
+
+    Args:
+        module: a map.
+        values: ``[features]``, or ``[batch, features]`` for convolutions.
+    """
+    space = module.weight.ndim - 2 if isinstance(module, CONVOLUTIONS) else 0
+    return values.reshape(*values.shape, *[1] * space)
+
+
+def _zero_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
+
+
+def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, parameter: Parameter) -> Tensor | None:
+    """The rows and columns of a parameter that the plan keeps; None if its whole part goes."""
+    if parameter.layer is None:
+        return tensor
+    if parameter.part is not None and plan.gone(parameter.layer, parameter.part):
+        return None
+    for dim, expr in enumerate(parameter.dims):
+        positions = positions_kept(architecture, plan, parameter.layer, expr)
+        if not positions.all():
+            tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(positions)).to(tensor.device))
+    return tensor.contiguous()
+
+
+def sliced_name(architecture: Architecture, plan: Plan, parameter: Parameter) -> str:
+    """The name of a parameter in the pruned model, where deleted layers leave no gap."""
+    if parameter.layer is None or architecture.is_network:
+        return parameter.name
+    prefix = f"{architecture.layers_path}."
+    inside = parameter.name.removeprefix(f"{prefix}{parameter.layer}.")
+    return f"{prefix}{plan.layers.index(parameter.layer)}.{inside}"
+
+
+def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: Plan) -> dict[str, Tensor]:
+    """All parameters of the pruned model by their new names.
+
+    Args:
+        state: the dense model's parameters by name; read one at a time, so it may be lazy.
+
+    Raises:
+        LibpruneError: if some but not all of the units go that a norm couples, or a whole layer that norms stay of.
+    """
+    _require_whole(architecture, plan)
+    _require_layers(architecture, plan)
+    sliced = {}
+    for parameter in architecture.parameters:
+        tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
+        if tensor is not None:
+            sliced[sliced_name(architecture, plan, parameter)] = tensor
+    return sliced
+
+
+def _require_layers(architecture: Architecture, plan: Plan) -> None:
+    if architecture.layers_stay and len(plan.layers) < architecture.layers:
+        first = min(set(range(architecture.layers)) - set(plan.layers))
+        raise LibpruneError(
+            f"the plan deletes layer {first}, but the norms of a block of family {architecture.family!r} work on the "
+            "residual stream itself; something of every layer must stay"
+        )
+
+
+def _require_whole(architecture: Architecture, plan: Plan) -> None:
+    for layer, part in architecture.blocks():
+        shape, kept = architecture.parts[part], plan.kept(layer, part)
+        if shape.coupled and kept not in {0, architecture.units(part)}:
+            raise LibpruneError(
+                f"the plan keeps {kept} of {architecture.units(part)} {part} units of layer {layer}, but "
+                f"{' and '.join(shape.coupled)} of family {architecture.family!r} take their statistics over all of "
+                "them; such a part can only stay or go as a whole"
+            )

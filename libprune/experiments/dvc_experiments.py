@@ -1,0 +1,194 @@
+"""DVC's experiments as rows of settings and results: what `dvc exp show` lists, without what only looks like a result.
+
+DVC shows the metrics that lie in a revision, whether or not its params made them: a queued, running or failed
+experiment carries those it started from, and so does a workspace whose params were edited since. Each revision's
+`dvc.lock` says which params, and which inputs of each stage, its results belong to.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from libprune.engine.errors import LibpruneError
+from libprune.experiments.file import leaves_of
+
+Shown = Sequence[Mapping[str, Any]]
+"""The output of `dvc exp show --json`: the workspace and the chosen commits, each with its experiments."""
+
+WORKSPACE = "workspace"
+_UNFINISHED = ("queued", "running", "failed")
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # ten times faster; a lock file is long
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Settings and what they gave. Perplexities are on the evaluation windows."""
+
+    names: tuple[str, ...]
+    """What DVC calls it: an experiment, a branch, a short commit, or `workspace`; several if all else is equal."""
+    params: Mapping[str, Any]
+    """Every param by its full name, such as `allocate.ratio`."""
+    ratio: float
+    """Perplexity over the dense model's."""
+    error: float
+    """One standard error of the ratio, over paired windows."""
+    dense: float
+    """Perplexity of the dense model."""
+    removed: float
+    """Share of the decoder's parameters."""
+    prefill: float
+    """Tokens a second over the dense model's."""
+    size: int | None
+    """Bytes of the pruned model's folder; None if its revision has no `dvc.lock`."""
+    proved: bool = True
+    """Whether a `dvc.lock` says that the results were made with these params."""
+    revision: str = ""
+    """The commit, or `workspace`, that holds its `dvc.lock`; one of them where several are equal."""
+
+    @property
+    def label(self) -> str:
+        """The names in one word or two."""
+        more = len(self.names) - 2
+        return " = ".join(self.names[:2]) + (f" (+{more})" if more > 0 else "")
+
+
+def comparable(all_commits: bool = False) -> tuple[list[Experiment], dict[str, str]]:
+    """What `gather` finds in the current folder's project, if that is something to compare.
+
+    Args:
+        all_commits: the experiments of every commit, not only of HEAD.
+
+    Raises:
+        LibpruneError: if fewer than two different rows have results, or there is no project or no DVC.
+    """
+    rows, left_out = gather(show(all_commits), read_lock)
+    if len(rows) < 2:
+        only = f"only {rows[0].label} has results" if rows else "nothing has results"
+        others = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
+        raise LibpruneError(
+            f"there is nothing to compare: {only}{others}. Run an experiment, such as "
+            "`dvc exp run -S allocate.ratio=0.3`, or choose --all-commits for those of earlier commits"
+        )
+    return rows, left_out
+
+
+def show(all_commits: bool = False) -> Shown:
+    """What `dvc exp show` lists of the project in the current folder, of HEAD or of all commits.
+
+    Raises:
+        LibpruneError: if this is no project folder, or DVC cannot be run here.
+    """
+    if not Path("dvc.yaml").exists():
+        raise LibpruneError(f"{Path.cwd()} has no dvc.yaml; run `libprune compare` in the project's folder")
+    command = [sys.executable, "-m", "dvc", "exp", "show", "--json", *(["--all-commits"] if all_commits else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise LibpruneError(f"DVC cannot be run ({error}); install it beside libprune: pip install dvc") from error
+    if done.returncode != 0:
+        raise LibpruneError(f"`dvc exp show` failed in {Path.cwd()}: {done.stderr.strip()}")
+    shown: Shown = json.loads(done.stdout)
+    return shown
+
+
+def read_lock(revision: str) -> str | None:
+    """The `dvc.lock` of the workspace or of a commit; None where there is none."""
+    if revision == WORKSPACE:
+        path = Path("dvc.lock")
+        return path.read_text() if path.exists() else None
+    done = subprocess.run(["git", "show", f"{revision}:./dvc.lock"], capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None
+
+
+def gather(shown: Shown, lock_of: Callable[[str], str | None]) -> tuple[list[Experiment], dict[str, str]]:
+    """Experiments with results, the lowest perplexity first, and by name why each other one has none.
+
+    Those that differ in nothing but the name are one: after `dvc exp run` the workspace is the experiment itself.
+
+    Args:
+        shown: what `show` returns.
+        lock_of: the text of a revision's `dvc.lock`, or None; `read_lock`.
+    """
+    found: dict[str, Experiment] = {}
+    left_out: dict[str, str] = {}
+    for name, state in _states(shown):
+        result = _result(name, state, lock_of)
+        if isinstance(result, str):
+            left_out[name] = result
+            continue
+        content = repr(replace(result, names=(), revision=""))
+        names = [*(found[content].names if content in found else ()), name]
+        found[content] = replace(result, names=tuple(sorted(names, key=lambda one: one == WORKSPACE)))
+    return sorted(found.values(), key=lambda row: row.ratio), left_out
+
+
+def _states(shown: Shown) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Name and state of everything listed; that of an experiment with its `executor`, if it was queued."""
+    for commit in shown:
+        yield commit["name"] or (WORKSPACE if commit["rev"] == WORKSPACE else commit["rev"][:7]), commit
+        for experiment in commit["experiments"] or []:
+            tip = experiment["revs"][0]
+            yield experiment["name"] or tip["rev"][:7], {**tip, "executor": experiment["executor"]}
+
+
+def _result(name: str, state: Mapping[str, Any], lock_of: Callable[[str], str | None]) -> Experiment | str:
+    """The experiment, or why it has no result."""
+    progress = (state.get("executor") or {}).get("state")
+    if progress in _UNFINISHED:
+        return str(progress)
+    if state["error"]:
+        return str(state["error"]["msg"])
+    try:
+        experiment = replace(_experiment(name, state["data"]), revision=state["rev"])
+    except KeyError:
+        return "no results in metrics/evaluation.json"
+    if not isfinite(experiment.ratio):
+        return f"perplexity {experiment.ratio}"
+    lock = lock_of(state["rev"])
+    if lock is None:
+        return replace(experiment, proved=False)
+    return outdated(experiment.params, lock) or experiment
+
+
+def _experiment(name: str, data: Mapping[str, Any]) -> Experiment:
+    evaluation = data["metrics"]["metrics/evaluation.json"]["data"]
+    return Experiment(
+        names=(name,),
+        params=leaves_of(data["params"]["params.yaml"]["data"]),
+        ratio=evaluation["perplexity_ratio"]["value"],
+        error=evaluation["perplexity_ratio"]["se"],
+        dense=evaluation["dense"]["perplexity"],
+        removed=evaluation["pruned"]["decoder_share_removed"],
+        prefill=evaluation["speed"]["prefill_ratio"],
+        size=data["outs"].get("artifacts/pruned", {}).get("size"),
+    )
+
+
+def outdated(params: Mapping[str, Any], lock: str) -> str | None:
+    """Why the results beside a `dvc.lock` are not those of these params; None if they are.
+
+    Args:
+        params: leaves of params.yaml by their full names.
+        lock: the text of `dvc.lock`, in which every stage that has run has left its params and the hashes of its
+            inputs and outputs.
+    """
+    try:
+        stages = (yaml.load(lock, _LOADER) or {}).get("stages") or {}
+    except yaml.YAMLError:
+        return "its dvc.lock is not valid YAML, as after a merge conflict; run `dvc repro`"
+    made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
+    for name, stage in stages.items():
+        for key, value in leaves_of(stage.get("params", {}).get("params.yaml", {})).items():
+            if str(params.get(key)) != str(value):  # as text: YAML 1.1 and 1.2 disagree whether 1e-05 is a number
+                return f"{name} last ran with {key} {value}, not {params.get(key)}"
+        for dep in stage.get("deps", []):
+            if made.get(dep["path"], dep.get("md5")) != dep.get("md5"):
+                return f"{name} has not run since {dep['path']} changed"
+    return None

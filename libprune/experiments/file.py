@@ -1,0 +1,239 @@
+"""Comparison files: settings by name, or a grid of them, each to be run with several calibration seeds."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from libprune.engine.errors import LibpruneError, ParamsError, nearest
+from libprune.engine.yaml_file import read_yaml
+from libprune.pipeline.params import Params, validate_params
+from libprune.pipeline.sections import Floor, Section
+from libprune.scoring.fusion import named_criteria
+
+Data = Mapping[str, Any]
+"""What a params file says: sections of keys, and `preset`."""
+
+SEED = "tokenize.seed"
+"""The param that `seeds` sets: which calibration sequences are drawn."""
+
+_NAME = r"^[A-Za-z0-9]([A-Za-z0-9_+-]|\.(?=[A-Za-z0-9]))*$"
+"""Names become parts of those of git references and folders."""
+
+FullName = Annotated[str, Field(pattern=r"^[a-z_0-9.]+$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class ComparisonFile(Section):
+    """What a comparison file says; params by their full names, such as `score.criterion`."""
+
+    name: Name
+    """The first part of the experiments' names, and the folder below report/compare."""
+    title: str = ""
+    """The heading of what is written; the name if empty."""
+    base: dict[FullName, Any] = Field(default={}, alias="set")
+    """`set`: params that all settings share and that differ from params.yaml."""
+    settings: dict[str, dict[FullName, Any]] = Field(default={})
+    """By name, what each setting changes."""
+    grid: dict[FullName, list[Any]] = Field(default={})
+    """In the place of `settings`: every combination of these values."""
+    seeds: Annotated[tuple[Floor, ...], Field(strict=False, min_length=1)]
+    """Values of `tokenize.seed`; two at least, for an interval."""
+    reference: str | None = None
+    """The setting that the others are compared with; null: the one with the lowest perplexity."""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "ComparisonFile":
+        if bool(self.settings) == bool(self.grid):
+            raise ValueError("give either settings or a grid")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {list(self.seeds)} names one twice")
+        if [key for key, values in self.grid.items() if not values]:
+            raise ValueError("grid: a param has no values")
+        return self
+
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """What each setting changes, by its name; a combination of a grid is named by its values.
+
+        Raises:
+            ParamsError: if two combinations would have the same name.
+        """
+        if self.settings:
+            return dict(self.settings)
+        found: dict[str, dict[str, Any]] = {}
+        for values in product(*self.grid.values()):
+            name = "-".join(re.sub(r"[^A-Za-z0-9.+]+", "_", str(value)).strip("_.") or "none" for value in values)
+            if name in found:
+                raise ParamsError(f"grid: two combinations are called {name!r}; write them as settings with names")
+            found[name] = dict(zip(self.grid, values, strict=True))
+        return found
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of a comparison.
+
+    Attributes:
+        name: as in the file.
+        changes: to params.yaml, by full name, those of `set` among them.
+        params: all params with these changes and the first seed.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    params: Params
+
+
+@dataclass(frozen=True)
+class Run:
+    """A setting with a seed.
+
+    Attributes:
+        experiment: its name in DVC.
+        setting: its name in the comparison.
+        seed: of the calibration text.
+        changes: to params.yaml, the seed's among them.
+        leaves: every param by its full name.
+    """
+
+    experiment: str
+    setting: str
+    seed: int
+    changes: Mapping[str, Any]
+    leaves: Mapping[str, Any]
+
+    def is_of(self, params: Mapping[str, Any]) -> bool:
+        """Whether params are those of this run; as text: YAML 1.1 and 1.2 disagree whether 1e-05 is a number."""
+        return {key: str(value) for key, value in params.items()} == {k: str(v) for k, v in self.leaves.items()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A valid comparison of this project.
+
+    Attributes:
+        name: also the folder's.
+        title: the heading.
+        settings: at least one, in the file's order.
+        seeds: of the calibration text.
+        reference: the name of a setting, or None for the best.
+        data: the params.yaml that the changes are to.
+    """
+
+    name: str
+    title: str
+    settings: tuple[Setting, ...]
+    seeds: tuple[int, ...]
+    reference: str | None
+    data: Data
+
+    def runs(self) -> Iterator[Run]:
+        """Every setting with every seed; seeds outermost, so that what is collected serves all settings."""
+        for seed in self.seeds:
+            for setting in self.settings:
+                changes = {**setting.changes, SEED: seed}
+                leaves = leaves_of(with_changes(self.data, changes))
+                yield Run(f"{self.name}-{setting.name}-s{seed}", setting.name, seed, changes, leaves)
+
+
+def leaves_of(data: Data, prefix: str = "") -> dict[str, Any]:
+    """The params by their full names: `preset`, `section.key`, `section.key.part`."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        flat |= leaves_of(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def with_changes(data: Data, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Params with some of them, by full name, set to other values."""
+    changed = dict(data)
+    for name, value in changes.items():
+        key, _, inner = name.partition(".")
+        changed[key] = with_changes(changed.get(key) or {}, {inner: value}) if inner else value
+    return changed
+
+
+def read_comparison(path: Path, params: Path = Path("params.yaml")) -> Comparison:
+    """A comparison file, all of whose settings are valid changes to the project's params.
+
+    Raises:
+        LibpruneError: naming the setting, the key, what is wrong with it, and the nearest known key.
+    """
+    found, data = read_file(path), read_yaml(params)
+    changes = {name: {**found.base, **own} for name, own in found.changes().items()}
+    if found.reference is not None and found.reference not in changes:
+        known = ", ".join(changes)
+        raise ParamsError(
+            f"{path}: reference {found.reference!r} is no setting{nearest(found.reference, changes)} (known: {known})"
+        )
+    settings = tuple(read_setting(name, own, data, found.seeds[0], path) for name, own in changes.items())
+    _require_different(settings, data, path)
+    return Comparison(found.name, found.title or found.name, settings, found.seeds, found.reference, data)
+
+
+def read_file(path: Path) -> ComparisonFile:
+    """The file's content, whose params are not looked at yet.
+
+    Raises:
+        ParamsError: naming the key and the nearest known one.
+    """
+    try:
+        return ComparisonFile.model_validate(read_yaml(path))
+    except ValidationError as error:
+        problems = "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())
+        raise ParamsError(f"{path}: {problems}") from error
+
+
+def read_setting(name: str, changes: Mapping[str, Any], data: Data, seed: int, path: Path) -> Setting:
+    """A setting whose name can be used and whose changes give valid params.
+
+    Raises:
+        LibpruneError: naming what is wrong.
+    """
+    where = f"{path}: setting {name!r}"
+    if not re.fullmatch(_NAME, name):
+        raise ParamsError(f"{where}: a name has letters, digits, and between them - _ + or single dots")
+    known = _known()
+    for key in changes:
+        if key == SEED:
+            raise ParamsError(f"{where}: {SEED} is what `seeds` sets; leave it out")
+        if key not in known:
+            raise ParamsError(f"{where}: unknown param {key!r}{nearest(key, known)}")
+    valid = validate_params(with_changes(data, {**changes, SEED: seed}), where)
+    try:
+        named_criteria(valid.score)
+    except LibpruneError as error:
+        raise ParamsError(f"{where}: {error}") from error
+    return Setting(name, changes, valid)
+
+
+def _known(model: type[BaseModel] = Params, prefix: str = "") -> list[str]:
+    """Every param by its full name."""
+    found = []
+    for key, of in model.model_fields.items():
+        name, inner = f"{prefix}{key}", cast(Any, of.annotation)
+        has_keys = isinstance(inner, type) and issubclass(inner, BaseModel)
+        found += _known(inner, f"{name}.") if has_keys else [name]
+    return found
+
+
+def _require_different(settings: tuple[Setting, ...], data: Data, path: Path) -> None:
+    seen: dict[str, str] = {}
+    for setting in settings:
+        content = repr(sorted(leaves_of(with_changes(data, setting.changes)).items()))
+        if content in seen:
+            raise ParamsError(f"{path}: settings {seen[content]!r} and {setting.name!r} have the same params")
+        seen[content] = setting.name
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    place = ".".join(map(str, loc))
+    if kind != "extra_forbidden":
+        return f"{place}: {message}" if place else message.removeprefix("Value error, ")
+    known = [of.alias or name for name, of in cast(type[BaseModel], ComparisonFile).model_fields.items()]
+    return f"unknown key {place!r}{nearest(str(loc[-1]), known)} (known: {', '.join(known)})"

@@ -1,0 +1,79 @@
+"""A comparison as pictures: perplexity by setting with intervals, and the overlaps of the kept sets."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.experiments.summary import Summary
+from libprune.report.canvas import BLUE, GREY, INK, WIDTH, Figure, LogLocator, NullFormatter, styled
+
+_WIDE = 3.0
+"""Ratio of largest to smallest from which the axis is logarithmic."""
+_DECADES = 30.0
+"""Ratio from which only powers of ten are numbered."""
+
+
+@styled()
+def draw_ratios(found: Sequence[Summary], reference: Summary) -> Figure:
+    """Perplexity ratio of every setting: its seeds, their mean and interval, the error over the windows below it.
+
+    A line goes through the reference's mean.
+    """
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.42 * len(found)), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for place, one in enumerate(found):
+        values = list(one.ratios.values())
+        axes.plot(values, [place] * len(values), linestyle="none", marker="o", color=GREY, alpha=0.55, markersize=5)
+        if one.ratio.known:
+            axes.plot([one.ratio.low, one.ratio.high], [place, place], color=BLUE, linewidth=2, solid_capstyle="butt")
+        axes.plot([one.ratio.mean], [place], marker="|", color=BLUE, markersize=13, markeredgewidth=2)
+        axes.errorbar([one.ratio.mean], [place + 0.28], xerr=[one.error], color=GREY, capsize=2, linewidth=1)
+    axes.axvline(reference.ratio.mean, color=INK, linewidth=0.8, linestyle="--", zorder=0)
+    axes.set_yticks(range(len(found)), [one.name for one in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    shown = [value for one in found for value in one.ratios.values()]
+    if max(shown) > _WIDE * min(shown):
+        axes.set_xscale("log")
+        few = max(shown) < _DECADES * min(shown)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if few else (1,)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", visible=True)
+    axes.set_xlabel("perplexity ÷ dense")
+    axes.set_title(
+        f"Seeds (dots), mean and 95 % interval (blue), ± error over windows (grey); dashed: {reference.name}"
+    )
+    return figure
+
+
+@styled()
+def draw_overlaps(matrix: NDArray[np.float64], names: Sequence[str], chance: float) -> Figure:
+    """Jaccard overlaps as a heat map from chance to 1, the diagonal between the seeds of one setting.
+
+    Args:
+        matrix: ``[settings, settings]``; NaN where unknown.
+        names: of the settings.
+        chance: what independent choices would overlap by.
+    """
+    side = 1.6 + 0.62 * len(names)
+    figure = Figure(figsize=(max(side + 1.6, 5.5), max(side, 3.2)), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    lowest = min(chance, float(np.nanmin(matrix)))
+    image = axes.imshow(matrix, cmap="Blues", vmin=lowest, vmax=1)
+    for (i, j), value in np.ndenumerate(matrix):
+        dark = value > (lowest + 1) / 2
+        text = "–" if np.isnan(value) else f"{value:.2f}"
+        axes.text(j, i, text, ha="center", va="center", color="white" if dark else INK, fontsize=8)
+    axes.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=axes, shrink=0.85)
+    bar.ax.axhline(chance, color=INK, linewidth=1.2)
+    bar.outline.set_visible(False)
+    bar.set_label(f"Jaccard; line: by chance, {chance:.2f}")
+    axes.set_title("Overlap of kept sets; diagonal: between seeds", fontsize=9.5)
+    return figure

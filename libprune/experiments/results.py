@@ -1,0 +1,181 @@
+"""The results of a comparison: of each run its figures, and the kept units and scores that lie in DVC's cache."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.experiments.agreement import spearman
+from libprune.experiments.costs import Cost, Costs, collecting, cost_of, lock_stages, pruning
+from libprune.experiments.dvc_experiments import Experiment
+from libprune.experiments.file import Comparison, Setting
+from libprune.experiments.runs import found
+from libprune.pipeline.artifacts import Columns, column, read_table
+
+Locks = Callable[[str], str | None]
+"""The text of a revision's `dvc.lock`, or None; `libprune.experiments.dvc_experiments.read_lock`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run gave.
+
+    Attributes:
+        experiment: its figures, and what DVC calls it.
+        kept: which units stay, ``[units]`` in the order of the per-unit tables; None if not in the cache.
+        correlations: Spearman's, of importances and measured loss increases, by part; empty if unknown.
+        collecting: what the statistics cost that the setting reads; None if not on record.
+        pruning: what the stages from the scores to the pruned model cost; likewise.
+    """
+
+    experiment: Experiment
+    kept: NDArray[np.bool_] | None
+    correlations: Mapping[str, float]
+    collecting: Cost | None
+    pruning: Cost | None
+
+
+Results = dict[str, dict[int, Result]]
+"""By setting, in the comparison's order, and by seed."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A comparison with the results that there are.
+
+    Attributes:
+        comparison: what was wanted.
+        results: of the settings that have any.
+        missing: by run, why it has no result.
+        remarks: sentences on what else is not known, and what to do about it.
+    """
+
+    comparison: Comparison
+    results: Results
+    missing: Mapping[str, str]
+    remarks: Sequence[str]
+
+    def setting(self, name: str) -> Setting:
+        """What a setting with results changes."""
+        return next(setting for setting in self.comparison.settings if setting.name == name)
+
+
+def gather_results(
+    comparison: Comparison,
+    rows: Sequence[Experiment],
+    reasons: Mapping[str, str],
+    lock_of: Locks,
+    cache: Path | None,
+    costs: Costs,
+) -> Gathered:
+    """Find the results of every run.
+
+    Args:
+        comparison: what is wanted.
+        rows: experiments with results, of whatever name.
+        reasons: by experiment, why it has none.
+        lock_of: reads a revision's `dvc.lock`.
+        cache: the folder of DVC's cache; None if there is none.
+        costs: what stages took.
+
+    Raises:
+        LibpruneError: if no run has a result.
+    """
+    results: Results = {}
+    missing, remarks = {}, dict[str, None]()
+    params = {setting.name: setting for setting in comparison.settings}
+    for run in comparison.runs():
+        row = found(run, rows)
+        if row is None:
+            missing[run.experiment] = reasons.get(run.experiment, "not run")
+            continue
+        result, notes = _result(row, params[run.setting], lock_of(row.revision), cache, costs)
+        results.setdefault(run.setting, {})[run.seed] = result
+        remarks |= dict.fromkeys(notes)
+    if not results:
+        raise LibpruneError(_nothing(comparison, missing))
+    ordered = {name: results[name] for name in params if name in results}
+    return Gathered(comparison, ordered, missing, tuple(remarks))
+
+
+def _nothing(comparison: Comparison, missing: Mapping[str, str]) -> str:
+    why = "; ".join(f"{name}: {reason}" for name, reason in list(missing.items())[:3])
+    return (
+        f"no experiment of HEAD has results with the params of {comparison.name} ({why}); run `libprune compare run` "
+        "with its file, or gather with --all-commits those of earlier commits"
+    )
+
+
+def _result(
+    row: Experiment, setting: Setting, lock: str | None, cache: Path | None, costs: Costs
+) -> tuple[Result, list[str]]:
+    """The result of a run, and what is to be said about it."""
+    notes: list[str] = []
+    tables = {}
+    for path, stage in ((PLAN, "allocate"), (SCORES, "score"), (ABLATION, "ablation")):
+        try:
+            tables[path] = cached_table(path, stage, lock, cache)
+        except ArtifactError as error:
+            notes.append(f"{error}.")
+    kept = tables[PLAN]["keep"].astype(np.bool_) if PLAN in tables else None
+    correlations: dict[str, float] = {}
+    if SCORES in tables and ABLATION in tables:
+        if len(tables[ABLATION]["layer_idx"]):
+            correlations = correlations_by_part(tables[SCORES], tables[ABLATION])
+        else:
+            notes.append(NOT_MEASURED)
+    read, cut = (cost_of(stages(setting.params), lock, costs) for stages in (collecting, pruning))
+    return Result(row, kept, correlations, read, cut), notes
+
+
+PLAN, SCORES, ABLATION = "artifacts/plan.parquet", "artifacts/scores.parquet", "artifacts/ablation.parquet"
+
+NOT_MEASURED = (
+    "How the scores rank the units beside measured loss increases is unknown, since no unit was measured: set "
+    "`ablation.units`, such as 200, under `set:` in the comparison file or in params.yaml, and run it again."
+)
+
+
+def cached_table(path: str, stage: str, lock: str | None, cache: Path | None) -> Columns:
+    """A table that a revision's `dvc.lock` names, from DVC's cache.
+
+    Raises:
+        ArtifactError: if the revision has none, or the cache does not hold it.
+    """
+    outs = lock_stages(lock).get(stage, {}).get("outs", [])
+    md5 = next((out.get("md5") for out in outs if out["path"] == path), None)
+    if md5 is None:
+        raise ArtifactError(f"{path} of some runs is in no dvc.lock, so that columns about it are empty")
+    place = cache / "files" / "md5" / md5[:2] / md5[2:] if cache else None
+    if place is None or not place.exists():
+        raise ArtifactError(
+            f"{path} of some runs is no longer in DVC's cache, so that columns about it are empty; "
+            "`dvc exp remove` such an experiment and run it again"
+        )
+    return read_table(place, stage)[0]
+
+
+def correlations_by_part(scores: Columns, measured: Columns) -> dict[str, float]:
+    """Spearman's correlation of importance and measured loss increase over the measured units of each part.
+
+    Not over all parts together: not every criterion compares between them.
+    """
+    keys = ("layer_idx", "group_type", "group_idx")
+    units = zip(*(column(scores, key, SCORES).tolist() for key in keys), strict=True)
+    importance = dict(zip(units, column(scores, "importance", SCORES).tolist(), strict=True))
+    rows = list(zip(*(column(measured, key, ABLATION).tolist() for key in keys), strict=True))
+    predicted = np.array([importance[row] for row in rows], dtype=np.float64)
+    parts, increase = measured["group_type"], measured["loss_increase"]
+    found = {part: spearman(predicted[parts == part], increase[parts == part]) for part in dict.fromkeys(parts)}
+    return {part: value for part, value in found.items() if np.isfinite(value)}
+
+
+def cache_folder() -> Path | None:
+    """Where DVC keeps the files of the current folder's project; None if it does not say."""
+    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
+    return Path(done.stdout.strip()) if done.returncode == 0 else None

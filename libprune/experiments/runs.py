@@ -1,0 +1,207 @@
+"""Running what a comparison lacks through DVC, one experiment after the other, and leaving the workspace as it was."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from libprune.engine.errors import LibpruneError
+from libprune.experiments.costs import costs_of, read_costs, write_costs
+from libprune.experiments.dvc_experiments import WORKSPACE, Experiment, read_lock
+from libprune.experiments.file import Comparison, Run, leaves_of
+from libprune.pipeline.artifacts import writing
+
+Echo = Callable[[str], None]
+
+PARAMS, LOCK = Path("params.yaml"), Path("dvc.lock")
+_PATIENCE = 60  # seconds for DVC to end after an interrupt
+
+
+def missing_runs(comparison: Comparison, rows: Sequence[Experiment], left_out: Mapping[str, str]) -> list[Run]:
+    """The runs that no experiment, nor a commit, has results of; those of the workspace alone would not last.
+
+    Args:
+        comparison: what is wanted.
+        rows: experiments with results.
+        left_out: why each other one has none.
+
+    Raises:
+        LibpruneError: if a run's name is taken by an experiment with other params, or one without results.
+    """
+    lasting = [row for row in rows if row.revision != WORKSPACE]
+    done = {run.experiment for run in comparison.runs() if found(run, lasting)}
+    todo = [run for run in comparison.runs() if run.experiment not in done]
+    taken = [f"{run.experiment} ({why})" for run in todo if (why := _taken(run, rows, left_out))]
+    if taken:
+        raise LibpruneError(
+            f"experiments of these names exist: {'; '.join(taken)}. Remove them with `dvc exp remove NAME`, "
+            "or give the comparison another name"
+        )
+    return todo
+
+
+def found(run: Run, rows: Sequence[Experiment]) -> Experiment | None:
+    """The experiment, by whatever name, whose params are those of a run."""
+    return next((row for row in rows if run.is_of(row.params)), None)
+
+
+def _taken(run: Run, rows: Sequence[Experiment], left_out: Mapping[str, str]) -> str | None:
+    """Why a run cannot have its name."""
+    for row in rows:
+        if run.experiment in row.names:
+            differ = [key for key, value in run.leaves.items() if str(row.params.get(key)) != str(value)]
+            gone = [key for key in row.params if key not in run.leaves]
+            shown = [f"{key} {row.params.get(key)}, not {run.leaves.get(key)}" for key in (differ + gone)[:3]]
+            return "with " + ", ".join(shown)
+    reason = left_out.get(run.experiment)
+    return None if reason in (None, "failed") else reason
+
+
+def run_all(comparison: Comparison, todo: Sequence[Run], logs: Path, costs: Path, echo: Echo) -> dict[str, str]:
+    """Run experiments one after the other, going on after one that fails, and restore the workspace.
+
+    Args:
+        comparison: they are of.
+        todo: in this order.
+        logs: the folder that the output of each is written to, under its name.
+        costs: the record of what stages took, to which this adds.
+        echo: says where it is.
+
+    Returns:
+        By experiment, why it failed.
+    """
+    failed: dict[str, str] = {}
+    if not todo:
+        return failed
+    seconds: list[float] = []
+    present = leaves_of(comparison.data)
+    with workspace_kept(echo):
+        content = PARAMS.read_bytes()
+        for i, run in enumerate(todo, 1):
+            changes = ", ".join(f"{key}={value}" for key, value in run.changes.items())
+            echo(f"[{i} of {len(todo)}] {run.experiment}: {changes}")
+            _write(PARAMS, content)  # without the changes of the experiment before
+            log, start = logs / f"{run.experiment}.txt", time.monotonic()
+            settings = [override(key, value, key in present) for key, value in run.changes.items()]
+            reason = run_experiment(run.experiment, settings, log)
+            seconds.append(time.monotonic() - start)
+            write_costs(costs, read_costs(costs) | costs_of(log.read_text(errors="replace"), read_lock(WORKSPACE)))
+            if reason is not None:
+                failed[run.experiment] = f"{reason} (log: {log})"
+            left = f"; about {duration(remaining(todo[:i], todo[i:], seconds))} left" if todo[i:] else ""
+            echo(f"    {f'failed: {reason}; ' if reason else ''}{duration(seconds[-1])}{left}")
+    return failed
+
+
+def run_experiment(name: str, settings: Sequence[str], log: Path) -> str | None:
+    """`dvc exp run` in the workspace with its output in a file; None, or why it failed.
+
+    DVC has a process group of its own, so that an interrupt reaches it once, from here, and it can clear up.
+
+    Raises:
+        LibpruneError: if DVC cannot be run here.
+        KeyboardInterrupt: after DVC has ended.
+    """
+    options = [part for setting in settings for part in ("-S", setting)]
+    command = [sys.executable, "-m", "dvc", "exp", "run", "--name", name, *options]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, process_group=0
+            )
+        except OSError as error:
+            raise LibpruneError(f"DVC cannot be run ({error}); install it beside libprune: pip install dvc") from error
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            _end(process)
+            raise
+    return None if code == 0 else reason_of(log.read_text(errors="replace"), code)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE)
+            return
+
+
+def reason_of(log: str, code: int) -> str:
+    """The error of a stage in the output of DVC, or else DVC's own."""
+    for begins in ("error: ", "ERROR: "):
+        lines = [line for line in log.splitlines() if line.startswith(begins)]
+        if lines:
+            return lines[-1].removeprefix(begins)
+    return f"DVC ended with {code}"
+
+
+def override(name: str, value: Any, present: bool) -> str:
+    """An argument of `dvc exp run -S`, in the grammar of Hydra's overrides; `++` adds what the file does not have."""
+    return f"{'' if present else '++'}{name}={_quoted(value)}"
+
+
+def _quoted(value: Any) -> str:
+    if isinstance(value, str):
+        doubled = re.sub(r"(\\+)('|\Z)", r"\1\1\2", value)  # before a quote alone a backslash means more than itself
+        return "'" + doubled.replace("'", "\\'") + "'"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_quoted(one) for one in value) + "]"
+    return json.dumps(value)
+
+
+def remaining(done: Sequence[Run], todo: Sequence[Run], seconds: Sequence[float]) -> float:
+    """Seconds that the rest will take: each as its setting took with an earlier seed, or else the mean of all."""
+    known = {run.setting: value for run, value in zip(done, seconds, strict=True)}
+    mean = sum(seconds) / len(seconds)
+    return sum(known.get(run.setting, mean) for run in todo)
+
+
+def duration(seconds: float) -> str:
+    """A time in words: seconds, from two minutes on minutes, from two hours on hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def workspace_kept(echo: Echo) -> Iterator[None]:
+    """Put back params.yaml, dvc.lock and the metrics at the end, and the artifacts that this dvc.lock names."""
+    kept = {path: path.read_bytes() for path in _tracked()}
+    try:
+        yield
+    finally:
+        for path in _tracked():
+            if path not in kept:
+                path.unlink()
+        for path, content in kept.items():
+            _write(path, content)
+        if LOCK in kept:
+            done = subprocess.run(
+                [sys.executable, "-m", "dvc", "checkout", "-q"], capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0:
+                reason = " ".join(done.stderr.split())
+                echo(
+                    f"params.yaml, dvc.lock and metrics are restored, but not all artifacts: {reason}; run `dvc repro`"
+                )
+
+
+def _tracked() -> list[Path]:
+    """The files under git that an experiment changes."""
+    return [path for path in (PARAMS, LOCK, *sorted(Path("metrics").glob("*.json"))) if path.exists()]
+
+
+def _write(path: Path, content: bytes) -> None:
+    if not path.exists() or path.read_bytes() != content:
+        with writing(path) as partial:
+            partial.write_bytes(content)

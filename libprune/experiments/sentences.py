@@ -1,0 +1,116 @@
+"""What a comparison's figures say, in sentences: which differences are larger than the noise, and what is not known."""
+
+from collections.abc import Sequence
+from math import isclose
+
+import numpy as np
+from scipy import stats
+
+from libprune.experiments.results import Gathered
+from libprune.experiments.summary import Kind, Summary, by_chance, difference, overlap_matrix, reference_of
+from libprune.experiments.sweep_table import SAME_EVALUATION, SAME_SHARE
+from libprune.experiments.table import interval_text
+
+
+def sentences(gathered: Gathered, found: Sequence[Summary]) -> list[str]:
+    """Paragraphs: the verdict, how it was reached, overlaps, cautions, what is missing."""
+    return [
+        " ".join([_best(found), *_differences(gathered, found)]),
+        *([_noise(gathered, found)] if len(found) > 1 else []),
+        *_overlaps(gathered, found),
+        *_cautions(found),
+        *_missing(gathered),
+        *gathered.remarks,
+    ]
+
+
+def _best(found: Sequence[Summary]) -> str:
+    best = found[0]
+    seeds = ", ".join(map(str, best.ratios))
+    over = f"over the calibration seeds {seeds}" if len(best.ratios) > 1 else f"with the calibration seed {seeds}"
+    return f"The lowest perplexity {over} is that of {best.name}: {interval_text(best.ratio)} the dense model's."
+
+
+_SAID: dict[Kind, str] = {
+    "clear": "Larger than the noise: {}.",
+    "seeds": "Larger than what the calibration seeds do, but within two standard errors over the windows: {}.",
+    "none": "Not larger than the noise: {}.",
+}
+
+
+def _differences(gathered: Gathered, found: Sequence[Summary]) -> list[str]:
+    reference = reference_of(gathered, found)
+    others = [(one, difference(one, reference)) for one in found if one is not reference]
+    said = [f"Beside {reference.name}, with the factor between the two perplexities."] if others else []
+    for kind, sentence in _SAID.items():
+        named = [f"{one.name} {interval_text(to.factor)}" for one, to in others if to is not None and to.kind == kind]
+        said += [sentence.format("; ".join(named))] if named else []
+    alone = [one.name for one, to in others if to is None]
+    return said + ([f"Without a seed in common: {', '.join(alone)}."] if alone else [])
+
+
+def _noise(gathered: Gathered, found: Sequence[Summary]) -> str:
+    reference = reference_of(gathered, found)
+    counts = [to.factor.count for one in found if one is not reference and (to := difference(one, reference))]
+    said = []
+    if any(count > 1 for count in counts):
+        fewest = min(count for count in counts if count > 1)
+        said.append(
+            f"A factor's interval is Student's over the seeds, paired, at 95 %: with {fewest} seeds it reaches "
+            f"{stats.t.ppf(0.975, fewest - 1):.1f} standard errors to each side, and one comparison in twenty "
+            "leaves out 1 by chance."
+        )
+    if 1 in counts:
+        said.append("With one seed nothing is known of what another calibration text would do.")
+    said.append(
+        "All are on the same evaluation windows; the error over these is taken as if two results were independent, "
+        "which is slow to call a difference larger."
+    )
+    if reference is found[0] and gathered.comparison.reference is None:
+        said.append("The best of several is in part the luckiest.")
+    return " ".join(said)
+
+
+def _overlaps(gathered: Gathered, found: Sequence[Summary]) -> list[str]:
+    matrix = overlap_matrix(gathered, found)
+    own, between = np.diag(matrix), matrix[np.tril_indices(len(found), -1)]
+    said = [
+        f"{where} by {_range(values)}"
+        for where, values in (("between the seeds of one setting", own), ("between settings", between))
+        if np.isfinite(values).any()
+    ]
+    chance = by_chance(gathered)
+    if not said or chance is None:
+        return []
+    return [
+        f"The sets of kept units overlap {' and '.join(said)}; independent choices would by {chance:.2f} (Jaccard)."
+    ]
+
+
+def _range(values: np.ndarray) -> str:
+    low, high = (f"{end:.2f}" for end in (np.nanmin(values), np.nanmax(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _cautions(found: Sequence[Summary]) -> list[str]:
+    said = []
+    dense = [value for one in found for value in one.dense.values()]
+    if not all(isclose(value, dense[0], rel_tol=SAME_EVALUATION) for value in dense):
+        said.append(
+            "The dense model's perplexity is not the same in all runs, so that they were on other windows or another "
+            "dense model: the factors compare only roughly."
+        )
+    removed = [one.removed for one in found]
+    if max(removed) - min(removed) > SAME_SHARE:
+        said.append(
+            f"The settings remove between {100 * min(removed):.1f} and {100 * max(removed):.1f} % of the decoder: a "
+            "larger model with less perplexity is not by that the better pruned one."
+        )
+    return said
+
+
+def _missing(gathered: Gathered) -> list[str]:
+    if not gathered.missing:
+        return []
+    reasons = "; ".join(f"{name} ({reason})" for name, reason in gathered.missing.items())
+    return [f"Without results: {reasons}."]

@@ -1,0 +1,171 @@
+"""A comparison in figures: each setting over its seeds, and which differences are larger than the noise."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.experiments.agreement import (
+    Interval,
+    chance_overlap,
+    jaccard,
+    mean_interval,
+    paired_factor,
+    ratio_interval,
+)
+from libprune.experiments.costs import Cost
+from libprune.experiments.results import Gathered, Result
+
+Kind = Literal["clear", "seeds", "none"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One setting.
+
+    Attributes:
+        name: as in the comparison file.
+        ratios: perplexity over the dense model's, by seed.
+        errors: one standard error of each over the evaluation windows, by seed.
+        ratio: geometric mean of the ratios and its interval over the seeds.
+        removed: share of the decoder's parameters, mean over the seeds.
+        dense: perplexities of the dense model, by seed.
+        correlations: with measured loss increases, by part: mean over the seeds and its interval.
+        seed_overlap: Jaccard overlap of the kept sets, mean over the pairs of seeds; NaN without two known sets.
+        collecting: what the statistics cost that it reads, mean over the seeds where it is known; None if it is not.
+        pruning: what the stages from the scores to the pruned model cost; likewise.
+    """
+
+    name: str
+    ratios: Mapping[int, float]
+    errors: Mapping[int, float]
+    ratio: Interval
+    removed: float
+    dense: Mapping[int, float]
+    correlations: Mapping[str, Interval]
+    seed_overlap: float
+    collecting: Cost | None
+    pruning: Cost | None
+
+    @property
+    def error(self) -> float:
+        """One standard error of the ratio over the windows, mean over the seeds."""
+        return sum(self.errors.values()) / len(self.errors)
+
+    @property
+    def seconds(self) -> float | None:
+        """What it costs in all, if both parts are known."""
+        if self.collecting is None or self.pruning is None:
+            return None
+        return self.collecting.seconds + self.pruning.seconds
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two settings.
+
+    Attributes:
+        factor: the first one's perplexity over the second's, paired by seed.
+        kind: `clear`: larger than the noise of seeds and windows; `seeds`: than that of the seeds alone; `none`.
+    """
+
+    factor: Interval
+    kind: Kind
+
+
+def summaries(gathered: Gathered) -> list[Summary]:
+    """Every setting with results, the lowest perplexity first."""
+    found = [_summary(name, by_seed) for name, by_seed in gathered.results.items()]
+    return sorted(found, key=lambda one: one.ratio.mean)
+
+
+def _summary(name: str, by_seed: Mapping[int, Result]) -> Summary:
+    rows = {seed: result.experiment for seed, result in by_seed.items()}
+    kept = [result.kept for result in by_seed.values() if result.kept is not None]
+    parts = dict.fromkeys(part for result in by_seed.values() for part in result.correlations)
+    return Summary(
+        name=name,
+        ratios={seed: row.ratio for seed, row in rows.items()},
+        errors={seed: row.error for seed, row in rows.items()},
+        ratio=ratio_interval([row.ratio for row in rows.values()]),
+        removed=sum(row.removed for row in rows.values()) / len(rows),
+        dense={seed: row.dense for seed, row in rows.items()},
+        correlations={
+            part: mean_interval([one.correlations[part] for one in by_seed.values() if part in one.correlations])
+            for part in parts
+        },
+        seed_overlap=_mean_overlap(combinations(kept, 2)),
+        collecting=_mean_cost([result.collecting for result in by_seed.values()]),
+        pruning=_mean_cost([result.pruning for result in by_seed.values()]),
+    )
+
+
+def _mean_cost(costs: Sequence[Cost | None]) -> Cost | None:
+    """The mean of those known; of memory the most."""
+    known = [cost for cost in costs if cost is not None]
+    if not known:
+        return None
+    return Cost(sum(cost.seconds for cost in known) / len(known), max(cost.peak_memory_bytes for cost in known))
+
+
+def reference_of(gathered: Gathered, found: Sequence[Summary]) -> Summary:
+    """The setting that the others are compared with: the named one if it has results, else the best."""
+    return next((one for one in found if one.name == gathered.comparison.reference), found[0])
+
+
+def difference(one: Summary, other: Summary) -> Difference | None:
+    """How many times one's perplexity is the other's, and whether that is more than noise; None without a common seed.
+
+    The noise of the seeds: a paired t-interval that leaves out 1. The noise of the windows: two standard errors of the
+    difference of the logarithms, as if the two were independent, which is slow to call a difference larger, since both
+    are on the same windows. With a single common seed only the windows can say something.
+    """
+    factor = paired_factor(one.ratios, other.ratios)
+    if factor is None:
+        return None
+    relative = [side.error / side.ratio.mean for side in (one, other)]
+    beyond_windows = abs(math.log(factor.mean)) > 2 * math.hypot(*relative)
+    if not factor.known:
+        return Difference(factor, "clear" if beyond_windows else "none")
+    if not factor.leaves_out(1.0):
+        return Difference(factor, "none")
+    return Difference(factor, "clear" if beyond_windows else "seeds")
+
+
+def overlap(gathered: Gathered, one: str, other: str) -> float:
+    """Jaccard overlap of two settings' kept sets with the same seed, mean over the seeds; NaN where unknown."""
+    first, second = (
+        {seed: result.kept for seed, result in gathered.results[name].items() if result.kept is not None}
+        for name in (one, other)
+    )
+    return _mean_overlap((first[seed], second[seed]) for seed in first.keys() & second.keys())
+
+
+def overlap_matrix(gathered: Gathered, found: Sequence[Summary]) -> NDArray[np.float64]:
+    """Overlaps of all pairs of settings, on the diagonal between the seeds of one; ``[settings, settings]``."""
+    return np.array(
+        [
+            [one.seed_overlap if one is other else overlap(gathered, one.name, other.name) for other in found]
+            for one in found
+        ]
+    )
+
+
+def _mean_overlap(pairs: Iterable[tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> float:
+    values = [jaccard(*pair) for pair in pairs]
+    return sum(values) / len(values) if values else math.nan
+
+
+def by_chance(gathered: Gathered) -> float | None:
+    """What independent choices of as many units would overlap by, from the mean kept share; None if unknown."""
+    shares = [
+        float(result.kept.mean())
+        for by_seed in gathered.results.values()
+        for result in by_seed.values()
+        if result.kept is not None
+    ]
+    return chance_overlap(*[sum(shares) / len(shares)] * 2) if shares else None

@@ -1,0 +1,132 @@
+"""Experiments as a table, and what may be said of their differences."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from math import hypot, isclose
+
+from libprune.experiments.dvc_experiments import Experiment
+from libprune.report.markdown import Rows, markdown_table
+
+SAME_EVALUATION = 1e-4
+"""Relative difference of the dense model's perplexities up to which two results are on the same windows: rounding
+moves it less; another text, length or dtype more."""
+
+SAME_SHARE = 0.005
+"""Difference of the removed shares up to which two models count as equally small."""
+
+
+def differing(rows: Sequence[Experiment]) -> dict[str, str]:
+    """Params that are not the same in all rows, in the order of params.yaml: full name to the shortest clear one."""
+    names = dict.fromkeys(name for row in rows for name in row.params)
+    last = {name: name.rpartition(".")[2] for name in names}
+    known = list(last.values())
+    return {
+        name: last[name] if known.count(last[name]) == 1 else name
+        for name in names
+        if len({setting(row, name) for row in rows}) > 1
+    }
+
+
+def setting(row: Experiment, name: str) -> str:
+    """The value of a param as text; a dash where this row's params.yaml does not have it."""
+    value = row.params.get(name, "–")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def table(rows: Sequence[Experiment]) -> tuple[Rows, tuple[str, ...]]:
+    """The cells of the table, and its header."""
+    names = differing(rows)
+    header = ("experiment", *names.values(), "decoder removed", "perplexity", "prefill", "size, MB")
+    return [(row.label, *(setting(row, name) for name in names), *_results(row)) for row in rows], header
+
+
+def _results(row: Experiment) -> tuple[str, ...]:
+    return (
+        f"{100 * row.removed:.2f} %",
+        f"× {row.ratio:.3f} ± {row.error:.3f}",
+        f"× {row.prefill:.2f}",
+        "–" if row.size is None else f"{row.size / 1e6:,.1f}",
+    )
+
+
+def csv_text(rows: Sequence[Experiment]) -> str:
+    """The same with the params' full names and unrounded figures."""
+    names = differing(rows)
+    results = ("decoder_share_removed", "perplexity_ratio", "perplexity_ratio_se", "prefill_ratio", "bytes")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("experiment", *names, *results))
+    for row in rows:
+        figures = (row.removed, row.ratio, row.error, row.prefill, row.size)
+        writer.writerow((row.label, *(setting(row, name) for name in names), *figures))
+    return text.getvalue()
+
+
+def markdown_text(rows: Sequence[Experiment], left_out: Mapping[str, str]) -> str:
+    """The table in Markdown with its remarks, the command for the params, and the picture that lies beside it."""
+    cells, header = table(rows)
+    command = params_diff(rows)
+    parts = ["# Experiments", markdown_table(cells, header), *remarks(rows, left_out)]
+    return "\n\n".join([*parts, *([f"`{command}`"] if command else []), "![Perplexity](perplexity.png)"]) + "\n"
+
+
+def remarks(rows: Sequence[Experiment], left_out: Mapping[str, str]) -> list[str]:
+    """Sentences under the table: what its figures do and do not say, and what is not in it.
+
+    Args:
+        rows: at least one, the best first.
+        left_out: why each other experiment is not among them.
+    """
+    reasons = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
+    unproved = _about(
+        "Without a dvc.lock, which would say with which params the results were made",
+        [row for row in rows if not row.proved],
+    )
+    return [*_noise(rows), *_shares(rows), *unproved, *([f"Not in the table: {reasons}."] if left_out else [])]
+
+
+def _noise(rows: Sequence[Experiment]) -> list[str]:
+    """Which rows are worse than the best by more than twice the standard error of the difference."""
+    best, *others = rows
+    same = [row for row in others if isclose(row.dense, best.dense, rel_tol=SAME_EVALUATION)]
+    worse = [row for row in same if row.ratio - best.ratio > 2 * hypot(row.error, best.error)]
+    return [
+        *_about(f"Worse than {best.label} by more than two standard errors of the difference", worse),
+        *_about(f"Within two standard errors of {best.label}", [row for row in same if row not in worse]),
+        *_about(
+            f"Measured on other windows than {best.label}, or against another dense model, so that the figures compare "
+            "only roughly",
+            [row for row in others if row not in same],
+        ),
+        *([_INDEPENDENT] if same else []),
+    ]
+
+
+_INDEPENDENT = (
+    "The standard error of a difference is taken as if the two results were independent. Both are on the same windows, "
+    "so as a rule it is smaller; and the best of many is in part the luckiest."
+)
+
+
+def _about(what: str, rows: Iterable[Experiment]) -> list[str]:
+    labels = ", ".join(row.label for row in rows)
+    return [f"{what}: {labels}."] if labels else []
+
+
+def _shares(rows: Sequence[Experiment]) -> list[str]:
+    removed = [row.removed for row in rows]
+    if max(removed) - min(removed) <= SAME_SHARE:
+        return []
+    return [
+        f"They remove between {100 * min(removed):.1f} and {100 * max(removed):.1f} % of the decoder: a larger model "
+        "with less perplexity is not by that the better pruned one."
+    ]
+
+
+def params_diff(rows: Sequence[Experiment]) -> str | None:
+    """The command that shows which params set the best row apart from the next one with other params; None without."""
+    best, *others = rows
+    other = next((row for row in others if row.params != best.params), None)
+    return f"dvc params diff {best.names[0]} {other.names[0]}" if other else None

@@ -1,0 +1,207 @@
+"""What the units of a part send to the residual stream, told from the weights and from the part itself.
+
+A unit contributes the sum of W[:, p]·x_p over the positions p of the consumers' inputs x that belong to it. A position
+sends nothing that depends on the model's input if its column W[:, p] is zero, or if x_p is one number for all inputs.
+The second is shown in two steps. The weights say which outputs of the part's other maps are constant: those whose row
+is zero, which are their bias. Then the part runs, with every other output of these maps replaced by noise of both signs
+and several sizes: what is the same in x under all of it is the same for all inputs, and the run gives its value.
+
+So no activation function and no kind of attention is known here. What is zero behind a gate, a bias behind an
+activation, and values behind attention weights, which sum to one, are all found constant; a channel that a ReLU only
+happens to silence is not, because its row is not zero and noise takes its place.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor, nn
+
+from libprune.engine.architecture import Architecture, Map
+from libprune.engine.surgery import CONVOLUTIONS, along_features
+from libprune.models.compute import hooked
+
+Block = tuple[int, str]
+"""A layer and a part."""
+Pass = Callable[[], object]
+"""Runs the model once, on inputs of one shape."""
+Ranges = dict[str, list[Tensor]]
+"""By consumer, for each of its calls, the lowest and the highest value of each feature, and whether it differs between
+samples in any place; ``[3, features]``.
+"""
+
+_SCALES = (0.1, 1.0, 10.0)
+"""Standard deviations of the noise; behind maps of networks, which may have thresholds of any size, one more."""
+_FAR = 1e4
+_SEQUENCES, _LENGTH = 2, 16
+_TOLERANCE = 1e-5
+"""Of the largest value: how far float32 lets a constant move, behind weights that sum to one only up to rounding."""
+
+
+@dataclass(frozen=True)
+class Steady:
+    """What one consumer takes while noise runs through the model.
+
+    Attributes:
+        values: what each feature is for every input of the model, in every place and call, ``[features]``; NaN where
+            it is not one number.
+        moves: features that depend on the input, ``[features]``. Others without a value depend on the place or call.
+    """
+
+    values: Float64[np.ndarray, " features"]
+    moves: Bool[np.ndarray, " features"]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What the units of one part of one block send.
+
+    Attributes:
+        constants: by consumer, what each position of its input is for every input of the model, ``[input]``; NaN where
+            it is not one number, 0 where the consumer's column is zero.
+        still: units whose contribution is the same for every input, ``[units]``.
+        silent: those of them whose contribution is zero, ``[units]``.
+        drifts: units whose contribution depends on no input, but on the place or the call, ``[units]``.
+    """
+
+    constants: Mapping[str, Float64[np.ndarray, "..."]]
+    still: Bool[np.ndarray, " units"]
+    silent: Bool[np.ndarray, " units"]
+    drifts: Bool[np.ndarray, " units"]
+
+
+def matrix(model: nn.Module, entry: Map) -> Float[Tensor, "output input"]:
+    """The weight of a map, whatever way it is stored; of a convolution by patches."""
+    weight = model.get_parameter(entry.weight).detach()
+    return weight.T if entry.transposed else weight.flatten(1)
+
+
+def reaches(model: nn.Module, architecture: Architecture) -> dict[Block, Reach]:
+    """What the units of every part of a language model send.
+
+    Args:
+        model: float32, on the CPU, in evaluation mode; its masks multiplied into the weights.
+        architecture: its description.
+    """
+    seen = _seen(model, architecture)
+    return {block: reach_of(model, architecture, block, seen) for block in architecture.blocks()}
+
+
+def reach_of(model: nn.Module, architecture: Architecture, block: Block, seen: Mapping[str, Steady]) -> Reach:
+    """What the units of a part send, from what its consumers take; one that was not watched takes no constant."""
+    axis, count = architecture.parts[block[1]].axis, architecture.units(block[1])
+    moves, adds, uneven = (np.zeros(count, dtype=bool) for _ in range(3))
+    sent = {}
+    for consumer in architecture.consumers(*block):
+        read = (matrix(model, consumer) != 0).any(dim=0).numpy()
+        values, moving = _by_position(consumer, seen.get(consumer.module), len(read))
+        found = np.where(read, values, 0.0)
+        units = consumer.input.units(axis, architecture.sizes)
+        moves[units[(units >= 0) & read & moving]] = True
+        adds[units[(units >= 0) & (found != 0)]] = True
+        uneven[units[(units >= 0) & np.isnan(values) & ~moving]] = True
+        sent[consumer.module] = found
+    drifts = ~moves & adds & uneven
+    return Reach(sent, ~moves & ~drifts, ~moves & ~adds, drifts)
+
+
+def _by_position(
+    consumer: Map, steady: Steady | None, count: int
+) -> tuple[Float64[np.ndarray, " input"], Bool[np.ndarray, " input"]]:
+    """Values and moves of each position of a consumer's rows, of which a feature has one for each entry of a kernel."""
+    if steady is None:
+        return np.full(count, np.nan), np.ones(count, dtype=bool)
+    return np.repeat(steady.values, consumer.kernel), np.repeat(steady.moves, consumer.kernel)
+
+
+def _seen(model: nn.Module, architecture: Architecture) -> dict[str, Steady]:
+    """What the consumers take in the blocks that have a zero row."""
+    rows = {block: _zero_rows(model, architecture, block) for block in architecture.blocks()}
+    rows = {block: zero for block, zero in rows.items() if any(row.any() for row in zero.values())}
+    if not rows:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    length = min(_LENGTH, architecture.sizes.get("positions", _LENGTH))
+    ids = torch.randint(architecture.sizes["vocab"], (_SEQUENCES, length), generator=generator)
+    fixed = {name: zero for producers in rows.values() for name, zero in producers.items()}
+    consumers = [consumer.module for block in rows for consumer in architecture.consumers(*block)]
+    return under_noise(model, fixed, consumers, [lambda: model(input_ids=ids, use_cache=False)], generator)
+
+
+def _producers(architecture: Architecture, block: Block) -> Iterator[Map]:
+    """The maps of a part that its consumers' inputs are made from."""
+    axis = architecture.parts[block[1]].axis
+    return (m for m in architecture.maps_of(*block) if axis in m.output.names or axis not in m.input.names)
+
+
+def _zero_rows(model: nn.Module, architecture: Architecture, block: Block) -> dict[str, Bool[Tensor, "..."]]:
+    """By producer which of its outputs are its bias whatever the input, ``[output]``."""
+    return {m.module: (matrix(model, m) == 0).all(dim=1) for m in _producers(architecture, block)}
+
+
+def under_noise(
+    model: nn.Module,
+    fixed: Mapping[str, Bool[Tensor, "..."] | None],
+    consumers: Iterable[str],
+    passes: Sequence[Pass],
+    generator: torch.Generator,
+    far: bool = False,
+) -> dict[str, Steady]:
+    """What consumers take with noise in the place of the outputs of other modules.
+
+    Args:
+        model: in evaluation mode.
+        fixed: by module which of its outputs are left as they are, ``[output]``; None: those that are the same for
+            all samples.
+        consumers: modules whose input is watched.
+        passes: how the model is run, once for each kind of input.
+        generator: where the noise comes from.
+        far: whether it is also to pass thresholds that the model may have, however high.
+    """
+    seen: Ranges = {name: [] for name in consumers}
+    for run, scale in product(passes, (*_SCALES, _FAR) if far else _SCALES):
+        with hooked(model) as handles, torch.no_grad():
+            for name, outputs in fixed.items():
+                hook = partial(_replace, outputs, scale, generator)
+                handles.append(model.get_submodule(name).register_forward_hook(hook))
+            for name, calls in seen.items():
+                handles.append(model.get_submodule(name).register_forward_pre_hook(partial(_look, calls)))
+            run()
+    return {name: _steady(torch.stack(calls)) for name, calls in seen.items() if calls}
+
+
+def _replace(
+    fixed: Bool[Tensor, "..."] | None,
+    scale: float,
+    generator: torch.Generator,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: Any,
+) -> Any:
+    if isinstance(output, tuple):
+        return tuple(_replace(fixed, scale, generator, module, args, item) for item in output)
+    noise = torch.randn(output.shape, generator=generator, dtype=output.dtype)
+    left = _alike(output.amin(0), output.amax(0)) if fixed is None else along_features(module, fixed)
+    return torch.where(left, output, scale * noise)
+
+
+def _look(calls: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
+    x = (args[0].movedim(1, -1) if isinstance(module, CONVOLUTIONS) else args[0]).double()
+    low, high = (extreme.reshape(-1, x.shape[-1]) for extreme in (x.amin(0), x.amax(0)))
+    calls.append(torch.stack([low.amin(0), high.amax(0), (~_alike(low, high)).any(0)]))
+
+
+def _steady(calls: Float64[Tensor, "calls 3 features"]) -> Steady:
+    low, high, moves = calls[:, 0].amin(0), calls[:, 1].amax(0), calls[:, 2].amax(0)
+    values = torch.where(_alike(low, high), (low + high) / 2, torch.nan)
+    return Steady(values.numpy(), moves.bool().numpy())
+
+
+def _alike(low: Float[Tensor, "..."], high: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+    """Whether a range is that of rounding; not where it is not finite."""
+    return (high - low <= _TOLERANCE * torch.maximum(low.abs(), high.abs())) & torch.isfinite(high - low)

@@ -1,0 +1,160 @@
+"""Networks with the masks of torch.nn.utils.prune: in memory, and as files of tensors for code of the user's own."""
+
+import copy
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from libprune.engine.errors import ArtifactError, LibpruneError, SourceError, missing_key
+from libprune.masks.files import Masked, finite, multiplied, require_equal_ties, ties
+from libprune.models.source import first_line
+
+INPUTS = "inputs"
+"""Name of the tensor in a file of inputs."""
+_DRAWN = 8
+"""Samples where only their shape is given."""
+_SHORT = (torch.float16, torch.bfloat16)
+
+
+def of_network(network: nn.Module) -> Masked[nn.Module]:
+    """A copy of a network in memory, on the CPU, its masks multiplied in; the network itself stays as it is.
+
+    Raises:
+        LibpruneError: if a mask is none, tied weights have different masks, or a weight is not finite.
+    """
+    clean = _without_masks(network)
+    state, masks = multiplied(network.state_dict(), type(network).__name__, clean.state_dict().keys())
+    return _loaded(clean, state, masks)
+
+
+def _without_masks(network: nn.Module) -> nn.Module:
+    """A copy without torch.nn.utils.prune."""
+    computed = {
+        id(value): value.detach().clone()
+        for module in network.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and value.grad_fn is not None  # which deepcopy refuses
+    }
+    clean = copy.deepcopy(network, computed)
+    for module in clean.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+    return clean
+
+
+def _loaded(clean: nn.Module, state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masked[nn.Module]:
+    require_equal_ties(clean, state)
+    clean.load_state_dict(state)
+    parameters = dict(clean.named_parameters())
+    if not parameters:
+        raise LibpruneError(f"{type(clean).__name__} has no parameters")
+    dtype = next(iter(parameters.values())).dtype
+    clean = (clean.float() if dtype in _SHORT else clean).cpu().eval()
+    return finite(Masked(clean, dtype, {name: mask for name, mask in masks.items() if name in parameters}))
+
+
+def read_network(path: Path, factory: str) -> Masked[nn.Module]:
+    """The network of a file of tensors, with its masks: as X_orig and X_mask, or as plain zeros.
+
+    Args:
+        path: a state dict as safetensors.
+        factory: ``package.module:Name`` of the class, or of a function, that makes the network of no arguments. Its
+            code runs; modules in the current folder are found.
+
+    Raises:
+        LibpruneError: if the file, or the factory, is none, or they do not fit each other.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read as safetensors: {first_line(error)}; write it by "
+            "safetensors.torch.save_file(network.state_dict(), path)"
+        ) from error
+    clean = _without_masks(_made_by(factory))
+    known = clean.state_dict()
+    state, masks = multiplied(tensors, str(path), known.keys())
+    for names in ties(clean):
+        there = [name for name in names if name in state]
+        state |= {name: state[there[0]] for name in names if there and name not in state}
+    for name in sorted(known.keys() ^ state.keys()):
+        where, names_of = (factory, known) if name in state else (str(path), state)
+        raise SourceError(f"{missing_key(name, names_of, where)}; name the file and the code of one network")
+    for name, tensor in state.items():
+        if tensor.shape != known[name].shape:
+            raise SourceError(
+                f"{path}: {name} has shape {list(tensor.shape)}, but {factory} makes it {list(known[name].shape)}"
+            )
+    return _loaded(clean, state, masks)
+
+
+def _made_by(factory: str) -> nn.Module:
+    path, _, name = factory.partition(":")
+    if not path or not name:
+        raise SourceError(f"{factory!r} names no code; write package.module:Name, such as nets.lenet:LeNet")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        make: Callable[[], object] = getattr(importlib.import_module(path), name)
+        network = make()
+    except Exception as error:  # the user's code raises what it likes
+        raise SourceError(f"{factory} makes no network: {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not isinstance(network, nn.Module):
+        raise SourceError(f"{factory} makes a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def read_inputs(path: Path) -> Tensor:
+    """Example inputs, ``[samples, ...]``, of a safetensors file with one tensor ``inputs``.
+
+    Raises:
+        LibpruneError: if it is none.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read as safetensors: {first_line(error)}") from error
+    if list(tensors) != [INPUTS]:
+        raise ArtifactError(f"{path} holds {', '.join(tensors) or 'nothing'}; write one tensor named {INPUTS!r}")
+    return tensors[INPUTS]
+
+
+def require_takes(network: nn.Module, inputs: Tensor) -> None:
+    """Stop where a network does not run on inputs.
+
+    Raises:
+        LibpruneError: saying what its code says.
+    """
+    try:
+        with torch.no_grad():
+            network(inputs[:2])
+    except Exception as error:  # the network's own code raises what it likes
+        raise SourceError(
+            f"{type(network).__name__} does not run on inputs of shape {list(inputs.shape)} and type "
+            f"{str(inputs.dtype).removeprefix('torch.')}: {first_line(error)}. Write inputs that it takes to a file, "
+            "and name that with --inputs"
+        ) from error
+
+
+def drawn_inputs(shape: str) -> Tensor:
+    """Inputs of a shape, normally distributed, ``[samples, *shape]``.
+
+    Args:
+        shape: of one sample, such as ``1,28,28``.
+
+    Raises:
+        LibpruneError: if it is no shape.
+    """
+    sizes = [size.strip() for size in shape.split(",")]
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise SourceError(f"{shape!r} is no shape of a sample; write its sizes, such as 1,28,28")
+    return torch.randn(_DRAWN, *map(int, sizes), generator=torch.Generator().manual_seed(0))

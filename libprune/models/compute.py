@@ -1,0 +1,129 @@
+"""Device, precision and batches for the stages that run a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from libprune.engine.errors import LibpruneError, StatisticsError
+from libprune.models.sequences import NO_TARGET, Sequences
+
+PATIENCE = 3.0
+"""Seconds of work that need no progress bar."""
+_CPU_BF16 = {"amx_bf16", "avx512_bf16"}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a params value; `auto` is a GPU if there is one, `cuda` the one of this process."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LibpruneError(f"compute.device = {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a params value; `auto` is bfloat16 where the hardware multiplies it natively."""
+    if name != "auto":
+        return _DTYPES[name]
+    native = device.type != "cpu" or bool(_CPU_BF16 & _cpu_flags())
+    return torch.bfloat16 if native else torch.float32
+
+
+def named_dtype(name: str, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of a params value, with what `auto` means there."""
+    return otherwise if name == "auto" else _DTYPES[name]
+
+
+def _cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return set()
+    lines = (line for line in info.read_text().splitlines() if line.startswith("flags"))
+    return set(next(lines, "").split())
+
+
+def batches(sequences: Sequences, batch_tokens: int, device: torch.device, label: str) -> Iterator[Sequences]:
+    """Batches of whole sequences of one length, on the device, with a progress bar.
+
+    Args:
+        sequences: all of them.
+        batch_tokens: tokens in a batch; at least one sequence is taken.
+        device: where to.
+        label: of the bar.
+    """
+    with tqdm(total=len(sequences), desc=label, unit="seq") as bar:
+        for batch in sequences.passes(max(1, batch_tokens // sequences.ids.shape[1])):
+            yield batch.to(device)
+            bar.update(len(batch))
+
+
+@contextmanager
+def hooked(model: nn.Module) -> Iterator[list[RemovableHandle]]:
+    """A list for the handles of hooks; on exit they are removed and every `requires_grad` is as it was."""
+    handles: list[RemovableHandle] = []
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+
+
+def per_sequence(x: Shaped[Tensor, "..."], sequences: int) -> Shaped[Tensor, "sequences tokens width"]:
+    """What a module takes or gives as ``[sequences, tokens, width]``, also where a block joins the first two, as OPT's
+    does before its MLP.
+    """
+    return x if x.ndim > 2 else x.unflatten(0, (sequences, -1))
+
+
+def sequence_losses(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, " batch"]:
+    """Mean negative log-likelihood of each sequence's targets, in nats; shape ``[batch]``, float32.
+
+    Where the targets are the next tokens the last position has none. It is ignored rather than cut off: slicing the
+    logits, by far the largest tensor, would copy them forward and pad them backward.
+    """
+    logits, targets = model(input_ids=sequences.ids, use_cache=False).logits, sequences.targets
+    if targets is None:
+        targets = torch.full_like(sequences.ids, NO_TARGET)
+        targets[:, :-1] = sequences.ids[:, 1:]
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
+    )
+    return losses.view(len(sequences), -1).sum(1) / sequences.counted
+
+
+def require_finite(values: Shaped[Tensor, "batch ..."], first: int, what: str) -> None:
+    """Stop at a value that is not finite.
+
+    Args:
+        values: ``[batch, ...]``, one entry a calibration sequence.
+        first: index of the batch's first sequence.
+        what: what the values are, for the message.
+
+    Raises:
+        StatisticsError: naming what it is and the sequence.
+    """
+    if torch.isfinite(values.sum()):
+        return  # infinities and NaNs survive a sum, which is far cheaper than a look at each value
+    finite = torch.isfinite(values.reshape(len(values), -1)).all(1)
+    if not finite.all():
+        sequence = first + int((~finite).nonzero()[0])
+        raise StatisticsError(
+            f"{what} is not finite for calibration sequence {sequence}; try compute.dtype: float32, "
+            "and check that the model is sound on this text"
+        )

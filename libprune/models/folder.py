@@ -1,0 +1,146 @@
+"""Hugging Face model folders: loading them, and writing the dense one."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import ArtifactError, ParamsError, missing_key
+from libprune.engine.heads import head_of
+from libprune.pipeline.artifacts import read_json, writing_folder
+
+PROVENANCE = "libprune.json"
+"""The file of a pruned folder that says how it was made."""
+
+
+class WeightFiles(Mapping[str, Tensor]):
+    """The tensors of a model folder, read from its safetensors files one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+        if not self._files:
+            raise ArtifactError(f"{folder} holds no .safetensors file; a model folder needs one")
+        self._folder = folder
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise ArtifactError(missing_key(name, self._files, f"the weights in {self._folder}"))
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def fingerprint(folder: Path) -> str:
+    """Digest of a model folder's config and weights; two folders with the same one hold the same model."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(path.name.encode())
+        for chunk in _chunks(path):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            yield chunk
+
+
+def sha256(path: Path) -> str:
+    """Digest of one file."""
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
+    """The model of a local folder in evaluation mode, in the given dtype, on the CPU; under another config if given."""
+    architectures = read_json(folder / "config.json", "slice").get("architectures")
+    model: PreTrainedModel = head_of(architectures).loader.from_pretrained(
+        folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    return model.eval()
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The config of a local model folder."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def require_positions(config: PreTrainedConfig, architecture: Architecture, lengths: Mapping[str, int]) -> None:
+    """Stop where a sequence would be longer than a model with learned positions can take; others have no such limit.
+
+    Args:
+        config: of the dense model.
+        architecture: its description.
+        lengths: tokens of the longest sequence, by the params that ask for it.
+
+    Raises:
+        ParamsError: naming the params and the limit.
+    """
+    if "positions" not in architecture.sizes:
+        return
+    limit = config.max_position_embeddings
+    for what, length in lengths.items():
+        if length > limit:
+            raise ParamsError(
+                f"{what} = {length}, but this {config.model_type} model has learned positions for {limit} tokens; "
+                f"lower it to {limit} or less"
+            )
+
+
+def write_dense(target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Write the dense model as a plain folder that reloads bit-equal; returns its fingerprint.
+
+    Raises:
+        ArtifactError: if a weight reads back differently.
+    """
+    with writing_folder(target) as folder:
+        model.save_pretrained(folder, save_original_format=False)  # tensors by the names of the model's parameters
+        tokenizer.save_pretrained(folder)
+        written = WeightFiles(folder)
+        for name, parameter in model.named_parameters():
+            if not torch.equal(written[name], parameter.detach()):
+                raise ArtifactError(f"{name} of the dense model does not read back from {folder} as it was written")
+        return fingerprint(folder)
+
+
+def write_provenance(folder: Path, made: Mapping[str, Any]) -> None:
+    """Write how a pruned model was made, with size and digest of every file that lies in its folder."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    (folder / PROVENANCE).write_text(json.dumps({**made, "files": files}, indent=2) + "\n")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What libprune wrote of how a pruned model was made.
+
+    Raises:
+        ArtifactError: if the folder was not written by libprune.
+    """
+    return read_json(folder / PROVENANCE, "slice")

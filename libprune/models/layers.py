@@ -1,0 +1,137 @@
+"""Running single blocks of a model, as the whole model would run them.
+
+The model itself makes the embeddings, masks and position encodings; the blocks before the one of
+interest are skipped, and the pass ends where all that it was for has been seen. So a family needs
+no description of what its blocks are called with.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from libprune.engine.architecture import Architecture
+from libprune.models.compute import hooked, per_sequence
+
+
+def blocks_of(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
+    """The blocks of a model in their order."""
+    return [model.get_submodule(f"{architecture.layers_path}.{layer}") for layer in range(architecture.layers)]
+
+
+def first_output(output: Any) -> Tensor:
+    """The hidden states among what a block returned."""
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    return states
+
+
+def copy_output(output: Any, device: torch.device | str) -> Any:
+    """A copy of what a block returned, a tensor or a tuple; the model may write into either."""
+    if isinstance(output, tuple):
+        return tuple(copy_output(item, device) for item in output)
+    return output.to(device, copy=True) if isinstance(output, Tensor) else output
+
+
+@contextmanager
+def skipped(blocks: Sequence[nn.Module], output: Any, device: torch.device) -> Iterator[None]:
+    """Inside the context blocks compute nothing, and the last of them returns the given output.
+
+    What the others return is only handed on to it. The modules stay where they are, with their
+    attributes and hooks: only `forward` is another function.
+    """
+    own = [vars(block).get("forward") for block in blocks]
+    filler, last = copy_output(output, device), copy_output(output, device)
+    try:
+        for block in blocks:
+            block.forward = partial(_return, last if block is blocks[-1] else filler)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def _return(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
+
+
+@contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the context some parameters have other values."""
+    parameters = {name: model.get_parameter(name) for name in tensors}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        try:
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
+
+
+class _SeenError(Exception):
+    """All that a pass was for has been seen."""
+
+
+def run_block(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    layer: int,
+    ids: Int[Tensor, "batch length"],
+    state: Any,
+    watched: Sequence[nn.Module] = (),
+    until: nn.Module | None = None,
+    differentiable: bool = False,
+) -> tuple[Any, list[Tensor]]:
+    """Run one block on what the block before it returned.
+
+    Args:
+        model: the model.
+        blocks: its blocks.
+        layer: which of them.
+        ids: the batch's token ids.
+        state: what the block before returned; not used for the first.
+        watched: modules of the block whose outputs are wanted.
+        until: the block itself or a module in it, at whose input the pass ends.
+        differentiable: whether what is returned has a graph behind it.
+
+    Returns:
+        What the block returns, or the input of `until`; and the outputs of the watched modules.
+    """
+    result: list[Any] = []
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def at_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        result.append(per_sequence(x, len(ids)))
+        raise _SeenError
+
+    def at_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        result.append(output)
+        raise _SeenError
+
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        outputs[module] = per_sequence(output, len(ids))
+
+    with hooked(model) as handles, torch.set_grad_enabled(differentiable):
+        handles += [module.register_forward_hook(watch) for module in watched]
+        if until is None:
+            handles.append(blocks[layer].register_forward_hook(at_output))
+        else:
+            handles.append(until.register_forward_pre_hook(at_input, with_kwargs=True))
+        try:
+            if layer == 0:
+                model.base_model(input_ids=ids, use_cache=False)
+            else:
+                with skipped(blocks[:layer], state, ids.device):
+                    model.base_model(input_ids=ids, use_cache=False)
+        except _SeenError:
+            pass
+    return result[0], [outputs[module] for module in watched]

@@ -1,0 +1,88 @@
+"""Several processes: which sequences are whose, and models shared out over GPUs.
+
+How a stage is launched is a matter of the environment, not of params: it changes no result, so it
+must not make DVC run anything again. `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK;
+LIBPRUNE_SHARD=1 also shares the weights out (FSDP2).
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import LibpruneError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)
+"""The others wait while the first process joins and writes, however long that takes."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one run of a stage, and which of them this is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    sharded: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the artifacts."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def shared(self, value: T) -> T:
+        """The first process's value, in all of them."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def join_world() -> World:
+    """The processes that a launcher started; alone without one.
+
+    Raises:
+        LibpruneError: if weights are to be shared out among fewer than two processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    sharded = os.environ.get("LIBPRUNE_SHARD", "0") not in {"", "0"}
+    if size == 1:
+        if sharded:
+            raise LibpruneError("LIBPRUNE_SHARD is set for one process; start several with torchrun (see the README)")
+        return World()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return World(int(os.environ["RANK"]), size, local_rank, max(1, local_size), sharded)
+
+
+def shard_blocks(model: PreTrainedModel, architecture: Architecture, device: torch.device) -> None:
+    """Share the weights of all linear maps out over the processes, block by block (FSDP2).
+
+    Norms stay whole on every process: they are small, and their gradients are read from them.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    shared = {f"{entry.module}.{kind}" for entry in architecture.maps for kind in ("weight", "bias")}
+    whole = {parameter for name, parameter in model.named_parameters() if name not in shared}
+    for parameter in [*whole, *model.buffers()]:
+        parameter.data = parameter.data.to(device)
+    for block in model.get_submodule(architecture.layers_path).children():
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole & set(block.parameters()))

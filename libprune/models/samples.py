@@ -1,0 +1,94 @@
+"""Samples of a network: what it is given, and how wrong it is on each."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from libprune.engine.errors import LibpruneError
+from libprune.models.sequences import NO_TARGET
+
+Loss = Callable[[Any, Tensor], Tensor]
+"""From the outputs for some samples and their targets to the loss of each, ``[samples]``."""
+
+
+def cross_entropy(outputs: Float[Tensor, "samples ..."], targets: Tensor) -> Float[Tensor, " samples"]:
+    """Mean negative log-likelihood of each sample's targets, in nats.
+
+    Args:
+        outputs: logits ``[samples, classes]``, or ``[samples, positions, classes]``.
+        targets: classes ``[samples]``, or ``[samples, positions]`` with `NO_TARGET` where nothing is asked.
+    """
+    precise = torch.promote_types(outputs.dtype, torch.float32)
+    losses = nn.functional.cross_entropy(
+        outputs.flatten(0, -2).to(precise), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
+    ).view(len(targets), -1)
+    return losses.sum(1) / (targets.view(len(targets), -1) != NO_TARGET).sum(1)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration or evaluation samples.
+
+    Attributes:
+        inputs: what the network takes, ``[samples, ...]``.
+        targets: what it is asked for, ``[samples]`` or ``[samples, positions]``.
+        loss: how wrong it is; the cross-entropy of classes if not given.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    loss: Loss = field(default=cross_entropy, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.targets) or not len(self.inputs):
+            raise LibpruneError(
+                f"there are {len(self.inputs)} inputs and {len(self.targets)} targets; a sample needs one of each, and "
+                "there must be at least one"
+            )
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, chosen: slice | Tensor) -> "Samples":
+        return Samples(self.inputs[chosen], self.targets[chosen], self.loss)
+
+    def to(self, device: torch.device) -> "Samples":
+        """The same on a device."""
+        return Samples(self.inputs.to(device), self.targets.to(device), self.loss)
+
+    def passes(self, at_once: int) -> Iterator["Samples"]:
+        """All in their order, at most so many together."""
+        return (self[start : start + at_once] for start in range(0, len(self), at_once))
+
+    @property
+    def length(self) -> int:
+        """1: a sample is counted as one."""
+        return 1
+
+    @property
+    def lengths(self) -> None:
+        """None: all samples are alike in shape."""
+        return None
+
+    @property
+    def counted(self) -> int:
+        """Targets of a sample that its loss is the mean over; the same for all of them."""
+        return 1 if self.targets.ndim == 1 else int((self.targets[0] != NO_TARGET).sum())
+
+    def losses(self, network: nn.Module) -> Float[Tensor, " samples"]:
+        """The loss of each sample.
+
+        Raises:
+            LibpruneError: if the loss function gives something else.
+        """
+        found = self.loss(network(self.inputs), self.targets)
+        if found.shape != (len(self),):
+            raise LibpruneError(
+                f"the loss of {len(self)} samples has shape {list(found.shape)}; it must give one number a sample "
+                "(reduction='none', then the mean over a sample's own positions)"
+            )
+        return found

@@ -1,0 +1,141 @@
+"""Models from where users have them, and how their sources and those of texts are found: packages, files, the hub."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from libprune.engine.errors import SourceError
+from libprune.engine.heads import CAUSAL_LM, head_of
+from libprune.pipeline.sections import Prepare
+
+_PACKAGE = "package://"
+_FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet"}
+
+
+def resolve(source: str) -> Path | None:
+    """The local path of a source, or None for a hub id.
+
+    `package://NAME/path` is a file inside an installed package, found without importing it.
+
+    Raises:
+        SourceError: if the package or the path does not exist.
+    """
+    if source.startswith(_PACKAGE):
+        return _package_file(source)
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or path.suffix in _FILES:
+        raise SourceError(f"{source} does not exist (seen from {Path.cwd()})")
+    return None
+
+
+def _package_file(source: str) -> Path:
+    name, _, inside = source.removeprefix(_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError(f"{source}: no installed package is named {name!r}; install it with pip")
+    path = Path(spec.submodule_search_locations[0]) / inside
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*") if p.is_file())[:5] if path.parent.is_dir() else []
+        raise SourceError(f"{source}: package {name!r} has no such file; in that folder: {', '.join(beside) or 'none'}")
+    return path
+
+
+def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dense model, on the CPU, and its tokenizer.
+
+    A GGUF file is dequantised to float32 unless another dtype is asked for, and its quantization
+    marks are taken off, so that the model can be saved again.
+
+    Raises:
+        SourceError: if it cannot be found or read, lacks weights, or is quantized.
+    """
+    name, where = _place(params)
+    dtype: Any = params.dtype if params.dtype == "auto" else getattr(torch, params.dtype)
+    if "gguf_file" in where:
+        head, dtype = CAUSAL_LM, torch.float32 if dtype == "auto" else dtype
+    else:
+        head = head_of(load_dense_config(params).architectures)
+    try:
+        model, found = head.loader.from_pretrained(name, dtype=dtype, output_loading_info=True, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
+    _require_weights(params, model, sorted(found["missing_keys"]))
+    if "gguf_file" in where:
+        _forget_quantization(model)
+    return model.eval(), tokenizer
+
+
+def _require_weights(params: Prepare, model: PreTrainedModel, missing: list[str]) -> None:
+    """Stop where transformers has filled parameters with random numbers."""
+    if missing:
+        raise SourceError(
+            f"prepare.model = {params.model!r} has no weights for {len(missing)} parameters of a "
+            f"{type(model).__name__}, the first {missing[0]!r}; name the class that they were saved from under "
+            "architectures in its config.json"
+        )
+
+
+def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:
+    """What transformers calls the model, and what else it needs to find it."""
+    path = resolve(params.model)
+    where: dict[str, Any] = {"revision": params.revision, "trust_remote_code": params.trust_remote_code}
+    if path is None or path.is_dir():
+        return path or params.model, where
+    return path.parent, where | {"gguf_file": path.name}
+
+
+def load_dense_config(params: Prepare) -> PreTrainedConfig:
+    """The dense model's config, without its weights; of a GGUF file only the metadata are read.
+
+    Raises:
+        SourceError: if it cannot be found or read, or says that the model is quantized: transformers would look
+            for the quantizer's package, or dequantise without being asked.
+    """
+    name, where = _place(params)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
+    except Exception as error:  # the config classes raise types of their own
+        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise SourceError(
+            f"prepare.model = {params.model!r} is quantized ({method}); prune the unquantized model and quantize "
+            "the result"
+        )
+    return config
+
+
+def dense_dtype(params: Prepare, config: PreTrainedConfig) -> torch.dtype:
+    """The type that the dense model is stored in: the asked one, the config's, or float32 (GGUF files)."""
+    if params.dtype != "auto":
+        asked: torch.dtype = getattr(torch, params.dtype)
+        return asked
+    return torch.float32 if "gguf_file" in _place(params)[1] else config.dtype or torch.float32
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Take the GGUF marks off a dequantised model; with them `save_pretrained` refuses."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if mark in vars(model):
+            delattr(model, mark)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what another library's error says, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,172 @@
+"""params.yaml, typed: one section a stage, validated as a whole before any stage works.
+
+Every stage validates the whole file, so that a typing error in a late section does not surface
+after minutes of collecting.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ValidationError, model_validator
+
+from libprune.engine.errors import ParamsError, nearest
+from libprune.engine.yaml_file import read_yaml
+from libprune.pipeline.sections import (
+    Ablation,
+    Activations,
+    Allocate,
+    Compute,
+    Evaluate,
+    Gradients,
+    Hessian,
+    Latency,
+    Levels,
+    Prepare,
+    Score,
+    Section,
+    Sensitivity,
+    Slice,
+    Tokenize,
+)
+
+
+def _preset(
+    method: str, repair: str, fix: str = "none", steps: int = 0, evaluations: int = 0
+) -> dict[str, dict[str, Any]]:
+    threshold = 0.0 if method == "hgsp" else Allocate().threshold
+    weights = {"temperature": 1.0, "threshold": threshold, "gradient_fix": fix}
+    return {
+        "score": {"criterion": "unit_fisher"},
+        "allocate": {"method": method, "evaluations": evaluations} | weights,
+        "slice": {"repair": repair, "producer_steps": steps},
+    }
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "fast": _preset("uniform", "local"),
+    "balanced": _preset("uniform", "sequential"),
+    "best": _preset("search", "sequential", steps=12, evaluations=8),
+    "hgsp": _preset("hgsp", "sequential"),
+    "hgsp+adaptive": _preset("hgsp", "sequential", "adaptive"),
+    "hgsp+all": _preset("hgsp", "sequential", "adaptive+depth"),
+}
+"""What `auto` means for these keys. Only stages after the collecting ones are named, so that no preset makes those
+run again."""
+
+
+_LEFT_OPEN = {"gradient_fix": "preset"}
+"""The word that leaves a key to the preset, where that is not `auto`."""
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    preset: Literal["fast", "balanced", "best", "hgsp", "hgsp+adaptive", "hgsp+all"] = "balanced"
+    """What the keys that say `auto`, or are absent, mean; a key with a value of its own keeps it."""
+    prepare: Prepare
+    tokenize: Tokenize
+    compute: Compute = Compute()
+    gradients: Gradients = Gradients()
+    hessian: Hessian = Hessian()
+    activations: Activations = Activations()
+    ablation: Ablation = Ablation()
+    score: Score = Score()
+    sensitivity: Sensitivity = Sensitivity()
+    levels: Levels = Levels()
+    latency: Latency = Latency()
+    allocate: Allocate = Allocate()
+    slice: Slice = Slice()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        chosen = PRESETS.get(str(data.get("preset", "balanced")), {})
+        filled = dict(data)
+        for section, values in chosen.items():
+            if isinstance(found := filled.get(section, {}), dict):
+                word = {key: _LEFT_OPEN.get(key, "auto") for key in values}
+                filled[section] = found | {k: value for k, value in values.items() if found.get(k, word[k]) == word[k]}
+                if found.get("producer_steps", "auto") == "auto" and filled[section].get("repair") != "sequential":
+                    filled[section].pop("producer_steps", None)  # the preset's go with the preset's repair
+                if found.get("evaluations", "auto") == "auto" and filled[section].get("shape") == "uniform":
+                    filled[section].pop("evaluations", None)  # they change single layers
+        return filled
+
+    @model_validator(mode="after")
+    def _repair_has_what_it_needs(self) -> "Params":
+        repair = self.slice.repair
+        if self.slice.fisher_share and self.slice.repair != "local":
+            raise ValueError(f"slice.fisher_share weights the Gram matrices of slice.repair: local, not {repair}")
+        if self.slice.drift != "auto" and self.slice.repair != "sequential":
+            raise ValueError(f"slice.drift belongs to slice.repair: sequential, not {repair}")
+        if self.slice.drift_cap != Slice().drift_cap and repair != "sequential":
+            raise ValueError(f"slice.drift_cap belongs to slice.repair: sequential, not {repair}")
+        if self.slice.producer_steps and repair != "sequential":
+            raise ValueError(f"slice.producer_steps belongs to slice.repair: sequential, not {repair}")
+        if self.allocate.evaluations and self.allocate.method == "search" and self.allocate.shape == "uniform":
+            raise ValueError("allocate.evaluations changes single layers; set it to 0 with allocate.shape: uniform")
+        if self.allocate.collapse_below and self.allocate.method != "hgsp":
+            raise ValueError(f"allocate.collapse_below belongs to allocate.method: hgsp, not {self.allocate.method}")
+        if self.allocate.collapse_below and not self.allocate.allow_layer_removal:
+            raise ValueError("allocate.collapse_below removes whole layers; set allocate.allow_layer_removal: true too")
+        if self.allocate.ratio is None and self.allocate.method != "retention":
+            raise ValueError(
+                f"allocate.ratio: null leaves the ratio to allocate.method: retention, not to {self.allocate.method}"
+            )
+        uses = {
+            "slice.repair: local": repair == "local",
+            "allocate.method: search": self.allocate.method == "search",
+            **{f"score.{key}: {text}": "obs" in text for key, text in self.score.expressions.items()},
+        }
+        using = [what for what, used in uses.items() if used]
+        if using and self.activations.storage_dtype == "bfloat16":
+            raise ValueError(
+                f"{using[0]} needs activations.storage_dtype: float32; "
+                "Gram matrices rounded to bfloat16 are not positive definite in some layers"
+            )
+        return self
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate a params file.
+
+    Raises:
+        ParamsError: naming the key, what is wrong with it, and the nearest known key.
+    """
+    return validate_params(read_yaml(path), str(path))
+
+
+def validate_params(data: Any, where: str) -> Params:
+    """The params that a mapping of sections holds.
+
+    Args:
+        data: what a params file says.
+        where: the place that an error names.
+
+    Raises:
+        ParamsError: as `load_params`.
+    """
+    try:
+        return Params.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())
+        raise ParamsError(f"{where}: {problems}") from error
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    place = ".".join(map(str, loc[:2]))  # what follows says which of a key's types was tried
+    if kind != "extra_forbidden":
+        return f"{place}: {message}" if place else message.removeprefix("Value error, ")
+    known = _fields(loc[:-1])
+    place = ".".join(map(str, loc))
+    return f"unknown key {place!r}{nearest(str(loc[-1]), known)} (known: {', '.join(known)})"
+
+
+def _fields(loc: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Params
+    for name in loc:
+        section = cast(type[BaseModel], section.model_fields[str(name)].annotation)
+    return list(section.model_fields)

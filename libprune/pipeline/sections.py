@@ -1,0 +1,333 @@
+"""The sections of params.yaml, one a stage: every key with its type, its default and what it does."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from libprune.pipeline.mixtures import ActivationStats, Cooperative, GradientFlow, WeightStats
+
+Count = Annotated[int, Field(ge=1)]
+Floor = Annotated[int, Field(ge=0)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _threshold(value: float | str) -> float | str:
+    if isinstance(value, str) and value not in {"blockwise", "layerwise"}:
+        if re.fullmatch(r"-?\d*\.?\d+[eE][-+]?\d+", value):  # which YAML takes for text without a point
+            return float(value)
+        kind, _, share = value.partition(":")
+        if kind != "percentile" or not share.replace(".", "", 1).isdigit() or float(share) > 100:
+            raise ValueError(f"{value!r} is neither a number of nats, nor blockwise, layerwise or percentile:0 to 100")
+    return value
+
+
+Threshold = Annotated[float | str, AfterValidator(_threshold)]
+
+
+class Section(BaseModel):
+    """What all sections have in common: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Prepare(Section):
+    """Where the dense model comes from."""
+
+    model: str
+    """`package://NAME/path/file.gguf`, a local folder, a local GGUF file, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit, for a hub id."""
+    dtype: Dtype = "auto"
+    """Storage type of the dense model; `auto` keeps the source's."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    accept_config: tuple[str, ...] = Field(default=(), strict=False)
+    """Config keys that the family file does not know and that no size depends on."""
+
+
+class Tokenize(Section):
+    """What the statistics are collected on, and what the models are judged on."""
+
+    text: str
+    """`package://NAME/path`, a local file or folder (txt, jsonl, csv, parquet), a hub data set id, one of its presets
+    `wikitext2`, `ptb`, `c4`, `fineweb-edu`, or `self`: sampled from the dense model."""
+    config: str | None = None
+    """Configuration of a hub data set; null: the preset's, or the only one."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; null: the newest."""
+    split: str | None = None
+    """Split of a hub data set; null: the preset's, or `train`."""
+    column: str | None = None
+    """Column that holds the text; null: the preset's, or `text`."""
+    streaming: bool | None = None
+    """Read only as many documents as the windows need; null: only of `c4` and `fineweb-edu`."""
+    documents: Literal["joined", "apart"] = "joined"
+    """`joined`: by an empty line, windows cross their borders; `apart`: every window lies within one document."""
+    evaluation_text: str | None = None
+    """Another text for evaluation, same forms; null: the held-out split of `text`, without one a share set apart."""
+    evaluation_config: str | None = None
+    """Configuration of the evaluation text; null: the preset's, or that of `text` if it is the same data set."""
+    evaluation_split: str | None = None
+    """Held-out split of a hub data set; null: the preset's, or `test` of another `evaluation_text`."""
+    evaluation_column: str | None = None
+    """Column of the evaluation text; null: the preset's, or `column`."""
+    evaluation_share: float = Field(default=0.3, gt=0, lt=1)
+    """Share of the documents set apart for evaluation where `text` has no held-out split and is not streamed."""
+    calibration_sequences: Count = 256
+    calibration_length: Annotated[int, Field(ge=2)] = 128
+    """Tokens of a calibration sequence."""
+    evaluation_windows: Annotated[int, Field(ge=2)] = 16
+    """At least two, for a standard error."""
+    evaluation_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of an evaluation window."""
+    label_column: str | None = None
+    """Column of the labels, for a model that tells classes apart; null: `label`."""
+    seed: Floor = 0
+    """Which calibration sequences are drawn, and which of their tokens a model of masked tokens is asked."""
+
+
+class Compute(Section):
+    """How the stages that run the model run it."""
+
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    dtype: Dtype = "auto"
+    """`auto`: bfloat16 on GPUs and on CPUs with bf16 matrix units, float32 elsewhere."""
+    batch_tokens: Count = 1024
+    """Tokens in one pass, rounded down to whole sequences (at least one)."""
+    gradient_checkpointing: bool = False
+    """Keep one block's activations for backward instead of all blocks', for one more forward pass."""
+    offload: Literal["none", "cpu"] = "none"
+    """`cpu`: the linear maps' weights stay in host memory and visit the device one at a time."""
+    sums: Literal["auto", "memory", "disk"] = "auto"
+    """Where running sums are kept; `auto`: mapped from disk where they would take half of the free memory."""
+
+
+class Gradients(Section):
+    """The mean gradient and per-unit first-order statistics."""
+
+    sequences: Count | None = 128
+    """Calibration sequences used, from the first; null: all."""
+    batch_sequences: Count = 8
+    """Sequences of one row of the per-batch layer statistics; passes are cut to `compute.batch_tokens`."""
+    second_moments: Literal["diagonal", "full"] = "diagonal"
+    """Of the gradients at the maps' outputs and the consumers' inputs; `full`: whole matrices at consumers."""
+    storage_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Storage type of the mean gradients."""
+
+
+class Hessian(Section):
+    """The diagonal of the Hessian."""
+
+    estimator: Literal["fisher", "fisher_sample", "hutchinson", "none"] = "none"
+    """`none`: collect nothing, since no preset reads it; `fisher`: n_tok mean_i g_i^2; `fisher_sample`: mean_i g_i^2;
+    `hutchinson`: mean of v (H v) over random signs v."""
+    sequences: Count | None = 128
+    """Calibration sequences used, from the first; null: all."""
+    probes: Count = 1
+    """Random probes for every batch of `compute.batch_tokens`, for `hutchinson`."""
+    seed: Floor = 0
+    """Of the probes."""
+    storage_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class Activations(Section):
+    """Forward-only statistics."""
+
+    sequences: Count | None = None
+    """Calibration sequences used, from the first; null: all."""
+    storage_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage type of the Gram matrices; bfloat16 halves them, but is not enough for `slice.repair`."""
+
+
+class Ablation(Section):
+    """The measured loss increase of masking single units."""
+
+    units: Floor = 0
+    """Units measured, spread over layers and parts; 0: the stage does nothing."""
+    sequences: Count | None = 32
+    """Calibration sequences used, from the last; null: all."""
+    seed: Floor = 0
+    """Which units are drawn."""
+
+
+class Score(Section):
+    """How much the loss of a unit matters."""
+
+    criterion: str = "unit_fisher"
+    """A name from `libprune.scoring.criteria.CRITERIA`, or several to fuse, as in `0.7*taylor + 0.3*wanda`."""
+    attention: str | None = None
+    """The criteria of attention, where they are others; null: `criterion`."""
+    mlp: str | None = None
+    """The criteria of the MLP, where they are others; null: `criterion`."""
+    fusion: Literal["weighted", "simple", "adaptive", "learned", "best"] = "weighted"
+    """What several criteria make: their mean by the weights written before them (1 where none is), or without
+    (`simple`); by how far each tells a layer's units apart (`adaptive`); fitted to the measured losses of the ablation
+    stage (`learned`); or for each type the one that ranks those losses best (`best`)."""
+    scaling: Literal["none", "zscore", "minmax", "rank"] = "none"
+    """Per layer and type, of each criterion before fusion; lets one that is only comparable there enter `global`."""
+    magnitude_norm: Literal["l1", "l2"] = "l1"
+    """Sum of absolute or of squared weights."""
+    wanda_norm: Literal["l1", "l2", "mean", "max"] = "l2"
+    """Norm of each input feature over the calibration tokens."""
+    fisher_over: Literal["sequence", "token"] = "sequence"
+    """What `unit_fisher` squares the mask gradient over."""
+    obs_rounds: Count = 32
+    """Rounds in which the criteria of `obs` remove a block's units; 1 judges all of them in the dense model."""
+    obs_damping: Annotated[float, Field(gt=0)] = 0.01
+    """Ridge of `obs`, relative to the mean diagonal of the Gram matrix."""
+    weight_stats: WeightStats = WeightStats()
+    """Weights of the parts of that criterion, as are the following three."""
+    activation_stats: ActivationStats = ActivationStats()
+    gradient_flow: GradientFlow = GradientFlow()
+    cooperative: Cooperative = Cooperative()
+    cooperative_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Correlation above which `cooperative` counts two units as connected."""
+    seed: int = 0
+    """For `random`."""
+
+    @property
+    def expressions(self) -> dict[str, str]:
+        """The keys that name criteria, and what they say; without those that are null, or that others replace."""
+        own = {key: text for key, text in (("attention", self.attention), ("mlp", self.mlp)) if text}
+        return own if len(own) == 2 else {"criterion": self.criterion} | own
+
+
+class Sensitivity(Section):
+    """The measured loss increase of removing layers and blocks; for `allocate.method: hgsp`, `worth: sensitivity`."""
+
+    sequences: Count | None = 8
+    """Calibration sequences used, from the last; null: all."""
+
+
+class Levels(Section):
+    """The measured divergence of the model when one block alone is taken to a level; for `allocate.method: search`."""
+
+    sequences: Count | None = 8
+    """Calibration sequences used, from the last; null: all."""
+    number: Count = 8
+    """Levels of every block, at even distances up to all of its units."""
+
+
+class Latency(Section):
+    """The measured time of a layer by its width; for `allocate.objective: latency`."""
+
+    tokens: Count = 256
+    """Tokens of each sequence in one forward pass; 1: a step of decoding, without the attention to a past."""
+    batch: Count = 1
+    """Sequences at once."""
+    widths: Annotated[int, Field(ge=2)] = 5
+    """Widths measured of each part, up to all of its units."""
+    rounds: Count = 9
+    """Timed rounds over all widths; the median counts."""
+
+
+class Allocate(Section):
+    """How much goes where."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
+    """Share to remove; null: as `method: retention` finds."""
+    ratio_of: Literal["decoder", "total"] = "decoder"
+    """Of what lies inside the blocks, or of all."""
+    objective: Literal["parameters", "macs", "cache", "latency"] = "parameters"
+    """What the ratio is of: parameters (and so bytes), multiply-accumulates a token, bytes of the KV cache, or
+    time of a forward pass on this machine (the latency stage)."""
+    method: Literal["uniform", "global", "functional", "retention", "hgsp", "search"] = "uniform"
+    """`uniform`: the same counts in every layer; `global`: the lowest scores anywhere; `functional`: layers that
+    change their input less lose more; `retention`: blocks whose importance lies in few units lose more; `hgsp`: the
+    lowest scores anywhere, weighed by the measured worth of their layer or block (the sensitivity stage); `search`:
+    least measured divergence (the levels stage)."""
+    network_type: Literal["transformer", "mixed", "snn", "rnn"] = "transformer"
+    """What `retention` keeps of the importance of a block whose units are alike: 85, 90, 90, 95 %. Conventions, not
+    measured; the higher, the further the kind of network carries an error. All described families are transformers."""
+    worth: Literal["none", "functional", "sensitivity"] = "none"
+    """What scores of `score.scaling: rank` are given back, which have lost what their layer is worth: a share of how
+    far the layer changes its input (`functional`), or of the measured loss of removing the block (`sensitivity`)."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """How strongly `hgsp` weighs scores by their layer or block; 0 is `global`."""
+    threshold: Threshold = "percentile:25"
+    """Up to which loss increase of a layer, in nats, `hgsp` weighs by the layer instead of the block: a number
+    (0: never), `blockwise` (never), `layerwise` (always), or `percentile:P` of the layers' own increases."""
+    collapse_below: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """`hgsp` removes layers whole that would keep less than this share; 0: none. Needs `allow_layer_removal`."""
+    gradient_fix: Literal["none", "normalize", "adaptive", "depth", "adaptive+depth", "auto"] = "none"
+    """Multiplies each layer's gradients against vanishing, in the cached sums: by 1 / their mean norm, the median
+    norm / theirs (0.1 to 10), a weight that falls with depth, or both; `auto`: what the gradient ratio asks for.
+    `preset`: as the preset says."""
+    depth_weights: Literal["linear", "sqrt", "log"] = "sqrt"
+    """How the weight of `depth` falls from the first layer to the last."""
+    shape: Literal["auto", "uniform", "per_layer"] = "auto"
+    """`uniform` loads everywhere and is refused where the plan differs by layer; `auto` takes it where it can."""
+    split: Literal["auto", "proportional", "importance"] = "auto"
+    """How `uniform` divides the budget: near-equal shares of each part, or least summed importance;
+    `auto`: the latter where the scores compare between parts."""
+    rank_by: Literal["score", "importance"] = "score"
+    """Importance per parameter (or of what else the objective counts), or importance."""
+    min_groups: Floor = 1
+    """Attention groups that each layer keeps; 0 lets a whole attention go."""
+    min_channels: Floor = 1
+    """MLP channels that each layer keeps; 0 lets a whole MLP go."""
+    channel_multiple: Count = 1
+    """The kept channels of a pruned MLP are a multiple of this."""
+    freeze_first: Floor = 0
+    """Layers at the input that keep everything."""
+    freeze_last: Floor = 0
+    """Layers at the output that keep everything."""
+    allow_layer_removal: bool = False
+    """Whether a layer may lose both its attention and its MLP."""
+    evaluations: Floor = 0
+    """Whole plans that `search` measures to improve on the first one: those of `functional`, `global` and `uniform`,
+    then changes of single layers of the best one."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Time after which `search` ends even so; null: none, which alone gives the same result everywhere."""
+    seed: Floor = 0
+    """Of the changes that `search` tries."""
+
+
+class Slice(Section):
+    """How the pruned model is made."""
+
+    repair: Literal["none", "bias", "local", "sequential"] = "sequential"
+    """`bias`: the removed inputs' mean; `local`: least squares on the consumers' weights from the cached Gram
+    matrices; `sequential`: layer by layer on what the pruned layers before hand on (two forward passes)."""
+    damping: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Ridge of the repair, relative to each input's mean square; `auto`: the one that does best on
+    calibration sequences that the fit does not see, for each map."""
+    fisher_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the Gram matrices of `local` are weighted by the gradients at the inputs."""
+    drift: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """How much of the drift of the residual stream each map of `sequential` takes back; `auto`: all of it in blocks
+    that only add what their maps give, nothing in others, such as those with a norm behind each part."""
+    drift_cap: Annotated[float, Field(gt=0)] | None = 2.0
+    """The longest drift of a token that counts, in medians over its sequence; null: no limit."""
+    producer_steps: Floor = 0
+    """Conjugate gradient steps, at most, on the maps that compute the kept channels of each MLP in `sequential`, its
+    gate and up projection; 0: only the maps that read the channels are fitted."""
+    sequences: Count | None = None
+    """Calibration sequences of `sequential`, from the first; null: all."""
+    dtype: Dtype = "auto"
+    """Storage type of the pruned model; `auto` keeps the dense model's."""
+
+
+class Evaluate(Section):
+    """What is measured on both models."""
+
+    prompt_tokens: Count = 256
+    """Length of the prompt for prefill speed."""
+    decode_tokens: Count = 16
+    """Tokens generated for decode speed."""
+    rounds: Count = 5
+    """Timed rounds; dense and pruned alternate in each."""
+    continuations: Floor = 3
+    """Beginnings of evaluation windows, spread over the text, that both models continue; 0: none."""
+    continuation_tokens: Count = 32
+    """Tokens of each such beginning and of each continuation; at most half of an evaluation window."""
+    tasks: tuple[str, ...] = Field(default=(), strict=False)
+    """Zero-shot tasks of lm-evaluation-harness, such as `piqa`; needs `pip install 'libprune[tasks]'`."""
+    task_folder: str | None = None
+    """YAML files of further tasks, such as ones on local data."""
+    task_limit: Count | None = None
+    """Questions of each task, from the first; null: all."""
+    task_batch: Count = 8
+    """Questions at once."""

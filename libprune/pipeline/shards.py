@@ -1,0 +1,45 @@
+"""The shards of the collecting stages: one safetensors file a layer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from libprune.engine.errors import ArtifactError, missing_key
+from libprune.pipeline.artifacts import damage, decode_meta, encode_meta, require
+
+
+def shard(folder: Path, layer: int) -> Path:
+    """The file of one layer."""
+    return folder / f"layer-{layer:03d}.safetensors"
+
+
+def write_shard(folder: Path, layer: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write the tensors of one layer."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, shard(folder, layer), metadata=encode_meta(meta))
+
+
+def read_tensor(folder: Path, layer: int, name: str, stage: str) -> Tensor:
+    """One tensor of a layer's shard.
+
+    Raises:
+        ArtifactError: if the shard or the tensor is missing.
+    """
+    path = require(shard(folder, layer), stage)
+    with damage(path, stage), safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        if name not in names:
+            raise ArtifactError(missing_key(name, names, str(path)))
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def read_meta(folder: Path, stage: str) -> dict[str, Any]:
+    """What the shards of a stage say of their origin."""
+    path = require(shard(folder, 0), stage)
+    with damage(path, stage), safe_open(path, framework="pt") as file:
+        return decode_meta(path, file.metadata(), stage)

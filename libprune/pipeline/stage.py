@@ -1,0 +1,78 @@
+"""What every stage's command line does alike: options, one-line errors, time and memory."""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from libprune.engine.errors import LibpruneError
+from libprune.pipeline.processes import end_with_dvc
+
+P = ParamSpec("P")
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="The params file; its section of this stage is used.")]
+Root = Annotated[Path, typer.Option("--artifacts", help="The folder of all artifacts.")]
+Metrics = Annotated[Path, typer.Option("--metrics", help="The folder of metrics.")]
+
+PARAMS, ROOT, METRICS = Path("params.yaml"), Path("artifacts"), Path("metrics")
+
+
+def app(main: Callable[P, None]) -> typer.Typer:
+    """A one-command app around a stage's main function; its docstring is the help."""
+    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @application.command(help=main.__doc__)
+    @wraps(main)
+    def command(*args: P.args, **kwargs: P.kwargs) -> None:
+        quiet()
+        end_with_dvc()
+        with user_errors(), _summary(main.__module__.rpartition(".")[2]):
+            main(*args, **kwargs)
+
+    return application
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print an error that the user can mend as one line, and exit with 1."""
+    try:
+        yield
+    except LibpruneError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise SystemExit(1) from None
+
+
+@contextmanager
+def _summary(name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    stage = name if name != "__main__" else Path(sys.argv[0]).stem
+    if first_process():
+        typer.echo(f"{stage}: {time.perf_counter() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB")
+
+
+def first_process() -> bool:
+    """Whether this is the only process of the stage, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and notices out of the stages' output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "10")

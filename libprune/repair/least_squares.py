@@ -1,0 +1,357 @@
+"""Repair: each consumer's weights fitted to the inputs that are left.
+
+With K the kept input positions of a consumer, x their values and y what the consumer is to give:
+
+    W' = argmin E|y - W' x|^2 + lambda |(W' - W_K) D^1/2|^2 = (E[y x^T] + lambda W_K D) (E[x x^T] + lambda D)^-1
+
+D, the diagonal of E[x x^T], makes the ridge the same whatever the scale of each input: channels of an MLP
+differ in it a thousandfold.
+
+`local` takes x and y = W x from the dense model, in closed form from a cached Gram matrix.
+`libprune.repair.sequential` takes x from the model that is already pruned and repaired up to there.
+Structured optimal brain compression, with the ridge pulled towards the old weights rather than zero
+(Frantar & Alistarh 2022, "Optimal Brain Compression").
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from libprune.engine.architecture import Architecture, Map
+from libprune.engine.errors import LibpruneError, StatisticsError
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import input_mask
+from libprune.pipeline.artifacts import Columns
+
+DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Ridges, relative to each input's mean square, that `slice.damping: auto` chooses from."""
+_LARGEST = 100.0
+SILENT = 1e-12
+"""Inputs whose mean square is this far below the largest count in the ridge as if it were no further below."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments per token of a consumer's kept inputs x and of what it is to give, y; float64.
+
+    Attributes:
+        gram: E[x x^T], ``[kept, kept]``.
+        cross: E[y x^T], ``[output, kept]``.
+        square: E|y|^2.
+        tokens: how many tokens the means are over.
+    """
+
+    gram: Float[Tensor, "kept kept"]
+    cross: Float[Tensor, "output kept"]
+    square: float
+    tokens: int
+
+    @staticmethod
+    def of_dense(
+        weight: Float[Tensor, "output input"],
+        gram: Float[Tensor, "input input"],
+        kept: Bool[Tensor, " input"],
+        tokens: int = 1,
+    ) -> "Moments":
+        """Where x are the dense model's inputs and y = W x, from the Gram matrix of all of them."""
+        w, c = weight.double(), gram.double()
+        product = w @ c
+        return Moments(c[kept][:, kept], product[:, kept], float((product * w).sum()), tokens)
+
+    def join(self, other: "Moments") -> "Moments":
+        """The moments over the tokens of both."""
+        tokens = self.tokens + other.tokens
+        one, two = self.tokens / tokens, other.tokens / tokens
+        return Moments(
+            one * self.gram + two * other.gram,
+            one * self.cross + two * other.cross,
+            one * self.square + two * other.square,
+            tokens,
+        )
+
+    def error(self, weight: Float[Tensor, "output kept"]) -> float:
+        """E|y - W' x|^2 / E|y|^2: the share of the output that is lost; 0 if there is no output."""
+        w = weight.double()
+        lost = float(((w @ self.gram - 2 * self.cross) * w).sum()) + self.square
+        return max(lost, 0.0) / self.square if self.square > 0 else 0.0
+
+
+def solve(
+    moments: Moments, weight: Float[Tensor, "output kept"], damping: float, floor: float = SILENT
+) -> tuple[Float[Tensor, "output kept"], float]:
+    """The weights W' of the module's docstring.
+
+    Where the damped Gram matrix is not positive definite, because the calibration text has fewer
+    tokens than inputs or sums were rounded, the damping grows by tens until it is.
+
+    Args:
+        moments: of the kept inputs and the target.
+        weight: W_K, the old weights of the kept inputs.
+        damping: lambda, above 0.
+        floor: the least of D, as a share of its largest.
+
+    Returns:
+        W' in float64, and the damping that was used.
+
+    Raises:
+        StatisticsError: if no damping up to 100 makes the matrix positive definite.
+    """
+    diagonal = moments.gram.diagonal()
+    scale = diagonal.clamp_min(floor * float(diagonal.max()))
+    while True:
+        damped = moments.gram.clone()
+        damped.diagonal().add_(damping * scale)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            right = moments.cross + damping * weight.double() * scale
+            return torch.cholesky_solve(right.T, factor).T, damping
+        if not damping < _LARGEST:
+            raise StatisticsError(
+                f"a Gram matrix is not positive definite with slice.damping = {damping:g}; use more calibration text"
+            )
+        damping = min(10 * damping, _LARGEST)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The repaired weights of one consumer, and how well they do.
+
+    Attributes:
+        consumer: the map.
+        weight: new weights in storage order and dense shape, zero where inputs are removed; None for
+            a repair of the bias alone.
+        bias: the new bias, if that changes.
+        damping: the ridge that was used.
+        before: share of the output lost by the old weights on the kept inputs, on the text of the fit.
+        after: share lost by the new weights there.
+        held_out_before: as `before`, on calibration sequences that the fit did not see; NaN without any.
+        held_out_after: as `after`, of the fit without those sequences.
+        producers: new weights of maps that compute its inputs by parameter name, in storage order and dense shape.
+    """
+
+    consumer: Map
+    weight: Tensor | None
+    bias: Tensor | None
+    damping: float
+    before: float
+    after: float
+    held_out_before: float
+    held_out_after: float
+    producers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def fit_consumer(
+    consumer: Map,
+    weight: Float[Tensor, "output input"],
+    kept: Bool[Tensor, " input"],
+    moments: Moments,
+    held_out: Moments | None,
+    damping: float | None,
+    refit: bool = False,
+    floor: float = SILENT,
+) -> Fit:
+    """Fit one consumer.
+
+    Args:
+        consumer: the map.
+        weight: its old weights, ``[output, input]``.
+        kept: the input positions that stay.
+        moments: what the fit is to.
+        held_out: the same over sequences that the fit is not to see.
+        damping: the ridge; None for that of `DAMPINGS` that does best on the held-out sequences.
+        refit: with the ridge settled, fit once more to both sets of sequences together.
+        floor: as in `solve`.
+
+    Raises:
+        LibpruneError: if the damping is to be chosen and nothing is held out.
+    """
+    old = weight[:, kept].double()
+    if damping is None and held_out is None:
+        raise LibpruneError(
+            "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
+            "use more calibration sequences, or set slice.damping to a number such as 0.001"
+        )
+    found = [solve(moments, old, value, floor) for value in (DAMPINGS if damping is None else (damping,))]
+    errors = [held_out.error(new) if held_out else np.nan for new, _ in found]
+    best = int(np.argmin(errors))
+    new, used = found[best]
+    after = moments.error(new)
+    if refit and held_out:
+        new, used = solve(moments.join(held_out), old, used, floor)
+    whole = weight.new_zeros(weight.shape)
+    whole[:, kept] = new.to(weight.dtype)
+    stored = (whole.T if consumer.transposed else whole).contiguous()
+    before = held_out.error(old) if held_out else np.nan
+    return Fit(consumer, stored, None, used, moments.error(old), after, float(before), float(errors[best]))
+
+
+def oriented(consumer: Map, weight: Tensor) -> Float[Tensor, "output input"]:
+    """A consumer's weight as ``[output, input]``, whatever its storage order; of a convolution by patches."""
+    return weight.T if consumer.transposed else weight.flatten(1)
+
+
+def pruned_consumers(architecture: Architecture, plan: Plan) -> Iterator[tuple[Map, Bool[Tensor, " input"]]]:
+    """Every consumer that loses some of its inputs, but not all, with the positions that stay."""
+    for consumer in architecture.maps:
+        kept = input_mask(architecture, plan, consumer)
+        if kept.any() and not kept.all():
+            yield consumer, torch.from_numpy(kept)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of a consumer's inputs in the dense model.
+
+    Attributes:
+        gram: E[x x^T] over the sequences of the fit, ``[input, input]``.
+        held_out: inputs at some tokens of the held-out sequences, ``[rows, input]``; None without any.
+        curvature: E[delta^2], delta the gradient at each input, ``[input]``; for the Fisher weighting.
+    """
+
+    gram: Float[Tensor, "input input"]
+    held_out: Float[Tensor, "rows input"] | None = None
+    curvature: Float[Tensor, " input"] | None = None
+
+
+def repair_local(
+    architecture: Architecture,
+    plan: Plan,
+    weight_of: Callable[[str], Tensor],
+    inputs_of: Callable[[Map], Inputs],
+    damping: float | None,
+    fisher_share: float = 0.0,
+) -> list[Fit]:
+    """Closed-form repair of every pruned consumer, against the dense model's own inputs.
+
+    Args:
+        architecture: the model's description.
+        plan: what is removed.
+        weight_of: a parameter of the dense model by its name.
+        inputs_of: what is known of a consumer's inputs.
+        damping: as in `fit_consumer`.
+        fisher_share: as in `fisher_weighting`.
+    """
+    fits = []
+    for consumer, kept in pruned_consumers(architecture, plan):
+        weight, inputs = oriented(consumer, weight_of(consumer.weight)), inputs_of(consumer)
+        factors = fisher_weighting(inputs.gram, inputs.curvature, fisher_share)
+        moments = Moments.of_dense(weight, inputs.gram * factors, kept)
+        held_out = None
+        if inputs.held_out is not None:
+            rows = inputs.held_out.double()
+            held_out = Moments.of_dense(weight, rows.T @ rows / len(rows) * factors, kept)
+        fits.append(fit_consumer(consumer, weight, kept, moments, held_out, damping))
+    return fits
+
+
+def fisher_weighting(
+    gram: Float[Tensor, "input input"], curvature: Float[Tensor, " input"] | None, share: float
+) -> Float[Tensor, "input input"] | float:
+    """Factors on the elements of a Gram matrix that let inputs count by what they do to the loss.
+
+    C_eff = (1 - share) C + share D^1/2 C D^1/2 tr(C) / tr(D^1/2 C D^1/2),  D = diag E[delta^2],
+    with delta the gradient at that input. The trace is matched so that the share means the same for
+    every consumer.
+
+    Args:
+        gram: C, which sets the factor between the traces.
+        curvature: E[delta^2] of every input; not needed with a share of 0.
+        share: 0 for C itself, 1 for the weighted matrix alone.
+
+    Returns:
+        C_eff / C, in float64.
+    """
+    if share == 0 or curvature is None:
+        return 1.0
+    root = curvature.double().sqrt()
+    diagonal = gram.diagonal().double()
+    trace = float((diagonal * root.square()).sum())
+    if trace == 0:  # nothing to weight by
+        return 1.0
+    factor = share * float(diagonal.sum()) / trace
+    return (1 - share) + factor * torch.outer(root, root)
+
+
+def repair_bias(
+    architecture: Architecture,
+    plan: Plan,
+    weight_of: Callable[[str], Tensor],
+    bias_of: Callable[[Map], Tensor | None],
+    mean_of: Callable[[Map], Tensor],
+    inputs_of: Callable[[Map], Inputs],
+) -> list[Fit]:
+    """Give every consumer back what its removed inputs contributed on average: b' = b + W_P E[x_P].
+
+    An et al. 2024 (FLAP).
+
+    Args:
+        architecture: the model's description.
+        plan: what is removed.
+        weight_of: a parameter of the dense model by its name.
+        bias_of: a consumer's bias, zeros where the config can add one, None where it cannot.
+        mean_of: E[x] of a consumer's inputs over the sequences of the fit.
+        inputs_of: what is known of a consumer's inputs.
+
+    Raises:
+        LibpruneError: naming a consumer that can have no bias.
+    """
+    fits = []
+    for consumer, kept in pruned_consumers(architecture, plan):
+        bias, inputs = bias_of(consumer), inputs_of(consumer)
+        if bias is None:
+            raise LibpruneError(
+                f"slice.repair: bias needs a bias on {consumer.module}, and the config of this model cannot say one; "
+                "choose slice.repair: local or sequential"
+            )
+        weight, mean = oriented(consumer, weight_of(consumer.weight)).double(), mean_of(consumer).double()
+        old, shift = weight * kept, weight[:, ~kept] @ mean[~kept]
+        fitted = Moments.of_dense(weight, inputs.gram, torch.ones_like(kept))
+        before = fitted.error(old)
+        after = before - float(shift.square().sum()) / fitted.square if fitted.square > 0 else 0.0
+        held_out = [np.nan, np.nan]
+        if inputs.held_out is not None:
+            lost = inputs.held_out.double() @ (weight - old).T
+            total = float((inputs.held_out.double() @ weight.T).square().sum())
+            if total > 0:
+                held_out = [float((lost - by).square().sum()) / total for by in (torch.zeros_like(shift), shift)]
+        new = (bias.double() + shift).to(bias.dtype)
+        fits.append(Fit(consumer, None, new, 0.0, before, after, held_out[0], held_out[1]))
+    return fits
+
+
+def new_parameters(fits: Iterable[Fit]) -> dict[str, Tensor]:
+    """The repaired weights and biases by parameter name, in storage order and dense shape."""
+    found = {}
+    for fit in fits:
+        if fit.weight is not None:
+            found[fit.consumer.weight] = fit.weight
+        if fit.bias is not None:
+            found[fit.consumer.bias] = fit.bias
+        found |= fit.producers
+    return found
+
+
+def mean_errors(fits: Sequence[Fit]) -> dict[str, float]:
+    """Shares of the output lost, averaged over the repaired consumers; empty without any."""
+    if not fits:
+        return {}
+    names = ("before", "after", "held_out_before", "held_out_after")
+    return {f"lost_{name}": float(np.mean([getattr(fit, name) for fit in fits])) for name in names}
+
+
+def fit_table(fits: list[Fit]) -> Columns:
+    """One row a repaired consumer."""
+    return {
+        "layer_idx": np.array([fit.consumer.layer for fit in fits], dtype=np.int64),
+        "group_type": np.array([fit.consumer.part for fit in fits], dtype=np.str_),
+        "module": np.array([fit.consumer.module for fit in fits], dtype=np.str_),
+        **{
+            name: np.array([getattr(fit, name) for fit in fits], dtype=np.float64)
+            for name in ("damping", "before", "after", "held_out_before", "held_out_after")
+        },
+        "producers": np.array([bool(fit.producers) for fit in fits], dtype=np.bool_),
+    }

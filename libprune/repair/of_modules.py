@@ -1,0 +1,176 @@
+"""Repair of networks: the consumers' weights, and their biases with them, fitted to the inputs that are left.
+
+As in `libprune.repair.least_squares`, with a constant input of 1 whose weight is the bias, where a map has one.
+"""
+
+import copy
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from libprune.collection.calibration import held_out
+from libprune.collection.module_hooks import watched_inputs
+from libprune.engine.architecture import Architecture, Map
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+from libprune.models.samples import Samples
+from libprune.pipeline.artifacts import Layout
+from libprune.pipeline.shards import read_tensor
+from libprune.repair.least_squares import Fit, Moments, fit_consumer, oriented, pruned_consumers
+from libprune.repair.repairs import inputs_of
+from libprune.statistics.activations import GRAM
+
+State = dict[str, Tensor]
+
+_FLOOR = 1e-2
+"""The least mean square of an input in the ridge, as a share of the largest. A unit that hardly ever fires in the dense
+network would get any weight, and may fire all the time in the pruned one; a recurrent network then diverges."""
+
+
+def repair_local(
+    layout: Layout, architecture: Architecture, plan: Plan, state: State, damping: float | None
+) -> list[Fit]:
+    """Fit every consumer to what the dense network gives it, from the cached Gram matrices.
+
+    Args:
+        layout: where the activation statistics are.
+        architecture: the network's description.
+        plan: what is removed.
+        state: the dense network's tensors.
+        damping: the ridge; None to choose it on held-out samples.
+    """
+    read = inputs_of(layout, architecture, curvature=False)
+    fits = []
+    for consumer, kept in pruned_consumers(architecture, plan):
+        inputs, whole = read(consumer), _with_bias(consumer, state)
+        gram = inputs.gram.double()
+        rows = inputs.held_out
+        if consumer.bias in state:
+            mean = read_tensor(layout.activations, 0, f"{consumer.module}{GRAM}.mean", "activations").double()
+            gram = _bordered(gram, mean)
+            kept = torch.cat([kept, torch.ones(1, dtype=torch.bool)])
+            rows = None if rows is None else _with_ones(rows)
+        moments = Moments.of_dense(whole, gram, kept)
+        apart = None
+        if rows is not None:
+            apart = Moments.of_dense(whole, rows.double().T @ rows.double() / len(rows), kept)
+        if _heard(moments):
+            fits.append(_apart(fit_consumer(consumer, whole, kept, moments, apart, damping, floor=_FLOOR), state))
+    return fits
+
+
+def repair_sequential(
+    network: nn.Module, architecture: Architecture, plan: Plan, batches: list[Samples], damping: float | None
+) -> list[Fit]:
+    """Fit one consumer after the other, in the order in which they run, to what the pruned network hands on there.
+
+    Each is to give what it gives in the dense network. Takes two passes for every consumer.
+
+    Args:
+        network: the dense one.
+        architecture: its description.
+        plan: what is removed.
+        batches: calibration samples.
+        damping: as for `repair_local`.
+    """
+    current, state = copy.deepcopy(network), dict(network.state_dict())
+    pruned = dict(pruned_consumers(architecture, plan))
+    fits = []
+    for consumer in _running_order(network, architecture, batches[0]):
+        if consumer in pruned:
+            kept = pruned[consumer]
+            whole = _with_bias(consumer, state)
+            if consumer.bias in state:
+                kept = torch.cat([kept, torch.ones(1, dtype=torch.bool)])
+            moments, apart = _moments(network, current, architecture, plan, consumer, whole, kept, batches)
+            if _heard(moments):
+                fit = fit_consumer(consumer, whole, kept, moments, apart, damping, refit=True, floor=_FLOOR)
+                fits.append(_apart(fit, state))
+                set_weights(current, fits[-1:])
+    return fits
+
+
+def set_weights(network: nn.Module, fits: list[Fit]) -> None:
+    """Put the repaired weights and biases into a network of the dense shape."""
+    with torch.no_grad():
+        for fit in fits:
+            if fit.weight is not None:
+                network.get_parameter(fit.consumer.weight).copy_(fit.weight)
+            if fit.bias is not None:
+                network.get_parameter(fit.consumer.bias).copy_(fit.bias)
+
+
+def _heard(moments: Moments) -> bool:
+    """Whether any input that is left is ever other than 0; where none is, as behind dead ReLUs, any weights will do."""
+    return float(moments.gram.diagonal().max()) != 0
+
+
+def _with_bias(consumer: Map, state: State) -> Float[Tensor, "output inputs"]:
+    weight = oriented(consumer, state[consumer.weight])
+    return torch.cat([weight, state[consumer.bias][:, None]], 1) if consumer.bias in state else weight
+
+
+def _apart(fit: Fit, state: State) -> Fit:
+    """The fit with its weight in the stored shape, and its bias apart."""
+    assert fit.weight is not None
+    weight, bias = fit.weight, None
+    if fit.consumer.bias in state:
+        weight, bias = weight[:, :-1].contiguous(), weight[:, -1].contiguous()
+    shape = state[fit.consumer.weight].shape
+    errors = (fit.damping, fit.before, fit.after, fit.held_out_before, fit.held_out_after)
+    return Fit(fit.consumer, weight.view(shape), bias, *errors)
+
+
+def _with_ones(rows: Float[Tensor, "rows input"]) -> Float[Tensor, "rows inputs"]:
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+
+
+def _bordered(gram: Float[Tensor, "input input"], mean: Float[Tensor, " input"]) -> Float[Tensor, "inputs inputs"]:
+    """The second moments of an input and of a constant 1."""
+    border = torch.cat([mean, mean.new_ones(1)])
+    return torch.cat([torch.cat([gram, mean[None]]), border[:, None]], 1)
+
+
+def _running_order(network: nn.Module, architecture: Architecture, batch: Samples) -> list[Map]:
+    """The maps in the order of their first calls."""
+    with watched_inputs(network, architecture.maps, len(batch)) as seen, torch.no_grad():
+        network(batch.inputs)
+    return list(seen)
+
+
+def _moments(
+    dense: nn.Module,
+    current: nn.Module,
+    architecture: Architecture,
+    plan: Plan,
+    consumer: Map,
+    whole: Float[Tensor, "output inputs"],
+    kept: Bool[Tensor, " inputs"],
+    batches: list[Samples],
+) -> tuple[Moments, Moments | None]:
+    """Of the inputs of one consumer in the pruned network and its outputs in the dense one, fitted to and held out."""
+    found: dict[bool, Moments] = {}
+    first = 0
+    for batch in batches:
+        apart = held_out(first, len(batch))
+        first += len(batch)
+        own = _inputs(dense, consumer, batch)
+        with masked(current, architecture, plan):
+            left = _inputs(current, consumer, batch)
+        for is_apart in (False, True):
+            chosen = apart == is_apart
+            if chosen.any():
+                x, y = left[chosen].flatten(0, 1).double(), own[chosen].flatten(0, 1).double()
+                if len(kept) > x.shape[1]:
+                    x, y = _with_ones(x), _with_ones(y)
+                x, y = x[:, kept], y @ whole.double().T
+                new = Moments(x.T @ x / len(x), y.T @ x / len(x), float(y.square().sum() / len(x)), len(x))
+                found[is_apart] = found[is_apart].join(new) if is_apart in found else new
+    return found[False], found.get(True)
+
+
+def _inputs(network: nn.Module, consumer: Map, batch: Samples) -> Float[Tensor, "samples rows input"]:
+    with watched_inputs(network, [consumer], len(batch)) as seen, torch.no_grad():
+        network(batch.inputs)
+    return torch.cat(seen[consumer], 1)

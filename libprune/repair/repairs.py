@@ -1,0 +1,169 @@
+"""Carrying out a repair: from the artifacts to the fits of every pruned consumer."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from libprune.collection.calibration import require_own_weights, set_up
+from libprune.collection.resumable import fingerprint
+from libprune.engine.architecture import Architecture, Map
+from libprune.engine.describe import bias_key
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+from libprune.models.folder import WeightFiles, load_config
+from libprune.pipeline.artifacts import Layout, remove, same_origin, writing
+from libprune.pipeline.sections import Compute, Slice
+from libprune.pipeline.shards import read_meta, read_tensor
+from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
+from libprune.repair.sequential import SequentialRepair, split_batches
+from libprune.statistics.activations import GRAM, HELD_OUT
+
+Repair = Callable[[Layout, Architecture, Plan, Compute, Slice], list[Fit]]
+
+
+def _none(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+    return []
+
+
+def _local(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+    inputs = inputs_of(layout, architecture, params.fisher_share > 0)
+    damping = None if params.damping == "auto" else params.damping
+    return repair_local(architecture, plan, WeightFiles(layout.model).__getitem__, inputs, damping, params.fisher_share)
+
+
+def local_repair(layout: Layout, architecture: Architecture) -> Callable[[Plan], dict[str, Tensor]]:
+    """New weights by parameter name for any plan, by `local` repair.
+
+    The damping is chosen on held-out sequences, or is 0.001 where the text has none.
+    """
+    inputs, weights = inputs_of(layout, architecture, curvature=False), WeightFiles(layout.model)
+
+    def repair(plan: Plan) -> dict[str, Tensor]:
+        found = {consumer.module: inputs(consumer) for consumer, _ in pruned_consumers(architecture, plan)}
+        chosen = all(known.held_out is not None for known in found.values())
+        fits = repair_local(
+            architecture, plan, weights.__getitem__, lambda c: found[c.module], None if chosen else _DAMPING
+        )
+        return new_parameters(fits)
+
+    return repair
+
+
+_DAMPING = 1e-3
+
+
+def inputs_identity(layout: Layout) -> dict[str, Any]:
+    """What the statistics that `local_repair` reads say of themselves, for results that depend on them."""
+    return read_meta(layout.activations, "activations")
+
+
+def _bias(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+    dense, config = WeightFiles(layout.model), load_config(layout.model)
+
+    def bias(consumer: Map) -> Tensor | None:
+        if consumer.bias in dense:
+            return dense[consumer.bias]
+        if bias_key(architecture.family, config, consumer.part) is None:
+            return None
+        return torch.zeros(consumer.output.size(architecture.sizes), dtype=dense[consumer.weight].dtype)
+
+    def mean(consumer: Map) -> Tensor:
+        return read_tensor(layout.activations, consumer.layer, f"{consumer.module}{GRAM}.mean", "activations")
+
+    inputs = inputs_of(layout, architecture, curvature=False)
+    return repair_bias(architecture, plan, dense.__getitem__, bias, mean, inputs)
+
+
+def inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Callable[[Map], Inputs]:
+    """Reads what the collecting stages know of a consumer's inputs."""
+    origin = {"model": architecture.fingerprint}
+    same_origin(layout.activations, read_meta(layout.activations, "activations"), origin)
+    if curvature:
+        same_origin(layout.gradients, read_meta(layout.gradients, "gradients"), origin)
+
+    def read(consumer: Map) -> Inputs:
+        def activation(kind: str) -> Tensor:
+            return read_tensor(layout.activations, consumer.layer, consumer.module + kind, "activations")
+
+        rows = activation(HELD_OUT)[: int(activation(f"{HELD_OUT}.tokens"))]
+        name = f"{consumer.module}.input_gradient_square"
+        squares = read_tensor(layout.gradients, consumer.layer, name, "gradients") if curvature else None
+        return Inputs(activation(GRAM), rows if len(rows) else None, squares)
+
+    return read
+
+
+def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+    run = set_up(layout, compute, params.sequences)
+    require_own_weights(run)
+    if run.world.size > 1:
+        raise LibpruneError("the slice stage runs in one process; start it without torchrun")
+    damping = None if params.damping == "auto" else params.damping
+    drift = None if params.drift == "auto" else params.drift
+    batches = split_batches(run.sequences.to(run.device), run.at_once)
+    repair = SequentialRepair(
+        run.model, architecture, plan, batches, damping, drift, params.drift_cap, params.producer_steps
+    )
+    identity = {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
+    folder = run.work / "slice" / fingerprint(run, identity)
+    fits = []
+    for layer in tqdm(range(architecture.layers), desc="repair", unit="layer"):
+        path = folder / f"layer-{layer:03d}.safetensors"
+        found = _load(path, architecture) if path.exists() else None
+        fitted = repair.step(layer, None if found is None else new_parameters(found))
+        if found is None:
+            _save(path, fitted)
+        fits += fitted if found is None else found
+    remove(run.work / "slice")
+    return fits
+
+
+_ERRORS = ("damping", "before", "after", "held_out_before", "held_out_after")
+
+
+def _save(path: Path, fits: list[Fit]) -> None:
+    """Keep the fits of one layer, for a run after an interruption."""
+    numbers = {fit.consumer.weight: {name: getattr(fit, name) for name in _ERRORS} for fit in fits}
+    producers = {fit.consumer.weight: list(fit.producers) for fit in fits}
+    with writing(path) as partial:
+        metadata = {"fits": json.dumps(numbers), "producers": json.dumps(producers)}
+        save_file(new_parameters(fits), partial, metadata=metadata)
+
+
+def _load(path: Path, architecture: Architecture) -> list[Fit]:
+    consumers = {entry.weight: entry for entry in architecture.maps}
+    with safe_open(path, framework="pt") as file:
+        numbers, producers = (json.loads(file.metadata()[key]) for key in ("fits", "producers"))
+        return [
+            Fit(consumers[name], file.get_tensor(name), None, producers=_tensors(file, producers[name]), **errors)
+            for name, errors in numbers.items()
+        ]
+
+
+def _tensors(file: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    return {name: file.get_tensor(name) for name in names}
+
+
+REPAIRS: dict[str, Repair] = {"none": _none, "bias": _bias, "local": _local, "sequential": _sequential}
+
+
+def print_fits(fits: Sequence[Fit]) -> None:
+    """What each repaired consumer loses of its output, in per cent, before and after the repair; and whether the maps
+    that compute its inputs were fitted too.
+    """
+    if not fits:
+        return
+    typer.echo(f"{'repaired map':<36}{'damping':>9}{'lost, %':>9}{'repaired':>10}{'held out':>10}{'repaired':>10}")
+    for fit in fits:
+        values = [100 * value for value in (fit.before, fit.after, fit.held_out_before, fit.held_out_after)]
+        numbers = "".join(f"{value:>{width}.2f}" for value, width in zip(values, (9, 10, 10, 10), strict=True))
+        mark = "  + producers" if fit.producers else ""
+        typer.echo(f"{fit.consumer.module:<36}{fit.damping:>9.0e}{numbers}{mark}")

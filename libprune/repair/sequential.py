@@ -1,0 +1,323 @@
+"""Sequential repair: every consumer fitted to what the pruned and repaired layers before it hand on.
+
+Two streams of hidden states go through the model layer by layer: h of the dense model, and h^ of the
+pruned one. A consumer's new weights see the pruned stream's inputs, and their target is not only what
+the dense consumer gave but also the drift that the layers before it have left in the residual stream:
+
+    y = W x + drift (h - h^),   W' = argmin E|y - W' x^_K|^2 + lambda |(W' - W_K) D^1/2|^2
+
+A few tokens, often the first of a sequence, have states hundreds of times larger than the others, and as much
+larger a drift, which is small beside the state and which no later layer can predict. In squares it outweighs all other
+tokens; so each token's drift is cut to a multiple of the median of its sequence. What the dense consumer gave is
+not cut: later layers need these states.
+
+Where each unit depends on its own token alone, what computes the units can be fitted too: `libprune.repair.producers`.
+
+Cost for each layer: the block once in the dense model; in the pruned one the block once, and once
+more up to every consumer after the first. Memory on the host: four times the hidden states of the
+text, and the inputs of one consumer; with producers also what `libprune.repair.producers.Flow` holds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from libprune.collection.calibration import held_out
+from libprune.engine.architecture import Architecture, Map
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+from libprune.models.layers import blocks_of, first_output, run_block
+from libprune.models.sequences import Sequences
+from libprune.repair.least_squares import Fit, Moments, fit_consumer, new_parameters, oriented, pruned_consumers
+from libprune.repair.producers import Flow, Producer, changed_weight, fit_producers, producers_of, slopes_of, watching
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Calibration sequences that go through the model together; all of them held out, or none."""
+
+    ids: Int[Tensor, "batch length"]
+    held_out: bool
+
+
+def split_batches(sequences: Sequences, at_once: int) -> list[Batch]:
+    """All sequences in batches, every eighth sequence among the held-out ones."""
+    apart = held_out(0, len(sequences))
+    chosen = ((sequences[~apart], False), (sequences[apart], True))
+    return [Batch(part.ids, flag) for group, flag in chosen for part in group.passes(at_once)]
+
+
+class SequentialRepair:
+    """The residual stream of the dense and of the pruned model before one layer, for the whole text.
+
+    Call `step` for every layer in turn. The model's consumers get their new weights as it goes, so
+    that under the plan's mask it is the repaired model in the end.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        plan: Plan,
+        batches: Sequence[Batch],
+        damping: float | None,
+        drift: float | None = None,
+        cap: float | None = None,
+        steps: int = 0,
+    ) -> None:
+        """Begin before the first layer.
+
+        Args:
+            model: the dense model, on its device; its consumers' weights will be changed.
+            architecture: its description.
+            plan: what is removed.
+            batches: the text.
+            damping: as in `libprune.repair.least_squares.fit_consumer`.
+            drift: how much of the drift each consumer takes back, 1 for all of it; None: all of it in blocks that only
+                add what their consumers give to the residual stream, nothing in others.
+            cap: the longest drift of a token, in medians over the tokens of its sequence; None for no limit.
+            steps: as in `libprune.repair.producers.fit_producers`, of parts where that can be; 0: what computes units
+                stays.
+        """
+        self._model, self._architecture, self._plan = model, architecture, plan
+        self._batches, self._damping, self._drift, self._cap, self._steps = batches, damping, drift, cap, steps
+        self._blocks = blocks_of(model, architecture)
+        self._kept = {consumer.module: kept for consumer, kept in pruned_consumers(architecture, plan)}
+        first = [run_block(model, self._blocks, 0, batch.ids, None, until=self._blocks[0])[0] for batch in batches]
+        self._dense = self._pruned = [state.cpu() for state in first]
+
+    def step(self, layer: int, known: Mapping[str, Tensor] | None = None) -> list[Fit]:
+        """Repair one layer and take both streams through it.
+
+        Args:
+            layer: which; each in turn.
+            known: new weights of this layer's consumers by name, from an earlier run that was interrupted; they
+                are taken as they are.
+
+        Returns:
+            A fit for every consumer that the plan prunes; none for known ones.
+
+        Raises:
+            LibpruneError: if the drift is to be taken back, and the blocks of this architecture do more
+                with what a consumer gives than to add it to the residual stream.
+        """
+        consumers = [c for part in self._architecture.parts for c in self._architecture.consumers(layer, part)]
+        modules = [self._model.get_submodule(consumer.module) for consumer in consumers]
+        ran = [self._run(layer, number, self._dense, modules) for number in range(len(self._batches))]
+        after, outputs = [first_output(state).cpu() for state, _ in ran], [given for _, given in ran]
+        additive = _adds(self._dense[0], after[0], outputs[0])
+        drift = float(additive) if self._drift is None else self._drift
+        if drift and not additive:
+            raise LibpruneError(
+                f"slice.drift takes back what is left in the residual stream, but {self._architecture.layers_path}."
+                f"{layer} does more with the outputs of {consumers[0].module} than to add them; set slice.drift to auto"
+            )
+        fits: list[Fit] = []
+        states: list[Tensor] | None = None
+        with masked(self._model, self._architecture, self._plan):
+            _set(self._model, known or {})
+            for index, consumer in enumerate(consumers if known is None else []):
+                states = None
+                if consumer.module in self._kept:
+                    fit, states = self._refit(layer, consumers, index, outputs, drift)
+                    fits.append(fit)
+            if states is None or not additive:
+                numbers = range(len(self._batches))
+                states = [first_output(self._run(layer, number, self._pruned)[0]) for number in numbers]
+        self._dense, self._pruned = after, [state.cpu() for state in states]
+        return fits
+
+    def _run(
+        self,
+        layer: int,
+        number: int,
+        states: Sequence[Tensor],
+        watched: Sequence[nn.Module] = (),
+        until: nn.Module | None = None,
+        differentiable: bool = False,
+    ) -> tuple[Any, list[Tensor]]:
+        ids, state = self._batches[number].ids, states[number]
+        return run_block(self._model, self._blocks, layer, ids, state, watched, until, differentiable)
+
+    @torch.no_grad()
+    def _refit(
+        self, layer: int, consumers: Sequence[Map], index: int, outputs: Sequence[Sequence[Tensor]], share: float
+    ) -> tuple[Fit, list[Tensor]]:
+        """Fit one consumer and set its weights; also the residual stream behind it, for every batch."""
+        consumer = consumers[index]
+        module = self._model.get_submodule(consumer.module)
+        kept = self._kept[consumer.module]
+        # without held-out text nothing says where a fit ends and noise begins
+        judged = any(batch.held_out for batch in self._batches)
+        producers = producers_of(self._architecture, consumer, kept) if self._steps and judged else ()
+        seen: Sequence[_Seen] = [
+            self._see(layer, number, consumers[: index + 1], outputs[number], share, producers)
+            for number in range(len(self._batches))
+        ]
+        weight = oriented(consumer, module.get_parameter("weight").detach()).float().cpu()
+        fit = None
+        if all(batch.slopes for batch in seen):
+            fit, seen = self._fit_producers(layer, consumer, weight, seen, producers)
+        fit = fit or self._fit(consumer, weight, seen, refit=True)
+        _set(self._model, new_parameters([fit]))
+        device = module.get_parameter("weight").device
+        return fit, [batch.pruned + module(batch.x.to(device)) for batch in seen]
+
+    def _see(
+        self,
+        layer: int,
+        number: int,
+        consumers: Sequence[Map],
+        outputs: Sequence[Tensor],
+        share: float,
+        producers: Sequence[Producer],
+    ) -> "_Seen":
+        """Take a batch to the last of some consumers: what that gets, and what it is to give."""
+        *before, module = (self._model.get_submodule(consumer.module) for consumer in consumers)
+        state = self._pruned[number]
+        with watching(self._model, producers) as watched:
+            x, given = self._run(layer, number, self._pruned, before, until=module, differentiable=bool(producers))
+        with torch.enable_grad():
+            slopes = slopes_of(x[..., self._kept[consumers[-1].module]], producers, watched) if producers else ()
+        x, given = x.detach(), [output.detach() for output in given]
+        pruned = sum(given, state.to(x.device))
+        dense = sum(outputs[: len(given)], self._dense[number].to(x.device))
+        drift = _capped(dense.float() - pruned.float(), self._cap)
+        y = _without_bias(module, outputs[len(given)]).float() + share * drift
+        inputs = tuple(watched[producer.entry.module][0].flatten(0, -2).cpu() for producer in producers if slopes)
+        return _Seen(x.cpu(), y.cpu(), pruned, inputs, tuple(part.cpu() for part in slopes))
+
+    def _fit_producers(
+        self, layer: int, consumer: Map, weight: Tensor, seen: Sequence["_Seen"], producers: Sequence[Producer]
+    ) -> tuple[Fit | None, Sequence["_Seen"]]:
+        """Fit what computes a consumer's inputs, and the consumer again; no fit where that is no better."""
+        kept, module = self._kept[consumer.module], self._model.get_submodule(consumer.module)
+        first = self._fit(consumer, weight, seen, refit=False)
+        assert first.weight is not None
+        fitted = oriented(consumer, first.weight)
+        used = fitted[:, kept].to(module.get_parameter("weight"))
+        flows = [
+            Flow(found.inputs, found.slopes, _missed(found, kept, used), batch.held_out)
+            for batch, found in zip(self._batches, seen, strict=True)
+        ]
+        change = fit_producers(flows, used, self._steps)
+        del flows
+        if not change.steps:
+            return None, seen
+        old = {
+            producer.entry.weight: self._model.get_parameter(producer.entry.weight).clone() for producer in producers
+        }
+        new = {
+            producer.entry.weight: changed_weight(producer, old[producer.entry.weight], rows)
+            for producer, rows in zip(producers, change.rows, strict=True)
+        }
+        _set(self._model, new)
+        numbers = range(len(self._batches))
+        inputs = [self._run(layer, number, self._pruned, until=module)[0].cpu() for number in numbers]
+        moved = [replace(found, x=x, inputs=(), slopes=()) for found, x in zip(seen, inputs, strict=True)]
+        second = self._fit(consumer, fitted, moved, refit=True)
+        if not second.held_out_after < first.held_out_after:
+            _set(self._model, old)
+            return None, seen
+        fit = replace(
+            second,
+            before=first.before,
+            held_out_before=first.held_out_before,
+            producers={name: tensor.cpu() for name, tensor in new.items()},
+        )
+        return fit, moved
+
+    def _fit(self, consumer: Map, weight: Tensor, seen: Sequence["_Seen"], refit: bool) -> Fit:
+        kept = self._kept[consumer.module]
+        sums = {flag: _Sums() for flag in (False, True)}
+        for batch, found in zip(self._batches, seen, strict=True):
+            device = found.pruned.device
+            sums[batch.held_out].add(found.x[..., kept].to(device).float(), found.y.to(device))
+        judged = sums[True].finish() if sums[True].tokens else None
+        return fit_consumer(consumer, weight, kept, sums[False].finish(), judged, self._damping, refit)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a batch shows of one consumer; on the host, but for the stream.
+
+    Attributes:
+        x: its inputs in the pruned model.
+        y: what it is to give.
+        pruned: the residual stream that its output is added to.
+        inputs: of each map that computes x, ``[tokens, input]``.
+        slopes: as of `libprune.repair.producers.slopes_of`; empty where these are not fitted.
+    """
+
+    x: Float[Tensor, "batch length input"]
+    y: Float[Tensor, "batch length output"]
+    pruned: Float[Tensor, "batch length model"]
+    inputs: tuple[Tensor, ...]
+    slopes: tuple[Tensor, ...]
+
+
+def _missed(
+    seen: _Seen, kept: Bool[Tensor, " input"], weight: Float[Tensor, "output kept"]
+) -> Float[Tensor, "tokens output"]:
+    """What weights leave of the target, float32, on the host."""
+    x = seen.x[..., kept].to(weight.device).flatten(0, -2)
+    return seen.y.flatten(0, -2) - (x.float() @ weight.float().T).cpu()
+
+
+class _Sums:
+    """Sums of products over batches; float32 on the device, as the products of a batch are."""
+
+    def __init__(self) -> None:
+        self.gram: Any = 0
+        self.cross: Any = 0
+        self.square, self.tokens = 0.0, 0
+
+    def add(self, x: Float[Tensor, "*batch kept"], y: Float[Tensor, "*batch output"]) -> None:
+        """Add the tokens of a batch."""
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
+        self.gram += x.T @ x
+        self.cross += y.T @ x
+        self.square += float(y.square().sum())
+        self.tokens += len(x)
+
+    def finish(self) -> Moments:
+        """Means per token, on the CPU."""
+        gram, cross = (total.double().cpu() / self.tokens for total in (self.gram, self.cross))
+        return Moments(gram, cross, self.square / self.tokens, self.tokens)
+
+
+def _adds(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Whether a block only adds its consumers' outputs to the residual stream, as far as rounding can tell.
+
+    Every element is asked by itself, against what the rounding of so many additions can do to it: in the norm of all, a
+    few large states would hide what a norm behind the consumers does to the others.
+    """
+    terms = [before.double(), *(output.cpu().double() for output in outputs)]
+    rounding = len(outputs) * torch.finfo(after.dtype).eps
+    missed = (torch.stack(terms).sum(0) - after.double()).abs()
+    return bool((missed <= rounding * torch.stack(terms).abs().sum(0)).all())
+
+
+def _capped(drift: Float[Tensor, "batch length model"], cap: float | None) -> Float[Tensor, "batch length model"]:
+    if cap is None:
+        return drift
+    norm = drift.norm(dim=-1, keepdim=True)
+    limit = cap * norm.median(dim=1, keepdim=True).values
+    return drift * torch.where(norm > limit, limit / norm, 1.0)
+
+
+def _without_bias(module: nn.Module, output: Tensor) -> Tensor:
+    bias = getattr(module, "bias", None)
+    return output if bias is None else output - bias
+
+
+def _set(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)

@@ -1,0 +1,86 @@
+"""Where a result comes from: the model, the texts, and the state of the project that it was made in."""
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from libprune.pipeline.artifacts import Layout, read_architecture, read_table, same_origin
+
+_INPUTS = ("params.yaml", "dvc.yaml", "libprune", "stages")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the report says of the inputs beyond `evaluation.json`.
+
+    Attributes:
+        model: the model as `prepare.model` names it.
+        family: which family describes it.
+        text: the calibration text as `tokenize.text` names it, then data set, config, split and commit of a hub text.
+        sequences: of the calibration text.
+        length: of each, in tokens.
+        seed: of their draw.
+        commit: the project's git commit; None outside of a repository.
+        changed: whether params, pipeline or code differ from that commit.
+    """
+
+    model: str
+    family: str
+    text: str
+    sequences: int
+    length: int
+    seed: int
+    commit: str | None
+    changed: bool
+
+
+def read_origin(layout: Layout, model: str, project: Path) -> Origin:
+    """The origin of the artifacts.
+
+    Args:
+        layout: of the artifacts.
+        model: fingerprint of the dense model that they must belong to.
+        project: a folder of the project, for its commit.
+
+    Raises:
+        ArtifactError: if an artifact is missing, or belongs to another model.
+    """
+    architecture = read_architecture(layout)
+    _, weights = read_table(layout.weights, "prepare")
+    _, tokens = read_table(layout.calibration, "tokenize")
+    described = {"model": architecture.fingerprint}
+    for path, meta in ((layout.architecture, described), (layout.weights, weights), (layout.calibration, tokens)):
+        same_origin(path, meta, {"model": model})
+    drawn = {name: tokens[name] for name in ("sequences", "length", "seed")}
+    commit, changed = project_state(project)
+    text = _text(tokens)
+    return Origin(weights["source"], architecture.family, text, **drawn, commit=commit, changed=changed)
+
+
+def _text(tokens: Mapping[str, Any]) -> str:
+    """What a text is called; its parts are those that are recorded of it."""
+    named = [tokens["source"]]
+    if tokens.get("revision"):
+        named += [tokens[key] for key in ("data_set", "config", "split", "revision")]
+    return ", ".join(dict.fromkeys(filter(None, named)))
+
+
+def project_state(folder: Path) -> tuple[str | None, bool]:
+    """The commit that a folder's repository is at, and whether params, pipeline or code differ from it.
+
+    The commit is None without a repository, without a commit, or without git.
+    """
+    commit = _git(folder, "rev-parse", "--verify", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *_INPUTS)
+    return commit, bool(changed)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None if it cannot."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

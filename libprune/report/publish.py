@@ -1,0 +1,48 @@
+"""The report as files: pictures, Markdown and HTML, from the artifacts."""
+
+from pathlib import Path
+
+from libprune.pipeline.artifacts import Layout, read_json, read_table, same_origin, writing
+from libprune.report.gallery import cut_gallery, gradient_gallery, sensitivity_gallery, write_gallery
+from libprune.report.markdown import Picture
+from libprune.report.page import html_page
+from libprune.report.provenance import read_origin
+from libprune.report.report import markdown
+from libprune.report.sections import PICTURES
+from libprune.statistics.gradient_health import gradient_ratio
+
+
+def publish(layout: Layout, folder: Path, project: Path) -> None:
+    """Write `report.md`, `report.html` and the folder of pictures, each whole or not at all.
+
+    Args:
+        layout: of the artifacts.
+        folder: of the report; what else lies there stays.
+        project: a folder of the project, whose commit is named.
+
+    Raises:
+        ArtifactError: if an artifact is missing, damaged, or was made from another model, text or plan.
+    """
+    result = read_json(layout.comparison, "evaluate")
+    meta = result["plan"]
+    plan, plan_meta = read_table(layout.plan, "allocate")
+    same_origin(layout.comparison, meta, plan_meta)
+    rows, gradients = read_table(layout.gradients / "layers.parquet", "gradients")
+    same_origin(layout.gradients, gradients, {"model": meta["model"]})
+    measured = _sensitivity(layout, meta["model"])
+    origin = read_origin(layout, meta["model"], project)
+    pictures = gradient_gallery(rows) + measured + cut_gallery(plan, plan_meta)
+    ratio = gradient_ratio(rows) if len(rows["layer_idx"]) else None
+    text = markdown(result, str(layout.pruned), origin, pictures, ratio)
+    images = {f"{PICTURES}/{picture.file}": picture.png for picture in pictures}
+    page = html_page(text, f"Pruning report: {origin.model}", images)
+    write_gallery(folder / PICTURES, pictures, rows, meta.get("diagnosis", {}))
+    for name, content in (("report.md", text), ("report.html", page)):
+        with writing(folder / name) as partial:
+            partial.write_text(content, encoding="utf-8")
+
+
+def _sensitivity(layout: Layout, model: str) -> list[Picture]:
+    table, meta = read_table(layout.sensitivity, "sensitivity")
+    same_origin(layout.sensitivity, meta, {"model": model})
+    return sensitivity_gallery(table)

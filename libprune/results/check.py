@@ -1,0 +1,238 @@
+"""Whether a pruned folder is what it says: files as recorded, config and weights as planned, and a model that runs.
+
+The record is `libprune.json` and `plan.parquet`, which slice writes into the folder. The model itself is run as
+everyone else will run it: in a fresh process that cannot import libprune and has no network.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from libprune.engine import cost
+from libprune.engine.describe import describe
+from libprune.engine.errors import LibpruneError
+from libprune.engine.family import family_of
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+from libprune.models.folder import PROVENANCE, fingerprint, load_model, sha256
+from libprune.results.folder import MODELING_FILE, pruned_config
+from libprune.results.proof import reference_logits, reload
+from libprune.results.record import PLAN, Record, read_record
+
+_SEQUENCES, _LENGTH, _TOLERANCE = 2, 32, 1e-4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: `ok`, a `fault`, or a `note` that something could not be checked."""
+
+    kind: Literal["ok", "fault", "note"]
+    about: str
+    text: str
+
+
+def check_folder(folder: Path, trust_remote_code: bool = False, dense: Path | None = None) -> Iterator[Finding]:
+    """Check a pruned folder, the cheap checks first; a model whose files are at fault is not run.
+
+    Args:
+        folder: what slice wrote.
+        trust_remote_code: run the folder's modeling file, which a model of the shape `per_layer` needs.
+        dense: the dense model's folder, to compare the logits with those under the mask.
+
+    Yields:
+        The findings as they are made.
+    """
+    try:
+        yield from _checks(folder, trust_remote_code, dense)
+    except LibpruneError as error:
+        yield Finding("fault", "folder", str(error))
+
+
+def _checks(folder: Path, trust_remote_code: bool, dense: Path | None) -> Iterator[Finding]:
+    record = read_record(folder)
+    faulty = False
+    for step in (_files, _content):
+        for finding in step(record):
+            yield finding
+            faulty = faulty or finding.kind == "fault"
+    if not faulty:
+        yield from _model(record, trust_remote_code, dense)
+
+
+def _files(record: Record) -> Iterator[Finding]:
+    """Every file that slice wrote is there, with the recorded size and digest."""
+    folder, provenance = record.folder, record.provenance
+    if "files" not in provenance:
+        yield Finding("note", "files", f"{PROVENANCE} records no digests; whether the files have changed is not known")
+        if record.remote and not (folder / MODELING_FILE).is_file():
+            yield Finding("fault", "files", f"{folder / MODELING_FILE} does not exist; its layers differ in width")
+        return
+    faults = 0
+    for name, recorded in provenance["files"].items():
+        path = folder / name
+        if not path.is_file():
+            fault = f"{path} does not exist; {PROVENANCE} records it"
+        elif path.stat().st_size != recorded["bytes"]:
+            fault = f"{path} has {path.stat().st_size:,} bytes, {PROVENANCE} records {recorded['bytes']:,}"
+        elif (digest := sha256(path)) != recorded["sha256"]:
+            fault = f"{path} has changed: sha256 {digest[:16]}…, {PROVENANCE} records {recorded['sha256'][:16]}…"
+        else:
+            continue
+        faults += 1
+        yield Finding("fault", "files", fault)
+    if not faults:
+        yield Finding("ok", "files", f"{len(provenance['files'])} files as {PROVENANCE} records them")
+
+
+def _content(record: Record) -> Iterator[Finding]:
+    """The config is that of the plan, and then the weights that of both."""
+    found = list(_config(record))
+    yield from found
+    if all(finding.kind == "ok" for finding in found):
+        yield from _weights(record)
+
+
+def _config(record: Record) -> Iterator[Finding]:
+    """The config says the widths that the plan leaves."""
+    path, architecture, layers = record.folder / "config.json", record.architecture, len(record.left.layers)
+    family = family_of(record.config["model_type"])
+    if architecture.layers != layers:
+        said = f"{family.config.layers} = {architecture.layers}, but {PLAN} leaves {layers} layers"
+        yield Finding("fault", "config", f"{path} says {said}")
+        return
+    expected = pruned_config(family, record.stock_config, architecture, record.left, record.shape)
+    wrong = [
+        difference
+        for key in [*family.config.expressions, "per_layer_config"]
+        for difference in _differences(key, record.config.get(key), expected.get(key))
+    ]
+    for where, found, wanted in wrong:
+        yield Finding("fault", "config", f"{path} says {where} = {found!r}, what {PLAN} keeps asks for {wanted!r}")
+    if not wrong:
+        counts = ", ".join(f"{_span(record.left, part)} {part} units" for part in architecture.parts)
+        yield Finding("ok", "config", f"shape {record.shape}, {layers} layers of {counts}, as {PLAN} keeps")
+
+
+def _differences(key: str, found: Any, expected: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The entries that differ, by their path."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for inner in {**expected, **found}:
+            yield from _differences(f"{key}.{inner}", found.get(inner), expected.get(inner))
+    elif found != expected:
+        yield key, found, expected
+
+
+def _span(plan: Plan, part: str) -> str:
+    counts = [plan.kept(layer, part) for layer in plan.layers]
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+
+
+def _weights(record: Record) -> Iterator[Finding]:
+    """The safetensors files hold the tensors that config and plan ask for, in their shapes; no tensor is read."""
+    shapes = {
+        parameter.name: list(cost.shape_after(record.architecture, record.left, parameter))
+        for parameter in record.architecture.parameters
+        if parameter.layer is None or parameter.part is None or not record.left.gone(parameter.layer, parameter.part)
+    }
+    expected = record.stored(shapes)
+    found: dict[str, list[int]] = {}
+    faults = []
+    for path in sorted(record.folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                here = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            yield Finding("fault", "weights", f"{path} cannot be read: {error}")
+            return
+        found |= here
+        faults += [
+            f"{path}: {name} is {shape}, expected {expected.get(name, 'no such tensor')}"
+            for name, shape in here.items()
+            if shape != expected.get(name)
+        ]
+    missing = [name for name in expected if name not in found]
+    if missing:
+        first = f"{len(missing)} of {len(expected)} tensors, the first {missing[0]}"
+        faults.append(f"the .safetensors files in {record.folder} lack {first}")
+    yield from (Finding("fault", "weights", fault) for fault in faults)
+    if not faults:
+        number = _parameters(record)
+        yield Finding("ok", "weights", f"{len(found)} tensors of the expected shapes, {number:,} parameters")
+
+
+def _parameters(record: Record) -> int:
+    return cost.size(record.architecture, record.left).total
+
+
+def _model(record: Record, trust_remote_code: bool, dense: Path | None) -> Iterator[Finding]:
+    """The model runs, if its code may."""
+    if record.remote and not trust_remote_code:
+        code = f"the code in {record.folder / MODELING_FILE} must run; read it, then pass --trust-remote-code"
+        yield Finding("fault", "loads", f"not tried: its layers differ in width, so that {code}")
+        return
+    vocab, seed = record.architecture.sizes["vocab"], torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab, (_SEQUENCES, _LENGTH), generator=seed)
+    computed = reload(record.folder, ids, record.remote, record.architecture.head)
+    yield from _run(record, computed)
+    if dense is not None:
+        yield _against_dense(record, dense, ids, computed["logits"])
+
+
+def _run(record: Record, computed: dict[str, Tensor]) -> Iterator[Finding]:
+    """It loads whole and its logits are finite; one that writes has the same with the KV cache, and generates."""
+    how = f"with the code in {MODELING_FILE}" if record.remote else "with transformers' own code"
+    loaded, expected = int(computed["parameters"]), _parameters(record)
+    if loaded == expected:
+        yield Finding("ok", "loads", f"in a fresh process without libprune, {how}")
+    else:
+        yield Finding("fault", "loads", f"{record.folder} loads {loaded:,} parameters, expected {expected:,}")
+    logits = computed["logits"]
+    scale, apart = float(logits.abs().max()), float((computed.get("cached", logits) - logits).abs().max())
+    if not torch.isfinite(logits).all():
+        broken = int((~torch.isfinite(logits)).sum())
+        yield Finding("fault", "logits", f"{record.folder} computes {broken:,} of {logits.numel():,} logits not finite")
+    elif not apart <= _TOLERANCE * scale:
+        differ = f"differ by {apart:.3g} of {scale:.3g}, expected at most {_TOLERANCE * scale:.3g}"
+        yield Finding("fault", "logits", f"{record.folder}: with and without the KV cache they {differ}")
+    else:
+        same = f"; with and without the KV cache they differ by {apart:.1e} of {scale:.1f}"
+        yield Finding("ok", "logits", f"finite{same if 'cached' in computed else ''}")
+    if "generated" not in computed:
+        return
+    number = computed["generated"].shape[1]
+    kind: Literal["ok", "fault"] = "ok" if number else "fault"
+    yield Finding(kind, "generates", f"{number} tokens")
+
+
+def _against_dense(
+    record: Record,
+    dense: Path,
+    ids: Int[Tensor, "batch length"],
+    logits: Float[Tensor, "..."],
+) -> Finding:
+    """The logits are those of the dense model under the mask, if slice left the weights as they were."""
+    repair = record.provenance["slice"]["repair"]
+    if repair != "none":
+        changed = f"slice.repair: {repair} changed weights, and the changed ones are in the pruned folder only"
+        return Finding("note", "dense", f"not compared with {dense}: {changed}")
+    if not (dense / "config.json").is_file():
+        return Finding("fault", "dense", f"{dense} holds no config.json; name the dense model's folder")
+    found, expected = fingerprint(dense), record.provenance["plan"]["model"]
+    if found != expected:
+        return Finding("fault", "dense", f"{dense} is the model {found}, {record.folder} was pruned from {expected}")
+    model = load_model(dense, torch.float32)
+    stored = getattr(torch, record.config["dtype"])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored).float()
+    architecture = describe(model, accept=tuple(model.config.to_dict()))
+    with masked(model, architecture, record.plan):
+        wanted = reference_logits(model, ids)
+    scale, apart = float(wanted.abs().max()), float((logits - wanted).abs().max())
+    text = f"logits differ by {apart:.1e} of {scale:.1f} from those of {dense} under the plan's mask"
+    return Finding("ok" if apart <= _TOLERANCE * scale else "fault", "dense", text)

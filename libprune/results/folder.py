@@ -1,0 +1,176 @@
+"""Writing a pruned model as a Hugging Face folder that loads elsewhere.
+
+Two shapes of result: `uniform`, every layer alike, in a stock config that everything loads; and
+`per_layer`, any width in any layer, with a modeling file of a few lines beside the weights.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.axes import LinearMap, parse_expr
+from libprune.engine.describe import new_config, without_weights
+from libprune.engine.family import Family, Part, families
+from libprune.engine.heads import HEADS, Head
+from libprune.engine.plan import Plan
+from libprune.models.folder import load_config
+
+MODELING_FILE = "modeling_pruned.py"
+_TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
+_TOKENIZER_FILES = (
+    "token",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "generation_config",
+)
+
+
+def write_pruned(
+    folder: Path,
+    dense: Path,
+    architecture: Architecture,
+    plan: Plan,
+    shape: str,
+    state: Mapping[str, Tensor],
+    config: PreTrainedConfig | None = None,
+) -> None:
+    """Write a pruned model as a Hugging Face folder.
+
+    Args:
+        folder: an existing, empty folder.
+        dense: the dense model's folder; tokenizer, chat template and generation config come from it.
+        shape: `uniform` or `per_layer`.
+        state: the pruned parameters by their new names (`libprune.engine.surgery.slice_state`).
+        config: of the dense shape; the dense folder's if None.
+
+    Raises:
+        NotExpressibleError: if the family's config cannot hold the shape.
+    """
+    family = families()[architecture.family]
+    config = config or load_config(dense)
+    dtype = next(iter(state.values())).dtype
+    pruned = pruned_config(family, config, architecture, plan, shape)
+    pruned["dtype"] = str(dtype).removeprefix("torch.")
+    if "per_layer_config" in pruned:
+        (folder / MODELING_FILE).write_text(_modeling_code(family, config, HEADS[architecture.head]))
+    _save_weights(folder, config, pruned, state)
+    (folder / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
+    for path in dense.iterdir():
+        if path.name.startswith(_TOKENIZER_FILES):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _save_weights(
+    folder: Path, config: PreTrainedConfig, pruned: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """Tensors by the names that checkpoints of this architecture have; those of a modeling file by its own."""
+    if "per_layer_config" in pruned:
+        save_torch_state_dict(dict(state), folder, safe_serialization=True)
+        return
+    model = without_weights(type(config).from_dict(dict(pruned)))
+    model.save_pretrained(folder, state_dict=dict(state))
+
+
+def pruned_config(
+    family: Family, config: PreTrainedConfig, architecture: Architecture, plan: Plan, shape: str
+) -> dict[str, Any]:
+    """The content of config.json for the shape that a plan leaves."""
+    if shape == "uniform":
+        data = new_config(family, config, _layer_sizes(architecture, plan, plan.layers[0]), plan.layers).to_dict()
+        data["architectures"] = config.architectures
+        return data
+    data = new_config(family, config, dict(architecture.sizes), plan.layers).to_dict()
+    head = HEADS[architecture.head]
+    _, model_class, config_class = _stock_classes(config, head)
+    data["architectures"] = [f"Pruned{model_class}"]
+    data["auto_map"] = {
+        "AutoConfig": f"{Path(MODELING_FILE).stem}.Pruned{config_class}",
+        head.auto_class: f"{Path(MODELING_FILE).stem}.Pruned{model_class}",
+    }
+    data["per_layer_config"] = {
+        str(index): _layer_overrides(family, architecture, plan, layer) for index, layer in enumerate(plan.layers)
+    }
+    return data
+
+
+def _layer_sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
+    """Axis sizes in one layer.
+
+    A part that is gone is written with one unit. It is skipped, not built; but stock code, which does
+    not know `skip`, must see a width of its own and refuse the folder, not fill the part with random weights.
+    """
+    left = {shape.axis: max(1, plan.kept(layer, part)) for part, shape in architecture.parts.items()}
+    return {**architecture.sizes, **left}
+
+
+def _layer_overrides(family: Family, architecture: Architecture, plan: Plan, layer: int) -> dict[str, Any]:
+    sizes = _layer_sizes(architecture, plan, layer)
+    pruned_axes = {shape.axis for shape in architecture.parts.values()}
+    overrides: dict[str, Any] = {
+        key: expressions[0].size(sizes)
+        for key, expressions in family.config.expressions.items()
+        if expressions[0].names & pruned_axes
+    }
+    if unsaid := _unsaid_parts(family):
+        overrides["shapes"] = {
+            path: [entry.input.size(sizes), entry.output.size(sizes)]
+            for part in unsaid
+            for path, entry in part.parsed.items()
+            if isinstance(entry, LinearMap)
+        }
+        overrides["attributes"] = {
+            path: parse_expr(text).size(sizes) for part in unsaid for path, text in part.attributes.items()
+        }
+    skip = [part for part in architecture.parts if plan.gone(layer, part)]
+    return {**overrides, "skip": skip} if skip else overrides
+
+
+def _stock_classes(config: PreTrainedConfig, head: Head) -> tuple[str, str, str]:
+    """Transformers' package, model class and config class of a config."""
+    return type(config).__module__.split(".")[-2], head.model_class(config), type(config).__name__
+
+
+def _modeling_code(family: Family, config: PreTrainedConfig, head: Head) -> str:
+    package, model_class, config_class = _stock_classes(config, head)
+    parts = {
+        name: (part.module, [path for path in part.modules if not f"{path}.".startswith(f"{part.module}.")])
+        for name, part in family.parts.items()
+    }
+    return Template(_TEMPLATE.read_text()).substitute(
+        package=package,
+        model_class=model_class,
+        config_class=config_class,
+        auto_class=head.auto_class,
+        layer_class=_layer_class(family, config),
+        layers=family.layers,
+        parts=repr(parts),
+        built_with=repr({key: getattr(config, key) for key in _unsaid_keys(family)}),
+    )
+
+
+def _layer_class(family: Family, config: PreTrainedConfig) -> str:
+    model = without_weights(config)
+    return type(model.get_submodule(family.layers)[0]).__name__
+
+
+def _unsaid_parts(family: Family) -> list[Part]:
+    """The parts of whose width the stock config has no key of its own."""
+    return [part for part in family.parts.values() if family.config.unsaid(part.axis)]
+
+
+def _unsaid_keys(family: Family) -> list[str]:
+    """The config keys that say the widths of those parts and something else."""
+    axes = {part.axis for part in _unsaid_parts(family)}
+    return [key for key, found in family.config.expressions.items() if found[0].names & axes]

@@ -1,0 +1,140 @@
+"""Proof that a pruned folder loads: a fresh process without libprune computes its logits.
+
+The process cannot import libprune, has no network, and reads nothing but the folder.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from libprune.engine.errors import LibpruneError
+from libprune.engine.heads import HEADS, HeadName
+
+_SCRIPT = """
+import sys
+sys.modules["libprune"] = None
+folder, remote, loader, tokens, result = sys.argv[1:]
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+ids = load_file(tokens)["ids"]
+model = getattr(transformers, loader).from_pretrained(
+    folder, dtype=torch.float32, trust_remote_code=remote == "remote", local_files_only=True
+).eval()
+found = {"parameters": torch.tensor(sum(parameter.numel() for parameter in model.parameters()))}
+with torch.no_grad():
+    found["logits"] = model(input_ids=ids).logits
+    if loader == "AutoModelForCausalLM":
+        half = max(1, ids.shape[1] // 2)
+        first = model(input_ids=ids[:, :half], use_cache=True)
+        cached = model(input_ids=ids[:, half:], past_key_values=first.past_key_values, use_cache=True).logits
+        found["cached"] = torch.cat([first.logits, cached], dim=1)
+        prompt = ids[:1, :half]
+        new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+        found["generated"] = new[:, prompt.shape[1] :].contiguous()
+save_file(found, result)
+"""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far the reloaded model's logits lie from the masked dense model's.
+
+    Attributes:
+        difference: largest absolute difference of a logit, in one pass or in two with the KV cache.
+        scale: largest absolute logit.
+    """
+
+    difference: float
+    scale: float
+
+    @property
+    def relative(self) -> float:
+        """Difference over scale."""
+        return self.difference / self.scale
+
+
+def verify_folder(
+    folder: Path,
+    ids: Int[Tensor, "batch length"],
+    expected: Float[Tensor, "..."],
+    remote: bool,
+    head: HeadName,
+    tolerance: float = 1e-4,
+) -> Verification:
+    """Load a folder in a fresh process and compare its float32 logits.
+
+    Args:
+        folder: the pruned model's folder.
+        ids: token ids, ``[batch, length]``.
+        expected: the masked (and repaired) dense model's logits, float32.
+        remote: whether the folder's own modeling file has to be trusted.
+        head: of the model.
+        tolerance: largest relative difference allowed.
+
+    Raises:
+        LibpruneError: if it does not load, does not generate, or computes something else.
+    """
+    found = reload(folder, ids, remote, head)
+    difference = max(float((found[name] - expected).abs().max()) for name in ("logits", "cached") if name in found)
+    result = Verification(difference, float(expected.abs().max()))
+    if not result.relative <= tolerance:
+        raise LibpruneError(
+            f"the pruned model in {folder} loads but computes something else: logits differ by {difference:.3g} "
+            f"of {result.scale:.3g} from the masked dense model. This is a defect of libprune; please report the plan"
+        )
+    if "generated" in found and found["generated"].shape[1] < 1:
+        raise LibpruneError(f"the pruned model in {folder} loads but generates nothing")
+    return result
+
+
+def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: HeadName) -> dict[str, Tensor]:
+    """What a model folder computes in a fresh process, in float32.
+
+    Args:
+        folder: a Hugging Face folder.
+        ids: token ids, ``[batch, length]``.
+        remote: whether the folder's own modeling file has to be trusted.
+        head: of the model.
+
+    Returns:
+        `parameters`, their number, and `logits` of one pass, ``[batch, length, vocab]`` or ``[batch, labels]``; of a
+        model that writes also `cached`, the logits of two passes with the KV cache, and `generated`, new token ids
+        ``[1, tokens]`` after the first half of the first row.
+
+    Raises:
+        LibpruneError: if it does not load or run, with the last line of what Python says.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        tokens, result = Path(scratch, "tokens.safetensors"), Path(scratch, "result.safetensors")
+        save_file({"ids": ids.contiguous()}, tokens)
+        how = ["remote" if remote else "stock", HEADS[head].auto_class]
+        command = [sys.executable, "-I", "-c", _SCRIPT, str(folder.resolve()), *how]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
+        done = subprocess.run(
+            [*command, str(tokens), str(result)],
+            capture_output=True,
+            text=True,
+            cwd=scratch,
+            env=environment,
+            check=False,
+        )
+        if done.returncode != 0:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise LibpruneError(f"the pruned model in {folder} does not load in a fresh process: {last}")
+        return {name: tensor.clone() for name, tensor in load_file(result).items()}
+
+
+def reference_logits(model: torch.nn.Module, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "..."]:
+    """Logits of a model on the given ids, ``[batch, length, vocab]`` or ``[batch, labels]``, in float32."""
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float()

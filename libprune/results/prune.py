@@ -1,0 +1,111 @@
+"""From a plan to a pruned model folder: repair, slice, write, prove."""
+
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import with_biases
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked, slice_state
+from libprune.models.compute import named_dtype
+from libprune.models.folder import WeightFiles, load_config, load_model, write_provenance
+from libprune.pipeline.artifacts import Layout, read_architecture, read_plan, require, write_table
+from libprune.pipeline.sections import Compute, Slice
+from libprune.repair.least_squares import Fit, fit_table, mean_errors, new_parameters
+from libprune.repair.repairs import REPAIRS
+from libprune.results.folder import write_pruned
+from libprune.results.proof import reference_logits, verify_folder
+from libprune.texts.windows import read_tokens
+
+_CHECKED_SEQUENCES, _CHECKED_LENGTH = 2, 64
+
+
+class _Weights(Mapping[str, Tensor]):
+    """The dense weights with repaired ones in their place and zeros for added ones, cast when they are read."""
+
+    def __init__(
+        self, own: Architecture, architecture: Architecture, dense: WeightFiles, fits: list[Fit], dtype: torch.dtype
+    ) -> None:
+        """``own`` is the dense model's architecture, the other the same with the biases that are added."""
+        self._shapes = {p.name: [dim.size(architecture.sizes) for dim in p.dims] for p in architecture.parameters}
+        self._added = self._shapes.keys() - {parameter.name for parameter in own.parameters}
+        self._dense, self._repaired, self._dtype = dense, new_parameters(fits), dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._repaired:
+            return self._repaired[name].to(self._dtype)
+        if name in self._added:
+            return torch.zeros(self._shapes[name], dtype=self._dtype)
+        return self._dense[name].to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tuple[dict[str, float], list[Fit]]:
+    """Write the pruned model into an empty folder and prove that it loads.
+
+    Returns:
+        How near the reloaded logits are, and how well the consumers were fitted, for metrics; and the fits.
+
+    Raises:
+        LibpruneError: if an artifact is missing or foreign, or the result fails its proof.
+    """
+    architecture = read_architecture(layout)
+    plan, meta = read_plan(layout, architecture)
+    dense = WeightFiles(require(layout.model, "prepare"))
+    fits = REPAIRS[params.repair](layout, architecture, plan, compute, params)
+    added = sorted({fit.consumer.part for fit in fits if fit.bias is not None and fit.consumer.bias not in dense})
+    own, (architecture, config) = architecture, with_biases(architecture, load_config(layout.model), added)
+    stored = named_dtype(params.dtype, dense[architecture.parameters[0].name].dtype)
+    weights = _Weights(own, architecture, dense, fits, stored)
+    state = slice_state(weights, architecture, plan)
+    write_pruned(folder, layout.model, architecture, plan, meta["shape"], state, config)
+    shutil.copyfile(layout.plan, folder / "plan.parquet")
+    write_table(folder / "repair.parquet", fit_table(fits), {"model": architecture.fingerprint})
+    model = load_model(layout.model, torch.float32, config=config)
+    proof, errors = _prove(layout, folder, model, architecture, plan, weights, meta["shape"]), mean_errors(fits)
+    made = {"plan": meta, "slice": params.model_dump(), "repair": errors, "biases_added": added, "proof": proof}
+    write_provenance(folder, made | versions())
+    return proof | errors, fits
+
+
+def _prove(
+    layout: Layout,
+    folder: Path,
+    model: nn.Module,
+    architecture: Architecture,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    shape: str,
+) -> dict[str, float]:
+    """Compare the folder, loaded in a fresh process, with the dense model under the same weights and the mask."""
+    _set_weights(model, architecture, weights)
+    tokens, _ = read_tokens(layout.calibration, architecture.fingerprint)
+    ids = tokens.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
+    with masked(model, architecture, plan):
+        expected = reference_logits(model, ids)
+    found = verify_folder(folder, ids, expected, remote=shape == "per_layer", head=architecture.head)
+    return {"logit_difference": found.difference, "logit_scale": found.scale}
+
+
+def _set_weights(model: nn.Module, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for parameter in architecture.parameters:
+            model.get_parameter(parameter.name).copy_(weights[parameter.name])
+
+
+def versions() -> dict[str, Any]:
+    """The versions of what made a pruned folder, for its record."""
+    names = ("libprune", "torch", "transformers")
+    return {"versions": {name: version(name) for name in names} | {"python": platform.python_version()}}

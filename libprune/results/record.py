@@ -1,0 +1,138 @@
+"""What a pruned folder says of itself: how it was made, its config, and which units of the dense model it keeps."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe, without_weights
+from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.engine.family import family_of
+from libprune.engine.plan import Plan
+from libprune.models.folder import PROVENANCE, read_provenance
+from libprune.pipeline.artifacts import read_table
+
+PLAN = "plan.parquet"
+"""The file of a pruned folder that says which units are kept."""
+_OWN_CODE = {"per_layer_config", "auto_map"}
+"""Keys of a config that belong to the folder's own modeling file."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a pruned folder says of itself.
+
+    Attributes:
+        folder: where it lies.
+        provenance: the content of `libprune.json`.
+    """
+
+    folder: Path
+    provenance: dict[str, Any]
+
+    @property
+    def shape(self) -> str:
+        """`uniform` or `per_layer`."""
+        return str(self.provenance["plan"]["shape"])
+
+    @property
+    def remote(self) -> bool:
+        """Whether it needs the folder's own modeling file: its layers differ in width."""
+        return self.shape == "per_layer"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of `config.json`.
+
+        Raises:
+            ArtifactError: if it is missing or damaged.
+        """
+        path = self.folder / "config.json"
+        try:
+            config: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} cannot be read: {error}") from error
+        return config
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which units of the dense model are kept.
+
+        Raises:
+            ArtifactError: if `plan.parquet` is missing, damaged, or of another model.
+        """
+        path, model = self.folder / PLAN, self.provenance["plan"]["model"]
+        table, meta = read_table(path, "slice")
+        if meta["model"] != model:
+            raise ArtifactError(f"{path} is of the model {meta['model']}, {PROVENANCE} says {model}")
+        layers, parts = table["layer_idx"], table["group_type"]
+        blocks = dict.fromkeys(zip(layers.tolist(), parts.tolist(), strict=True))
+        return Plan({(layer, part): table["keep"][(layers == layer) & (parts == part)] for layer, part in blocks})
+
+    @cached_property
+    def left(self) -> Plan:
+        """The plan of the layers that are left, by their index in the pruned model."""
+        layers = self.plan.layers
+        kept = {(layers.index(layer), part): keep for (layer, part), keep in self.plan.keep.items() if layer in layers}
+        return Plan(kept)
+
+    @cached_property
+    def stock_config(self) -> PreTrainedConfig:
+        """The config without what only the folder's own code reads."""
+        data = {key: value for key, value in self.config.items() if key not in _OWN_CODE}
+        family_of(str(data.get("model_type")))
+        return CONFIG_MAPPING[data["model_type"]].from_dict(data)
+
+    @cached_property
+    def stock_model(self) -> PreTrainedModel:
+        """A model of the stock config without weights.
+
+        Raises:
+            ArtifactError: if the config is no model's.
+        """
+        try:
+            model = without_weights(self.stock_config)
+        except LibpruneError:
+            raise
+        except Exception as error:  # the config and model classes raise types of their own
+            last = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+            raise ArtifactError(f"{self.folder / 'config.json'} describes no model: {last}") from error
+        return model
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Of the layers that are left, as wide as the stock config says."""
+        return describe(self.stock_model, accept=tuple(self.config))
+
+    def stored(self, shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """Shapes of parameters by the names that the files have: those of published checkpoints, but with a modeling
+        file of its own the model's.
+        """
+        if self.remote:
+            return dict(shapes)
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return {name: list(t.shape) for name, t in revert_weight_conversion(self.stock_model, tensors).items()}
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a pruned folder.
+
+    Raises:
+        ArtifactError: if slice did not write the folder.
+    """
+    path = folder / PROVENANCE
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist: this is no folder that the slice stage has written")
+    provenance = read_provenance(folder)
+    needed = {"plan": ("shape", "model"), "slice": ("repair",)}
+    missing = [f"{name}.{key}" for name, keys in needed.items() for key in keys if key not in provenance.get(name, {})]
+    if missing:
+        raise ArtifactError(f"{path} says nothing of {missing[0]}; run `dvc repro slice`")
+    return Record(folder, provenance)

@@ -1,0 +1,335 @@
+"""Criteria: from cached per-unit sums to the importance of every unit.
+
+A criterion is a pure function of named arrays. `CRITERIA` is the one list of them; each record says
+which stages' tables it reads, whether its values compare across layers and types, and its source.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError, nearest
+from libprune.engine.tables import layers_and_types, numbers
+from libprune.pipeline.artifacts import Columns, Layout, check_rows, read_architecture, read_table, same_origin
+from libprune.pipeline.sections import Score
+from libprune.scoring.mixed import TERMS, activation_stats, cooperative, gradient_flow, weight_stats
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One criterion.
+
+    Attributes:
+        components: function of the joined tables and the score params, giving named per-unit
+            arrays that add up to the importance.
+        stages: the stages whose per-unit tables it reads, beside the weights' own.
+        comparable: whether values compare across layers and types; otherwise only within one
+            layer and type.
+        unit: what the importance is measured in.
+        source: paper of the formula.
+        orders: of the components that come from gradients, the order in them: 1 for |W G|, 2 for squares, 0 for
+            what a factor on a layer's gradients does not change.
+        columns: further per-unit columns, from the stages' shards; None if their tables say all.
+        terms: names of the components, where they are others than the criterion itself or those of `orders`.
+    """
+
+    components: Callable[[Columns, Score], dict[str, Values]]
+    stages: tuple[str, ...]
+    comparable: bool
+    unit: str
+    source: str
+    orders: Mapping[str, int] = field(default_factory=dict)
+    columns: Callable[[Layout, Architecture, Score], Columns] | None = None
+    terms: tuple[str, ...] = ()
+
+
+def _magnitude(table: Columns, params: Score) -> dict[str, Values]:
+    """Sum of |W|, or of W^2, over the unit's weights."""
+    return {"magnitude": numbers(table, f"magnitude_{params.magnitude_norm}")}
+
+
+def _taylor(table: Columns, params: Score) -> dict[str, Values]:
+    """Sum of |W G|: first order, the absolute change of the loss weight by weight."""
+    return {"taylor": numbers(table, "taylor")}
+
+
+def _taylor_group(table: Columns, params: Score) -> dict[str, Values]:
+    """|Sum of W G|: first order of the whole unit, where single weights may cancel."""
+    return {"taylor_group": np.abs(numbers(table, "taylor_signed"))}
+
+
+def _hessian_trace(table: Columns, params: Score) -> dict[str, Values]:
+    """|Sum of H| |W|^2 / (2 count): the unit's curvature, spread evenly over its weights.
+
+    Half, because it is the second-order term of the loss, H W^2 / 2 of each weight, with the unit's mean H for all:
+    nats, on the scale of `fisher`. No order depends on it. Absolute, because probes may give a sum below 0.
+    """
+    trace, squares, count = (numbers(table, name) for name in ("hessian_trace", "magnitude_l2", "cost"))
+    return {"hessian_trace": np.abs(trace) * squares / (2 * count)}
+
+
+def _fisher(table: Columns, params: Score) -> dict[str, Values]:
+    """Half the sum of |W^2 H|: second order, diagonal."""
+    return {"fisher": numbers(table, "fisher")}
+
+
+def _taylor_2nd(table: Columns, params: Score) -> dict[str, Values]:
+    """First and second order together: sum |W G| + |W^2 H| / 2."""
+    return _taylor(table, params) | _fisher(table, params)
+
+
+def _wanda(table: Columns, params: Score) -> dict[str, Values]:
+    """Sum of |W_ij| a_j, with a_j a norm of input feature j over the calibration tokens."""
+    return {"wanda": numbers(table, f"wanda_{params.wanda_norm}")}
+
+
+def _unit_fisher(table: Columns, params: Score) -> dict[str, Values]:
+    """Half the Fisher information of the unit's own mask."""
+    return {"unit_fisher": numbers(table, f"unit_fisher_{params.fisher_over}")}
+
+
+def _fluctuation(table: Columns, params: Score) -> dict[str, Values]:
+    """Sum over the unit's inputs of the consumer of their variance times |W_:,u|^2: what a bias cannot give back."""
+    return {"fluctuation": numbers(table, "fluctuation")}
+
+
+def _obs_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:
+    from libprune.scoring.gram_columns import gram_columns  # needs torch, which the other criteria do not
+
+    return gram_columns(layout, architecture, params, in_nats=params.criterion == "obs_fisher")
+
+
+def _cooperative_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:
+    from libprune.scoring.gram_columns import graph_columns
+
+    return graph_columns(layout, architecture, params)
+
+
+def _obs(table: Columns, params: Score) -> dict[str, Values]:
+    """The consumer's squared output error that is left after the best refit, when the unit's turn comes."""
+    return {"obs": numbers(table, "obs")}
+
+
+def _obs_share(table: Columns, params: Score) -> dict[str, Values]:
+    """That error in the dense model over the error without a refit, 0 to 1."""
+    return {"obs_share": numbers(table, "obs_share")}
+
+
+def _obs_fisher(table: Columns, params: Score) -> dict[str, Values]:
+    """Half the sum over outputs of mean squared gradient times `obs`: the loss that no refit takes back.
+
+    Second order, with the Hessian of the consumer's weights as the product of its inputs' Gram matrix
+    and the diagonal of its outputs' gradient covariance (a Kronecker factorisation).
+    """
+    return {"obs_fisher": numbers(table, "obs")}
+
+
+def _fisher_obs(table: Columns, params: Score) -> dict[str, Values]:
+    """`unit_fisher` times `obs_share`: the share of a unit's loss that the others cannot take over."""
+    return {"fisher_obs": _unit_fisher(table, params)["unit_fisher"] * numbers(table, "obs_share")}
+
+
+def _random(table: Columns, params: Score) -> dict[str, Values]:
+    """Seeded noise per parameter, the floor that every criterion must clear."""
+    cost = numbers(table, "cost")
+    return {"random": np.random.default_rng(params.seed).random(len(cost)) * cost}
+
+
+CRITERIA = {
+    "magnitude": Criterion(_magnitude, (), False, "weight", "Han et al. 2015; Li et al. 2017"),
+    "taylor": Criterion(
+        _taylor, ("gradients",), True, "nats", "Molchanov et al. 2019; Ma et al. 2023 (LLM-Pruner)", {"taylor": 1}
+    ),
+    "taylor_group": Criterion(
+        _taylor_group, ("gradients",), True, "nats", "Molchanov et al. 2019; Ma et al. 2023", {"taylor_group": 1}
+    ),
+    "taylor_2nd": Criterion(
+        _taylor_2nd, ("gradients", "hessian"), True, "nats", "Ma et al. 2023 (LLM-Pruner)", {"taylor": 1, "fisher": 2}
+    ),
+    "fisher": Criterion(_fisher, ("hessian",), True, "nats", "LeCun et al. 1989; Theis et al. 2018", {"fisher": 2}),
+    "hessian_trace": Criterion(
+        _hessian_trace,
+        ("hessian",),
+        True,
+        "nats",
+        "Yu et al. 2022, with the estimated diagonal",
+        {"hessian_trace": 2},
+    ),
+    "wanda": Criterion(_wanda, ("activations",), False, "activation", "Sun et al. 2024 (Wanda), summed by unit"),
+    "unit_fisher": Criterion(
+        _unit_fisher, ("gradients",), True, "nats", "Theis et al. 2018; Kwon et al. 2022", {"unit_fisher": 2}
+    ),
+    "fluctuation": Criterion(_fluctuation, ("activations",), False, "activation", "An et al. 2024 (FLAP)"),
+    "obs": Criterion(
+        _obs,
+        ("activations",),
+        False,
+        "activation",
+        "Hassibi & Stork 1993; Kurtic et al. 2023 (ZipLM)",
+        columns=_obs_columns,
+    ),
+    "obs_share": Criterion(
+        _obs_share, ("activations",), True, "none", "Kurtic et al. 2023 (ZipLM), in proportion", columns=_obs_columns
+    ),
+    "obs_fisher": Criterion(
+        _obs_fisher,
+        ("activations", "gradients"),
+        True,
+        "nats",
+        "Kurtic et al. 2023; Martens & Grosse 2015 (K-FAC)",
+        {"obs_fisher": 2},
+        _obs_columns,
+    ),
+    "fisher_obs": Criterion(
+        _fisher_obs,
+        ("gradients", "activations"),
+        True,
+        "nats",
+        "Theis et al. 2018, with Kurtic et al. 2023",
+        {"fisher_obs": 2},
+        _obs_columns,
+    ),
+    "weight_stats": Criterion(
+        weight_stats, (), False, "none", "Li et al. 2017; Roy & Vetterli 2007", terms=TERMS["weight_stats"]
+    ),
+    "activation_stats": Criterion(
+        activation_stats,
+        ("activations",),
+        False,
+        "none",
+        "Hu et al. 2016; Luo & Wu 2017",
+        terms=TERMS["activation_stats"],
+    ),
+    "gradient_flow": Criterion(
+        gradient_flow,
+        ("gradients",),
+        False,
+        "none",
+        "Molchanov et al. 2019; Blundell et al. 2015",
+        dict.fromkeys(TERMS["gradient_flow"], 0),
+    ),
+    "cooperative": Criterion(
+        cooperative,
+        ("activations",),
+        False,
+        "none",
+        "Robert & Escoufier 1976; Freeman 1978",
+        columns=_cooperative_columns,
+        terms=TERMS["cooperative"],
+    ),
+    "random": Criterion(_random, (), True, "none", ""),
+}
+
+
+def find_criterion(name: str, key: str = "criterion") -> Criterion:
+    """The record of a criterion.
+
+    Args:
+        name: as in `CRITERIA`.
+        key: where in the score section it stands, for errors.
+
+    Raises:
+        LibpruneError: for an unknown name, with the known ones.
+    """
+    if name not in CRITERIA:
+        known = ", ".join(CRITERIA)
+        raise LibpruneError(f"score.{key} = {name!r} is unknown{nearest(name, CRITERIA)} (known: {known})")
+    return CRITERIA[name]
+
+
+def join_tables(layout: Layout, criterion: Criterion, params: Score) -> tuple[Columns, dict[str, Any]]:
+    """The columns of all per-unit tables that a criterion reads, and their common origin.
+
+    Raises:
+        ArtifactError: if a table is missing, or was made from another model or other text.
+    """
+    architecture = read_architecture(layout)
+    joined, meta = read_table(layout.weights, "prepare")
+    same_origin(layout.weights, meta, {"model": architecture.fingerprint})
+    origin = {"model": architecture.fingerprint}
+    for stage in criterion.stages:
+        path = layout.root / stage / "units.parquet"
+        if path.parent.exists() and not path.exists():
+            raise ArtifactError(
+                f"this criterion needs the {stage} stage, which collected nothing; set hessian.estimator to fisher"
+            )
+        table, found = read_table(path, stage)
+        same_origin(path, found, origin)
+        check_rows(architecture, table, path)
+        origin |= {"tokens": found["tokens"]}
+        joined |= table
+    if criterion.columns is not None:
+        joined |= criterion.columns(layout, architecture, params)
+    return joined, origin
+
+
+def score_units(table: Columns, params: Score) -> Columns:
+    """The global importance table.
+
+    Args:
+        table: joined per-unit columns: `layer_idx`, `group_type`, `group_idx`, `cost` (parameters)
+            and what the criterion reads.
+        params: criterion and scaling.
+
+    Returns:
+        The index columns, `importance`, `cost`, `score`, and the criterion's components. `score`
+        is importance per parameter; for scaled importance, which is already relative to units of
+        the same cost, it is the importance itself.
+
+    Raises:
+        StatisticsError: naming the first unit whose importance is not finite.
+    """
+    components = find_criterion(params.criterion).components(table, params)
+    importance = np.sum(list(components.values()), axis=0)
+    _require_finite(importance, table, params.criterion)
+    cost = numbers(table, "cost")
+    if params.scaling == "none":
+        score = importance / cost
+    else:
+        importance = score = scale(importance, table, params.scaling)
+    index = {name: table[name] for name in ("layer_idx", "group_type", "group_idx")}
+    return {**index, "importance": importance, "cost": table["cost"], "score": score, **components}
+
+
+def scale(importance: Values, table: Columns, how: str) -> Values:
+    """Put the importance of each layer and type on a scale of its own.
+
+    `zscore`: mean 0 and standard deviation 1; `minmax`: 0 to 1; `rank`: (rank + 1/2) / units. Where
+    all units of a layer and type are equal they become 0, 0 and 1/2.
+    """
+    scaled = np.empty_like(importance)
+    for rows in layers_and_types(table):
+        scaled[rows] = SCALINGS[how](importance[rows])
+    return scaled
+
+
+def _zscore(values: Values) -> Values:
+    spread = values.std()
+    return (values - values.mean()) / spread if np.ptp(values) > 0 and spread > 0 else np.zeros_like(values)
+
+
+def _minmax(values: Values) -> Values:
+    spread = np.ptp(values)
+    return (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
+
+
+def _rank(values: Values) -> Values:
+    if np.ptp(values) == 0:
+        return np.full_like(values, 0.5)
+    return (np.argsort(np.argsort(values, kind="stable"), kind="stable") + 0.5) / len(values)
+
+
+SCALINGS = {"zscore": _zscore, "minmax": _minmax, "rank": _rank}
+
+
+def _require_finite(importance: Values, table: Columns, criterion: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(importance))
+    if len(bad):
+        place = f"layer {table['layer_idx'][bad[0]]}, {table['group_type'][bad[0]]} unit {table['group_idx'][bad[0]]}"
+        raise StatisticsError(f"{criterion} is not finite for {len(bad)} unit(s), the first in {place}")

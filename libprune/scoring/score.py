@@ -1,0 +1,178 @@
+"""Scoring: from the artifacts and what is asked for to the global importance table, of one criterion or several."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.pipeline.artifacts import Columns, Layout, read_architecture, read_table, same_origin
+from libprune.pipeline.sections import Score
+from libprune.scoring.criteria import find_criterion, join_tables, score_units
+from libprune.scoring.fusion import Weights, named_criteria, parse_criteria
+from libprune.scoring.parts import NATS, READS_LOSSES, Alone, Scored, score_part
+
+
+def score_layout(layout: Layout, params: Score) -> tuple[Columns, dict[str, Any]]:
+    """The importance table and its metadata.
+
+    Raises:
+        LibpruneError: if the criteria cannot be read, do not go together, or measured losses say that they are
+            worth nothing.
+    """
+    architecture = read_architecture(layout)
+    asked = criteria_of(architecture, params)
+    _require_scaling(asked, params)
+    alone, table, origin = _alone(layout, named_criteria(params), params)
+    measured: Columns = {}
+    if params.fusion in READS_LOSSES and any(len(weights) > 1 for weights in asked.values()):
+        measured = _measured(layout, architecture, origin)
+    scored = {
+        part: score_part(part, table, {name: alone[name] for name in weights}, weights, measured, params)
+        for part, weights in asked.items()
+    }
+    return assemble(table, scored, params), origin | params.model_dump() | _nature(asked, scored, params)
+
+
+def criteria_of(architecture: Architecture, params: Score) -> dict[str, Weights]:
+    """The criteria of every type with their weights.
+
+    Raises:
+        LibpruneError: if an expression cannot be read.
+    """
+    asked = {"criterion": params.criterion} | params.expressions
+    keys = {part: part if part in asked else "criterion" for part in architecture.parts}
+    return {part: parse_criteria(asked[key], params.fusion, key) for part, key in keys.items()}
+
+
+def _require_scaling(asked: Mapping[str, Weights], params: Score) -> None:
+    """Several criteria need one scale, and a fit to losses the levels that scales take away."""
+    several = [weights for weights in asked.values() if len(weights) > 1]
+    for weights in several:
+        units = {name: (find_criterion(name).unit, find_criterion(name).comparable) for name in weights}
+        if params.fusion == "learned" and params.scaling != "none":
+            raise LibpruneError(
+                f"score.fusion: learned predicts nats from the criteria's own levels, which score.scaling: "
+                f"{params.scaling} takes away; set it to none"
+            )
+        alike = set(units.values()) == {(NATS, True)} and params.fusion in {"weighted", "simple"}
+        if params.scaling == "none" and params.fusion not in READS_LOSSES and not alike:
+            told = ", ".join(f"{name} ({unit})" for name, (unit, _) in units.items())
+            raise LibpruneError(
+                f"score.fusion: {params.fusion} of {told} adds unlike things; set score.scaling to rank, zscore or "
+                "minmax (only criteria in nats can be weighted without), or score.fusion to learned"
+            )
+
+
+def _alone(layout: Layout, names: list[str], params: Score) -> tuple[dict[str, Alone], Columns, dict[str, Any]]:
+    """Every criterion by itself, the index columns and costs, and the common origin."""
+    found: dict[str, Alone] = {}
+    origin: dict[str, Any] = {}
+    index: Columns = {}
+    for name in names:
+        criterion, own = find_criterion(name), params.model_copy(update={"criterion": name, "scaling": "none"})
+        table, source = join_tables(layout, criterion, own)
+        same_origin(layout.root, source, {key: origin[key] for key in origin.keys() & source.keys()})
+        origin |= source
+        scores = score_units(table, own)
+        index = {key: scores[key] for key in ("layer_idx", "group_type", "group_idx", "cost")}
+        components = {key: scores[key] for key in scores if key not in {*index, "importance", "score"}}
+        found[name] = Alone(
+            components, scores["importance"], criterion.comparable, criterion.unit, dict(criterion.orders)
+        )
+    return found, index, origin
+
+
+def _measured(layout: Layout, architecture: Architecture, origin: Mapping[str, Any]) -> Columns:
+    """The ablation table, with `row`: where each unit stands in a per-unit table."""
+    table, meta = read_table(layout.ablation, "ablation")
+    if not len(table["layer_idx"]):
+        raise ArtifactError(
+            f"{layout.ablation} holds no measured unit, and score.fusion: learned and best are about them; set "
+            "ablation.units (400 is a start) and run `dvc repro`"
+        )
+    same_origin(layout.ablation, meta, origin)
+    starts, start = {}, 0
+    for block in architecture.blocks():
+        starts[block] = start
+        start += architecture.units(block[1])
+    blocks = zip(table["layer_idx"].tolist(), table["group_type"].tolist(), strict=True)
+    return table | {"row": np.array([starts[block] for block in blocks]) + table["group_idx"]}
+
+
+def assemble(table: Columns, scored: Mapping[str, Scored], params: Score) -> Columns:
+    """The importance table of all types.
+
+    Components are columns by their name where all types have the same ones, and `type.name` with 0 elsewhere
+    where types differ.
+    """
+    importance = np.zeros(len(table["cost"]))
+    components: Columns = {}
+    for part, one in scored.items():
+        rows = table["group_type"] == part
+        importance[rows] = one.importance
+        for name, values in one.components.items():
+            components.setdefault(_named(name, part, scored), np.zeros(len(importance)))[rows] = values
+    score = importance / table["cost"] if params.scaling == "none" else importance
+    index = {name: table[name] for name in ("layer_idx", "group_type", "group_idx")}
+    return {**index, "importance": importance, "cost": table["cost"], "score": score, **components}
+
+
+def component_columns(asked: Mapping[str, Weights], params: Score) -> int:
+    """How many columns of components the table of these criteria has; of `best` the most that it may have."""
+    apart = params.fusion in {"weighted", "simple"} and params.scaling == "none"
+    columns = []
+    for weights in asked.values():
+        own = {name: frozenset(_components(name)) for name in weights}
+        if len(weights) == 1 or apart:
+            columns.append(frozenset().union(*own.values()))
+        elif params.fusion == "best":
+            return len(asked) * max(map(len, own.values()))
+        else:
+            columns.append(frozenset(weights))
+    return len(columns[0]) if len(set(columns)) == 1 else sum(map(len, columns))
+
+
+def _components(name: str) -> Iterable[str]:
+    criterion = find_criterion(name)
+    return criterion.terms or criterion.orders or (name,)
+
+
+def _named(component: str, part: str, scored: Mapping[str, Scored]) -> str:
+    alike = len({frozenset(one.components) for one in scored.values()}) == 1
+    return component if alike else f"{part}.{component}"
+
+
+def _nature(asked: Mapping[str, Weights], scored: Mapping[str, Scored], params: Score) -> dict[str, Any]:
+    """What allocation has to know of the scores, and what the report says of them."""
+    sources = {part: one.source for part, one in scored.items()}
+    alike = len(set(sources.values())) == 1
+    natures = {one.nature for one in scored.values()}
+    orders = {_named(name, part, scored): order for part, one in scored.items() for name, order in one.orders.items()}
+    return {
+        "criterion": next(iter(sources.values()))
+        if alike
+        else ", ".join(f"{part}: {source}" for part, source in sources.items()),
+        "fusion": params.fusion if any(len(weights) > 1 for weights in asked.values()) else "none",
+        "fused": {part: dict(one.facts) for part, one in scored.items() if one.facts},
+        "comparable": len(natures) == 1 and None not in natures,
+        "gradient_orders": orders if all(one.orders for one in scored.values()) else {},
+    }
+
+
+def fusion_lines(meta: Mapping[str, Any]) -> Iterator[str]:
+    """Lines that say what a fusion came to, one a type."""
+    for part, facts in meta["fused"].items():
+        if "r2" in facts:
+            told = f"R² {facts['r2']:.3f} ± {facts['r2_se']:.3f} on held-out units of {facts['units']} measured"
+            yield f"{part}: {told}; shares of the loss: {_listed(facts['shares'])}"
+        elif "rank_correlations" in facts:
+            told = f"rank correlation with {facts['units']} measured loss increases"
+            yield f"{part}: {told}: {_listed(facts['rank_correlations'])}"
+        else:
+            yield f"{part}: weights, mean over layers: {_listed(facts['mean_weights'])}"
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())

@@ -1,0 +1,247 @@
+"""First-order statistics: the mean gradient of every block parameter, and how every unit's mask gradient behaves."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from libprune.collection.accumulator import PENDING, ROWS, UNITS, Accumulator, Group
+from libprune.collection.backward import watching, weight_gradient
+from libprune.collection.input_records import Gram
+from libprune.collection.records import BatchRows, MaskGradient, Pending, Statistic, Sum, count
+from libprune.engine.architecture import Architecture, Map, Parameter
+from libprune.engine.errors import StatisticsError
+from libprune.engine.unit_sums import sum_positions, unit_sums
+from libprune.models.compute import require_finite, sequence_losses
+from libprune.models.sequences import Batch
+from libprune.pipeline.artifacts import Columns
+from libprune.pipeline.sections import Gradients
+
+
+def gradient_groups(
+    architecture: Architecture, n_tok: int, batches: int, section: Gradients, in_pieces: bool = False
+) -> list[Group]:
+    """The statistics of every layer, and the loss.
+
+    Args:
+        architecture: the model's description.
+        n_tok: loss-counted tokens of a sequence.
+        batches: the most batches that the text has.
+        section: storage type, and whether to keep whole second moments.
+        in_pieces: whether batches may take several passes, as those of several lengths do, so that their gradients
+            must be kept until the last.
+    """
+    layers = [
+        _layer_group(architecture, layer, n_tok, batches, section, in_pieces) for layer in range(architecture.layers)
+    ]
+    return [*layers, {"loss": Sum((), sums=torch.float64)}]
+
+
+def _layer_group(
+    architecture: Architecture, layer: int, n_tok: int, batches: int, section: Gradients, in_pieces: bool
+) -> Group:
+    group: dict[str, Statistic] = {}
+    dtype = getattr(torch, section.storage_dtype)
+    for part in architecture.parts:
+        for parameter in architecture.parameters_of(layer, part):
+            shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
+            group[parameter.name] = Sum(shape, dtype=dtype)
+            group[ROWS + parameter.name] = BatchRows(batches)
+            if in_pieces:
+                group[PENDING + parameter.name] = Pending(shape)
+        group[UNITS + part] = MaskGradient(architecture.units(part), n_tok)
+        consumers = architecture.consumers(layer, part)
+        for entry in architecture.maps_of(layer, part):
+            sides = {"output": entry.output} | ({"input": entry.input} if entry in consumers else {})
+            for side, expr in sides.items():
+                width = expr.size(architecture.sizes)
+                group[f"{entry.module}.{side}_gradient_square"] = Sum((width,), sums=torch.float64)
+                if section.second_moments == "full" and entry in consumers:
+                    group[f"{entry.module}.{side}_gradient_gram"] = Gram(width)
+    return group
+
+
+def collect_gradients(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    batches: Iterable[Batch],
+    sums: Accumulator,
+    at_once: int,
+    recompute: bool = False,
+) -> None:
+    """Add batches to the sums, with one forward and backward pass over each sequence.
+
+    Gradients leave the device map by map as backward produces them and are summed in float32, so
+    a low-precision model adds no error over batches.
+
+    Args:
+        model: the model.
+        architecture: its description.
+        batches: number, index of the first sequence, and sequences of each.
+        sums: of the `gradient_groups`.
+        at_once: sequences in one pass; batches are cut to that.
+        recompute: whether the blocks are checkpointed.
+
+    Raises:
+        StatisticsError: naming the first layer, from the output, and the sequence whose loss or
+            gradient is not finite.
+    """
+    collector = _Collector(architecture, sums)
+    vectors = {p.name: p for block in architecture.blocks() for p in architecture.parameters_of(*block)}
+    for entry in architecture.maps:
+        vectors.pop(entry.weight)
+        vectors.pop(f"{entry.module}.bias", None)
+    with watching(model, architecture, collector.output, collector.input, recompute) as tape, torch.enable_grad():
+        handles = [_watch_vector(model, parameter, collector) for parameter in vectors.values()]
+        try:
+            for number, first, batch in batches:
+                end = first + len(batch)
+                for chunk in batch.passes(at_once):
+                    tape.begin(first, len(chunk))
+                    collector.begin(number, len(batch), first, chunk.counted, last=first + len(chunk) == end)
+                    first += len(chunk)
+                    losses = sequence_losses(model, chunk)
+                    require_finite(losses.detach(), tape.first, "the loss")
+                    tape.backward(losses.sum())
+                    total = losses.detach().double().sum().cpu()
+                    sums.update(architecture.layers, "loss", total, count(len(chunk)))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _watch_vector(model: PreTrainedModel, parameter: Parameter, collector: "_Collector") -> RemovableHandle:
+    tensor = model.get_parameter(parameter.name).requires_grad_(True)
+    assert parameter.layer is not None
+    return tensor.register_post_accumulate_grad_hook(partial(collector.vector, parameter.name, parameter.layer))
+
+
+class _Collector:
+    """Turns what backward brings into updates of the sums."""
+
+    def __init__(self, architecture: Architecture, sums: Accumulator) -> None:
+        self.architecture = architecture
+        self.sums = sums
+        self._named = {p.name for p in architecture.parameters}
+
+    def begin(self, number: int, sequences: int, first: int, n_tok: int, last: bool) -> None:
+        """A pass over some sequences of a batch begins."""
+        self._number, self._sequences, self._last = number, sequences, last
+        self._first = first
+        self._n_tok = n_tok
+
+    def vector(self, name: str, layer: int, parameter: Tensor) -> None:
+        """The gradient of a norm's weight, from autograd."""
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad, None
+        if not torch.isfinite(gradient).all():
+            raise StatisticsError(
+                f"the gradient of {name} is not finite in the pass from calibration sequence {self._first}; "
+                "try compute.dtype: float32"
+            )
+        self._take(name, layer, gradient)
+
+    def output(self, entry: Map, x: Tensor, delta: Tensor) -> None:
+        """The gradient at a map's output: those of its weight and bias, and its second moment."""
+        gradient = weight_gradient(entry, x, delta)
+        if not torch.isfinite(gradient.sum(dtype=torch.float32)):
+            each = torch.stack([weight_gradient(entry, *pair) for pair in zip(x, delta, strict=True)])
+            require_finite(each, self._first, f"the gradient of {entry.weight}")
+            raise StatisticsError(
+                f"the gradient of {entry.weight} overflows in the pass from calibration sequence {self._first}; "
+                "try compute.dtype: float32"
+            )
+        self._take(entry.weight, entry.layer, gradient)
+        bias = f"{entry.module}.bias"
+        if bias in self._named:
+            self._take(bias, entry.layer, delta.flatten(0, -2).sum(0, dtype=torch.float32))
+        self._second_moment(entry, "output", delta)
+
+    def input(self, entry: Map, x: Tensor, delta: Tensor) -> None:
+        """The gradient at a consumer's input: the mask gradients of its units, and its second moment."""
+        units = entry.input.units(self.architecture.parts[entry.part].axis, self.architecture.sizes)
+        mask = sum_positions(x.float() * delta.float(), units, self.architecture.units(entry.part))
+        require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
+        self.sums.update(entry.layer, UNITS + entry.part, mask)
+        self._second_moment(entry, "input", delta)
+
+    def _second_moment(self, entry: Map, side: str, delta: Tensor) -> None:
+        """Per token, of the gradient of the summed loss."""
+        delta = delta.flatten(0, -2).float()
+        name = f"{entry.module}.{side}_gradient"
+        squares = delta.square().sum(0).double() * self._n_tok**2
+        self.sums.update(entry.layer, f"{name}_square", squares, count(len(delta)))
+        if f"{name}_gram" in self.sums.groups[entry.layer]:
+            self.sums.update(entry.layer, f"{name}_gram", delta * self._n_tok)
+
+    def _take(self, name: str, layer: int, gradient: Tensor) -> None:
+        """Add a pass's gradient, a sum over its sequences; whole batches go into the sums."""
+        pending = PENDING + name in self.sums.groups[layer]
+        if pending:
+            self.sums.update(layer, PENDING + name, gradient)
+            gradient = self.sums.state(layer, PENDING + name)["total"]
+        if self._last:
+            sequences = count(self._sequences)
+            self.sums.update(layer, name, gradient, sequences)
+            self.sums.update(layer, ROWS + name, gradient, sequences, torch.tensor(self._number))
+            if pending:
+                gradient.zero_()
+
+
+def gradient_columns(
+    architecture: Architecture, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], layer: int, part: str
+) -> dict[str, NDArray[np.float64]]:
+    """Per-unit first-order numbers of a block: sum |W G|, sum W G, and those of `MaskGradient`.
+
+    Args:
+        architecture: the model's description.
+        tensors: what was collected of the layer, by name.
+        weights: the dense model's parameters.
+        layer: which block.
+        part: which part of it.
+    """
+    names = {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}
+    signed = {name: weights[name].double() * tensors[name].double() for name in names}
+    prefix = f"{UNITS}{part}."
+    return {
+        "taylor": unit_sums(architecture, layer, part, {name: tensor.abs() for name, tensor in signed.items()}),
+        "taylor_signed": unit_sums(architecture, layer, part, signed),
+    } | {name.removeprefix(prefix): tensor.numpy() for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def layer_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int, batches: int) -> Columns:
+    """One row for every parameter of a layer and batch: mean |g|, standard deviation and norm of its gradient."""
+    table: dict[str, list[object]] = {name: [] for name in LAYER_COLUMNS}
+    for part in architecture.parts:
+        for parameter in architecture.parameters_of(layer, part):
+            rows = tensors[f"{ROWS}{parameter.name}"][:batches]
+            kind = _kind(architecture, parameter)
+            for batch, row in enumerate(rows.tolist()):
+                for name, value in zip(LAYER_COLUMNS, (layer, part, kind, batch, *row), strict=True):
+                    table[name].append(value)
+    return {name: np.array(values, dtype=object if name in _TEXT else None) for name, values in table.items()}
+
+
+def tensor_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int) -> Columns:
+    """One row for every parameter of a layer: the norm of its mean gradient over all sequences."""
+    parameters = [(part, p) for part in architecture.parts for p in architecture.parameters_of(layer, part)]
+    return {
+        "layer_idx": np.full(len(parameters), layer),
+        "group_type": np.array([part for part, _ in parameters], dtype=object),
+        "parameter": np.array([_kind(architecture, p) for _, p in parameters], dtype=object),
+        "norm": np.array([float(tensors[p.name].double().norm()) for _, p in parameters]),
+    }
+
+
+def _kind(architecture: Architecture, parameter: Parameter) -> str:
+    """A parameter's name within its layer."""
+    return parameter.name.removeprefix(f"{architecture.layers_path}.{parameter.layer}.")
+
+
+LAYER_COLUMNS = ("layer_idx", "group_type", "parameter", "batch", "mean_abs", "std", "norm")
+_TEXT = {"group_type", "parameter"}

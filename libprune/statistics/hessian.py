@@ -1,0 +1,236 @@
+"""The diagonal of the Hessian, by squared per-sequence gradients or by random probes."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from libprune.collection.accumulator import UNITS, Accumulator, Group
+from libprune.collection.backward import watching, weight_gradient
+from libprune.collection.records import Samples, Statistic, Sum, count
+from libprune.engine.architecture import Architecture, Map, Parameter
+from libprune.engine.errors import LibpruneError, StatisticsError
+from libprune.engine.unit_sums import unit_sums
+from libprune.models.compute import hooked, require_finite, sequence_losses
+from libprune.models.sequences import Batch
+from libprune.pipeline.sections import Compute, Hessian
+
+
+def hessian_groups(architecture: Architecture, n_tok: int, section: Hessian) -> list[Group]:
+    """The statistics of every layer.
+
+    `fisher_sample` is mean_i g_i^2, as often written; `fisher` multiplies it by the n_tok
+    loss-counted tokens of a sequence, over which the mean in L_i shrinks independent token
+    gradients (empirical Fisher: Kunstner et al. 2019, "Limitations of the empirical Fisher
+    approximation", which also says when it is not the Hessian). `hutchinson` is the mean over
+    batches and probes of v * (H v), v of independent signs (Hutchinson 1990; Bekas et al. 2007).
+    """
+    factor = float(n_tok) if section.estimator == "fisher" else 1.0
+    dtype = getattr(torch, section.storage_dtype)
+    groups: list[Group] = []
+    for layer in range(architecture.layers):
+        group: dict[str, Statistic] = {}
+        for part in architecture.parts:
+            for parameter in map_parameters(architecture, layer, part):
+                shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
+                group[parameter.name] = Sum(shape, factor, dtype)
+            if section.estimator == "hutchinson":
+                group[UNITS + part] = Samples(architecture.units(part))
+        groups.append(group)
+    return groups
+
+
+def map_parameters(architecture: Architecture, layer: int, part: str) -> list[Parameter]:
+    """Weights and biases of the linear maps of a block; of a network all parameters that carry the part's units."""
+    if architecture.is_network:
+        return list(architecture.parameters_of(layer, part))
+    modules = {entry.module for entry in architecture.maps_of(layer, part)}
+    return [p for p in architecture.parameters_of(layer, part) if p.name.rpartition(".")[0] in modules]
+
+
+def collect_squared_gradients(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    batches: Iterable[Batch],
+    sums: Accumulator,
+    recompute: bool = False,
+) -> None:
+    """Add the squared gradients of every sequence, at the cost of one batched backward pass.
+
+    The gradient of a linear map for one sequence is the product of its output gradients and its
+    inputs over that sequence's tokens, so autograd only computes the former.
+
+    Args:
+        model: the model.
+        architecture: its description.
+        batches: each of sequences of one length.
+        sums: of the `hessian_groups`.
+        recompute: whether the blocks are checkpointed.
+
+    Raises:
+        StatisticsError: naming the module and sequence whose gradient is not finite.
+    """
+    biases = {p.name for p in architecture.parameters if p.name.endswith(".bias")}
+
+    def add(entry: Map, x: Tensor, deltas: Tensor) -> None:
+        squares = _sum_of_squares(weight_gradient(entry, *pair) for pair in zip(x, deltas, strict=True))
+        _require_no_overflow(squares, entry.weight, tape.first)
+        sums.update(entry.layer, entry.weight, squares, count(len(x)))
+        bias = f"{entry.module}.bias"
+        if bias in biases:
+            sums.update(entry.layer, bias, deltas.sum(1, dtype=torch.float32).square().sum(0), count(len(x)))
+
+    with watching(model, architecture, add, recompute=recompute) as tape, torch.enable_grad():
+        for _, first, sequences in batches:
+            tape.begin(first, len(sequences))
+            losses = sequence_losses(model, sequences)
+            require_finite(losses.detach(), first, "the loss")
+            tape.backward(losses.sum())
+
+
+def _sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
+    total: Tensor | None = None
+    for gradient in gradients:
+        values = gradient.float()
+        total = values.square() if total is None else total.addcmul_(values, values)
+    assert total is not None
+    return total
+
+
+def _require_no_overflow(squares: Tensor, name: str, first: int) -> None:
+    if not torch.isfinite(squares.sum(dtype=torch.float64)):
+        raise StatisticsError(
+            f"a squared gradient of {name} overflows in the batch from calibration sequence {first}; "
+            "try compute.dtype: float32"
+        )
+
+
+def collect_probes(
+    model: nn.Module,
+    architecture: Architecture,
+    batches: Iterable[tuple[int, int, Any]],
+    sums: Accumulator,
+    section: Hessian,
+    losses_of: Callable[[Any, Any], Tensor] = sequence_losses,
+) -> None:
+    """Add v * (H v) of every batch's mean loss for seeded Rademacher probes v, by double backward.
+
+    Each pass is one sample, weighted by its sequences: the mean over its probes of W^2 v (H v) / 2, summed
+    over a unit, gives that unit's standard error. Probes of one pass share its text.
+
+    Args:
+        model: the model; its attention must be differentiable twice, see `twice_differentiable`.
+        architecture: its description.
+        batches: each of sequences of one length.
+        sums: of the `hessian_groups`.
+        section: number of probes, and their seed.
+        losses_of: from the model and a batch to the loss of each sequence.
+
+    Raises:
+        StatisticsError: naming the parameter and the batch where a product is not finite.
+    """
+    wanted = {p.name for block in architecture.blocks() for p in map_parameters(architecture, *block)}
+    with hooked(model), twice_differentiable(model), torch.enable_grad():
+        model.requires_grad_(False)
+        parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if name in wanted}
+        for _, first, sequences in batches:
+            losses = losses_of(model, sequences)
+            require_finite(losses.detach(), first, "the loss")
+            gradients = torch.autograd.grad(losses.mean(), list(parameters.values()), create_graph=True)
+            values: dict[tuple[int, str], Tensor] = {}
+            for probe in range(section.probes):
+                signs = [_signs(p, (section.seed, first, probe, index)) for index, p in enumerate(gradients)]
+                keep = probe + 1 < section.probes
+                products = torch.autograd.grad(
+                    gradients, list(parameters.values()), signs, retain_graph=keep, materialize_grads=True
+                )
+                diagonal = {name: v * hv for name, v, hv in zip(parameters, signs, products, strict=True)}
+                _add_probe(architecture, sums, diagonal, parameters, len(sequences), first, values)
+            for (layer, part), value in values.items():
+                sums.update(layer, UNITS + part, value / section.probes, torch.tensor(float(len(sequences))))
+            del gradients
+
+
+def _add_probe(
+    architecture: Architecture,
+    sums: Accumulator,
+    diagonal: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    sequences: int,
+    first: int,
+    values: dict[tuple[int, str], Tensor],
+) -> None:
+    """Add a probe's products to the sums, and its sums by unit to the values of the batch."""
+    for layer, part in architecture.blocks():
+        names = [p.name for p in map_parameters(architecture, layer, part)]
+        for name in names:
+            if not torch.isfinite(diagonal[name]).all():
+                raise StatisticsError(
+                    f"the probed Hessian of {name} is not finite in the batch from calibration sequence {first}; "
+                    "try compute.dtype: float32"
+                )
+            sums.update(layer, name, diagonal[name].float() * sequences, count(sequences))
+        terms = {name: 0.5 * weights[name].detach().float().square() * diagonal[name].float() for name in names}
+        value = torch.from_numpy(unit_sums(architecture, layer, part, terms))
+        values[layer, part] = values.get((layer, part), torch.zeros(())) + value
+
+
+def _signs(like: Tensor, seed: tuple[int, ...]) -> Tensor:
+    """Independent signs, the same for the same seed on every device."""
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+    bits = torch.randint(2, like.shape, generator=generator, dtype=torch.int8)
+    return (2 * bits - 1).to(like.device, like.dtype)
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Attention by its formula: the fused kernels have no second derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def hessian_columns(
+    architecture: Architecture, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], layer: int, part: str
+) -> dict[str, NDArray[np.float64]]:
+    """Per-unit second-order sums of a block.
+
+    `fisher`: half the sum of |W^2 H|, in nats; `hessian_trace`: sum of H. From probes also
+    `hessian`, half the sum of W^2 H with its sign, and `hessian_se`, its standard error over
+    batches; noise does not cancel in the sum of absolute values.
+    """
+    names = {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}
+    diagonal = {name: tensors[name].double() for name in names}
+    terms = {name: 0.5 * weights[name].double().square() * values.abs() for name, values in diagonal.items()}
+    columns = {
+        "fisher": unit_sums(architecture, layer, part, terms),
+        "hessian_trace": unit_sums(architecture, layer, part, diagonal),
+    }
+    prefix = f"{UNITS}{part}"
+    if f"{prefix}.mean" in tensors:
+        columns["hessian"] = tensors[f"{prefix}.mean"].numpy()
+        columns["hessian_se"] = tensors[f"{prefix}.standard_error"].numpy()
+    return columns
+
+
+def require_probes_possible(compute: Compute, sharded: bool) -> None:
+    """Double backward needs the whole graph of the whole model in one place.
+
+    Raises:
+        LibpruneError: naming what is in its way.
+    """
+    ways = {
+        "compute.offload": compute.offload != "none",
+        "compute.gradient_checkpointing": compute.gradient_checkpointing,
+        "LIBPRUNE_SHARD": sharded,
+    }
+    for name, used in ways.items():
+        if used:
+            raise LibpruneError(
+                f"hessian.estimator: hutchinson cannot be used with {name}; use fisher, or switch it off"
+            )

@@ -1,0 +1,192 @@
+"""Losses of a model that is changed from some layer on, without running the layers before it again.
+
+Everything before the first changed layer computes what it computes in the unchanged model. So what
+the blocks before chosen layers return is kept from one run, and a measurement runs only from its
+layer to the end. Cost: from layer l of N, (N - l) / N of the blocks, and the head; averaged over
+changes spread evenly over the layers, about half of changes x passes over the text.
+
+Memory, on the host: sequences x length x width of the model x kept layers x bytes of the model's dtype.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import typer
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from libprune.collection.accumulator import Group
+from libprune.collection.calibration import Calibration
+from libprune.collection.records import Field, State, Statistic
+from libprune.collection.resumable import Collection
+from libprune.engine.architecture import Architecture
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+from libprune.models.compute import hooked, require_finite, sequence_losses
+from libprune.models.layers import blocks_of, copy_output, replaced, skipped
+from libprune.models.memory import gigabytes
+from libprune.models.sequences import Sequences
+
+LOSSES = "losses"
+"""The name of `SequenceLosses` among the statistics."""
+
+
+Measure = Callable[[int, Sequences], Tensor]
+
+
+class Prefix:
+    """What the blocks before chosen layers return, kept from one run of a model over a text.
+
+    It holds for models whose blocks hand nothing to later blocks but what they return. The model
+    may be masked when this is made, and changed further afterwards.
+
+    Attributes:
+        losses: the model's mean-token loss of every sequence, ``[sequences]``, nats, float64.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        sequences: Sequences,
+        at_once: int,
+        layers: Iterable[int],
+        measure: Measure | None = None,
+    ) -> None:
+        """Run the model over the text once.
+
+        Args:
+            model: the model.
+            architecture: its description.
+            sequences: on the model's device.
+            at_once: sequences in one pass.
+            layers: those that measurements will start from; nothing needs to be kept for the first.
+            measure: of the number of a pass and its sequences, a value for each sequence; None for the
+                mean-token loss, in nats. The first call for each pass is on the model as it is now.
+        """
+        self._model, self._architecture = model, architecture
+        self._blocks = blocks_of(model, architecture)
+        self._passes = list(sequences.passes(at_once))
+        self._measure = measure or (lambda number, sequences: sequence_losses(model, sequences))
+        self._kept: dict[int, list[Any]] = {layer: [] for layer in layers if layer > 0}
+        with hooked(model) as handles:
+            for layer, outputs in self._kept.items():
+                handles.append(self._blocks[layer - 1].register_forward_hook(partial(_keep_output, outputs)))
+            self.losses = self.losses_from(0)
+
+    def losses_of(self, plan: Plan) -> Float[Tensor, " sequences"]:
+        """Losses of the model masked by a plan; ``[sequences]``, nats, float64."""
+        first = first_changed(plan)
+        if first is None:
+            return self.losses
+        with masked(self._model, self._architecture, plan):
+            return self.losses_from(first)
+
+    def losses_from(self, layer: int) -> Float[Tensor, " sequences"]:
+        """Losses of the model as it is now, which is changed in no layer before this one; as in `losses_of`.
+
+        Runs from the last layer up to this one that something was kept for.
+        """
+        start = max((kept for kept in self._kept if kept <= layer), default=0)
+        with torch.no_grad():
+            return torch.cat([self._pass(start, number) for number in range(len(self._passes))])
+
+    def _pass(self, start: int, number: int) -> Float[Tensor, " batch"]:
+        sequences = self._passes[number]
+        if start == 0:
+            return self._measure(number, sequences).double().cpu()
+        with skipped(self._blocks[:start], self._kept[start][number], sequences.ids.device):
+            return self._measure(number, sequences).double().cpu()
+
+
+def first_changed(plan: Plan) -> int | None:
+    """The first layer that a plan removes something from; None if it keeps everything."""
+    return min((layer for (layer, _), keep in plan.keep.items() if not keep.all()), default=None)
+
+
+def _keep_output(outputs: list[Any], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a block."""
+    outputs.append(copy_output(output, "cpu"))
+
+
+@dataclass(frozen=True)
+class SequenceLosses(Statistic):
+    """The loss of every sequence under each of several changes of a model, nats."""
+
+    changes: int
+    sequences: int
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """One row a change, ``[changes, sequences]``; 0 where a change was not measured."""
+        return {"rows": Field((self.changes, self.sequences))}
+
+    def measure(self, *batch: Tensor) -> State:
+        """Of the losses ``[sequences]`` under one change, and its number."""
+        state = self.init()
+        self.update(state, *batch)
+        return state
+
+    def update(self, state: State, *batch: Tensor) -> None:
+        """Add one change's losses."""
+        losses, number = batch
+        state["rows"][int(number)] += losses
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """The rows."""
+        return {"": state["rows"]}
+
+
+def loss_groups(run: Calibration, changes: int) -> list[Group]:
+    """The statistic that `collect_losses` fills."""
+    return [{LOSSES: SequenceLosses(changes, len(run.sequences))}]
+
+
+def _announce_states(run: Calibration, layers: set[int]) -> None:
+    width, each = run.architecture.sizes["model"], next(run.model.parameters()).element_size()
+    size = len(layers - {0}) * run.sequences.tokens * width * each
+    if run.world.first:
+        typer.echo(f"states before {len(layers)} layers are kept in {gigabytes(size)} of memory")
+
+
+def collect_losses(
+    run: Calibration,
+    work: Collection,
+    plans: Mapping[str, Plan],
+    first: int,
+    measure: Measure | None = None,
+    weights_of: Callable[[str], Mapping[str, Tensor]] = lambda name: {},
+) -> Float[Tensor, " sequences"]:
+    """Measure the losses under every plan that the sums do not hold yet.
+
+    Args:
+        run: the model and the text.
+        work: sums of the `loss_groups`, whose items are the plans.
+        plans: what is removed, by a name for messages.
+        first: index of the run's first sequence among all calibration sequences, for messages.
+        measure: what is measured, if not the loss; as in `Prefix`.
+        weights_of: weights that take the place of the model's own under the plan of a name.
+
+    Returns:
+        The losses of the dense model, ``[sequences]``, nats, float64.
+
+    Raises:
+        StatisticsError: naming the plan and the sequence whose loss is not finite.
+    """
+    names = list(plans)
+    left = names[work.accumulator.done * run.world.size + run.world.rank :: run.world.size]
+    layers = {first_changed(plans[name]) or 0 for name in left}
+    sequences = run.sequences.to(run.device)
+    _announce_states(run, layers)
+    prefix = Prefix(run.model, run.architecture, sequences, run.at_once, layers, measure)
+    require_finite(prefix.losses, first, "the loss of the dense model")
+    for number in work.steps():
+        with replaced(run.model, weights_of(names[number])):
+            losses = prefix.losses_of(plans[names[number]])
+        require_finite(losses, first, f"the loss without {names[number]}")
+        work.accumulator.update(0, LOSSES, losses, torch.tensor(number))
+    return prefix.losses

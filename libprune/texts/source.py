@@ -1,0 +1,266 @@
+"""Texts from where users have them: presets and data sets of the hub, local files, installed packages.
+
+All of them go through `datasets.load_dataset`, whole or as a stream.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from libprune.engine.errors import LibpruneError, SourceError, nearest
+from libprune.models.source import first_line, resolve
+from libprune.pipeline.sections import Tokenize
+
+SELF = "self"
+"""The text that the dense model writes itself; see `libprune.texts.self_text`."""
+SHUFFLE_BUFFER = 10_000
+"""Documents of a stream among which the next one is drawn; some 20 MB of web text."""
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the keys of params.yaml mean where they are null.
+
+    Attributes:
+        data_set: a hub id, or whatever else `tokenize.text` names.
+        config: of the data set.
+        split: to calibrate on.
+        held_out: the split to evaluate on; None: it has none.
+        column: that holds the text.
+        streaming: whether it is too large to be downloaded.
+        revision: branch, tag or commit.
+    """
+
+    data_set: str
+    config: str | None = None
+    split: str = "train"
+    held_out: str | None = None
+    column: str = "text"
+    streaming: bool = False
+    revision: str | None = None
+
+
+PRESETS = {
+    "wikitext2": Preset("Salesforce/wikitext", "wikitext-2-raw-v1", held_out="test"),
+    "ptb": Preset("ptb-text-only/ptb_text_only", held_out="test", column="sentence", revision="refs/convert/parquet"),
+    "c4": Preset("allenai/c4", "en", held_out="validation", streaming=True),
+    "fineweb-edu": Preset("HuggingFaceFW/fineweb-edu", "sample-10BT", streaming=True),
+}
+"""Texts by short names. `ptb` is a script on its main branch, which datasets 4 and later refuse; the hub keeps the same
+data as Parquet on a branch of its own."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One split of a data set.
+
+    Attributes:
+        name: as params.yaml names it: a preset, or the data set.
+        data_set: a hub id, a local path or `package://NAME/path`.
+        config, revision, split: of a hub data set; without effect on local files.
+        column: that holds the text.
+        streaming: read documents one after another, no more than are asked for.
+        label: column that holds the labels; None: not wanted.
+    """
+
+    name: str
+    data_set: str
+    config: str | None
+    revision: str | None
+    split: str
+    column: str
+    streaming: bool
+    label: str | None = None
+
+
+def calibration_source(settings: Tokenize, label: str | None = None) -> TextSource:
+    """The text to calibrate on, with the given label column; explicit keys win over the preset's."""
+    preset = PRESETS.get(settings.text, Preset(settings.text))
+    return TextSource(
+        name=settings.text,
+        data_set=preset.data_set,
+        config=settings.config or preset.config,
+        revision=settings.revision or preset.revision,
+        split=settings.split or preset.split,
+        column=settings.column or preset.column,
+        streaming=preset.streaming if settings.streaming is None else settings.streaming,
+        label=label,
+    )
+
+
+def evaluation_source(settings: Tokenize, label: str | None = None) -> TextSource | None:
+    """The text to evaluate on; None: documents of the calibration text are to be set apart.
+
+    Without `evaluation_text` it is the held-out split of the calibration text, which is `evaluation_split` or the
+    preset's; local files and `fineweb-edu` have none. Another text that is no preset shares `column`.
+    """
+    name = settings.evaluation_text or settings.text
+    preset = PRESETS.get(name, Preset(name))
+    split = settings.evaluation_split or preset.held_out
+    if settings.evaluation_text is None and (split is None or resolve(preset.data_set) is not None):
+        return None
+    if name == settings.text:
+        source = calibration_source(settings, label)
+    else:
+        own = {} if name in PRESETS else {"column": settings.column}
+        keys = {"text": name, "config": None, "revision": None, "split": None, "column": None} | own
+        source = calibration_source(settings.model_copy(update=keys), label)
+    return replace(
+        source,
+        config=settings.evaluation_config or source.config,
+        split=split or (preset.split if name in PRESETS else "test"),
+        column=settings.evaluation_column or source.column,
+    )
+
+
+def require_other_text(calibration: TextSource, evaluation: TextSource) -> None:
+    """Stop if the text to evaluate on is the text to calibrate on.
+
+    Raises:
+        SourceError: if both name the same file, or overlapping splits of the same data set.
+    """
+    path, other = resolve(calibration.data_set), resolve(evaluation.data_set)
+    if path and other:
+        same = path.samefile(other)
+    else:
+        same = (calibration.data_set, calibration.config) == (evaluation.data_set, evaluation.config)
+        same = same and _overlap(calibration.split, evaluation.split)
+    if same:
+        raise SourceError(
+            f"the text to evaluate on is the text to calibrate on ({evaluation.name!r}, split {evaluation.split!r}); "
+            "name another tokenize.evaluation_text or another tokenize.evaluation_split, or set both to null to set "
+            "documents apart"
+        )
+
+
+def _overlap(split: str, other: str) -> bool:
+    """Whether two splits may share rows: slices of one split, such as ``train[:10%]``, are taken to."""
+    names = [{part.partition("[")[0].strip() for part in one.split("+")} for one in (split, other)]
+    return bool(names[0] & names[1]) or "all" in names[0] | names[1]
+
+
+@dataclass(frozen=True)
+class Text:
+    """An open text.
+
+    Attributes:
+        source: what it is.
+        revision: the commit that it was read at; None for local files.
+        rows: its text, and its labels if they are wanted: a `datasets.Dataset` or, if streaming, a
+            `datasets.IterableDataset`.
+    """
+
+    source: TextSource
+    revision: str | None
+    rows: Any
+
+    def documents(self) -> Iterator[str]:
+        """The non-blank documents in their order.
+
+        Raises:
+            SourceError: if there is none, or one cannot be read or is not text.
+        """
+        return self._read(self.rows, "")
+
+    def examples(self) -> Iterator[tuple[str, Any]]:
+        """The non-blank documents in their order, each with what its label column holds.
+
+        Raises:
+            SourceError: as `documents`.
+        """
+        rows = self.rows.filter(self._is_document, input_columns=self.source.column)
+        yield from zip(self._read(rows, ""), rows[self.source.label], strict=True)
+
+    def shuffled(self, skip: int, seed: int) -> Iterator[str]:
+        """The non-blank documents of a stream after the first `skip`, in a seeded order.
+
+        The order is that of `datasets.IterableDataset.shuffle`: files are shuffled if none are skipped, and each
+        document is drawn from a buffer of the next `SHUFFLE_BUFFER`.
+
+        Raises:
+            SourceError: if there is none, or one cannot be read or is not text.
+        """
+        rows = self.rows.filter(self._is_document, input_columns=self.source.column)
+        rows = rows.skip(skip) if skip else rows
+        return self._read(rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), f" after the first {skip}")
+
+    def _read(self, rows: Iterable[Any], where: str) -> Iterator[str]:
+        column, empty = self.source.column, True
+        with _naming(self.source):
+            for row in rows:
+                if self._is_document(row[column]):
+                    empty = False
+                    yield row[column]
+        if empty:
+            raise SourceError(f"text {self.source.name!r} holds no document{where}")
+
+    def _is_document(self, value: object) -> bool:
+        if value is not None and not isinstance(value, str):
+            column, kind = self.source.column, type(value).__name__
+            raise SourceError(f"column {column!r} of text {self.source.name!r} holds {kind}, not text")
+        return bool(value and value.strip())
+
+
+def open_text(source: TextSource) -> Text:
+    """Find a text and, unless it is streamed, load it.
+
+    A local file of unknown ending is read as text, one document a line.
+
+    Raises:
+        SourceError: if it cannot be read, has no such column, or the same one is asked for text and labels.
+    """
+    from datasets import load_dataset, load_dataset_builder
+
+    path, revision = resolve(source.data_set), None
+    with _naming(source):
+        if path is None:
+            revision = load_dataset_builder(source.data_set, source.config, revision=source.revision).hash
+            _require_revision(source, revision)
+            what: dict[str, Any] = {"path": source.data_set, "name": source.config, "revision": revision}
+            rows = load_dataset(**what, split=source.split, streaming=source.streaming)
+        else:
+            builder, files = _builder(path)
+            rows = load_dataset(builder, data_files=files, split="train", streaming=source.streaming)
+        columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them before its first row
+    if not columns:
+        raise SourceError(f"text {source.name!r} holds no document")
+    if source.label == source.column:
+        raise SourceError(
+            f"column {source.column!r} of text {source.name!r} holds the documents; name another tokenize.label_column"
+        )
+    wanted = [column for column in (source.column, source.label) if column is not None]
+    for column in wanted:
+        if column not in columns:
+            raise SourceError(f"text {source.name!r} has no column {column!r}; it has {', '.join(columns)}")
+    return Text(source, revision, rows.select_columns(wanted))
+
+
+def _require_revision(source: TextSource, found: str) -> None:
+    """Stop where another commit than the one asked for is all that the cache has, and the hub is out of reach."""
+    if re.fullmatch("[0-9a-f]{40}", source.revision or "") and found != source.revision:
+        raise SourceError(f"text {source.name!r} is only there at revision {found}, not at {source.revision}")
+
+
+def _builder(path: Path) -> tuple[str, list[str]]:
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    kinds = {_BUILDERS.get(file.suffix, "text") for file in files}
+    if len(kinds) != 1:
+        raise SourceError(f"text {str(path)!r} holds files of {len(kinds)} kinds: {', '.join(sorted(kinds)) or 'none'}")
+    return kinds.pop(), [str(file) for file in files]
+
+
+@contextmanager
+def _naming(source: TextSource) -> Iterator[None]:
+    """Turn what the builders raise, which is of several types, into an error that names the text."""
+    try:
+        yield
+    except LibpruneError:
+        raise
+    except Exception as error:
+        hint = nearest(source.name, [*PRESETS, SELF]) if resolve(source.data_set) is None else ""
+        raise SourceError(f"text {source.name!r} cannot be loaded: {first_line(error)}{hint}") from error

@@ -1,0 +1,205 @@
+"""Token windows for calibration and evaluation, from disjoint documents."""
+
+import hashlib
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from libprune.engine.errors import SourceError
+from libprune.models.sequences import NO_TARGET, Sequences
+from libprune.pipeline.artifacts import read_table, same_origin, write_table
+
+Ids = NDArray[np.int64]
+Documents = Literal["joined", "apart"]
+
+_SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The whole windows of a text.
+
+    Attributes:
+        ids: token ids, ``[windows, length]``, in the text's order.
+        documents: how many they were cut from.
+        skipped: documents that are shorter than a window and gave none; 0 where documents are joined.
+    """
+
+    ids: Ids
+    documents: int
+    skipped: int
+
+
+def split_documents(documents: list[str], evaluation_share: float) -> tuple[list[str], list[str]]:
+    """Documents for calibration and, from the end of the text, for evaluation."""
+    cut = len(documents) - max(1, round(len(documents) * evaluation_share))
+    if cut < 1:
+        raise SourceError(
+            f"the text has {len(documents)} document(s); two are needed to set some apart for evaluation "
+            "(a text file holds one a line), or name tokenize.evaluation_text"
+        )
+    return documents[:cut], documents[cut:]
+
+
+def windows(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, mode: Documents, framed: bool = False
+) -> Windows:
+    """All whole consecutive windows, tokenized without special tokens.
+
+    Args:
+        documents: at least one.
+        tokenizer: of the model.
+        length: of a window, in tokens.
+        mode: `joined`: of all documents with an empty line between them; `apart`: of each document by itself.
+        framed: the first and last token of each are those that the tokenizer puts around a text, as in BERT.
+
+    Raises:
+        SourceError: if what is put around a text fills a window.
+    """
+    texts = [_SEPARATOR.join(documents)] if mode == "joined" else documents
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    before, after = _frame(tokenizer) if framed else ([], [])
+    width = length - len(before) - len(after)
+    if width < 1:
+        raise SourceError(
+            f"windows of {length} tokens have no room beside the {len(before) + len(after)} that the tokenizer puts "
+            "around every text; raise tokenize.calibration_length and tokenize.evaluation_length"
+        )
+    whole = [ids[: len(ids) // width * width] for ids in encoded]
+    joined = np.fromiter(chain.from_iterable(whole), dtype=np.int64).reshape(-1, width)
+    skipped = sum(not ids for ids in whole) if mode == "apart" else 0
+    around = (np.tile(np.array(ids, dtype=np.int64), (len(joined), 1)) for ids in (before, after))
+    return Windows(np.concatenate([next(around), joined, next(around)], axis=1), len(documents), skipped)
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and after a text."""
+    inner: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+    return whole[:start], whole[start + len(inner) :]
+
+
+def with_masks(ids: Ids, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sequences:
+    """Windows of which the model is asked `MASKED_SHARE` of the tokens, the same number in each.
+
+    The tokens asked for are seeded and all replaced by the mask token. In BERT's training 80 % of them were, 10 % were
+    left and 10 % changed (Devlin et al. 2019); but what a model makes of a token that it sees tells little.
+
+    Args:
+        ids: in the tokenizer's frame, ``[windows, length]``.
+        tokenizer: of the model.
+        seed: which tokens.
+
+    Raises:
+        SourceError: if the tokenizer has no mask token.
+    """
+    if tokenizer.mask_token_id is None:
+        raise SourceError("the model predicts masked tokens, but its tokenizer has no mask token")
+    before, after = _frame(tokenizer)
+    inner = np.arange(len(before), ids.shape[1] - len(after))
+    number = max(1, round(MASKED_SHARE * len(inner)))
+    order = np.random.default_rng(seed).random((len(ids), len(inner))).argsort(1)
+    chosen = np.zeros(ids.shape, dtype=bool)
+    np.put_along_axis(chosen, inner[order[:, :number]], True, axis=1)
+    hidden, targets = np.where(chosen, tokenizer.mask_token_id, ids), np.where(chosen, ids, NO_TARGET)
+    return Sequences(torch.from_numpy(hidden), torch.from_numpy(targets))
+
+
+MASKED_SHARE = 0.15
+"""Of BERT's training (Devlin et al. 2019)."""
+
+
+def draw(available: Windows, count: int, seed: int, what: str) -> Ids:
+    """A seeded sample of windows without replacement, in the text's order; their indices, ``[count]``.
+
+    Raises:
+        SourceError: if there are too few.
+    """
+    _require(available, count, what)
+    return at_random(len(available.ids), count, seed)
+
+
+def spread(available: Windows, count: int, what: str) -> Ids:
+    """Windows at even distances over the whole text; their indices, ``[count]``.
+
+    Raises:
+        SourceError: if there are too few.
+    """
+    _require(available, count, what)
+    return evenly(len(available.ids), count)
+
+
+def at_random(available: int, count: int, seed: int) -> Ids:
+    """So many different numbers below a number, ascending, the same for the same seed."""
+    return np.sort(np.random.default_rng(seed).choice(available, size=count, replace=False))
+
+
+def evenly(available: int, count: int) -> Ids:
+    """So many numbers below a number, at even distances from the first to the last."""
+    return np.linspace(0, available - 1, count).round().astype(np.int64)
+
+
+def _require(available: Windows, count: int, what: str) -> None:
+    found, length = available.ids.shape
+    if found >= count:
+        return
+    short = (
+        f"; {available.skipped} of its {available.documents} documents are shorter than a window and were skipped "
+        "(tokenize.documents: joined would use them)"
+    )
+    raise SourceError(
+        f"{what} needs {count} windows of {length} tokens, the text gives {found} ({found * length} tokens)"
+        f"{short if available.skipped else ''}; use more text, fewer or shorter windows"
+    )
+
+
+def write_tokens(path: Path, sequences: Sequences, meta: dict[str, Any]) -> None:
+    """Write sequences with what they are and a digest that names them in other artifacts."""
+    columns = {"input_ids": sequences.ids, "targets": sequences.targets, "length": sequences.lengths}
+    arrays = {name: column.numpy() for name, column in columns.items() if column is not None}
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()[:16]
+    counts = {"sequences": len(sequences), "length": sequences.ids.shape[1]}
+    write_table(path, arrays, {**meta, **counts, "tokens": digest})
+
+
+def read_tokens(path: Path, model: str, sequences: int | None = None) -> tuple[Sequences, dict[str, Any]]:
+    """Sequences and their metadata.
+
+    Args:
+        path: the artifact.
+        model: fingerprint of the model whose tokenizer must have made them.
+        sequences: how many, from the first; None for all.
+
+    Raises:
+        ArtifactError: if they belong to another model.
+        SourceError: if there are fewer than asked for.
+    """
+    table, meta = read_table(path, "tokenize")
+    same_origin(path, meta, {"model": model})
+    columns = {name: torch.from_numpy(np.stack(list(table[name])).astype(np.int64)) for name in _COLUMNS & table.keys()}
+    found = Sequences(columns["input_ids"], columns.get("targets"), columns.get("length"))
+    return found[: require_sequences(sequences, found, path)], meta
+
+
+_COLUMNS = {"input_ids", "targets", "length"}
+
+
+def require_sequences(sequences: int | None, found: Sequences, path: Path) -> int:
+    """How many sequences to use: as many as asked for, or all.
+
+    Raises:
+        SourceError: if there are fewer.
+    """
+    if sequences is not None and sequences > len(found):
+        raise SourceError(
+            f"{sequences} calibration sequences are asked for, {path} holds {len(found)}; "
+            "raise tokenize.calibration_sequences"
+        )
+    return len(found) if sequences is None else sequences
