@@ -15,7 +15,8 @@ import typer
 import yaml
 
 from bench.least_loss import Bench, _run
-from libprune.pipeline.artifacts import Layout, read_table
+from libprune.pipeline.artifacts import read_table
+from libprune.pipeline.layout import Layout
 from libprune.report.markdown import markdown_table
 from libprune.statistics.gradient_health import gradient_ratio
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from libprune.report.markdown import markdown_table
-from tests.models import FAMILIES
+from tests.support.models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 

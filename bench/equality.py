@@ -13,7 +13,7 @@ import torch
 from libprune.engine import cost
 from libprune.engine.surgery import masked
 from libprune.report.markdown import markdown_table
-from tests.models import FAMILIES, PLANS, prune, random_plan, tokens, write_dense
+from tests.support.models import FAMILIES, PLANS, prune, random_plan, tokens, write_dense
 
 CUSTOM = {"uniform": False, "per_layer": True, "holes": True, "shallow": False}
 HEADER = ("family", "plan", "layers", "largest logit", "largest difference", "predicted", "actual")

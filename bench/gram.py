@@ -17,10 +17,11 @@ from torch import Tensor
 
 from libprune.collection.input_records import Gram
 from libprune.models.folder import load_model
-from libprune.pipeline.artifacts import Layout, read_architecture
+from libprune.models.tokens import read_tokens
+from libprune.pipeline.artifacts import read_architecture
+from libprune.pipeline.layout import Layout
 from libprune.repair.least_squares import Moments, solve
 from libprune.report.markdown import markdown_table
-from libprune.texts.windows import read_tokens
 
 BATCH = 1024
 

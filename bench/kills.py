@@ -25,8 +25,8 @@ import torch
 import typer
 import yaml
 
-from libprune.pipeline.artifacts import remove
-from tests import tiny
+from libprune.pipeline.writing import remove
+from tests.support import tiny
 
 COLLECTING = ("gradients", "hessian", "activations", "ablation")
 TARGETS = dict.fromkeys(COLLECTING[:3], "artifacts/{}") | {"ablation": "artifacts/{}.parquet"}

@@ -32,23 +32,25 @@ from libprune.allocation.block_worth import with_worth
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.search import Search
 from libprune.engine import cost
-from libprune.engine.surgery import masked
+from libprune.engine.surgery import masked, oriented
+from libprune.engine.tables import Columns
 from libprune.engine.unit_sums import sum_positions
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import WeightFiles, load_model
 from libprune.models.layers import replaced
-from libprune.pipeline.artifacts import Columns, Layout, read_architecture
+from libprune.models.tokens import read_tokens
+from libprune.pipeline.artifacts import read_architecture
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Allocate, Compute, Levels, Score, Slice
 from libprune.pipeline.shards import read_tensor
 from libprune.pipeline.stage import peak_memory
-from libprune.repair.least_squares import Fit, new_parameters, oriented
+from libprune.repair.least_squares import Fit, new_parameters
 from libprune.repair.repairs import REPAIRS
 from libprune.report.markdown import markdown_table
 from libprune.results.perplexity import perplexity, perplexity_ratio, window_losses
 from libprune.results.tasks import zero_shot
 from libprune.scoring.score import score_layout
 from libprune.statistics.levels import order_digest, unit_orders
-from libprune.texts.windows import read_tokens
 
 LEVELS = Levels(sequences=4, number=6)
 SEARCH = {"method": "search", "evaluations": 8}

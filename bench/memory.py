@@ -20,24 +20,24 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from libprune.collection.accumulator import state_bytes
 from libprune.engine.describe import describe
 from libprune.models.sequences import Sequences
-from libprune.pipeline.artifacts import Layout
+from libprune.models.tokens import write_tokens
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Activations, Gradients, Hessian
 from libprune.report.markdown import markdown_table
 from libprune.statistics.activations import activation_groups
 from libprune.statistics.gradients import gradient_groups
 from libprune.statistics.hessian import hessian_groups
-from libprune.texts.windows import write_tokens
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"small": (384, 1152, 6), "medium": (640, 1920, 10), "large": (896, 2688, 14)}
 SEQUENCES, LENGTH = 16, 128
 PLAIN = """
 import resource, sys, torch
-from libprune.checkpoint import load_model
+from libprune.models.folder import load_model
 from pathlib import Path
 model = load_model(Path("artifacts/model"), torch.float32)
-from libprune.compute import sequence_losses
-from libprune.sequences import Sequences
+from libprune.models.compute import sequence_losses
+from libprune.models.sequences import Sequences
 ids = torch.zeros(8, 128, dtype=torch.long)
 if sys.argv[1] == "backward":
     model.requires_grad_(False)

@@ -2,8 +2,8 @@
 
     python -m bench.network_contract
 
-Four random plans of every network of tests/networks.py, and of ResNet-18 in full width, all with random weights and
-running statistics.
+Four random plans of every network of tests/support/networks.py, and of ResNet-18 in full width, all with random weights
+and running statistics.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from libprune.engine.describe_module import describe
 from libprune.engine.surgery import masked
 from libprune.networks import NetworkFamily
 from libprune.report.markdown import markdown_table
-from tests.networks import CASES, Case, ResNet, cut, random_plan, resnet_family
+from tests.support.networks import CASES, Case, ResNet, cut, random_plan, resnet_family
 
 PLANS = 4
 FULL = Case(

@@ -13,12 +13,12 @@ import typer
 
 from bench.least_loss import Bench
 from libprune.models.layers import replaced
+from libprune.models.tokens import read_tokens
 from libprune.pipeline.sections import Allocate, Score
 from libprune.repair.repairs import local_repair
 from libprune.report.markdown import markdown_table
 from libprune.statistics.divergence import Divergence
 from libprune.statistics.losses import Prefix
-from libprune.texts.windows import read_tokens
 
 METHODS = ("search", "functional", "global", "uniform")
 

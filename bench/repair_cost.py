@@ -20,10 +20,11 @@ from libprune.engine.axes import parse_expr
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_model
 from libprune.models.layers import blocks_of, run_block
-from libprune.pipeline.artifacts import Layout, read_architecture, read_plan
+from libprune.models.tokens import read_tokens
+from libprune.pipeline.artifacts import read_architecture, read_plan
+from libprune.pipeline.layout import Layout
 from libprune.repair.least_squares import Moments, fit_consumer
 from libprune.repair.sequential import SequentialRepair, split_batches
-from libprune.texts.windows import read_tokens
 
 WIDTHS = (512, 1024, 2048, 4096)
 ANY = Map("map", 0, "mlp", parse_expr("kept"), parse_expr("out"), transposed=False)

@@ -32,16 +32,16 @@ from bench.truth import interval, rows_of, spearman
 from libprune.collection.calibration import Calibration, set_up
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
+from libprune.engine.surgery import hooked, oriented
+from libprune.engine.tables import Columns
 from libprune.engine.unit_sums import sum_positions, unit_sums
-from libprune.models.compute import hooked
 from libprune.models.folder import WeightFiles
-from libprune.pipeline.artifacts import Columns, Layout, read_architecture, read_table
+from libprune.pipeline.artifacts import read_architecture, read_table
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Score
-from libprune.pipeline.shards import read_tensor
-from libprune.repair.least_squares import oriented
+from libprune.pipeline.shards import GRAM, read_tensor
 from libprune.report.markdown import markdown_table
 from libprune.scoring.criteria import CRITERIA, join_tables, score_units
-from libprune.statistics.activations import GRAM
 
 Values = NDArray[np.float64]
 BINS, TOKENS = 8, 31

@@ -17,11 +17,13 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from libprune.experiments.agreement import spearman
-from libprune.pipeline.artifacts import Columns, Layout, read_table
+from libprune.engine.tables import Columns
+from libprune.pipeline.artifacts import read_table
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.report.markdown import markdown_table
 from libprune.scoring.criteria import CRITERIA
+from libprune.scoring.ranks import spearman
 
 Values = NDArray[np.float64]
 RESAMPLES = 2000

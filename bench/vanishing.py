@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from bench.hgsp import where
 from bench.least_loss import Bench, _run
 from libprune.models.folder import load_model, write_dense
-from libprune.pipeline.artifacts import Layout, read_architecture, read_table
+from libprune.pipeline.artifacts import read_architecture, read_table
+from libprune.pipeline.layout import Layout
 from libprune.report.markdown import markdown_table
 from libprune.statistics.gradient_health import gradient_ratio
 

@@ -32,12 +32,13 @@ from libprune.experiments.guide import guide
 from libprune.experiments.results import Gathered, Result, correlations_by_part
 from libprune.experiments.summary import summaries
 from libprune.experiments.table import correlation_text, interval_text
-from libprune.pipeline.artifacts import Layout, read_table, write_table
+from libprune.models.tokens import read_tokens
+from libprune.pipeline.artifacts import read_table, write_table
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import Params, validate_params
 from libprune.pipeline.sections import Allocate, Score
 from libprune.report.markdown import markdown_table
 from libprune.scoring.criteria import CRITERIA
-from libprune.texts.windows import read_tokens
 
 VIEWS = ("weight_stats", "activation_stats", "gradient_flow", "cooperative")
 IN_NATS = "taylor + unit_fisher"

@@ -7,7 +7,8 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     """Measure the loss increase of masking single sampled units."""
     import typer
 
-    from libprune.pipeline.artifacts import Layout, read_architecture, write_table
+    from libprune.pipeline.artifacts import read_architecture, write_table
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
     from libprune.statistics.ablation import ablation_table, empty_table, print_ablation, sample_units, unit_plans
 

@@ -7,10 +7,10 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     """Collect norms and moments at every map's input, Gram matrices at the consumers', and cosines across blocks."""
     from libprune.collection.calibration import set_up
     from libprune.collection.resumable import collecting, write_artifact
-    from libprune.pipeline.artifacts import Layout
+    from libprune.collection.summary import print_units
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
     from libprune.statistics.activations import activation_columns, activation_groups, collect_activations
-    from libprune.statistics.gradient_health import print_units
 
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.activations

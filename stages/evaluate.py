@@ -9,8 +9,9 @@ def main(
     metrics: stage.Metrics = stage.METRICS,
 ) -> None:
     """Measure both models on the evaluation windows, and time them alternately."""
-    from libprune.pipeline.artifacts import Layout, write_json
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.writing import write_json
     from libprune.results.evaluate import compare, headline_metrics
 
     layout, settings = Layout(artifacts), load_params(params)

@@ -9,14 +9,14 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     from libprune.collection.calibration import set_up
     from libprune.collection.resumable import RowsOf, collecting, write_artifact
-    from libprune.pipeline.artifacts import Layout
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
-    from libprune.statistics.gradient_health import print_gradients
     from libprune.statistics.gradients import (
         collect_gradients,
         gradient_columns,
         gradient_groups,
         layer_rows,
+        print_gradients,
         tensor_rows,
     )
 

@@ -7,8 +7,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     """Estimate the diagonal of the Hessian of every weight that a unit owns."""
     import typer
 
-    from libprune.pipeline.artifacts import Layout, write_json, writing_folder
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.writing import write_json, writing_folder
 
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.hessian
@@ -21,7 +22,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     from libprune.collection.calibration import set_up
     from libprune.collection.resumable import collecting, write_artifact
-    from libprune.statistics.gradient_health import print_units
+    from libprune.collection.summary import print_units
     from libprune.statistics.hessian import (
         collect_probes,
         collect_squared_gradients,

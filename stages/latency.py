@@ -7,8 +7,10 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     """Time layers of several widths and fit a line to each part."""
     import typer
 
-    from libprune.pipeline.artifacts import Layout, read_architecture, write_json
+    from libprune.pipeline.artifacts import read_architecture
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.writing import write_json
 
     layout, settings = Layout(artifacts), load_params(params)
     architecture = read_architecture(layout)

@@ -7,7 +7,8 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     """Measure what it costs to take one block to a level, for every block and level."""
     import typer
 
-    from libprune.pipeline.artifacts import Layout, read_architecture, read_table, same_origin, write_table
+    from libprune.pipeline.artifacts import read_architecture, read_table, same_origin, write_table
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
     from libprune.statistics.levels import (
         choose_levels,
@@ -44,7 +45,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     identity["inputs"] = inputs_identity(layout)
     groups = loss_groups(run, len(levels))
     repair = local_repair(layout, architecture)
-    with collecting(run, "levels", layout.levels, groups, 1, identity, len(levels), run.sequences.tokens) as work:
+    with collecting(
+        run, "levels", layout.levels, groups, 1, identity, len(levels), run.sequences.tokens, ("repair",)
+    ) as work:
         collect_losses(run, work, plans, run.first, Divergence(run.model), lambda name: repair(plans[name]))
         if work.merge():
             table = level_table(levels, work.accumulator.finish(0)[LOSSES].numpy())

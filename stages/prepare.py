@@ -11,8 +11,10 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.engine.describe import describe
     from libprune.models.folder import write_dense
     from libprune.models.source import load_dense
-    from libprune.pipeline.artifacts import Layout, write_units, writing
+    from libprune.pipeline.artifacts import write_units
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.writing import writing
     from libprune.statistics.weights import weight_columns
 
     layout, settings = Layout(artifacts), load_params(params).prepare

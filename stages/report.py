@@ -13,7 +13,7 @@ def main(
     report: Annotated[Path, typer.Option("--report", help="The folder of the report.")] = Path("report"),
 ) -> None:
     """Draw the pictures, and write report.md and report.html from what evaluate and the statistics say."""
-    from libprune.pipeline.artifacts import Layout
+    from libprune.pipeline.layout import Layout
     from libprune.report.publish import publish
 
     publish(Layout(artifacts), report, Path())

@@ -7,7 +7,8 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     """Score every removable unit by the chosen criterion, or by several."""
     import typer
 
-    from libprune.pipeline.artifacts import Layout, write_table
+    from libprune.pipeline.artifacts import write_table
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
     from libprune.scoring.score import fusion_lines, score_layout
 

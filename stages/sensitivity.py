@@ -7,7 +7,8 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     """Measure what it costs to remove every layer, and each of its blocks alone."""
     import typer
 
-    from libprune.pipeline.artifacts import Layout, read_architecture, write_table
+    from libprune.pipeline.artifacts import read_architecture, write_table
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
     from libprune.statistics.sensitivity import (
         empty_table,

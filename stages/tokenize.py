@@ -9,12 +9,13 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from transformers import AutoTokenizer
 
     from libprune.models.folder import load_config, require_positions
-    from libprune.pipeline.artifacts import Layout, read_architecture, require
+    from libprune.models.tokens import write_tokens
+    from libprune.pipeline.artifacts import read_architecture, require
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
     from libprune.texts.draw import draw_texts
     from libprune.texts.labels import draw_examples
     from libprune.texts.self_text import SelfText
-    from libprune.texts.windows import write_tokens
 
     layout, settings = Layout(artifacts), load_params(params)
     architecture = read_architecture(layout)

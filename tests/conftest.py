@@ -18,7 +18,7 @@ from beartype.claw import beartype_package
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-from tests.preloaded import preloaded
+from tests.support.preloaded import preloaded
 
 _PACKAGE = Path(__file__).parents[1] / "libprune"
 _SHAPED = [

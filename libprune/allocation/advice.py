@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 
 from libprune.allocation.evidence import origin_of
 from libprune.allocation.gradient_fix import Factors, factors_of, require_defined, rescaled, resolve
-from libprune.allocation.ladders import held_whole
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError
+from libprune.engine.family import families
 from libprune.engine.plan import Plan
-from libprune.pipeline.artifacts import Columns, Layout, read_table, same_origin
+from libprune.engine.tables import Columns
+from libprune.pipeline.artifacts import read_table, same_origin
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Allocate
 from libprune.statistics.gradient_health import MILD, gradient_ratio, verdict
 
@@ -163,3 +165,24 @@ def _about_layers(over: Sequence[int], lost: NDArray[np.float64], params: Alloca
             f"them{compare}"
         )
     return advice
+
+
+def held_whole(architecture: Architecture, per_layer: bool) -> list[str]:
+    """For each part of which no single unit can go, a sentence that says why.
+
+    Args:
+        architecture: the model's description.
+        per_layer: whether the result may have a modeling file of its own.
+    """
+    found = []
+    for part, shape in architecture.parts.items():
+        if shape.coupled:
+            norms = " and ".join(shape.coupled)
+            found.append(f"no {part} unit can go alone: {norms} of {architecture.family} work over all of them at once")
+        elif not per_layer and not any(map(shape.says, range(1, architecture.units(part)))):
+            why = families()[architecture.family].config.unsaid(shape.axis)
+            found.append(
+                f"the stock config of {architecture.family} cannot say fewer {part} units{f' ({why})' if why else ''}; "
+                "allocate.shape=per_layer can"
+            )
+    return found

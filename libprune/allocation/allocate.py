@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from libprune.allocation.advice import held_whole
 from libprune.allocation.hgsp import above_floors
-from libprune.allocation.ladders import Ladders, build_ladders, held_whole, plan_of
+from libprune.allocation.ladders import Ladders, build_ladders, plan_of
 from libprune.allocation.methods import METHODS, Depth, Evidence
 from libprune.allocation.retention import wanted_removals, wanted_total
 from libprune.engine import cost
@@ -16,7 +17,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.cost import Prices
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.plan import Plan
-from libprune.pipeline.artifacts import Columns
+from libprune.engine.tables import Columns
 from libprune.pipeline.sections import Allocate
 
 NO_EVIDENCE = Evidence()
@@ -67,7 +68,7 @@ def allocate(
 
     Args:
         architecture: the model's description.
-        scores: the importance table, rows in the order of `libprune.pipeline.artifacts.unit_index`.
+        scores: the importance table, rows in the order of `libprune.engine.tables.unit_index`.
         params: budget, method and limits.
         evidence: what else the method needs.
         improve: goes on from what the method found; None to leave it there.

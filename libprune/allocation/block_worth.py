@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from libprune.allocation.evidence import origin_of, read_change, read_increases
 from libprune.allocation.hgsp import HARMLESS
-from libprune.allocation.ladders import Block
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.errors import LibpruneError
-from libprune.pipeline.artifacts import Columns, Layout, split_blocks
+from libprune.engine.tables import Columns, split_blocks
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Allocate
 
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from libprune.allocation.knapsack import fill
-from libprune.allocation.ladders import Block, Ladders, empties_layer, plan_of, spent
-from libprune.engine.architecture import Architecture
+from libprune.allocation.ladders import Ladders, empties_layer, plan_of, spent
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.plan import Plan
 from libprune.models.layers import replaced
 from libprune.models.sequences import Sequences

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.engine.errors import LibpruneError, StatisticsError
-from libprune.pipeline.artifacts import Columns
+from libprune.engine.tables import Columns
 from libprune.statistics.gradient_health import MILD, SEVERE
 
 Factors = NDArray[np.float64]

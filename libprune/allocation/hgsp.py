@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.allocation.ladders import Block, Ladders, floor_of, spent
-from libprune.engine.architecture import Architecture
+from libprune.allocation.ladders import Ladders, floor_of, spent
+from libprune.engine.architecture import Architecture, Block
 from libprune.pipeline.sections import Allocate
 from libprune.statistics.sensitivity import LAYER
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.allocation.ladders import Block, Ladders, empties_layer, spent
-from libprune.engine.architecture import Architecture
-from libprune.pipeline.artifacts import Columns
+from libprune.allocation.ladders import Ladders, empties_layer, spent
+from libprune.engine.architecture import Architecture, Block
+from libprune.engine.tables import Columns
 from libprune.pipeline.sections import Allocate
 
 CHOICES = 64

@@ -11,14 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.cost import Prices
-from libprune.engine.family import families
 from libprune.engine.plan import Plan
-from libprune.pipeline.artifacts import Columns
+from libprune.engine.tables import Columns
 from libprune.pipeline.sections import Allocate
-
-Block = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -81,27 +78,6 @@ def _ladder(
         steps.append(Step(tuple(units.tolist()), total, mean, float(importance[units].sum())))
         gone += size
     return tuple(steps)
-
-
-def held_whole(architecture: Architecture, per_layer: bool) -> list[str]:
-    """For each part of which no single unit can go, a sentence that says why.
-
-    Args:
-        architecture: the model's description.
-        per_layer: whether the result may have a modeling file of its own.
-    """
-    found = []
-    for part, shape in architecture.parts.items():
-        if shape.coupled:
-            norms = " and ".join(shape.coupled)
-            found.append(f"no {part} unit can go alone: {norms} of {architecture.family} work over all of them at once")
-        elif not per_layer and not any(map(shape.says, range(1, architecture.units(part)))):
-            why = families()[architecture.family].config.unsaid(shape.axis)
-            found.append(
-                f"the stock config of {architecture.family} cannot say fewer {part} units{f' ({why})' if why else ''}; "
-                "allocate.shape=per_layer can"
-            )
-    return found
 
 
 def floor_of(part: str, params: Allocate) -> int:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from libprune.allocation.hgsp import Increases, above_floors, block_factors, collapsing, weighted
 from libprune.allocation.knapsack import choose_levels, fill
-from libprune.allocation.ladders import Block, Ladders, Step, empties_layer, spent
+from libprune.allocation.ladders import Ladders, Step, empties_layer, spent
 from libprune.allocation.retention import by_progress
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 from libprune.pipeline.sections import Allocate
 
 

@@ -7,13 +7,13 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from libprune.allocation.ladders import Block, Ladders, build_ladders, plan_of
+from libprune.allocation.ladders import Ladders, build_ladders, plan_of
 from libprune.allocation.retention import by_progress, wanted_removals
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.plan import Plan
-from libprune.pipeline.artifacts import Columns
+from libprune.engine.tables import Columns
 from libprune.pipeline.sections import Allocate
 
 METHODS = ("uniform", "global", "retention")

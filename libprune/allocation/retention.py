@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.allocation.ladders import Block, Ladders
-from libprune.engine.architecture import Architecture
+from libprune.allocation.ladders import Ladders
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.errors import LibpruneError
-from libprune.pipeline.artifacts import Columns, split_blocks
+from libprune.engine.tables import Columns, split_blocks
 
 Values = NDArray[np.float64]
 

@@ -11,9 +11,9 @@ from libprune.allocation.knapsack import fill
 from libprune.allocation.ladders import Ladders, spent
 from libprune.allocation.methods import METHODS, Depth, Evidence
 from libprune.collection.calibration import require_own_weights, set_up
-from libprune.collection.resumable import fingerprint
+from libprune.collection.resumable import sums_identity
 from libprune.engine.architecture import Architecture
-from libprune.pipeline.artifacts import Layout
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Allocate, Compute, Levels
 from libprune.repair.repairs import inputs_identity, local_repair
 
@@ -59,7 +59,9 @@ class Search:
         repair = local_repair(self._layout, self._architecture)
         judge = Judge(run.model, self._architecture, sequences, run.at_once, repair)
         inputs = inputs_identity(self._layout)
-        name = fingerprint(run, {"order": self._order, "sequences": len(run.sequences), "inputs": inputs})
+        name = sums_identity(
+            run, {"order": self._order, "sequences": len(run.sequences), "inputs": inputs}, ("repair", "allocation")
+        )
         record: Path = run.work / "search" / f"{name}.jsonl"
         rivals = [method for method in RIVALS if method != "global" or self._comparable]
         starts: dict[str, Depth] = {params.method: depth}

@@ -6,7 +6,7 @@ from libprune.cli.footprint import Footprint
 from libprune.cli.inspection import Inspection, Shape, part_parameters
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture, Parameter
-from libprune.models.memory import gigabytes
+from libprune.pipeline.terminal import gigabytes
 
 Row = tuple[str, ...]
 

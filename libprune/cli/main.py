@@ -20,8 +20,10 @@ def main() -> None:
 @app.command()
 def show(artifacts: stage.Root = stage.ROOT) -> None:
     """Print the headline table, where the pruned model lies, and how to load it."""
-    from libprune.pipeline.artifacts import Layout, read_json
-    from libprune.report.report import HEADER, headline, how_to_load, text_table
+    from libprune.pipeline.artifacts import read_json
+    from libprune.pipeline.layout import Layout
+    from libprune.pipeline.terminal import text_table
+    from libprune.report.report import HEADER, headline, how_to_load
 
     layout = Layout(artifacts)
     with stage.user_errors():

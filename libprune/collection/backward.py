@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture, Map
-from libprune.models.compute import hooked, per_sequence, require_finite
+from libprune.engine.surgery import hooked
+from libprune.models.compute import per_sequence, require_finite
 
 OnGradient = Callable[[Map, Tensor, Tensor], None]
 """Called with a map, its input ``[sequences, tokens, input]``, and a gradient."""

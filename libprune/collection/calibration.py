@@ -17,9 +17,10 @@ from libprune.models.memory import checkpoint_blocks, offload_maps
 from libprune.models.parallel import World, join_world, shard_blocks
 from libprune.models.samples import Samples
 from libprune.models.sequences import Sequences
-from libprune.pipeline.artifacts import Layout, read_architecture, require
+from libprune.models.tokens import read_tokens, require_sequences
+from libprune.pipeline.artifacts import read_architecture, require
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute
-from libprune.texts.windows import read_tokens, require_sequences
 
 HELD_OUT_EVERY = 8
 """One calibration sequence in so many is kept from the fit of a repair, to choose and to judge it by."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from libprune.collection.records import COUNT, Field, State, Statistic, count
+from libprune.pipeline.shards import BINS
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-_LOWEST, _OCTAVES = -20, 32
-BINS = 4 * _OCTAVES
-"""Bins of a histogram: halves of the octaves of |x| from 2^-20 to 2^12, negative values behind positive ones."""
+_LOWEST, _OCTAVES = -20, BINS // 4
 
 
 @dataclass(frozen=True)

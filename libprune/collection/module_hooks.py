@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import StatisticsError
-from libprune.engine.surgery import CONVOLUTIONS, along_features
-from libprune.models.compute import hooked
+from libprune.engine.surgery import CONVOLUTIONS, along_features, hooked
 
 
 def input_rows(module: nn.Module, x: Tensor, samples: int) -> Float[Tensor, "samples rows input"]:

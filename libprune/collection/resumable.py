@@ -33,18 +33,14 @@ from libprune.collection.accumulator import (
 from libprune.collection.calibration import Run
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import StatisticsError
-from libprune.models.memory import fits_in_memory, gigabytes, require_room
+from libprune.engine.tables import Columns, unit_index
+from libprune.models.memory import fits_in_memory, require_room
 from libprune.models.parallel import World
 from libprune.models.sequences import Batch, Sequences
-from libprune.pipeline.artifacts import (
-    Columns,
-    damage,
-    remove,
-    unit_index,
-    write_table,
-    writing_folder,
-)
+from libprune.pipeline.artifacts import damage, write_table
 from libprune.pipeline.shards import write_shard
+from libprune.pipeline.terminal import gigabytes
+from libprune.pipeline.writing import remove, writing_folder
 
 ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
 RowsOf = Callable[[Architecture, Mapping[str, Tensor], int], Columns]
@@ -183,6 +179,7 @@ def collecting(
     identity: Mapping[str, Any],
     items: int | None = None,
     tokens: int | None = None,
+    rooms: Sequence[str] = (),
 ) -> Iterator[Collection]:
     """Sums of a stage that go on where a killed run of the same stage on the same input stopped.
 
@@ -192,16 +189,17 @@ def collecting(
         target: the artifact that will be written.
         groups: the statistics of every layer and of the whole model.
         size: sequences, or other items, in a batch.
-        identity: what the sums depend on beside the model and the text; of the number of sequences `fingerprint`
-            knows.
+        identity: what the sums depend on beside the model and the text; `sums_identity` knows the
+            number of sequences.
         items: what is worked through, if not the calibration sequences.
         tokens: tokens of such an item.
+        rooms: packages of libprune, beside those that every collecting stage runs, whose code makes the sums.
 
     Raises:
         LibpruneError: if the disk has no room, or a value is not finite.
     """
     seconds = float(os.environ.get("LIBPRUNE_CHECKPOINT_SECONDS", "30"))
-    home = run.work / stage / fingerprint(run, {**identity, "batch_sequences": size})
+    home = run.work / stage / sums_identity(run, {**identity, "batch_sequences": size}, rooms)
     folder = _rank_folder(home, run.world)
     with _only_one(run.work / f"{stage}.lock") if run.world.first else nullcontext():
         run.world.barrier()
@@ -238,14 +236,26 @@ def _on_disk(run: Run, states: int) -> bool:
     return wanted == "disk" or (wanted == "auto" and not fits_in_memory(states * run.world.local_size))
 
 
-def fingerprint(run: Run, identity: Mapping[str, Any]) -> str:
-    """Digest of all that the sums depend on, this code included.
+PACKAGE = Path(__file__).parents[1]
+"""The folder of libprune's code."""
+ROOMS = ("engine", "pipeline", "models", "collection", "statistics")
+"""The packages that every collecting stage runs."""
+
+
+def sums_identity(run: Run, identity: Mapping[str, Any], rooms: Sequence[str] = ()) -> str:
+    """Digest of all that unfinished sums depend on, the code of collecting included.
 
     The sums of the first sequences are the same for any number of them, unless their lengths put them in order.
+
+    Args:
+        run: the model and the text.
+        identity: the other settings and inputs.
+        rooms: packages of libprune beside `ROOMS` whose code makes the result.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
+    for room in (*ROOMS, *rooms):
+        for path in sorted((PACKAGE / room).glob("*.py")):
+            digest.update(path.read_bytes())
     ordered = run.sequences.lengths is not None
     origin = {key: value for key, value in run.meta.items() if ordered or key != "sequences"}
     digest.update(run.architecture.to_json().encode())

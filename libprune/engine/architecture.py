@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from libprune.engine.axes import Expr, parse_expr
 from libprune.engine.heads import HeadName
 
+Block = tuple[int, str]
+"""A layer, from 0, and the name of one of its parts."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -130,13 +133,13 @@ class Architecture:
         """Whether no layer can be deleted: without its parts it still changes the residual stream, by its norms."""
         return any(p.layer is not None and p.part is None for p in self.parameters)
 
-    def blocks(self) -> Iterator[tuple[int, str]]:
+    def blocks(self) -> Iterator[Block]:
         """Every (layer, part), layer by layer."""
         return ((layer, part) for layer in range(self.layers) for part in self.parts)
 
     @cached_property
-    def _maps_of(self) -> dict[tuple[int, str], tuple[Map, ...]]:
-        table: dict[tuple[int, str], list[Map]] = {block: [] for block in self.blocks()}
+    def _maps_of(self) -> dict[Block, tuple[Map, ...]]:
+        table: dict[Block, list[Map]] = {block: [] for block in self.blocks()}
         for entry in self.maps:
             names = entry.input.names | entry.output.names
             for part in self._carried(names) if self.is_network else (entry.part,):
@@ -144,8 +147,8 @@ class Architecture:
         return {block: tuple(entries) for block, entries in table.items()}
 
     @cached_property
-    def _parameters_of(self) -> dict[tuple[int, str], tuple[Parameter, ...]]:
-        table: dict[tuple[int, str], list[Parameter]] = {block: [] for block in self.blocks()}
+    def _parameters_of(self) -> dict[Block, tuple[Parameter, ...]]:
+        table: dict[Block, list[Parameter]] = {block: [] for block in self.blocks()}
         for entry in self.parameters:
             if self.is_network:
                 names: frozenset[str] = frozenset().union(*(expr.names for expr in entry.dims))

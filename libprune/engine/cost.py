@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from libprune.engine.architecture import Architecture, Parameter
+from libprune.engine.architecture import Architecture, Block, Parameter
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 
@@ -46,8 +46,8 @@ class Prices:
         total: the same with embeddings and head.
     """
 
-    unit: Mapping[tuple[int, str], int]
-    rest: Mapping[tuple[int, str], int]
+    unit: Mapping[Block, int]
+    rest: Mapping[Block, int]
     decoder: int
     total: int
 

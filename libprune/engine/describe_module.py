@@ -14,8 +14,7 @@ from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr, solve
 from libprune.engine.errors import FamilyError, NotationError
 from libprune.engine.module_family import RESERVED, NetworkFamily
-from libprune.engine.surgery import CONVOLUTIONS
-from libprune.models.compute import hooked
+from libprune.engine.surgery import CONVOLUTIONS, hooked
 
 MAPS = (nn.Linear, *CONVOLUTIONS)
 _TABLES = (nn.Embedding,)

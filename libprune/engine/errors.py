@@ -55,3 +55,8 @@ def missing_key(key: str, known: Iterable[str], where: str) -> str:
     names = list(known)
     first = ", ".join(names[:3]) or "none"
     return f"{where} has no entry {key!r}; it holds {len(names)} entries (first: {first}){nearest(key, names)}"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what another library's error says, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

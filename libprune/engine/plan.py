@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Plan:
     is deleted.
     """
 
-    keep: Mapping[tuple[int, str], NDArray[np.bool_]]
+    keep: Mapping[Block, NDArray[np.bool_]]
 
     @staticmethod
     def dense(architecture: Architecture) -> "Plan":

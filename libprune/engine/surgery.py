@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from libprune.engine.architecture import Architecture, Map, Parameter
 from libprune.engine.axes import Expr
@@ -145,3 +146,22 @@ def _require_whole(architecture: Architecture, plan: Plan) -> None:
                 f"{' and '.join(shape.coupled)} of family {architecture.family!r} take their statistics over all of "
                 "them; such a part can only stay or go as a whole"
             )
+
+
+def oriented(consumer: Map, weight: Tensor) -> Float[Tensor, "output input"]:
+    """A consumer's weight as ``[output, input]``, whatever its storage order; of a convolution by patches."""
+    return weight.T if consumer.transposed else weight.flatten(1)
+
+
+@contextmanager
+def hooked(model: nn.Module) -> Iterator[list[RemovableHandle]]:
+    """A list for the handles of hooks; on exit they are removed and every `requires_grad` is as it was."""
+    handles: list[RemovableHandle] = []
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])

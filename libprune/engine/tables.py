@@ -1,11 +1,18 @@
 """Reading per-unit tables: columns as numbers, and which rows are of one layer and type."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
 
-from libprune.pipeline.artifacts import Columns, column
+from libprune.engine.architecture import Architecture, Block
+from libprune.engine.errors import ArtifactError, missing_key
+
+Columns = dict[str, NDArray[Any]]
+"""A table: column name to an array of one value a row."""
 
 
 def numbers(table: Columns, name: str) -> NDArray[np.float64]:
@@ -21,3 +28,44 @@ def layers_and_types(table: Columns) -> Iterator[NDArray[np.bool_]]:
     """The rows of every layer and type, one after the other; ``[units]`` each."""
     for layer, part in sorted(set(zip(table["layer_idx"].tolist(), table["group_type"].tolist(), strict=True))):
         yield (table["layer_idx"] == layer) & (table["group_type"] == part)
+
+
+def column(table: Columns, name: str, where: str) -> NDArray[Any]:
+    """One column.
+
+    Raises:
+        ArtifactError: with the columns that exist.
+    """
+    if name not in table:
+        raise ArtifactError(missing_key(name, table, where))
+    return table[name]
+
+
+def unit_index(architecture: Architecture) -> Columns:
+    """The rows of every per-unit table, in order: `layer_idx`, `group_type`, `group_idx`."""
+    rows = [(layer, part, unit) for layer, part in architecture.blocks() for unit in range(architecture.units(part))]
+    layers, parts, units = zip(*rows, strict=True)
+    return {"layer_idx": np.array(layers), "group_type": np.array(parts, dtype=object), "group_idx": np.array(units)}
+
+
+def check_rows(architecture: Architecture, table: Columns, path: Path) -> None:
+    """Stop unless a table has one row a unit, in the order of `unit_index`."""
+    for name, expected in unit_index(architecture).items():
+        if not np.array_equal(column(table, name, str(path)), expected):
+            raise ArtifactError(f"{path}: the rows do not list the units of this model in order; run `dvc repro`")
+
+
+def split_blocks(architecture: Architecture, values: NDArray[Any]) -> Iterator[tuple[Block, NDArray[Any]]]:
+    """Cut a per-unit column into the blocks' own arrays."""
+    start = 0
+    for layer, part in architecture.blocks():
+        stop = start + architecture.units(part)
+        yield (layer, part), values[start:stop]
+        start = stop
+
+
+def mean_columns(name: str, values: Float[np.ndarray, "rows sequences"]) -> Columns:
+    """The means of the rows and their standard errors over sequences, NaN of a single one."""
+    number = values.shape[1]
+    error = values.std(1, ddof=1) / number**0.5 if number > 1 else np.full(len(values), np.nan)
+    return {name: values.mean(1), "standard_error": error}

@@ -87,10 +87,3 @@ def jaccard(kept: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
 def chance_overlap(share: float, other: float) -> float:
     """The Jaccard overlap of two large sets drawn independently with these shares of all units, not both 0."""
     return share * other / (share + other - share * other)
-
-
-def spearman(values: NDArray[np.float64], others: NDArray[np.float64]) -> float:
-    """Spearman's rank correlation, ties shared, -1 to 1; NaN where one side has fewer than two different values."""
-    if len(values) < 2 or np.ptp(values) == 0 or np.ptp(others) == 0:
-        return math.nan
-    return float(stats.spearmanr(values, others).statistic)

@@ -15,10 +15,10 @@ from libprune.experiments.results import Gathered, cache_folder, gather_results
 from libprune.experiments.sentences import sentences
 from libprune.experiments.summary import Summary, by_chance, overlap_matrix, reference_of, summaries
 from libprune.experiments.table import EXPLAINED, overlaps_csv, runs_csv, settings_csv, table
-from libprune.pipeline.artifacts import writing
+from libprune.pipeline.terminal import text_table
+from libprune.pipeline.writing import writing
 from libprune.report.canvas import png
 from libprune.report.markdown import code, markdown_table, prose
-from libprune.report.report import text_table
 
 COSTS = "costs.json"
 """The record of what stages took, beside the folders of all comparisons."""

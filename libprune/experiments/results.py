@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.engine.errors import ArtifactError, LibpruneError
-from libprune.experiments.agreement import spearman
+from libprune.engine.tables import Columns, column
 from libprune.experiments.costs import Cost, Costs, collecting, cost_of, lock_stages, pruning
 from libprune.experiments.dvc_experiments import Experiment
 from libprune.experiments.file import Comparison, Setting
 from libprune.experiments.runs import found
-from libprune.pipeline.artifacts import Columns, column, read_table
+from libprune.pipeline.artifacts import read_table
+from libprune.scoring.ranks import spearman
 
 Locks = Callable[[str], str | None]
 """The text of a revision's `dvc.lock`, or None; `libprune.experiments.dvc_experiments.read_lock`."""

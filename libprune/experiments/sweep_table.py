@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import hypot, isclose
 
 from libprune.experiments.dvc_experiments import Experiment
-from libprune.report.markdown import Rows, markdown_table
+from libprune.pipeline.terminal import Rows
+from libprune.report.markdown import markdown_table
 
 SAME_EVALUATION = 1e-4
 """Relative difference of the dense model's perplexities up to which two results are on the same windows: rounding

@@ -11,7 +11,7 @@ from libprune.experiments.agreement import Interval
 from libprune.experiments.costs import Cost
 from libprune.experiments.results import Gathered
 from libprune.experiments.summary import Summary, difference, overlap, overlap_matrix, reference_of
-from libprune.report.markdown import Rows
+from libprune.pipeline.terminal import Rows
 
 NOTHING = "–"
 

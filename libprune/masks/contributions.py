@@ -22,12 +22,9 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from libprune.engine.architecture import Architecture, Map
-from libprune.engine.surgery import CONVOLUTIONS, along_features
-from libprune.models.compute import hooked
+from libprune.engine.architecture import Architecture, Block, Map
+from libprune.engine.surgery import CONVOLUTIONS, along_features, hooked, oriented
 
-Block = tuple[int, str]
-"""A layer and a part."""
 Pass = Callable[[], object]
 """Runs the model once, on inputs of one shape."""
 Ranges = dict[str, list[Tensor]]
@@ -76,9 +73,8 @@ class Reach:
 
 
 def matrix(model: nn.Module, entry: Map) -> Float[Tensor, "output input"]:
-    """The weight of a map, whatever way it is stored; of a convolution by patches."""
-    weight = model.get_parameter(entry.weight).detach()
-    return weight.T if entry.transposed else weight.flatten(1)
+    """The weight of a map of a model; of a convolution by patches."""
+    return oriented(entry, model.get_parameter(entry.weight).detach())
 
 
 def reaches(model: nn.Module, architecture: Architecture) -> dict[Block, Reach]:

@@ -8,11 +8,11 @@ from jaxtyping import Bool, Float64
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from libprune.engine.architecture import Architecture, Map
+from libprune.engine.architecture import Architecture, Block, Map
 from libprune.engine.describe import bias_key
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
-from libprune.masks.contributions import Block, Reach, matrix
+from libprune.masks.contributions import Reach, matrix
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import LibpruneError, SourceError
 from libprune.masks.models import plan_masks
 from libprune.models.folder import WeightFiles, fingerprint, load_config
-from libprune.pipeline.artifacts import Layout, encode_meta, read_plan, writing
+from libprune.pipeline.artifacts import encode_meta, read_plan
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.writing import writing
 from libprune.results.record import PLAN
 
 

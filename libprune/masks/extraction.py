@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.describe import describe, with_biases
 from libprune.engine.errors import LibpruneError, NotExpressibleError
 from libprune.engine.family import families
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked as under_plan
 from libprune.engine.surgery import slice_state
-from libprune.masks.contributions import Block, Reach, reaches
+from libprune.engine.tables import unit_index
+from libprune.masks.contributions import Reach, reaches
 from libprune.masks.decision import Decision, decide
 from libprune.masks.files import Masked, fresh
-from libprune.models.folder import fingerprint, load_model, write_provenance
-from libprune.pipeline.artifacts import unit_index, write_table
+from libprune.models.folder import fingerprint, load_model
+from libprune.pipeline.artifacts import write_table
 from libprune.results.folder import pruned_config, write_pruned
 from libprune.results.proof import reference_logits, verify_folder
-from libprune.results.prune import versions
-from libprune.results.record import PLAN
+from libprune.results.record import PLAN, versions, write_provenance
 
 _SEQUENCES, _LENGTH, _TOLERANCE = 2, 32, 1e-4
 

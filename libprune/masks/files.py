@@ -21,10 +21,9 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from libprune.engine.describe import describe, without_weights
-from libprune.engine.errors import ArtifactError, LibpruneError, SourceError, missing_key
+from libprune.engine.errors import ArtifactError, LibpruneError, SourceError, first_line, missing_key
 from libprune.engine.heads import head_of
 from libprune.models.folder import WeightFiles, load_config
-from libprune.models.source import first_line
 from libprune.pipeline.artifacts import read_json
 
 _ORIG, _MASK = "_orig", "_mask"

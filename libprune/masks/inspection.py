@@ -8,14 +8,12 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
-from libprune.masks.contributions import Block
 from libprune.masks.extraction import Extraction
 from libprune.masks.files import Masked
-from libprune.models.memory import gigabytes
-from libprune.report.report import text_table
+from libprune.pipeline.terminal import gigabytes, text_table
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import prune
 from transformers import PreTrainedModel
 
-from libprune.engine.architecture import Architecture, Parameter
+from libprune.engine.architecture import Architecture, Block, Parameter
 from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import entries_kept
@@ -67,6 +67,6 @@ def plan_masks(architecture: Architecture, plan: Plan) -> Iterator[tuple[str, Te
                 yield parameter.name, mask
 
 
-def _mask(architecture: Architecture, plan: Plan, parameter: Parameter, block: tuple[int, str]) -> Tensor:
+def _mask(architecture: Architecture, plan: Plan, parameter: Parameter, block: Block) -> Tensor:
     kept = entries_kept(architecture, plan, parameter)
     return torch.zeros_like(kept) if plan.gone(*block) else kept

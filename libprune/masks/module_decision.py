@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float64, Shaped
 from torch import Tensor, nn
 
-from libprune.engine.architecture import Architecture, Map
+from libprune.engine.architecture import Architecture, Block, Map
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import CONVOLUTIONS, entries_kept, input_mask
-from libprune.masks.contributions import Block, Reach, matrix, reach_of, under_noise
+from libprune.masks.contributions import Reach, matrix, reach_of, under_noise
 from libprune.masks.decision import fold
 from libprune.masks.files import ties
 

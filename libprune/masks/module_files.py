@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from libprune.engine.errors import ArtifactError, LibpruneError, SourceError, missing_key
+from libprune.engine.errors import ArtifactError, LibpruneError, SourceError, first_line, missing_key
 from libprune.masks.files import Masked, finite, multiplied, require_equal_ties, ties
-from libprune.models.source import first_line
 
 INPUTS = "inputs"
 """Name of the tensor in a file of inputs."""

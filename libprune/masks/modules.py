@@ -23,7 +23,7 @@ from libprune.masks.files import Masked
 from libprune.masks.inspection import MaskInspection, block_masks, outside, require_units, zero_share
 from libprune.masks.module_decision import Settled, like, settle
 from libprune.masks.module_files import of_network
-from libprune.networks.identity import digest
+from libprune.models.identity import digest
 from libprune.results.module_folder import Pruned, require_alike
 from libprune.results.module_slicing import (
     difference,

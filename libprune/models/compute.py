@@ -1,13 +1,11 @@
 """Device, precision and batches for the stages that run a model."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -68,20 +66,6 @@ def batches(sequences: Sequences, batch_tokens: int, device: torch.device, label
         for batch in sequences.passes(max(1, batch_tokens // sequences.ids.shape[1])):
             yield batch.to(device)
             bar.update(len(batch))
-
-
-@contextmanager
-def hooked(model: nn.Module) -> Iterator[list[RemovableHandle]]:
-    """A list for the handles of hooks; on exit they are removed and every `requires_grad` is as it was."""
-    handles: list[RemovableHandle] = []
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
 
 
 def per_sequence(x: Shaped[Tensor, "..."], sequences: int) -> Shaped[Tensor, "sequences tokens width"]:

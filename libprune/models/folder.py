@@ -1,10 +1,8 @@
 """Hugging Face model folders: loading them, and writing the dense one."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,10 +17,8 @@ from transformers import (
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, ParamsError, missing_key
 from libprune.engine.heads import head_of
-from libprune.pipeline.artifacts import read_json, writing_folder
-
-PROVENANCE = "libprune.json"
-"""The file of a pruned folder that says how it was made."""
+from libprune.pipeline.artifacts import read_json
+from libprune.pipeline.writing import writing_folder
 
 
 class WeightFiles(Mapping[str, Tensor]):
@@ -129,18 +125,3 @@ def write_dense(target: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
             if not torch.equal(written[name], parameter.detach()):
                 raise ArtifactError(f"{name} of the dense model does not read back from {folder} as it was written")
         return fingerprint(folder)
-
-
-def write_provenance(folder: Path, made: Mapping[str, Any]) -> None:
-    """Write how a pruned model was made, with size and digest of every file that lies in its folder."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
-    (folder / PROVENANCE).write_text(json.dumps({**made, "files": files}, indent=2) + "\n")
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """What libprune wrote of how a pruned model was made.
-
-    Raises:
-        ArtifactError: if the folder was not written by libprune.
-    """
-    return read_json(folder / PROVENANCE, "slice")

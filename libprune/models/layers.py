@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture
-from libprune.models.compute import hooked, per_sequence
+from libprune.engine.surgery import hooked
+from libprune.models.compute import per_sequence
 
 
 def blocks_of(model: nn.Module, architecture: Architecture) -> list[nn.Module]:

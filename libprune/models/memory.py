@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
+from libprune.pipeline.terminal import gigabytes
 
 
 def checkpoint_blocks(model: PreTrainedModel, architecture: Architecture) -> None:
@@ -78,8 +79,3 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def gigabytes(size: int) -> str:
-    """A number of bytes for reading."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

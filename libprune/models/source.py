@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from libprune.engine.errors import SourceError
+from libprune.engine.errors import SourceError, first_line
 from libprune.engine.heads import CAUSAL_LM, head_of
 from libprune.pipeline.sections import Prepare
 
@@ -134,8 +134,3 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         if mark in vars(model):
             delattr(model, mark)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what another library's error says, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,21 +18,16 @@ from libprune.engine.errors import LibpruneError
 from libprune.engine.module_family import NetworkFamily
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
+from libprune.engine.tables import Columns
 from libprune.models.folder import WeightFiles
+from libprune.models.identity import digest, require_precise, told
 from libprune.models.parallel import World
 from libprune.models.samples import Samples
-from libprune.networks.identity import digest, require_precise, told
-from libprune.pipeline.artifacts import (
-    Columns,
-    Layout,
-    read_json,
-    remove,
-    write_units,
-    writing,
-    writing_folder,
-)
+from libprune.pipeline.artifacts import read_json, write_units
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Activations, Allocate, Compute, Gradients, Hessian, Score
 from libprune.pipeline.shards import read_meta
+from libprune.pipeline.writing import remove, writing, writing_folder
 from libprune.repair.least_squares import Fit
 from libprune.repair.of_modules import repair_local, repair_sequential, set_weights
 from libprune.results.module_folder import TOLERANCE, Pruned, require_alike

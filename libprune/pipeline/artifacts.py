@@ -1,14 +1,8 @@
-"""Artifacts: where they lie, what they say about their origin, and how they are written whole or not at all.
-
-Nothing is ever opened for writing in place: outputs may be hard links into a cache.
-"""
+"""Reading and writing artifacts: JSON and Parquet, and what each says of the model and the text it was made from."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,141 +12,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.errors import ArtifactError, LibpruneError, missing_key
+from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.plan import Plan
-from libprune.pipeline.processes import runs
-
-Columns = dict[str, NDArray[Any]]
-"""A table: column name to an array of one value a row."""
+from libprune.engine.tables import Columns, check_rows, column, split_blocks, unit_index
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.writing import writing
 
 _KEY = "libprune"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The places of all artifacts below one folder."""
-
-    root: Path = Path("artifacts")
-
-    @property
-    def model(self) -> Path:
-        """The dense model, a Hugging Face folder."""
-        return self.root / "model"
-
-    @property
-    def architecture(self) -> Path:
-        """Axes, sizes and parameters of the dense model."""
-        return self.root / "architecture.json"
-
-    @property
-    def weights(self) -> Path:
-        """Per-unit costs and weight norms."""
-        return self.root / "weights.parquet"
-
-    @property
-    def calibration(self) -> Path:
-        """Token ids that statistics are collected on."""
-        return self.root / "tokens" / "calibration.parquet"
-
-    @property
-    def evaluation(self) -> Path:
-        """Token ids that the models are judged on."""
-        return self.root / "tokens" / "evaluation.parquet"
-
-    @property
-    def gradients(self) -> Path:
-        """Mean gradients by layer and their per-unit sums."""
-        return self.root / "gradients"
-
-    @property
-    def hessian(self) -> Path:
-        """Diagonals of the Hessian by layer and their per-unit sums."""
-        return self.root / "hessian"
-
-    @property
-    def activations(self) -> Path:
-        """Activation statistics by layer and their per-unit sums."""
-        return self.root / "activations"
-
-    @property
-    def ablation(self) -> Path:
-        """The measured loss increase of masking single units."""
-        return self.root / "ablation.parquet"
-
-    @property
-    def sensitivity(self) -> Path:
-        """The measured loss increase of removing whole layers and blocks."""
-        return self.root / "sensitivity.parquet"
-
-    @property
-    def levels(self) -> Path:
-        """The measured divergence of whole levels of single blocks."""
-        return self.root / "levels.parquet"
-
-    @property
-    def latency(self) -> Path:
-        """The measured time of a layer by its width."""
-        return self.root / "latency.json"
-
-    @property
-    def scores(self) -> Path:
-        """The global importance table."""
-        return self.root / "scores.parquet"
-
-    @property
-    def plan(self) -> Path:
-        """The importance table with the decision."""
-        return self.root / "plan.parquet"
-
-    @property
-    def comparison(self) -> Path:
-        """Everything measured of the dense and the pruned model."""
-        return self.root / "evaluation.json"
-
-    @property
-    def pruned(self) -> Path:
-        """The pruned model, a Hugging Face folder."""
-        return self.root / "pruned"
-
-
-@contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """A path to write a file or a folder at, which takes the place of `target` only on success."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    for left in target.parent.glob(f".{target.name}.*.partial"):
-        if not runs(int(left.name.split(".")[-2])):  # a process that was killed cannot clear up
-            remove(left)
-    remove(partial)
-    try:
-        yield partial
-        if partial.is_dir():
-            remove(target)
-        partial.replace(target)
-    finally:
-        remove(partial)
-
-
-@contextmanager
-def writing_folder(target: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `target` only on success."""
-    with writing(target) as partial:
-        partial.mkdir()
-        yield partial
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(target: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    with writing(target) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path, stage: str) -> dict[str, Any]:
@@ -227,17 +93,6 @@ def read_table(path: Path, stage: str) -> tuple[Columns, dict[str, Any]]:
         return {name: table[name].to_numpy() for name in table.column_names}, decode_meta(path, raw, stage)
 
 
-def column(table: Columns, name: str, where: str) -> NDArray[Any]:
-    """One column.
-
-    Raises:
-        ArtifactError: with the columns that exist.
-    """
-    if name not in table:
-        raise ArtifactError(missing_key(name, table, where))
-    return table[name]
-
-
 def same_origin(path: Path, meta: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Check that an artifact was made from the expected model (and text).
 
@@ -265,13 +120,6 @@ def read_architecture(layout: Layout) -> Architecture:
         raise ArtifactError(
             f"{path} is no description that this version of libprune reads ({error!r}); run the prepare stage again"
         ) from error
-
-
-def unit_index(architecture: Architecture) -> Columns:
-    """The rows of every per-unit table, in order: `layer_idx`, `group_type`, `group_idx`."""
-    rows = [(layer, part, unit) for layer, part in architecture.blocks() for unit in range(architecture.units(part))]
-    layers, parts, units = zip(*rows, strict=True)
-    return {"layer_idx": np.array(layers), "group_type": np.array(parts, dtype=object), "group_idx": np.array(units)}
 
 
 def write_units(
@@ -304,19 +152,3 @@ def read_plan(layout: Layout, architecture: Architecture) -> tuple[Plan, dict[st
     keep = column(table, "keep", str(layout.plan))
     check_rows(architecture, table, layout.plan)
     return Plan(dict(split_blocks(architecture, keep))), meta
-
-
-def check_rows(architecture: Architecture, table: Columns, path: Path) -> None:
-    """Stop unless a table has one row a unit, in the order of `unit_index`."""
-    for name, expected in unit_index(architecture).items():
-        if not np.array_equal(column(table, name, str(path)), expected):
-            raise ArtifactError(f"{path}: the rows do not list the units of this model in order; run `dvc repro`")
-
-
-def split_blocks(architecture: Architecture, values: NDArray[Any]) -> Iterator[tuple[tuple[int, str], NDArray[Any]]]:
-    """Cut a per-unit column into the blocks' own arrays."""
-    start = 0
-    for layer, part in architecture.blocks():
-        stop = start + architecture.units(part)
-        yield (layer, part), values[start:stop]
-        start = stop

@@ -11,6 +11,11 @@ from torch import Tensor
 from libprune.engine.errors import ArtifactError, missing_key
 from libprune.pipeline.artifacts import damage, decode_meta, encode_meta, require
 
+GRAM, HELD_OUT = ".input_gram", ".input_held_out"
+"""What names a map's Gram matrix and its held-out inputs, behind the module's path."""
+BINS = 128
+"""Bins of a histogram: halves of the octaves of |x| from 2^-20 to 2^12, negative values behind positive ones."""
+
 
 def shard(folder: Path, layer: int) -> Path:
     """The file of one layer."""

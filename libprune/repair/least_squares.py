@@ -24,8 +24,8 @@ from torch import Tensor
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import input_mask
-from libprune.pipeline.artifacts import Columns
+from libprune.engine.surgery import input_mask, oriented
+from libprune.engine.tables import Columns
 
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Ridges, relative to each input's mean square, that `slice.damping: auto` chooses from."""
@@ -187,11 +187,6 @@ def fit_consumer(
     stored = (whole.T if consumer.transposed else whole).contiguous()
     before = held_out.error(old) if held_out else np.nan
     return Fit(consumer, stored, None, used, moments.error(old), after, float(before), float(errors[best]))
-
-
-def oriented(consumer: Map, weight: Tensor) -> Float[Tensor, "output input"]:
-    """A consumer's weight as ``[output, input]``, whatever its storage order; of a convolution by patches."""
-    return weight.T if consumer.transposed else weight.flatten(1)
 
 
 def pruned_consumers(architecture: Architecture, plan: Plan) -> Iterator[tuple[Map, Bool[Tensor, " input"]]]:

@@ -13,13 +13,12 @@ from libprune.collection.calibration import held_out
 from libprune.collection.module_hooks import watched_inputs
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import masked
+from libprune.engine.surgery import masked, oriented
 from libprune.models.samples import Samples
-from libprune.pipeline.artifacts import Layout
-from libprune.pipeline.shards import read_tensor
-from libprune.repair.least_squares import Fit, Moments, fit_consumer, oriented, pruned_consumers
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.shards import GRAM, read_tensor
+from libprune.repair.least_squares import Fit, Moments, fit_consumer, pruned_consumers
 from libprune.repair.repairs import inputs_of
-from libprune.statistics.activations import GRAM
 
 State = dict[str, Tensor]
 

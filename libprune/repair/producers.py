@@ -27,8 +27,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from libprune.engine.architecture import Architecture, Map
-from libprune.models.compute import hooked
-from libprune.repair.least_squares import SILENT, oriented
+from libprune.engine.surgery import hooked, oriented
+from libprune.repair.least_squares import SILENT
 
 RIDGE = 0.1
 """Relative to the curvature of each weight."""

@@ -13,18 +13,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from libprune.collection.calibration import require_own_weights, set_up
-from libprune.collection.resumable import fingerprint
+from libprune.collection.resumable import sums_identity
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.describe import bias_key
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.models.folder import WeightFiles, load_config
-from libprune.pipeline.artifacts import Layout, remove, same_origin, writing
+from libprune.pipeline.artifacts import same_origin
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
-from libprune.pipeline.shards import read_meta, read_tensor
+from libprune.pipeline.shards import GRAM, HELD_OUT, read_meta, read_tensor
+from libprune.pipeline.writing import remove, writing
 from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
 from libprune.repair.sequential import SequentialRepair, split_batches
-from libprune.statistics.activations import GRAM, HELD_OUT
 
 Repair = Callable[[Layout, Architecture, Plan, Compute, Slice], list[Fit]]
 
@@ -113,7 +114,7 @@ def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute:
         run.model, architecture, plan, batches, damping, drift, params.drift_cap, params.producer_steps
     )
     identity = {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
-    folder = run.work / "slice" / fingerprint(run, identity)
+    folder = run.work / "slice" / sums_identity(run, identity, ("repair",))
     fits = []
     for layer in tqdm(range(architecture.layers), desc="repair", unit="layer"):
         path = folder / f"layer-{layer:03d}.safetensors"

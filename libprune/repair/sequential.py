@@ -31,10 +31,10 @@ from libprune.collection.calibration import held_out
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import masked
+from libprune.engine.surgery import masked, oriented
 from libprune.models.layers import blocks_of, first_output, run_block
 from libprune.models.sequences import Sequences
-from libprune.repair.least_squares import Fit, Moments, fit_consumer, new_parameters, oriented, pruned_consumers
+from libprune.repair.least_squares import Fit, Moments, fit_consumer, new_parameters, pruned_consumers
 from libprune.repair.producers import Flow, Producer, changed_weight, fit_producers, producers_of, slopes_of, watching
 
 

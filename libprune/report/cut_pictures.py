@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.pipeline.artifacts import Columns
+from libprune.engine.tables import Columns
 from libprune.report.canvas import (
     BLUE,
     INK,

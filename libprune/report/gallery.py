@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from libprune.pipeline.artifacts import Columns, writing_folder
+from libprune.engine.tables import Columns
+from libprune.pipeline.writing import writing_folder
 from libprune.report import cut_pictures, gradient_pictures
 from libprune.report.canvas import Figure, note, png
 from libprune.report.gradient_text import Diagnosis, gradient_report

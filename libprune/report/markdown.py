@@ -4,8 +4,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Rows = list[tuple[str, ...]]
-
 _CODE = re.compile(r"(`[^`]+`)")
 _INLINE = re.compile(r"([\\`*_\[\]<>&~])")
 _BLOCK = re.compile(r"^(\d*)([#+\-=.)])")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from libprune.pipeline.artifacts import Layout, read_architecture, read_table, same_origin
+from libprune.pipeline.artifacts import read_architecture, read_table, same_origin
+from libprune.pipeline.layout import Layout
 
 _INPUTS = ("params.yaml", "dvc.yaml", "libprune", "stages")
 

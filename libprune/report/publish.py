@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from libprune.pipeline.artifacts import Layout, read_json, read_table, same_origin, writing
+from libprune.pipeline.artifacts import read_json, read_table, same_origin
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.writing import writing
 from libprune.report.gallery import cut_gallery, gradient_gallery, sensitivity_gallery, write_gallery
 from libprune.report.markdown import Picture
 from libprune.report.page import html_page

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from libprune.engine.heads import HEADS, HeadName
+from libprune.pipeline.terminal import Rows
 from libprune.report import sections
 from libprune.report.cautions import cautions
-from libprune.report.markdown import Picture, Rows, code, markdown_table
+from libprune.report.markdown import Picture, code, markdown_table
 from libprune.report.programs import loading
 from libprune.report.provenance import Origin
 
@@ -59,17 +60,6 @@ def _faster(name: str, speed: Metrics) -> str:
     """How many times as fast, and the slowest and fastest round."""
     least, most = speed[f"{name}_spread"]
     return f"× {speed[f'{name}_ratio']:.2f} ({least:.2f} to {most:.2f})"
-
-
-def text_table(rows: Rows, header: tuple[str, ...]) -> str:
-    """A table for the terminal, the first column left and the others right aligned."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([row[0].ljust(len(first)), *rest]))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
 
 
 HEADER = ("", "dense", "pruned", "change")

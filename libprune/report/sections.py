@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from libprune.pipeline.terminal import Rows
 from libprune.report.gradient_text import ratio_text
-from libprune.report.markdown import Picture, Rows, code, markdown_table, picture
+from libprune.report.markdown import Picture, code, markdown_table, picture
 from libprune.report.provenance import Origin
 from libprune.statistics.gradient_health import verdict
 

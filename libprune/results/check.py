@@ -20,10 +20,10 @@ from libprune.engine.errors import LibpruneError
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
-from libprune.models.folder import PROVENANCE, fingerprint, load_model, sha256
+from libprune.models.folder import fingerprint, load_model, sha256
 from libprune.results.folder import MODELING_FILE, pruned_config
 from libprune.results.proof import reference_logits, reload
-from libprune.results.record import PLAN, Record, read_record
+from libprune.results.record import PLAN, PROVENANCE, Record, read_record
 
 _SEQUENCES, _LENGTH, _TOLERANCE = 2, 32, 1e-4
 

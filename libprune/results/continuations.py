@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from libprune.texts.windows import Ids
+from libprune.models.tokens import Ids
 
 
 def continuations(

@@ -12,8 +12,10 @@ from libprune.engine.describe import with_biases
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_device, resolve_dtype
-from libprune.models.folder import load_config, load_model, read_provenance, require_positions
-from libprune.pipeline.artifacts import Layout, read_architecture, read_plan, require, same_origin
+from libprune.models.folder import load_config, load_model, require_positions
+from libprune.models.tokens import read_tokens
+from libprune.pipeline.artifacts import read_architecture, read_plan, require, same_origin
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Evaluate
 from libprune.results.continuations import continuations
 from libprune.results.perplexity import (
@@ -26,8 +28,8 @@ from libprune.results.perplexity import (
     perplexity_ratio,
     window_losses,
 )
+from libprune.results.record import read_provenance
 from libprune.results.tasks import zero_shot
-from libprune.texts.windows import read_tokens
 
 
 def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any]:

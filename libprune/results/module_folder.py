@@ -13,12 +13,12 @@ from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.plan import Plan
-from libprune.models.folder import write_provenance
-from libprune.pipeline.artifacts import unit_index, write_table, writing_folder
+from libprune.engine.tables import unit_index
+from libprune.pipeline.artifacts import write_table
+from libprune.pipeline.writing import writing_folder
 from libprune.repair.least_squares import Fit, fit_table, mean_errors
 from libprune.results.module_slicing import WEIGHTS, load, stored
-from libprune.results.prune import versions
-from libprune.results.record import PLAN
+from libprune.results.record import PLAN, versions, write_provenance
 
 TOLERANCE = 1e-4
 """How far outputs may differ in float32, of the largest one."""

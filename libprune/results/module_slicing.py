@@ -8,13 +8,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from libprune.allocation.ladders import Block
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.axes import Expr
-from libprune.engine.errors import ArtifactError, LibpruneError, missing_key
+from libprune.engine.errors import ArtifactError, LibpruneError, first_line, missing_key
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import CONVOLUTIONS, slice_parameter
-from libprune.models.source import first_line
 from libprune.pipeline.artifacts import damage, read_json, require
 
 WEIGHTS, RECORD = "model.safetensors", "libprune.json"

@@ -1,11 +1,8 @@
 """From a plan to a pruned model folder: repair, slice, write, prove."""
 
-import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +12,16 @@ from libprune.engine.describe import with_biases
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked, slice_state
 from libprune.models.compute import named_dtype
-from libprune.models.folder import WeightFiles, load_config, load_model, write_provenance
-from libprune.pipeline.artifacts import Layout, read_architecture, read_plan, require, write_table
+from libprune.models.folder import WeightFiles, load_config, load_model
+from libprune.models.tokens import read_tokens
+from libprune.pipeline.artifacts import read_architecture, read_plan, require, write_table
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.repair.least_squares import Fit, fit_table, mean_errors, new_parameters
 from libprune.repair.repairs import REPAIRS
 from libprune.results.folder import write_pruned
 from libprune.results.proof import reference_logits, verify_folder
-from libprune.texts.windows import read_tokens
+from libprune.results.record import versions, write_provenance
 
 _CHECKED_SEQUENCES, _CHECKED_LENGTH = 2, 64
 
@@ -103,9 +102,3 @@ def _set_weights(model: nn.Module, architecture: Architecture, weights: Mapping[
     with torch.no_grad():
         for parameter in architecture.parameters:
             model.get_parameter(parameter.name).copy_(weights[parameter.name])
-
-
-def versions() -> dict[str, Any]:
-    """The versions of what made a pruned folder, for its record."""
-    names = ("libprune", "torch", "transformers")
-    return {"versions": {name: version(name) for name in names} | {"python": platform.python_version()}}

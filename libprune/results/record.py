@@ -1,9 +1,11 @@
 """What a pruned folder says of itself: how it was made, its config, and which units of the dense model it keeps."""
 
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
-from libprune.models.folder import PROVENANCE, read_provenance
-from libprune.pipeline.artifacts import read_table
+from libprune.models.folder import sha256
+from libprune.pipeline.artifacts import read_json, read_table
 
 PLAN = "plan.parquet"
 """The file of a pruned folder that says which units are kept."""
@@ -136,3 +138,28 @@ def read_record(folder: Path) -> Record:
     if missing:
         raise ArtifactError(f"{path} says nothing of {missing[0]}; run `dvc repro slice`")
     return Record(folder, provenance)
+
+
+PROVENANCE = "libprune.json"
+"""The file of a pruned folder that says how it was made."""
+
+
+def write_provenance(folder: Path, made: Mapping[str, Any]) -> None:
+    """Write how a pruned model was made, with size and digest of every file that lies in its folder."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    (folder / PROVENANCE).write_text(json.dumps({**made, "files": files}, indent=2) + "\n")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What libprune wrote of how a pruned model was made.
+
+    Raises:
+        ArtifactError: if the folder was not written by libprune.
+    """
+    return read_json(folder / PROVENANCE, "slice")
+
+
+def versions() -> dict[str, Any]:
+    """The versions of what made a pruned folder, for its record."""
+    names = ("libprune", "torch", "transformers")
+    return {"versions": {name: version(name) for name in names} | {"python": platform.python_version()}}

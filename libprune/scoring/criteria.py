@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError, nearest
-from libprune.engine.tables import layers_and_types, numbers
-from libprune.pipeline.artifacts import Columns, Layout, check_rows, read_architecture, read_table, same_origin
+from libprune.engine.tables import Columns, check_rows, layers_and_types, numbers
+from libprune.pipeline.artifacts import read_architecture, read_table, same_origin
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.scoring.mixed import TERMS, activation_stats, cooperative, gradient_flow, weight_stats
 

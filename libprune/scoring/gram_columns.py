@@ -7,15 +7,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from libprune.engine.architecture import Architecture
+from libprune.engine.surgery import oriented
+from libprune.engine.tables import Columns
 from libprune.models.compute import PATIENCE
 from libprune.models.folder import WeightFiles
-from libprune.pipeline.artifacts import Columns, Layout, require
+from libprune.pipeline.artifacts import require
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
-from libprune.pipeline.shards import read_tensor
-from libprune.repair.least_squares import oriented
+from libprune.pipeline.shards import GRAM, read_tensor
 from libprune.scoring.correlation import unit_graph
 from libprune.scoring.obs import obs_removal
-from libprune.statistics.activations import GRAM
 
 
 def gram_columns(layout: Layout, architecture: Architecture, params: Score, in_nats: bool) -> Columns:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from libprune.engine.errors import LibpruneError
-from libprune.experiments.agreement import spearman
+from libprune.scoring.ranks import spearman
 
 Values = NDArray[np.float64]
 

@@ -21,8 +21,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.engine.tables import layers_and_types, numbers
-from libprune.pipeline.artifacts import Columns
+from libprune.engine.tables import Columns, layers_and_types, numbers
 from libprune.pipeline.mixtures import ActivationStats, Cooperative, GradientFlow, Mixture, WeightStats
 from libprune.pipeline.sections import Score
 
@@ -79,7 +78,7 @@ def activation_stats(table: Columns, params: Score) -> dict[str, Values]:
     A constant input has no variance, entropy and range; one that is always 0 has no magnitude either, and no
     frequency unless the layer is silent as a whole.
     """
-    from libprune.collection.input_records import BINS  # needs torch, which most criteria do not
+    from libprune.pipeline.shards import BINS
 
     amounts = {
         name: _relative(numbers(table, f"activation_{name}"), table) for name in ("magnitude", "variance", "range")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.pipeline.artifacts import Columns
+from libprune.engine.tables import Columns
 from libprune.pipeline.sections import Score
 from libprune.scoring.criteria import SCALINGS
 from libprune.scoring.fusion import Values, Weights, adaptive_weights, expression

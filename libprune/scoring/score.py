@@ -7,7 +7,9 @@ import numpy as np
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, LibpruneError
-from libprune.pipeline.artifacts import Columns, Layout, read_architecture, read_table, same_origin
+from libprune.engine.tables import Columns
+from libprune.pipeline.artifacts import read_architecture, read_table, same_origin
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.scoring.criteria import find_criterion, join_tables, score_units
 from libprune.scoring.fusion import Weights, named_criteria, parse_criteria

@@ -7,8 +7,7 @@ from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.plan import Plan
-from libprune.pipeline.artifacts import Columns
-from libprune.statistics.estimates import mean_columns
+from libprune.engine.tables import Columns, mean_columns
 
 Unit = tuple[int, str, int]
 """Layer, part, and the unit's number in it."""

@@ -17,10 +17,12 @@ from libprune.collection.calibration import HELD_OUT_EVERY, held_out
 from libprune.collection.input_records import Cosine, Gram, HeldOut, Histogram, InputMoments, entropy, frequency
 from libprune.collection.records import State, Statistic
 from libprune.engine.architecture import Architecture, Map
+from libprune.engine.surgery import hooked
 from libprune.engine.unit_sums import sum_positions, unit_sums
-from libprune.models.compute import hooked, per_sequence, require_finite
+from libprune.models.compute import per_sequence, require_finite
 from libprune.models.sequences import Batch
 from libprune.pipeline.sections import Activations
+from libprune.pipeline.shards import GRAM, HELD_OUT
 
 NORMS = ("l1", "l2", "mean", "max")
 HISTOGRAM_STRIDE = 4
@@ -28,7 +30,6 @@ HISTOGRAM_STRIDE = 4
 ACTIVE = 0.125
 """A value counts as active from this share of the root mean square of the layer's consumer input."""
 
-GRAM, HELD_OUT = ".input_gram", ".input_held_out"
 _HISTOGRAM, _BLOCK = ".input_histogram", "block"
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -14,13 +16,15 @@ from libprune.collection.accumulator import PENDING, ROWS, UNITS, Accumulator, G
 from libprune.collection.backward import watching, weight_gradient
 from libprune.collection.input_records import Gram
 from libprune.collection.records import BatchRows, MaskGradient, Pending, Statistic, Sum, count
+from libprune.collection.summary import print_keys
 from libprune.engine.architecture import Architecture, Map, Parameter
 from libprune.engine.errors import StatisticsError
+from libprune.engine.tables import Columns
 from libprune.engine.unit_sums import sum_positions, unit_sums
 from libprune.models.compute import require_finite, sequence_losses
 from libprune.models.sequences import Batch
-from libprune.pipeline.artifacts import Columns
 from libprune.pipeline.sections import Gradients
+from libprune.statistics.gradient_health import gradient_ratio, verdict
 
 
 def gradient_groups(
@@ -245,3 +249,15 @@ def _kind(architecture: Architecture, parameter: Parameter) -> str:
 
 LAYER_COLUMNS = ("layer_idx", "group_type", "parameter", "batch", "mean_abs", "std", "norm")
 _TEXT = {"group_type", "parameter"}
+
+
+def print_gradients(rows: Columns, folder: Path) -> None:
+    """Mean |g| by layer and part, the first keys, the gradient ratio and its verdict."""
+    parts = list(dict.fromkeys(rows["group_type"]))
+    typer.echo(f"{'layer':>5}" + "".join(f"{f'mean |g| {part}':>22}" for part in parts))
+    for layer in np.unique(rows["layer_idx"]):
+        means = [rows["mean_abs"][(rows["layer_idx"] == layer) & (rows["group_type"] == part)].mean() for part in parts]
+        typer.echo(f"{layer:>5}" + "".join(f"{mean:>22.3e}" for mean in means))
+    print_keys(folder)
+    ratio = gradient_ratio(rows)
+    typer.echo(f"gradient ratio between layers: {ratio:,.1f} ({verdict(ratio)})")

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from libprune.collection.accumulator import UNITS, Accumulator, Group
 from libprune.collection.backward import watching, weight_gradient
 from libprune.collection.records import Samples, Statistic, Sum, count
-from libprune.engine.architecture import Architecture, Map, Parameter
+from libprune.engine.architecture import Architecture, Block, Map, Parameter
 from libprune.engine.errors import LibpruneError, StatisticsError
+from libprune.engine.surgery import hooked
 from libprune.engine.unit_sums import unit_sums
-from libprune.models.compute import hooked, require_finite, sequence_losses
+from libprune.models.compute import require_finite, sequence_losses
 from libprune.models.sequences import Batch
 from libprune.pipeline.sections import Compute, Hessian
 
@@ -143,7 +144,7 @@ def collect_probes(
             losses = losses_of(model, sequences)
             require_finite(losses.detach(), first, "the loss")
             gradients = torch.autograd.grad(losses.mean(), list(parameters.values()), create_graph=True)
-            values: dict[tuple[int, str], Tensor] = {}
+            values: dict[Block, Tensor] = {}
             for probe in range(section.probes):
                 signs = [_signs(p, (section.seed, first, probe, index)) for index, p in enumerate(gradients)]
                 keep = probe + 1 < section.probes
@@ -164,7 +165,7 @@ def _add_probe(
     weights: Mapping[str, Tensor],
     sequences: int,
     first: int,
-    values: dict[tuple[int, str], Tensor],
+    values: dict[Block, Tensor],
 ) -> None:
     """Add a probe's products to the sums, and its sums by unit to the values of the batch."""
     for layer, part in architecture.blocks():

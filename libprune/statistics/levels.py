@@ -8,16 +8,15 @@ import typer
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.plan import Plan
-from libprune.pipeline.artifacts import Columns
-from libprune.statistics.estimates import mean_columns
+from libprune.engine.tables import Columns, mean_columns
 
 Level = tuple[int, str, int]
 """Layer, part, and how many of its units are removed."""
 
 
-Orders = Mapping[tuple[int, str], NDArray[np.int64]]
+Orders = Mapping[Block, NDArray[np.int64]]
 
 
 def unit_orders(architecture: Architecture, scores: Columns) -> Orders:

@@ -25,11 +25,11 @@ from libprune.collection.records import Field, State, Statistic
 from libprune.collection.resumable import Collection
 from libprune.engine.architecture import Architecture
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import masked
-from libprune.models.compute import hooked, require_finite, sequence_losses
+from libprune.engine.surgery import hooked, masked
+from libprune.models.compute import require_finite, sequence_losses
 from libprune.models.layers import blocks_of, copy_output, replaced, skipped
-from libprune.models.memory import gigabytes
 from libprune.models.sequences import Sequences
+from libprune.pipeline.terminal import gigabytes
 
 LOSSES = "losses"
 """The name of `SequenceLosses` among the statistics."""

@@ -20,12 +20,13 @@ from libprune.collection.records import count
 from libprune.collection.resumable import Collection, RowsOf, collecting, write_artifact
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import StatisticsError
-from libprune.models.compute import hooked, require_finite
+from libprune.engine.surgery import hooked, oriented
+from libprune.engine.tables import Columns
+from libprune.models.compute import require_finite
 from libprune.models.samples import Samples
-from libprune.pipeline.artifacts import Columns
 from libprune.pipeline.sections import Activations, Gradients, Hessian
-from libprune.repair.least_squares import oriented
-from libprune.statistics.activations import GRAM, activation_columns, activation_groups, add_consumer_input
+from libprune.pipeline.shards import GRAM
+from libprune.statistics.activations import activation_columns, activation_groups, add_consumer_input
 from libprune.statistics.gradients import gradient_columns, gradient_groups, layer_rows, tensor_rows
 from libprune.statistics.hessian import collect_probes, hessian_columns, hessian_groups
 

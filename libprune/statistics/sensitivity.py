@@ -5,15 +5,14 @@ import typer
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.plan import Plan
-from libprune.pipeline.artifacts import Columns
-from libprune.statistics.estimates import mean_columns
+from libprune.engine.tables import Columns, mean_columns
 
 LAYER = "layer"
 """What the table calls the removal of all parts of a layer."""
 
-Removal = tuple[int, str]
+Removal = Block
 """A layer, and what of it is removed: `LAYER` or a part."""
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from libprune.engine.errors import SourceError
 from libprune.engine.heads import HeadName
 from libprune.models.sequences import Sequences
+from libprune.models.tokens import Ids
 from libprune.pipeline.sections import Tokenize
 from libprune.texts.source import (
     SELF,
@@ -21,7 +22,7 @@ from libprune.texts.source import (
     open_text,
     require_other_text,
 )
-from libprune.texts.windows import Ids, Windows, draw, split_documents, spread, windows, with_masks
+from libprune.texts.windows import Windows, draw, split_documents, spread, windows, with_masks
 
 MARGIN = 2
 """A stream is read until it gives so many times the windows asked for, so that there is something to draw from."""

@@ -9,10 +9,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError
 from libprune.models.sequences import Sequences
+from libprune.models.tokens import Ids
 from libprune.pipeline.sections import Tokenize
 from libprune.texts.draw import Drawn, origin, require_disjoint
 from libprune.texts.source import SELF, TextSource, calibration_source, evaluation_source, open_text, require_other_text
-from libprune.texts.windows import Ids, at_random, evenly
+from libprune.texts.windows import at_random, evenly
 
 Example = tuple[str, int]
 

@@ -28,8 +28,10 @@ from libprune.engine.errors import SourceError
 from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_model
-from libprune.pipeline.artifacts import Layout, remove, require, writing
-from libprune.texts.windows import Ids
+from libprune.models.tokens import Ids
+from libprune.pipeline.artifacts import require
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.writing import remove, writing
 
 GREEDY = 4
 """Tokens after the first that are the most likely ones; LLM-QAT takes three to five."""

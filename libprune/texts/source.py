@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from libprune.engine.errors import LibpruneError, SourceError, nearest
-from libprune.models.source import first_line, resolve
+from libprune.engine.errors import LibpruneError, SourceError, first_line, nearest
+from libprune.models.source import resolve
 from libprune.pipeline.sections import Tokenize
 
 SELF = "self"

@@ -1,21 +1,17 @@
 """Token windows for calibration and evaluation, from disjoint documents."""
 
-import hashlib
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError
 from libprune.models.sequences import NO_TARGET, Sequences
-from libprune.pipeline.artifacts import read_table, same_origin, write_table
+from libprune.models.tokens import Ids
 
-Ids = NDArray[np.int64]
 Documents = Literal["joined", "apart"]
 
 _SEPARATOR = "\n\n"
@@ -158,48 +154,3 @@ def _require(available: Windows, count: int, what: str) -> None:
         f"{what} needs {count} windows of {length} tokens, the text gives {found} ({found * length} tokens)"
         f"{short if available.skipped else ''}; use more text, fewer or shorter windows"
     )
-
-
-def write_tokens(path: Path, sequences: Sequences, meta: dict[str, Any]) -> None:
-    """Write sequences with what they are and a digest that names them in other artifacts."""
-    columns = {"input_ids": sequences.ids, "targets": sequences.targets, "length": sequences.lengths}
-    arrays = {name: column.numpy() for name, column in columns.items() if column is not None}
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()[:16]
-    counts = {"sequences": len(sequences), "length": sequences.ids.shape[1]}
-    write_table(path, arrays, {**meta, **counts, "tokens": digest})
-
-
-def read_tokens(path: Path, model: str, sequences: int | None = None) -> tuple[Sequences, dict[str, Any]]:
-    """Sequences and their metadata.
-
-    Args:
-        path: the artifact.
-        model: fingerprint of the model whose tokenizer must have made them.
-        sequences: how many, from the first; None for all.
-
-    Raises:
-        ArtifactError: if they belong to another model.
-        SourceError: if there are fewer than asked for.
-    """
-    table, meta = read_table(path, "tokenize")
-    same_origin(path, meta, {"model": model})
-    columns = {name: torch.from_numpy(np.stack(list(table[name])).astype(np.int64)) for name in _COLUMNS & table.keys()}
-    found = Sequences(columns["input_ids"], columns.get("targets"), columns.get("length"))
-    return found[: require_sequences(sequences, found, path)], meta
-
-
-_COLUMNS = {"input_ids", "targets", "length"}
-
-
-def require_sequences(sequences: int | None, found: Sequences, path: Path) -> int:
-    """How many sequences to use: as many as asked for, or all.
-
-    Raises:
-        SourceError: if there are fewer.
-    """
-    if sequences is not None and sequences > len(found):
-        raise SourceError(
-            f"{sequences} calibration sequences are asked for, {path} holds {len(found)}; "
-            "raise tokenize.calibration_sequences"
-        )
-    return len(found) if sequences is None else sequences

@@ -1,6 +1,6 @@
 """The contract that every allocation passes, on made-up architectures and scores; no model is needed.
 
-An allocation joins by its entry in `METHODS`, and by made-up evidence in `tests.shapes` if it needs any.
+An allocation joins by its entry in `METHODS`, and by made-up evidence in `tests.support.shapes` if it needs any.
 """
 
 import re
@@ -17,9 +17,9 @@ from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.plan import Plan
-from libprune.pipeline.artifacts import Columns, split_blocks, unit_index
+from libprune.engine.tables import Columns, split_blocks, unit_index
 from libprune.pipeline.sections import Allocate
-from tests.shapes import EQUAL_COSTS, Shape, drawn, ladders_of, removed_parameters, shapes
+from tests.support.shapes import EQUAL_COSTS, Shape, drawn, ladders_of, removed_parameters, shapes
 
 META = {"criterion": "wanda", "fusion": "none", "comparable": True, "scaling": "none"}
 

@@ -18,15 +18,9 @@ from safetensors import safe_open
 
 from libprune.engine.describe import describe
 from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError
-from libprune.pipeline.artifacts import (
-    Columns,
-    Layout,
-    read_architecture,
-    read_table,
-    unit_index,
-    write_table,
-    write_units,
-)
+from libprune.engine.tables import Columns, unit_index
+from libprune.pipeline.artifacts import read_architecture, read_table, write_table, write_units
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.pipeline.shards import shard, write_shard
 from libprune.scoring.criteria import CRITERIA, SCALINGS, find_criterion, join_tables, scale, score_units
@@ -35,8 +29,8 @@ from libprune.statistics.activations import NORMS, activation_columns
 from libprune.statistics.gradients import gradient_columns
 from libprune.statistics.hessian import hessian_columns
 from libprune.statistics.weights import weight_columns
-from tests.collected import activations, gradients, hessian
-from tests.models import FAMILIES, tokens
+from tests.support.collected import activations, gradients, hessian
+from tests.support.models import FAMILIES, tokens
 
 VARIANTS = {
     "magnitude": {"magnitude_norm": ("l1", "l2")},

@@ -1,6 +1,6 @@
 """The contract that every family passes: sliced equals masked, described equals Hugging Face.
 
-A family joins by one entry in `tests/models.py`.
+A family joins by one entry in `tests/support/models.py`.
 """
 
 import json
@@ -33,7 +33,7 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked, slice_state
 from libprune.models.folder import WeightFiles, load_model
 from libprune.results.folder import write_pruned
-from tests.models import (
+from tests.support.models import (
     FAMILIES,
     PLANS,
     WINDOW,

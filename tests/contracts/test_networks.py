@@ -16,10 +16,10 @@ from libprune.engine.describe_module import describe
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
+from libprune.engine.tables import split_blocks
 from libprune.networks import Network, load
-from libprune.pipeline.artifacts import split_blocks
 from libprune.pipeline.sections import Allocate, Score
-from tests.networks import CASES, Case, cut, random_plan
+from tests.support.networks import CASES, Case, cut, random_plan
 
 TOLERANCE = 1e-5
 """Of the largest output."""

@@ -1,0 +1,31 @@
+"""What a collecting stage prints at its end: means by layer and part, and the first tensors that it wrote."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import typer
+from safetensors import safe_open
+
+from libprune.engine.tables import Columns
+
+
+def print_units(units: Columns, names: Sequence[str], folder: Path) -> None:
+    """Means of per-unit columns by layer and part, and the first keys."""
+    parts = list(dict.fromkeys(units["group_type"]))
+    heads = [(name, part) for name in names for part in parts]
+    typer.echo(f"{'layer':>5}" + "".join(f"{f'{name} {part}':>32}" for name, part in heads))
+    for layer in np.unique(units["layer_idx"]):
+        here = units["layer_idx"] == layer
+        values = [units[name][here & (units["group_type"] == part)].mean() for name, part in heads]
+        typer.echo(f"{layer:>5}" + "".join(f"{value:>32.3e}" for value in values))
+    print_keys(folder)
+
+
+def print_keys(folder: Path) -> None:
+    """How many tensors the shards hold, and the first of them."""
+    keys: list[str] = []
+    for path in sorted(folder.glob("layer-*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            keys += file.keys()
+    typer.echo(f"{len(keys)} tensors, the first: {', '.join(keys[:3])}")

@@ -1,0 +1,54 @@
+"""Files and folders that are written whole or not at all.
+
+Nothing is ever opened for writing in place: outputs may be hard links into a cache.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from libprune.pipeline.processes import runs
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A path to write a file or a folder at, which takes the place of `target` only on success."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    for left in target.parent.glob(f".{target.name}.*.partial"):
+        if not runs(int(left.name.split(".")[-2])):  # a process that was killed cannot clear up
+            remove(left)
+    remove(partial)
+    try:
+        yield partial
+        if partial.is_dir():
+            remove(target)
+        partial.replace(target)
+    finally:
+        remove(partial)
+
+
+@contextmanager
+def writing_folder(target: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `target` only on success."""
+    with writing(target) as partial:
+        partial.mkdir()
+        yield partial
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(target: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    with writing(target) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

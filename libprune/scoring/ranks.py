@@ -1,0 +1,14 @@
+"""Rank correlation."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+
+def spearman(values: NDArray[np.float64], others: NDArray[np.float64]) -> float:
+    """Spearman's rank correlation, ties shared, -1 to 1; NaN where one side has fewer than two different values."""
+    if len(values) < 2 or np.ptp(values) == 0 or np.ptp(others) == 0:
+        return math.nan
+    return float(stats.spearmanr(values, others).statistic)

@@ -1,0 +1,273 @@
+"""Masking and slicing on tensors whose entries say where they belong, and on weights zeroed by hand."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import GPT2Config
+
+from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
+from libprune.engine.axes import LinearMap, parse_expr, parse_map
+from libprune.engine.describe import describe, new_config
+from libprune.engine.errors import NotExpressibleError
+from libprune.engine.family import Family, family_of
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked, slice_state
+from tests.support.models import FAMILIES, tokens
+from tests.support.shapes import plan_without
+
+# An attention of 3 heads of size 2 over a residual stream of 4, in the layouts of several families.
+SIZES = {"model": 4, "kv": 3, "q": 2, "d": 2}
+
+
+def attention(modules: dict[str, str], transposed: bool = False, layers: int = 1) -> Architecture:
+    """An architecture of attention parts alone; every map has a bias."""
+    parameters, maps = [], []
+    for layer in range(layers):
+        for name, text in modules.items():
+            path, linear = f"h.{layer}.{name}", parse_map(text)
+            if isinstance(linear, LinearMap):
+                maps.append(Map(path, layer, "attention", linear.input, linear.output, transposed))
+                dims = (linear.input, linear.output) if transposed else (linear.output, linear.input)
+                parameters.append(Parameter(f"{path}.bias", (linear.output,), layer, "attention"))
+            else:
+                dims = (linear,)
+            parameters.append(Parameter(f"{path}.weight", dims, layer, "attention"))
+    parameters.append(Parameter("wte.weight", (parse_expr("model"),), None, None))
+    return Architecture(
+        family="made by hand",
+        sizes=SIZES,
+        layers=layers,
+        layers_path="h",
+        parts={"attention": PartShape("kv", "attn", None)},
+        parameters=tuple(parameters),
+        maps=tuple(maps),
+        cache=parse_expr("kv d + kv d"),
+        head="causal_lm",
+        head_macs=0,
+    )
+
+
+def heads(*kept: int) -> np.ndarray:
+    return np.isin(np.arange(SIZES["kv"]), kept)
+
+
+def labels(kind: int, per_group: int = 1) -> list[int]:
+    """Rows of one kind: hundreds say query, key or value, tens the head, units the position in the head."""
+    return [100 * kind + 10 * head + d for head in range(SIZES["kv"] * per_group) for d in range(SIZES["d"])]
+
+
+def by_head(*kinds: int) -> list[int]:
+    return [100 * kind + 10 * head + d for head in range(SIZES["kv"]) for kind in kinds for d in range(SIZES["d"])]
+
+
+QUERY, KEY, VALUE = 1, 2, 3
+FUSED = {
+    "GPT-2": ("kv d + kv d + kv d", True, labels(QUERY) + labels(KEY) + labels(VALUE)),
+    "Phi-3": ("kv q d + kv d + kv d", False, labels(QUERY, per_group=2) + labels(KEY) + labels(VALUE)),
+    "GPT-NeoX": ("kv (d + d + d)", False, by_head(QUERY, KEY, VALUE)),
+}
+KEPT = {
+    "GPT-2": [100, 101, 120, 121, 200, 201, 220, 221, 300, 301, 320, 321],
+    "Phi-3": [100, 101, 110, 111, 140, 141, 150, 151, 200, 201, 220, 221, 300, 301, 320, 321],
+    "GPT-NeoX": [100, 101, 200, 201, 300, 301, 120, 121, 220, 221, 320, 321],
+}
+
+
+def stored(rows: list[int], columns: int, transposed: bool) -> Tensor:
+    """A labelled weight: the label counts in thousands, the other dimension in ones."""
+    weight = 1000 * torch.tensor(rows)[:, None] + torch.arange(columns)
+    return weight.T.contiguous() if transposed else weight
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_fused_projection_keeps_the_rows_of_its_heads(family):
+    output, transposed, rows = FUSED[family]
+    architecture = attention({"attn.qkv": f"model -> {output}"}, transposed)
+    state = {"h.0.attn.qkv.weight": stored(rows, 4, transposed), "h.0.attn.qkv.bias": torch.tensor(rows)}
+    sliced = slice_state({**state, "wte.weight": torch.zeros(4)}, architecture, Plan({(0, "attention"): heads(0, 2)}))
+    assert sliced["h.0.attn.qkv.bias"].tolist() == KEPT[family]
+    assert torch.equal(sliced["h.0.attn.qkv.weight"], stored(KEPT[family], 4, transposed))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
+def test_the_consumer_loses_inputs_and_keeps_its_bias(transposed):
+    architecture = attention({"attn.out": "kv d -> model"}, transposed)
+    columns = labels(VALUE)
+    state = {"h.0.attn.out.weight": stored(columns, 4, not transposed), "h.0.attn.out.bias": torch.arange(4)}
+    sliced = slice_state({**state, "wte.weight": torch.zeros(4)}, architecture, Plan({(0, "attention"): heads(1)}))
+    assert torch.equal(sliced["h.0.attn.out.weight"], stored([310, 311], 4, not transposed))
+    assert sliced["h.0.attn.out.bias"].tolist() == [0, 1, 2, 3]
+
+
+BLOCK = {"norm": "model", "attn.q": "model -> kv q d", "attn.k": "model -> kv d", "attn.out": "kv q d -> model"}
+
+
+def random_state(architecture: Architecture) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {p.name: [dim.size(architecture.sizes) for dim in p.dims] for p in architecture.parameters}
+    return {name: torch.randint(1000, shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_a_deleted_layer_leaves_no_gap():
+    architecture = attention(BLOCK, layers=3)
+    state = random_state(architecture)
+    plan = Plan({(0, "attention"): heads(0, 1, 2), (1, "attention"): heads(), (2, "attention"): heads(1)})
+    sliced = slice_state(state, architecture, plan)
+    assert {name.split(".attn")[0] for name in sliced if ".attn" in name} == {"h.0", "h.1"}
+    assert torch.equal(sliced["h.0.attn.q.weight"], state["h.0.attn.q.weight"])
+    assert torch.equal(sliced["h.1.attn.k.weight"], state["h.2.attn.k.weight"][2:4])
+    assert torch.equal(sliced["h.1.norm.weight"], state["h.2.norm.weight"])
+    assert torch.equal(sliced["wte.weight"], state["wte.weight"])
+
+
+@settings(max_examples=20)
+@given(st.lists(st.sets(st.integers(0, 2), min_size=1), min_size=2, max_size=2), st.data())
+def test_slicing_twice_is_slicing_once(first, data):
+    architecture = attention(BLOCK, transposed=data.draw(st.booleans()))
+    left = sorted(first[0])
+    second = data.draw(st.sets(st.integers(0, len(left) - 1), min_size=1))
+    once = Plan({(0, "attention"): heads(*[left[i] for i in second])})
+    state = random_state(architecture)
+
+    smaller = replace(architecture, sizes={**SIZES, "kv": len(left)})
+    then = Plan({(0, "attention"): np.isin(np.arange(len(left)), list(second))})
+    twice = slice_state(slice_state(state, architecture, Plan({(0, "attention"): heads(*left)})), smaller, then)
+    expected = slice_state(state, architecture, once)
+    assert twice.keys() == expected.keys()
+    assert all(torch.equal(twice[name], expected[name]) for name in expected)
+
+
+# Masking, on a Llama with biases everywhere: 3 groups of 2 query heads of size 8, 13 channels
+
+
+@pytest.fixture
+def llama():
+    return FAMILIES["llama"](0)
+
+
+def logits(model) -> Tensor:
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def masked_logits(model, plan: Plan) -> Tensor:
+    with masked(model, describe(model), plan):
+        return logits(model)
+
+
+@pytest.mark.parametrize(
+    ("part", "unit", "module", "positions"),
+    [("attention", 1, "self_attn.o_proj", slice(16, 32)), ("mlp", 4, "mlp.down_proj", slice(4, 5))],
+)
+def test_removing_a_unit_zeroes_what_it_feeds_the_consumer(llama, part, unit, module, positions):
+    found = masked_logits(llama, plan_without(describe(llama), 2, part, unit))
+    with torch.no_grad():
+        llama.model.layers[2].get_submodule(module).weight[:, positions] = 0
+    assert_close(found, logits(llama))
+
+
+@pytest.mark.parametrize(("part", "module"), [("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")])
+def test_removing_all_units_removes_the_consumers_bias_too(llama, part, module):
+    architecture = describe(llama)
+    found = masked_logits(llama, plan_without(architecture, 2, part, *range(architecture.units(part))))
+    consumer = llama.model.layers[2].get_submodule(module)
+    with torch.no_grad():
+        consumer.weight.zero_()
+        with_bias = logits(llama)
+        consumer.bias.zero_()
+    assert_close(found, logits(llama))
+    assert (found - with_bias).abs().max() > 0.01
+
+
+def test_the_plan_that_keeps_all_masks_nothing(llama):
+    assert_close(masked_logits(llama, Plan.dense(describe(llama))), logits(llama))
+
+
+def test_the_mask_is_lifted_even_after_an_error(llama):
+    before = logits(llama)
+    plan = plan_without(describe(llama), 0, "mlp", *range(13))
+    with pytest.raises(KeyError), masked(llama, describe(llama), plan):
+        assert not torch.allclose(logits(llama), before)
+        raise KeyError
+    assert_close(logits(llama), before)
+
+
+# Plans
+
+
+def test_a_plan_is_uniform_only_if_the_layers_left_are_alike_and_whole():
+    def plan(*kept: tuple[int, int]) -> Plan:
+        counts = {(layer, part): n for layer, pair in enumerate(kept) for part, n in zip("am", pair, strict=True)}
+        return Plan({block: np.arange(3) < n for block, n in counts.items()})
+
+    assert plan((2, 1), (2, 1)).uniform
+    assert plan((2, 1), (0, 0), (2, 1)).uniform
+    assert plan((2, 1), (0, 0), (2, 1)).layers == (0, 2)
+    assert not plan((2, 1), (2, 2)).uniform
+    assert not plan((2, 0), (2, 0)).uniform
+    assert not plan((0, 0), (0, 0)).uniform
+    assert plan((2, 0), (0, 0)).layers == (0,)
+
+
+# What a config cannot say
+
+
+def gpt2_like() -> Family:
+    """GPT-2 has one key for the residual width and for the heads together."""
+    return Family.model_validate(
+        {
+            "family": "gpt2",
+            "model_types": ["gpt2"],
+            "layers": "transformer.h",
+            "parts": {
+                "attention": {
+                    "axis": "kv",
+                    "module": "attn",
+                    "modules": {"attn.c_attn": "model -> kv d + kv d + kv d", "attn.c_proj": "kv d -> model"},
+                }
+            },
+            "outside": {},
+            "cache": "kv d + kv d",
+            "config": {"layers": "n_layer", "sizes": {"n_embd": ["model", "kv d"], "n_head": "kv"}},
+        }
+    )
+
+
+def test_a_key_with_two_expressions_that_differ_is_named():
+    config = GPT2Config(n_embd=12, n_head=3, n_layer=2)
+    with pytest.raises(NotExpressibleError, match="'n_embd' of family 'gpt2' must be both model = 12 and kv d = 8"):
+        new_config(gpt2_like(), config, {"model": 12, "kv": 2, "d": 4}, (0, 1))
+
+
+def test_a_key_with_two_expressions_that_agree_is_written():
+    config = GPT2Config(n_embd=12, n_head=3, n_layer=2)
+    written = new_config(gpt2_like(), config, {"model": 12, "kv": 2, "d": 6}, (1,))
+    assert (written.n_embd, written.n_head, written.n_layer) == (12, 2, 1)
+
+
+def test_a_shape_that_the_config_class_refuses_is_not_expressible(llama):
+    """Llama's own check: the head count divides the hidden size, 30, though the head size is explicit."""
+    architecture = describe(llama)
+    assert [n for n in (1, 2, 3) if architecture.parts["attention"].says(n)] == [1, 3]
+    message = ["LlamaConfig refuses the pruned shape: ", "hidden size (30) is not a multiple"]
+    with pytest.raises(NotExpressibleError, match=".*".join(map(re.escape, message))):
+        new_config(family_of("llama"), llama.config, {**architecture.sizes, "kv": 2}, (0, 1, 2, 3))
+
+
+def test_entries_of_deleted_layers_leave_per_layer_lists():
+    config = FAMILIES["qwen2"](0).config
+    assert config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    sizes = describe(FAMILIES["qwen2"](0)).sizes
+    written = new_config(family_of("qwen2"), config, dict(sizes), (0, 3))
+    assert written.layer_types == ["full_attention", "sliding_attention"]
+    assert written.num_hidden_layers == 2

@@ -1,0 +1,112 @@
+"""Models from where users have them, and how sources are found."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from libprune.engine.errors import SourceError
+from libprune.models.folder import write_dense
+from libprune.models.source import load_dense, resolve
+from libprune.pipeline.sections import Prepare
+from tests.support.tiny import write_model
+
+# Where things are
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Path:
+    """An installed package that must not be imported: its module raises."""
+    folder = tmp_path / "site" / "forbidden_to_import"
+    (folder / "data").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (folder / "data" / "text.txt").write_text("a\nb")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return folder
+
+
+def test_a_file_inside_a_package_is_found_without_importing_it(package):
+    assert resolve("package://forbidden_to_import/data/text.txt") == package / "data" / "text.txt"
+
+
+def test_a_missing_package_is_named_with_what_to_do():
+    for source in ("package://no_such_package/file", "package:///file", "package://../etc/passwd"):
+        with pytest.raises(SourceError, match=r"no installed package is named '.*'; install it with pip"):
+            resolve(source)
+
+
+def test_a_missing_file_of_a_package_is_named_with_what_lies_beside_it(package):
+    with pytest.raises(SourceError, match=r"'forbidden_to_import' has no such file; in that folder: text\.txt$"):
+        resolve("package://forbidden_to_import/data/txet.txt")
+    with pytest.raises(SourceError, match=r"no such file; in that folder: none$"):
+        resolve("package://forbidden_to_import/nowhere/text.txt")
+
+
+def test_a_local_path_is_taken_as_it_is_and_must_exist(tmp_path, monkeypatch):
+    (tmp_path / "here.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("here.txt") == Path("here.txt")
+    assert resolve(str(tmp_path)) == tmp_path
+    for missing in ("./there", "/no/where", "a/b/c", "there.gguf", "there.jsonl", "~/no/such/file"):
+        with pytest.raises(SourceError, match=r"does not exist \(seen from "):
+            resolve(missing)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-3.1-8B", "wikitext"])
+def test_a_hub_id_is_left_to_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve(name) is None
+
+
+# Models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model and its tokenizer as a Hugging Face folder."""
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def test_a_damaged_weight_file_is_named(folder, tmp_path):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    path = damaged / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SourceError, match=r"damaged' cannot be loaded: .*"):
+        load_dense(Prepare(model=str(damaged)))
+
+
+def test_a_local_folder_is_loaded_and_written_as_a_plain_one(folder, tmp_path):
+    model, tokenizer = load_dense(Prepare(model=str(folder)))
+    assert not model.training
+    fingerprint = write_dense(tmp_path / "model", model, tokenizer)
+    again, _ = load_dense(Prepare(model=str(tmp_path / "model")))
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], parameter)
+    assert write_dense(tmp_path / "again", again, tokenizer) == fingerprint
+
+
+def test_the_dtype_of_the_source_is_kept_unless_another_is_asked_for(folder):
+    assert load_dense(Prepare(model=str(folder)))[0].dtype == torch.float32
+    assert load_dense(Prepare(model=str(folder), dtype="bfloat16"))[0].dtype == torch.bfloat16
+
+
+def test_a_folder_that_holds_no_model_is_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"prepare\.model = '.*' cannot be loaded: "):
+        load_dense(Prepare(model=str(tmp_path)))
+    (tmp_path / "model.gguf").write_text("not one")
+    with pytest.raises(SourceError, match=r"model\.gguf' cannot be loaded: "):
+        load_dense(Prepare(model=str(tmp_path / "model.gguf")))
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "mxfp4", "unheard-of"])
+def test_a_quantized_model_is_refused_with_its_method(folder, tmp_path, method):
+    for path in folder.iterdir():
+        (tmp_path / path.name).hardlink_to(path)
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=rf"is quantized \({method}\); prune the unquantized model"):
+        load_dense(Prepare(model=str(tmp_path)))

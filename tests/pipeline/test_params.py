@@ -1,0 +1,280 @@
+"""params.yaml: what is not understood stops, with its place and what was probably meant."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from libprune.allocation.search import RIVALS
+from libprune.engine.errors import ParamsError
+from libprune.pipeline.params import PRESETS, Params, load_params
+
+SHIPPED = Path(__file__).parents[2] / "params.yaml"
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    return {name: field.annotation for name, field in Params.model_fields.items() if name != "preset"}
+
+
+PLACES = [(name,) for name in sections()] + [
+    (name, key) for name, section in sections().items() for key in section.model_fields
+]
+"""Every key of params.yaml: the sections, and the keys in them."""
+
+
+def shipped() -> dict:
+    return yaml.safe_load(SHIPPED.read_text())
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Writes a text or the given content as a params file and reads it."""
+    path = tmp_path / "params.yaml"
+
+    def write_and_load(content: object) -> Params:
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return load_params(path)
+
+    return write_and_load
+
+
+# What is shipped
+
+
+def test_the_file_of_the_repository_is_valid_and_says_every_key():
+    assert load_params(SHIPPED)
+    data = shipped()
+    assert data.keys() == {"preset", *sections()}
+    for name, section in sections().items():
+        assert data[name].keys() == section.model_fields.keys()
+
+
+def test_what_is_left_out_takes_its_default(load):
+    data = {"prepare": {"model": "m"}, "tokenize": {"text": "t"}}
+    params = load(data)
+    assert params.allocate.ratio == 0.2
+    assert params == load(data | {"allocate": {}, "score": {}})
+
+
+def test_values_are_read_as_they_are_written(load):
+    data = shipped()
+    data["allocate"] |= {"ratio": 0.35, "min_groups": 0}
+    data["gradients"]["sequences"] = None
+    params = load(data)
+    assert (params.allocate.ratio, params.allocate.min_groups, params.gradients.sequences) == (0.35, 0, None)
+
+
+def test_params_cannot_be_changed(load):
+    with pytest.raises(ValueError, match="frozen"):
+        load(shipped()).allocate.ratio = 0.5
+
+
+# Misspelled keys
+
+
+@st.composite
+def misspelled(draw):
+    """A place, and its key with one letter dropped or two neighbours exchanged."""
+    place = draw(st.sampled_from(PLACES))
+    key = place[-1]
+    at = draw(st.integers(0, len(key) - 2))
+    swap = draw(st.booleans())
+    wrong = key[:at] + key[at + 1] + key[at] + key[at + 2 :] if swap else key[:at] + key[at + 1 :]
+    assume(wrong != key)
+    return place, wrong
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(misspelled())
+def test_a_misspelled_key_is_refused_with_its_place_and_the_nearest(load, case):
+    place, wrong = case
+    data = shipped()
+    holder = data if len(place) == 1 else data[place[0]]
+    holder[wrong] = holder.pop(place[-1])
+    named = ".".join([*place[:-1], wrong])
+    with pytest.raises(ParamsError) as error:
+        load(data)
+    hint = re.search(rf"unknown key '{re.escape(named)}'; did you mean ([^?]*)\?", str(error.value))
+    assert hint, str(error.value)
+    assert repr(place[-1]) in hint[1]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=".".join)
+def test_a_key_beside_the_known_ones_is_refused_with_the_known_ones(load, place):
+    data = shipped()
+    (data if len(place) == 1 else data[place[0]])["zzz"] = 1
+    known = list(Params.model_fields if len(place) == 1 else sections()[place[0]].model_fields)
+    with pytest.raises(ParamsError, match=rf"unknown key '[a-z.]*zzz' \(known: {', '.join(known)}\)"):
+        load(data)
+
+
+def test_a_misspelled_part_of_a_mixed_criterion_is_refused_with_its_whole_place(load):
+    data = shipped()
+    data["score"]["weight_stats"]["entrpy"] = data["score"]["weight_stats"].pop("entropy")
+    with pytest.raises(ParamsError, match=r"unknown key 'score\.weight_stats\.entrpy'; did you mean 'entropy'\?"):
+        load(data)
+
+
+# Wrong values
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if len(place) == 2], ids=".".join)
+def test_a_value_of_another_type_is_refused_with_its_place(load, place):
+    data = shipped()
+    nested = isinstance(data[place[0]][place[1]], dict)
+    data[place[0]][place[1]] = 0.5 if nested else {"a": "mapping"}
+    with pytest.raises(ParamsError, match=rf"params\.yaml: {re.escape('.'.join(place))}: "):
+        load(data)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("allocate.ratio", 0),
+        ("allocate.ratio", 1),
+        ("allocate.ratio", -0.2),
+        ("allocate.ratio", float("nan")),
+        ("allocate.ratio", "0.2"),
+        ("allocate.ratio", True),
+        ("allocate.min_groups", -1),
+        ("allocate.min_channels", 1.5),
+        ("allocate.channel_multiple", 0),
+        ("allocate.freeze_first", True),
+        ("allocate.allow_layer_removal", 1),
+        ("allocate.method", "Uniform"),
+        ("tokenize.evaluation_share", 1.0),
+        ("tokenize.calibration_length", 1),
+        ("tokenize.calibration_sequences", 0),
+        ("tokenize.seed", None),
+        ("prepare.model", 3),
+        ("prepare.dtype", "bf16"),
+        ("prepare.accept_config", [1]),
+        ("compute.batch_tokens", "1024"),
+        ("gradients.sequences", 0),
+        ("hessian.estimator", None),
+        ("score.scaling", "z-score"),
+        ("score.cooperative_threshold", 1),
+        ("score.gradient_flow", {"snr": -0.1}),
+        ("score.cooperative", {"connection": 0, "uniqueness": 0, "centrality": 0, "cooperation": 0}),
+        ("slice.damping", 0),
+        ("evaluate.rounds", 0),
+    ],
+)
+def test_a_value_out_of_range_or_of_another_type_is_refused_with_its_place(load, place, value):
+    section, key = place.split(".")
+    data = shipped()
+    data[section][key] = value
+    with pytest.raises(ParamsError, match=rf"params\.yaml: {section}\.{key}\S*: "):
+        load(data)
+
+
+def test_an_infinite_damping_is_refused(load):
+    data = shipped()
+    data["slice"]["damping"] = float("inf")
+    with pytest.raises(ParamsError, match=r"slice\.damping"):
+        load(data)
+
+
+def test_every_problem_is_told_at_once(load):
+    data = shipped()
+    data["allocate"]["ratio"] = 2
+    data["slice"]["repiar"] = "none"
+    data["prepare"].pop("model")
+    with pytest.raises(ParamsError) as error:
+        load(data)
+    assert all(place in str(error.value) for place in ("allocate.ratio", "slice.repiar", "prepare.model"))
+
+
+# Files that cannot be read
+
+
+def test_a_missing_file_says_where_to_run(tmp_path):
+    with pytest.raises(
+        ParamsError, match=r"nowhere\.yaml does not exist; run from the project folder or name another file"
+    ):
+        load_params(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["prepare: [", "a: b: c", "\tprepare: 1", "prepare: &x *y"])
+def test_a_file_that_is_no_yaml_is_refused_in_one_line(load, text):
+    with pytest.raises(ParamsError, match=r"params\.yaml is not valid YAML: .*line 1") as error:
+        load(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("section", sections())
+@pytest.mark.parametrize("value", ["null", "3", "[a, b]"])
+def test_a_section_that_is_no_mapping_is_refused_by_name(load, section, value):
+    data = {name: content for name, content in shipped().items() if name != section}
+    with pytest.raises(ParamsError, match=rf"params\.yaml: {section}: "):
+        load(yaml.safe_dump(data) + f"{section}: {value}\n")
+
+
+def test_gram_matrices_in_bfloat16_are_refused_where_the_repair_needs_them(load):
+    data = shipped()
+    data["activations"]["storage_dtype"] = "bfloat16"
+    for section, key, value in (
+        ("slice", "repair", "local"),
+        ("allocate", "method", "search"),
+        ("score", "criterion", "obs"),
+    ):
+        changed = data | {section: data[section] | {key: value}}
+        with pytest.raises(
+            ParamsError, match=rf"params.yaml: {section}.{key}: {value} needs activations.storage_dtype: f"
+        ):
+            load(changed)
+    data["slice"]["repair"] = "none"
+    assert load(data).activations.storage_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "repair"),
+    [
+        ("fisher_share", 0.5, "sequential"),
+        ("drift", 0.5, "local"),
+        ("drift_cap", 1.5, "local"),
+        ("producer_steps", 4, "local"),
+    ],
+)
+def test_settings_of_another_repair_are_refused(load, key, value, repair):
+    data = shipped()
+    data["slice"] |= {"repair": repair, key: value}
+    with pytest.raises(ParamsError, match=f"slice.{key} .*, not {repair}"):
+        load(data)
+
+
+def test_whole_plans_are_measured_by_the_preset_best_unless_every_layer_is_to_have_one_shape(load):
+    data = shipped() | {"preset": "best"}
+    assert load(data).allocate.evaluations == PRESETS["best"]["allocate"]["evaluations"] > len(RIVALS)
+    data["allocate"]["shape"] = "uniform"
+    assert load(data).allocate.evaluations == 0
+    data["allocate"]["evaluations"] = 3
+    with pytest.raises(ParamsError, match=r"allocate.evaluations changes single layers.*shape: uniform"):
+        load(data)
+    data["allocate"]["method"] = "global"
+    load(data)
+
+
+# The file
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "params.yaml holds nothing, not sections of keys"),
+        (b"- a\n- b\n", "params.yaml holds list, not sections of keys"),
+        (b"preset: \xff\n", "params.yaml is not UTF-8 text: byte 8 is 0xff"),
+        (b"score: {seed: 1}\nallocate: {}\nscore: {}\n", "key 'score' is in line 1 and again in line 3"),
+        (b"score:\n  seed: 1\n  seed: 1\n", "key 'seed' is in line 2 and again in line 3"),
+        (b"score: {\n", "params.yaml is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_not_one_mapping_said_once_is_refused(content, message, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ParamsError, match=message):
+        load_params(path)

@@ -1,0 +1,152 @@
+"""Repairs from the artifacts: what the collecting stages store is what a repair reads."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from libprune.engine import cost
+from libprune.engine.describe import describe, with_biases
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import oriented
+from libprune.models.folder import load_config, load_model
+from libprune.models.sequences import Sequences
+from libprune.models.tokens import write_tokens
+from libprune.pipeline.artifacts import read_architecture, write_units
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.sections import Compute, Slice
+from libprune.pipeline.shards import write_shard
+from libprune.repair.least_squares import pruned_consumers
+from libprune.repair.repairs import REPAIRS
+from libprune.repair.sequential import SequentialRepair
+from libprune.results.prune import prune
+from libprune.results.record import PROVENANCE
+from tests.support.collected import activations, captured
+from tests.support.models import FAMILIES, plan_of, random_plan, tokens
+
+
+@pytest.mark.parametrize("length", [12, 32, 64])
+@pytest.mark.parametrize("how", ["local", "bias"])
+def test_a_repair_is_judged_by_the_inputs_of_the_held_out_sequences(tmp_path, how, length):
+    """Against the inputs themselves, at every position or every second one, of sequences 7 and 15."""
+    layout, model, ids = Layout(tmp_path), FAMILIES["llama"](0), tokens(17, length)
+    architecture = describe(model, fingerprint="here")
+    plan = plan_of(architecture, lambda layer, part: 2 * architecture.units(part) // 3)
+    model.save_pretrained(layout.model)
+    layout.activations.mkdir()
+    sums = activations(model, 4, ids)
+    for layer in range(architecture.layers):
+        write_shard(layout.activations, layer, sums.finish(layer), {"model": "here", "tokens": "these"})
+    consumers = list(pruned_consumers(architecture, plan))
+    with captured(model, [consumer.module for consumer, _ in consumers]) as table, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    fits = REPAIRS[how](layout, architecture, plan, Compute(), Slice(repair=how, damping=0.01))
+    assert len(fits) == len(consumers) == 8
+    for fit, (consumer, kept) in zip(fits, consumers, strict=True):
+        x = table[consumer.module].view(17, length, -1)
+        old = oriented(consumer, model.get_parameter(consumer.weight).detach()).double()
+        new, shift = old * kept, torch.zeros(len(old), dtype=torch.float64)
+        if fit.weight is not None:
+            new = oriented(consumer, fit.weight).double()
+        else:
+            shift = fit.bias.double() - model.get_parameter(consumer.bias).detach().double()
+        held = torch.arange(17) % 8 == 7
+        apart = x[held][:, :: max(1, length // 32)].flatten(0, 1)
+        for rows, found in (
+            (x[~held].flatten(0, 1), (fit.before, fit.after)),
+            (apart, (fit.held_out_before, fit.held_out_after)),
+        ):
+            y = rows @ old.T
+            lost = [(y - rows @ (old * kept).T).square().sum(), (y - rows @ new.T - shift).square().sum()]
+            np.testing.assert_allclose(found, np.array(lost) / float(y.square().sum()), rtol=1e-3)
+
+
+def made(root: Path, name: str, kind: str) -> tuple[Layout, Plan]:
+    """The artifacts that the slice stage reads, of a tiny model and a random plan."""
+    layout, model, ids = Layout(root), FAMILIES[name](0), tokens(17, 32)
+    architecture = describe(model, fingerprint="here")
+    plan = random_plan(architecture, kind)
+    model.save_pretrained(layout.model)
+    layout.architecture.write_text(architecture.to_json())
+    write_tokens(layout.calibration, Sequences(ids), {"model": "here"})
+    layout.activations.mkdir()
+    sums = activations(model, 4, ids)
+    for layer in range(architecture.layers):
+        write_shard(layout.activations, layer, sums.finish(layer), {"model": "here", "tokens": "these"})
+    meta = {"model": "here", "shape": "per_layer" if kind == "holes" else "uniform"}
+    write_units(layout.plan, architecture, lambda *block: {"keep": plan.keep[block]}, meta)
+    return layout, plan
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama_mha", "uniform"), ("llama_mha", "holes")])
+def test_biases_are_added_where_the_config_can_say_them(tmp_path, quick_proof, name, kind):
+    """The proof in `prune` compares the reloaded folder with the masked dense model under the new biases."""
+    layout, plan = made(tmp_path, name, kind)
+    folder = tmp_path / "pruned"
+    folder.mkdir()
+    proof, fits = prune(layout, folder, Compute(), Slice(repair="bias"))
+    assert proof["logit_difference"] < 1e-4 * proof["logit_scale"]
+    pruned = load_model(folder, torch.float32, trust_remote_code=kind == "holes")
+    config = pruned.config.to_dict()
+    assert config["attention_bias"] is config["mlp_bias"] is True
+    for fit in fits:
+        index = plan.layers.index(fit.consumer.layer)
+        found = pruned.get_submodule(fit.consumer.module.replace(f".{fit.consumer.layer}.", f".{index}."))
+        torch.testing.assert_close(found.bias, fit.bias)
+        assert found.bias.abs().max() > 0
+    assert pruned.model.layers[0].mlp.gate_proj.bias.abs().max() == 0
+    biased, _ = with_biases(
+        read_architecture(layout),
+        load_config(layout.model),
+        json.loads((folder / PROVENANCE).read_text())["biases_added"],
+    )
+    assert cost.size(biased, plan).total == sum(parameter.numel() for parameter in pruned.parameters())
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_a_bias_is_refused_where_the_config_cannot_say_it(tmp_path, name):
+    layout, _ = made(tmp_path, name, "uniform")
+    config = json.loads((layout.model / "config.json").read_text())  # a key that nothing reads says nothing
+    (layout.model / "config.json").write_text(json.dumps(config | {"attention_bias": False, "mlp_bias": False}))
+    with pytest.raises(LibpruneError, match=r"bias on model\.layers\.0\.(self_attn\.o|mlp\.down)_proj.*cannot say one"):
+        prune(layout, tmp_path, Compute(), Slice(repair="bias"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_sequential_repair_that_is_interrupted_goes_on_with_the_layers_that_are_fitted(
+    tmp_path, quick_proof, monkeypatch, name
+):
+    """Also where what computes the channels is fitted; the proof in `prune` compares the sliced model with it."""
+    step, params = SequentialRepair.step, Slice(repair="sequential", producer_steps=6)
+
+    def run(layout: Layout) -> tuple[dict[str, torch.Tensor], list[int]]:
+        fresh = []
+
+        def watched(repair, layer, known=None):
+            if layer == 2 and not layout.root.with_suffix(".on").exists():
+                layout.root.with_suffix(".on").touch()
+                raise KeyboardInterrupt
+            fresh.extend([layer] * (known is None))
+            return step(repair, layer, known)
+
+        monkeypatch.setattr(SequentialRepair, "step", watched)
+        folder = layout.root.with_suffix(".pruned")
+        folder.mkdir(exist_ok=True)
+        proof, fits = prune(layout, folder, Compute(), params)
+        assert proof["logit_difference"] < 1e-4 * proof["logit_scale"]
+        assert any(fit.producers for fit in fits)
+        return load_model(folder, torch.float32, trust_remote_code=True).state_dict(), fresh
+
+    whole, _ = made(tmp_path / "whole", name, "holes")
+    whole.root.with_suffix(".on").touch()
+    broken, _ = made(tmp_path / "broken", name, "holes")
+    expected, _ = run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken)
+    found, fresh = run(broken)
+    assert fresh == [2, 3]
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,96 @@
+"""A `python` whose programs are forks of one process that has imported torch and transformers.
+
+Each saves the 6 s of CPU that the imports take. Of libprune nothing is imported, and a program sees only what its
+folder and its PYTHONPATH hold. In all else it is a process of its own: arguments, environment, working folder, standard
+streams and exit status are those that were asked for.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import PIPE
+from tempfile import TemporaryDirectory
+
+from tests.support.closure import ROOT
+
+
+@contextmanager
+def preloaded(path: Path, environment: Mapping[str, str]) -> Iterator[None]:
+    """Writes the `python`, which works as long as the context; it is also the `sys.executable` of its programs.
+
+    It knows `-m MODULE`, `-I -c CODE` and a script, each with arguments; any other use of it is that of the real one.
+    """
+    with TemporaryDirectory() as short:  # the address of a socket has some hundred characters at most
+        address = f"{short}/socket"
+        command = [sys.executable, "-c", SERVER, str(ROOT), address, str(path)]
+        with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, cwd=short, env=environment) as server:
+            assert server.stdout.readline() == b"ready\n"
+            path.write_text(f"#!{sys.executable} -IS\n" + CLIENT.format(python=sys.executable, address=address))
+            path.chmod(0o755)
+            yield
+
+
+CLIENT = """\
+import json, os, socket, sys
+arguments = sys.argv[1:]
+if arguments[0] != "-m" and arguments[:2] != ["-I", "-c"] and arguments[0].startswith("-"):
+    os.execv({python!r}, ["python", *arguments])
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({address!r})
+    socket.send_fds(connection, [b"0"], [0, 1, 2])
+    connection.sendall(json.dumps([os.getcwd(), dict(os.environ), arguments]).encode())
+    connection.shutdown(socket.SHUT_WR)
+    sys.exit(int(connection.recv(9) or 1))
+"""
+
+SERVER = """
+import json, os, runpy, select, signal, socket, sys
+import datasets, torch, transformers.models.llama.modeling_llama
+sys.path[:] = [path for path in sys.path if path and path != sys.argv[1]]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+assert "libprune" not in sys.modules
+listening = socket.socket(socket.AF_UNIX)
+listening.bind(sys.argv[2])
+listening.listen()
+print("ready", flush=True)
+signal.signal(signal.SIGCHLD, lambda *_: os.waitpid(-1, os.WNOHANG))  # and so their CPU time is counted
+while True:
+    if sys.stdin in select.select([listening, sys.stdin], [], [])[0]:
+        sys.exit()
+    connection = listening.accept()[0]
+    if not os.fork():
+        break
+    connection.close()
+
+# From here on, the process that waits for one program and tells its end.
+listening.close()
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+_, streams, _, _ = socket.recv_fds(connection, 1, 3)
+folder, environment, arguments = json.loads(connection.makefile().read())
+if program := os.fork():
+    connection.sendall(b"%d" % (os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]) & 255))
+    os._exit(0)
+connection.close()
+for number, stream in enumerate(streams):
+    os.dup2(stream, number)
+    os.close(stream)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in environment
+sys.executable = sys.argv[3]
+sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and arguments[0] != "-I"]
+if arguments[0] == "-I":
+    sys.argv = arguments[1:2] + arguments[3:]
+    exec(arguments[2], {"__name__": "__main__"})
+elif arguments[0] == "-m":
+    sys.argv = arguments[1:]
+    sys.path.insert(0, folder)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    sys.argv = arguments
+    sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
+    runpy.run_path(arguments[0], run_name="__main__")
+"""

@@ -1,0 +1,27 @@
+"""Made-up tables for pictures and reports: gradients by layer, and sensitivity."""
+
+import numpy as np
+
+from libprune.engine.tables import Columns
+
+KINDS = ("self_attn.q_proj.weight", "input_layernorm.weight", "mlp.up_proj.weight")
+
+
+def gradient_rows(layers: int, batches: int = 3, seed: int = 0) -> Columns:
+    """Rows like those of `gradients/layers.parquet`: three parameters a layer, gradients larger in later layers."""
+    rng = np.random.default_rng(seed)
+    index = [(layer, kind, batch) for layer in range(layers) for kind in KINDS for batch in range(batches)]
+    layer, kind, batch = (np.array(values) for values in zip(*index, strict=True))
+    mean_abs = 1e-6 * np.exp(layer / 10) * rng.lognormal(0, 0.5, len(layer))
+    part = np.where(kind == KINDS[2], "mlp", "attention").astype(object)
+    sizes = {"mean_abs": mean_abs, "std": 2 * mean_abs, "norm": 30 * mean_abs}
+    return {"layer_idx": layer, "group_type": part, "parameter": kind.astype(object), "batch": batch, **sizes}
+
+
+def sensitivity_rows(layers: int, seed: int = 0) -> Columns:
+    """Rows like those of `sensitivity.parquet`, some increases below zero."""
+    removed = np.array(["layer", "attention", "mlp"] * layers, dtype=object)
+    increase = np.random.default_rng(seed).normal(0.2, 0.3, len(removed))
+    errors = np.full(len(removed), 0.01)
+    layer = np.repeat(np.arange(layers), 3)
+    return {"layer_idx": layer, "removed": removed, "loss_increase": increase, "standard_error": errors}

@@ -1,0 +1,329 @@
+"""Windows drawn from texts: from disjoint documents in every form, and recorded as they were drawn."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from libprune.engine import cost
+from libprune.engine.errors import SourceError
+from libprune.engine.plan import Plan
+from libprune.models.folder import load_model
+from libprune.models.sequences import Sequences
+from libprune.models.tokens import read_tokens
+from libprune.pipeline.artifacts import read_architecture
+from libprune.pipeline.layout import Layout
+from libprune.report.provenance import read_origin
+from libprune.texts.draw import MARGIN, Drawn, require_disjoint
+from libprune.texts.self_text import GREEDY, SelfText
+from libprune.texts.windows import windows
+from stages import prepare, tokenize
+from tests.support import tiny
+from tests.support.hub import REVISION, write_cached
+from tests.support.models import FAMILIES, VOCAB, write_dense
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """The tiny model, prepared, and a text of documents of 24 words, each of one token."""
+    folder = tmp_path_factory.mktemp("project")
+    model = tiny.write_model(folder / "model")
+    text = tiny.write_text(folder / "text.txt", documents=400)
+    prepare.main(tiny.write_params(folder / "params.yaml", str(model), str(text)), folder / "artifacts")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def run(project, tmp_path):
+    """Runs the stage under changed params; both artifacts as ids and metadata."""
+    layout = Layout(project / "artifacts")
+    fingerprint = read_architecture(layout).fingerprint
+
+    def run_stage(**changes: object) -> list[tuple]:
+        text = str(project / "text.txt")
+        params = tiny.write_params(tmp_path / "params.yaml", "unused", text, tokenize={"text": text} | SIZES | changes)
+        tokenize.main(params, layout.root)
+        found = (read_tokens(path, fingerprint) for path in (layout.calibration, layout.evaluation))
+        return [(sequences.ids.numpy(), meta) for sequences, meta in found]
+
+    return run_stage
+
+
+SIZES = {"calibration_sequences": 8, "calibration_length": 16, "evaluation_windows": 4, "evaluation_length": 12}
+
+
+def lines(project: Path) -> list[str]:
+    return (project / "text.txt").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(project):
+    return AutoTokenizer.from_pretrained(project / "model")
+
+
+def rows(ids: np.ndarray) -> set[bytes]:
+    return {row.tobytes() for row in ids}
+
+
+# What is recorded
+
+
+@pytest.mark.parametrize("documents", ["joined", "apart"])
+def test_the_record_is_enough_to_draw_the_same_windows_again(run, project, tokenizer, documents):
+    for (ids, meta), length in zip(run(documents=documents), (16, 12), strict=True):
+        first, count = re.fullmatch(r"the (first|last) (\d+) documents", meta["part"]).groups()
+        texts = lines(project)[: int(count)] if first == "first" else lines(project)[-int(count) :]
+        available = windows(texts, tokenizer, length, meta["mode"])
+        np.testing.assert_array_equal(available.ids[meta["windows"]], ids)
+        assert (meta["documents"], meta["available"]) == (len(texts), len(available.ids))
+        assert (meta["source"], meta["revision"], meta["column"]) == (str(project / "text.txt"), None, "text")
+
+
+def test_the_record_of_a_hub_text_names_data_set_revision_config_and_split(run, project, tmp_path):
+    half = {"train": lines(project)[:300], "test": lines(project)[300:]}
+    write_cached(tmp_path / "cache", "Salesforce/wikitext", half, "wikitext-2-raw-v1")
+    for (_, meta), split in zip(run(text="wikitext2"), half, strict=True):
+        named = {"source": "wikitext2", "data_set": "Salesforce/wikitext", "config": "wikitext-2-raw-v1"}
+        expected = named | {"revision": REVISION, "split": split, "streaming": False, "part": "all documents"}
+        assert {key: meta[key] for key in expected} == expected
+
+
+def test_the_report_names_the_data_set_config_split_and_commit(run, project, tmp_path):
+    layout = Layout(project / "artifacts")
+    model = read_architecture(layout).fingerprint
+    write_cached(tmp_path / "cache", "owner/data", {"train": lines(project)}, "some")
+    run(text="owner/data", config="some")
+    assert read_origin(layout, model, project).text == f"owner/data, some, train, {REVISION}"
+    run()
+    assert read_origin(layout, model, project).text == str(project / "text.txt")
+
+
+def test_the_stage_says_what_it_drew(run, capsys):
+    run()
+    said = capsys.readouterr().out
+    assert re.search(r"^calibration: 8 windows of 16 tokens \(128 tokens\), of 420 in 280 documents: .*first 280", said)
+    assert re.search(r"^evaluation: 4 windows of 12 tokens \(48 tokens\), of 240 in 120 documents: ", said, re.M)
+
+
+# Documents apart
+
+
+def test_a_window_of_documents_apart_lies_within_one(run, project):
+    within = {" ".join(words[i : i + 16]) for words in map(str.split, lines(project)) for i in range(9)}
+    texts = {
+        mode: {" ".join(tiny.WORDS[i - 2] for i in row) for row in run(documents=mode)[0][0]}
+        for mode in ("apart", "joined")
+    }
+    assert texts["apart"] <= within
+    assert not texts["joined"] <= within
+
+
+def test_documents_shorter_than_a_window_are_counted_and_told(run, project, tmp_path, capsys):
+    path = tmp_path / "mixed.txt"
+    path.write_text("\n".join(line if i % 2 else line[:20] for i, line in enumerate(lines(project))))
+    calibration, evaluation = run(text=str(path), documents="apart")
+    assert (calibration[1]["skipped"], evaluation[1]["skipped"]) == (140, 60)
+    assert "280 documents, 140 of them shorter than a window: " in capsys.readouterr().out
+    with pytest.raises(
+        SourceError, match=r"calibration needs 8 windows of 30 .*; 280 of its 280 documents are shorter"
+    ):
+        run(text=str(path), documents="apart", calibration_length=30)
+
+
+# Streams
+
+
+def test_a_stream_without_a_held_out_split_is_read_apart(run, project):
+    """What is evaluated on comes from its head and does not depend on the seed; the rest is drawn by it."""
+    text = lines(project)
+    found = {seed: run(streaming=True, documents="apart", seed=seed) for seed in (0, 1)}
+    (calibration, meta), (evaluation, other) = found[0]
+    read = other["documents"]
+    assert other["part"] == f"the first {read} documents"
+    assert meta["part"] == f"documents after the first {read}"
+    of_head = {tuple(line.split()[i : i + 12]) for line in text[:read] for i in (0, 12)}
+    of_rest = {tuple(line.split()[:16]) for line in text[read:]}
+    assert {tuple(tiny.WORDS[i - 2] for i in row) for row in evaluation} <= of_head
+    assert {tuple(tiny.WORDS[i - 2] for i in row) for row in calibration} <= of_rest
+    np.testing.assert_array_equal(found[1][1][0], evaluation)
+    assert rows(found[1][0][0]) != rows(calibration)
+    np.testing.assert_array_equal(run(streaming=True, documents="apart")[0][0], calibration)
+
+
+@pytest.mark.parametrize("documents", ["joined", "apart"])
+def test_a_stream_is_read_until_there_is_something_to_draw_from_and_not_much_further(run, documents):
+    for _, meta in run(streaming=True, documents=documents):
+        asked = len(meta["windows"])
+        assert meta["available"] >= MARGIN * asked
+        assert asked <= meta["documents"] <= 2 * MARGIN * asked
+
+
+def test_a_stream_that_is_too_short_says_what_it_gave(run, project, tmp_path):
+    (tmp_path / "t.txt").write_text("\n".join(lines(project)[:8]))
+    with pytest.raises(SourceError, match=r"calibration needs 8 windows of 16 tokens, the text gives \d \("):
+        run(text=str(tmp_path / "t.txt"), streaming=True)
+
+
+# Disjoint texts
+
+
+def test_a_copy_under_another_name_is_refused(run, project, tmp_path):
+    copy = tmp_path / "copy.txt"
+    copy.write_text("\n".join(reversed(lines(project)[:200])))
+    with pytest.raises(SourceError, match=r"100 % of the text to evaluate on \('.*copy\.txt'\) is in the text to"):
+        run(evaluation_text=str(copy))
+
+
+def test_a_text_that_repeats_itself_cannot_be_set_apart(run, project, tmp_path):
+    (tmp_path / "t.txt").write_text("\n".join(lines(project)[:20] * 20))
+    with pytest.raises(SourceError, match="take out what is repeated"):
+        run(text=str(tmp_path / "t.txt"))
+
+
+def test_a_few_recurring_headings_do_no_harm(run, project, tmp_path):
+    headed = (f"= today =\n{line}" for line in lines(project))
+    (tmp_path / "t.txt").write_text("\n".join(headed))
+    calibration, evaluation = run(text=str(tmp_path / "t.txt"))
+    assert len(calibration[0]) == 8
+    assert len(evaluation[0]) == 4
+
+
+# Text that the model writes
+
+
+def test_sampled_text_is_the_same_again_and_other_under_another_seed(run):
+    (calibration, meta), (evaluation, other) = run(text="self")
+    assert calibration.shape == (8, 16)
+    assert evaluation.shape == (4, 12)
+    assert meta["source"] == other["source"] == "self"
+    assert meta["seed"] == 0
+    assert "seed" not in other
+    again, changed = run(text="self"), run(text="self", seed=1)
+    np.testing.assert_array_equal(again[0][0], calibration)
+    assert not rows(changed[0][0]) & rows(calibration)
+    np.testing.assert_array_equal(changed[1][0], evaluation)
+
+
+def test_what_is_evaluated_on_is_sampled_apart(run):
+    (calibration, _), (evaluation, _) = run(text="self", evaluation_length=16, evaluation_windows=8)
+    assert not rows(calibration) & rows(evaluation)
+
+
+def test_sampled_and_read_text_go_together(run, project):
+    calibration, evaluation = run(text="self", evaluation_text=str(project / "text.txt"))
+    assert (calibration[1]["mode"], evaluation[1]["mode"]) == ("sampled", "joined")
+    assert evaluation[1]["documents"] == 400
+    calibration, evaluation = run(evaluation_text="self")
+    assert (calibration[1]["documents"], evaluation[1]["mode"]) == (400, "sampled")
+
+
+def test_a_model_that_writes_the_same_again_and_again_is_refused():
+    ids = np.arange(40).reshape(4, 10)
+
+    def drawn(rows: np.ndarray) -> Drawn:
+        return Drawn(Sequences(torch.from_numpy(rows)), {"source": "self", "mode": "sampled", "part": ""}, [])
+
+    known, partly = (drawn(rows) for rows in (ids, np.concatenate([ids[:1, :7], ids[:3, 1:8]])))
+    require_disjoint(known, drawn(ids[:, 1:] + 100))
+    with pytest.raises(SourceError, match=r"25 % of the text to evaluate on \('self'\)"):
+        require_disjoint(known, partly)
+
+
+@pytest.fixture
+def make_writer(project, tokenizer, tmp_path) -> Callable[[], SelfText]:
+    """Makes a writer that saves its batches in a folder of the test's own."""
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "model").symlink_to(project / "artifacts" / "model")
+    architecture = read_architecture(Layout(project / "artifacts"))
+    return lambda: SelfText(Layout(tmp_path / "artifacts"), architecture, tokenizer, "cpu", "float32")
+
+
+@pytest.fixture
+def writer(make_writer) -> SelfText:
+    return make_writer()
+
+
+@pytest.mark.parametrize("length", [2, GREEDY + 1, GREEDY + 2, 40])
+def test_sampled_sequences_have_the_length_asked_for_and_no_special_token(writer, tokenizer, length):
+    ids, how = writer.sample(9, length, 3)
+    assert ids.shape == (9, length)
+    assert ids.dtype == np.int64
+    assert not set(ids.flatten().tolist()) & set(tokenizer.all_special_ids)
+    assert how["at_once"] == min(9, writer.at_once(length))
+
+
+def test_ids_of_which_the_tokenizer_knows_nothing_are_not_written(tokenizer, tmp_path):
+    """Embeddings are often padded to a round number of rows."""
+    assert len(tokenizer) < VOCAB
+    dense = write_dense(FAMILIES["gpt2"](0), tmp_path / "artifacts" / "model")
+    writer = SelfText(Layout(tmp_path / "artifacts"), dense.architecture, tokenizer, "cpu", "float32")
+    assert writer.sample(20, 10, 0)[0].max() < len(tokenizer)
+
+
+@pytest.mark.parametrize("length", [1, 16, 100_000])
+def test_the_cache_of_the_sequences_at_once_is_as_large_as_the_weights_at_most(writer, project, length):
+    architecture = read_architecture(Layout(project / "artifacts"))
+    size = cost.size(architecture, Plan.dense(architecture))
+    found = writer.at_once(length)
+    assert (found + 1) * length * size.cache > size.total
+    assert found == 1 or found * length * size.cache <= size.total
+
+
+def test_a_writer_that_was_stopped_goes_on_after_its_last_batch(make_writer, tmp_path, monkeypatch):
+    """What is saved of the first batch is used, what is missing of the others is written as it would have been."""
+    monkeypatch.setattr(SelfText, "at_once", lambda self, length: 1)
+    whole, _ = make_writer().sample(3, 12, 0)
+    assert len(rows(whole)) == 3
+    first, *others = sorted(tmp_path.glob(".work/self/*/*.npy"), key=lambda path: int(path.stem.split("-")[0]))
+    assert len(others) == 2
+    np.save(first, marked := whole[:1] + 1000)
+    others[1].unlink()
+    last = make_writer()
+    np.testing.assert_array_equal(last.sample(3, 12, 0)[0], np.concatenate([marked, whole[1:]]))
+    assert not (last.sample(1, 12, 1)[0] == marked).all()
+    last.forget()
+    assert not (tmp_path / ".work/self").exists()
+
+
+def test_sampling_leaves_the_random_numbers_of_others_alone(writer):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    writer.sample(2, 8, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_sampled_tokens_follow_the_models_distribution(writer, project):
+    """After the greedy tokens, the next one's frequencies are its probabilities, given the same beginning."""
+    ids, _ = writer.sample(1500, GREEDY + 2, 0)
+    model = load_model(project / "model", torch.float32)
+    heads, counts = np.unique(ids[:, :-1], axis=0, return_counts=True)
+    head = heads[counts.argmax()]
+    drawn = ids[(ids[:, :-1] == head).all(1), -1]
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(head)[None]).logits[0, -1]
+    logits[[0, 1]] = -torch.inf
+    expected = logits.softmax(0).numpy()
+    found = np.bincount(drawn, minlength=len(expected)) / len(drawn)
+    assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / len(drawn))
+    assert (ids[:, 1 : GREEDY + 1] == _greedy(model, ids[:, :1])).all()
+
+
+def _greedy(model, start: np.ndarray) -> np.ndarray:
+    ids = torch.from_numpy(start)
+    for _ in range(GREEDY):
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[:, -1]
+        logits[:, [0, 1]] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(1, keepdim=True)], 1)
+    return ids[:, 1:].numpy()

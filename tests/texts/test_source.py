@@ -1,0 +1,278 @@
+"""Texts: presets, hub data sets and local files, whole and as streams; what is evaluated on is never calibrated on."""
+
+import csv
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from libprune.engine.errors import SourceError
+from libprune.pipeline.sections import Tokenize
+from libprune.texts.source import (
+    PRESETS,
+    TextSource,
+    calibration_source,
+    evaluation_source,
+    open_text,
+    require_other_text,
+)
+from tests.support.hub import REVISION, write_cached
+
+DOCUMENTS = ["the cat sees a bird", "  never, and then: today", "a river", 'the "old" house']
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # a stream of csv leaves it to gc
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_aside():
+    """What is there before these tests is not looked through after each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    yield
+    gc.collect()
+
+
+def source(text: object, **keys: object) -> TextSource:
+    return calibration_source(Tokenize(text=str(text), **keys))
+
+
+def load(text: object, **keys: object) -> list[str]:
+    return list(open_text(source(text, **keys)).documents())
+
+
+# Local files
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["label", "text"], *(("1", text) for text in DOCUMENTS)])
+
+
+def write_shards(path: Path) -> None:
+    """A folder whose two files, in the order of their names, hold the documents."""
+    path.mkdir()
+    (path / "b.txt").write_text("\n".join(DOCUMENTS[2:]))
+    (path / "a.txt").write_text("\n".join(DOCUMENTS[:2]))
+
+
+FORMS: dict[str, Callable[[Path], object]] = {
+    "t.txt": lambda path: path.write_text("\n".join(DOCUMENTS)),
+    "t.text": lambda path: path.write_text("\n\n \n".join(DOCUMENTS) + "\n"),
+    "t.jsonl": lambda path: path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)),
+    "t.json": lambda path: path.write_text(json.dumps([{"text": text} for text in [*DOCUMENTS, " ", None]])),
+    "t.csv": write_csv,
+    "t.parquet": lambda path: pq.write_table(pa.table({"text": [*DOCUMENTS, ""]}), path),
+    "folder": write_shards,
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_local_text_gives_the_same_documents(form, streaming, tmp_path):
+    FORMS[form](tmp_path / form)
+    assert load(tmp_path / form, streaming=streaming) == DOCUMENTS
+
+
+def test_a_text_inside_a_package_gives_the_same_documents(tmp_path, monkeypatch):
+    (tmp_path / "site" / "of_texts").mkdir(parents=True)
+    (tmp_path / "site" / "of_texts" / "text.txt").write_text("\n".join(DOCUMENTS))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert load("package://of_texts/text.txt") == DOCUMENTS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_column_is_named_with_those_that_are_there(streaming, tmp_path):
+    write_csv(tmp_path / "t.csv")
+    with pytest.raises(SourceError, match=r"t\.csv' has no column 'content'; it has label, text$"):
+        load(tmp_path / "t.csv", column="content", streaming=streaming)
+
+
+def test_a_folder_of_mixed_kinds_or_of_nothing_is_refused(tmp_path):
+    (tmp_path / "mixed").mkdir()
+    with pytest.raises(SourceError, match="holds files of 0 kinds: none"):
+        load(tmp_path / "mixed")
+    (tmp_path / "mixed" / "a.txt").write_text("a")
+    (tmp_path / "mixed" / "b.csv").write_text("a")
+    with pytest.raises(SourceError, match="holds files of 2 kinds: csv, text"):
+        load(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cut.jsonl", b'{"text": "a"}\n{"text": \n'),
+        ("empty.txt", b""),
+        ("empty.jsonl", b""),
+        ("blank.txt", b" \n\n  \n"),
+        ("latin1.txt", "caf\u00e9\n".encode("latin1")),
+        ("ragged.csv", b'text,b\n"a\n1,2,3,4\n'),
+        ("numbers.csv", b"text\n1\n2\n"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_text_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, streaming):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=name):
+        load(tmp_path / name, streaming=streaming)
+
+
+# Streams
+
+
+@pytest.mark.parametrize("skip", [0, 7])
+def test_the_seeded_order_of_a_stream_is_a_permutation_of_what_is_not_skipped(tmp_path, skip):
+    documents = [f"document {number}" for number in range(40)]
+    path = tmp_path / "t.txt"
+    path.write_text("\n\n".join(documents))
+    text = open_text(source(path, streaming=True))
+    orders = [list(text.shuffled(skip, seed)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2] != documents[skip:]
+    for order in orders:
+        assert sorted(order) == sorted(documents[skip:])
+
+
+def test_a_stream_with_nothing_after_what_is_skipped_says_so(tmp_path):
+    (tmp_path / "t.txt").write_text("\n".join(DOCUMENTS))
+    with pytest.raises(SourceError, match=r"t\.txt' holds no document after the first 4$"):
+        list(open_text(source(tmp_path / "t.txt", streaming=True)).shuffled(4, 0))
+
+
+def test_a_stream_reads_no_further_than_it_is_asked_to(tmp_path):
+    """The last file cannot be read, and is not, before its documents are asked for."""
+    (tmp_path / "texts").mkdir()
+    for number in range(3):
+        (tmp_path / "texts" / f"{number}.txt").write_text("\n".join(DOCUMENTS))
+    (tmp_path / "texts" / "9.txt").write_bytes(b"\xff\xfe\xfd")
+    documents = open_text(source(tmp_path / "texts", streaming=True)).documents()
+    assert [next(documents) for _ in range(12)] == 3 * DOCUMENTS
+    with pytest.raises(SourceError, match="texts' cannot be loaded"):
+        next(documents)
+    with pytest.raises(SourceError, match="texts' cannot be loaded"):
+        open_text(source(tmp_path / "texts", streaming=False))
+
+
+# The hub
+
+
+SPLITS = {"train": ["one", " ", "two"], "validation": ["three"], "test": ["four"]}
+
+
+@pytest.mark.parametrize("streaming", [None, False, True])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_reads_its_splits_at_a_revision_that_is_told(name, streaming, tmp_path):
+    preset = PRESETS[name]
+    write_cached(tmp_path / "cache", preset.data_set, SPLITS, preset.config or "default", preset.column)
+    settings = Tokenize(text=name, streaming=streaming)
+    text = open_text(calibration_source(settings))
+    assert list(text.documents()) == ["one", "two"]
+    assert text.revision == REVISION
+    assert text.source.streaming == (preset.streaming if streaming is None else streaming)
+    other = evaluation_source(settings)
+    assert (other is None) == (name == "fineweb-edu")
+    if other is not None:
+        require_other_text(text.source, other)
+        assert list(open_text(other).documents()) == SPLITS[preset.held_out]
+
+
+def test_keys_of_the_params_win_over_the_presets(tmp_path):
+    keys = {"config": "mine", "split": "validation", "column": "body", "revision": "b", "streaming": False}
+    found = source("c4", **keys)
+    assert {key: getattr(found, key) for key in keys} == keys
+    assert found.data_set == "allenai/c4"
+    write_cached(tmp_path / "cache", found.data_set, SPLITS, "mine", "body")
+    assert list(open_text(found).documents()) == ["three"]
+
+
+def test_a_commit_that_is_asked_for_is_not_replaced_by_the_cached_one(tmp_path):
+    write_cached(tmp_path / "cache", "owner/data", SPLITS)
+    assert load("owner/data", revision=REVISION) == ["one", "two"]
+    with pytest.raises(SourceError, match=f"'owner/data' is only there at revision {REVISION}, not at {'f' * 40}"):
+        load("owner/data", revision="f" * 40)
+
+
+def test_a_hub_text_that_cannot_be_reached_is_named():
+    with pytest.raises(SourceError, match="text 'nobody/nothing' cannot be loaded: "):
+        load("nobody/nothing")
+
+
+def test_a_name_near_a_preset_is_told_the_presets():
+    with pytest.raises(SourceError, match=r"text 'wikitext-2' cannot be loaded: .*; did you mean 'wikitext2'\?$"):
+        load("wikitext-2")
+
+
+# What is evaluated on
+
+
+def other(text: str, **keys: object) -> TextSource | None:
+    return evaluation_source(Tokenize(text=text, **keys))
+
+
+def test_without_an_evaluation_text_the_held_out_split_is_it(tmp_path):
+    assert other("wikitext2") == replace(source("wikitext2"), split="test")
+    assert other("wikitext2", evaluation_split="validation").split == "validation"
+    assert other("owner/data", config="a", evaluation_split="dev") == replace(
+        source("owner/data", config="a"), split="dev"
+    )
+
+
+def test_without_a_held_out_split_documents_are_set_apart(tmp_path):
+    (tmp_path / "t.txt").write_text("a\n")
+    assert other(str(tmp_path / "t.txt"), evaluation_split="test") is None
+    assert other("owner/data") is None
+    assert other("fineweb-edu") is None
+
+
+def test_another_evaluation_text_has_keys_of_its_own():
+    found = other("c4", evaluation_text="ptb", split="train", column="body", revision="b")
+    assert found == replace(source("ptb"), split="test")
+    assert other("c4", evaluation_text="fineweb-edu") == source("fineweb-edu")
+    found = other("owner/one", config="a", column="body", evaluation_text="owner/two", evaluation_config="b")
+    assert found == replace(source("owner/two", config="b", column="body"), split="test")
+    assert other("ptb", evaluation_text="owner/two").column == "text"
+    assert other("ptb", evaluation_text="owner/two", evaluation_column="body").column == "body"
+
+
+def test_the_text_to_calibrate_on_is_refused_for_evaluation(tmp_path):
+    one, two = str(tmp_path / "one.txt"), str(tmp_path / "two.txt")
+    for path in (one, two):
+        Path(path).write_text("a\n")
+    require_other_text(source(one), source(two))
+    for same in (one, f"{tmp_path}/../{tmp_path.name}/one.txt"):
+        with pytest.raises(SourceError, match="is the text to calibrate on"):
+            require_other_text(source(one), source(same, split="test"))
+
+
+@pytest.mark.parametrize(
+    ("split", "held_out", "apart"),
+    [
+        ("train", "test", True),
+        ("train[:10%]", "test", True),
+        ("train", "train", False),
+        ("train", "train[90%:]", False),
+        ("train[:9]+validation", "test + validation[5:]", False),
+        ("all", "test", False),
+    ],
+)
+def test_splits_of_a_data_set_that_may_overlap_are_refused(split, held_out, apart):
+    pair = source("owner/data", split=split), source("owner/data", split=held_out)
+    require_other_text(pair[0], replace(pair[1], config="other"))
+    if apart:
+        require_other_text(*pair)
+        return
+    with pytest.raises(SourceError, match=r"'owner/data', split .*; name another .*tokenize\.evaluation_split"):
+        require_other_text(*pair)

@@ -1,0 +1,129 @@
+"""Token windows: cut from documents, drawn, written and read back."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from libprune.engine.errors import ArtifactError, SourceError
+from libprune.models.sequences import Sequences
+from libprune.models.tokens import read_tokens, write_tokens
+from libprune.texts.windows import Windows, draw, split_documents, spread, windows
+from tests.support.tiny import WORDS, write_model
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=60), st.floats(0.01, 0.99))
+def test_the_documents_for_evaluation_are_the_last_and_no_others(numbers, share):
+    documents = [f"{i} {number}" for i, number in enumerate(numbers)]
+    expected = max(1, round(len(documents) * share))
+    if expected == len(documents):
+        with pytest.raises(SourceError, match="two are needed to set some apart"):
+            split_documents(documents, share)
+        return
+    calibration, evaluation = split_documents(documents, share)
+    assert calibration + evaluation == documents
+    assert not set(calibration) & set(evaluation)
+    assert len(evaluation) == expected
+
+
+def test_one_document_cannot_be_divided():
+    with pytest.raises(SourceError, match=r"the text has 1 document\(s\); .* or name tokenize\.evaluation_text"):
+        split_documents(["all in one line"], 0.3)
+
+
+IDS = np.arange(60).reshape(20, 3)
+AVAILABLE = Windows(IDS, documents=7, skipped=0)
+
+
+@given(st.integers(1, 20), st.integers(0, 1000))
+def test_a_draw_is_seeded_without_replacement_and_in_the_texts_order(count, seed):
+    drawn = draw(AVAILABLE, count, seed, "calibration")
+    assert drawn.shape == (count,)
+    assert (np.diff(drawn) > 0).all()
+    assert set(drawn) <= set(range(20))
+    np.testing.assert_array_equal(draw(AVAILABLE, count, seed, "calibration"), drawn)
+
+
+def test_other_seeds_draw_other_windows():
+    assert len({tuple(draw(AVAILABLE, 5, seed, "calibration")) for seed in range(20)}) > 15
+
+
+@given(st.integers(1, 20))
+def test_evaluation_windows_are_distinct_and_span_the_text(count):
+    rows = spread(AVAILABLE, count, "evaluation")
+    assert len(set(rows)) == count
+    assert rows[0] == 0
+    if count > 1:
+        assert rows[-1] == 19
+        assert np.ptp(np.diff(rows)) <= 1
+
+
+CHOICES = [lambda windows, n: draw(windows, n, 0, "this"), lambda windows, n: spread(windows, n, "this")]
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(choose):
+    with pytest.raises(SourceError, match=r"this needs 21 windows of 3 tokens, the text gives 20 \(60 tokens\); use"):
+        choose(AVAILABLE, 21)
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+def test_too_little_text_says_how_many_documents_were_too_short(choose):
+    with pytest.raises(SourceError, match=r"gives 20 .*; 30 of its 40 documents are shorter than a window .*joined"):
+        choose(Windows(IDS, documents=40, skipped=30), 21)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Whole words, each one token."""
+    return AutoTokenizer.from_pretrained(write_model(tmp_path_factory.mktemp("model")))
+
+
+def ids_of(document: str) -> list[int]:
+    return [WORDS.index(word) + 2 for word in document.split()]
+
+
+texts = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join), min_size=1, max_size=12)
+
+
+@given(texts, st.integers(1, 9))
+def test_windows_of_joined_documents_are_all_tokens_in_order_but_the_last_few(tokenizer, documents, length):
+    found = windows(documents, tokenizer, length, "joined")
+    expected = [token for document in documents for token in ids_of(document)]
+    assert found.ids.dtype == np.int64
+    assert found.ids.shape == (len(expected) // length, length)
+    assert found.ids.flatten().tolist() == expected[: found.ids.size]
+    assert (found.documents, found.skipped) == (len(documents), 0)
+
+
+@given(texts, st.integers(1, 9))
+def test_windows_of_documents_apart_are_those_of_each_document_by_itself(tokenizer, documents, length):
+    found = windows(documents, tokenizer, length, "apart")
+    alone = [windows([document], tokenizer, length, "joined").ids for document in documents]
+    np.testing.assert_array_equal(found.ids, np.concatenate(alone))
+    assert found.documents == len(documents)
+    assert found.skipped == sum(len(ids_of(document)) < length for document in documents)
+
+
+def test_tokens_come_back_and_those_of_another_model_are_refused(tmp_path):
+    path = tmp_path / "tokens.parquet"
+    write_tokens(path, Sequences(torch.from_numpy(IDS)), {"model": "here", "source": "a text"})
+    found, meta = read_tokens(path, "here")
+    np.testing.assert_array_equal(found.ids, IDS)
+    assert (meta["source"], meta["sequences"], meta["length"]) == ("a text", 20, 3)
+    np.testing.assert_array_equal(read_tokens(path, "here", 4)[0].ids, IDS[:4])
+    with pytest.raises(ArtifactError, match="belongs to model 'here', but the current model is 'elsewhere'"):
+        read_tokens(path, "elsewhere")
+    with pytest.raises(SourceError, match=r"21 calibration sequences are asked for, .* holds 20; raise tokenize\."):
+        read_tokens(path, "here", 21)
+
+
+def test_the_digest_names_the_tokens(tmp_path):
+    digests = []
+    for ids in (IDS, IDS.copy(), IDS + 1, IDS[:10]):
+        write_tokens(tmp_path / "tokens.parquet", Sequences(torch.from_numpy(ids)), {"model": "here"})
+        digests.append(read_tokens(tmp_path / "tokens.parquet", "here")[1]["tokens"])
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3

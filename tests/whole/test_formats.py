@@ -1,0 +1,178 @@
+"""docs/formats.md is enough to read what a run writes, and nothing is written that it does not speak of."""
+
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from torch import Tensor, nn
+
+from libprune.statistics import latency
+from tests.support import documented, tiny
+from tests.support.closure import ROOT
+
+SECTIONS = documented.sections()
+CHANGES = {
+    "gradients": {"sequences": 6, "second_moments": "full"},
+    "ablation": {"units": 4, "sequences": 2},
+    "allocate": {"method": "search", "objective": "latency"},
+    "latency": {"tokens": 4, "widths": 2, "rounds": 1},
+}
+"""Settings with which as many tables as possible have rows."""
+
+
+def by_parameters(model: nn.Module, ids: Tensor, **more: object) -> float:
+    """A nanosecond for each."""
+    return 1e-9 * sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A folder in which all stages have run."""
+    folder = tmp_path_factory.mktemp("formats")
+    model, text = tiny.write_model(folder / "source"), tiny.write_text(folder / "text.txt")
+    places = {
+        "params": tiny.write_params(folder / "params.yaml", str(model), str(text), **CHANGES),
+        "artifacts": folder / "artifacts",
+        "metrics": folder / "metrics",
+        "report": folder / "report",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(latency, "_seconds", by_parameters)  # the time of so small a layer is noise
+        for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]:
+            main = importlib.import_module(f"stages.{stage}").main
+            main(**{name: places[name] for name in inspect.signature(main).parameters})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def architecture(run) -> dict:
+    return json.loads((run / "artifacts/architecture.json").read_text())
+
+
+def files(run: Path, section: documented.Section) -> list[Path]:
+    found = sorted(run.glob(section.pattern))
+    assert found, f"{section.path} is documented and not written"
+    return found
+
+
+def with_table(name: str) -> list:
+    return [pytest.param(one, id=one.path) for one in SECTIONS if name in one.tables]
+
+
+def test_every_file_that_is_written_is_documented_and_every_documented_one_is_written(run):
+    written = {
+        str(path.relative_to(run))
+        for folder in ("artifacts", "metrics", "report")
+        for path in (run / folder).rglob("*")
+        if path.is_file()
+    }
+    assert {path for path in written if documented.matching(path, SECTIONS) is None} == set()
+    for section in SECTIONS:
+        for row in section.tables.get("file", []):
+            assert row["when"] or files(run, documented.Section(section.path + row["file"]))
+
+
+@pytest.mark.parametrize("section", with_table("column"))
+def test_tables_have_exactly_the_documented_columns(run, section):
+    rows = {row["column"]: row for row in section.tables["column"]}
+    component = rows.pop("<component>", None)
+    for path in files(run, section):
+        types, values, _ = documented.parquet(path)
+        further = types.keys() - rows.keys()
+        assert bool(further) is (component is not None), further
+        assert documented.required(list(rows.values()), "column") <= types.keys()
+        for name, kind in types.items():
+            assert kind == (component if name in further else rows[name])["type"], name
+        assert all(len(column) == len(next(iter(values.values()))) for column in values.values())
+
+
+@pytest.mark.parametrize("section", with_table("metadata"))
+def test_metadata_have_exactly_the_documented_keys(run, section):
+    rows = documented.metadata_rows(section.tables["metadata"], run / "params.yaml")
+    for path in files(run, section):
+        meta = (documented.shard if path.suffix == ".safetensors" else documented.parquet)(path)[-1]
+        assert documented.required(rows, "metadata") <= meta.keys() <= {row["metadata"] for row in rows}
+        for row in rows:
+            assert row["metadata"] not in meta or documented.is_of(meta[row["metadata"]], row["type"]), row
+
+
+def test_tables_without_metadata_of_their_own_have_those_of_their_shards(run):
+    for section in SECTIONS:
+        if "column" in section.tables and "metadata" not in section.tables:
+            (path,) = files(run, section)
+            assert documented.parquet(path)[-1] == documented.shard(path.with_name("layer-000.safetensors"))[-1]
+
+
+@pytest.mark.parametrize("section", with_table("tensor"))
+def test_shards_have_exactly_the_documented_tensors(run, section, architecture):
+    found = files(run, section)
+    assert len(found) == architecture["layers"]
+    for layer, path in enumerate(found):
+        tensors, _ = documented.shard(path)
+        expected = {name: row for row, name, _ in documented.tensors(section.tables["tensor"], architecture, layer)}
+        always = {name for name, row in expected.items() if not row["when"]}
+        assert always <= tensors.keys() <= expected.keys()
+        for row, name, shape in documented.tensors(section.tables["tensor"], architecture, layer):
+            if name in tensors:
+                assert tensors[name][0] in row["type"].split(" or "), name
+                assert tensors[name][1] == shape, name
+
+
+@pytest.mark.parametrize("section", with_table("key"))
+def test_json_files_have_exactly_the_documented_keys(run, section):
+    rows = {row["key"]: row for row in section.tables["key"]}
+    for path in files(run, section):
+        found = list(documented.leaves(section.tables["key"], json.loads(path.read_text())))
+        assert documented.required(list(rows.values()), "key") <= {key for key, _ in found} <= rows.keys()
+        for key, value in found:
+            assert documented.is_of(value, rows[key]["type"]), key
+
+
+# What the document says in words
+
+
+def test_per_unit_tables_list_the_units_in_the_documented_order(run, architecture):
+    parts = {name: architecture["sizes"][part["axis"]] for name, part in architecture["parts"].items()}
+    layers = range(architecture["layers"])
+    expected = [(layer, part, unit) for layer in layers for part, units in parts.items() for unit in range(units)]
+    sentence = re.compile(r"### `(\S+)`\n\nA per-unit table")
+    names = sentence.findall(documented.DOCUMENT.read_text())
+    assert len(names) == 6
+    for name in names:
+        _, table, _ = documented.parquet(run / name)
+        assert list(zip(table["layer_idx"], table["group_type"], table["group_idx"], strict=True)) == expected, name
+
+
+def test_scores_follow_from_their_columns_as_documented(run):
+    types, table, meta = documented.parquet(run / "artifacts/scores.parquet")
+    listed = {"layer_idx", "group_type", "group_idx", "importance", "cost", "score"}
+    assert meta["scaling"] == "none"
+    np.testing.assert_allclose(table["importance"], np.sum([table[name] for name in types.keys() - listed], axis=0))
+    np.testing.assert_allclose(table["score"], np.divide(table["importance"], table["cost"]))
+
+
+def test_the_pruned_weights_are_the_dense_ones_under_the_plan_by_the_documented_rule(run, architecture):
+    """The shapes: no layer is gone in this run, so that the names stay."""
+    _, plan, _ = documented.parquet(run / "artifacts/plan.parquet")
+    kept: dict[tuple[int, str], int] = {}
+    for layer, part, keep in zip(plan["layer_idx"], plan["group_type"], plan["keep"], strict=True):
+        kept[layer, part] = kept.get((layer, part), 0) + keep
+    assert min(kept.values()) > 0
+    with documented.safe_open(run / "artifacts/pruned/model.safetensors", framework="np") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    expected = {}
+    for one in architecture["parameters"]:
+        sizes = dict(architecture["sizes"])
+        if one["part"] is not None:
+            sizes[architecture["parts"][one["part"]]["axis"]] = kept[one["layer"], one["part"]]
+        expected[one["name"]] = [documented.size(dim, sizes) for dim in one["dims"]]
+    assert found == expected
+    assert json.loads((run / "artifacts/evaluation.json").read_text())["kept"] == [
+        {part: kept[layer, part] for part in architecture["parts"]} for layer in range(architecture["layers"])
+    ]

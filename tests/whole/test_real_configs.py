@@ -1,0 +1,44 @@
+"""Configs as they lie on the hub: their keys and shapes, without their weights."""
+
+import pytest
+from transformers import AutoConfig
+
+from libprune.engine.describe import check_config, describe, without_weights
+from libprune.engine.family import family_of
+from tests.support.published import _BERT, _GEMMA, _LLAMA, _QWEN, CONFIGS
+
+_LLAMA |= {"initializer_range": 0.02, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "pretraining_tp": 1}
+_QWEN |= {"initializer_range": 0.02, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False}
+_GEMMA |= {"eos_token_id": 1, "hidden_activation": "gelu_pytorch_tanh", "initializer_range": 0.02, "pad_token_id": 0}
+_GEMMA |= {"query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "use_cache": True, "torch_dtype": "float32"}
+
+_BERT |= {"hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-12}
+_BERT |= {"max_position_embeddings": 512, "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0}
+_BERT |= {"position_embedding_type": "absolute", "type_vocab_size": 2, "use_cache": True, "vocab_size": 30522}
+PARAMETERS = {
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-2-7b": 6_738_415_616,
+    "SmolLM2-135M": 134_515_008,
+    "Mistral-7B-v0.1": 7_241_732_096,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen3-0.6B": 596_049_920,
+    "gpt2": 124_439_808,
+    "opt-125m": 125_239_296,
+    "pythia-160m": 162_322_944,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
+    "Phi-3-mini-4k": 3_821_079_552,
+    "SmolLM3-3B": 3_075_098_624,
+    "OLMo-2-1124-7B": 7_298_617_344,
+    "starcoder2-3b": 3_030_371_328,
+    "bert-base-uncased": 109_514_298,
+    "bert-base-uncased-SST-2": 109_483_778,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_published_configs_are_understood_and_counted(name):
+    data = dict(CONFIGS[name])
+    config = AutoConfig.for_model(data.pop("model_type"), **data)
+    check_config(family_of(config.model_type), config)
+    assert describe(without_weights(config)).total_parameters == PARAMETERS[name]
