@@ -75,7 +75,7 @@ def main(
     """Print the table."""
     layout = Layout(root / "artifacts")
     architecture = read_architecture(layout)
-    ids = read_tokens(layout.calibration, architecture.fingerprint, sequences)[0].ids
+    ids = read_tokens(layout.calibration_tokens, architecture.fingerprint, sequences)[0].ids
     last = architecture.layers - 1
     modules = [architecture.consumers(layer, "mlp")[0].module for layer in (0, last // 2, last)]
     model = load_model(layout.model, torch.float32)

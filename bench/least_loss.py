@@ -217,7 +217,7 @@ class Bench:
         self.architecture = read_architecture(self.layout)
         device = resolve_device("auto")
         self.model = load_model(self.layout.model, resolve_dtype("auto", device)).to(device)
-        judged_by = Layout(judged or self.layout.root).evaluation
+        judged_by = Layout(judged or self.layout.root).evaluation_tokens
         found, _ = read_tokens(judged_by, self.architecture.fingerprint)
         self.windows = found[torch.linspace(0, len(found) - 1, min(windows, len(found))).round().long()]
         self.dense, self.dense_tasks = self._losses(), self._tasks()

@@ -66,7 +66,7 @@ def prepare(folder: Path, hidden: int, inner: int, layers: int) -> tuple[int, di
     architecture = describe(model)
     layout.architecture.write_text(architecture.to_json())
     ids = torch.randint(8192, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
-    write_tokens(layout.calibration, Sequences(ids), {"model": architecture.fingerprint})
+    write_tokens(layout.calibration_tokens, Sequences(ids), {"model": architecture.fingerprint})
     groups = {
         "gradients": gradient_groups(architecture, LENGTH - 1, 2, Gradients()),
         "hessian": hessian_groups(architecture, LENGTH - 1, Hessian(estimator="fisher")),

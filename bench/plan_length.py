@@ -31,7 +31,7 @@ def main(work: Path = Path("/tmp/least"), ratio: float = 0.5, tokens: int = 8192
     weights = {method: repair(plan) for method, plan in plans.items()}
     rows = []
     for layout in (bench.layout, bench.long):
-        found, _ = read_tokens(layout.calibration, bench.architecture.fingerprint)
+        found, _ = read_tokens(layout.calibration_tokens, bench.architecture.fingerprint)
         length = found.ids.shape[1]
         sequences = found[slice(len(found) - tokens // length, len(found))]
         at_once = bench.compute.batch_tokens // length

@@ -19,7 +19,7 @@ from libprune.engine.architecture import Map
 from libprune.engine.axes import parse_expr
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_model
-from libprune.models.layers import blocks_of, run_block
+from libprune.models.layers import layers_of, run_layer
 from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
@@ -60,11 +60,11 @@ def layer_ratios(root: Path, sequences: int, layers: int) -> list[float]:
     plan, _ = read_plan(layout, architecture)
     device = resolve_device("auto")
     model = load_model(layout.model, resolve_dtype("auto", device)).to(device)
-    found = read_tokens(layout.calibration, architecture.fingerprint, sequences)[0].to(device)
+    found = read_tokens(layout.calibration_tokens, architecture.fingerprint, sequences)[0].to(device)
     batches = split_batches(found, max(1, 1024 // found.ids.shape[1]))
     repair, blocks = (
         SequentialRepair(model, architecture, plan, batches, None, 1.0, 2.0),
-        blocks_of(model, architecture),
+        layers_of(model, architecture),
     )
     ratios = []
     for layer in range(layers):
@@ -72,7 +72,7 @@ def layer_ratios(root: Path, sequences: int, layers: int) -> list[float]:
 
         def forward(layer: int = layer, states: list[torch.Tensor] = states) -> None:
             for batch, state in zip(batches, states, strict=True):
-                run_block(model, blocks, layer, batch.ids, state)
+                run_layer(model, blocks, layer, batch.ids, state)
 
         plain = seconds(forward, 3)
         ratios.append(seconds(lambda layer=layer: repair.step(layer), 1) / plain)

@@ -104,8 +104,8 @@ def lend_losses(owner: Layout, other: Layout) -> None:
     """
     table, meta = read_table(owner.ablation, "ablation")
     origin = json.loads(other.architecture.read_text())["fingerprint"]
-    ids, found = read_tokens(other.calibration, origin)
-    measured, _ = read_tokens(owner.calibration, origin)
+    ids, found = read_tokens(other.calibration_tokens, origin)
+    measured, _ = read_tokens(owner.calibration_tokens, origin)
     seen = {row.tobytes() for row in ids.ids[:256].numpy()}
     same = sum(row.tobytes() in seen for row in measured.ids[-16:].numpy())
     print(f"{same} of 16 sequences on which losses were measured are in the calibration of {other.root.name}")

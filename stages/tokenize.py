@@ -29,7 +29,10 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         calibration, evaluation = draw_examples(settings.tokenize, tokenizer, config)
     else:
         calibration, evaluation = draw_texts(settings.tokenize, tokenizer, writer.sample, architecture.head)
-    texts = (("calibration", layout.calibration, calibration), ("evaluation", layout.evaluation, evaluation))
+    texts = (
+        ("calibration", layout.calibration_tokens, calibration),
+        ("evaluation", layout.evaluation_tokens, evaluation),
+    )
     for what, path, drawn in texts:
         write_tokens(path, drawn.sequences, {"model": architecture.fingerprint} | drawn.record)
         typer.echo(drawn.sentence(what))

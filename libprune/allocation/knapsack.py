@@ -34,7 +34,7 @@ def divergence_curves(architecture: Architecture, levels: Columns) -> dict[Block
     return curves
 
 
-def choose_levels(
+def least_divergence(
     architecture: Architecture,
     ladders: Ladders,
     curves: Mapping[Block, NDArray[np.float64]],

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.allocation.hgsp import Increases, above_floors, block_factors, collapsing, weighted
-from libprune.allocation.knapsack import choose_levels, fill
+from libprune.allocation.knapsack import fill, least_divergence
 from libprune.allocation.ladders import Ladders, Step, empties_layer, spent
 from libprune.allocation.retention import by_progress
 from libprune.engine.architecture import Architecture, Block
@@ -217,7 +217,7 @@ def allocate_search(
     assert evidence.curves is not None
     if params.shape == "uniform":
         return allocate_uniform(architecture, ladders, target, params, evidence)
-    depth = choose_levels(architecture, ladders, evidence.curves, target, params.allow_layer_removal)
+    depth = least_divergence(architecture, ladders, evidence.curves, target, params.allow_layer_removal)
     return fill(architecture, ladders, evidence.curves, depth, target, params)
 
 

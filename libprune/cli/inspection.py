@@ -36,7 +36,7 @@ class Shape:
         ratio: the share of the decoder's parameters that was asked for; 0 for the dense model.
         kept: units that each layer keeps (that is not frozen), by part.
         loads: `uniform`, as a stock config says it, or `per_layer`, with a modeling file.
-        decoder: parameters in the blocks.
+        decoder: parameters in the layers.
         total: all parameters.
         removed: share of the decoder's parameters that goes.
         weights: bytes of the weights.
@@ -202,6 +202,6 @@ def as_data(inspection: Inspection) -> dict[str, Any]:
 
 
 def part_parameters(architecture: Architecture, part: str | None) -> int:
-    """Parameters of a part in all layers; of what lies outside the blocks for None."""
+    """Parameters of a part in all layers; of what lies outside the layers for None."""
     chosen = (p for p in architecture.parameters if p.part == part and (p.layer is None) == (part is None))
     return sum(map(architecture.numel, chosen))

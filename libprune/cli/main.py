@@ -27,7 +27,7 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
 
     layout = Layout(artifacts)
     with stage.user_errors():
-        result = read_json(layout.comparison, "evaluate")
+        result = read_json(layout.evaluation, "evaluate")
     typer.echo(text_table(headline(result), HEADER))
     load = how_to_load(str(layout.pruned), result["plan"]["shape"], result["model"]["head"])
     typer.echo(f"\nmodel:  {layout.pruned}\nload:   {load}\nreport: report/report.html")

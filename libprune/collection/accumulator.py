@@ -1,4 +1,4 @@
-"""The states of all statistics while they grow, in memory or mapped from files, and their checkpoints."""
+"""The states of all statistics while they grow, in memory or mapped from files, and how they are saved."""
 
 import mmap
 import os
@@ -180,7 +180,7 @@ def _file(folder: Path, group: int) -> Path:
     return folder / f"group-{group:03d}.safetensors"
 
 
-class Checkpoints:
+class SavedSums:
     """Saved states of an accumulator: the whole ones, `after-<batches>-<sequences>`, below a folder.
 
     Saving takes at most a twentieth of the time, and not more often than every `seconds`; with 0
@@ -199,12 +199,12 @@ class Checkpoints:
             remove(left)
 
     def available(self) -> list[tuple[int, int]]:
-        """Batches and sequences after which a whole checkpoint exists, ascending."""
+        """Batches and sequences after which whole saved sums exists, ascending."""
         names = (path.name.split("-") for path in self.folder.glob("after-*"))
         return sorted((int(done), int(sequences)) for _, done, sequences in names)
 
     def path(self, done: int, sequences: int) -> Path:
-        """Where the checkpoint after a number of batches, with so many sequences in all, lies."""
+        """Where the saved sums after a number of batches, with so many sequences in all, lies."""
         return self.folder / f"after-{done}-{sequences}"
 
     def due(self) -> bool:
@@ -212,7 +212,7 @@ class Checkpoints:
         return self._seconds == 0 or time.monotonic() - self._last >= max(self._seconds, 20 * self._cost)
 
     def save(self, accumulator: Accumulator, sequences: int) -> None:
-        """Write a checkpoint beside the older ones."""
+        """Save the sums beside older ones."""
         if (accumulator.done, sequences) in self.available():
             return
         start = time.monotonic()
@@ -223,7 +223,7 @@ class Checkpoints:
         self._cost = self._last - start
 
     def keep_only(self, done: int, sequences: int) -> None:
-        """Remove all but one checkpoint."""
+        """Remove all but one of the saved sums."""
         for other in self.available():
             if other != (done, sequences):
                 discard(self.path(*other))

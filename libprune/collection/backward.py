@@ -26,8 +26,8 @@ OnGradient = Callable[[Map, Tensor, Tensor], None]
 class Tape:
     """Inputs of the maps, held until their gradients arrive.
 
-    With recomputation the inputs of the first forward pass are not held: backward runs each block
-    again, and brings them back. The gradient at a block's last output comes before that, and waits.
+    With recomputation the inputs of the first forward pass are not held: backward runs each layer
+    again, and brings them back. The gradient at a layer's last output comes before that, and waits.
 
     Attributes:
         first: index of the first sequence of the pass in progress, for messages.
@@ -105,14 +105,14 @@ def watching(
     on_input: OnGradient | None = None,
     recompute: bool = False,
 ) -> Iterator[Tape]:
-    """Inside the context, backward calls the functions with the gradients of every linear map of the blocks.
+    """Inside the context, backward calls the functions with the gradients of every linear map of the layers.
 
     Args:
         model: the model; no parameter of it takes a gradient inside.
         architecture: its description.
         on_output: called for every map with the gradient at its output.
         on_input: called for every consumer with the gradient at its input, after `on_output`.
-        recompute: whether the blocks are checkpointed.
+        recompute: whether the layers are computed again in backward.
     """
     tape = Tape(on_output, on_input, recompute)
     with hooked(model) as handles:

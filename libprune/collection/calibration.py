@@ -13,8 +13,8 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.models.compute import PATIENCE, resolve_device, resolve_dtype
 from libprune.models.folder import WeightFiles, load_model
-from libprune.models.memory import checkpoint_blocks, offload_maps
-from libprune.models.parallel import World, join_world, shard_blocks
+from libprune.models.memory import offload_maps, recompute_layers
+from libprune.models.parallel import World, join_world, shard_layers
 from libprune.models.samples import Samples
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens, require_sequences
@@ -89,7 +89,7 @@ class Calibration(Run):
 
     @property
     def recompute(self) -> bool:
-        """Whether the blocks are checkpointed."""
+        """Whether backward computes the layers again."""
         return self.compute.gradient_checkpointing or self.compute.offload == "cpu"
 
 
@@ -106,8 +106,8 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
         LibpruneError: if an artifact is missing or foreign, or the device cannot be used.
     """
     architecture = read_architecture(layout)
-    found, tokens_meta = read_tokens(layout.calibration, architecture.fingerprint)
-    number = require_sequences(sequences, found, layout.calibration)
+    found, tokens_meta = read_tokens(layout.calibration_tokens, architecture.fingerprint)
+    number = require_sequences(sequences, found, layout.calibration_tokens)
     chosen = (found[-number:] if last else found[:number]).shortest_first()
     world = join_world()
     require_equal_passes(chosen, world)
@@ -169,11 +169,11 @@ def place(
 ) -> PreTrainedModel:
     """The model where it is to run: on the device, offloaded, or shared out."""
     if world.sharded:
-        shard_blocks(model, architecture, device)
+        shard_layers(model, architecture, device)
     elif compute.offload == "cpu":
         offload_maps(model, architecture, device)
     else:
         model = model.to(device)
     if compute.gradient_checkpointing or compute.offload == "cpu":  # offloaded weights must not wait for backward
-        checkpoint_blocks(model, architecture)
+        recompute_layers(model, architecture)
     return model

@@ -1,4 +1,4 @@
-"""Statistics of a map's input, and of a block's input and output: moments, Gram matrix, histogram, cosine."""
+"""Statistics of a map's input, and of a layer's input and output: moments, Gram matrix, histogram, cosine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -213,7 +213,7 @@ def frequency(counts: Tensor, threshold: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Cosine(Statistic):
-    """Cosine between a block's input and output, over tokens."""
+    """Cosine between a layer's input and output, over tokens."""
 
     @property
     def fields(self) -> Mapping[str, Field]:

@@ -23,8 +23,8 @@ from libprune.collection.accumulator import (
     ROWS,
     UNITS,
     Accumulator,
-    Checkpoints,
     Group,
+    SavedSums,
     discard,
     read_states,
     state_bytes,
@@ -36,7 +36,7 @@ from libprune.engine.errors import StatisticsError
 from libprune.engine.tables import Columns, unit_index
 from libprune.models.memory import fits_in_memory, require_room
 from libprune.models.parallel import World
-from libprune.models.sequences import Batch, Sequences
+from libprune.models.sequences import Pass, Sequences
 from libprune.pipeline.artifacts import damage, write_table
 from libprune.pipeline.shards import write_shard
 from libprune.pipeline.terminal import gigabytes
@@ -62,12 +62,12 @@ class Collection:
     run: Run
     stage: str
     accumulator: Accumulator
-    checkpoints: Checkpoints
+    saved: SavedSums
     items: int
     size: int
     tokens: int
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Pass]:
         """The batches of calibration sequences that the sums do not hold yet."""
         sequences = self.run.sequences
         assert isinstance(sequences, Sequences)
@@ -75,7 +75,7 @@ class Collection:
             first = number * self.size
             yield number, first, sequences[first : first + self.size].to(self.run.device)
 
-    def passes(self) -> Iterator[Batch]:
+    def passes(self) -> Iterator[Pass]:
         """The same, where sequences differ in length as several of one length each, under one number."""
         for number, first, batch in self.batches():
             for part in batch.passes(self.size):
@@ -104,12 +104,12 @@ class Collection:
         """Join the sums of all processes in the first; whether this is the first."""
         world = self.run.world
         if world.size > 1:
-            self.checkpoints.save(self.accumulator, self._seen())
+            self.saved.save(self.accumulator, self._seen())
             world.barrier()
         if world.first:
             for rank in range(1, world.size):
-                folder = _rank_folder(self.checkpoints.folder.parent, World(rank, world.size))
-                saved = Checkpoints(folder, 0.0).path(self.accumulator.done, self._seen())
+                folder = _rank_folder(self.saved.folder.parent, World(rank, world.size))
+                saved = SavedSums(folder, 0.0).path(self.accumulator.done, self._seen())
                 for group, statistics in enumerate(self.accumulator.groups):
                     self.accumulator.merge(group, read_states(saved, group, statistics))
         world.barrier()
@@ -130,29 +130,29 @@ class Collection:
 
     def _save_if_due(self) -> None:
         world = self.run.world
-        if world.shared(self.checkpoints.due()):
-            self.checkpoints.save(self.accumulator, self._seen())
+        if world.shared(self.saved.due()):
+            self.saved.save(self.accumulator, self._seen())
             world.barrier()  # the older one must stay until every process has this one
-            self.checkpoints.keep_only(self.accumulator.done, self._seen())
+            self.saved.keep_only(self.accumulator.done, self._seen())
 
     def resume(self, home: Path) -> None:
-        """Load the newest checkpoint that every process has and that holds the first of the items.
+        """Load the newest saved state that every process has and that holds the first of the items.
 
         Raises:
             ArtifactError: if it cannot be read.
         """
         world = self.run.world
         folders = [_rank_folder(home, World(rank, world.size)) for rank in range(world.size)]
-        common = set.intersection(*(set(Checkpoints(folder, 0.0).available()) for folder in folders))
+        common = set.intersection(*(set(SavedSums(folder, 0.0).available()) for folder in folders))
         fitting = {(done, items) for done, items in common if items == self.seen(done)}
         chosen = world.shared(max(fitting, default=None))
         if chosen is not None:
             done, items = chosen
-            path = self.checkpoints.path(done, items)
+            path = self.saved.path(done, items)
             with damage(path, self.stage):
                 self.accumulator.load(path, done)
             world.barrier()
-            self.checkpoints.keep_only(done, items)
+            self.saved.keep_only(done, items)
             if world.first:
                 typer.echo(f"continues from a saved state: {items} of {self.items} are done")
 
@@ -203,8 +203,8 @@ def collecting(
     folder = _rank_folder(home, run.world)
     with _only_one(run.work / f"{stage}.lock") if run.world.first else nullcontext():
         run.world.barrier()
-        checkpoints = Checkpoints(folder, seconds)
-        checkpoints.clear_leftovers()
+        saved = SavedSums(folder, seconds)
+        saved.clear_leftovers()
         live = folder / "live"
         remove(live)
         if run.world.first:
@@ -215,14 +215,14 @@ def collecting(
         _announce(run, stage, target, home, groups, on_disk)
         accumulator = Accumulator(groups, live if on_disk else None)
         count, length = items or len(run.sequences), tokens or run.sequences.length
-        work = Collection(run, stage, accumulator, checkpoints, count, size, length)
+        work = Collection(run, stage, accumulator, saved, count, size, length)
         _mention_others(run, home)
         work.resume(home)
         try:
             yield work
         except StatisticsError as error:
             reusable = items is None and run.sequences.lengths is None and work.unfinished
-            advice = _kept(checkpoints, stage) if reusable else ""
+            advice = _kept(saved, stage) if reusable else ""
             raise StatisticsError(f"{error}{advice}") from error
         accumulator.close()
         run.world.barrier()
@@ -274,11 +274,11 @@ def _rank_folder(home: Path, world: World) -> Path:
     return home / f"process-{world.rank}-of-{world.size}"
 
 
-def _kept(checkpoints: Checkpoints, stage: str) -> str:
-    saved = checkpoints.available()
-    if not saved:
+def _kept(saved: SavedSums, stage: str) -> str:
+    there = saved.available()
+    if not there:
         return ""
-    sequences = saved[-1][1]
+    sequences = there[-1][1]
     return f"; the sums of the first {sequences} sequences are kept: {stage}.sequences: {sequences} finishes with them"
 
 

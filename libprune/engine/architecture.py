@@ -34,7 +34,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Map:
-    """One linear map of a block.
+    """One linear map of a layer.
 
     Attributes:
         part: the part that it belongs to; of a network the axes that it reads, for the reader.
@@ -66,7 +66,7 @@ class Map:
 
 @dataclass(frozen=True)
 class PartShape:
-    """A prunable part of every block.
+    """A prunable part of every layer.
 
     Attributes:
         axis: whose indices are its units.
@@ -92,14 +92,14 @@ class Architecture:
     Attributes:
         family: name of the family file.
         sizes: axis name to size.
-        layers: number of blocks.
-        layers_path: module path of the list of blocks.
+        layers: number of layers.
+        layers_path: module path of the list of layers.
         parts: part name (``attention``, ``mlp``) to its shape.
         parameters: every parameter of the model once (a tied one under its first name).
-        maps: the linear maps of all blocks.
-        cache: what the KV cache holds per token and block; None where there is none.
+        maps: the linear maps of all layers.
+        cache: what the KV cache holds per token and layer; None where there is none.
         head: what the model is for, a name of `libprune.engine.heads.HEADS`, or `network`.
-        head_macs: multiply-accumulates a token of the linear maps behind the blocks; 0 where they run once a sequence.
+        head_macs: multiply-accumulates a token of the linear maps behind the layers; 0 where they run once a sequence.
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
         buffers: what a network stores beside its parameters, such as running statistics.
     """
@@ -118,7 +118,7 @@ class Architecture:
     buffers: tuple[Parameter, ...] = ()
 
     def units(self, part: str) -> int:
-        """Number of units of a part in one block."""
+        """Number of units of a part in one layer."""
         return self.sizes[self.parts[part].axis]
 
     @property
@@ -163,11 +163,11 @@ class Architecture:
         return (part for part, shape in self.parts.items() if shape.axis in names)
 
     def maps_of(self, layer: int, part: str) -> tuple[Map, ...]:
-        """The linear maps of one part of one block."""
+        """The linear maps of a block."""
         return self._maps_of[layer, part]
 
     def parameters_of(self, layer: int, part: str) -> tuple[Parameter, ...]:
-        """The parameters of one part of one block, norms included."""
+        """The parameters of a block, norms included."""
         return self._parameters_of[layer, part]
 
     def consumers(self, layer: int, part: str) -> tuple[Map, ...]:
@@ -195,7 +195,7 @@ class Architecture:
 
     @property
     def decoder_parameters(self) -> int:
-        """Parameters inside the blocks."""
+        """Parameters inside the layers."""
         return sum(self.numel(p) for p in self.parameters if p.layer is not None)
 
     @property

@@ -14,7 +14,7 @@ class Size:
     """What a model, or a pruned shape of it, amounts to.
 
     Attributes:
-        decoder: parameters inside the blocks.
+        decoder: parameters inside the layers.
         total: all parameters, tied ones once.
         macs: multiply-accumulates of linear maps per token, or per sample of a network, with the output head and
             without the attention products (which depend on the context).
@@ -42,7 +42,7 @@ class Prices:
     Attributes:
         unit: by (layer, part), what goes with one unit.
         rest: by (layer, part), what goes only with the whole part.
-        decoder: all that the blocks of the dense model take.
+        decoder: all that the layers of the dense model take.
         total: the same with embeddings and head.
     """
 

@@ -162,10 +162,10 @@ _BOOKKEEPING = frozenset(
 def new_config(
     family: Family, config: PreTrainedConfig, sizes: dict[str, int], layers: tuple[int, ...]
 ) -> PreTrainedConfig:
-    """The config of a model whose every block has the given sizes.
+    """The config of a model whose every layer has the given sizes.
 
     Args:
-        layers: the blocks that are left, by their index in ``config``.
+        layers: the layers that are left, by their index in ``config``.
 
     Raises:
         NotExpressibleError: if a key would need two values, or the config class refuses the shape.
@@ -246,7 +246,7 @@ def _dims(parameter: Parameter) -> str:
 
 
 def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Parameter], list[Map]]:
-    """Every parameter once, and every map of the blocks, in the model's own order."""
+    """Every parameter once, and every map of the layers, in the model's own order."""
     own = [name for name, _ in model.named_parameters()]
     found: dict[str, Parameter] = {}
     maps: list[Map] = []

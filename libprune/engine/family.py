@@ -40,15 +40,15 @@ class _Strict(BaseModel):
 
 
 class Part(_Strict):
-    """A part of a block, attention or MLP, whose output is added to the residual stream."""
+    """A part of a layer, attention or MLP, whose output is added to the residual stream."""
 
     axis: str
     """The axis whose indices are the units that can be removed."""
     module: str
-    """The submodule of the block that computes the part, or all of it up to the modules that do not lie in it: a norm
+    """The submodule of the layer that computes the part, or all of it up to the modules that do not lie in it: a norm
     around it, a map behind it."""
     modules: dict[str, MapText]
-    """Module path inside the block to its map or vector. All of them go when the part goes."""
+    """Module path inside the layer to its map or vector. All of them go when the part goes."""
     attributes: dict[str, ExprText] = Field(default_factory=dict)
     """Path of an attribute that the code works out from the dense width, to the expression that it must equal."""
 
@@ -69,11 +69,11 @@ class ConfigKeys(_Strict):
     """How the Hugging Face config of the family says the sizes."""
 
     layers: str
-    """The key that holds the number of blocks."""
+    """The key that holds the number of layers."""
     sizes: dict[str, ExprText | list[ExprText]]
     """Key to the expression(s) whose size it holds. A key with two expressions needs both equal."""
     per_layer_lists: list[str] = Field(default_factory=list)
-    """Keys that hold one entry a block; the entries of a deleted block go with it."""
+    """Keys that hold one entry a layer; the entries of a deleted layer go with it."""
     fixed: dict[str, list[Any]] = Field(default_factory=dict)
     """Keys of which only the listed values are understood."""
     biases: dict[str, str] = Field(default_factory=dict)
@@ -111,17 +111,17 @@ class Family(_Strict):
     model_types: list[str]
     """The `model_type` values of Hugging Face configs that this file describes."""
     layers: str
-    """Path of the list of blocks."""
+    """Path of the list of layers."""
     parts: dict[str, Part]
     stream: dict[str, ExprText] = Field(default_factory=dict)
-    """Path of a norm inside the block to its vector, where it works on the residual stream itself and not for one part;
+    """Path of a norm inside the layer to its vector, where it works on the residual stream itself and not for one part;
     it stays whatever goes, so that no layer can be deleted."""
     outside: dict[str, MapText]
-    """Module path to map or vector, for what lies outside the blocks."""
+    """Module path to map or vector, for what lies outside the layers."""
     heads: dict[HeadName, dict[str, MapText]] = {"causal_lm": {}}
-    """The heads that models of the family have, each with the modules outside the blocks that only it has."""
+    """The heads that models of the family have, each with the modules outside the layers that only it has."""
     cache: ExprText | None = None
-    """What the KV cache holds per token and block; none in models that read all tokens at once."""
+    """What the KV cache holds per token and layer; none in models that read all tokens at once."""
     config: ConfigKeys
 
     @field_validator("parts")
@@ -164,6 +164,6 @@ def family_of(model_type: str) -> Family:
         raise FamilyError(
             f"no family file describes model_type {model_type!r}; known: {', '.join(sorted(known))}"
             f"{nearest(model_type, known)}. To add it, write libprune/families/{model_type}.yaml: "
-            "the axes of each module of a block and the config keys of their sizes (docs/notation.md)"
+            "the axes of each module of a layer and the config keys of their sizes (docs/notation.md)"
         )
     return known[model_type]

@@ -34,7 +34,7 @@ Pattern = Annotated[str, AfterValidator(_readable)]
 class NetworkFamily(BaseModel):
     """The description of a network.
 
-    A `*` in a path stands for any one name of it, such as the number of a block, and in the expressions for the same.
+    A `*` in a path stands for any one name of it, such as the number of a layer, and in the expressions for the same.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -132,7 +132,7 @@ def _require_layers(architecture: Architecture, plan: Plan) -> None:
     if architecture.layers_stay and len(plan.layers) < architecture.layers:
         first = min(set(range(architecture.layers)) - set(plan.layers))
         raise LibpruneError(
-            f"the plan deletes layer {first}, but the norms of a block of family {architecture.family!r} work on the "
+            f"the plan deletes layer {first}, but the norms of a layer of family {architecture.family!r} work on the "
             "residual stream itself; something of every layer must stay"
         )
 

@@ -24,7 +24,7 @@ def numbers(table: Columns, name: str) -> NDArray[np.float64]:
     return np.asarray(column(table, name, "the joined statistics tables"), dtype=np.float64)
 
 
-def layers_and_types(table: Columns) -> Iterator[NDArray[np.bool_]]:
+def layers_and_parts(table: Columns) -> Iterator[NDArray[np.bool_]]:
     """The rows of every layer and type, one after the other; ``[units]`` each."""
     for layer, part in sorted(set(zip(table["layer_idx"].tolist(), table["group_type"].tolist(), strict=True))):
         yield (table["layer_idx"] == layer) & (table["group_type"] == part)

@@ -35,7 +35,7 @@ def unit_sums(
 
     Args:
         architecture: the model's description.
-        layer: which block.
+        layer: its layer.
         part: which part of it.
         values: parameter name to a tensor of the parameter's shape.
         only: the parameters that have the quantity, where not all do.

@@ -69,7 +69,7 @@ def batches(sequences: Sequences, batch_tokens: int, device: torch.device, label
 
 
 def per_sequence(x: Shaped[Tensor, "..."], sequences: int) -> Shaped[Tensor, "sequences tokens width"]:
-    """What a module takes or gives as ``[sequences, tokens, width]``, also where a block joins the first two, as OPT's
+    """What a module takes or gives as ``[sequences, tokens, width]``, also where a layer joins the first two, as OPT's
     does before its MLP.
     """
     return x if x.ndim > 2 else x.unflatten(0, (sequences, -1))

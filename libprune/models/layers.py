@@ -1,8 +1,8 @@
-"""Running single blocks of a model, as the whole model would run them.
+"""Running single layers of a model, as the whole model would run them.
 
-The model itself makes the embeddings, masks and position encodings; the blocks before the one of
+The model itself makes the embeddings, masks and position encodings; the layers before the one of
 interest are skipped, and the pass ends where all that it was for has been seen. So a family needs
-no description of what its blocks are called with.
+no description of what its layers are called with.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,42 +20,42 @@ from libprune.engine.surgery import hooked
 from libprune.models.compute import per_sequence
 
 
-def blocks_of(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
-    """The blocks of a model in their order."""
+def layers_of(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
+    """The layers of a model in their order."""
     return [model.get_submodule(f"{architecture.layers_path}.{layer}") for layer in range(architecture.layers)]
 
 
 def first_output(output: Any) -> Tensor:
-    """The hidden states among what a block returned."""
+    """The hidden states among what a layer returned."""
     states: Tensor = output if isinstance(output, Tensor) else output[0]
     return states
 
 
 def copy_output(output: Any, device: torch.device | str) -> Any:
-    """A copy of what a block returned, a tensor or a tuple; the model may write into either."""
+    """A copy of what a layer returned, a tensor or a tuple; the model may write into either."""
     if isinstance(output, tuple):
         return tuple(copy_output(item, device) for item in output)
     return output.to(device, copy=True) if isinstance(output, Tensor) else output
 
 
 @contextmanager
-def skipped(blocks: Sequence[nn.Module], output: Any, device: torch.device) -> Iterator[None]:
-    """Inside the context blocks compute nothing, and the last of them returns the given output.
+def skipped(layers: Sequence[nn.Module], output: Any, device: torch.device) -> Iterator[None]:
+    """Inside the context layers compute nothing, and the last of them returns the given output.
 
     What the others return is only handed on to it. The modules stay where they are, with their
     attributes and hooks: only `forward` is another function.
     """
-    own = [vars(block).get("forward") for block in blocks]
+    own = [vars(layer).get("forward") for layer in layers]
     filler, last = copy_output(output, device), copy_output(output, device)
     try:
-        for block in blocks:
-            block.forward = partial(_return, last if block is blocks[-1] else filler)
+        for layer in layers:
+            layer.forward = partial(_return, last if layer is layers[-1] else filler)
         yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
-            vars(block).pop("forward", None)
+        for layer, forward in zip(layers, own, strict=True):
+            vars(layer).pop("forward", None)
             if forward is not None:
-                block.forward = forward
+                layer.forward = forward
 
 
 def _return(output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,9 +81,9 @@ class _SeenError(Exception):
     """All that a pass was for has been seen."""
 
 
-def run_block(
+def run_layer(
     model: PreTrainedModel,
-    blocks: Sequence[nn.Module],
+    layers: Sequence[nn.Module],
     layer: int,
     ids: Int[Tensor, "batch length"],
     state: Any,
@@ -91,20 +91,20 @@ def run_block(
     until: nn.Module | None = None,
     differentiable: bool = False,
 ) -> tuple[Any, list[Tensor]]:
-    """Run one block on what the block before it returned.
+    """Run one layer on what the layer before it returned.
 
     Args:
         model: the model.
-        blocks: its blocks.
+        layers: its layers.
         layer: which of them.
         ids: the batch's token ids.
-        state: what the block before returned; not used for the first.
-        watched: modules of the block whose outputs are wanted.
-        until: the block itself or a module in it, at whose input the pass ends.
+        state: what the layer before returned; not used for the first.
+        watched: modules of the layer whose outputs are wanted.
+        until: the layer itself or a module in it, at whose input the pass ends.
         differentiable: whether what is returned has a graph behind it.
 
     Returns:
-        What the block returns, or the input of `until`; and the outputs of the watched modules.
+        What the layer returns, or the input of `until`; and the outputs of the watched modules.
     """
     result: list[Any] = []
     outputs: dict[nn.Module, Tensor] = {}
@@ -124,14 +124,14 @@ def run_block(
     with hooked(model) as handles, torch.set_grad_enabled(differentiable):
         handles += [module.register_forward_hook(watch) for module in watched]
         if until is None:
-            handles.append(blocks[layer].register_forward_hook(at_output))
+            handles.append(layers[layer].register_forward_hook(at_output))
         else:
             handles.append(until.register_forward_pre_hook(at_input, with_kwargs=True))
         try:
             if layer == 0:
                 model.base_model(input_ids=ids, use_cache=False)
             else:
-                with skipped(blocks[:layer], state, ids.device):
+                with skipped(layers[:layer], state, ids.device):
                     model.base_model(input_ids=ids, use_cache=False)
         except _SeenError:
             pass

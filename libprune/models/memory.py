@@ -16,14 +16,14 @@ from libprune.engine.errors import LibpruneError
 from libprune.pipeline.terminal import gigabytes
 
 
-def checkpoint_blocks(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Keep only each block's input for backward, and compute the rest of the block again there.
+def recompute_layers(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Keep only each layer's input for backward, and compute the rest of the layer again there.
 
-    One more forward pass buys a peak of one block's activations (Chen et al. 2016, "Training Deep
+    One more forward pass buys a peak of one layer's activations (Chen et al. 2016, "Training Deep
     Nets with Sublinear Memory Cost"). transformers' own switch asks for training mode, with dropout.
     """
-    for block in model.get_submodule(architecture.layers_path).children():
-        block.forward = partial(_checkpointed, block.forward)
+    for layer in model.get_submodule(architecture.layers_path).children():
+        layer.forward = partial(_checkpointed, layer.forward)
 
 
 def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:

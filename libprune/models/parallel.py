@@ -71,8 +71,8 @@ def join_world() -> World:
     return World(int(os.environ["RANK"]), size, local_rank, max(1, local_size), sharded)
 
 
-def shard_blocks(model: PreTrainedModel, architecture: Architecture, device: torch.device) -> None:
-    """Share the weights of all linear maps out over the processes, block by block (FSDP2).
+def shard_layers(model: PreTrainedModel, architecture: Architecture, device: torch.device) -> None:
+    """Share the weights of all linear maps out over the processes, layer by layer (FSDP2).
 
     Norms stay whole on every process: they are small, and their gradients are read from them.
     """
@@ -84,5 +84,5 @@ def shard_blocks(model: PreTrainedModel, architecture: Architecture, device: tor
     whole = {parameter for name, parameter in model.named_parameters() if name not in shared}
     for parameter in [*whole, *model.buffers()]:
         parameter.data = parameter.data.to(device)
-    for block in model.get_submodule(architecture.layers_path).children():
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole & set(block.parameters()))
+    for layer in model.get_submodule(architecture.layers_path).children():
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole & set(layer.parameters()))

@@ -72,5 +72,5 @@ class Sequences:
             yield from whole.passes(at_once)
 
 
-Batch = tuple[int, int, Sequences]
+Pass = tuple[int, int, Sequences]
 """A batch's number, the index of its first sequence, and its sequences on the device."""

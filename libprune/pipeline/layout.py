@@ -26,12 +26,12 @@ class Layout:
         return self.root / "weights.parquet"
 
     @property
-    def calibration(self) -> Path:
+    def calibration_tokens(self) -> Path:
         """Token ids that statistics are collected on."""
         return self.root / "tokens" / "calibration.parquet"
 
     @property
-    def evaluation(self) -> Path:
+    def evaluation_tokens(self) -> Path:
         """Token ids that the models are judged on."""
         return self.root / "tokens" / "evaluation.parquet"
 
@@ -57,7 +57,7 @@ class Layout:
 
     @property
     def sensitivity(self) -> Path:
-        """The measured loss increase of removing whole layers and blocks."""
+        """The measured loss increase of removing whole layers, and each block alone."""
         return self.root / "sensitivity.parquet"
 
     @property
@@ -81,7 +81,7 @@ class Layout:
         return self.root / "plan.parquet"
 
     @property
-    def comparison(self) -> Path:
+    def evaluation(self) -> Path:
         """Everything measured of the dense and the pruned model."""
         return self.root / "evaluation.json"
 

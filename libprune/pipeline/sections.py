@@ -97,7 +97,7 @@ class Compute(Section):
     batch_tokens: Count = 1024
     """Tokens in one pass, rounded down to whole sequences (at least one)."""
     gradient_checkpointing: bool = False
-    """Keep one block's activations for backward instead of all blocks', for one more forward pass."""
+    """Keep one layer's activations for backward instead of all layers', for one more forward pass."""
     offload: Literal["none", "cpu"] = "none"
     """`cpu`: the linear maps' weights stay in host memory and visit the device one at a time."""
     sums: Literal["auto", "memory", "disk"] = "auto"
@@ -229,7 +229,7 @@ class Allocate(Section):
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
     """Share to remove; null: as `method: retention` finds."""
     ratio_of: Literal["decoder", "total"] = "decoder"
-    """Of what lies inside the blocks, or of all."""
+    """Of what lies inside the layers, or of all."""
     objective: Literal["parameters", "macs", "cache", "latency"] = "parameters"
     """What the ratio is of: parameters (and so bytes), multiply-accumulates a token, bytes of the KV cache, or
     time of a forward pass on this machine (the latency stage)."""
@@ -297,7 +297,7 @@ class Slice(Section):
     fisher_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the Gram matrices of `local` are weighted by the gradients at the inputs."""
     drift: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """How much of the drift of the residual stream each map of `sequential` takes back; `auto`: all of it in blocks
+    """How much of the drift of the residual stream each map of `sequential` takes back; `auto`: all of it in layers
     that only add what their maps give, nothing in others, such as those with a norm behind each part."""
     drift_cap: Annotated[float, Field(gt=0)] | None = 2.0
     """The longest drift of a token that counts, in medians over its sequence; null: no limit."""

@@ -13,7 +13,7 @@ not cut: later layers need these states.
 
 Where each unit depends on its own token alone, what computes the units can be fitted too: `libprune.repair.producers`.
 
-Cost for each layer: the block once in the dense model; in the pruned one the block once, and once
+Cost for each layer: the layer once in the dense model; in the pruned one the layer once, and once
 more up to every consumer after the first. Memory on the host: four times the hidden states of the
 text, and the inputs of one consumer; with producers also what `libprune.repair.producers.Flow` holds.
 """
@@ -32,7 +32,7 @@ from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked, oriented
-from libprune.models.layers import blocks_of, first_output, run_block
+from libprune.models.layers import first_output, layers_of, run_layer
 from libprune.models.sequences import Sequences
 from libprune.repair.least_squares import Fit, Moments, fit_consumer, new_parameters, pruned_consumers
 from libprune.repair.producers import Flow, Producer, changed_weight, fit_producers, producers_of, slopes_of, watching
@@ -79,7 +79,7 @@ class SequentialRepair:
             plan: what is removed.
             batches: the text.
             damping: as in `libprune.repair.least_squares.fit_consumer`.
-            drift: how much of the drift each consumer takes back, 1 for all of it; None: all of it in blocks that only
+            drift: how much of the drift each consumer takes back, 1 for all of it; None: all of it in layers that only
                 add what their consumers give to the residual stream, nothing in others.
             cap: the longest drift of a token, in medians over the tokens of its sequence; None for no limit.
             steps: as in `libprune.repair.producers.fit_producers`, of parts where that can be; 0: what computes units
@@ -87,9 +87,9 @@ class SequentialRepair:
         """
         self._model, self._architecture, self._plan = model, architecture, plan
         self._batches, self._damping, self._drift, self._cap, self._steps = batches, damping, drift, cap, steps
-        self._blocks = blocks_of(model, architecture)
+        self._layers = layers_of(model, architecture)
         self._kept = {consumer.module: kept for consumer, kept in pruned_consumers(architecture, plan)}
-        first = [run_block(model, self._blocks, 0, batch.ids, None, until=self._blocks[0])[0] for batch in batches]
+        first = [run_layer(model, self._layers, 0, batch.ids, None, until=self._layers[0])[0] for batch in batches]
         self._dense = self._pruned = [state.cpu() for state in first]
 
     def step(self, layer: int, known: Mapping[str, Tensor] | None = None) -> list[Fit]:
@@ -104,7 +104,7 @@ class SequentialRepair:
             A fit for every consumer that the plan prunes; none for known ones.
 
         Raises:
-            LibpruneError: if the drift is to be taken back, and the blocks of this architecture do more
+            LibpruneError: if the drift is to be taken back, and the layers of this architecture do more
                 with what a consumer gives than to add it to the residual stream.
         """
         consumers = [c for part in self._architecture.parts for c in self._architecture.consumers(layer, part)]
@@ -143,7 +143,7 @@ class SequentialRepair:
         differentiable: bool = False,
     ) -> tuple[Any, list[Tensor]]:
         ids, state = self._batches[number].ids, states[number]
-        return run_block(self._model, self._blocks, layer, ids, state, watched, until, differentiable)
+        return run_layer(self._model, self._layers, layer, ids, state, watched, until, differentiable)
 
     @torch.no_grad()
     def _refit(
@@ -293,7 +293,7 @@ class _Sums:
 
 
 def _adds(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether a block only adds its consumers' outputs to the residual stream, as far as rounding can tell.
+    """Whether a layer only adds its consumers' outputs to the residual stream, as far as rounding can tell.
 
     Every element is asked by itself, against what the rounding of so many additions can do to it: in the norm of all, a
     few large states would hide what a norm behind the consumers does to the others.

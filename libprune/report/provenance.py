@@ -50,9 +50,13 @@ def read_origin(layout: Layout, model: str, project: Path) -> Origin:
     """
     architecture = read_architecture(layout)
     _, weights = read_table(layout.weights, "prepare")
-    _, tokens = read_table(layout.calibration, "tokenize")
+    _, tokens = read_table(layout.calibration_tokens, "tokenize")
     described = {"model": architecture.fingerprint}
-    for path, meta in ((layout.architecture, described), (layout.weights, weights), (layout.calibration, tokens)):
+    for path, meta in (
+        (layout.architecture, described),
+        (layout.weights, weights),
+        (layout.calibration_tokens, tokens),
+    ):
         same_origin(path, meta, {"model": model})
     drawn = {name: tokens[name] for name in ("sequences", "length", "seed")}
     commit, changed = project_state(project)

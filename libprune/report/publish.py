@@ -25,10 +25,10 @@ def publish(layout: Layout, folder: Path, project: Path) -> None:
     Raises:
         ArtifactError: if an artifact is missing, damaged, or was made from another model, text or plan.
     """
-    result = read_json(layout.comparison, "evaluate")
+    result = read_json(layout.evaluation, "evaluate")
     meta = result["plan"]
     plan, plan_meta = read_table(layout.plan, "allocate")
-    same_origin(layout.comparison, meta, plan_meta)
+    same_origin(layout.evaluation, meta, plan_meta)
     rows, gradients = read_table(layout.gradients / "layers.parquet", "gradients")
     same_origin(layout.gradients, gradients, {"model": meta["model"]})
     measured = _sensitivity(layout, meta["model"])

@@ -32,7 +32,7 @@ from libprune.results.record import read_provenance
 from libprune.results.tasks import zero_shot
 
 
-def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any]:
+def evaluate(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any]:
     """Measure both models; the content of `artifacts/evaluation.json`, all that the report needs.
 
     Raises:
@@ -42,7 +42,7 @@ def compare(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any
     plan, plan_meta = read_plan(layout, architecture)
     provenance = read_provenance(require(layout.pruned, "slice"))
     same_origin(layout.pruned, provenance["plan"], plan_meta)
-    windows, tokens_meta = read_tokens(layout.evaluation, architecture.fingerprint)
+    windows, tokens_meta = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
     windows, config, writes = windows.shortest_first(), load_config(layout.model), architecture.head == "causal_lm"
     prompt_tokens, decode_tokens = min(params.prompt_tokens, windows.ids.numel()), params.decode_tokens if writes else 0
     require_positions(config, architecture, {"evaluate.prompt_tokens + decode_tokens": prompt_tokens + decode_tokens})

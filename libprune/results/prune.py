@@ -90,7 +90,7 @@ def _prove(
 ) -> dict[str, float]:
     """Compare the folder, loaded in a fresh process, with the dense model under the same weights and the mask."""
     _set_weights(model, architecture, weights)
-    tokens, _ = read_tokens(layout.calibration, architecture.fingerprint)
+    tokens, _ = read_tokens(layout.calibration_tokens, architecture.fingerprint)
     ids = tokens.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
     with masked(model, architecture, plan):
         expected = reference_logits(model, ids)

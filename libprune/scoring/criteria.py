@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError, nearest
-from libprune.engine.tables import Columns, check_rows, layers_and_types, numbers
+from libprune.engine.tables import Columns, check_rows, layers_and_parts, numbers
 from libprune.pipeline.artifacts import read_architecture, read_table, same_origin
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
@@ -305,7 +305,7 @@ def scale(importance: Values, table: Columns, how: str) -> Values:
     all units of a layer and type are equal they become 0, 0 and 1/2.
     """
     scaled = np.empty_like(importance)
-    for rows in layers_and_types(table):
+    for rows in layers_and_parts(table):
         scaled[rows] = SCALINGS[how](importance[rows])
     return scaled
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.engine.tables import Columns, layers_and_types, numbers
+from libprune.engine.tables import Columns, layers_and_parts, numbers
 from libprune.pipeline.mixtures import ActivationStats, Cooperative, GradientFlow, Mixture, WeightStats
 from libprune.pipeline.sections import Score
 
@@ -146,7 +146,7 @@ def _weighed(criterion: str, parts: Mapping[str, Values], mixture: Mixture) -> d
 def _relative(amounts: Values, table: Columns) -> Values:
     """Amounts x as x / (x + median of the layer and type), 0 of 0; what is not finite stays so."""
     shares = np.zeros_like(amounts)
-    for rows in layers_and_types(table):
+    for rows in layers_and_parts(table):
         own = amounts[rows]
         finite = own[np.isfinite(own)]
         total = own + (np.median(finite) if len(finite) else 0.0)

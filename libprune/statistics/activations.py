@@ -20,7 +20,7 @@ from libprune.engine.architecture import Architecture, Map
 from libprune.engine.surgery import hooked
 from libprune.engine.unit_sums import sum_positions, unit_sums
 from libprune.models.compute import per_sequence, require_finite
-from libprune.models.sequences import Batch
+from libprune.models.sequences import Pass
 from libprune.pipeline.sections import Activations
 from libprune.pipeline.shards import GRAM, HELD_OUT
 
@@ -30,7 +30,7 @@ HISTOGRAM_STRIDE = 4
 ACTIVE = 0.125
 """A value counts as active from this share of the root mean square of the layer's consumer input."""
 
-_HISTOGRAM, _BLOCK = ".input_histogram", "block"
+_HISTOGRAM, _LAYER = ".input_histogram", "block"
 
 
 def activation_groups(architecture: Architecture, section: Activations) -> list[Group]:
@@ -39,7 +39,7 @@ def activation_groups(architecture: Architecture, section: Activations) -> list[
 
 
 def _layer_group(architecture: Architecture, layer: int, section: Activations) -> Group:
-    group: dict[str, Statistic] = {} if architecture.is_network else {_BLOCK: Cosine()}
+    group: dict[str, Statistic] = {} if architecture.is_network else {_LAYER: Cosine()}
     for part in architecture.parts:
         consumers = architecture.consumers(layer, part)
         for entry in architecture.maps_of(layer, part):
@@ -55,7 +55,7 @@ def _layer_group(architecture: Architecture, layer: int, section: Activations) -
 def collect_activations(
     model: PreTrainedModel,
     architecture: Architecture,
-    batches: Iterable[Batch],
+    batches: Iterable[Pass],
     sums: Accumulator,
 ) -> None:
     """Add batches to the sums, with one forward pass over each sequence, without the head.
@@ -83,8 +83,8 @@ def _collecting(model: PreTrainedModel, architecture: Architecture, sums: Accumu
             module = model.get_submodule(entry.module)
             handles.append(module.register_forward_pre_hook(partial(collector.input, entry)))
         for layer in range(architecture.layers):
-            block = model.get_submodule(f"{architecture.layers_path}.{layer}")
-            handles.append(block.register_forward_hook(partial(collector.block, layer), with_kwargs=True))
+            module = model.get_submodule(f"{architecture.layers_path}.{layer}")
+            handles.append(module.register_forward_hook(partial(collector.whole_layer, layer), with_kwargs=True))
         yield collector
 
 
@@ -110,13 +110,13 @@ class _Collector:
         if entry.module + GRAM in self.sums.groups[entry.layer]:
             add_consumer_input(self.sums, entry, per_sequence(x, self._sequences), self._first)
 
-    def block(
+    def whole_layer(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        """Forward hook of a block."""
+        """Forward hook of a layer."""
         before = args[0] if args else kwargs["hidden_states"]
         after = output if isinstance(output, Tensor) else output[0]
-        self.sums.update(layer, _BLOCK, before.flatten(0, -2), after.flatten(0, -2))
+        self.sums.update(layer, _LAYER, before.flatten(0, -2), after.flatten(0, -2))
 
 
 def add_consumer_input(sums: Accumulator, entry: Map, x: Float[Tensor, "sequences tokens input"], first: int) -> None:

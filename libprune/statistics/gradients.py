@@ -1,4 +1,4 @@
-"""First-order statistics: the mean gradient of every block parameter, and how every unit's mask gradient behaves."""
+"""First-order statistics: the mean gradient of every parameter of the layers, and how unit mask gradients behave."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -22,7 +22,7 @@ from libprune.engine.errors import StatisticsError
 from libprune.engine.tables import Columns
 from libprune.engine.unit_sums import sum_positions, unit_sums
 from libprune.models.compute import require_finite, sequence_losses
-from libprune.models.sequences import Batch
+from libprune.models.sequences import Pass
 from libprune.pipeline.sections import Gradients
 from libprune.statistics.gradient_health import gradient_ratio, verdict
 
@@ -73,7 +73,7 @@ def _layer_group(
 def collect_gradients(
     model: PreTrainedModel,
     architecture: Architecture,
-    batches: Iterable[Batch],
+    batches: Iterable[Pass],
     sums: Accumulator,
     at_once: int,
     recompute: bool = False,
@@ -89,7 +89,7 @@ def collect_gradients(
         batches: number, index of the first sequence, and sequences of each.
         sums: of the `gradient_groups`.
         at_once: sequences in one pass; batches are cut to that.
-        recompute: whether the blocks are checkpointed.
+        recompute: whether the layers are computed again in backward.
 
     Raises:
         StatisticsError: naming the first layer, from the output, and the sequence whose loss or
@@ -206,7 +206,7 @@ def gradient_columns(
         architecture: the model's description.
         tensors: what was collected of the layer, by name.
         weights: the dense model's parameters.
-        layer: which block.
+        layer: its layer.
         part: which part of it.
     """
     names = {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}

@@ -19,7 +19,7 @@ from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.surgery import hooked
 from libprune.engine.unit_sums import unit_sums
 from libprune.models.compute import require_finite, sequence_losses
-from libprune.models.sequences import Batch
+from libprune.models.sequences import Pass
 from libprune.pipeline.sections import Compute, Hessian
 
 
@@ -58,7 +58,7 @@ def map_parameters(architecture: Architecture, layer: int, part: str) -> list[Pa
 def collect_squared_gradients(
     model: PreTrainedModel,
     architecture: Architecture,
-    batches: Iterable[Batch],
+    batches: Iterable[Pass],
     sums: Accumulator,
     recompute: bool = False,
 ) -> None:
@@ -72,7 +72,7 @@ def collect_squared_gradients(
         architecture: its description.
         batches: each of sequences of one length.
         sums: of the `hessian_groups`.
-        recompute: whether the blocks are checkpointed.
+        recompute: whether the layers are computed again in backward.
 
     Raises:
         StatisticsError: naming the module and sequence whose gradient is not finite.

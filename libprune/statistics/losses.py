@@ -1,8 +1,8 @@
 """Losses of a model that is changed from some layer on, without running the layers before it again.
 
 Everything before the first changed layer computes what it computes in the unchanged model. So what
-the blocks before chosen layers return is kept from one run, and a measurement runs only from its
-layer to the end. Cost: from layer l of N, (N - l) / N of the blocks, and the head; averaged over
+the layers before chosen layers return is kept from one run, and a measurement runs only from its
+layer to the end. Cost: from layer l of N, (N - l) / N of the layers, and the head; averaged over
 changes spread evenly over the layers, about half of changes x passes over the text.
 
 Memory, on the host: sequences x length x width of the model x kept layers x bytes of the model's dtype.
@@ -27,7 +27,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import hooked, masked
 from libprune.models.compute import require_finite, sequence_losses
-from libprune.models.layers import blocks_of, copy_output, replaced, skipped
+from libprune.models.layers import copy_output, layers_of, replaced, skipped
 from libprune.models.sequences import Sequences
 from libprune.pipeline.terminal import gigabytes
 
@@ -39,9 +39,9 @@ Measure = Callable[[int, Sequences], Tensor]
 
 
 class Prefix:
-    """What the blocks before chosen layers return, kept from one run of a model over a text.
+    """What the layers before chosen layers return, kept from one run of a model over a text.
 
-    It holds for models whose blocks hand nothing to later blocks but what they return. The model
+    It holds for models whose layers hand nothing to later layers but what they return. The model
     may be masked when this is made, and changed further afterwards.
 
     Attributes:
@@ -69,13 +69,13 @@ class Prefix:
                 mean-token loss, in nats. The first call for each pass is on the model as it is now.
         """
         self._model, self._architecture = model, architecture
-        self._blocks = blocks_of(model, architecture)
+        self._layers = layers_of(model, architecture)
         self._passes = list(sequences.passes(at_once))
         self._measure = measure or (lambda number, sequences: sequence_losses(model, sequences))
         self._kept: dict[int, list[Any]] = {layer: [] for layer in layers if layer > 0}
         with hooked(model) as handles:
             for layer, outputs in self._kept.items():
-                handles.append(self._blocks[layer - 1].register_forward_hook(partial(_keep_output, outputs)))
+                handles.append(self._layers[layer - 1].register_forward_hook(partial(_keep_output, outputs)))
             self.losses = self.losses_from(0)
 
     def losses_of(self, plan: Plan) -> Float[Tensor, " sequences"]:
@@ -99,7 +99,7 @@ class Prefix:
         sequences = self._passes[number]
         if start == 0:
             return self._measure(number, sequences).double().cpu()
-        with skipped(self._blocks[:start], self._kept[start][number], sequences.ids.device):
+        with skipped(self._layers[:start], self._kept[start][number], sequences.ids.device):
             return self._measure(number, sequences).double().cpu()
 
 
@@ -109,7 +109,7 @@ def first_changed(plan: Plan) -> int | None:
 
 
 def _keep_output(outputs: list[Any], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of a block."""
+    """Forward hook of a layer."""
     outputs.append(copy_output(output, "cpu"))
 
 

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from libprune.allocation.allocate import allocate, decide, target_of
-from libprune.allocation.knapsack import BINS, choose_levels, divergence_curves, fill
+from libprune.allocation.knapsack import BINS, divergence_curves, fill, least_divergence
 from libprune.allocation.ladders import Ladders, empties_layer, plan_of
 from libprune.allocation.methods import Evidence, functional_shares
 from libprune.engine.architecture import Block
@@ -87,7 +87,7 @@ def test_the_knapsack_finds_what_trying_all_choices_finds(problem):
     """
     shape, params, target, curves = problem
     architecture, ladders = shape.architecture(), all_ladders(shape, params)
-    depth = choose_levels(architecture, ladders, curves, target, params.allow_layer_removal)
+    depth = least_divergence(architecture, ladders, curves, target, params.allow_layer_removal)
     bins, losses = [], []
     for layer in range(shape.layers):
         pairs = choices(shape, params, layer)
@@ -109,7 +109,7 @@ def test_of_two_ways_to_remove_the_same_the_one_of_less_divergence_is_taken():
     cheap, dear = 0.001 * np.arange(41), 10.0 * np.arange(41)
     curves = {(0, "mlp"): cheap, (1, "mlp"): dear} | {(layer, "attention"): np.zeros(2) for layer in range(2)}
     target = 39 * shape.channel_cost + 7
-    depth = choose_levels(architecture, ladders, curves, target, False)
+    depth = least_divergence(architecture, ladders, curves, target, False)
     depth = fill(architecture, ladders, curves, depth, target, params)
     assert spent(ladders, depth) == 39 * shape.channel_cost
     assert lost(ladders, curves, depth) == pytest.approx(0.039)
@@ -119,7 +119,7 @@ def test_of_two_ways_to_remove_the_same_the_one_of_less_divergence_is_taken():
 def test_the_target_is_never_passed_and_layers_go_only_where_that_is_allowed(problem):
     shape, params, target, curves = problem
     architecture, ladders = shape.architecture(), all_ladders(shape, params)
-    start = choose_levels(architecture, ladders, curves, target, params.allow_layer_removal)
+    start = least_divergence(architecture, ladders, curves, target, params.allow_layer_removal)
     for depth in (start, fill(architecture, ladders, curves, start, target, params)):
         plan = plan_of(architecture, ladders, depth)
         assert spent(ladders, depth) == removed_parameters(shape, plan) <= target
@@ -130,7 +130,7 @@ def test_the_target_is_never_passed_and_layers_go_only_where_that_is_allowed(pro
 def test_the_target_is_reached_to_within_a_step_and_the_rounding_of_every_layer(problem):
     shape, params, target, curves = problem
     architecture, ladders = shape.architecture(), all_ladders(shape, params)
-    depth = choose_levels(architecture, ladders, curves, target, params.allow_layer_removal)
+    depth = least_divergence(architecture, ladders, curves, target, params.allow_layer_removal)
     left = target - spent(ladders, depth)
     for block, steps in ladders.items():
         last = depth[block] == len(steps)
@@ -144,9 +144,9 @@ def test_a_block_of_many_steps_has_the_whole_of_it_among_its_choices(monkeypatch
     params = Allocate(method="search", min_groups=4, min_channels=0)
     curves = shape.curves(np.random.default_rng(0))
     ladders = all_ladders(shape, params)
-    found = choose_levels(shape.architecture(), ladders, curves, shape.decoder, False)
+    found = least_divergence(shape.architecture(), ladders, curves, shape.decoder, False)
     assert found == {(0, "attention"): 0, (0, "mlp"): 13, (1, "attention"): 0, (1, "mlp"): 13}
-    half = choose_levels(shape.architecture(), ladders, curves, 13 * shape.channel_cost, False)
+    half = least_divergence(shape.architecture(), ladders, curves, 13 * shape.channel_cost, False)
     assert {half[layer, "mlp"] for layer in range(2)} <= {0, 4, 9, 13}
 
 

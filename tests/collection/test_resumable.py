@@ -344,7 +344,7 @@ def described(project: Path) -> tuple[Architecture, PreTrainedModel]:
 def test_offloaded_weights_are_on_the_device_only_while_their_map_works(project):
     architecture, model = described(project)
     memory.offload_maps(model, architecture, torch.device("cpu"))
-    memory.checkpoint_blocks(model, architecture)
+    memory.recompute_layers(model, architecture)
     maps = [model.get_submodule(entry.module) for entry in architecture.maps]
     seen = []
     for module in maps:

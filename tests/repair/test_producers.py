@@ -13,8 +13,8 @@ from libprune.engine.architecture import Architecture, Map
 from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
-from libprune.models.layers import blocks_of, replaced, run_block
-from libprune.models.memory import checkpoint_blocks
+from libprune.models.layers import layers_of, replaced, run_layer
+from libprune.models.memory import recompute_layers
 from libprune.models.sequences import Sequences
 from libprune.repair.least_squares import Fit, new_parameters, pruned_consumers
 from libprune.repair.producers import (
@@ -50,7 +50,7 @@ def seen(model: PreTrainedModel, plan: Plan, part: str, ids: Tensor):
     producers = producers_of(architecture, consumer, kept)
     module = model.get_submodule(consumer.module)
     with masked(model, architecture, plan), watching(model, producers) as watched:
-        x, _ = run_block(model, blocks_of(model, architecture), 0, ids, None, until=module, differentiable=True)
+        x, _ = run_layer(model, layers_of(model, architecture), 0, ids, None, until=module, differentiable=True)
     return consumer, producers, x[..., kept], watched
 
 
@@ -280,7 +280,7 @@ def test_nothing_is_fitted_to_text_of_which_none_is_held_out():
 def test_checkpointed_blocks_give_the_same(name):
     plain, checkpointed = MODELS[name](0), MODELS[name](0)
     plan, ids = two_thirds(describe(plain)), text(160, 2)
-    checkpoint_blocks(checkpointed, describe(plain))
+    recompute_layers(checkpointed, describe(plain))
     fits = [[fit for layer in repair(model, plan, ids, 8) for fit in layer] for model in (plain, checkpointed)]
     assert any(fit.producers for fit in fits[0])
     for key, value in new_parameters(fits[0]).items():

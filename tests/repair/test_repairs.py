@@ -71,7 +71,7 @@ def made(root: Path, name: str, kind: str) -> tuple[Layout, Plan]:
     plan = random_plan(architecture, kind)
     model.save_pretrained(layout.model)
     layout.architecture.write_text(architecture.to_json())
-    write_tokens(layout.calibration, Sequences(ids), {"model": "here"})
+    write_tokens(layout.calibration_tokens, Sequences(ids), {"model": "here"})
     layout.activations.mkdir()
     sums = activations(model, 4, ids)
     for layer in range(architecture.layers):

@@ -300,13 +300,13 @@ def write_artifacts(root: Path, measured: int) -> Layout:
     layout.architecture.write_text(architecture.to_json())
     write_table(layout.weights, unit_index(architecture), {"model": "cafe", "source": "a <b>model</b>"})
     origin = {"model": "cafe", "source": "a text", "documents": 3, "seed": 0}
-    write_tokens(layout.calibration, Sequences(torch.zeros((2, 4), dtype=torch.long)), origin)
+    write_tokens(layout.calibration_tokens, Sequences(torch.zeros((2, 4), dtype=torch.long)), origin)
     write_table(layout.gradients / "layers.parquet", gradient_rows(architecture.layers), {"model": "cafe"})
     rows = unit_index(architecture)
     scores = np.random.default_rng(0).normal(size=len(rows["layer_idx"]))
     plan = EVALUATION["plan"] | {"model": "cafe"}
     write_table(layout.plan, rows | {"score": scores, "keep": scores > -1}, plan)
-    write_json(layout.comparison, EVALUATION | {"plan": plan})
+    write_json(layout.evaluation, EVALUATION | {"plan": plan})
     write_table(layout.sensitivity, sensitivity_rows(measured), {"model": "cafe"})
     return layout
 
@@ -332,7 +332,7 @@ def test_a_report_of_artifacts_that_do_not_belong_together_is_refused(tmp_path, 
     layout = write_artifacts(tmp_path / "artifacts", 0)
     table = gradient_rows(1)
     if stale == "plan":
-        write_json(layout.comparison, changed(plan={"model": "cafe", "ratio": 0.7}))
+        write_json(layout.evaluation, changed(plan={"model": "cafe", "ratio": 0.7}))
     else:
         path = layout.gradients / "layers.parquet" if stale == "gradients" else layout.root / f"{stale}.parquet"
         write_table(path, table, {"model": "beef", "source": "another"})

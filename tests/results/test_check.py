@@ -44,7 +44,7 @@ def layout(tmp_path_factory) -> Layout:
     layout = Layout(folder / "artifacts")
     architecture = read_architecture(layout)
     ids = torch.randint(architecture.sizes["vocab"], (2, 16), generator=torch.Generator().manual_seed(0))
-    write_tokens(layout.calibration, Sequences(ids), {"model": architecture.fingerprint})
+    write_tokens(layout.calibration_tokens, Sequences(ids), {"model": architecture.fingerprint})
     return layout
 
 

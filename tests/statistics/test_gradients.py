@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from libprune.collection.accumulator import ROWS, Accumulator
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import StatisticsError
-from libprune.models.memory import checkpoint_blocks
+from libprune.models.memory import recompute_layers
 from libprune.statistics.gradients import gradient_columns, layer_rows
 from tests.support.collected import (
     LENGTH,
@@ -98,7 +98,7 @@ def test_recomputed_blocks_give_the_same_bits(model, architecture):
     expected = everything(gradients(model))
     blocks = model.model.layers
     plain = [block.forward for block in blocks]
-    checkpoint_blocks(model, architecture)
+    recompute_layers(model, architecture)
     try:
         found = everything(gradients(model, recompute=True))
     finally:

@@ -236,7 +236,7 @@ def test_the_measured_divergence_is_that_of_a_direct_computation(project):
     layout = Layout(project / "artifacts")
     architecture, scores = read_architecture(layout), read_table(layout.scores, "score")[0]
     dense = load_model(layout.model, torch.float32)
-    ids = read_tokens(layout.calibration, architecture.fingerprint)[0].ids[-USED:]
+    ids = read_tokens(layout.calibration_tokens, architecture.fingerprint)[0].ids[-USED:]
     repair = local_repair(layout, architecture)
     score = dict(split_blocks(architecture, scores["score"]))
     for layer, part, removed, divergence, error in levels_of(project)[::4]:

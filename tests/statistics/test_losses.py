@@ -13,7 +13,7 @@ from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 from libprune.models.compute import sequence_losses
-from libprune.models.memory import checkpoint_blocks
+from libprune.models.memory import recompute_layers
 from libprune.models.sequences import Sequences
 from libprune.statistics import losses as prefix_module
 from libprune.statistics.losses import Prefix, SequenceLosses, first_changed
@@ -218,7 +218,7 @@ def test_a_forward_function_of_a_blocks_own_comes_back():
     """Blocks that are checkpointed have one."""
     model = FAMILIES["llama"](0)
     architecture = describe(model)
-    checkpoint_blocks(model, architecture)
+    recompute_layers(model, architecture)
     own = [vars(block)["forward"] for block in model.model.layers]
     prefix = Prefix(model, architecture, asked(model, IDS), 2, [2])
     plan = plan_without(architecture, 2, "mlp", 1)

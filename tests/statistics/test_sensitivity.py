@@ -13,7 +13,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.surgery import masked
 from libprune.models.compute import sequence_losses
-from libprune.models.layers import blocks_of
+from libprune.models.layers import layers_of
 from libprune.models.sequences import Sequences
 from libprune.pipeline.artifacts import read_table
 from libprune.pipeline.layout import Layout
@@ -112,7 +112,7 @@ def test_a_removal_runs_only_the_layers_from_its_own_on(llama):
             nonlocal ran
             ran += 1
 
-        for block in blocks_of(model, architecture):
+        for block in layers_of(model, architecture):
             block.mlp.register_forward_hook(count)
         make(self, model, architecture, *rest, **more)
 

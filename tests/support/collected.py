@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from libprune.collection.accumulator import Accumulator
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
-from libprune.models.sequences import Batch, Sequences
+from libprune.models.sequences import Pass, Sequences
 from libprune.pipeline.sections import Activations, Gradients, Hessian
 from libprune.statistics.activations import activation_groups, collect_activations
 from libprune.statistics.gradients import collect_gradients, gradient_groups
@@ -42,7 +42,7 @@ def architecture(model) -> Architecture:
     return describe(model)
 
 
-def batches(size: int, ids: Tensor | None = None) -> Iterator[Batch]:
+def batches(size: int, ids: Tensor | None = None) -> Iterator[Pass]:
     """Number, index of the first sequence, and sequences of every batch."""
     ids = tokens(SEQUENCES, LENGTH) if ids is None else ids
     return ((first // size, first, Sequences(ids[first : first + size])) for first in range(0, len(ids), size))

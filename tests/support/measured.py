@@ -30,7 +30,7 @@ def write_project(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(layout.model)
     digest = fingerprint(layout.model)
     layout.architecture.write_text(describe(model, digest).to_json())
-    write_tokens(layout.calibration, Sequences(tokens(SEQUENCES, LENGTH)), {"model": digest})
+    write_tokens(layout.calibration_tokens, Sequences(tokens(SEQUENCES, LENGTH)), {"model": digest})
     params(folder)
     return folder
 
@@ -61,7 +61,7 @@ def patch_losses(monkeypatch, value_of) -> list[int]:
 
 def interrupt(monkeypatch, done: int, run: Callable[[], object]) -> None:
     """Run a stage, saving after every measurement, and stop in the middle of the one after so many."""
-    monkeypatch.setattr("libprune.collection.accumulator.Checkpoints.due", lambda self: True)
+    monkeypatch.setattr("libprune.collection.accumulator.SavedSums.due", lambda self: True)
 
     def stop(number, losses):
         if number == PASSES * (1 + done) + 1:

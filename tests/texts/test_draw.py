@@ -53,7 +53,7 @@ def run(project, tmp_path):
         text = str(project / "text.txt")
         params = tiny.write_params(tmp_path / "params.yaml", "unused", text, tokenize={"text": text} | SIZES | changes)
         tokenize.main(params, layout.root)
-        found = (read_tokens(path, fingerprint) for path in (layout.calibration, layout.evaluation))
+        found = (read_tokens(path, fingerprint) for path in (layout.calibration_tokens, layout.evaluation_tokens))
         return [(sequences.ids.numpy(), meta) for sequences, meta in found]
 
     return run_stage

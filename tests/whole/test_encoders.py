@@ -100,7 +100,7 @@ def test_the_accuracy_is_the_share_of_right_labels(tmp_path, monkeypatch):
     write_project(tmp_path, "bert_classifier", tokenize={"evaluation_windows": 20})
     run("prepare", "tokenize")
     layout = Layout(Path("artifacts"))
-    windows, _ = read_tokens(layout.evaluation, read_architecture(layout).fingerprint)
+    windows, _ = read_tokens(layout.evaluation_tokens, read_architecture(layout).fingerprint)
     model, evaluation = FAMILIES["bert_classifier"](0), import_module("libprune.results.perplexity")
     mask = torch.arange(windows.ids.shape[1]) < windows.lengths[:, None]
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_windows_have_the_tokenizers_frame(tmp_path, monkeypatch, tokenizer):
     write_project(tmp_path, "bert")
     run("prepare", "tokenize")
     layout = Layout(Path("artifacts"))
-    windows, _ = read_tokens(layout.calibration, read_architecture(layout).fingerprint)
+    windows, _ = read_tokens(layout.calibration_tokens, read_architecture(layout).fingerprint)
     assert windows.ids.shape == (8, 16)
     assert set(windows.ids[:, 0].tolist()) == {tokenizer.cls_token_id}
     assert set(windows.ids[:, -1].tolist()) == {tokenizer.sep_token_id}
@@ -229,7 +229,7 @@ def test_the_stages_mean_gradient_is_that_of_all_sequences_of_a_batch(batch_toke
     run("prepare", "tokenize", "gradients")
     layout = Layout(Path("artifacts"))
     architecture = read_architecture(layout)
-    sequences, _ = read_tokens(layout.calibration, architecture.fingerprint)
+    sequences, _ = read_tokens(layout.calibration_tokens, architecture.fingerprint)
     assert len(set(sequences.lengths.tolist())) > 1
     model = FAMILIES["bert_classifier"](0)
     names = [p.name for p in architecture.parameters_of(1, "mlp")]
@@ -346,7 +346,7 @@ def test_labels_by_name_and_as_other_types_write_them_are_the_models_own(written
         write_project(tmp_path, "bert_classifier", tokenize={"text": str(tmp_path / f"{kind}.jsonl")})
         run("prepare", "tokenize")
         layout = Layout(Path("artifacts"))
-        drawn.append(read_tokens(layout.calibration, read_architecture(layout).fingerprint)[0].targets)
+        drawn.append(read_tokens(layout.calibration_tokens, read_architecture(layout).fingerprint)[0].targets)
     assert torch.equal(*drawn)
 
 

@@ -36,7 +36,7 @@ def test_every_folder_is_a_room_but_that_of_the_families():
     assert len(MODULES) == sum(1 for _ in PACKAGE.rglob("*.py")) - 1, "no room has rooms of its own"
 
 
-@pytest.mark.parametrize("room", FLOOR)
+@pytest.mark.parametrize("room", sorted(FLOOR))
 def test_a_room_can_be_looked_over(room):
     assert len(list((PACKAGE / room).glob("*.py"))) <= 16
 
