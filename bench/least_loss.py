@@ -27,8 +27,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from libprune.allocation.advice import fixed_scores
-from libprune.allocation.allocate import compares, decide
 from libprune.allocation.block_worth import with_worth
+from libprune.allocation.decide import decide
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.search import Search
 from libprune.engine import cost
@@ -41,16 +41,16 @@ from libprune.models.layers import replaced
 from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.layout import Layout
+from libprune.pipeline.methods import REPAIRS
+from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate, Compute, Levels, Score, Slice
 from libprune.pipeline.shards import read_tensor
 from libprune.pipeline.stage import peak_memory
 from libprune.repair.least_squares import Fit, new_parameters
-from libprune.repair.repairs import REPAIRS
 from libprune.report.markdown import markdown_table
 from libprune.results.perplexity import perplexity, perplexity_ratio, window_losses
 from libprune.results.tasks import zero_shot
 from libprune.scoring.score import score_layout
-from libprune.statistics.levels import order_digest, unit_orders
 
 LEVELS = Levels(sequences=4, number=6)
 SEARCH = {"method": "search", "evaluations": 8}
@@ -277,26 +277,21 @@ class Bench:
 
     def plan(self, score: Score, allocate: Allocate):
         """The plan of these params, and what else came out."""
-        table, meta = self.scores(score)
-        fixed = fixed_scores(self.scored, self.architecture, table, meta, allocate)
-        scores = with_worth(self.scored, self.architecture, fixed.scores, meta, allocate)
+        fixed = fixed_scores(self.scored, Scores(self.architecture, *self.scores(score)), allocate)
         measured = Layout(levelled(self.work, score.criterion)) if allocate.method == "search" else self.scored
-        evidence = read_evidence(measured, self.architecture, scores, meta, allocate)
-        search = None
-        if allocate.evaluations:
-            order = order_digest(unit_orders(self.architecture, scores))
-            comparable = compares(meta, allocate)
-            search = Search(self.layout, self.architecture, self.compute, LEVELS, evidence, order, comparable)
-        plan = decide(self.architecture, scores, meta, allocate, evidence, search).plan
-        found = search.found if search else None
+        evidence = read_evidence(measured, fixed.scores, allocate)
+        scores = with_worth(fixed.scores, allocate, evidence)
+        search = Search(self.layout, scores, self.compute, LEVELS, evidence) if allocate.evaluations else None
+        plan = decide(scores, allocate, evidence, search).plan
+        found = search.refined if search else None
         info = {"gradient_ratios": [fixed.ratio, fixed.ratio_after]}
         return plan, info | ({"divergence": {**found.starts, "best": found.divergence}} if found else {})
 
     def _fits(self, plan, section: Slice) -> list[Fit]:
         if section.repair == "sequential":
             section = section.model_copy(update={"sequences": self.sequences})
-            return REPAIRS["sequential"](self.long, self.architecture, plan, self.compute, section)
-        return REPAIRS[section.repair](self.layout, self.architecture, plan, self.compute, section)
+            return REPAIRS["sequential"].repair(self.long, self.architecture, plan, self.compute, section)
+        return REPAIRS[section.repair].repair(self.layout, self.architecture, plan, self.compute, section)
 
 
 def _adding(bias):

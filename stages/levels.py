@@ -9,6 +9,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     from libprune.pipeline.artifacts import read_architecture, read_table, same_origin, write_table
     from libprune.pipeline.layout import Layout
+    from libprune.pipeline.methods import allocation_reads
     from libprune.pipeline.params import load_params
     from libprune.statistics.levels import (
         choose_levels,
@@ -22,7 +23,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     layout, settings = Layout(artifacts), load_params(params)
     section, architecture = settings.levels, read_architecture(layout)
-    if settings.allocate.method != "search":
+    if "levels" not in allocation_reads(settings.allocate.method):
         if stage.first_process():
             write_table(layout.levels, empty_table(), {"model": architecture.fingerprint, "levels": 0})
             typer.echo(f"allocate.method is {settings.allocate.method}: no level is measured")

@@ -9,6 +9,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     from libprune.pipeline.artifacts import read_architecture, write_table
     from libprune.pipeline.layout import Layout
+    from libprune.pipeline.methods import allocation_reads
     from libprune.pipeline.params import load_params
     from libprune.statistics.sensitivity import (
         empty_table,
@@ -19,7 +20,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     )
 
     layout, settings = Layout(artifacts), load_params(params)
-    if settings.allocate.method != "hgsp" and settings.allocate.worth != "sensitivity":
+    if "sensitivity" not in allocation_reads(settings.allocate.method, settings.allocate.worth):
         if stage.first_process():
             write_table(layout.sensitivity, empty_table(), {"model": read_architecture(layout).fingerprint})
             typer.echo(f"allocate.method is {settings.allocate.method}: no layer is measured")

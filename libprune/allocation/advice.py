@@ -1,13 +1,12 @@
 """Whether gradients vanish and which layers lose too much, and what to do about it, in plain words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.allocation.evidence import origin_of
 from libprune.allocation.gradient_fix import Factors, factors_of, require_defined, rescaled, resolve
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
@@ -17,6 +16,8 @@ from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns
 from libprune.pipeline.artifacts import read_table, same_origin
 from libprune.pipeline.layout import Layout
+from libprune.pipeline.methods import METHODS
+from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from libprune.statistics.gradient_health import MILD, gradient_ratio, verdict
 
@@ -29,44 +30,42 @@ class Fixed:
     """The scores under a gradient fix.
 
     Attributes:
-        scores: the importance table.
+        scores: the importance of the units.
         fix: the fix that was applied; what `auto` came to.
         ratio: the gradient ratio between layers, as collected.
         ratio_after: the same with every layer's gradients times its factor.
     """
 
-    scores: Columns
+    scores: Scores
     fix: str
     ratio: float
     ratio_after: float
 
 
-def fixed_scores(
-    layout: Layout, architecture: Architecture, scores: Columns, meta: Mapping[str, Any], params: Allocate
-) -> Fixed:
+def fixed_scores(layout: Layout, scores: Scores, params: Allocate) -> Fixed:
     """Diagnose the collected gradients and apply the asked fix to the scores.
 
     Raises:
         LibpruneError: if gradients are missing or foreign, or the fix is not defined for these scores.
     """
-    if "gradient_orders" not in meta:
+    if "gradient_orders" not in scores.meta:
         raise ArtifactError(f"{layout.scores} was written by an older libprune; run `dvc repro score`")
-    orders = meta["gradient_orders"]
-    require_defined(params.gradient_fix, meta["criterion"], orders, meta["scaling"], params.method)
-    rows, tensors = (_gradients(layout, name, meta) for name in ("layers", "tensors"))
+    orders = scores.meta["gradient_orders"]
+    require_defined(params.gradient_fix, scores.meta["criterion"], orders, scores.meta["scaling"], params.method)
+    rows, tensors = (_gradients(layout, name, scores) for name in ("layers", "tensors"))
     ratio = gradient_ratio(rows)
     fix = resolve(params.gradient_fix, ratio)
     if fix == "none":
         return Fixed(scores, fix, ratio, ratio)
-    factors: Factors = factors_of(fix, tensors, architecture.layers, params.depth_weights)
+    factors: Factors = factors_of(fix, tensors, scores.architecture.layers, params.depth_weights)
     after = gradient_ratio(rows | {"mean_abs": rows["mean_abs"] * factors[rows["layer_idx"]]})
-    return Fixed(rescaled(scores, orders, factors), fix, ratio, after)
+    return Fixed(scores.with_columns(rescaled(scores.table, orders, factors)), fix, ratio, after)
 
 
-def _gradients(layout: Layout, name: str, meta: Mapping[str, Any]) -> Columns:
+def _gradients(layout: Layout, name: str, scores: Scores) -> Columns:
     path = layout.gradients / f"{name}.parquet"
-    table, found = read_table(path, "gradients")
-    same_origin(path, found, origin_of(meta))
+    table, meta = read_table(path, "gradients")
+    same_origin(path, meta, scores.origin)
     return table
 
 
@@ -92,22 +91,19 @@ def over_pruned(lost: NDArray[np.float64], freeze_first: int = 0, freeze_last: i
     return [int(layer) for layer in layers[counted] if lost[layer] > max(HALF, 1.1 * usual)]
 
 
-def diagnosis(
-    fixed: Fixed, architecture: Architecture, plan: Plan, params: Allocate, orders: Mapping[str, int]
-) -> dict[str, Any]:
+def advise(fixed: Fixed, plan: Plan, params: Allocate) -> dict[str, Any]:
     """What the plan's metadata and the report say of gradients and layers.
 
     Args:
         fixed: the scores that the plan was made from.
-        architecture: the model's description.
         plan: which units stay.
         params: how they were chosen.
-        orders: of the scores' components that come from gradients, the order in them.
 
     Returns:
         JSON: `gradient_ratio` and `gradient_ratio_after_fix` (null: infinite), `verdict`, `fix`,
         `over_pruned_layers` and `advice`, a list of sentences.
     """
+    architecture = fixed.scores.architecture
     lost = shares_lost(architecture, plan)
     over = over_pruned(lost, params.freeze_first, params.freeze_last)
     return {
@@ -117,7 +113,7 @@ def diagnosis(
         "fix": fixed.fix,
         "over_pruned_layers": over,
         "advice": [
-            *_about_gradients(fixed, params, orders),
+            *_about_gradients(fixed, params),
             *_about_layers(over, lost, params),
             *held_whole(architecture, not plan.uniform or params.shape == "per_layer"),
         ],
@@ -128,8 +124,8 @@ def _finite(ratio: float) -> float | None:
     return ratio if np.isfinite(ratio) else None
 
 
-def _about_gradients(fixed: Fixed, params: Allocate, orders: Mapping[str, int]) -> list[str]:
-    between = params.method in {"global", "hgsp"}
+def _about_gradients(fixed: Fixed, params: Allocate) -> list[str]:
+    between, orders = METHODS[params.method].between, fixed.scores.meta["gradient_orders"]
     advice = []
     if any(orders.values()) and between and fixed.fix == "none" and fixed.ratio >= MILD:
         advice.append(f"gradient ratio {fixed.ratio:,.0f}: {verdict(fixed.ratio)}; try allocate.gradient_fix=auto")
@@ -152,7 +148,7 @@ def _about_layers(over: Sequence[int], lost: NDArray[np.float64], params: Alloca
     named = ", ".join(f"{layer} ({100 * lost[layer]:.0f} %)" for layer in over)
     advice = [f"layers that lose over half of their parameters, and clearly more than the others: {named}"]
     if len(over) > MANY * len(lost):
-        others = "" if params.method == "uniform" else ", or compare with allocate.method=uniform"
+        others = "" if METHODS[params.method].alike else ", or compare with allocate.method=uniform"
         advice.append(
             f"these are more than {100 * MANY:.0f} % of the layers; lower allocate.ratio, raise "
             f"allocate.min_groups and allocate.min_channels{others}"

@@ -8,40 +8,33 @@ with s the scaled score, c the parameters and the sum over the units that share 
 the order of s wherever B is shared, and compare everywhere.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.allocation.evidence import origin_of, read_change, read_increases
 from libprune.allocation.hgsp import HARMLESS
-from libprune.engine.architecture import Architecture, Block
+from libprune.allocation.methods import Evidence
+from libprune.engine.architecture import Block
 from libprune.engine.errors import LibpruneError
 from libprune.engine.tables import Columns, split_blocks
-from libprune.pipeline.layout import Layout
+from libprune.pipeline.methods import METHODS
+from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 
 
-def with_worth(
-    layout: Layout, architecture: Architecture, scores: Columns, meta: Mapping[str, Any], params: Allocate
-) -> Columns:
-    """The importance table with what `allocate.worth` gives back; as it is for `none`.
+def with_worth(scores: Scores, params: Allocate, evidence: Evidence) -> Scores:
+    """The scores with what `allocate.worth` gives back; as they are for `none`.
 
     Raises:
-        LibpruneError: if the scores are no ranks, the method would count the worth twice or not at all, or the
-            artifact that it is read from is missing or foreign.
+        LibpruneError: as `require_meaningful`.
     """
+    require_meaningful(params, scores.meta["scaling"])
     if params.worth == "none":
         return scores
-    require_meaningful(params, meta["scaling"])
-    origin = origin_of(meta)
     if params.worth == "functional":
-        change = read_change(layout, architecture, origin)
-        return shared_out(architecture, scores, change, by_layer=True)
-    increases = read_increases(layout, architecture, origin)
-    blocks = np.array([increases[part][layer] for layer, part in architecture.blocks()])
-    return shared_out(architecture, scores, blocks, by_layer=False)
+        return scores.with_columns(shared_out(scores, evidence["activations"], by_layer=True))
+    increases = evidence["sensitivity"]
+    blocks = np.array([increases[part][layer] for layer, part in scores.architecture.blocks()])
+    return scores.with_columns(shared_out(scores, blocks, by_layer=False))
 
 
 def require_meaningful(params: Allocate, scaling: str) -> None:
@@ -50,29 +43,31 @@ def require_meaningful(params: Allocate, scaling: str) -> None:
     Raises:
         LibpruneError: if the scores are no ranks, or the method settles what blocks are worth by itself.
     """
+    if params.worth == "none":
+        return
     if scaling != "rank":
         raise LibpruneError(
             f"allocate.worth: {params.worth} is shared out by rank, but score.scaling is {scaling}; set it to rank, "
             "or allocate.worth to none"
         )
-    if params.method in {"hgsp", "search"}:
+    if METHODS[params.method].weighs:
         raise LibpruneError(
             f"allocate.method: {params.method} weighs blocks by what it measures, so allocate.worth: {params.worth} "
             "would count twice or do nothing; set it to none"
         )
 
 
-def shared_out(architecture: Architecture, scores: Columns, worth: NDArray[np.float64], by_layer: bool) -> Columns:
-    """The importance table with every layer's or block's worth shared out among its units.
+def shared_out(scores: Scores, worth: NDArray[np.float64], by_layer: bool) -> Columns:
+    """`importance` and `score` with every layer's or block's worth shared out among its units.
 
     Args:
-        architecture: the model's description.
-        scores: the importance table; scaled scores are positive.
+        scores: positive ones, as ranks are.
         worth: ``[layers]`` or ``[blocks]``; below `libprune.allocation.hgsp.HARMLESS` that counts, so that a harmless
             block keeps its units' order.
         by_layer: whether a layer's blocks share one worth.
     """
-    size = scores["score"] * scores["cost"]
+    architecture, cost = scores.architecture, scores.table["cost"]
+    size = scores.table["score"] * cost
     blocks: list[Block] = list(architecture.blocks())
     place = [layer if by_layer else number for number, (layer, _) in enumerate(blocks)]
     own = np.array([float(values.sum()) for _, values in split_blocks(architecture, size)])
@@ -80,4 +75,4 @@ def shared_out(architecture: Architecture, scores: Columns, worth: NDArray[np.fl
     factors = (np.maximum(worth, HARMLESS) / totals)[place]
     by_unit = np.repeat(factors, [architecture.units(part) for _, part in blocks])
     importance = size * by_unit
-    return scores | {"importance": importance, "score": importance / scores["cost"]}
+    return {"importance": importance, "score": importance / cost}

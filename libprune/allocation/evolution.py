@@ -101,7 +101,7 @@ def refine(
     starts: Mapping[str, Mapping[Block, int]],
     target: int,
     params: Allocate,
-    record: Path,
+    trials: Path,
 ) -> Refined:
     """Search on from the best of some plans.
 
@@ -113,9 +113,9 @@ def refine(
         starts: depths by the method that found them; the first are measured however few the evaluations.
         target: how much of the objective to remove.
         params: evaluations, minutes and seed.
-        record: a file that what was measured is appended to, and read from after an interruption.
+        trials: a file that every measured divergence is appended to, and read from after an interruption.
     """
-    known = _read(record)
+    known = _read(trials)
     rng = np.random.default_rng(params.seed)
     end = time.monotonic() + 60 * params.minutes if params.minutes else math.inf
 
@@ -124,7 +124,7 @@ def refine(
         key = plan.digest
         if key not in known:
             known[key] = judge(plan)
-            with record.open("a") as file:
+            with trials.open("a") as file:
                 file.write(json.dumps({"plan": key, "divergence": known[key]}) + "\n")
         return known[key]
 
@@ -132,37 +132,37 @@ def refine(
     best = dict(depth)
     least = first = measure(best)
     measured = {method: first}
-    trials = 0
+    tried = 0
     with tqdm(total=params.evaluations, desc="search", unit="plan") as bar:
-        while trials < params.evaluations and time.monotonic() < end:
-            if trials < len(others):
-                method, trial = others[trials]
-                found = measured[method] = measure(trial)
+        while tried < params.evaluations and time.monotonic() < end:
+            if tried < len(others):
+                method, trial = others[tried]
+                divergence = measured[method] = measure(trial)
             else:
                 trial = _move(architecture, ladders, curves, best, target, params, rng)
-                found = measure(trial)
-            trials += 1
-            if found < least:
-                best, least = dict(trial), found
+                divergence = measure(trial)
+            tried += 1
+            if divergence < least:
+                best, least = dict(trial), divergence
             bar.set_postfix_str(f"divergence {first:.4f} to {least:.4f}")
             bar.update()
-    return Refined(best, least, measured, trials)
+    return Refined(best, least, measured, tried)
 
 
-def _read(record: Path) -> dict[str, float]:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    text = record.read_text() if record.exists() else ""
+def _read(trials: Path) -> dict[str, float]:
+    trials.parent.mkdir(parents=True, exist_ok=True)
+    text = trials.read_text() if trials.exists() else ""
     if text and not text.endswith("\n"):
-        with record.open("a") as file:
+        with trials.open("a") as file:
             file.write("\n")  # an interruption cut the last line off
-    found = {}
+    known = {}
     for line in text.splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found[entry["plan"]] = entry["divergence"]
-    return found
+        known[entry["plan"]] = entry["divergence"]
+    return known
 
 
 def _move(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.tables import Columns
+from libprune.pipeline.methods import METHODS
 from libprune.statistics.gradient_health import MILD, SEVERE
 
 Factors = NDArray[np.float64]
@@ -105,9 +106,9 @@ def require_defined(fix: str, criterion: str, orders: Mapping[str, int], scaling
     """
     if fix == "none":
         return
-    if method == "search":
+    if METHODS[method].weighs and not METHODS[method].between:  # scores only order the units of each block
         raise LibpruneError(
-            f"allocate.method: search measures what layers are worth, so allocate.gradient_fix: {fix} would do "
+            f"allocate.method: {method} measures what layers are worth, so allocate.gradient_fix: {fix} would do "
             "nothing; set it to none"
         )
     if scaling != "none":

@@ -1,49 +1,38 @@
 """Allocation methods: how far down its ladder each block goes, for a target in what the objective counts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.allocation.hgsp import Increases, above_floors, block_factors, collapsing, weighted
+from libprune.allocation.hgsp import above_floors, block_factors, collapsing, weighted
 from libprune.allocation.knapsack import fill, least_divergence
 from libprune.allocation.ladders import Ladders, Step, empties_layer, spent
-from libprune.allocation.retention import by_progress
+from libprune.allocation.retention import by_progress, wanted_removals
 from libprune.engine.architecture import Architecture, Block
 from libprune.pipeline.sections import Allocate
 
+Evidence = Mapping[str, Any]
+"""What allocation reads beside the scores' order, by the artifact that it comes from.
 
-@dataclass(frozen=True)
-class Evidence:
-    """What is measured of layers, beside the scores.
-
-    Attributes:
-        change: 1 - cosine between each block's input and output, ``[layers]``; for `functional`.
-        curves: for every block the divergence by the number of units removed, ``[units + 1]``, nats; for `search`.
-        sensitivity: loss increases of removing layers and blocks, ``[layers]`` each, nats; for `hgsp`.
-        wanted: units that each block may lose; for `retention`.
-        latency: the straight lines fitted to measured times; for the objective `latency`.
-    """
-
-    change: NDArray[np.float64] | None = None
-    curves: Mapping[Block, NDArray[np.float64]] | None = None
-    sensitivity: Increases | None = None
-    wanted: Mapping[Block, float] | None = None
-    latency: Mapping[str, Any] | None = None
-
-
+`scores` is the importance table; `activations` 1 - cosine between each layer's input and output, ``[layers]``;
+`sensitivity` the loss increases of removing layers and blocks, by what is removed, ``[layers]`` each, nats; `levels`
+for every block the divergence by the number of units removed, ``[units + 1]``, nats; `latency` the lines fitted to
+measured times. The scores are always there, the others where `libprune.pipeline.methods.allocation_reads` names them.
+"""
 Depth = dict[Block, int]
 """How many steps of its ladder each block goes."""
-Method = Callable[[Architecture, Ladders, int, Allocate, Evidence], Depth]
+Allocation = Callable[[Architecture, Ladders, int, Allocate, Evidence], Depth]
+"""From the model's description, its ladders, the target in what the objective counts, the params and the evidence to
+the depths."""
 
 
 def allocate_global(
     architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
 ) -> Depth:
-    """The lowest ranks over all blocks first; ties break by layer, then type, then unit.
+    """The lowest ranks over all blocks first; ties break by layer, then part, then unit.
 
     A removal that no longer fits is passed over, so that the target is missed by less than the
     cheapest removal that is left.
@@ -68,7 +57,7 @@ def allocate_global(
 def allocate_uniform(
     architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
 ) -> Depth:
-    """The same number of removals in every layer that is not frozen.
+    """Every layer that is not frozen loses the same number of units of each part.
 
     Of all splits between the parts, those that come nearest to the target (within one removal of
     the cheapest part in every layer) are considered; `split` chooses among them, or the least
@@ -93,7 +82,7 @@ def allocate_uniform(
         return abs(target - float(sum(spent[part][i] for part, i in split.items())))
 
     def preference(split: Split) -> float:
-        if params.split == "importance" or evidence.curves is not None:
+        if params.split == "importance" or "levels" in evidence:
             return float(sum(lost[part][i] for part, i in split.items()))
         shares = [float(gone[part][i]) for part, i in split.items()]
         return max(shares) - min(shares)
@@ -106,10 +95,10 @@ def allocate_uniform(
 
 def _losses(ladders: Ladders, evidence: Evidence, block: Block) -> list[float]:
     """What each step of a block's ladder loses: importance, or divergence where that was measured."""
-    if evidence.curves is None:
+    if "levels" not in evidence:
         return [step.importance for step in ladders[block]]
     removed = np.cumsum([0, *(len(step.units) for step in ladders[block])])
-    return list(np.diff(evidence.curves[block][removed]))
+    return list(np.diff(evidence["levels"][block][removed]))
 
 
 Split = Mapping[str, int]
@@ -158,13 +147,12 @@ def allocate_functional(
     r (1.5 - c_l), moved by a constant and cut to [0.5 r, 1.5 r] so that the shares meet the target (FANG's
     functional allocation). In a layer the lowest ranks go first, or the same share of each part, as `split` says.
     """
-    assert evidence.change is not None
     layers = [layer for layer in range(architecture.layers) if any(ladders[layer, p] for p in architecture.parts)]
     depth = dict.fromkeys(ladders, 0)
     if not layers:
         return depth
     sizes = np.array([_removable(ladders, [(layer, part) for part in architecture.parts]) for layer in layers])
-    shares = functional_shares(evidence.change[layers], sizes, target / max(1, int(sizes.sum())))
+    shares = functional_shares(evidence["activations"][layers], sizes, target / max(1, int(sizes.sum())))
     owed = 0.0  # what the layers before could not remove in whole units is passed on
     for layer, budget in zip(layers, shares * sizes, strict=True):
         blocks = [(layer, part) for part in architecture.parts]
@@ -214,11 +202,10 @@ def allocate_search(
     The divergences of single blocks add up only roughly; `libprune.allocation.evolution` goes on from here with whole
     plans. A `uniform` shape takes the same level in every layer.
     """
-    assert evidence.curves is not None
     if params.shape == "uniform":
         return allocate_uniform(architecture, ladders, target, params, evidence)
-    depth = least_divergence(architecture, ladders, evidence.curves, target, params.allow_layer_removal)
-    return fill(architecture, ladders, evidence.curves, depth, target, params)
+    depth = least_divergence(architecture, ladders, evidence["levels"], target, params.allow_layer_removal)
+    return fill(architecture, ladders, evidence["levels"], depth, target, params)
 
 
 def allocate_hgsp(
@@ -230,8 +217,7 @@ def allocate_hgsp(
     the target goes, and the others share what is left of it. For that the ladders reach below the floors, which
     hold for all layers that stay.
     """
-    assert evidence.sensitivity is not None
-    ordered = weighted(ladders, block_factors(architecture, evidence.sensitivity, params))
+    ordered = weighted(ladders, block_factors(architecture, evidence["sensitivity"], params))
     bounded = above_floors(architecture, ordered, params)
     gone: tuple[int, ...] = ()
     if params.collapse_below:
@@ -247,15 +233,5 @@ def allocate_retention(
     architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
 ) -> Depth:
     """Every block loses the same multiple of what its importance lets it lose (`libprune.allocation.retention`)."""
-    assert evidence.wanted is not None
-    return allocate_global(architecture, by_progress(ladders, evidence.wanted), target, params, evidence)
-
-
-METHODS: dict[str, Method] = {
-    "uniform": allocate_uniform,
-    "global": allocate_global,
-    "functional": allocate_functional,
-    "retention": allocate_retention,
-    "hgsp": allocate_hgsp,
-    "search": allocate_search,
-}
+    wanted = wanted_removals(architecture, evidence["scores"], params.network_type)
+    return allocate_global(architecture, by_progress(ladders, wanted), target, params, evidence)

@@ -11,6 +11,7 @@ import torch
 
 from libprune.collection.accumulator import PENDING, ROWS, UNITS, Group, finished, state_bytes
 from libprune.engine.architecture import Architecture
+from libprune.pipeline.methods import REPAIRS, allocation_reads, methods_that_read
 from libprune.pipeline.params import Params
 from libprune.pipeline.sections import Allocate
 from libprune.scoring.score import component_columns, criteria_of
@@ -232,16 +233,21 @@ def _losses(stage: str, rows: int, settings: str, keys: int) -> Footprint:
 
 
 def _sensitivity(architecture: Architecture, allocate: Allocate) -> Footprint:
-    weighed = allocate.worth == "sensitivity"
-    used = allocate.method == "hgsp" or weighed
-    setting = "worth: sensitivity" if weighed else "method: hgsp"
+    used = "sensitivity" in allocation_reads(allocate.method, allocate.worth)
+    setting = "worth: sensitivity" if allocate.worth == "sensitivity" else _method(allocate, "sensitivity")
     return _losses("sensitivity", len(removals(architecture)) if used else 0, _only(used, setting), 2)
 
 
 def _levels(architecture: Architecture, params: Params) -> Footprint:
-    used, number = params.allocate.method == "search", params.levels.number
+    used, number = "levels" in allocation_reads(params.allocate.method), params.levels.number
     rows = len(choose_levels(architecture, number)) if used else 0
-    return _losses("levels", rows, _only(used, "method: search"), 3)
+    return _losses("levels", rows, _only(used, _method(params.allocate, "levels")), 3)
+
+
+def _method(allocate: Allocate, artifact: str) -> str:
+    """The chosen method if it reads an artifact, else all that do."""
+    reads = artifact in allocation_reads(allocate.method)
+    return f"method: {allocate.method if reads else methods_that_read(artifact)}"
 
 
 def _latency(allocate: Allocate) -> Footprint:
@@ -267,7 +273,7 @@ def _slice(architecture: Architecture, params: Params, stored: torch.dtype, plan
         "pruned/tokenizer.json": _TOKEN_TEXT * architecture.sizes["vocab"],
         "pruned/libprune.json": _PROVENANCE,
         "pruned/plan.parquet": plan.nbytes,
-        "pruned/repair.parquet": Table(0 if section.repair == "none" else consumers, 5, runs=3).nbytes,
+        "pruned/repair.parquet": Table(consumers if REPAIRS[section.repair].function else 0, 5, runs=3).nbytes,
     }
     ratio = "null" if allocate.ratio is None else allocate.ratio
     asked = f"allocate.ratio: {ratio} of the {allocate.ratio_of}'s {allocate.objective}"

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from libprune.allocation.allocate import descend, result_shape
+from libprune.allocation.allocate import descend
+from libprune.allocation.decide import result_shape
 from libprune.allocation.ladders import build_ladders
 from libprune.cli.footprint import Footprint, dtype_name, footprints
 from libprune.engine import cost

@@ -40,6 +40,11 @@ class Plan:
         return tuple(sorted({layer for layer, part in self.keep if not self.gone(layer, part)}))
 
     @property
+    def column(self) -> NDArray[np.bool_]:
+        """Whether each unit is kept, in the order of per-unit tables, ``[units of all blocks]``."""
+        return np.concatenate(list(self.keep.values()))
+
+    @property
     def digest(self) -> str:
         """Names the decision."""
         return hashlib.sha256(b"".join(keep.tobytes() for keep in self.keep.values())).hexdigest()[:16]
@@ -50,3 +55,14 @@ class Plan:
         parts = {part for _, part in self.keep}
         counts = {tuple(self.kept(layer, part) for part in sorted(parts)) for layer in self.layers}
         return len(counts) == 1 and 0 not in next(iter(counts))
+
+
+def jaccard(kept: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    """Jaccard index of two kept sets: units that both keep over units that either keeps; 1 if neither keeps any.
+
+    Args:
+        kept: whether each unit is kept, ``[units]``.
+        other: the same units under another decision, ``[units]``.
+    """
+    either = int(np.count_nonzero(kept | other))
+    return int(np.count_nonzero(kept & other)) / either if either else 1.0

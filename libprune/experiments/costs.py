@@ -12,6 +12,7 @@ import yaml
 
 from libprune.engine.errors import LibpruneError
 from libprune.pipeline.artifacts import read_json
+from libprune.pipeline.methods import REPAIRS, allocation_reads
 from libprune.pipeline.params import Params
 from libprune.pipeline.writing import write_json
 
@@ -107,9 +108,8 @@ def collecting(params: Params) -> tuple[str, ...]:
     used = {
         *(stage for name in named_criteria(params.score) for stage in find_criterion(name).stages),
         *(["ablation"] if params.score.fusion in ("learned", "best") else []),
-        *(["activations"] if params.slice.repair in ("bias", "local") else []),
-        *(["activations"] if params.allocate.method in ("functional", "search") else []),
-        *(["activations"] if params.allocate.worth == "functional" else []),
+        *REPAIRS[params.slice.repair].reads,
+        *allocation_reads(params.allocate.method, params.allocate.worth),
         *(["gradients"] if params.allocate.gradient_fix != "none" else []),
     }
     return tuple(stage for stage in ("gradients", "hessian", "activations", "ablation") if stage in used)
@@ -117,12 +117,9 @@ def collecting(params: Params) -> tuple[str, ...]:
 
 def pruning(params: Params) -> tuple[str, ...]:
     """The stages from the scores to the pruned model that do something under these params."""
-    measuring = {
-        "sensitivity": params.allocate.method == "hgsp" or params.allocate.worth == "sensitivity",
-        "levels": params.allocate.method == "search",
-        "latency": params.allocate.objective == "latency",
-    }
-    return ("score", *(stage for stage, used in measuring.items() if used), "allocate", "slice")
+    read = allocation_reads(params.allocate.method, params.allocate.worth, params.allocate.objective)
+    measuring = (stage for stage in ("sensitivity", "levels", "latency") if stage in read)
+    return ("score", *measuring, "allocate", "slice")
 
 
 def cost_of(names: Iterable[str], lock: str | None, costs: Costs) -> Cost | None:

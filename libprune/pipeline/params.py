@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from libprune.engine.errors import ParamsError, nearest
 from libprune.engine.yaml_file import read_yaml
+from libprune.pipeline.methods import METHODS, REPAIRS
 from libprune.pipeline.sections import (
     Ablation,
     Activations,
@@ -97,28 +98,27 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _repair_has_what_it_needs(self) -> "Params":
-        repair = self.slice.repair
-        if self.slice.fisher_share and self.slice.repair != "local":
+        allocate, repair = self.allocate, self.slice.repair
+        method = METHODS[allocate.method]
+        if self.slice.fisher_share and "fisher_share" not in REPAIRS[repair].params:
             raise ValueError(f"slice.fisher_share weights the Gram matrices of slice.repair: local, not {repair}")
-        if self.slice.drift != "auto" and self.slice.repair != "sequential":
-            raise ValueError(f"slice.drift belongs to slice.repair: sequential, not {repair}")
-        if self.slice.drift_cap != Slice().drift_cap and repair != "sequential":
-            raise ValueError(f"slice.drift_cap belongs to slice.repair: sequential, not {repair}")
-        if self.slice.producer_steps and repair != "sequential":
-            raise ValueError(f"slice.producer_steps belongs to slice.repair: sequential, not {repair}")
-        if self.allocate.evaluations and self.allocate.method == "search" and self.allocate.shape == "uniform":
+        for key in ("drift", "drift_cap", "producer_steps"):
+            owners = [name for name, record in REPAIRS.items() if key in record.params]
+            if getattr(self.slice, key) != getattr(Slice(), key) and repair not in owners:
+                raise ValueError(f"slice.{key} belongs to slice.repair: {' or '.join(owners)}, not {repair}")
+        if allocate.evaluations and method.improves and allocate.shape == "uniform":
             raise ValueError("allocate.evaluations changes single layers; set it to 0 with allocate.shape: uniform")
-        if self.allocate.collapse_below and self.allocate.method != "hgsp":
-            raise ValueError(f"allocate.collapse_below belongs to allocate.method: hgsp, not {self.allocate.method}")
-        if self.allocate.collapse_below and not self.allocate.allow_layer_removal:
+        if allocate.collapse_below and not method.collapses:
+            raise ValueError(f"allocate.collapse_below belongs to allocate.method: hgsp, not {allocate.method}")
+        if allocate.collapse_below and not allocate.allow_layer_removal:
             raise ValueError("allocate.collapse_below removes whole layers; set allocate.allow_layer_removal: true too")
-        if self.allocate.ratio is None and self.allocate.method != "retention":
+        if allocate.ratio is None and not method.finds_ratio:
             raise ValueError(
-                f"allocate.ratio: null leaves the ratio to allocate.method: retention, not to {self.allocate.method}"
+                f"allocate.ratio: null leaves the ratio to allocate.method: retention, not to {allocate.method}"
             )
         uses = {
             "slice.repair: local": repair == "local",
-            "allocate.method: search": self.allocate.method == "search",
+            f"allocate.method: {allocate.method}": "levels" in method.reads,
             **{f"score.{key}: {text}": "obs" in text for key, text in self.score.expressions.items()},
         }
         using = [what for what, used in uses.items() if used]

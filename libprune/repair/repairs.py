@@ -27,14 +27,12 @@ from libprune.pipeline.writing import remove, writing
 from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
 from libprune.repair.sequential import SequentialRepair, split_batches
 
-Repair = Callable[[Layout, Architecture, Plan, Compute, Slice], list[Fit]]
+Repairing = Callable[[Layout, Architecture, Plan, Compute, Slice], list[Fit]]
+"""From the artifacts, the dense model's description, the plan, how to run the model, and the params to the fits."""
 
 
-def _none(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
-    return []
-
-
-def _local(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+    """Fit every pruned consumer to what the dense model gives it, from the cached Gram matrices."""
     inputs = inputs_of(layout, architecture, params.fisher_share > 0)
     damping = None if params.damping == "auto" else params.damping
     return repair_local(architecture, plan, WeightFiles(layout.model).__getitem__, inputs, damping, params.fisher_share)
@@ -66,7 +64,8 @@ def inputs_identity(layout: Layout) -> dict[str, Any]:
     return read_meta(layout.activations, "activations")
 
 
-def _bias(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+def bias_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+    """Move the mean of what each pruned consumer no longer reads into its bias."""
     dense, config = WeightFiles(layout.model), load_config(layout.model)
 
     def bias(consumer: Map) -> Tensor | None:
@@ -102,7 +101,10 @@ def inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Ca
     return read
 
 
-def _sequential(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+def sequential_fits(
+    layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice
+) -> list[Fit]:
+    """Fit layer by layer on what the pruned layers before hand on; goes on where an interrupted run stopped."""
     run = set_up(layout, compute, params.sequences)
     require_own_weights(run)
     if run.world.size > 1:
@@ -151,9 +153,6 @@ def _load(path: Path, architecture: Architecture) -> list[Fit]:
 
 def _tensors(file: Any, names: Sequence[str]) -> dict[str, Tensor]:
     return {name: file.get_tensor(name) for name in names}
-
-
-REPAIRS: dict[str, Repair] = {"none": _none, "bias": _bias, "local": _local, "sequential": _sequential}
 
 
 def print_fits(fits: Sequence[Fit]) -> None:

@@ -16,9 +16,9 @@ from libprune.models.folder import WeightFiles, load_config, load_model
 from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture, read_plan, require, write_table
 from libprune.pipeline.layout import Layout
+from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
 from libprune.repair.least_squares import Fit, fit_table, mean_errors, new_parameters
-from libprune.repair.repairs import REPAIRS
 from libprune.results.folder import write_pruned
 from libprune.results.proof import reference_logits, verify_folder
 from libprune.results.record import versions, write_provenance
@@ -63,7 +63,7 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     architecture = read_architecture(layout)
     plan, meta = read_plan(layout, architecture)
     dense = WeightFiles(require(layout.model, "prepare"))
-    fits = REPAIRS[params.repair](layout, architecture, plan, compute, params)
+    fits = REPAIRS[params.repair].repair(layout, architecture, plan, compute, params)
     added = sorted({fit.consumer.part for fit in fits if fit.bias is not None and fit.consumer.bias not in dense})
     own, (architecture, config) = architecture, with_biases(architecture, load_config(layout.model), added)
     stored = named_dtype(params.dtype, dense[architecture.parameters[0].name].dtype)

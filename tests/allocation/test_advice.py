@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from libprune.allocation.advice import Fixed, diagnosis, over_pruned, shares_lost
+from libprune.allocation.advice import Fixed, advise, over_pruned, shares_lost
 from libprune.allocation.gradient_fix import factors_of
 from libprune.engine import cost
 from libprune.engine.errors import ArtifactError
@@ -16,6 +16,7 @@ from libprune.engine.plan import Plan
 from libprune.engine.tables import split_blocks
 from libprune.pipeline.artifacts import read_architecture, read_plan, read_table, write_table
 from libprune.pipeline.layout import Layout
+from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from libprune.statistics.gradient_health import gradient_ratio
 from tests.support import tiny
@@ -30,8 +31,9 @@ WIDE = Shape(layers=10, ffn=30)
 def told(ratio: float, after: float | None = None, plan: Plan | None = None, order: int | None = 1, **settings) -> dict:
     architecture = WIDE.architecture()
     fix, orders = settings.pop("fix", "none"), {} if order is None else {"component": order}
-    fixed = Fixed({}, fix, ratio, ratio if after is None else after)
-    return diagnosis(fixed, architecture, plan or Plan.dense(architecture), Allocate(**settings), orders)
+    scores = Scores(architecture, {}, {"gradient_orders": orders})
+    fixed = Fixed(scores, fix, ratio, ratio if after is None else after)
+    return advise(fixed, plan or Plan.dense(architecture), Allocate(**settings))
 
 
 def without_channels(lost: dict[int, int]) -> Plan:

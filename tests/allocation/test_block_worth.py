@@ -5,13 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.allocation.allocate import decide
 from libprune.allocation.block_worth import shared_out, with_worth
+from libprune.allocation.decide import decide
+from libprune.allocation.evidence import read_evidence
 from libprune.allocation.hgsp import HARMLESS
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.tables import split_blocks
 from libprune.pipeline.artifacts import read_table, write_table
 from libprune.pipeline.layout import Layout
+from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from libprune.pipeline.shards import write_shard
 from libprune.scoring.criteria import scale
@@ -34,7 +36,7 @@ def test_the_units_of_a_group_share_exactly_its_worth_in_their_order(seed, by_la
     architecture, scores = SHAPE.architecture(), ranks(seed)
     count = SHAPE.layers * (1 if by_layer else 2)
     worth = np.random.default_rng(seed).normal(0.2, 0.3, count)
-    found = shared_out(architecture, scores, worth, by_layer)
+    found = shared_out(Scores(architecture, scores, META), worth, by_layer)
     np.testing.assert_allclose(found["score"], found["importance"] / scores["cost"])
     sums = [values.sum() for _, values in split_blocks(architecture, found["importance"])]
     sums = np.reshape(sums, (count, -1)).sum(axis=1)
@@ -49,8 +51,8 @@ def test_the_units_of_a_group_share_exactly_its_worth_in_their_order(seed, by_la
 def test_a_block_worth_more_loses_less():
     architecture, scores = SHAPE.architecture(), ranks()
     worth = np.array([1.0, 1.0, 9.0, 9.0, 1.0, 1.0])
-    found = shared_out(architecture, scores, worth, by_layer=False)
-    plan = decide(architecture, found, META, RANKED.model_copy(update={"ratio": 0.3})).plan
+    found = scores | shared_out(Scores(architecture, scores, META), worth, by_layer=False)
+    plan = decide(Scores(architecture, found, META), RANKED.model_copy(update={"ratio": 0.3})).plan
     gone = [int((~plan.keep[layer, "mlp"]).sum()) for layer in range(3)]
     assert gone[1] < min(gone[0], gone[2])
 
@@ -58,12 +60,12 @@ def test_a_block_worth_more_loses_less():
 def test_fused_scores_without_a_worth_are_refused_in_global_alone():
     architecture, scores = SHAPE.architecture(), ranks()
     with pytest.raises(LibpruneError, match=r"no layer a level of its own .* set allocate\.worth to sensitivity"):
-        decide(architecture, scores, META, Allocate(method="global"))
+        decide(Scores(architecture, scores, META), Allocate(method="global"))
     for fusion in ("none", "best"):
-        assert decide(architecture, scores, META | {"fusion": fusion}, Allocate(method="global"))
+        assert decide(Scores(architecture, scores, META | {"fusion": fusion}), Allocate(method="global"))
     for method, evidence in (("uniform", {}), ("hgsp", {"evidence": SHAPE.evidence("hgsp")}), ("retention", {})):
-        assert decide(architecture, scores, META, Allocate(method=method), **evidence)
-    assert decide(architecture, scores, META, RANKED).split == "importance"
+        assert decide(Scores(architecture, scores, META), Allocate(method=method), **evidence)
+    assert decide(Scores(architecture, scores, META), RANKED).split == "importance"
 
 
 @pytest.mark.parametrize(
@@ -75,31 +77,35 @@ def test_fused_scores_without_a_worth_are_refused_in_global_alone():
         ({}, {"method": "search"}, "search weighs blocks by what it measures"),
     ],
 )
-def test_a_worth_that_would_mean_nothing_is_refused(tmp_path, meta, params, message):
+def test_a_worth_that_would_mean_nothing_is_refused(meta, params, message):
     with pytest.raises(LibpruneError, match=message):
         params = RANKED.model_copy(update=params)
-        with_worth(Layout(tmp_path), SHAPE.architecture(), ranks(), META | meta, params)
+        with_worth(Scores(SHAPE.architecture(), ranks(), META | meta), params, {})
 
 
 def test_the_worth_of_blocks_is_their_own_measured_loss_and_that_of_layers_how_far_they_change_their_input(tmp_path):
     import torch
 
-    layout, architecture, scores = Layout(tmp_path), SHAPE.architecture(), ranks()
+    layout, architecture = Layout(tmp_path), SHAPE.architecture()
+    scores = Scores(architecture, ranks(), META)
+
+    def worth(params: Allocate) -> Scores:
+        return with_worth(scores, params, read_evidence(layout, scores, params))
+
     measured = removals(architecture)
     losses = np.arange(1.0, len(measured) + 1)[:, None]
     write_table(layout.sensitivity, sensitivity_table(measured, losses, np.zeros(1)), {"model": ""})
-    found = with_worth(layout, architecture, scores, META, RANKED)
+    found = worth(RANKED).table
     sums = {block: values.sum() for block, values in split_blocks(architecture, found["importance"])}
     assert sums == pytest.approx({key: i + 1.0 for i, key in enumerate(measured) if key[1] != "layer"})
     layout.activations.mkdir()
     for layer in range(SHAPE.layers):
         cosine = {"block.cosine_mean": torch.tensor(0.1 * layer)}
         write_shard(layout.activations, layer, cosine, {"model": ""})
-    found = with_worth(layout, architecture, scores, META, RANKED.model_copy(update={"worth": "functional"}))
-    layers = [found["importance"][scores["layer_idx"] == layer].sum() for layer in range(SHAPE.layers)]
+    found = worth(RANKED.model_copy(update={"worth": "functional"})).table
+    layers = [found["importance"][found["layer_idx"] == layer].sum() for layer in range(SHAPE.layers)]
     assert layers == pytest.approx([1.0, 0.9, 0.8])
-    unweighed = with_worth(layout, architecture, scores, META, Allocate())
-    assert unweighed is scores
+    assert worth(Allocate()) is scores
 
 
 def test_a_worth_that_was_not_measured_is_refused(tmp_path):
@@ -107,4 +113,4 @@ def test_a_worth_that_was_not_measured_is_refused(tmp_path):
     write_table(layout.sensitivity, empty_table(), {"model": ""})
     assert not len(read_table(layout.sensitivity, "sensitivity")[0]["removed"])
     with pytest.raises(ArtifactError, match="run `dvc repro sensitivity`"):
-        with_worth(layout, SHAPE.architecture(), ranks(), META, RANKED)
+        read_evidence(layout, Scores(SHAPE.architecture(), ranks(), META), RANKED)

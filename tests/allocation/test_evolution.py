@@ -5,7 +5,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,7 +80,7 @@ def search(
 ) -> Refined:
     """From the knapsack's plan of the `SHAPE`; without a record of an earlier run unless one is given."""
     ladders, depth, target = start_of(SHAPE, params, seed)
-    curves = SHAPE.evidence("search", seed).curves
+    curves = SHAPE.evidence("search", seed)["levels"]
     with tempfile.TemporaryDirectory() as folder:
         path = record or Path(folder) / "new" / "record.jsonl"
         starts = {"search": depth} | (rivals or {})
@@ -140,7 +139,7 @@ def test_no_plan_that_is_measured_passes_the_target_or_the_limits(case, seed):
 def rivals_of(params: Allocate, seed: int) -> dict[str, Depth]:
     """Of the methods that need nothing measured, for the same target."""
     ladders, _, target = start_of(SHAPE, params, seed)
-    evidence = replace(SHAPE.evidence("search", seed), change=SHAPE.evidence("functional", seed).change)
+    evidence = SHAPE.evidence("search", seed) | SHAPE.evidence("functional", seed)
     return rival_starts(SHAPE.architecture(), ladders, target, params, evidence, RIVALS)
 
 

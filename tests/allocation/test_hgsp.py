@@ -5,7 +5,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from libprune.allocation.allocate import allocate, decide, result_shape
+from libprune.allocation.allocate import allocate
+from libprune.allocation.decide import decide, result_shape
 from libprune.allocation.hgsp import HARMLESS, block_factors, threshold_of
 from libprune.allocation.methods import Evidence
 from libprune.engine.cost import prices
@@ -13,6 +14,7 @@ from libprune.engine.errors import BudgetError, LibpruneError, ParamsError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, split_blocks
 from libprune.pipeline.params import load_params
+from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from tests.support import tiny
 from tests.support.shapes import EQUAL_COSTS, Shape, drawn, ladders_of, removed_parameters
@@ -97,7 +99,7 @@ def test_temperature_0_is_global_exactly(data):
 def test_it_is_global_on_scores_times_the_factors_of_their_blocks(data):
     shape, scores, params, evidence = drawn(data, "hgsp")
     architecture = shape.architecture()
-    factors = block_factors(architecture, evidence.sensitivity, params)
+    factors = block_factors(architecture, evidence["sensitivity"], params)
     blocks = [np.full(shape.units[part], factors[layer, part]) for layer, part in architecture.blocks()]
     weighted = scores | {name: scores[name] * np.concatenate(blocks) for name in ("score", "importance")}
     ranks = [step.rank for steps in ladders_of(architecture, weighted, params).values() for step in steps]
@@ -110,7 +112,7 @@ def test_blocks_that_matter_more_keep_more_and_the_temperature_strengthens_it():
     shape = EQUAL_COSTS
     scores = shape.table(np.random.default_rng(0).random(len(shape.unit_costs())) + 0.5)
     worth = {"layer": np.array([0.1, 0.2, 0.4]), "attention": np.array([0.05, 0.1, 0.2])}
-    evidence = Evidence(sensitivity=worth | {"mlp": worth["attention"]})
+    evidence = {"sensitivity": worth | {"mlp": worth["attention"]}}
     kept = []
     for temperature in (0.0, 1.0, 2.0):
         params = HGSP.model_copy(update={"temperature": temperature, "threshold": "blockwise", "ratio": 0.4})
@@ -126,11 +128,11 @@ def test_scores_that_do_not_compare_or_are_negative_are_refused():
     table, evidence = shape.table(np.ones(len(shape.unit_costs()))), shape.evidence("hgsp")
     meta = {"criterion": "wanda", "comparable": False, "scaling": "none"}
     with pytest.raises(LibpruneError, match=r"hgsp would rank unlike things; set score\.scaling to rank"):
-        decide(shape.architecture(), table, meta, HGSP, evidence)
+        decide(Scores(shape.architecture(), table, meta), HGSP, evidence)
     for scaling in ("zscore", "minmax"):
         with pytest.raises(LibpruneError, match=f"must be positive, but .*{scaling}"):
-            decide(shape.architecture(), table, meta | {"scaling": scaling}, HGSP, evidence)
-    assert decide(shape.architecture(), table, meta | {"scaling": "rank"}, HGSP, evidence)
+            decide(Scores(shape.architecture(), table, meta | {"scaling": scaling}), HGSP, evidence)
+    assert decide(Scores(shape.architecture(), table, meta | {"scaling": "rank"}), HGSP, evidence)
 
 
 # Whole layers

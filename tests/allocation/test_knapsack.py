@@ -7,13 +7,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from libprune.allocation.allocate import allocate, decide, target_of
+from libprune.allocation.allocate import allocate, target_of
+from libprune.allocation.decide import decide
 from libprune.allocation.knapsack import BINS, divergence_curves, fill, least_divergence
 from libprune.allocation.ladders import Ladders, empties_layer, plan_of
-from libprune.allocation.methods import Evidence, functional_shares
+from libprune.allocation.methods import functional_shares
 from libprune.engine.architecture import Block
 from libprune.engine.cost import prices
 from libprune.engine.tables import Columns
+from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from tests.support.shapes import EQUAL_COSTS, Shape, ladders_of, removed_parameters
 
@@ -306,7 +308,7 @@ def test_a_uniform_search_takes_the_split_of_least_summed_divergence(layers, kv,
     curves, scores = shape.curves(rng), shape.table(1.0 + rng.permutation(len(shape.unit_costs())))
     assume(ratio < shape.reachable(params) / shape.decoder)
     architecture, target = shape.architecture(), target_of(prices(shape.architecture(), "parameters"), params)
-    plan = allocate(architecture, scores, params, Evidence(curves=curves))
+    plan = allocate(architecture, scores, params, {"levels": curves})
     assert plan.uniform
 
     def miss(groups: int, channels: int) -> int:
@@ -328,7 +330,7 @@ def test_the_result_of_a_uniform_search_has_the_stock_shape():
     params = Allocate(method="search", shape="uniform", ratio=0.3)
     meta = {"criterion": "random", "comparable": True, "scaling": "none"}
     scores = EQUAL_COSTS.table(np.arange(48.0))
-    decision = decide(EQUAL_COSTS.architecture(), scores, meta, params, EQUAL_COSTS.evidence("search"))
+    decision = decide(Scores(EQUAL_COSTS.architecture(), scores, meta), params, EQUAL_COSTS.evidence("search"))
     assert decision.shape == "uniform"
 
 

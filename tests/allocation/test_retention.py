@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from libprune.allocation.allocate import allocate, decide, settle_ratio, summary
-from libprune.allocation.methods import Evidence
+from libprune.allocation.allocate import allocate, settle_ratio
+from libprune.allocation.decide import decide, summary
 from libprune.allocation.retention import CONSERVATIVE, removable_units, retained_share
 from libprune.engine.errors import BudgetError, LibpruneError, ParamsError
 from libprune.engine.tables import split_blocks
 from libprune.pipeline.params import load_params
+from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from tests.support.shapes import Shape, removed_parameters
 from tests.support.tiny import write_params
@@ -77,8 +78,8 @@ def test_more_is_kept_the_further_an_error_is_carried_and_units_alike_lose_as_ma
 @given(st.integers(0, 99), st.sampled_from(sorted(CONSERVATIVE)))
 def test_without_a_ratio_every_block_loses_what_its_scores_allow(seed, network):
     scores, architecture = table(seed), SHAPE.architecture()
-    params = settle_ratio(architecture, scores, unfixed(network_type=network), Evidence())
-    decision = decide(architecture, scores, META, params)
+    params = settle_ratio(architecture, scores, unfixed(network_type=network), {})
+    decision = decide(Scores(architecture, scores, META), params)
     for block, importance in split_blocks(architecture, scores["importance"]):
         share = retained_share(importance, network)
         assert (~decision.plan.keep[block]).sum() == int(removable_units(importance, share))
@@ -93,14 +94,14 @@ def test_without_a_ratio_every_block_loses_what_its_scores_allow(seed, network):
 def test_the_ratio_that_comes_out_respects_floors_multiples_and_frozen_layers(seed, groups, channels, multiple, first):
     limits = {"min_groups": groups, "min_channels": channels, "channel_multiple": multiple, "freeze_first": first}
     scores, architecture = table(seed), SHAPE.architecture()
-    free = settle_ratio(architecture, scores, unfixed(), Evidence()).ratio
+    free = settle_ratio(architecture, scores, unfixed(), {}).ratio
     try:
-        params = settle_ratio(architecture, scores, unfixed(**limits), Evidence())
+        params = settle_ratio(architecture, scores, unfixed(**limits), {})
     except BudgetError as error:
         assert "finds no block that can lose a unit" in str(error)
         return
     assert params.ratio <= free
-    plan = decide(architecture, scores, META, params).plan
+    plan = decide(Scores(architecture, scores, META), params).plan
     for (layer, part), keep in plan.keep.items():
         assert keep.sum() >= (groups if part == "attention" else channels)
         assert keep.all() or layer >= first
@@ -109,7 +110,7 @@ def test_the_ratio_that_comes_out_respects_floors_multiples_and_frozen_layers(se
 
 def test_a_given_ratio_stays_and_other_methods_need_one(tmp_path):
     params = unfixed().model_copy(update={"ratio": 0.25})
-    assert settle_ratio(SHAPE.architecture(), table(0), params, Evidence()) is params
+    assert settle_ratio(SHAPE.architecture(), table(0), params, {}) is params
     path = write_params(tmp_path / "params.yaml", "m", "t", allocate={"ratio": None, "method": "global"})
     with pytest.raises(
         ParamsError, match=r"ratio: null leaves the ratio to allocate\.method: retention, not to global"

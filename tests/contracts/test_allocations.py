@@ -11,13 +11,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from libprune.allocation.allocate import Decision, allocate, decide, jaccard, result_shape, summary
-from libprune.allocation.methods import METHODS
+from libprune.allocation.allocate import allocate
+from libprune.allocation.decide import Decision, decide, result_shape, summary
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import BudgetError, LibpruneError
-from libprune.engine.plan import Plan
+from libprune.engine.plan import Plan, jaccard
 from libprune.engine.tables import Columns, split_blocks, unit_index
+from libprune.pipeline.methods import METHODS
+from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from tests.support.shapes import EQUAL_COSTS, Shape, drawn, ladders_of, removed_parameters, shapes
 
@@ -36,14 +38,14 @@ WITHIN_ONE = [method for method in METHODS if method != "uniform"]
 def test_what_is_asked_for_goes_within_the_limits_in_the_order_of_rank_and_the_same_again(method, data):
     shape, scores, params, evidence = drawn(data, method)
     architecture = shape.architecture()
-    decision = decide(architecture, scores, META, params, evidence)
+    decision = decide(Scores(architecture, scores, META), params, evidence)
     assert_removed_as_asked(shape, decision, params)
     assert_within_limits(shape, decision.plan, params)
     for block, rank in split_blocks(architecture, scores[params.rank_by]):
         keep = decision.plan.keep[block]
         assert keep.all() or rank[~keep].max() < rank[keep].min()
     again = allocate(architecture, {k: v.copy() for k, v in scores.items()}, params, evidence)
-    assert jaccard(decision.plan, again) == 1
+    assert jaccard(decision.plan.column, again.column) == 1
     assert list(again.keep) == list(architecture.blocks())
 
 
@@ -277,11 +279,12 @@ def test_an_even_plan_has_the_shape_that_is_asked_for(shape):
 def test_scores_that_do_not_compare_are_refused_in_global_unless_scaled():
     shape, meta = Shape(), META | {"comparable": False}
     architecture, scores = shape.architecture(), shape.table(np.arange(48.0))
-    with pytest.raises(LibpruneError, match=r"^wanda compares only within a layer and type.*score\.scaling"):
-        decide(architecture, scores, meta, Allocate(method="global"))
-    scaled = decide(architecture, scores, meta | {"scaling": "zscore"}, Allocate(method="global"))
-    assert jaccard(scaled.plan, decide(architecture, scores, META, Allocate(method="global")).plan) == 1
-    assert decide(architecture, scores, meta, Allocate(method="uniform")).plan.uniform
+    with pytest.raises(LibpruneError, match=r"^wanda compares only within a layer and part.*score\.scaling"):
+        decide(Scores(architecture, scores, meta), Allocate(method="global"))
+    scaled = decide(Scores(architecture, scores, meta | {"scaling": "zscore"}), Allocate(method="global"))
+    plain = decide(Scores(architecture, scores, META), Allocate(method="global"))
+    assert jaccard(scaled.plan.column, plain.plan.column) == 1
+    assert decide(Scores(architecture, scores, meta), Allocate(method="uniform")).plan.uniform
 
 
 @pytest.mark.parametrize(
@@ -290,10 +293,10 @@ def test_scores_that_do_not_compare_are_refused_in_global_unless_scaled():
 )
 def test_the_budget_is_split_by_importance_only_where_scores_compare(meta, split):
     shape = Shape()
-    decision = decide(shape.architecture(), shape.table(np.arange(48.0)), META | meta, Allocate())
+    decision = decide(Scores(shape.architecture(), shape.table(np.arange(48.0)), META | meta), Allocate())
     assert decision.split == split
     plan = allocate(shape.architecture(), shape.table(np.arange(48.0)), Allocate(split=split))
-    assert jaccard(decision.plan, plan) == 1
+    assert jaccard(decision.plan.column, plan.column) == 1
 
 
 @every_method
@@ -302,7 +305,7 @@ def test_the_ratio_counts_what_it_says(method, ratio_of):
     shape = Shape()
     architecture = shape.architecture()
     params = Allocate(method=method, ratio=0.25, ratio_of=ratio_of)
-    decision = decide(architecture, shape.table(np.arange(48.0)), META, params, shape.evidence(method))
+    decision = decide(Scores(architecture, shape.table(np.arange(48.0)), META), params, shape.evidence(method))
     told = summary(architecture, decision, params)
     total = shape.decoder + 7 * shape.model
     assert told["target"] == round(0.25 * {"decoder": shape.decoder, "total": total}[ratio_of])
@@ -316,7 +319,7 @@ def test_a_budget_of_the_cache_is_met_by_groups_alone(method):
     shape = Shape()
     architecture = shape.architecture()
     params = Allocate(method=method, ratio=0.25, objective="cache", shape="per_layer")
-    decision = decide(architecture, shape.table(np.arange(48.0)), META, params, shape.evidence(method))
+    decision = decide(Scores(architecture, shape.table(np.arange(48.0)), META), params, shape.evidence(method))
     told = summary(architecture, decision, params)
     assert told["objective"] == "cache"
     assert told["target"] == told["removed"] == 3 * 2 * shape.d
@@ -328,8 +331,8 @@ def test_a_budget_of_the_cache_is_met_by_groups_alone(method):
 
 def test_jaccard_is_kept_in_both_over_kept_in_either():
     one, two = (Plan({(0, "mlp"): np.array(keep, dtype=bool)}) for keep in ([1, 1, 0, 0], [1, 0, 1, 0]))
-    assert jaccard(one, two) == jaccard(two, one) == pytest.approx(1 / 3)
-    assert jaccard(one, one) == 1
+    assert jaccard(one.column, two.column) == jaccard(two.column, one.column) == pytest.approx(1 / 3)
+    assert jaccard(one.column, one.column) == 1
 
 
 @every_method
@@ -345,10 +348,11 @@ def test_a_second_order_criterion_reports_how_far_each_part_alone_would_agree(me
         return unit_index(architecture) | {"importance": importance, "cost": costs, "score": importance / costs}
 
     def overlap(components: dict[str, np.ndarray]) -> dict[str, float]:
-        return dict(decide(architecture, table(components) | components, META, params, evidence).overlap)
+        return dict(decide(Scores(architecture, table(components) | components, META), params, evidence).overlap)
 
     both, one = overlap(parts), allocate(architecture, table(parts), params, evidence)
     for name, values in parts.items():
-        assert both[name] == jaccard(one, allocate(architecture, table({name: values}), params, evidence))
+        alone = allocate(architecture, table({name: values}), params, evidence)
+        assert both[name] == jaccard(one.column, alone.column)
     assert overlap(parts | {"fisher": np.zeros(48)})["taylor"] == 1, "a second order of nothing changes nothing"
     assert overlap({"taylor": parts["taylor"]}) == {}

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.allocation.allocate import decide, summary
-from libprune.allocation.methods import Evidence
+from libprune.allocation.decide import decide, summary
 from libprune.engine import cost
 from libprune.engine.describe import describe
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.plan import Plan
 from libprune.models.folder import fingerprint
+from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate, Latency
 from libprune.pipeline.writing import write_json
 from libprune.statistics import latency
@@ -95,10 +95,10 @@ def test_the_budget_of_time_is_met_and_what_is_slow_goes_first(method):
     shape = Shape(layers=4, kv=6, ffn=24)
     architecture = shape.architecture()
     lines = {"unit": {"attention": 6e-6, "mlp": 1e-6}, "fixed": 0.0, "outside": 1e-3}
-    given = Evidence(curves=shape.evidence("search").curves, latency=lines)
+    given = shape.evidence("search") | {"latency": lines}
     scores = shape.table(1.0 + np.random.default_rng(0).permutation(len(shape.unit_costs())))
     params = Allocate(method=method, ratio=0.25, objective="latency", shape="per_layer")
-    told = summary(architecture, decide(architecture, scores, META, params, given), params)
+    told = summary(architecture, decide(Scores(architecture, scores, META), params, given), params)
     assert told["target"] == round(0.25 * 4 * (6 * 6 + 24) * 1e6)
     assert told["share_removed"] == pytest.approx(0.25, abs=0.03)
 
@@ -112,7 +112,7 @@ def test_a_global_order_is_by_importance_for_the_time_saved():
         lines = {"unit": dict(zip(("attention", "mlp"), slow, strict=True)), "fixed": 0.0, "outside": 0.0}
         ratio = 4e-6 / (4 * slow[0] + 12 * slow[1])  # two of what is slow
         params = Allocate(method="global", ratio=ratio, objective="latency", shape="per_layer")
-        plan = decide(architecture, scores, META, params, Evidence(latency=lines)).plan
+        plan = decide(Scores(architecture, scores, META), params, {"latency": lines}).plan
         assert plan.kept(0, dear) < shape.units[dear]
         assert plan.kept(0, other) == shape.units[other]
 
@@ -157,7 +157,7 @@ def test_the_overlap_with_the_only_component_is_whole_under_every_objective():
     lines = {"unit": {"attention": 1e-6, "mlp": 6e-6}, "fixed": 0.0, "outside": 0.0}
     for objective in ("parameters", "cache", "latency"):
         params = Allocate(method="global", ratio=0.3, objective=objective, shape="per_layer")
-        decision = decide(shape.architecture(), scores, META, params, Evidence(latency=lines))
+        decision = decide(Scores(shape.architecture(), scores, META), params, {"latency": lines})
         assert decision.overlap["taylor"] == 1
 
 

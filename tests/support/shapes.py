@@ -83,11 +83,11 @@ class Shape:
         """Made-up measurements for a method; empty for those that need none."""
         rng = np.random.default_rng(seed)
         if method == "functional":
-            return Evidence(change=rng.random(self.layers))
+            return {"activations": rng.random(self.layers)}
         if method == "hgsp":
             kinds = ("layer", *self.units)
-            return Evidence(sensitivity={kind: rng.normal(0.2, 0.3, self.layers) for kind in kinds})
-        return Evidence(curves=self.curves(rng)) if method == "search" else Evidence()
+            return {"sensitivity": {kind: rng.normal(0.2, 0.3, self.layers) for kind in kinds}}
+        return {"levels": self.curves(rng)} if method == "search" else {}
 
     def curves(self, rng: np.random.Generator) -> dict[Block, np.ndarray]:
         """For every block a divergence by units removed that starts at 0 and never falls, level in places."""

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from libprune.allocation.advice import held_whole
 from libprune.allocation.allocate import allocate
-from libprune.allocation.methods import METHODS, Evidence
+from libprune.allocation.methods import Evidence
 from libprune.engine.architecture import Architecture
 from libprune.engine.cost import unit_parameters
 from libprune.engine.describe import describe
@@ -19,6 +19,7 @@ from libprune.engine.errors import BudgetError, FamilyError, LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import slice_state
 from libprune.engine.tables import Columns, unit_index
+from libprune.pipeline.methods import METHODS
 from libprune.pipeline.sections import Allocate
 from libprune.statistics.levels import choose_levels
 from tests.support.models import FAMILIES, plan_of
@@ -51,14 +52,14 @@ def evidence(architecture: Architecture) -> Evidence:
     rng = np.random.default_rng(0)
     sensitivity = {kind: rng.random(architecture.layers) for kind in ("layer", *architecture.parts)}
     curves = {b: np.arange(1.0 + architecture.units(b[1])) for b in architecture.blocks()}
-    return Evidence(change=rng.random(architecture.layers), sensitivity=sensitivity, curves=curves)
+    return {"activations": rng.random(architecture.layers), "sensitivity": sensitivity, "levels": curves}
 
 
 @pytest.mark.parametrize("method", METHODS)
 @given(seed=st.integers(0, 99), ratio=st.sampled_from([0.1, 0.3, 0.5]), floor=st.sampled_from([0, 1]))
 def test_coupled_units_stay_or_go_together(olmo2, method, seed, ratio, floor):
     params = Allocate(method=method, ratio=ratio, min_groups=floor, min_channels=1, shape="per_layer")
-    made = evidence(olmo2) if method != "uniform" else Evidence()
+    made = evidence(olmo2) if method != "uniform" else {}
     try:
         plan = allocate(olmo2, table(olmo2, seed), params, made)
     except BudgetError:  # the steps of whole attentions are coarse

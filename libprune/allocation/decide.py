@@ -1,0 +1,213 @@
+"""The decision of a layout: from the scores and the params to the plan, its shape, and what is said of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from libprune.allocation.advice import advise, fixed_scores
+from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of, settle_ratio, target_of
+from libprune.allocation.block_worth import require_meaningful, with_worth
+from libprune.allocation.evidence import read_evidence
+from libprune.allocation.methods import Evidence
+from libprune.allocation.search import Search, compares
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture
+from libprune.engine.cost import Prices
+from libprune.engine.errors import BudgetError, LibpruneError
+from libprune.engine.plan import Plan, jaccard
+from libprune.engine.tables import Columns
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.methods import METHODS
+from libprune.pipeline.scores import Scores, read_scores
+from libprune.pipeline.sections import Allocate, Compute, Levels
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan, the shape it is to be saved in, how it split the budget, its overlap with the plans of
+    the criterion's components, and the prices that the budget was counted in.
+    """
+
+    plan: Plan
+    shape: str
+    split: str
+    overlap: Mapping[str, float]
+    prices: Prices
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was decided for a layout, ready to be written and printed.
+
+    Attributes:
+        decision: the plan, and the shape that it is to be saved in.
+        table: the importance table with the column `keep`.
+        meta: how the scores and the plan were made.
+        summary: the content of `metrics/allocation.json`.
+        lines: what was asked for and removed, and advice, in sentences.
+    """
+
+    decision: Decision
+    table: Columns
+    meta: dict[str, Any]
+    summary: dict[str, Any]
+    lines: tuple[str, ...]
+
+
+def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Levels) -> Outcome:
+    """Turn the scores of a layout and a budget into a plan.
+
+    The gradient fix and the worth of blocks change the scores first; then the method decides, and goes on by measuring
+    whole plans where `allocate.evaluations` asks for it.
+
+    Args:
+        layout: where the artifacts are; nothing is written.
+        asked: budget, method and limits.
+        compute: how a search runs the model.
+        levels: whose calibration sequences a search uses.
+
+    Raises:
+        LibpruneError: if an artifact is missing or foreign, the scores may not be used as asked, or the budget or the
+            shape cannot be had.
+    """
+    fixed = fixed_scores(layout, read_scores(layout), asked)
+    require_meaningful(asked, fixed.scores.meta["scaling"])
+    evidence = read_evidence(layout, fixed.scores, asked)
+    scores = with_worth(fixed.scores, asked, evidence)
+    searches = METHODS[asked.method].improves and asked.evaluations
+    search = Search(layout, scores, compute, levels, evidence) if searches else None
+    settled = settle_ratio(scores.architecture, scores.table, asked, evidence)
+    decision = decide(scores, settled, evidence, search)
+    diagnosis = advise(fixed, decision.plan, settled)
+    result = summary(scores.architecture, decision, settled) | {"diagnosis": diagnosis}
+    if search is not None and (best := search.refined) is not None:
+        result |= {"divergence": best.divergence, "divergence_of": dict(best.starts), "trials": best.evaluations}
+    made = {
+        "ratio_asked": asked.ratio,
+        "shape": decision.shape,
+        "split": decision.split,
+        "kept_set_overlap": dict(decision.overlap),
+        "diagnosis": diagnosis,
+    }
+    return Outcome(
+        decision,
+        scores.table | {"keep": decision.plan.column},
+        {**scores.meta, **settled.model_dump(), **made},
+        result,
+        (_removed(result, asked, settled, decision.shape), *(f"note: {text}" for text in diagnosis["advice"])),
+    )
+
+
+def _removed(result: Mapping[str, Any], asked: Allocate, settled: Allocate, shape: str) -> str:
+    shares = [100 * result[f"{what}share_removed"] for what in ("", "decoder_", "total_")]
+    source = "asked for" if asked.ratio is not None else "retention allows"
+    return (
+        f"{source} {100 * result['ratio']:.2f} % of the {settled.ratio_of} {settled.objective}, removed "
+        "{:.2f} %: {:.2f} % of the decoder's parameters, {:.2f} % of all".format(*shares)
+        + f"; shape {shape}"
+    )
+
+
+def result_shape(architecture: Architecture, plan: Plan, params: Allocate) -> str:
+    """`uniform` or `per_layer`, as asked for or as the plan allows.
+
+    Raises:
+        BudgetError: if `uniform` is asked for and the plan is not.
+    """
+    reason = _not_uniform(architecture, plan)
+    if params.shape == "uniform" and reason:
+        raise BudgetError(
+            f"allocate.shape is uniform, but {reason}; choose allocate.method: uniform without frozen layers, "
+            "or allocate.shape: per_layer"
+        )
+    return "per_layer" if reason or params.shape == "per_layer" else "uniform"
+
+
+def _not_uniform(architecture: Architecture, plan: Plan) -> str | None:
+    if not plan.uniform:
+        return "the layers of this plan differ in width"
+    layer = plan.layers[0]
+    for part, shape in architecture.parts.items():
+        if not shape.says(plan.kept(layer, part)):
+            return f"the stock config of this family cannot say {plan.kept(layer, part)} {part} units"
+    return None
+
+
+def decide(
+    scores: Scores, params: Allocate, evidence: Evidence = NO_EVIDENCE, improve: Improve | None = None
+) -> Decision:
+    """Check that the scores may be used as asked, allocate, and settle the shape.
+
+    Raises:
+        LibpruneError: if the scores do not compare across layers and the method needs that, or the
+            budget or shape cannot be had.
+    """
+    architecture, table, comparable = scores.architecture, scores.table, compares(scores, params)
+    require_comparable(scores.meta, params)
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    unit = table["cost"]
+    if comparable and params.objective != "parameters":
+        unit = np.concatenate([np.full(architecture.units(block[1]), prices.unit[block]) for block in prices.unit])
+        unit = np.maximum(unit, 1)  # a unit without a price is in no ladder
+        table = table | {"score": table["importance"] / unit}
+    if params.split == "auto":
+        params = params.model_copy(update={"split": "importance" if comparable else "proportional"})
+    plan = allocate(architecture, table, params, evidence, improve)
+    components = [name for name in table if name in COMPARED_COMPONENTS and scores.meta["scaling"] == "none"]
+    overlap = {}
+    for name in components if len(components) > 1 else []:
+        alone = table | {"importance": table[name], "score": table[name] / unit}
+        overlap[name] = jaccard(plan.column, allocate(architecture, alone, params, evidence).column)
+    return Decision(plan, result_shape(architecture, plan, params), params.split, overlap, prices)
+
+
+COMPARED_COMPONENTS = ("taylor", "fisher")
+"""Parts of a second-order criterion: a kept set equal to the first's says that the second did nothing."""
+
+
+def require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
+    """Stop where a method would rank unlike things.
+
+    Raises:
+        LibpruneError: saying what to set.
+    """
+    method, scaling, record = params.method, meta["scaling"], METHODS[params.method]
+    if not record.between:
+        return
+    if not meta["comparable"] and scaling == "none":
+        *others, last = record.scalings
+        raise LibpruneError(
+            f"{meta['criterion']} compares only within a layer and part, so allocate.method: {method} would rank "
+            f"unlike things; set score.scaling to {' or '.join([', '.join(others), last] if others else [last])}, "
+            "or allocate.method to uniform"
+        )
+    weighed = record.weighs or params.worth != "none"
+    if not weighed and scaling != "none" and meta["fusion"] not in {"none", "best"}:
+        raise LibpruneError(
+            f"{meta['criterion']} is fused from criteria with one scale in every layer, which leaves no layer a level "
+            f"of its own for allocate.method: {method}; with score.scaling: rank set allocate.worth to sensitivity or "
+            "functional, or allocate.method to hgsp; with another choose uniform or functional"
+        )
+    if scaling not in {"none", *record.scalings}:
+        raise LibpruneError(
+            f"allocate.method: {method} multiplies scores by what their block is worth, so they must be positive, but "
+            f"score.scaling: {scaling} makes the lowest of every block 0 or less; set it to rank"
+        )
+
+
+def summary(architecture: Architecture, decision: Decision, params: Allocate) -> dict[str, Any]:
+    """The content of `metrics/allocation.json`."""
+    prices, parameters = decision.prices, cost.prices(architecture, "parameters").removed(decision.plan)
+    return {
+        "objective": params.objective,
+        "ratio": params.ratio,
+        "target": target_of(prices, params),
+        "removed": prices.removed(decision.plan),
+        "share_removed": prices.removed(decision.plan) / base_of(prices, params),
+        "removed_parameters": parameters,
+        "decoder_share_removed": parameters / architecture.decoder_parameters,
+        "total_share_removed": parameters / architecture.total_parameters,
+        "kept_set_overlap": dict(decision.overlap),
+    }

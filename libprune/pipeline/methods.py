@@ -1,0 +1,185 @@
+"""What can be chosen: a record of every allocation method and of every repair.
+
+A record says what the method computes, which artifacts it reads and what it demands of the scores. Stages that have
+nothing to do without a method, the price of a setting, and the messages that refuse a setting all read these records.
+They lie here, and name their functions by text, because stages that measure nothing must not load, nor depend on, the
+code of allocation and repair.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an allocation decides how many units each block loses.
+
+    Attributes:
+        function: module and name of what computes the depths, `libprune.allocation.methods.Allocation`.
+        computes: what it does, for the reader.
+        source: where the method comes from.
+        reads: artifacts that it needs beside the scores: `activations`, `sensitivity`, `levels`.
+        between: whether it ranks the scores of different blocks against each other, for which they must compare.
+        scalings: values of `score.scaling` that make scores comparable enough for it, if it ranks between blocks.
+        weighs: whether it decides what blocks are worth by measurements of its own.
+        alike: whether all layers lose the same number of units.
+        rival: whether a search also measures this method's plan, to start from it.
+        improves: whether it can go on by measuring whole plans (`allocate.evaluations`).
+        finds_ratio: whether it can say how much may go where `allocate.ratio` is null.
+        collapses: whether it can remove whole layers first (`allocate.collapse_below`).
+        modules: whether networks that are not transformers have it.
+    """
+
+    function: str
+    computes: str
+    source: str
+    reads: tuple[str, ...] = ()
+    between: bool = False
+    scalings: tuple[str, ...] = ("zscore", "minmax", "rank")
+    weighs: bool = False
+    alike: bool = False
+    rival: bool = False
+    improves: bool = False
+    finds_ratio: bool = False
+    collapses: bool = False
+    modules: bool = False
+
+    @property
+    def allocate(self) -> Callable[..., Any]:
+        """The function."""
+        return load(self.function)
+
+
+METHODS: dict[str, Method] = {
+    "functional": Method(
+        "libprune.allocation.methods:allocate_functional",
+        computes="layers that change their input less lose more",
+        source="functional allocation of FANG",
+        reads=("activations",),
+        rival=True,
+    ),
+    "global": Method(
+        "libprune.allocation.methods:allocate_global",
+        computes="the lowest scores of all layers go",
+        source="one ranking of all units (Molchanov et al. 2019)",
+        between=True,
+        rival=True,
+        modules=True,
+    ),
+    "uniform": Method(
+        "libprune.allocation.methods:allocate_uniform",
+        computes="every layer loses the same number of units",
+        source="the plain case, as in Wanda-sp (An et al. 2024)",
+        alike=True,
+        rival=True,
+        modules=True,
+    ),
+    "retention": Method(
+        "libprune.allocation.methods:allocate_retention",
+        computes="blocks whose importance lies in few units lose more",
+        source="conventions, see libprune.allocation.retention",
+        finds_ratio=True,
+        modules=True,
+    ),
+    "hgsp": Method(
+        "libprune.allocation.methods:allocate_hgsp",
+        computes="the lowest scores of all layers go, weighed by the measured loss of their layer or block",
+        source="H-GSP, hierarchical global structured pruning",
+        reads=("sensitivity",),
+        between=True,
+        scalings=("rank",),
+        weighs=True,
+        collapses=True,
+    ),
+    "search": Method(
+        "libprune.allocation.methods:allocate_search",
+        computes="the least measured divergence of whole levels of blocks, then of whole plans",
+        source="EvoPress (Sieberling et al. 2024) and Tyr-the-Pruner (Li et al. 2025)",
+        reads=("activations", "levels"),
+        weighs=True,
+        improves=True,
+    ),
+}
+"""The allocation methods by their value of `allocate.method`. The plans that a search starts from are measured in this
+order."""
+
+WORTH_READS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "functional": ("activations",),
+    "sensitivity": ("sensitivity",),
+}
+"""By the value of `allocate.worth`, the artifacts that what blocks are worth is read from."""
+
+
+def allocation_reads(method: str, worth: str = "none", objective: str = "parameters") -> tuple[str, ...]:
+    """The artifacts that allocation needs beside the scores, in alphabetical order.
+
+    Args:
+        method: `allocate.method`.
+        worth: `allocate.worth`.
+        objective: `allocate.objective`.
+    """
+    measured = ("latency",) if objective == "latency" else ()
+    return tuple(sorted({*METHODS[method].reads, *WORTH_READS[worth], *measured}))
+
+
+def methods_that_read(artifact: str) -> str:
+    """The names of the allocation methods that need an artifact, for a sentence."""
+    return " or ".join(name for name, method in METHODS.items() if artifact in method.reads)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How the weights that stay are changed to make up for what goes.
+
+    Attributes:
+        function: module and name of what computes the fits, `libprune.repair.repairs.Repairing`; None for no repair.
+        computes: what it does, for the reader.
+        source: where the method comes from.
+        reads: artifacts that it needs beside the plan and the dense weights.
+        params: keys of the section `slice` that mean something to it.
+    """
+
+    function: str | None
+    computes: str
+    source: str
+    reads: tuple[str, ...] = ()
+    params: tuple[str, ...] = ()
+
+    @property
+    def repair(self) -> Callable[..., Any]:
+        """The function."""
+        return load(self.function) if self.function else lambda *_: []
+
+
+REPAIRS: dict[str, Repair] = {
+    "none": Repair(None, computes="weights stay as they are", source=""),
+    "bias": Repair(
+        "libprune.repair.repairs:bias_fits",
+        computes="the mean of what a consumer no longer reads goes into its bias",
+        source="FLAP (An et al. 2024)",
+        reads=("activations",),
+    ),
+    "local": Repair(
+        "libprune.repair.repairs:local_fits",
+        computes="least squares on each consumer's weights, from Gram matrices of the dense model's inputs",
+        source="structured optimal brain compression (Frantar & Alistarh 2022), see libprune.repair.least_squares",
+        reads=("activations",),
+        params=("damping", "fisher_share"),
+    ),
+    "sequential": Repair(
+        "libprune.repair.repairs:sequential_fits",
+        computes="least squares layer by layer, on what the pruned layers before hand on",
+        source="optimal brain compression on the inputs of the pruned model, see libprune.repair.sequential",
+        params=("damping", "drift", "drift_cap", "producer_steps", "sequences"),
+    ),
+}
+"""The repairs by their value of `slice.repair`."""
+
+
+def load(function: str) -> Callable[..., Any]:
+    """The function that a record names as `module:name`."""
+    found: Callable[..., Any] = resolve_name(function)
+    return found

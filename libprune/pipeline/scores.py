@@ -1,0 +1,53 @@
+"""The scores of a layout: the importance table with its metadata and the model that it belongs to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.tables import Columns
+from libprune.pipeline.artifacts import read_architecture, read_table, same_origin
+from libprune.pipeline.layout import Layout
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The importance of every unit of a model.
+
+    Attributes:
+        architecture: the model's description.
+        table: a row a unit, in the order of `libprune.engine.tables.unit_index`, with `importance`, `score` (importance
+            per parameter), `cost` and the components of the criterion.
+        meta: how the scores were made: `criterion`, `scaling`, `fusion`, `comparable`, `gradient_orders`, and the
+            digests of the model and the text.
+    """
+
+    architecture: Architecture
+    table: Columns
+    meta: Mapping[str, Any]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The digests of the model and, where a text was used, of the tokens that the scores come from."""
+        return {key: self.meta[key] for key in ("model", "tokens") if key in self.meta}
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the scores compare between layers and parts as they are."""
+        return bool(self.meta["comparable"]) and self.meta["scaling"] == "none"
+
+    def with_columns(self, columns: Columns) -> "Scores":
+        """Scores whose table has these columns, new or in the place of others."""
+        return replace(self, table=self.table | columns)
+
+
+def read_scores(layout: Layout) -> Scores:
+    """The scores that the score stage has written.
+
+    Raises:
+        ArtifactError: if they are missing, or belong to another model.
+    """
+    architecture = read_architecture(layout)
+    table, meta = read_table(layout.scores, "score")
+    same_origin(layout.scores, meta, {"model": architecture.fingerprint})
+    return Scores(architecture, table, meta)
