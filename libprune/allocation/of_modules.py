@@ -14,10 +14,13 @@ from libprune.engine.architecture import Architecture, Block
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns
+from libprune.pipeline.methods import METHODS
 from libprune.pipeline.sections import Allocate
 
-METHODS = ("uniform", "global", "retention")
+MODULE_METHODS = tuple(name for name, record in METHODS.items() if record.modules)
+"""Values of `allocate.method` that networks have."""
 OBJECTIVES = {"parameters": "decoder", "macs": "macs"}
+"""By the value of `allocate.objective`, the field of `libprune.engine.cost.Size` that it counts."""
 
 
 def allocate_network(architecture: Architecture, scores: Columns, params: Allocate) -> Plan:
@@ -72,7 +75,7 @@ def _order(architecture: Architecture, ladders: Ladders) -> Sequence[Block]:
 
 def _as_wanted(architecture: Architecture, ladders: Ladders, params: Allocate) -> Plan:
     """What `retention` lets every part lose, where a rank of 1 says that so much is gone."""
-    if params.method != "retention":
+    if not METHODS[params.method].finds_ratio:
         raise LibpruneError(
             "ratio is None; say which share of the network is to go, such as 0.5, or take method = 'retention'"
         )
@@ -83,7 +86,7 @@ def _as_wanted(architecture: Architecture, ladders: Ladders, params: Allocate) -
 
 
 def _require_known(params: Allocate) -> None:
-    for key, known in (("method", METHODS), ("objective", tuple(OBJECTIVES))):
+    for key, known in (("method", MODULE_METHODS), ("objective", tuple(OBJECTIVES))):
         if getattr(params, key) not in known:
             raise LibpruneError(
                 f"{key} = {getattr(params, key)!r} needs a language model; for networks choose {', '.join(known)}"
@@ -95,9 +98,9 @@ def _require_known(params: Allocate) -> None:
 def _ranked(architecture: Architecture, scores: Columns, params: Allocate) -> Ladders:
     """The ladders, with ranks in the order of the method."""
     ladders = build_ladders(architecture, scores, params, cost.prices(architecture, params.objective))
-    if params.method == "uniform":
+    if METHODS[params.method].alike:
         return by_progress(ladders, {block: float(architecture.units(block[1])) for block in ladders})
-    if params.method == "retention":
+    if METHODS[params.method].finds_ratio:
         return by_progress(ladders, wanted_removals(architecture, scores, params.network_type))
     return ladders
 

@@ -29,7 +29,7 @@ from libprune.pipeline.sections import Activations, Allocate, Compute, Gradients
 from libprune.pipeline.shards import read_meta
 from libprune.pipeline.writing import remove, writing, writing_folder
 from libprune.repair.least_squares import Fit
-from libprune.repair.of_modules import repair_local, repair_sequential, set_weights
+from libprune.repair.of_modules import repair_modules, repair_modules_in_order, set_weights
 from libprune.results.module_folder import TOLERANCE, Pruned, require_alike
 from libprune.results.module_slicing import (
     WEIGHTS,
@@ -176,11 +176,11 @@ class Network:
         self._prepare()
         self._collect("activations")
         state = {name: tensor.cpu() for name, tensor in self._network.state_dict().items()}
-        return repair_local(self._layout, self.architecture, plan, state, damping)
+        return repair_modules(self._layout, self.architecture, plan, state, damping)
 
     def _sequential(self, plan: Plan, damping: float | None) -> list[Fit]:
         batches = [batch.to(self._device) for batch in self._samples.passes(self._run.at_once)]
-        return repair_sequential(self._network, self.architecture, plan, batches, damping)
+        return repair_modules_in_order(self._network, self.architecture, plan, batches, damping)
 
     def _prove(self, whole: nn.Module, smaller: nn.Module, plan: Plan) -> dict[str, float]:
         inputs = self._samples[:_CHECKED].to(self._device).inputs

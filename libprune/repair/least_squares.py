@@ -216,30 +216,36 @@ def repair_local(
     architecture: Architecture,
     plan: Plan,
     weight_of: Callable[[str], Tensor],
-    inputs_of: Callable[[Map], Inputs],
+    inputs_of: Callable[[Map], Inputs | None],
     damping: float | None,
     fisher_share: float = 0.0,
+    floor: float = SILENT,
 ) -> list[Fit]:
     """Closed-form repair of every pruned consumer, against the dense model's own inputs.
 
     Args:
         architecture: the model's description.
         plan: what is removed.
-        weight_of: a parameter of the dense model by its name.
-        inputs_of: what is known of a consumer's inputs.
+        weight_of: a parameter of the dense model by its name; columns behind those of the consumer's inputs, such as a
+            bias, always stay.
+        inputs_of: what is known of a consumer's inputs, and of further columns; None for a consumer to leave as it is.
         damping: as in `fit_consumer`.
         fisher_share: as in `fisher_weighting`.
+        floor: as in `solve`.
     """
     fits = []
-    for consumer, kept in pruned_consumers(architecture, plan):
-        weight, inputs = oriented(consumer, weight_of(consumer.weight)), inputs_of(consumer)
+    for consumer, own in pruned_consumers(architecture, plan):
+        if (inputs := inputs_of(consumer)) is None:
+            continue
+        weight = oriented(consumer, weight_of(consumer.weight))
+        kept = torch.cat([own, own.new_ones(weight.shape[1] - len(own))])
         factors = fisher_weighting(inputs.gram, inputs.curvature, fisher_share)
         moments = Moments.of_dense(weight, inputs.gram * factors, kept)
         held_out = None
         if inputs.held_out is not None:
             rows = inputs.held_out.double()
             held_out = Moments.of_dense(weight, rows.T @ rows / len(rows) * factors, kept)
-        fits.append(fit_consumer(consumer, weight, kept, moments, held_out, damping))
+        fits.append(fit_consumer(consumer, weight, kept, moments, held_out, damping, floor=floor))
     return fits
 
 

@@ -1,6 +1,7 @@
-"""Repair of networks: the consumers' weights, and their biases with them, fitted to the inputs that are left.
+"""Repair of networks that are not transformers: each consumer's weights and bias, fitted to the inputs that are left.
 
-As in `libprune.repair.least_squares`, with a constant input of 1 whose weight is the bias, where a map has one.
+The fit is that of `libprune.repair.least_squares`; where a map has a bias, this is the weight of a constant input of 1.
+A map whose inputs are all 0, as behind dead rectifiers, stays as it is: any weights would do.
 """
 
 import copy
@@ -13,11 +14,11 @@ from libprune.collection.calibration import held_out
 from libprune.collection.module_hooks import watched_inputs
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import masked, oriented
+from libprune.engine.surgery import input_mask, masked, oriented
 from libprune.models.samples import Samples
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.shards import GRAM, read_tensor
-from libprune.repair.least_squares import Fit, Moments, fit_consumer, pruned_consumers
+from libprune.repair.least_squares import Fit, Inputs, Moments, fit_consumer, pruned_consumers, repair_local
 from libprune.repair.repairs import inputs_of
 
 State = dict[str, Tensor]
@@ -27,10 +28,10 @@ _FLOOR = 1e-2
 network would get any weight, and may fire all the time in the pruned one; a recurrent network then diverges."""
 
 
-def repair_local(
+def repair_modules(
     layout: Layout, architecture: Architecture, plan: Plan, state: State, damping: float | None
 ) -> list[Fit]:
-    """Fit every consumer to what the dense network gives it, from the cached Gram matrices.
+    """Fit every consumer and its bias to what the dense network gives it, from the cached Gram matrices.
 
     Args:
         layout: where the activation statistics are.
@@ -40,26 +41,23 @@ def repair_local(
         damping: the ridge; None to choose it on held-out samples.
     """
     read = inputs_of(layout, architecture, curvature=False)
-    fits = []
-    for consumer, kept in pruned_consumers(architecture, plan):
-        inputs, whole = read(consumer), _with_bias(consumer, state)
-        gram = inputs.gram.double()
-        rows = inputs.held_out
-        if consumer.bias in state:
-            mean = read_tensor(layout.activations, 0, f"{consumer.module}{GRAM}.mean", "activations").double()
-            gram = _bordered(gram, mean)
-            kept = torch.cat([kept, torch.ones(1, dtype=torch.bool)])
-            rows = None if rows is None else _with_ones(rows)
-        moments = Moments.of_dense(whole, gram, kept)
-        apart = None
-        if rows is not None:
-            apart = Moments.of_dense(whole, rows.double().T @ rows.double() / len(rows), kept)
-        if _heard(moments):
-            fits.append(_apart(fit_consumer(consumer, whole, kept, moments, apart, damping, floor=_FLOOR), state))
-    return fits
+    consumers = {consumer.weight: consumer for consumer in architecture.maps}
+
+    def inputs(consumer: Map) -> Inputs | None:
+        own = read(consumer)
+        if consumer.bias not in state:
+            return own if own.gram.diagonal()[input_mask(architecture, plan, consumer)].any() else None
+        mean = read_tensor(layout.activations, 0, f"{consumer.module}{GRAM}.mean", "activations").double()
+        return Inputs(_bordered(own.gram.double(), mean), None if own.held_out is None else _with_ones(own.held_out))
+
+    def weight_of(name: str) -> Tensor:
+        return _with_bias(consumers[name], state)
+
+    fits = repair_local(architecture, plan, weight_of, inputs, damping, floor=_FLOOR)
+    return [_split(fit, state) for fit in fits]
 
 
-def repair_sequential(
+def repair_modules_in_order(
     network: nn.Module, architecture: Architecture, plan: Plan, batches: list[Samples], damping: float | None
 ) -> list[Fit]:
     """Fit one consumer after the other, in the order in which they run, to what the pruned network hands on there.
@@ -71,7 +69,7 @@ def repair_sequential(
         architecture: its description.
         plan: what is removed.
         batches: calibration samples.
-        damping: as for `repair_local`.
+        damping: the ridge; None to choose it on held-out samples.
     """
     current, state = copy.deepcopy(network), dict(network.state_dict())
     pruned = dict(pruned_consumers(architecture, plan))
@@ -82,10 +80,10 @@ def repair_sequential(
             whole = _with_bias(consumer, state)
             if consumer.bias in state:
                 kept = torch.cat([kept, torch.ones(1, dtype=torch.bool)])
-            moments, apart = _moments(network, current, architecture, plan, consumer, whole, kept, batches)
-            if _heard(moments):
-                fit = fit_consumer(consumer, whole, kept, moments, apart, damping, refit=True, floor=_FLOOR)
-                fits.append(_apart(fit, state))
+            moments, judged = _moments(network, current, architecture, plan, consumer, whole, kept, batches)
+            if float(moments.gram.diagonal().max()) != 0:
+                fit = fit_consumer(consumer, whole, kept, moments, judged, damping, refit=True, floor=_FLOOR)
+                fits.append(_split(fit, state))
                 set_weights(current, fits[-1:])
     return fits
 
@@ -100,18 +98,13 @@ def set_weights(network: nn.Module, fits: list[Fit]) -> None:
                 network.get_parameter(fit.consumer.bias).copy_(fit.bias)
 
 
-def _heard(moments: Moments) -> bool:
-    """Whether any input that is left is ever other than 0; where none is, as behind dead ReLUs, any weights will do."""
-    return float(moments.gram.diagonal().max()) != 0
-
-
 def _with_bias(consumer: Map, state: State) -> Float[Tensor, "output inputs"]:
     weight = oriented(consumer, state[consumer.weight])
     return torch.cat([weight, state[consumer.bias][:, None]], 1) if consumer.bias in state else weight
 
 
-def _apart(fit: Fit, state: State) -> Fit:
-    """The fit with its weight in the stored shape, and its bias apart."""
+def _split(fit: Fit, state: State) -> Fit:
+    """A fit of weight and bias together as one with the weight in its stored shape and the bias by itself."""
     assert fit.weight is not None
     weight, bias = fit.weight, None
     if fit.consumer.bias in state:
@@ -148,25 +141,29 @@ def _moments(
     kept: Bool[Tensor, " inputs"],
     batches: list[Samples],
 ) -> tuple[Moments, Moments | None]:
-    """Of the inputs of one consumer in the pruned network and its outputs in the dense one, fitted to and held out."""
-    found: dict[bool, Moments] = {}
+    """Moments of a consumer's inputs in the pruned network and its outputs in the dense one.
+
+    Returns:
+        Those of the samples of the fit, and those of the held-out samples, if there are any.
+    """
+    joined: dict[bool, Moments] = {}
     first = 0
     for batch in batches:
-        apart = held_out(first, len(batch))
+        kept_back = held_out(first, len(batch))
         first += len(batch)
         own = _inputs(dense, consumer, batch)
         with masked(current, architecture, plan):
             left = _inputs(current, consumer, batch)
-        for is_apart in (False, True):
-            chosen = apart == is_apart
+        for is_held_out in (False, True):
+            chosen = kept_back == is_held_out
             if chosen.any():
                 x, y = left[chosen].flatten(0, 1).double(), own[chosen].flatten(0, 1).double()
                 if len(kept) > x.shape[1]:
                     x, y = _with_ones(x), _with_ones(y)
                 x, y = x[:, kept], y @ whole.double().T
                 new = Moments(x.T @ x / len(x), y.T @ x / len(x), float(y.square().sum() / len(x)), len(x))
-                found[is_apart] = found[is_apart].join(new) if is_apart in found else new
-    return found[False], found.get(True)
+                joined[is_held_out] = joined[is_held_out].join(new) if is_held_out in joined else new
+    return joined[False], joined.get(True)
 
 
 def _inputs(network: nn.Module, consumer: Map, batch: Samples) -> Float[Tensor, "samples rows input"]:

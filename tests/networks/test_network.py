@@ -372,7 +372,7 @@ def test_what_networks_do_not_have_is_refused(scored):
         network.plan(Score(criterion="taylor"), Allocate(min_channels=0))
     with pytest.raises(LibpruneError, match="repair = 'bias' is unknown"):
         network.prune(Plan.dense(network.architecture), "bias")
-    with pytest.raises(LibpruneError, match="compares only within a layer and type"):
+    with pytest.raises(LibpruneError, match="compares only within a layer and part"):
         network.plan(Score(criterion="wanda"), Allocate(method="global"))
     with pytest.raises(BudgetError, match=r"ratio = 0.9.* at most 0\.\d+ can"):
         network.plan(Score(criterion="taylor"), Allocate(ratio=0.9, min_channels=3))

@@ -17,10 +17,10 @@ from libprune.models.sequences import Sequences
 from libprune.models.tokens import write_tokens
 from libprune.pipeline.artifacts import read_architecture, write_units
 from libprune.pipeline.layout import Layout
+from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
 from libprune.pipeline.shards import write_shard
 from libprune.repair.least_squares import pruned_consumers
-from libprune.repair.repairs import REPAIRS
 from libprune.repair.sequential import SequentialRepair
 from libprune.results.prune import prune
 from libprune.results.record import PROVENANCE
@@ -43,7 +43,7 @@ def test_a_repair_is_judged_by_the_inputs_of_the_held_out_sequences(tmp_path, ho
     consumers = list(pruned_consumers(architecture, plan))
     with captured(model, [consumer.module for consumer, _ in consumers]) as table, torch.no_grad():
         model(input_ids=ids, use_cache=False)
-    fits = REPAIRS[how](layout, architecture, plan, Compute(), Slice(repair=how, damping=0.01))
+    fits = REPAIRS[how].repair(layout, architecture, plan, Compute(), Slice(repair=how, damping=0.01))
     assert len(fits) == len(consumers) == 8
     for fit, (consumer, kept) in zip(fits, consumers, strict=True):
         x = table[consumer.module].view(17, length, -1)
