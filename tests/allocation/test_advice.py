@@ -1,28 +1,18 @@
-"""What is said of gradients and layers, and the allocate stage under a fix."""
+"""What is said of gradients and layers."""
 
 import json
-from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 
 from libprune.allocation.advice import Fixed, advise, over_pruned, shares_lost
-from libprune.allocation.gradient_fix import factors_of
 from libprune.engine import cost
-from libprune.engine.errors import ArtifactError
 from libprune.engine.plan import Plan
-from libprune.engine.tables import split_blocks
-from libprune.pipeline.artifacts import read_architecture, read_plan, read_table, write_table
-from libprune.pipeline.layout import Layout
 from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
-from libprune.statistics.gradient_health import gradient_ratio
-from tests.support import tiny
 from tests.support.models import random_plan
 from tests.support.shapes import Shape, shapes
-from tests.support.tiny import change_params
 
 WIDE = Shape(layers=10, ffn=30)
 """Two thirds of a layer are its channels."""
@@ -119,83 +109,3 @@ def test_layers_that_were_removed_on_purpose_are_not_over_pruned():
 def test_freezing_is_advised_only_where_most_layers_stay_free():
     (_, early) = told(1.0, plan=without_channels({4: 30}))["advice"]
     assert "freeze_first" not in early
-
-
-# The stage
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """The tiny model with its gradients, scores and sensitivity."""
-    folder = tmp_path_factory.mktemp("project")
-    model, text = str(tiny.write_model(folder / "model")), str(tiny.write_text(folder / "text.txt"))
-    settings = {"score": {"criterion": "taylor"}, "allocate": {"method": "hgsp", "shape": "per_layer"}}
-    tiny.write_params(folder / "params.yaml", model, text, **settings)
-    for name in ("prepare", "tokenize", "gradients", "hessian", "score", "sensitivity"):
-        import_module(f"stages.{name}").main(folder / "params.yaml", folder / "artifacts")
-    return folder
-
-
-def allocated(folder: Path, **settings) -> tuple[Plan, dict, dict]:
-    """The plan with its metadata, and what the metrics say of gradients."""
-    change_params(folder, "allocate", **settings)
-    import_module("stages.allocate").main(folder / "params.yaml", folder / "artifacts", folder / "metrics")
-    layout = Layout(folder / "artifacts")
-    plan, meta = read_plan(layout, read_architecture(layout))
-    return plan, meta, json.loads((folder / "metrics/allocation.json").read_text())
-
-
-def test_the_stage_writes_the_scores_under_the_fix_and_both_ratios(project, capsys):
-    layout = Layout(project / "artifacts")
-    plain, before, _ = allocated(project, gradient_fix="none")
-    fixed, meta, metrics = allocated(project, gradient_fix="adaptive+depth", depth_weights="linear")
-    architecture, scores = read_architecture(layout), read_table(layout.scores, "score")[0]
-    rows, tensors = (read_table(layout.gradients / f"{name}.parquet", "gradients")[0] for name in ("layers", "tensors"))
-    factors = factors_of("adaptive+depth", tensors, architecture.layers, "linear")
-    table = read_table(layout.plan, "allocate")[0]
-    np.testing.assert_allclose(table["importance"], scores["taylor"] * factors[scores["layer_idx"]])
-    np.testing.assert_allclose(table["score"], table["importance"] / table["cost"])
-    assert meta["diagnosis"] == metrics["diagnosis"]
-    assert meta["diagnosis"]["fix"] == "adaptive+depth"
-    assert before["diagnosis"]["fix"] == "none"
-    assert meta["diagnosis"]["gradient_ratio"] == pytest.approx(gradient_ratio(rows))
-    means = [rows["mean_abs"][rows["layer_idx"] == i].mean() * factors[i] for i in range(architecture.layers)]
-    assert meta["diagnosis"]["gradient_ratio_after_fix"] == pytest.approx(max(means) / min(means))
-    for block, score in split_blocks(architecture, scores["score"]):
-        for plan in (plain, fixed):
-            keep = plan.keep[block]
-            assert keep.all() or score[~keep].max() <= score[keep].min(), "a fix leaves the order in a block"
-    assert all(f"note: {sentence}" in capsys.readouterr().out for sentence in metrics["diagnosis"]["advice"])
-
-
-def test_layers_that_collapse_are_gone_from_the_saved_model(project, quick_proof):
-    collapse = {"collapse_below": 0.95, "allow_layer_removal": True, "ratio": 0.4}
-    plan, _, metrics = allocated(project, gradient_fix="none", **collapse)
-    architecture = read_architecture(Layout(project / "artifacts"))
-    assert 0 < len(plan.layers) < architecture.layers
-    assert metrics["removed"] <= metrics["target"]
-    change_params(project, "slice", repair="none")
-    import_module("stages.slice").main(project / "params.yaml", project / "artifacts", project / "metrics")
-    config = json.loads((project / "artifacts/pruned/config.json").read_text())
-    assert config["num_hidden_layers"] == len(plan.layers)
-    allocated(project, **collapse | {"collapse_below": 0.0, "allow_layer_removal": False, "ratio": 0.2})
-
-
-@pytest.mark.parametrize("artifact", ["sensitivity.parquet", "gradients/layers.parquet", "gradients/tensors.parquet"])
-def test_statistics_of_another_text_are_refused(project, artifact):
-    path = project / "artifacts" / artifact
-    table, meta = read_table(path, "some")
-    before = path.read_bytes()
-    write_table(path, table, meta | {"tokens": "other"})
-    try:
-        with pytest.raises(ArtifactError, match=path.name):
-            allocated(project, gradient_fix="adaptive")
-    finally:
-        path.write_bytes(before)
-
-
-def test_of_nothing_measured_the_stage_that_is_missing_is_named(project):
-    change_params(project, "allocate", method="uniform")
-    import_module("stages.sensitivity").main(project / "params.yaml", project / "artifacts")
-    with pytest.raises(ArtifactError, match="run `dvc repro sensitivity`"):
-        allocated(project, method="hgsp")

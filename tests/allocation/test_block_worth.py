@@ -9,15 +9,15 @@ from libprune.allocation.block_worth import shared_out, with_worth
 from libprune.allocation.decide import decide
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.hgsp import HARMLESS
-from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.engine.errors import LibpruneError
 from libprune.engine.tables import split_blocks
-from libprune.pipeline.artifacts import read_table, write_table
+from libprune.pipeline.artifacts import write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from libprune.pipeline.shards import write_shard
 from libprune.scoring.criteria import scale
-from libprune.statistics.sensitivity import empty_table, removals, sensitivity_table
+from libprune.statistics.sensitivity import removals, sensitivity_table
 from tests.support.shapes import Shape
 
 SHAPE = Shape()
@@ -106,11 +106,3 @@ def test_the_worth_of_blocks_is_their_own_measured_loss_and_that_of_layers_how_f
     layers = [found["importance"][found["layer_idx"] == layer].sum() for layer in range(SHAPE.layers)]
     assert layers == pytest.approx([1.0, 0.9, 0.8])
     assert worth(Allocate()) is scores
-
-
-def test_a_worth_that_was_not_measured_is_refused(tmp_path):
-    layout = Layout(tmp_path)
-    write_table(layout.sensitivity, empty_table(), {"model": ""})
-    assert not len(read_table(layout.sensitivity, "sensitivity")[0]["removed"])
-    with pytest.raises(ArtifactError, match="run `dvc repro sensitivity`"):
-        read_evidence(layout, Scores(SHAPE.architecture(), ranks(), META), RANKED)

@@ -1,8 +1,6 @@
 """The search over whole plans with made-up judges, and the real judge on a tiny model against a direct computation."""
 
-import itertools
 import json
-import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -15,94 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from libprune.allocation.evolution import Judge, Refined, refine
-from libprune.allocation.ladders import Ladders, plan_of, spent
-from libprune.allocation.methods import Depth, allocate_search
-from libprune.allocation.search import RIVALS, rival_starts
+from libprune.allocation.evolution import Judge, Refined
+from libprune.allocation.ladders import plan_of
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 from libprune.engine.tables import split_blocks
 from libprune.models.sequences import Sequences
-from libprune.pipeline.sections import Allocate
 from libprune.pipeline.shards import GRAM
 from libprune.repair.least_squares import Inputs, new_parameters, repair_local
 from tests.support.collected import activations, assert_untouched
 from tests.support.models import FAMILIES, random_plan, tokens
-from tests.support.shapes import Shape, ladders_of, removed_parameters
-
-SHAPE = Shape(ffn=16)
-
-
-class CountingJudge:
-    """A made-up divergence; remembers what it was asked, and stops after so many plans."""
-
-    def __init__(self, shape: Shape, seed: int, interacting: bool = False, stop: int | None = None) -> None:
-        rng = np.random.default_rng(seed)
-        self.weights = {block: rng.random() for block in shape.architecture().blocks()}
-        self.interacting, self.stop = interacting, stop
-        self.seen: list[Plan] = []
-
-    def value(self, plan: Plan) -> float:
-        """Weighted squares of the removed shares; interacting blocks also multiply with those after them."""
-        shares = {block: float((~keep).mean()) for block, keep in plan.keep.items()}
-        alone = sum(self.weights[block] * share**2 for block, share in shares.items())
-        values = list(shares.values())
-        pairs = sum(one * two for one, two in itertools.pairwise(values))
-        return alone + (3 * pairs if self.interacting else 0.0)
-
-    def __call__(self, plan: Plan) -> float:
-        if len(self.seen) == self.stop:
-            raise KeyboardInterrupt
-        self.seen.append(plan)
-        return self.value(plan)
-
-    @property
-    def keys(self) -> list[bytes]:
-        return [b"".join(keep.tobytes() for keep in plan.keep.values()) for plan in self.seen]
-
-
-def start_of(shape: Shape, params: Allocate, seed: int) -> tuple[Ladders, Depth, int]:
-    """Ladders, the depths that the search begins with, and the target."""
-    rng = np.random.default_rng(seed)
-    architecture, scores = shape.architecture(), shape.table(1.0 + rng.permutation(len(shape.unit_costs())))
-    ladders, target = ladders_of(architecture, scores, params), round(params.ratio * shape.decoder)
-    return ladders, allocate_search(architecture, ladders, target, params, shape.evidence("search", seed)), target
-
-
-def search(
-    judge: CountingJudge,
-    params: Allocate,
-    seed: int = 0,
-    record: Path | None = None,
-    rivals: dict[str, Depth] | None = None,
-) -> Refined:
-    """From the knapsack's plan of the `SHAPE`; without a record of an earlier run unless one is given."""
-    ladders, depth, target = start_of(SHAPE, params, seed)
-    curves = SHAPE.evidence("search", seed)["levels"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = record or Path(folder) / "new" / "record.jsonl"
-        starts = {"search": depth} | (rivals or {})
-        return refine(judge, SHAPE.architecture(), ladders, curves, starts, target, params, path)
-
-
-def asked(**changes: object) -> Allocate:
-    return Allocate(**{"method": "search", "shape": "per_layer", "ratio": 0.4, "evaluations": 30, **changes})
-
-
-cases = st.fixed_dictionaries(
-    {
-        "ratio": st.floats(0.05, 0.7),
-        "min_groups": st.integers(0, 2),
-        "min_channels": st.integers(0, 3),
-        "channel_multiple": st.integers(1, 3),
-        "freeze_first": st.integers(0, 1),
-        "allow_layer_removal": st.booleans(),
-        "evaluations": st.integers(0, 30),
-        "seed": st.integers(0, 9),
-    }
-)
+from tests.support.searching import SHAPE, CountingJudge, asked, cases, search, start_of
+from tests.support.shapes import removed_parameters
 
 
 @settings(max_examples=25)
@@ -134,40 +58,6 @@ def test_no_plan_that_is_measured_passes_the_target_or_the_limits(case, seed):
             assert keep.sum() >= (params.min_groups if part == "attention" else params.min_channels)
             assert part == "attention" or keep.all() or keep.sum() % params.channel_multiple == 0
             assert keep.all() or not keep.any() or score[~keep].max() < score[keep].min()
-
-
-def rivals_of(params: Allocate, seed: int) -> dict[str, Depth]:
-    """Of the methods that need nothing measured, for the same target."""
-    ladders, _, target = start_of(SHAPE, params, seed)
-    evidence = SHAPE.evidence("search", seed) | SHAPE.evidence("functional", seed)
-    return rival_starts(SHAPE.architecture(), ladders, target, params, evidence, RIVALS)
-
-
-@settings(max_examples=25)
-@given(cases, st.integers(0, 99))
-def test_the_plans_of_other_methods_come_first_and_the_search_goes_on_from_the_best(case, seed):
-    params, judge = asked(**case), CountingJudge(SHAPE, seed, interacting=True)
-    ladders, depth, target = start_of(SHAPE, params, seed)
-    rivals = rivals_of(params, seed)
-    assert all(spent(ladders, rival) <= target for rival in rivals.values())
-    found = search(judge, params, seed, rivals=rivals)
-    value = {
-        name: judge.value(plan_of(SHAPE.architecture(), ladders, d)) for name, d in {"search": depth, **rivals}.items()
-    }
-    tried = ["search", *RIVALS][: 1 + params.evaluations]
-    assert found.starts == {name: value[name] for name in tried}
-    assert found.divergence <= min(found.starts.values())
-    if params.evaluations <= len(RIVALS):
-        assert found.divergence == min(found.starts.values())
-
-
-def test_a_rival_is_filled_up_to_the_target_as_far_as_the_knapsack_is():
-    for seed in range(5):
-        params = asked()
-        ladders, depth, target = start_of(SHAPE, params, seed)
-        assert {target - spent(ladders, rival) for rival in rivals_of(params, seed).values()} == {
-            target - spent(ladders, depth)
-        }
 
 
 @pytest.mark.parametrize("interacting", [False, True])

@@ -1,4 +1,4 @@
-"""Curves, the knapsack and the fill of `search`, and the shares of `functional`, against searches one by one."""
+"""Curves, the knapsack and the fill of `search`, against trying all choices one by one."""
 
 from itertools import pairwise, product
 
@@ -7,17 +7,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from libprune.allocation.allocate import allocate, target_of
-from libprune.allocation.decide import decide
 from libprune.allocation.knapsack import BINS, divergence_curves, fill, least_divergence
 from libprune.allocation.ladders import Ladders, empties_layer, plan_of
-from libprune.allocation.methods import functional_shares
 from libprune.engine.architecture import Block
-from libprune.engine.cost import prices
 from libprune.engine.tables import Columns
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
-from tests.support.shapes import EQUAL_COSTS, Shape, ladders_of, removed_parameters
+from tests.support.shapes import Shape, ladders_of, removed_parameters
 
 Curves = dict[Block, np.ndarray]
 
@@ -256,86 +251,3 @@ def test_levels_that_rise_are_passed_through_and_a_fall_is_levelled():
     curves = divergence_curves(shape.architecture(), table_of(rows))
     assert curves[0, "attention"].tolist() == [0, 0.5, 2]
     assert curves[0, "mlp"].tolist() == [0, 0.5, 1, 1, 1, 2, 3]
-
-
-# Shares by change
-
-
-@st.composite
-def changes(draw):
-    """The change and the removable parameters of some layers, some of them alike, and a mean share."""
-    layers = draw(st.integers(1, 8))
-    change = [k / 8 for k in draw(st.lists(st.integers(0, 8), min_size=layers, max_size=layers))]
-    sizes = draw(st.lists(st.integers(1, 10**6), min_size=layers, max_size=layers))
-    return np.array(change), np.array(sizes), draw(st.floats(0.01, 1.0))
-
-
-@given(changes())
-def test_the_shares_meet_the_mean_within_half_and_one_and_a_half_times_it(problem):
-    change, sizes, mean = problem
-    shares = functional_shares(change, sizes, mean)
-    assert (shares * sizes).sum() == pytest.approx(mean * sizes.sum(), rel=1e-9)
-    assert (shares >= 0.5 * mean * (1 - 1e-9)).all()
-    assert (shares <= min(1.0, 1.5 * mean * (1 + 1e-9))).all()
-
-
-@given(changes())
-def test_a_layer_that_changes_its_input_more_never_loses_more_and_equals_lose_alike(problem):
-    change, sizes, mean = problem
-    shares = functional_shares(change, sizes, mean)
-    order = np.argsort(change)
-    assert (np.diff(shares[order]) <= 1e-12).all()
-    for value in set(change):
-        assert np.ptp(shares[change == value]) == 0
-    if len(set(change)) == 1:
-        np.testing.assert_allclose(shares, mean, rtol=1e-9)
-
-
-def test_between_the_bounds_the_shares_fall_in_proportion_to_the_change():
-    """Layers of one size whose scaled changes are 0, 0.25, 0.75 and 1: r (1.5 - c) has the mean r as it is."""
-    shares = functional_shares(np.array([0.2, 0.3, 0.5, 0.6]), np.full(4, 100), 0.2)
-    np.testing.assert_allclose(shares, [0.3, 0.25, 0.15, 0.1], rtol=1e-9)
-
-
-# Search in a uniform shape
-
-
-@given(st.integers(1, 3), st.integers(2, 4), st.integers(2, 9), st.integers(0, 2**32 - 1), st.floats(0.05, 0.6))
-def test_a_uniform_search_takes_the_split_of_least_summed_divergence(layers, kv, ffn, seed, ratio):
-    """Against every number of groups with the number of channels that then comes nearest to the target."""
-    shape, rng = Shape(layers=layers, kv=kv, ffn=ffn), np.random.default_rng(seed)
-    params = Allocate(method="search", shape="uniform", ratio=ratio)
-    curves, scores = shape.curves(rng), shape.table(1.0 + rng.permutation(len(shape.unit_costs())))
-    assume(ratio < shape.reachable(params) / shape.decoder)
-    architecture, target = shape.architecture(), target_of(prices(shape.architecture(), "parameters"), params)
-    plan = allocate(architecture, scores, params, {"levels": curves})
-    assert plan.uniform
-
-    def miss(groups: int, channels: int) -> int:
-        return abs(target - layers * (groups * shape.group_cost + channels * shape.channel_cost))
-
-    def divergence(groups: int, channels: int) -> float:
-        gone = {"attention": groups, "mlp": channels}
-        return float(sum(curves[layer, part][count] for layer in range(layers) for part, count in gone.items()))
-
-    splits = [min(((g, c) for c in range(ffn)), key=lambda split: miss(*split)) for g in range(kv)]
-    reach = max(layers * shape.channel_cost, min(miss(*split) for split in splits))
-    found = kv - plan.kept(0, "attention"), ffn - plan.kept(0, "mlp")
-    assert miss(*found) <= reach
-    least = min(divergence(*split) for split in splits if miss(*split) <= reach)
-    assert divergence(*found) == pytest.approx(least, rel=1e-9, abs=1e-12)
-
-
-def test_the_result_of_a_uniform_search_has_the_stock_shape():
-    params = Allocate(method="search", shape="uniform", ratio=0.3)
-    meta = {"criterion": "random", "comparable": True, "scaling": "none"}
-    scores = EQUAL_COSTS.table(np.arange(48.0))
-    decision = decide(Scores(EQUAL_COSTS.architecture(), scores, meta), params, EQUAL_COSTS.evidence("search"))
-    assert decision.shape == "uniform"
-
-
-def test_a_target_of_no_parameter_at_all_removes_nothing():
-    shape = Shape()
-    params = Allocate(method="search", shape="per_layer", ratio=1e-9)
-    plan = allocate(shape.architecture(), shape.table(np.arange(48.0)), params, shape.evidence("search"))
-    assert removed_parameters(shape, plan) == 0

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import pytest
 from hypothesis import assume
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from libprune.engine.axes import parse_expr
 from libprune.engine.cost import prices
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, unit_index
+from libprune.pipeline.methods import METHODS
 from libprune.pipeline.sections import Allocate
 
 
@@ -203,3 +205,9 @@ def plan_without(architecture: Architecture, layer: int, part: str, *units: int)
     keep = dict(Plan.dense(architecture).keep)
     keep[layer, part] = ~np.isin(np.arange(architecture.units(part)), units)
     return Plan(keep)
+
+
+META = {"criterion": "wanda", "fusion": "none", "comparable": True, "scaling": "none"}
+
+
+every_method = pytest.mark.parametrize("method", METHODS)

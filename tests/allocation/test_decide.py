@@ -1,0 +1,171 @@
+"""Decisions: the shape, the split, which scores may be used, and the allocate stage under a gradient fix."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from libprune.allocation.allocate import allocate
+from libprune.allocation.decide import decide, result_shape
+from libprune.allocation.gradient_fix import factors_of
+from libprune.engine.errors import ArtifactError, BudgetError, LibpruneError
+from libprune.engine.plan import Plan, jaccard
+from libprune.engine.tables import Columns, split_blocks, unit_index
+from libprune.pipeline.artifacts import read_architecture, read_plan, read_table, write_table
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.scores import Scores
+from libprune.pipeline.sections import Allocate
+from libprune.statistics.gradient_health import gradient_ratio
+from tests.support import tiny
+from tests.support.shapes import META, Shape, every_method
+from tests.support.tiny import change_params
+
+
+@pytest.mark.parametrize(
+    ("expressible", "groups", "message"),
+    [
+        (None, (3, 4, 4), "the layers of this plan differ in width"),
+        ((2, 4), (3, 3, 3), "the stock config of this family cannot say 3 attention units"),
+    ],
+)
+def test_the_uniform_shape_is_refused_where_a_plan_does_not_have_it(expressible, groups, message):
+    architecture = Shape(expressible=expressible).architecture()
+    fewer = {(layer, "attention"): np.arange(4) < kept for layer, kept in enumerate(groups)}
+    plan = Plan({**Plan.dense(architecture).keep, **fewer})
+    assert result_shape(architecture, plan, Allocate(shape="auto")) == "per_layer"
+    with pytest.raises(BudgetError, match=rf"allocate\.shape is uniform, but {message}; choose"):
+        result_shape(architecture, plan, Allocate(shape="uniform"))
+
+
+@pytest.mark.parametrize("shape", ["auto", "uniform", "per_layer"])
+def test_an_even_plan_has_the_shape_that_is_asked_for(shape):
+    architecture = Shape(expressible=(2, 4)).architecture()
+    asked = result_shape(architecture, Plan.dense(architecture), Allocate(shape=shape))
+    assert asked == ("per_layer" if shape == "per_layer" else "uniform")
+
+
+def test_scores_that_do_not_compare_are_refused_in_global_unless_scaled():
+    shape, meta = Shape(), META | {"comparable": False}
+    architecture, scores = shape.architecture(), shape.table(np.arange(48.0))
+    with pytest.raises(LibpruneError, match=r"^wanda compares only within a layer and part.*score\.scaling"):
+        decide(Scores(architecture, scores, meta), Allocate(method="global"))
+    scaled = decide(Scores(architecture, scores, meta | {"scaling": "zscore"}), Allocate(method="global"))
+    plain = decide(Scores(architecture, scores, META), Allocate(method="global"))
+    assert jaccard(scaled.plan.column, plain.plan.column) == 1
+    assert decide(Scores(architecture, scores, meta), Allocate(method="uniform")).plan.uniform
+
+
+@pytest.mark.parametrize(
+    ("meta", "split"),
+    [({}, "importance"), ({"comparable": False}, "proportional"), ({"scaling": "rank"}, "proportional")],
+)
+def test_the_budget_is_split_by_importance_only_where_scores_compare(meta, split):
+    shape = Shape()
+    decision = decide(Scores(shape.architecture(), shape.table(np.arange(48.0)), META | meta), Allocate())
+    assert decision.split == split
+    plan = allocate(shape.architecture(), shape.table(np.arange(48.0)), Allocate(split=split))
+    assert jaccard(decision.plan.column, plan.column) == 1
+
+
+@every_method
+@settings(max_examples=10)
+@given(st.permutations(range(48)), st.permutations(range(48)))
+def test_a_second_order_criterion_reports_how_far_each_part_alone_would_agree(method, first, second):
+    shape, params = Shape(), Allocate(method=method, ratio=0.4, split="importance")
+    architecture, costs, evidence = shape.architecture(), shape.unit_costs(), shape.evidence(method)
+    parts = {"taylor": np.array(first) * costs / 4, "fisher": np.array(second) * costs / 4}
+
+    def table(components: dict[str, np.ndarray]) -> Columns:
+        importance = np.sum(list(components.values()), axis=0)
+        return unit_index(architecture) | {"importance": importance, "cost": costs, "score": importance / costs}
+
+    def overlap(components: dict[str, np.ndarray]) -> dict[str, float]:
+        return dict(decide(Scores(architecture, table(components) | components, META), params, evidence).overlap)
+
+    both, one = overlap(parts), allocate(architecture, table(parts), params, evidence)
+    for name, values in parts.items():
+        alone = allocate(architecture, table({name: values}), params, evidence)
+        assert both[name] == jaccard(one.column, alone.column)
+    assert overlap(parts | {"fisher": np.zeros(48)})["taylor"] == 1, "a second order of nothing changes nothing"
+    assert overlap({"taylor": parts["taylor"]}) == {}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """The tiny model with its gradients, scores and sensitivity."""
+    folder = tmp_path_factory.mktemp("project")
+    model, text = str(tiny.write_model(folder / "model")), str(tiny.write_text(folder / "text.txt"))
+    settings = {"score": {"criterion": "taylor"}, "allocate": {"method": "hgsp", "shape": "per_layer"}}
+    tiny.write_params(folder / "params.yaml", model, text, **settings)
+    for name in ("prepare", "tokenize", "gradients", "hessian", "score", "sensitivity"):
+        import_module(f"stages.{name}").main(folder / "params.yaml", folder / "artifacts")
+    return folder
+
+
+def allocated(folder: Path, **settings) -> tuple[Plan, dict, dict]:
+    """The plan with its metadata, and what the metrics say of gradients."""
+    change_params(folder, "allocate", **settings)
+    import_module("stages.allocate").main(folder / "params.yaml", folder / "artifacts", folder / "metrics")
+    layout = Layout(folder / "artifacts")
+    plan, meta = read_plan(layout, read_architecture(layout))
+    return plan, meta, json.loads((folder / "metrics/allocation.json").read_text())
+
+
+def test_the_stage_writes_the_scores_under_the_fix_and_both_ratios(project, capsys):
+    layout = Layout(project / "artifacts")
+    plain, before, _ = allocated(project, gradient_fix="none")
+    fixed, meta, metrics = allocated(project, gradient_fix="adaptive+depth", depth_weights="linear")
+    architecture, scores = read_architecture(layout), read_table(layout.scores, "score")[0]
+    rows, tensors = (read_table(layout.gradients / f"{name}.parquet", "gradients")[0] for name in ("layers", "tensors"))
+    factors = factors_of("adaptive+depth", tensors, architecture.layers, "linear")
+    table = read_table(layout.plan, "allocate")[0]
+    np.testing.assert_allclose(table["importance"], scores["taylor"] * factors[scores["layer_idx"]])
+    np.testing.assert_allclose(table["score"], table["importance"] / table["cost"])
+    assert meta["diagnosis"] == metrics["diagnosis"]
+    assert meta["diagnosis"]["fix"] == "adaptive+depth"
+    assert before["diagnosis"]["fix"] == "none"
+    assert meta["diagnosis"]["gradient_ratio"] == pytest.approx(gradient_ratio(rows))
+    means = [rows["mean_abs"][rows["layer_idx"] == i].mean() * factors[i] for i in range(architecture.layers)]
+    assert meta["diagnosis"]["gradient_ratio_after_fix"] == pytest.approx(max(means) / min(means))
+    for block, score in split_blocks(architecture, scores["score"]):
+        for plan in (plain, fixed):
+            keep = plan.keep[block]
+            assert keep.all() or score[~keep].max() <= score[keep].min(), "a fix leaves the order in a block"
+    assert all(f"note: {sentence}" in capsys.readouterr().out for sentence in metrics["diagnosis"]["advice"])
+
+
+def test_layers_that_collapse_are_gone_from_the_saved_model(project, quick_proof):
+    collapse = {"collapse_below": 0.95, "allow_layer_removal": True, "ratio": 0.4}
+    plan, _, metrics = allocated(project, gradient_fix="none", **collapse)
+    architecture = read_architecture(Layout(project / "artifacts"))
+    assert 0 < len(plan.layers) < architecture.layers
+    assert metrics["removed"] <= metrics["target"]
+    change_params(project, "slice", repair="none")
+    import_module("stages.slice").main(project / "params.yaml", project / "artifacts", project / "metrics")
+    config = json.loads((project / "artifacts/pruned/config.json").read_text())
+    assert config["num_hidden_layers"] == len(plan.layers)
+    allocated(project, **collapse | {"collapse_below": 0.0, "allow_layer_removal": False, "ratio": 0.2})
+
+
+@pytest.mark.parametrize("artifact", ["sensitivity.parquet", "gradients/layers.parquet", "gradients/tensors.parquet"])
+def test_statistics_of_another_text_are_refused(project, artifact):
+    path = project / "artifacts" / artifact
+    table, meta = read_table(path, "some")
+    before = path.read_bytes()
+    write_table(path, table, meta | {"tokens": "other"})
+    try:
+        with pytest.raises(ArtifactError, match=path.name):
+            allocated(project, gradient_fix="adaptive")
+    finally:
+        path.write_bytes(before)
+
+
+def test_of_nothing_measured_the_stage_that_is_missing_is_named(project):
+    change_params(project, "allocate", method="uniform")
+    import_module("stages.sensitivity").main(project / "params.yaml", project / "artifacts")
+    with pytest.raises(ArtifactError, match="run `dvc repro sensitivity`"):
+        allocated(project, method="hgsp")
