@@ -170,15 +170,17 @@ def held_whole(architecture: Architecture, per_layer: bool) -> list[str]:
         architecture: the model's description.
         per_layer: whether the result may have a modeling file of its own.
     """
-    found = []
+    sentences = []
     for part, shape in architecture.parts.items():
         if shape.coupled:
             norms = " and ".join(shape.coupled)
-            found.append(f"no {part} unit can go alone: {norms} of {architecture.family} work over all of them at once")
+            sentences.append(
+                f"no {part} unit can go alone: {norms} of {architecture.family} work over all of them at once"
+            )
         elif not per_layer and not any(map(shape.says, range(1, architecture.units(part)))):
             why = families()[architecture.family].config.unsaid(shape.axis)
-            found.append(
+            sentences.append(
                 f"the stock config of {architecture.family} cannot say fewer {part} units{f' ({why})' if why else ''}; "
                 "allocate.shape=per_layer can"
             )
-    return found
+    return sentences

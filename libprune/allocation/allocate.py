@@ -67,7 +67,7 @@ def allocate(
         scores: the importance table, rows in the order of `libprune.engine.tables.unit_index`.
         params: budget, method and limits.
         evidence: what else the method needs.
-        improve: goes on from what the method found; None to leave it there.
+        improve: goes on from the depths of the method; None to leave it there.
 
     Raises:
         BudgetError: if the target cannot be reached under the floors, or not in the asked shape.
@@ -99,7 +99,7 @@ def descend(
         prices: what they save.
         params: budget, method and limits.
         evidence: what else the method needs.
-        improve: goes on from what the method found; None to leave it there.
+        improve: goes on from the depths of the method; None to leave it there.
 
     Raises:
         BudgetError: if the target cannot be reached under the floors.

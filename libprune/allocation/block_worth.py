@@ -1,6 +1,6 @@
-"""What ranks are given back: scaled scores say which unit of a block comes first, not what the block is worth.
+"""The worth of blocks: scaled scores rank units within a block but no longer say how much the block matters.
 
-The worth of a layer or block is shared out among its units by how high each stands and how large it is,
+This puts it back. The worth of a layer or block is divided among its units by how high each ranks and how large it is,
 
     I_u = B s_u c_u / sum_v s_v c_v,
 

@@ -52,7 +52,7 @@ def block_factors(architecture: Architecture, increases: Increases, params: Allo
 
 
 def weighted(ladders: Ladders, factors: Mapping[Block, float]) -> Ladders:
-    """The same ladders with every rank multiplied by the factor of its block."""
+    """Ladders with every rank multiplied by the factor of its block."""
     return {
         block: tuple(replace(step, rank=step.rank * factors[block]) for step in steps)
         for block, steps in ladders.items()

@@ -27,8 +27,8 @@ def divergence_curves(architecture: Architecture, levels: Columns) -> dict[Block
     for layer, part in architecture.blocks():
         rows = (levels["layer_idx"] == layer) & (levels["group_type"] == part)
         order = np.argsort(levels["removed"][rows])
-        removed, found = levels["removed"][rows][order], levels["divergence"][rows][order]
-        rising = np.maximum.accumulate(np.maximum(found, 0.0))
+        removed, measured = levels["removed"][rows][order], levels["divergence"][rows][order]
+        rising = np.maximum.accumulate(np.maximum(measured, 0.0))
         counts = np.arange(architecture.units(part) + 1)
         curves[layer, part] = np.interp(counts, [0, *removed], [0.0, *rising])
     return curves
@@ -93,24 +93,24 @@ def _layer_choices(
     allow_layer_removal: bool,
 ) -> list[_Choice]:
     """All joint choices of a layer's blocks; those that would leave nothing of it only where that is allowed."""
-    found = [(_Choice({}, 0, 0.0), 0, True)]
+    choices = [(_Choice({}, 0, 0.0), 0, True)]
     for part in architecture.parts:
         block = layer, part
         costs = np.cumsum([0, *(step.cost for step in ladders[block])])
         gone = np.cumsum([0, *(len(step.units) for step in ladders[block])])
         depths = np.unique(np.linspace(0, len(ladders[block]), min(len(ladders[block]), CHOICES) + 1).round())
-        found = [
+        choices = [
             (
                 _Choice({**one.depth, block: depth}, 0, one.loss + float(curves[block][gone[depth]])),
                 cost + int(costs[depth]),
                 empty and gone[depth] == architecture.units(part),
             )
-            for one, cost, empty in found
+            for one, cost, empty in choices
             for depth in depths.astype(int).tolist()
         ]
     return [
         replace(one, bins=-(-cost * BINS // target))
-        for one, cost, empty in found
+        for one, cost, empty in choices
         if cost <= target and (allow_layer_removal or not empty)
     ]
 
@@ -124,21 +124,21 @@ def fill(
     params: Allocate,
 ) -> dict[Block, int]:
     """Go on step by step where the next one loses least for what it saves, as long as it fits into the target."""
-    found = dict(depth)
-    left = target - spent(ladders, found)
+    filled = dict(depth)
+    left = target - spent(ladders, filled)
     while True:
         slopes = {
-            block: _slope(ladders, curves, block, found[block])
+            block: _slope(ladders, curves, block, filled[block])
             for block, steps in ladders.items()
-            if found[block] < len(steps)
-            and steps[found[block]].cost <= left
-            and (params.allow_layer_removal or not empties_layer(architecture, ladders, found, block))
+            if filled[block] < len(steps)
+            and steps[filled[block]].cost <= left
+            and (params.allow_layer_removal or not empties_layer(architecture, ladders, filled, block))
         }
         if not slopes:
-            return found
+            return filled
         block = min(slopes, key=lambda block: slopes[block])
-        left -= ladders[block][found[block]].cost
-        found[block] += 1
+        left -= ladders[block][filled[block]].cost
+        filled[block] += 1
 
 
 def _slope(ladders: Ladders, curves: Mapping[Block, NDArray[np.float64]], block: Block, depth: int) -> float:

@@ -69,7 +69,7 @@ def wanted_removals(architecture: Architecture, scores: Columns, network_type: s
 
 
 def by_progress(ladders: Ladders, wanted: Mapping[Block, float]) -> Ladders:
-    """The same ladders, with every step ranked by how far it takes its block: units gone / units wanted.
+    """Ladders with every step ranked by how far it takes its block: units gone / units wanted.
 
     Taken in this order, all blocks come to the same multiple of what is wanted; at 1 to what is wanted itself.
     """

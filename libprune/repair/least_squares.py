@@ -175,10 +175,10 @@ def fit_consumer(
             "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
             "use more calibration sequences, or set slice.damping to a number such as 0.001"
         )
-    found = [solve(moments, old, value, floor) for value in (DAMPINGS if damping is None else (damping,))]
-    errors = [held_out.error(new) if held_out else np.nan for new, _ in found]
+    solutions = [solve(moments, old, value, floor) for value in (DAMPINGS if damping is None else (damping,))]
+    errors = [held_out.error(new) if held_out else np.nan for new, _ in solutions]
     best = int(np.argmin(errors))
-    new, used = found[best]
+    new, used = solutions[best]
     after = moments.error(new)
     if refit and held_out:
         new, used = solve(moments.join(held_out), old, used, floor)
@@ -326,14 +326,14 @@ def repair_bias(
 
 def new_parameters(fits: Iterable[Fit]) -> dict[str, Tensor]:
     """The repaired weights and biases by parameter name, in storage order and dense shape."""
-    found = {}
+    parameters = {}
     for fit in fits:
         if fit.weight is not None:
-            found[fit.consumer.weight] = fit.weight
+            parameters[fit.consumer.weight] = fit.weight
         if fit.bias is not None:
-            found[fit.consumer.bias] = fit.bias
-        found |= fit.producers
-    return found
+            parameters[fit.consumer.bias] = fit.bias
+        parameters |= fit.producers
+    return parameters
 
 
 def mean_errors(fits: Sequence[Fit]) -> dict[str, float]:

@@ -80,9 +80,9 @@ def repair_modules_in_order(
             whole = _with_bias(consumer, state)
             if consumer.bias in state:
                 kept = torch.cat([kept, torch.ones(1, dtype=torch.bool)])
-            moments, judged = _moments(network, current, architecture, plan, consumer, whole, kept, batches)
+            moments, kept_out = _moments(network, current, architecture, plan, consumer, whole, kept, batches)
             if float(moments.gram.diagonal().max()) != 0:
-                fit = fit_consumer(consumer, whole, kept, moments, judged, damping, refit=True, floor=_FLOOR)
+                fit = fit_consumer(consumer, whole, kept, moments, kept_out, damping, refit=True, floor=_FLOOR)
                 fits.append(_split(fit, state))
                 set_weights(current, fits[-1:])
     return fits

@@ -72,7 +72,7 @@ def producers_of(architecture: Architecture, consumer: Map, kept: Bool[Tensor, "
     units = consumer.input.units(axis, architecture.sizes)
     if (units < 0).any() or len(np.unique(units)) < len(units):
         return ()
-    found = []
+    producers = []
     for entry in architecture.maps_of(consumer.layer, consumer.part):
         of = entry.output.units(axis, architecture.sizes) if axis in entry.output.names else np.empty(0, np.int64)
         if not len(of):
@@ -80,12 +80,12 @@ def producers_of(architecture: Architecture, consumer: Map, kept: Bool[Tensor, "
         if (of < 0).any() or len(of) % len(units):
             return ()
         rows = np.argsort(of, kind="stable").reshape(len(units), -1).T  # in the order of the units
-        found.append(Producer(entry, torch.from_numpy(rows[:, units[kept.numpy()]].copy())))
-    return tuple(found)
+        producers.append(Producer(entry, torch.from_numpy(rows[:, units[kept.numpy()]].copy())))
+    return tuple(producers)
 
 
 @contextmanager
-def watching(model: nn.Module, producers: Sequence[Producer]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def outputs_as_leaves(model: nn.Module, producers: Sequence[Producer]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Inside the context input and output of each producer are kept by module; its output is a leaf of the graph."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -106,7 +106,7 @@ def slopes_of(
 ) -> tuple[Float[Tensor, "tokens times kept"], ...]:
     """The slopes of the units in each producer's outputs; none if a unit depends on others' outputs or other tokens.
 
-    That is found out: the gradient of a sum of units with random signs has, where each depends on its own outputs
+    This is tested: the gradient of a sum of units with random signs has, where each depends on its own outputs
     alone, exactly the signs of those.
     """
     if not x.requires_grad:
@@ -116,13 +116,13 @@ def slopes_of(
     plain, signed = (
         torch.autograd.grad(x, leaves, weights, retain_graph=True) for weights in (torch.ones_like(x), signs)
     )
-    found = []
+    by_producer = []
     for producer, one, other in zip(producers, plain, signed, strict=True):
         slopes = one.flatten(0, -2)[:, producer.rows]
         if not torch.equal(other.flatten(0, -2)[:, producer.rows], slopes * signs.flatten(0, -2)[:, None]):
             return ()
-        found.append(slopes)
-    return tuple(found)
+        by_producer.append(slopes)
+    return tuple(by_producer)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class _Normal:
         return squares / self.tokens, gram / self.tokens
 
     def forward(self, flow: Flow, change: Sequence[Tensor]) -> Float[Tensor, "tokens output"]:
-        """W (a * dV z), float32."""
+        """W (a * dV z): the change of the consumer's output under a change dV of the producers, float32."""
         moved: Any = 0
         for z, a, rows in zip(flow.inputs, flow.slopes, change, strict=True):
             outputs = z.to(rows.device) @ rows.flatten(0, 1).T.to(z.dtype)
@@ -171,13 +171,13 @@ class _Normal:
         return (moved @ self.weight.T).float()
 
     def adjoint(self, flow: Flow, missed: Float[Tensor, "tokens output"]) -> list[Tensor]:
-        """Of `forward`, over all tokens of the fit."""
+        """The adjoint of `forward`: by producer a gradient ``[times, kept, input]``, averaged over all tokens of the fit."""
         back = (missed.to(self.weight.dtype) @ self.weight)[:, None]
-        found = []
+        gradients = []
         for z, a in zip(flow.inputs, flow.slopes, strict=True):
             rows = (a.to(back.device) * back).flatten(1).T @ z.to(back.device)
-            found.append(rows.view(*a.shape[1:], -1).float() / self.tokens)
-        return found
+            gradients.append(rows.view(*a.shape[1:], -1).float() / self.tokens)
+        return gradients
 
     def right(self) -> list[Tensor]:
         """The right side: minus half the gradient at no change."""
@@ -185,9 +185,9 @@ class _Normal:
 
     def times(self, change: Sequence[Tensor]) -> list[Tensor]:
         """The matrix of the normal equations, ridge included, times a change."""
-        found = _total(self.adjoint(flow, self.forward(flow, change)) for flow in self.flows)
+        product = _total(self.adjoint(flow, self.forward(flow, change)) for flow in self.flows)
         ridge = [RIDGE * left[..., None] * d * rows for left, d, rows in self._scales(change)]
-        return [one + other for one, other in zip(found, ridge, strict=True)]
+        return [one + other for one, other in zip(product, ridge, strict=True)]
 
     def precondition(self, rest: Sequence[Tensor]) -> list[Tensor]:
         """A change that about solves for what is left of the right side."""
@@ -209,10 +209,10 @@ def fit_producers(flows: Sequence[Flow], weight: Float[Tensor, "output kept"], s
         steps: the most steps of conjugate gradients.
     """
     normal = _Normal(flows, weight)
-    judged = [flow for flow in flows if flow.held_out]
+    kept_out = [flow for flow in flows if flow.held_out]
     rest = normal.right()
     change = [torch.zeros_like(rows) for rows in rest]
-    best, taken, least = change, 0, _square(flow.missed for flow in judged)
+    best, taken, least = change, 0, _square(flow.missed for flow in kept_out)
     solved = normal.precondition(rest)
     along, product = solved, _dot(rest, solved)
     solved_at = _SOLVED * product
@@ -223,8 +223,8 @@ def fit_producers(flows: Sequence[Flow], weight: Float[Tensor, "output kept"], s
         length = product / _dot(along, curved)
         change = [rows + length * more for rows, more in zip(change, along, strict=True)]
         rest = [rows - length * more for rows, more in zip(rest, curved, strict=True)]
-        error = _square(flow.missed.to(weight.device) - normal.forward(flow, change) for flow in judged)
-        if judged and not error < least:
+        error = _square(flow.missed.to(weight.device) - normal.forward(flow, change) for flow in kept_out)
+        if kept_out and not error < least:
             break
         best, taken, least = change, step, error
         solved = normal.precondition(rest)

@@ -46,10 +46,10 @@ def local_repair(layout: Layout, architecture: Architecture) -> Callable[[Plan],
     inputs, weights = inputs_of(layout, architecture, curvature=False), WeightFiles(layout.model)
 
     def repair(plan: Plan) -> dict[str, Tensor]:
-        found = {consumer.module: inputs(consumer) for consumer, _ in pruned_consumers(architecture, plan)}
-        chosen = all(known.held_out is not None for known in found.values())
+        known = {consumer.module: inputs(consumer) for consumer, _ in pruned_consumers(architecture, plan)}
+        chosen = all(one.held_out is not None for one in known.values())
         fits = repair_local(
-            architecture, plan, weights.__getitem__, lambda c: found[c.module], None if chosen else _DAMPING
+            architecture, plan, weights.__getitem__, lambda c: known[c.module], None if chosen else _DAMPING
         )
         return new_parameters(fits)
 
@@ -120,11 +120,11 @@ def sequential_fits(
     fits = []
     for layer in tqdm(range(architecture.layers), desc="repair", unit="layer"):
         path = folder / f"layer-{layer:03d}.safetensors"
-        found = _load(path, architecture) if path.exists() else None
-        fitted = repair.step(layer, None if found is None else new_parameters(found))
-        if found is None:
+        saved = _load(path, architecture) if path.exists() else None
+        fitted = repair.step(layer, None if saved is None else new_parameters(saved))
+        if saved is None:
             _save(path, fitted)
-        fits += fitted if found is None else found
+        fits += fitted if saved is None else saved
     remove(run.work / "slice")
     return fits
 

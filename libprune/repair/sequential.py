@@ -35,7 +35,15 @@ from libprune.engine.surgery import masked, oriented
 from libprune.models.layers import first_output, layers_of, run_layer
 from libprune.models.sequences import Sequences
 from libprune.repair.least_squares import Fit, Moments, fit_consumer, new_parameters, pruned_consumers
-from libprune.repair.producers import Flow, Producer, changed_weight, fit_producers, producers_of, slopes_of, watching
+from libprune.repair.producers import (
+    Flow,
+    Producer,
+    changed_weight,
+    fit_producers,
+    outputs_as_leaves,
+    producers_of,
+    slopes_of,
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,8 @@ class Batch:
 
 def split_batches(sequences: Sequences, at_once: int) -> list[Batch]:
     """All sequences in batches, every eighth sequence among the held-out ones."""
-    apart = held_out(0, len(sequences))
-    chosen = ((sequences[~apart], False), (sequences[apart], True))
+    kept_out = held_out(0, len(sequences))
+    chosen = ((sequences[~kept_out], False), (sequences[kept_out], True))
     return [Batch(part.ids, flag) for group, flag in chosen for part in group.passes(at_once)]
 
 
@@ -154,8 +162,8 @@ class SequentialRepair:
         module = self._model.get_submodule(consumer.module)
         kept = self._kept[consumer.module]
         # without held-out text nothing says where a fit ends and noise begins
-        judged = any(batch.held_out for batch in self._batches)
-        producers = producers_of(self._architecture, consumer, kept) if self._steps and judged else ()
+        any_held_out = any(batch.held_out for batch in self._batches)
+        producers = producers_of(self._architecture, consumer, kept) if self._steps and any_held_out else ()
         seen: Sequence[_Seen] = [
             self._see(layer, number, consumers[: index + 1], outputs[number], share, producers)
             for number in range(len(self._batches))
@@ -181,7 +189,7 @@ class SequentialRepair:
         """Take a batch to the last of some consumers: what that gets, and what it is to give."""
         *before, module = (self._model.get_submodule(consumer.module) for consumer in consumers)
         state = self._pruned[number]
-        with watching(self._model, producers) as watched:
+        with outputs_as_leaves(self._model, producers) as watched:
             x, given = self._run(layer, number, self._pruned, before, until=module, differentiable=bool(producers))
         with torch.enable_grad():
             slopes = slopes_of(x[..., self._kept[consumers[-1].module]], producers, watched) if producers else ()
@@ -203,8 +211,8 @@ class SequentialRepair:
         fitted = oriented(consumer, first.weight)
         used = fitted[:, kept].to(module.get_parameter("weight"))
         flows = [
-            Flow(found.inputs, found.slopes, _missed(found, kept, used), batch.held_out)
-            for batch, found in zip(self._batches, seen, strict=True)
+            Flow(pair.inputs, pair.slopes, _missed(pair, kept, used), batch.held_out)
+            for batch, pair in zip(self._batches, seen, strict=True)
         ]
         change = fit_producers(flows, used, self._steps)
         del flows
@@ -220,7 +228,7 @@ class SequentialRepair:
         _set(self._model, new)
         numbers = range(len(self._batches))
         inputs = [self._run(layer, number, self._pruned, until=module)[0].cpu() for number in numbers]
-        moved = [replace(found, x=x, inputs=(), slopes=()) for found, x in zip(seen, inputs, strict=True)]
+        moved = [replace(pair, x=x, inputs=(), slopes=()) for pair, x in zip(seen, inputs, strict=True)]
         second = self._fit(consumer, fitted, moved, refit=True)
         if not second.held_out_after < first.held_out_after:
             _set(self._model, old)
@@ -236,11 +244,11 @@ class SequentialRepair:
     def _fit(self, consumer: Map, weight: Tensor, seen: Sequence["_Seen"], refit: bool) -> Fit:
         kept = self._kept[consumer.module]
         sums = {flag: _Sums() for flag in (False, True)}
-        for batch, found in zip(self._batches, seen, strict=True):
-            device = found.pruned.device
-            sums[batch.held_out].add(found.x[..., kept].to(device).float(), found.y.to(device))
-        judged = sums[True].finish() if sums[True].tokens else None
-        return fit_consumer(consumer, weight, kept, sums[False].finish(), judged, self._damping, refit)
+        for batch, pair in zip(self._batches, seen, strict=True):
+            device = pair.pruned.device
+            sums[batch.held_out].add(pair.x[..., kept].to(device).float(), pair.y.to(device))
+        kept_out = sums[True].finish() if sums[True].tokens else None
+        return fit_consumer(consumer, weight, kept, sums[False].finish(), kept_out, self._damping, refit)
 
 
 @dataclass(frozen=True)

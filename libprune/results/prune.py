@@ -94,8 +94,8 @@ def _prove(
     ids = tokens.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
     with masked(model, architecture, plan):
         expected = reference_logits(model, ids)
-    found = verify_folder(folder, ids, expected, remote=shape == "per_layer", head=architecture.head)
-    return {"logit_difference": found.difference, "logit_scale": found.scale}
+    proof = verify_folder(folder, ids, expected, remote=shape == "per_layer", head=architecture.head)
+    return {"logit_difference": proof.difference, "logit_scale": proof.scale}
 
 
 def _set_weights(model: nn.Module, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:

@@ -23,9 +23,9 @@ from libprune.repair.producers import (
     Producer,
     changed_weight,
     fit_producers,
+    outputs_as_leaves,
     producers_of,
     slopes_of,
-    watching,
 )
 from libprune.repair.sequential import SequentialRepair, split_batches
 from tests.support.models import FAMILIES, LAYOUTS, VOCAB, plan_of, tokens
@@ -49,7 +49,7 @@ def seen(model: PreTrainedModel, plan: Plan, part: str, ids: Tensor):
     consumer, kept = consumer_of(architecture, plan, part)
     producers = producers_of(architecture, consumer, kept)
     module = model.get_submodule(consumer.module)
-    with masked(model, architecture, plan), watching(model, producers) as watched:
+    with masked(model, architecture, plan), outputs_as_leaves(model, producers) as watched:
         x, _ = run_layer(model, layers_of(model, architecture), 0, ids, None, until=module, differentiable=True)
     return consumer, producers, x[..., kept], watched
 
