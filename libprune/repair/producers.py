@@ -171,7 +171,7 @@ class _Normal:
         return (moved @ self.weight.T).float()
 
     def adjoint(self, flow: Flow, missed: Float[Tensor, "tokens output"]) -> list[Tensor]:
-        """The adjoint of `forward`: by producer a gradient ``[times, kept, input]``, averaged over all tokens of the fit."""
+        """The adjoint of `forward`: by producer ``[times, kept, input]``, averaged over all tokens of the fit."""
         back = (missed.to(self.weight.dtype) @ self.weight)[:, None]
         gradients = []
         for z, a in zip(flow.inputs, flow.slopes, strict=True):
