@@ -3,32 +3,24 @@
 import fcntl
 import os
 import shutil
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from subprocess import PIPE
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
 
-from libprune.collection import accumulator
 from libprune.collection import resumable as collection
-from libprune.collection.records import Sum, count
-from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError
 from libprune.models import memory
-from libprune.models.folder import load_model
 from libprune.pipeline.artifacts import read_table
 from tests.support import tiny
 from tests.support.closure import ROOT
+from tests.support.processes import launch, together
 
 STAGES = ("gradients", "hessian", "activations")
 SETTINGS = {
@@ -308,23 +300,6 @@ def test_sums_that_would_take_half_of_the_memory_are_mapped_from_disk(monkeypatc
     assert_same(place / "artifacts/gradients", project / "gradients")
 
 
-def test_mapped_sums_hold_one_layer_in_memory_at_a_time(tmp_path):
-    """Resident memory after every layer was written to, against all layers' sums."""
-    groups = [{"w": Sum((1000, 1000))} for _ in range(40)]  # 160 MB
-    sums = accumulator.Accumulator(groups, tmp_path)
-    before, most = resident(), 0
-    for group in range(len(groups)):
-        sums.update(group, "w", torch.ones(1000, 1000), count(1))
-        most = max(most, resident() - before)
-    assert most < 60_000_000
-    assert all(float(sums.finish(group)["w"].sum()) == 1e6 for group in range(len(groups)))
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 # Ways of running
 
 
@@ -336,64 +311,6 @@ def test_ways_to_save_memory_change_no_bit(project, place, name, setting):
     assert_same(place / "artifacts" / name, project / name)
 
 
-def described(project: Path) -> tuple[Architecture, PreTrainedModel]:
-    architecture = Architecture.from_json((project / "artifacts/architecture.json").read_text())
-    return architecture, load_model(project / "artifacts/model", torch.float32)
-
-
-def test_offloaded_weights_are_on_the_device_only_while_their_map_works(project):
-    architecture, model = described(project)
-    memory.offload_maps(model, architecture, torch.device("cpu"))
-    memory.recompute_layers(model, architecture)
-    maps = [model.get_submodule(entry.module) for entry in architecture.maps]
-    seen = []
-    for module in maps:
-        module.register_forward_hook(lambda m, args, output: seen.append(output.shape))
-    ids = torch.ones(1, 3, dtype=torch.long)
-    with torch.no_grad():
-        model(ids)
-    assert len(seen) == len(maps)
-    assert {module.weight.device.type for module in maps} == {"meta"}
-    model.requires_grad_(False)
-    model.get_input_embeddings().register_forward_hook(lambda m, args, output: output.requires_grad_(True))
-    model(ids).logits.sum().backward()
-    assert len(seen) == 3 * len(maps)
-    assert {module.weight.device.type for module in maps} == {"meta"}
-
-
-def launch(place: Path, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in two processes under torchrun, with gloo."""
-    (place / "program.py").write_text(HEAD + program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
-    everything = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, cwd=place, env=everything, capture_output=True, text=True, check=False)
-
-
-def together(python: Path, place: Path, program: str, **environment: str) -> list[str]:
-    """What the two processes say of a program that ends well; as `launch`, without the launcher and its imports."""
-    (place / "program.py").write_text(HEAD + program)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    everything = os.environ | {"PYTHONPATH": str(ROOT)} | meeting | environment
-    ranks = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for rank in "01"]
-    processes = [
-        subprocess.Popen([python, "program.py"], cwd=place, env=everything | rank, stdout=PIPE, stderr=PIPE, text=True)
-        for rank in ranks
-    ]
-    said = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    return [out for out, _ in said]
-
-
-HEAD = """
-import os
-from pathlib import Path
-from importlib import import_module
-
-def run(name):
-    import_module("stages." + name).main(Path("params.yaml"), Path("artifacts"))
-"""
 ALL = "".join(f"run({name!r})\n" for name in TOGETHER)
 SHARDED = """
 import torch
