@@ -240,10 +240,10 @@ def open_text(source: TextSource) -> Text:
     return Text(source, revision, rows.select_columns(wanted))
 
 
-def _require_revision(source: TextSource, found: str) -> None:
+def _require_revision(source: TextSource, cached: str) -> None:
     """Stop if the cache holds another commit than the one asked for, and the hub cannot be reached."""
-    if re.fullmatch("[0-9a-f]{40}", source.revision or "") and found != source.revision:
-        raise SourceError(f"text {source.name!r} is only there at revision {found}, not at {source.revision}")
+    if re.fullmatch("[0-9a-f]{40}", source.revision or "") and cached != source.revision:
+        raise SourceError(f"text {source.name!r} is only there at revision {cached}, not at {source.revision}")
 
 
 def _builder(path: Path) -> tuple[str, list[str]]:
