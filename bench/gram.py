@@ -15,7 +15,7 @@ import torch
 import typer
 from torch import Tensor
 
-from libprune.collection.input_records import Gram
+from libprune.collection.records import Gram
 from libprune.models.folder import load_model
 from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture

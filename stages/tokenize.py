@@ -34,7 +34,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         ("evaluation", layout.evaluation_tokens, evaluation),
     )
     for what, path, drawn in texts:
-        write_tokens(path, drawn.sequences, {"model": architecture.fingerprint} | drawn.record)
+        write_tokens(path, drawn.sequences, {"model": architecture.fingerprint} | drawn.provenance)
         typer.echo(drawn.sentence(what))
     writer.forget()
 

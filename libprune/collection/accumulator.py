@@ -17,25 +17,25 @@ from libprune.engine.errors import LibpruneError
 from libprune.pipeline.writing import remove
 
 Group = Mapping[str, Statistic]
-"""Statistics by name; one group a layer, and one for the whole model at the end."""
+"""Statistics by name. Each layer has a group, and the whole model has one behind them."""
 
 ROWS, UNITS, PENDING = "rows.", "units.", "pending."
-"""Beginnings of the names of statistics that do not go into the shards: into tables, or nowhere."""
+"""Prefixes of statistics that are not written to the shards: two kinds go into tables, one is not stored."""
 
 _ALIGNMENT = 8
 
 
 class Accumulator:
-    """States of groups of statistics.
+    """The states of groups of statistics.
 
     Attributes:
         groups: the statistics of each layer, then those of the whole model.
-        done: batches that the states hold.
-        counting: whether updates count; off for a batch that only keeps processes in step.
+        done: number of batches that the states hold.
+        counting: whether updates count; False for a batch that is run only to keep the processes in step.
     """
 
     def __init__(self, groups: Sequence[Group], mapped: Path | None = None) -> None:
-        """Start empty.
+        """Start with the states of no batch.
 
         Args:
             groups: the statistics.
@@ -55,7 +55,7 @@ class Accumulator:
             self.groups[group][name].update(self._states[group][name], *batch)
 
     def join(self, group: int, name: str, state: State) -> None:
-        """Join the measured state of a batch to one statistic."""
+        """Join a state that was measured elsewhere to one statistic."""
         if self.counting:
             self._enter(group)
             self.groups[group][name].merge(self._states[group][name], state)
@@ -67,23 +67,23 @@ class Accumulator:
             statistic.merge(self._states[group][name], states[name])
 
     def finish(self, group: int) -> dict[str, Tensor]:
-        """What is stored of a group, by name."""
+        """The tensors of a group that are stored, by name."""
         self._enter(group)
         return finished(self.groups[group], self._states[group])
 
     def state(self, group: int, name: str) -> State:
-        """The state of one statistic, not a copy."""
+        """The state of one statistic itself, not a copy."""
         return self._states[group][name]
 
     def save(self, folder: Path) -> None:
-        """Write all states to an empty folder, a file a group."""
+        """Write all states to a new folder, one file for each group."""
         folder.mkdir(parents=True)
         for group in range(len(self.groups)):
             self._enter(group)
             save_file(flatten(self._states[group]), _file(folder, group))
 
     def load(self, folder: Path, done: int) -> None:
-        """Take the states that `save` wrote after a number of batches."""
+        """Replace the states by those that `save` wrote after `done` batches."""
         for group in range(len(self.groups)):
             self._enter(group)
             for name, state in read_states(folder, group, self.groups[group]).items():
@@ -92,7 +92,7 @@ class Accumulator:
         self.done = done
 
     def close(self) -> None:
-        """Let go of the states."""
+        """Release the memory and the mapped files of the states."""
         self._states, self._maps = [], []
 
     def _enter(self, group: int) -> None:
@@ -123,7 +123,7 @@ def _padded(field: Field) -> int:
 
 
 def _map_file(path: Path, size: int) -> mmap.mmap:
-    """A new file of zeros with its room on the disk taken: a full disk must be an error here, not a fault later."""
+    """A new mapped file of zeros, allocated on the disk at once: a full disk is an error here, not a crash later."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w+b") as file:
         try:
@@ -143,7 +143,7 @@ def _view(buffer: mmap.mmap, start: int, field: Field) -> Tensor:
 
 
 def finished(group: Group, states: Mapping[str, State]) -> dict[str, Tensor]:
-    """What is stored of states, under `<statistic>.<name>`, or `<statistic>` for its one tensor."""
+    """The stored tensors of a group, under `<statistic>.<name>`, or under `<statistic>` alone where it stores one."""
     return {
         f"{name}.{part}" if part else name: tensor
         for name, statistic in group.items()
@@ -152,23 +152,23 @@ def finished(group: Group, states: Mapping[str, State]) -> dict[str, Tensor]:
 
 
 def state_bytes(groups: Sequence[Group]) -> int:
-    """Bytes of the states of groups."""
+    """Bytes that the states of groups take."""
     return sum(_padded(f) for group in groups for statistic in group.values() for f in statistic.fields.values())
 
 
 def stored_bytes(group: Group) -> int:
-    """Bytes of what `finish` gives of a group, found on the meta device."""
+    """Bytes of the tensors that `finish` gives for a group, counted on the meta device."""
     states = {name: statistic.init("meta") for name, statistic in group.items()}
     return sum(tensor.nbytes for tensor in finished(group, states).values())
 
 
 def flatten(states: Mapping[str, State]) -> dict[str, Tensor]:
-    """One dict of tensors, keys `<statistic>/<field>`."""
+    """Merge states into one dict of tensors with keys `<statistic>/<field>`."""
     return {f"{name}/{field}": tensor for name, state in states.items() for field, tensor in state.items()}
 
 
 def read_states(folder: Path, group: int, statistics: Group) -> dict[str, State]:
-    """The states of one group as `Accumulator.save` wrote them."""
+    """Read the states of one group that `Accumulator.save` wrote."""
     with safe_open(_file(folder, group), framework="pt") as file:
         return {
             name: {field: file.get_tensor(f"{name}/{field}") for field in statistic.fields}
@@ -181,10 +181,10 @@ def _file(folder: Path, group: int) -> Path:
 
 
 class SavedSums:
-    """Saved states of an accumulator: the whole ones, `after-<batches>-<sequences>`, below a folder.
+    """Saved states of an accumulator: complete folders `after-<batches>-<sequences>` below one folder.
 
-    Saving takes at most a twentieth of the time, and not more often than every `seconds`; with 0
-    it follows every batch.
+    States are saved at most every `seconds`, and saving takes at most a twentieth of the time. With `seconds` 0 they
+    are saved after every batch.
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:
@@ -194,25 +194,25 @@ class SavedSums:
         self._last = time.monotonic()
 
     def clear_leftovers(self) -> None:
-        """Delete what a kill left between writing and renaming."""
+        """Delete folders that a killed process left half written or half deleted."""
         for left in self.folder.glob(".*"):
             remove(left)
 
     def available(self) -> list[tuple[int, int]]:
-        """Batches and sequences after which whole saved sums exists, ascending."""
+        """The numbers of batches and sequences after which complete saved sums exist, ascending."""
         names = (path.name.split("-") for path in self.folder.glob("after-*"))
         return sorted((int(done), int(sequences)) for _, done, sequences in names)
 
     def path(self, done: int, sequences: int) -> Path:
-        """Where the saved sums after a number of batches, with so many sequences in all, lies."""
+        """The folder of the sums after `done` batches, which hold `sequences` sequences in all processes."""
         return self.folder / f"after-{done}-{sequences}"
 
     def due(self) -> bool:
-        """Whether it is time to save again."""
+        """Whether the sums should be saved now."""
         return self._seconds == 0 or time.monotonic() - self._last >= max(self._seconds, 20 * self._cost)
 
     def save(self, accumulator: Accumulator, sequences: int) -> None:
-        """Save the sums beside older ones."""
+        """Save the sums, and keep the older ones."""
         if (accumulator.done, sequences) in self.available():
             return
         start = time.monotonic()
@@ -230,7 +230,7 @@ class SavedSums:
 
 
 def discard(path: Path) -> None:
-    """Delete a folder so that a kill in the middle leaves nothing that looks whole."""
+    """Delete a folder so that a process killed in the middle leaves no folder that looks complete."""
     if path.exists():
         hidden = path.with_name(f".discarded-{path.name}")
         path.rename(hidden)

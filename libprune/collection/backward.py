@@ -2,7 +2,7 @@
 
 Autograd only computes gradients of activations here; a map's weight gradient is the product of its
 output gradient and its input. So nothing waits for the end of backward, sharded and offloaded
-weights need no gradient of their own, and single sequences can be told apart.
+weights need no gradient of their own, and gradients of single sequences are known.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ from libprune.engine.surgery import hooked
 from libprune.models.compute import per_sequence, require_finite
 
 OnGradient = Callable[[Map, Tensor, Tensor], None]
-"""Called with a map, its input ``[sequences, tokens, input]``, and a gradient."""
+"""A function called with a map, its input ``[sequences, tokens, input]``, and a gradient at its input or output."""
 
 
 class Tape:
-    """Inputs of the maps, held until their gradients arrive.
+    """The inputs of the maps, held until their gradients arrive.
 
     With recomputation the inputs of the first forward pass are not held: backward runs each layer
     again, and brings them back. The gradient at a layer's last output comes before that, and waits.
@@ -44,11 +44,11 @@ class Tape:
         self._waiting: dict[str, Tensor] = {}
 
     def begin(self, first: int, sequences: int) -> None:
-        """A pass over so many sequences begins."""
+        """Begin a pass over sequences, the first of which has the given index."""
         self.first, self._sequences = first, sequences
 
     def backward(self, loss: Tensor) -> None:
-        """Run backward, which calls the functions."""
+        """Run backward from a loss; this calls the functions with the gradients."""
         self._in_backward = True
         try:
             loss.backward()
@@ -58,7 +58,7 @@ class Tape:
             self._waiting.clear()
 
     def enter(self, entry: Map, consumes: bool, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook of a map."""
+        """The forward pre-hook of a map: keep its input."""
         if self._in_backward or not self._recompute:
             self._inputs[entry.module] = args[0].detach()
         if entry.module in self._waiting:
@@ -69,7 +69,7 @@ class Tape:
                 args[0].register_hook(partial(self._take_input, entry))
 
     def leave(self, entry: Map, consumes: bool, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Forward hook of a map."""
+        """The forward hook of a map: wait for the gradient at its output."""
         if not self._in_backward:
             output.register_hook(partial(self._take_output, entry, consumes))
 
@@ -105,7 +105,7 @@ def watching(
     on_input: OnGradient | None = None,
     recompute: bool = False,
 ) -> Iterator[Tape]:
-    """Inside the context, backward calls the functions with the gradients of every linear map of the layers.
+    """Inside the context, `Tape.backward` calls the functions with the gradients of every linear map of the layers.
 
     Args:
         model: the model; no parameter of it takes a gradient inside.
@@ -134,6 +134,6 @@ def _require_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> T
 def weight_gradient(
     entry: Map, inputs: Float[Tensor, "*tokens input"], deltas: Float[Tensor, "*tokens output"]
 ) -> Float[Tensor, "rows columns"]:
-    """Gradient of a map's weight, in storage order: the sum over tokens of output gradient times input."""
+    """The gradient of a map's weight, in storage order: the sum over tokens of output gradient times input."""
     x, delta = inputs.flatten(0, -2), deltas.flatten(0, -2)
     return x.T @ delta if entry.transposed else delta.T @ x

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -22,31 +22,33 @@ from libprune.pipeline.artifacts import read_architecture, require
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute
 
+Items = TypeVar("Items", Sequences, Samples)
+"""Calibration sequences of a language model, or samples of a network."""
 HELD_OUT_EVERY = 8
-"""One calibration sequence in so many is kept from the fit of a repair, to choose and to judge it by."""
+"""Every eighth calibration sequence is held out from the fits of a repair, to choose settings and measure errors."""
 
 
 def held_out(first: int, number: int) -> Bool[Tensor, " number"]:
-    """Which of consecutive calibration sequences, from the given one on, are held out from fits."""
+    """Whether each of `number` consecutive calibration sequences, from index `first` on, is held out from fits."""
     return torch.arange(first, first + number) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 @dataclass(frozen=True)
-class Run:
-    """What is collected from: a described model, and what is run through it.
+class Run(Generic[Items]):
+    """A described model on its device, and the sequences or samples that are run through it.
 
     Attributes:
         weights: the dense model's parameters, read from its files.
-        sequences: the chosen calibration sequences, or samples.
+        sequences: the chosen calibration sequences, or the samples of a network.
         compute: the params of how to run the model.
-        meta: what the collected artifacts say of their origin.
+        meta: the origin of the collected artifacts, for their metadata.
         work: the folder of unfinished work.
-        at_once: sequences in one pass.
+        at_once: the most sequences in one pass.
     """
 
     architecture: Architecture
     weights: WeightFiles
-    sequences: Sequences | Samples
+    sequences: Items
     device: torch.device
     compute: Compute
     world: World
@@ -56,45 +58,44 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """What a progress bar counts."""
+        """The unit that a progress bar counts."""
         return "tok" if isinstance(self.sequences, Sequences) else "sample"
 
     @property
     def patience(self) -> float:
-        """Seconds of work before a progress bar shows: the statistics of a network are mostly there sooner."""
+        """Seconds of work before a progress bar shows; most statistics of a network take less."""
         return 0.0 if isinstance(self.sequences, Sequences) else PATIENCE
 
 
 @dataclass(frozen=True)
-class Calibration(Run):
+class Calibration(Run[Sequences]):
     """A language model on its device and the text to run through it.
 
     Attributes:
-        available: calibration sequences that there are.
+        available: number of all calibration sequences, chosen or not.
     """
 
-    sequences: Sequences
     model: PreTrainedModel
     available: int
 
     @property
     def first(self) -> int:
-        """The index of the first of them among all, where they are the last ones."""
+        """The index of the first chosen sequence among all, where the last ones were chosen."""
         return self.available - len(self.sequences)
 
     @property
     def n_tok(self) -> int:
-        """Loss-counted tokens of a sequence."""
+        """Tokens of a sequence that its loss is the mean over."""
         return self.sequences.counted
 
     @property
     def recompute(self) -> bool:
-        """Whether backward computes the layers again."""
+        """Whether backward computes the layers a second time."""
         return self.compute.gradient_checkpointing or self.compute.offload == "cpu"
 
 
 def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool = False) -> Calibration:
-    """Load what a collecting stage needs.
+    """Load the model and the calibration sequences of a collecting stage.
 
     Args:
         layout: where the artifacts are.
@@ -106,9 +107,9 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
         LibpruneError: if an artifact is missing or foreign, or the device cannot be used.
     """
     architecture = read_architecture(layout)
-    found, tokens_meta = read_tokens(layout.calibration_tokens, architecture.fingerprint)
-    number = require_sequences(sequences, found, layout.calibration_tokens)
-    chosen = (found[-number:] if last else found[:number]).shortest_first()
+    stored, tokens_meta = read_tokens(layout.calibration_tokens, architecture.fingerprint)
+    number = require_sequences(sequences, stored, layout.calibration_tokens)
+    chosen = (stored[-number:] if last else stored[:number]).shortest_first()
     world = join_world()
     require_equal_passes(chosen, world)
     device = resolve_device(compute.device, world.local_rank)
@@ -120,7 +121,7 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
         "model": architecture.fingerprint,
         "tokens": tokens_meta["tokens"],
         "sequences": len(chosen),
-        "length": found.ids.shape[1],
+        "length": stored.ids.shape[1],
         "compute_dtype": str(dtype).removeprefix("torch."),
     }
     return Calibration(
@@ -132,14 +133,14 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
         world=world,
         meta=meta,
         work=layout.root.parent / ".work",
-        at_once=max(1, compute.batch_tokens // found.ids.shape[1]),
+        at_once=max(1, compute.batch_tokens // stored.ids.shape[1]),
         model=model,
-        available=len(found),
+        available=len(stored),
     )
 
 
 def require_equal_passes(sequences: Sequences, world: World) -> None:
-    """Stop where processes that share the weights would run different numbers of passes, and wait for each other.
+    """Stop if processes that share the weights would run different numbers of passes and wait for each other.
 
     Raises:
         LibpruneError: saying what to change.
@@ -152,7 +153,7 @@ def require_equal_passes(sequences: Sequences, world: World) -> None:
 
 
 def require_own_weights(run: Calibration) -> None:
-    """Stop where the weights do not lie whole on the device, for work that changes them.
+    """Stop if the weights do not lie whole on the device, for work that changes them.
 
     Raises:
         LibpruneError: saying which setting to change.
@@ -167,7 +168,7 @@ def require_own_weights(run: Calibration) -> None:
 def place(
     model: PreTrainedModel, architecture: Architecture, compute: Compute, world: World, device: torch.device
 ) -> PreTrainedModel:
-    """The model where it is to run: on the device, offloaded, or shared out."""
+    """Put the model where it will run: on the device, offloaded to the host, or shared out over processes."""
     if world.sharded:
         shard_layers(model, architecture, device)
     elif compute.offload == "cpu":

@@ -1,4 +1,4 @@
-"""Watching a network: what its maps take and give, and a mask for every unit of every sample."""
+"""Watching a network: the inputs of its maps, the gradients at their outputs, and a mask for every unit and sample."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ from libprune.engine.surgery import CONVOLUTIONS, along_features, hooked
 
 
 def input_rows(module: nn.Module, x: Tensor, samples: int) -> Float[Tensor, "samples rows input"]:
-    """What a map takes, row by row: the patches of a convolution, the last dimension of another map.
+    """The input of a map as rows: the patches of a convolution, the last dimension of any other map.
 
     Args:
         module: the map.
         x: its input, the samples in the first dimension.
-        samples: how many samples there are.
+        samples: number of samples.
     """
     if not isinstance(module, CONVOLUTIONS):
         return x.reshape(samples, -1, x.shape[-1])
@@ -35,7 +35,7 @@ def input_rows(module: nn.Module, x: Tensor, samples: int) -> Float[Tensor, "sam
 
 
 def output_rows(module: nn.Module, y: Tensor) -> Float[Tensor, "rows output"]:
-    """What a map gives, or the gradient there, row by row."""
+    """The output of a map, or the gradient there, as rows."""
     return (y.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else y).flatten(0, -2)
 
 
@@ -43,7 +43,11 @@ def output_rows(module: nn.Module, y: Tensor) -> Float[Tensor, "rows output"]:
 def watched_inputs(
     network: nn.Module, maps: Iterable[Map], samples: int
 ) -> Iterator[Mapping[Map, list[Float[Tensor, "samples rows input"]]]]:
-    """Inside the context, what maps take in a pass over so many samples, one entry a call; first called, first."""
+    """Inside the context, collect the inputs of maps in passes over `samples` samples.
+
+    Yields:
+        By map, in the order of their first calls: the rows of each call.
+    """
     seen: dict[Map, list[Tensor]] = {}
 
     def keep(entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -60,7 +64,11 @@ def watched_inputs(
 def watched_gradients(
     network: nn.Module, architecture: Architecture
 ) -> Iterator[Mapping[Map, list[Float[Tensor, "rows output"]]]]:
-    """Inside the context, the gradients at the output of every map, one entry a call, once backward has run."""
+    """Inside the context, collect the gradients at the output of every map while backward runs.
+
+    Yields:
+        By map: the rows of each call.
+    """
     seen: dict[Map, list[Tensor]] = {entry: [] for entry in architecture.maps}
 
     def keep(entry: Map, module: nn.Module, gradient: Tensor) -> None:
@@ -79,12 +87,12 @@ def watched_gradients(
 def unit_masks(
     network: nn.Module, architecture: Architecture, samples: int
 ) -> Iterator[Mapping[str, Float[Tensor, "samples units"]]]:
-    """Inside the context every consumer's input is multiplied by masks of ones, one for each sample and unit.
+    """Inside the context, multiply every consumer's input by masks of ones, one for each sample and unit.
 
-    The gradient of the loss by them is that of the units' own masks, over all consumers, calls and positions.
+    The gradient of the loss by these masks is that of the units' own masks, over all consumers, calls and positions.
 
     Yields:
-        By part the masks, which take a gradient.
+        By part: the masks, which take a gradient.
     """
     device = next(network.parameters()).device
     masks = {part: torch.ones(samples, architecture.units(part), device=device) for part in architecture.parts}
@@ -101,7 +109,7 @@ def unit_masks(
 
 
 def _places(architecture: Architecture, entry: Map, part: str) -> Int[np.ndarray, " features"]:
-    """For every feature that a map takes its unit of a part; one past the last for features of none."""
+    """The unit of a part that each input feature of a map belongs to; the number of units for a feature of no unit."""
     units = entry.input.units(part, architecture.sizes)[:: entry.kernel]
     return np.where(units < 0, architecture.units(part), units)
 

@@ -1,4 +1,4 @@
-"""What the collecting stages share: batches whose sums survive a kill, and the artifact made of them."""
+"""Collecting that can be resumed: batches whose sums survive a kill, and the artifact that is made of them."""
 
 import fcntl
 import hashlib
@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -30,36 +30,37 @@ from libprune.collection.accumulator import (
     state_bytes,
     stored_bytes,
 )
-from libprune.collection.calibration import Run
+from libprune.collection.calibration import Items, Run
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import StatisticsError
 from libprune.engine.tables import Columns, unit_index
 from libprune.models.memory import fits_in_memory, require_room
 from libprune.models.parallel import World
-from libprune.models.sequences import Pass, Sequences
 from libprune.pipeline.artifacts import damage, write_table
 from libprune.pipeline.shards import write_shard
 from libprune.pipeline.terminal import gigabytes
 from libprune.pipeline.writing import remove, writing_folder
 
 ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
+"""Per-unit columns of a block, from the layer's tensors, the weights, the layer and the part."""
 RowsOf = Callable[[Architecture, Mapping[str, Tensor], int], Columns]
+"""Rows of a further table, from a layer's tensors and the layer."""
 
 _WORTH_SAYING = 10**9
-"""Bytes."""
+"""Bytes below which the sums of a network are not announced."""
 
 
 @dataclass
-class Collection:
-    """The sums of one collecting stage, and the way of its batches through them.
+class Collection(Generic[Items]):
+    """The sums of one collecting stage, and the batches that go into them.
 
     Attributes:
-        items: calibration sequences, or whatever else is worked through.
+        items: number of calibration sequences, or of other items that the stage works through.
         size: items in a batch.
         tokens: tokens of an item, for the progress bar.
     """
 
-    run: Run
+    run: Run[Items]
     stage: str
     accumulator: Accumulator
     saved: SavedSums
@@ -67,26 +68,25 @@ class Collection:
     size: int
     tokens: int
 
-    def batches(self) -> Iterator[Pass]:
-        """The batches of calibration sequences that the sums do not hold yet."""
+    def batches(self) -> Iterator[tuple[int, int, Items]]:
+        """The batches of sequences or samples that the sums do not hold yet, on the device."""
         sequences = self.run.sequences
-        assert isinstance(sequences, Sequences)
         for number in self.steps():
             first = number * self.size
             yield number, first, sequences[first : first + self.size].to(self.run.device)
 
-    def passes(self) -> Iterator[Pass]:
-        """The same, where sequences differ in length as several of one length each, under one number."""
+    def passes(self) -> Iterator[tuple[int, int, Items]]:
+        """The passes over those batches: a batch of sequences of several lengths is cut, its parts keep its number."""
         for number, first, batch in self.batches():
             for part in batch.passes(self.size):
                 yield number, first, part
                 first += len(part)
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the batches that the sums do not hold yet, with a progress bar; the sums are saved between.
+        """The numbers of the batches that the sums do not hold yet, with a progress bar; sums are saved in between.
 
-        With several processes each takes every so-manieth batch. Where the model is shared out
-        all must run equally often: one without a batch repeats the last one, which is not counted.
+        With N processes, each takes every N-th batch. If the weights are shared out, all processes must run equally
+        often: a process that has no batch left repeats the last one without counting it.
         """
         world, sums = self.run.world, self.accumulator
         total = -(-self.items // self.size)
@@ -101,7 +101,7 @@ class Collection:
                 bar.update(self._seen() * self.tokens - bar.n)
 
     def merge(self) -> bool:
-        """Join the sums of all processes in the first; whether this is the first."""
+        """Join the sums of all processes in the first process; return whether this is the first."""
         world = self.run.world
         if world.size > 1:
             self.saved.save(self.accumulator, self._seen())
@@ -117,15 +117,15 @@ class Collection:
 
     @property
     def unfinished(self) -> bool:
-        """Whether batches are left."""
+        """Whether there are batches that the sums do not hold yet."""
         return self._seen() < self.items
 
     def _seen(self) -> int:
-        """Items that all processes have in their sums."""
+        """Items that the sums of all processes hold together."""
         return self.seen(self.accumulator.done)
 
     def seen(self, done: int) -> int:
-        """Items in the sums of all processes together after a number of batches each."""
+        """Items in the sums of all processes together, after `done` batches in each."""
         return min(done * self.run.world.size * self.size, self.items)
 
     def _save_if_due(self) -> None:
@@ -171,7 +171,7 @@ class Collection:
 
 @contextmanager
 def collecting(
-    run: Run,
+    run: Run[Items],
     stage: str,
     target: Path,
     groups: Sequence[Group],
@@ -180,8 +180,8 @@ def collecting(
     items: int | None = None,
     tokens: int | None = None,
     rooms: Sequence[str] = (),
-) -> Iterator[Collection]:
-    """Sums of a stage that go on where a killed run of the same stage on the same input stopped.
+) -> Iterator[Collection[Items]]:
+    """Inside the context, collect sums that continue those of a killed run of the same stage on the same input.
 
     Args:
         run: the model and the text.
@@ -189,9 +189,8 @@ def collecting(
         target: the artifact that will be written.
         groups: the statistics of every layer and of the whole model.
         size: sequences, or other items, in a batch.
-        identity: what the sums depend on beside the model and the text; `sums_identity` knows the
-            number of sequences.
-        items: what is worked through, if not the calibration sequences.
+        identity: other settings that the sums depend on, beside the model, the text and the number of sequences.
+        items: number of items, if these are not the calibration sequences.
         tokens: tokens of such an item.
         rooms: packages of libprune, beside those that every collecting stage runs, whose code makes the sums.
 
@@ -231,7 +230,7 @@ def collecting(
 
 
 def _on_disk(run: Run, states: int) -> bool:
-    """Whether the sums are mapped from disk: if the processes of this machine would take too much memory."""
+    """Whether the sums are mapped from disk, because the processes of this machine would take too much memory."""
     wanted = run.compute.sums
     return wanted == "disk" or (wanted == "auto" and not fits_in_memory(states * run.world.local_size))
 
@@ -239,11 +238,11 @@ def _on_disk(run: Run, states: int) -> bool:
 PACKAGE = Path(__file__).parents[1]
 """The folder of libprune's code."""
 ROOMS = ("engine", "pipeline", "models", "collection", "statistics")
-"""The packages that every collecting stage runs."""
+"""The packages of libprune whose code every collecting stage runs."""
 
 
 def sums_identity(run: Run, identity: Mapping[str, Any], rooms: Sequence[str] = ()) -> str:
-    """Digest of all that unfinished sums depend on, the code of collecting included.
+    """A digest of everything that unfinished sums depend on, the code of collecting included.
 
     The sums of the first sequences are the same for any number of them, unless their lengths put them in order.
 
@@ -254,7 +253,9 @@ def sums_identity(run: Run, identity: Mapping[str, Any], rooms: Sequence[str] = 
     """
     digest = hashlib.sha256()
     for room in (*ROOMS, *rooms):
-        for path in sorted((PACKAGE / room).glob("*.py")):
+        files = sorted((PACKAGE / room).glob("*.py"))
+        assert files, f"{PACKAGE / room} holds no code; the sums would be continued whatever it says"
+        for path in files:
             digest.update(path.read_bytes())
     ordered = run.sequences.lengths is not None
     origin = {key: value for key, value in run.meta.items() if ordered or key != "sequences"}
@@ -283,7 +284,7 @@ def _kept(saved: SavedSums, stage: str) -> str:
 
 
 def _mention_others(run: Run, home: Path) -> None:
-    """Say what other settings left unfinished: it is kept for a return to them, and takes room."""
+    """Print the size of unfinished work with other settings, which is kept for a return to them."""
     others = [path for path in home.parent.glob("*") if path != home]
     size = sum(file.stat().st_size for path in others for file in path.rglob("*") if file.is_file())
     if size and run.world.first:
@@ -291,7 +292,7 @@ def _mention_others(run: Run, home: Path) -> None:
 
 
 def _announce(run: Run, stage: str, target: Path, home: Path, groups: Sequence[Group], on_disk: bool) -> None:
-    """Say what will be written, of a network only if it is much, before any work, and stop if it does not fit."""
+    """Print what will be written, for a network only if it is much; stop before any work if the disk is too full."""
     states, stored = state_bytes(groups), sum(map(stored_bytes, groups))
     scratch = (3 if on_disk else 2) * states * run.world.size
     there = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
@@ -313,14 +314,14 @@ def write_artifact(
     extra: Mapping[str, Any],
     tables_of: Mapping[str, RowsOf] = MappingProxyType({}),
 ) -> dict[str, Columns]:
-    """Write what was collected: a safetensors shard a layer, and the tables; whole or not at all.
+    """Write the collected sums, whole or not at all: a safetensors shard for each layer, and the tables.
 
     Args:
         run: the model and the text.
         target: the folder.
         sums: the joined sums.
         columns_of: per-unit columns of a block, from the layer's tensors and the weights.
-        extra: what the metadata say beside the origin.
+        extra: metadata beside the origin.
         tables_of: by the names of further tables, their rows from a layer's tensors.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a collecting stage prints at its end: means by layer and part, and the first tensors that it wrote."""
+"""The lines that a collecting stage prints at its end: means by layer and part, and the first tensors that it wrote."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from libprune.engine.tables import Columns
 
 
 def print_units(units: Columns, names: Sequence[str], folder: Path) -> None:
-    """Means of per-unit columns by layer and part, and the first keys."""
+    """Print the means of per-unit columns by layer and part, and the first tensors of the shards."""
     parts = list(dict.fromkeys(units["group_type"]))
     heads = [(name, part) for name in names for part in parts]
     typer.echo(f"{'layer':>5}" + "".join(f"{f'{name} {part}':>32}" for name, part in heads))
@@ -23,7 +23,7 @@ def print_units(units: Columns, names: Sequence[str], folder: Path) -> None:
 
 
 def print_keys(folder: Path) -> None:
-    """How many tensors the shards hold, and the first of them."""
+    """Print the number of tensors that the shards hold, and the names of the first three."""
     keys: list[str] = []
     for path in sorted(folder.glob("layer-*.safetensors")):
         with safe_open(path, framework="np") as file:

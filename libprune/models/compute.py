@@ -1,4 +1,4 @@
-"""Device, precision and batches for the stages that run a model."""
+"""The device, the precision and the losses of a model that is run, and checks of both."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +13,17 @@ from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.models.sequences import NO_TARGET, Sequences
 
 PATIENCE = 3.0
-"""Seconds of work that need no progress bar."""
+"""Seconds of work that show no progress bar."""
 _CPU_BF16 = {"amx_bf16", "avx512_bf16"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a params value; `auto` is a GPU if there is one, `cuda` the one of this process."""
+    """The device that a params value names; `auto` is a GPU if there is one, `cuda` the GPU of this process.
+
+    Raises:
+        LibpruneError: if the device cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -33,7 +37,7 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a params value; `auto` is bfloat16 where the hardware multiplies it natively."""
+    """The dtype that a params value names; `auto` is bfloat16 if the hardware multiplies it natively, else float32."""
     if name != "auto":
         return _DTYPES[name]
     native = device.type != "cpu" or bool(_CPU_BF16 & _cpu_flags())
@@ -41,7 +45,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def named_dtype(name: str, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype of a params value, with what `auto` means there."""
+    """The dtype that a params value names; `auto` is the dtype `otherwise`."""
     return otherwise if name == "auto" else _DTYPES[name]
 
 
@@ -53,14 +57,14 @@ def _cpu_flags() -> set[str]:
     return set(next(lines, "").split())
 
 
-def batches(sequences: Sequences, batch_tokens: int, device: torch.device, label: str) -> Iterator[Sequences]:
-    """Batches of whole sequences of one length, on the device, with a progress bar.
+def passes_with_bar(sequences: Sequences, batch_tokens: int, device: torch.device, label: str) -> Iterator[Sequences]:
+    """The passes over all sequences, on the device, with a progress bar; each holds sequences of one length.
 
     Args:
-        sequences: all of them.
-        batch_tokens: tokens in a batch; at least one sequence is taken.
-        device: where to.
-        label: of the bar.
+        sequences: all sequences.
+        batch_tokens: the most tokens in a pass, which holds at least one sequence.
+        device: the device that the sequences are moved to.
+        label: text of the progress bar.
     """
     with tqdm(total=len(sequences), desc=label, unit="seq") as bar:
         for batch in sequences.passes(max(1, batch_tokens // sequences.ids.shape[1])):
@@ -69,16 +73,16 @@ def batches(sequences: Sequences, batch_tokens: int, device: torch.device, label
 
 
 def per_sequence(x: Shaped[Tensor, "..."], sequences: int) -> Shaped[Tensor, "sequences tokens width"]:
-    """What a module takes or gives as ``[sequences, tokens, width]``, also where a layer joins the first two, as OPT's
-    does before its MLP.
+    """The input or output of a module as ``[sequences, tokens, width]``, also if the layer has joined the first two
+    dimensions, as OPT's layers do before their MLP.
     """
     return x if x.ndim > 2 else x.unflatten(0, (sequences, -1))
 
 
 def sequence_losses(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, " batch"]:
-    """Mean negative log-likelihood of each sequence's targets, in nats; shape ``[batch]``, float32.
+    """Mean negative log-likelihood of each sequence's targets, in nats; ``[batch]``, float32.
 
-    Where the targets are the next tokens the last position has none. It is ignored rather than cut off: slicing the
+    If the targets are the next tokens, the last position has none. It is ignored rather than cut off: slicing the
     logits, by far the largest tensor, would copy them forward and pad them backward.
     """
     logits, targets = model(input_ids=sequences.ids, use_cache=False).logits, sequences.targets
@@ -92,15 +96,15 @@ def sequence_losses(model: PreTrainedModel, sequences: Sequences) -> Float[Tenso
 
 
 def require_finite(values: Shaped[Tensor, "batch ..."], first: int, what: str) -> None:
-    """Stop at a value that is not finite.
+    """Stop if a value is not finite.
 
     Args:
-        values: ``[batch, ...]``, one entry a calibration sequence.
+        values: ``[batch, ...]``, one entry for each calibration sequence.
         first: index of the batch's first sequence.
-        what: what the values are, for the message.
+        what: name of the values, for the message.
 
     Raises:
-        StatisticsError: naming what it is and the sequence.
+        StatisticsError: naming the values and the sequence.
     """
     if torch.isfinite(values.sum()):
         return  # infinities and NaNs survive a sum, which is far cheaper than a look at each value
@@ -111,3 +115,17 @@ def require_finite(values: Shaped[Tensor, "batch ..."], first: int, what: str) -
             f"{what} is not finite for calibration sequence {sequence}; try compute.dtype: float32, "
             "and check that the model is sound on this text"
         )
+
+
+def require_precise(network: nn.Module) -> None:
+    """Stop if a network computes in half precision.
+
+    Raises:
+        LibpruneError: naming the first parameter of such a type.
+    """
+    for name, parameter in network.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise LibpruneError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, in which statistics and proofs drown in "
+                "rounding; give network.float() and inputs of that type, and convert what comes out"
+            )

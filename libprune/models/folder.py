@@ -1,4 +1,4 @@
-"""Hugging Face model folders: loading them, and writing the dense one."""
+"""Hugging Face model folders: reading and loading them, their fingerprint, and writing that of the dense model."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,11 @@ from libprune.pipeline.writing import writing_folder
 
 
 class WeightFiles(Mapping[str, Tensor]):
-    """The tensors of a model folder, read from its safetensors files one at a time."""
+    """The tensors of a model folder by name, read from its safetensors files one at a time.
+
+    Raises:
+        ArtifactError: if the folder holds no safetensors file; on access, if it holds no tensor of that name.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
@@ -50,7 +54,7 @@ class WeightFiles(Mapping[str, Tensor]):
 
 
 def fingerprint(folder: Path) -> str:
-    """Digest of a model folder's config and weights; two folders with the same one hold the same model."""
+    """The digest of a model folder's config and weights; two folders with one fingerprint hold the same model."""
     digest = hashlib.sha256()
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(path.name.encode())
@@ -66,7 +70,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def sha256(path: Path) -> str:
-    """Digest of one file."""
+    """The SHA-256 digest of one file, in hexadecimal."""
     digest = hashlib.sha256()
     for chunk in _chunks(path):
         digest.update(chunk)
@@ -76,7 +80,14 @@ def sha256(path: Path) -> str:
 def load_model(
     folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, config: PreTrainedConfig | None = None
 ) -> PreTrainedModel:
-    """The model of a local folder in evaluation mode, in the given dtype, on the CPU; under another config if given."""
+    """Load the model of a local folder on the CPU, in evaluation mode and in the given dtype.
+
+    Args:
+        folder: the model folder.
+        dtype: dtype of the parameters.
+        trust_remote_code: whether the folder's own modeling file may be run.
+        config: a config in place of the folder's own.
+    """
     architectures = read_json(folder / "config.json", "slice").get("architectures")
     model: PreTrainedModel = head_of(architectures).loader.from_pretrained(
         folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
@@ -85,17 +96,17 @@ def load_model(
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The config of a local model folder."""
+    """Load the config of a local model folder."""
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
 def require_positions(config: PreTrainedConfig, architecture: Architecture, lengths: Mapping[str, int]) -> None:
-    """Stop where a sequence would be longer than a model with learned positions can take; others have no such limit.
+    """Stop if a sequence would be longer than a model with learned positions can take; other models have no limit.
 
     Args:
-        config: of the dense model.
+        config: config of the dense model.
         architecture: its description.
-        lengths: tokens of the longest sequence, by the params that ask for it.
+        lengths: tokens of the longest sequence, by the names of the params that ask for it.
 
     Raises:
         ParamsError: naming the params and the limit.
@@ -112,7 +123,7 @@ def require_positions(config: PreTrainedConfig, architecture: Architecture, leng
 
 
 def write_dense(target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write the dense model as a plain folder that reloads bit-equal; returns its fingerprint.
+    """Write the dense model as a plain folder that reloads bit-equal, and return its fingerprint.
 
     Raises:
         ArtifactError: if a weight reads back differently.

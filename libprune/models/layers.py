@@ -1,8 +1,7 @@
 """Running single layers of a model, as the whole model would run them.
 
-The model itself makes the embeddings, masks and position encodings; the layers before the one of
-interest are skipped, and the pass ends where all that it was for has been seen. So a family needs
-no description of what its layers are called with.
+The model itself makes the embeddings, masks and position encodings. The layers before the one of interest are skipped,
+and the pass ends as soon as its results are there. So a family file need not describe the arguments of its layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,18 +20,18 @@ from libprune.models.compute import per_sequence
 
 
 def layers_of(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
-    """The layers of a model in their order."""
+    """The modules of a model's layers, in their order."""
     return [model.get_submodule(f"{architecture.layers_path}.{layer}") for layer in range(architecture.layers)]
 
 
 def first_output(output: Any) -> Tensor:
-    """The hidden states among what a layer returned."""
+    """The hidden states in the output of a layer, which is a tensor or a tuple that begins with them."""
     states: Tensor = output if isinstance(output, Tensor) else output[0]
     return states
 
 
 def copy_output(output: Any, device: torch.device | str) -> Any:
-    """A copy of what a layer returned, a tensor or a tuple; the model may write into either."""
+    """A copy of a layer's output, a tensor or a tuple, on a device; the model may write into an output."""
     if isinstance(output, tuple):
         return tuple(copy_output(item, device) for item in output)
     return output.to(device, copy=True) if isinstance(output, Tensor) else output
@@ -40,9 +39,9 @@ def copy_output(output: Any, device: torch.device | str) -> Any:
 
 @contextmanager
 def skipped(layers: Sequence[nn.Module], output: Any, device: torch.device) -> Iterator[None]:
-    """Inside the context layers compute nothing, and the last of them returns the given output.
+    """Inside the context, consecutive layers compute nothing, and the last of them returns the given output.
 
-    What the others return is only handed on to it. The modules stay where they are, with their
+    The outputs of the others are only passed on to the next layer. The modules stay where they are, with their
     attributes and hooks: only `forward` is another function.
     """
     own = [vars(layer).get("forward") for layer in layers]
@@ -64,7 +63,7 @@ def _return(output: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the context some parameters have other values."""
+    """Inside the context, some parameters of the model have other values."""
     parameters = {name: model.get_parameter(name) for name in tensors}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with torch.no_grad():
@@ -78,7 +77,7 @@ def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 class _SeenError(Exception):
-    """All that a pass was for has been seen."""
+    """Ends a pass whose results are there."""
 
 
 def run_layer(
@@ -91,20 +90,20 @@ def run_layer(
     until: nn.Module | None = None,
     differentiable: bool = False,
 ) -> tuple[Any, list[Tensor]]:
-    """Run one layer on what the layer before it returned.
+    """Run one layer on the output of the layer before it.
 
     Args:
         model: the model.
-        layers: its layers.
-        layer: which of them.
-        ids: the batch's token ids.
-        state: what the layer before returned; not used for the first.
+        layers: all its layers.
+        layer: index of the layer to run.
+        ids: token ids of the batch.
+        state: the output of the layer before; not used for the first layer.
         watched: modules of the layer whose outputs are wanted.
         until: the layer itself or a module in it, at whose input the pass ends.
-        differentiable: whether what is returned has a graph behind it.
+        differentiable: whether gradients can be taken of the results.
 
     Returns:
-        What the layer returns, or the input of `until`; and the outputs of the watched modules.
+        The output of the layer, or the input of `until`; and the outputs of the watched modules.
     """
     result: list[Any] = []
     outputs: dict[nn.Module, Tensor] = {}

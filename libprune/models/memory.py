@@ -1,4 +1,4 @@
-"""Running a model that is larger than the memory at hand."""
+"""Running a model that is larger than the memory, and checks of memory and disk space."""
 
 import shutil
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ from libprune.pipeline.terminal import gigabytes
 
 
 def recompute_layers(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Keep only each layer's input for backward, and compute the rest of the layer again there.
+    """Keep only each layer's input for backward, which then computes the rest of the layer a second time.
 
-    One more forward pass buys a peak of one layer's activations (Chen et al. 2016, "Training Deep
-    Nets with Sublinear Memory Cost"). transformers' own switch asks for training mode, with dropout.
+    For the price of one more forward pass, only one layer's activations are in memory (Chen et al. 2016, "Training Deep
+    Nets with Sublinear Memory Cost"). transformers' own switch needs training mode, with dropout.
     """
     for layer in model.get_submodule(architecture.layers_path).children():
         layer.forward = partial(_checkpointed, layer.forward)
@@ -34,7 +34,7 @@ def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def offload_maps(model: PreTrainedModel, architecture: Architecture, device: torch.device) -> None:
-    """Keep the linear maps' weights in host memory and bring each to the device while it works (accelerate)."""
+    """Keep the weights of linear maps in host memory, and copy each to the device while its map runs (accelerate)."""
     from accelerate import cpu_offload
 
     maps = {entry.module for entry in architecture.maps}
@@ -47,20 +47,20 @@ def offload_maps(model: PreTrainedModel, architecture: Architecture, device: tor
 
 
 def fits_in_memory(size: int) -> bool:
-    """Whether so many bytes take less than half of the memory that is free."""
+    """Whether `size` bytes are less than half of the memory that is free."""
     return size < psutil.virtual_memory().available // 2
 
 
 def require_room(needs: Mapping[Path, int], what: str, advice: str) -> None:
-    """Check that the disks have room.
+    """Stop if a disk has too little room.
 
     Args:
         needs: bytes to be written below each folder.
-        what: who writes them, for the message.
-        advice: how to need less.
+        what: name of the stage that writes them, for the message.
+        advice: how to need less, for the message.
 
     Raises:
-        LibpruneError: naming the disk, what is needed and what is free.
+        LibpruneError: naming the disk, the bytes that are needed and those that are free.
     """
     disks: dict[int, tuple[Path, int]] = {}
     for folder, size in needs.items():

@@ -1,8 +1,7 @@
-"""Several processes: which sequences are whose, and models shared out over GPUs.
+"""Several processes: which of them this is, and models whose weights are shared out over GPUs.
 
-How a stage is launched is a matter of the environment, not of params: it changes no result, so it
-must not make DVC run anything again. `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK;
-LIBPRUNE_SHARD=1 also shares the weights out (FSDP2).
+How a stage is launched is a matter of the environment, not of params: it changes no result, so it must not make DVC run
+a stage again. `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; LIBPRUNE_SHARD=1 also shares the weights out (FSDP2).
 """
 
 import os
@@ -20,12 +19,20 @@ from libprune.engine.errors import LibpruneError
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
-"""The others wait while the first process joins and writes, however long that takes."""
+"""How long a process waits for the others: the first one may take long to join the sums and write the artifact."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one run of a stage, and which of them this is."""
+    """The processes of one run of a stage, and the rank of this one.
+
+    Attributes:
+        rank: number of this process.
+        size: number of all processes.
+        local_rank: number of this process among those of its machine.
+        local_size: number of the processes of this machine.
+        sharded: whether the weights are shared out over the processes.
+    """
 
     rank: int = 0
     size: int = 1
@@ -39,12 +46,12 @@ class World:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for all processes."""
+        """Wait until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
     def shared(self, value: T) -> T:
-        """The first process's value, in all of them."""
+        """The value that the first process has given; returned in all processes."""
         if self.size == 1:
             return value
         box = [value]
@@ -53,10 +60,10 @@ class World:
 
 
 def join_world() -> World:
-    """The processes that a launcher started; alone without one.
+    """Join the processes that a launcher such as `torchrun` started; without one, this process is alone.
 
     Raises:
-        LibpruneError: if weights are to be shared out among fewer than two processes.
+        LibpruneError: if the weights should be shared out over fewer than two processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     sharded = os.environ.get("LIBPRUNE_SHARD", "0") not in {"", "0"}
@@ -74,7 +81,7 @@ def join_world() -> World:
 def shard_layers(model: PreTrainedModel, architecture: Architecture, device: torch.device) -> None:
     """Share the weights of all linear maps out over the processes, layer by layer (FSDP2).
 
-    Norms stay whole on every process: they are small, and their gradients are read from them.
+    Norms stay whole in every process: they are small, and their gradients are read from their parameters.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

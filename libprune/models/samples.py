@@ -1,4 +1,4 @@
-"""Samples of a network: what it is given, and how wrong it is on each."""
+"""Samples of a network: its inputs and targets, and the loss of each."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from libprune.engine.errors import LibpruneError
 from libprune.models.sequences import NO_TARGET
 
 Loss = Callable[[Any, Tensor], Tensor]
-"""From the outputs for some samples and their targets to the loss of each, ``[samples]``."""
+"""A loss function: from the network's outputs and the targets of some samples to their losses, ``[samples]``."""
 
 
 def cross_entropy(outputs: Float[Tensor, "samples ..."], targets: Tensor) -> Float[Tensor, " samples"]:
@@ -20,7 +20,7 @@ def cross_entropy(outputs: Float[Tensor, "samples ..."], targets: Tensor) -> Flo
 
     Args:
         outputs: logits ``[samples, classes]``, or ``[samples, positions, classes]``.
-        targets: classes ``[samples]``, or ``[samples, positions]`` with `NO_TARGET` where nothing is asked.
+        targets: classes ``[samples]``, or ``[samples, positions]`` with `NO_TARGET` at positions without a target.
     """
     precise = torch.promote_types(outputs.dtype, torch.float32)
     losses = nn.functional.cross_entropy(
@@ -34,9 +34,12 @@ class Samples:
     """Calibration or evaluation samples.
 
     Attributes:
-        inputs: what the network takes, ``[samples, ...]``.
-        targets: what it is asked for, ``[samples]`` or ``[samples, positions]``.
-        loss: how wrong it is; the cross-entropy of classes if not given.
+        inputs: inputs of the network, ``[samples, ...]``.
+        targets: its targets, ``[samples]`` or ``[samples, positions]``.
+        loss: the loss function; the cross-entropy of classes if none is given.
+
+    Raises:
+        LibpruneError: if there are no samples, or not one input and one target for each.
     """
 
     inputs: Tensor
@@ -57,38 +60,38 @@ class Samples:
         return Samples(self.inputs[chosen], self.targets[chosen], self.loss)
 
     def to(self, device: torch.device) -> "Samples":
-        """The same on a device."""
+        """The samples on a device."""
         return Samples(self.inputs.to(device), self.targets.to(device), self.loss)
 
     def passes(self, at_once: int) -> Iterator["Samples"]:
-        """All in their order, at most so many together."""
+        """All samples in their order, at most `at_once` together."""
         return (self[start : start + at_once] for start in range(0, len(self), at_once))
 
     @property
     def length(self) -> int:
-        """1: a sample is counted as one."""
+        """Length in the progress bar, 1: each sample counts as one."""
         return 1
 
     @property
     def lengths(self) -> None:
-        """None: all samples are alike in shape."""
+        """Lengths of single samples; always None, since all have one shape."""
         return None
 
     @property
     def counted(self) -> int:
-        """Targets of a sample that its loss is the mean over; the same for all of them."""
+        """Number of targets that the loss of a sample is the mean over; it is the same for all samples."""
         return 1 if self.targets.ndim == 1 else int((self.targets[0] != NO_TARGET).sum())
 
     def losses(self, network: nn.Module) -> Float[Tensor, " samples"]:
-        """The loss of each sample.
+        """The loss of each sample, ``[samples]``.
 
         Raises:
-            LibpruneError: if the loss function gives something else.
+            LibpruneError: if the loss function does not give one number for each sample.
         """
-        found = self.loss(network(self.inputs), self.targets)
-        if found.shape != (len(self),):
+        losses = self.loss(network(self.inputs), self.targets)
+        if losses.shape != (len(self),):
             raise LibpruneError(
-                f"the loss of {len(self)} samples has shape {list(found.shape)}; it must give one number a sample "
+                f"the loss of {len(self)} samples has shape {list(losses.shape)}; it must give one number a sample "
                 "(reduction='none', then the mean over a sample's own positions)"
             )
-        return found
+        return losses

@@ -1,4 +1,4 @@
-"""Token sequences, and what a model is asked on them."""
+"""Token sequences and the targets that a model predicts on them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 NO_TARGET = -100
-"""Where nothing is asked for; transformers' own mark."""
+"""The target at a position without one; transformers uses the same number."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Sequences:
     """Token sequences with their targets.
 
     Attributes:
-        ids: token ids, ``[sequences, length]``; what lies behind the end of a shorter one is never read.
-        targets: None for the next token at every position but the last; ``[sequences, length]`` for the token asked for
-            at each position, `NO_TARGET` where there is none; ``[sequences]`` for the label of each sequence.
-        lengths: tokens of each sequence, ``[sequences]``; None where all fill the whole length.
+        ids: token ids, ``[sequences, length]``; ids behind the end of a shorter sequence are never read.
+        targets: None for the next token at every position but the last; ``[sequences, length]`` for one token at each
+            position, `NO_TARGET` where there is none; ``[sequences]`` for one label of each sequence.
+        lengths: tokens of each sequence, ``[sequences]``; None if all have the whole length.
     """
 
     ids: Int[Tensor, "sequences length"]
@@ -31,37 +31,37 @@ class Sequences:
         return len(self.ids)
 
     def __getitem__(self, chosen: slice | Tensor) -> "Sequences":
-        """Some of them, as many dimensions as before."""
+        """The chosen sequences."""
         parts = (None if part is None else part[chosen] for part in (self.targets, self.lengths))
         return Sequences(self.ids[chosen], *parts)
 
     def to(self, device: torch.device) -> "Sequences":
-        """The same on a device."""
+        """The sequences on a device."""
         return replace(self, ids=self.ids.to(device), targets=None if self.targets is None else self.targets.to(device))
 
     def shortest_first(self) -> "Sequences":
-        """The same in the order of their lengths, so that many of one length lie together."""
+        """The sequences in the order of their lengths, so that those of one length are neighbours."""
         return self if self.lengths is None else self[self.lengths.argsort(stable=True)]
 
     @property
     def length(self) -> int:
-        """Tokens of the longest."""
+        """Tokens of the longest sequence."""
         return self.ids.shape[1]
 
     @property
     def tokens(self) -> int:
-        """Tokens of all of them together, without what fills shorter ones up."""
+        """Tokens of all sequences together, without the ids behind the ends of shorter ones."""
         return self.ids.numel() if self.lengths is None else int(self.lengths.sum())
 
     @property
     def counted(self) -> int:
-        """Places of a sequence that its loss is the mean over; the same for all of them."""
+        """Number of targets that the loss of a sequence is the mean over; it is the same for all sequences."""
         if self.targets is None:
             return self.ids.shape[1] - 1
         return 1 if self.targets.ndim == 1 else int((self.targets[0] != NO_TARGET).sum())
 
     def passes(self, at_once: int) -> Iterator["Sequences"]:
-        """All in their order, at most so many together and only neighbours of one length, so that none is filled up."""
+        """All sequences in their order, at most `at_once` together, only neighbours of one length, without padding."""
         if self.lengths is None:
             yield from (self[start : start + at_once] for start in range(0, len(self), at_once))
             return
@@ -73,4 +73,4 @@ class Sequences:
 
 
 Pass = tuple[int, int, Sequences]
-"""A batch's number, the index of its first sequence, and its sequences on the device."""
+"""The number of a batch, the index of its first sequence, and its sequences on the device."""

@@ -1,4 +1,4 @@
-"""Models from where users have them, and how their sources and those of texts are found: packages, files, the hub."""
+"""Loading the dense model from a package, a file, a folder or the hub, and finding the sources of models and texts."""
 
 import importlib.util
 from pathlib import Path
@@ -53,13 +53,13 @@ def _package_file(source: str) -> Path:
 
 
 def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The dense model, on the CPU, and its tokenizer.
+    """Load the dense model, on the CPU, and its tokenizer.
 
-    A GGUF file is dequantised to float32 unless another dtype is asked for, and its quantization
-    marks are taken off, so that the model can be saved again.
+    A GGUF file is dequantised to float32 unless another dtype is asked for. Its quantization marks are removed, so that
+    the model can be saved again.
 
     Raises:
-        SourceError: if it cannot be found or read, lacks weights, or is quantized.
+        SourceError: if the model cannot be found or read, lacks weights, or is quantized.
     """
     name, where = _place(params)
     dtype: Any = params.dtype if params.dtype == "auto" else getattr(torch, params.dtype)
@@ -68,18 +68,18 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     else:
         head = head_of(load_dense_config(params).architectures)
     try:
-        model, found = head.loader.from_pretrained(name, dtype=dtype, output_loading_info=True, **where)
+        model, loading = head.loader.from_pretrained(name, dtype=dtype, output_loading_info=True, **where)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
-    _require_weights(params, model, sorted(found["missing_keys"]))
+    _require_weights(params, model, sorted(loading["missing_keys"]))
     if "gguf_file" in where:
         _forget_quantization(model)
     return model.eval(), tokenizer
 
 
 def _require_weights(params: Prepare, model: PreTrainedModel, missing: list[str]) -> None:
-    """Stop where transformers has filled parameters with random numbers."""
+    """Stop if transformers has filled parameters with random numbers, because they are missing in the files."""
     if missing:
         raise SourceError(
             f"prepare.model = {params.model!r} has no weights for {len(missing)} parameters of a "
@@ -89,7 +89,7 @@ def _require_weights(params: Prepare, model: PreTrainedModel, missing: list[str]
 
 
 def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:
-    """What transformers calls the model, and what else it needs to find it."""
+    """The name or path of the model for `from_pretrained`, and the other arguments that it needs."""
     path = resolve(params.model)
     where: dict[str, Any] = {"revision": params.revision, "trust_remote_code": params.trust_remote_code}
     if path is None or path.is_dir():
@@ -98,10 +98,10 @@ def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:
 
 
 def load_dense_config(params: Prepare) -> PreTrainedConfig:
-    """The dense model's config, without its weights; of a GGUF file only the metadata are read.
+    """Load the config of the dense model without its weights; of a GGUF file only the metadata are read.
 
     Raises:
-        SourceError: if it cannot be found or read, or says that the model is quantized: transformers would look
+        SourceError: if the config cannot be found or read, or says that the model is quantized: transformers would look
             for the quantizer's package, or dequantise without being asked.
     """
     name, where = _place(params)
@@ -120,7 +120,7 @@ def load_dense_config(params: Prepare) -> PreTrainedConfig:
 
 
 def dense_dtype(params: Prepare, config: PreTrainedConfig) -> torch.dtype:
-    """The type that the dense model is stored in: the asked one, the config's, or float32 (GGUF files)."""
+    """The dtype that the dense model is stored in: of the params, else of the config; float32 for GGUF files."""
     if params.dtype != "auto":
         asked: torch.dtype = getattr(torch, params.dtype)
         return asked
@@ -128,7 +128,7 @@ def dense_dtype(params: Prepare, config: PreTrainedConfig) -> torch.dtype:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """Take the GGUF marks off a dequantised model; with them `save_pretrained` refuses."""
+    """Remove the GGUF marks of a dequantised model, with which `save_pretrained` would refuse it."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):

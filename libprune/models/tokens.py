@@ -1,4 +1,4 @@
-"""The tokens of a text as an artifact: sequences in a Parquet table, named by a digest."""
+"""The tokens of a text as an artifact: sequences in a Parquet table with their digest."""
 
 import hashlib
 from pathlib import Path
@@ -13,12 +13,12 @@ from libprune.models.sequences import Sequences
 from libprune.pipeline.artifacts import read_table, same_origin, write_table
 
 Ids = NDArray[np.int64]
-"""Token ids."""
+"""Token ids, or indices of windows."""
 _COLUMNS = {"input_ids", "targets", "length"}
 
 
 def write_tokens(path: Path, sequences: Sequences, meta: dict[str, Any]) -> None:
-    """Write sequences with what they are and a digest that names them in other artifacts."""
+    """Write sequences with metadata, and with the digest by which other artifacts name them."""
     columns = {"input_ids": sequences.ids, "targets": sequences.targets, "length": sequences.lengths}
     arrays = {name: column.numpy() for name, column in columns.items() if column is not None}
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()[:16]
@@ -27,33 +27,33 @@ def write_tokens(path: Path, sequences: Sequences, meta: dict[str, Any]) -> None
 
 
 def read_tokens(path: Path, model: str, sequences: int | None = None) -> tuple[Sequences, dict[str, Any]]:
-    """Sequences and their metadata.
+    """Read sequences and their metadata.
 
     Args:
         path: the artifact.
-        model: fingerprint of the model whose tokenizer must have made them.
-        sequences: how many, from the first; None for all.
+        model: fingerprint of the model whose tokenizer must have made the tokens.
+        sequences: number of sequences to return, from the first on; None for all.
 
     Raises:
-        ArtifactError: if they belong to another model.
-        SourceError: if there are fewer than asked for.
+        ArtifactError: if the tokens belong to another model.
+        SourceError: if there are fewer sequences than asked for.
     """
     table, meta = read_table(path, "tokenize")
     same_origin(path, meta, {"model": model})
     columns = {name: torch.from_numpy(np.stack(list(table[name])).astype(np.int64)) for name in _COLUMNS & table.keys()}
-    found = Sequences(columns["input_ids"], columns.get("targets"), columns.get("length"))
-    return found[: require_sequences(sequences, found, path)], meta
+    stored = Sequences(columns["input_ids"], columns.get("targets"), columns.get("length"))
+    return stored[: require_sequences(sequences, stored, path)], meta
 
 
-def require_sequences(sequences: int | None, found: Sequences, path: Path) -> int:
-    """How many sequences to use: as many as asked for, or all.
+def require_sequences(sequences: int | None, stored: Sequences, path: Path) -> int:
+    """The number of sequences to use: the one asked for, or that of all stored ones if it is None.
 
     Raises:
-        SourceError: if there are fewer.
+        SourceError: if fewer are stored.
     """
-    if sequences is not None and sequences > len(found):
+    if sequences is not None and sequences > len(stored):
         raise SourceError(
-            f"{sequences} calibration sequences are asked for, {path} holds {len(found)}; "
+            f"{sequences} calibration sequences are asked for, {path} holds {len(stored)}; "
             "raise tokenize.calibration_sequences"
         )
-    return len(found) if sequences is None else sequences
+    return len(stored) if sequences is None else sequences

@@ -19,8 +19,9 @@ from libprune.engine.module_family import NetworkFamily
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 from libprune.engine.tables import Columns
+from libprune.models.compute import require_precise
 from libprune.models.folder import WeightFiles
-from libprune.models.identity import digest, require_precise, told
+from libprune.models.identity import digest, loss_signature
 from libprune.models.parallel import World
 from libprune.models.samples import Samples
 from libprune.pipeline.artifacts import read_json, write_units
@@ -107,7 +108,9 @@ class Network:
             world=World(),
             meta={
                 "model": name,
-                "tokens": digest([("inputs", samples.inputs), ("targets", samples.targets)], told(few, self._network)),
+                "tokens": digest(
+                    [("inputs", samples.inputs), ("targets", samples.targets)], loss_signature(few, self._network)
+                ),
                 "sequences": len(samples),
             },
             work=self._layout.root / ".work",

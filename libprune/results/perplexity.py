@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from libprune.models.compute import batches, sequence_losses
+from libprune.models.compute import passes_with_bar, sequence_losses
 from libprune.models.sequences import Sequences
 
 Losses = Float[np.ndarray, " windows"]
@@ -24,7 +24,8 @@ def window_losses(model: PreTrainedModel, windows: Sequences, batch_tokens: int,
     device = next(model.parameters()).device
     with torch.no_grad():
         losses = [
-            sequence_losses(model, batch).double().cpu() for batch in batches(windows, batch_tokens, device, label)
+            sequence_losses(model, batch).double().cpu()
+            for batch in passes_with_bar(windows, batch_tokens, device, label)
         ]
     return torch.cat(losses).numpy()
 
@@ -35,7 +36,7 @@ def label_hits(model: PreTrainedModel, windows: Sequences, batch_tokens: int, la
     with torch.no_grad():
         found = [
             (model(input_ids=batch.ids).logits.argmax(-1) == batch.targets).cpu()
-            for batch in batches(windows, batch_tokens, device, label)
+            for batch in passes_with_bar(windows, batch_tokens, device, label)
         ]
     return torch.cat(found).numpy()
 

@@ -14,8 +14,17 @@ from transformers import PreTrainedModel
 
 from libprune.collection.accumulator import Accumulator, Group
 from libprune.collection.calibration import HELD_OUT_EVERY, held_out
-from libprune.collection.input_records import Cosine, Gram, HeldOut, Histogram, InputMoments, entropy, frequency
-from libprune.collection.records import State, Statistic
+from libprune.collection.records import (
+    Cosine,
+    Gram,
+    HeldOut,
+    Histogram,
+    InputMoments,
+    State,
+    Statistic,
+    entropy,
+    frequency,
+)
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.surgery import hooked
 from libprune.engine.unit_sums import sum_positions, unit_sums

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from libprune.collection.accumulator import PENDING, ROWS, UNITS, Accumulator, Group
 from libprune.collection.backward import watching, weight_gradient
-from libprune.collection.input_records import Gram
-from libprune.collection.records import BatchRows, MaskGradient, Pending, Statistic, Sum, count
+from libprune.collection.records import BatchRows, Gram, MaskGradient, Pending, Statistic, Sum, count
 from libprune.collection.summary import print_keys
 from libprune.engine.architecture import Architecture, Map, Parameter
 from libprune.engine.errors import StatisticsError

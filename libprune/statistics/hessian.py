@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from libprune.collection.accumulator import UNITS, Accumulator, Group
 from libprune.collection.backward import watching, weight_gradient
-from libprune.collection.records import Samples, Statistic, Sum, count
+from libprune.collection.records import Statistic, Sum, WeightedMean, count
 from libprune.engine.architecture import Architecture, Block, Map, Parameter
 from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.surgery import hooked
@@ -42,7 +42,7 @@ def hessian_groups(architecture: Architecture, n_tok: int, section: Hessian) -> 
                 shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
                 group[parameter.name] = Sum(shape, factor, dtype)
             if section.estimator == "hutchinson":
-                group[UNITS + part] = Samples(architecture.units(part))
+                group[UNITS + part] = WeightedMean(architecture.units(part))
         groups.append(group)
     return groups
 

@@ -4,7 +4,7 @@ Networks of the user's own fit in memory, so that nothing here saves memory: gra
 once, and per-sample gradients come from passes over one sample. A sample stands where a language model has a sequence.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from libprune.collection.accumulator import ROWS, UNITS, Accumulator
 from libprune.collection.calibration import Run
 from libprune.collection.module_hooks import unit_masks, watched_gradients, watched_inputs
 from libprune.collection.records import count
-from libprune.collection.resumable import Collection, RowsOf, collecting, write_artifact
+from libprune.collection.resumable import RowsOf, collecting, write_artifact
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import StatisticsError
 from libprune.engine.surgery import hooked, oriented
@@ -37,7 +37,7 @@ def collect_gradients(run: Run, network: nn.Module, target: Path, section: Gradi
     number = -(-len(samples) // run.at_once)
     groups = gradient_groups(architecture, samples.counted, number, section)
     with collecting(run, "gradients", target, groups, run.at_once, {}) as work:
-        for step, first, batch in _batches(work):
+        for step, first, batch in work.batches():
             _add_gradients(network, architecture, work.accumulator, step, first, batch)
         rows: dict[str, RowsOf] = {"layers": partial(layer_rows, batches=number), "tensors": tensor_rows}
         loss = {"loss": float(work.accumulator.finish(1)["loss"])}
@@ -58,9 +58,9 @@ def collect_hessian(run: Run, network: nn.Module, target: Path, section: Hessian
     groups = hessian_groups(architecture, samples.counted, section)
     with collecting(run, "hessian", target, groups, run.at_once, estimation(section)) as work:
         if section.estimator == "hutchinson":
-            collect_probes(network, architecture, _batches(work), work.accumulator, section, _losses)
+            collect_probes(network, architecture, work.batches(), work.accumulator, section, _losses)
         else:
-            for _, first, batch in _batches(work):
+            for _, first, batch in work.batches():
                 _add_squares(network, architecture, work.accumulator, first, batch)
         write_artifact(run, target, work.accumulator, hessian_columns, estimation(section))
 
@@ -73,17 +73,9 @@ def estimation(section: Hessian) -> dict[str, Any]:
 def collect_activations(run: Run, network: nn.Module, target: Path, section: Activations) -> None:
     """Norms and moments at every map's input, Gram matrices and histograms at the consumers'."""
     with collecting(run, "activations", target, activation_groups(run.architecture, section), run.at_once, {}) as work:
-        for _, first, batch in _batches(work):
+        for _, first, batch in work.batches():
             _add_activations(network, run.architecture, work.accumulator, first, batch)
         write_artifact(run, target, work.accumulator, activation_columns, {})
-
-
-def _batches(work: Collection) -> Iterator[tuple[int, int, Samples]]:
-    samples = work.run.sequences
-    assert isinstance(samples, Samples)
-    for number in work.steps():
-        first = number * work.size
-        yield number, first, samples[first : first + work.size].to(work.run.device)
 
 
 def _losses(network: nn.Module, batch: Samples) -> Tensor:

@@ -1,4 +1,4 @@
-"""Calibration and evaluation windows, drawn from disjoint texts, and the record of what was drawn."""
+"""Calibration and evaluation windows, drawn from disjoint texts, and the provenance of each."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,61 +25,63 @@ from libprune.texts.source import (
 from libprune.texts.windows import Windows, draw, split_documents, spread, windows, with_masks
 
 MARGIN = 2
-"""A stream is read until it gives so many times the windows asked for, so that there is something to draw from."""
+"""A stream is read until it gives twice the windows that are asked for, so that there is a choice to draw from."""
 MOST_SHARED = 0.1
-"""Share of the evaluation text, in characters, that may also be documents of the calibration text: headings and set
-phrases recur in any text, whole articles do not."""
+"""The largest share of the evaluation text, in characters, whose documents may also be in the calibration text:
+headings and set phrases recur in any text, whole articles do not."""
 
 EVALUATION_SEED = 0
-"""Of the masked tokens of evaluation windows, which are the same for every seed of the calibration text."""
+"""The seed of masked tokens in evaluation windows, which are the same for every seed of the calibration text."""
 
-Record = dict[str, Any]
-Sample = Callable[[int, int, int | None], tuple[Ids, Record]]
-"""Sequences that the dense model writes, given their number, their length and a seed (None: those to evaluate on)."""
+TextProvenance = dict[str, Any]
+"""How a text was drawn, as it stands in the metadata of its tokens; docs/formats.md lists the keys."""
+Sample = Callable[[int, int, int | None], tuple[Ids, TextProvenance]]
+"""A function that lets the dense model write sequences, by number, length and seed (None for evaluation sequences)."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What the stages run the model on.
+    """Windows that the model is run on, and where they come from.
 
     Attributes:
         sequences: the windows.
-        record: what they are and how they were drawn; docs/formats.md lists the keys.
-        documents: the documents that they were cut from; none where the model wrote them.
+        provenance: how they were drawn.
+        documents: the documents that they were cut from; empty if the model wrote them.
     """
 
     sequences: Sequences
-    record: Record
+    provenance: TextProvenance
     documents: list[str]
 
     def sentence(self, what: str) -> str:
-        """One line for the terminal."""
-        (number, length), record = self.sequences.ids.shape, self.record
-        if record["mode"] == "labelled":
+        """A line for the terminal that says what was drawn; `what` is `calibration` or `evaluation`."""
+        (number, length), how = self.sequences.ids.shape, self.provenance
+        if how["mode"] == "labelled":
             return (
                 f"{what}: {number:,} labelled documents of up to {length:,} tokens ({self.sequences.tokens:,} tokens), "
-                f"{record['cut']:,} of them cut off, of {record['documents']:,}: {record['source']}, {record['part']}"
+                f"{how['cut']:,} of them cut off, of {how['documents']:,}: {how['source']}, {how['part']}"
             )
-        found = f"{what}: {number:,} windows of {length:,} tokens"
-        if record["mode"] == "sampled":
-            return f"{found}, written by the dense model itself ({record['part']})"
-        skipped = f", {record['skipped']:,} of them shorter than a window" if record["skipped"] else ""
+        drawn = f"{what}: {number:,} windows of {length:,} tokens"
+        if how["mode"] == "sampled":
+            return f"{drawn}, written by the dense model itself ({how['part']})"
+        skipped = f", {how['skipped']:,} of them shorter than a window" if how["skipped"] else ""
         return (
-            f"{found} ({number * length:,} tokens), of {record['available']:,} in {record['documents']:,} documents"
-            f"{skipped}: {record['source']}, {record['part']}"
+            f"{drawn} ({number * length:,} tokens), of {how['available']:,} in {how['documents']:,} documents"
+            f"{skipped}: {how['source']}, {how['part']}"
         )
 
 
 def draw_texts(
     settings: Tokenize, tokenizer: PreTrainedTokenizerBase, sample: Sample, head: HeadName = "causal_lm"
 ) -> tuple[Drawn, Drawn]:
-    """Calibration and evaluation windows.
+    """Draw calibration and evaluation windows.
 
     Args:
-        settings: which, how many, how long.
-        tokenizer: of the dense model.
+        settings: the texts, and the number and length of windows.
+        tokenizer: tokenizer of the dense model.
         sample: writes sequences, for the text `self`.
-        head: of the dense model: `causal_lm`, or `masked_lm` for windows in the tokenizer's frame with tokens masked.
+        head: head of the dense model: `causal_lm`, or `masked_lm` for windows in the tokenizer's frame with masked
+            tokens.
 
     Raises:
         SourceError: if a text cannot be read, holds too little, or is in large part the other one.
@@ -96,13 +98,13 @@ def draw_texts(
 
 
 def require_disjoint(calibration: Drawn, evaluation: Drawn) -> None:
-    """Stop if what is to be evaluated on is what is calibrated on, under whatever name.
+    """Stop if the evaluation text is also the calibration text, under whatever name.
 
-    Of texts that are read, whole documents are compared. Of sampled ones, how windows begin: a model that writes the
-    same again and again has nothing to be judged on.
+    For texts that are read, whole documents are compared. For texts that the model wrote, the beginnings of windows are
+    compared: a model that writes the same again and again gives no evaluation text.
 
     Raises:
-        SourceError: if more than `MOST_SHARED` of the text to evaluate on is known from the text to calibrate on.
+        SourceError: if more than `MOST_SHARED` of the evaluation text is in the calibration text.
     """
     if calibration.documents and evaluation.documents:
         known = {document.strip() for document in calibration.documents}
@@ -119,14 +121,14 @@ def require_disjoint(calibration: Drawn, evaluation: Drawn) -> None:
         return
     if shared > MOST_SHARED:
         raise SourceError(
-            f"{100 * shared:.0f} % of the text to evaluate on ({evaluation.record['source']!r}) is in the text to "
-            f"calibrate on ({calibration.record['source']!r}) too; name another tokenize.evaluation_text, or take "
+            f"{100 * shared:.0f} % of the text to evaluate on ({evaluation.provenance['source']!r}) is in the text to "
+            f"calibrate on ({calibration.provenance['source']!r}) too; name another tokenize.evaluation_text, or take "
             "out what is repeated"
         )
 
 
 class _Reader:
-    """Reads documents and cuts the windows that the params ask for."""
+    """Reads documents and cuts them into the windows that the params ask for."""
 
     def __init__(self, settings: Tokenize, tokenizer: PreTrainedTokenizerBase, masks: bool) -> None:
         self._settings, self._tokenizer, self._masks = settings, tokenizer, masks
@@ -162,7 +164,7 @@ class _Reader:
         )
 
     def _head_and_rest(self, text: Text) -> tuple[Drawn, Drawn]:
-        """The end of a stream is not at hand, so its head is set apart; no calibration document is read from there."""
+        """Hold out the beginning of a stream, whose end is not at hand; calibration documents are read behind it."""
         head = self._read_evaluation(text)
         rest = self._read_calibration(text, len(head))
         return (
@@ -184,7 +186,7 @@ class _Reader:
         return self._enough(documents, settings.evaluation_windows, settings.evaluation_length)
 
     def _enough(self, documents: Iterator[str], count: int, length: int) -> list[str]:
-        """As many documents as windows, then twice as many as before, until they give the windows `MARGIN` times."""
+        """Read as many documents as windows, then double their number until they give `MARGIN` times the windows."""
         read = list(islice(documents, count))
         while len(self._cut(read, length).ids) < MARGIN * count:
             more = list(islice(documents, len(read)))
@@ -200,21 +202,21 @@ class _Reader:
         settings = self._settings
         available = self._cut(documents, settings.calibration_length)
         chosen = draw(available, settings.calibration_sequences, settings.seed, "calibration")
-        record = self._record(text, available, chosen, part) | {"seed": settings.seed}
-        return Drawn(self._asked(available.ids[chosen], settings.seed), record, documents)
+        how = self._provenance(text, available, chosen, part) | {"seed": settings.seed}
+        return Drawn(self._asked(available.ids[chosen], settings.seed), how, documents)
 
     def _evaluation(self, text: Text, documents: list[str], part: str) -> Drawn:
         available = self._cut(documents, self._settings.evaluation_length)
         chosen = spread(available, self._settings.evaluation_windows, "evaluation")
-        record = self._record(text, available, chosen, part)
-        return Drawn(self._asked(available.ids[chosen], EVALUATION_SEED), record, documents)
+        how = self._provenance(text, available, chosen, part)
+        return Drawn(self._asked(available.ids[chosen], EVALUATION_SEED), how, documents)
 
     def _asked(self, ids: Ids, seed: int) -> Sequences:
         return with_masks(ids, self._tokenizer, seed) if self._masks else Sequences(torch.from_numpy(ids))
 
-    def _record(self, text: Text, available: Windows, chosen: Ids, part: str) -> Record:
+    def _provenance(self, text: Text, available: Windows, chosen: Ids, part: str) -> TextProvenance:
         return {
-            **origin(text.source, text.revision),
+            **source_provenance(text.source, text.revision),
             "mode": self._settings.documents,
             "part": part,
             "documents": available.documents,
@@ -224,8 +226,8 @@ class _Reader:
         }
 
 
-def origin(source: TextSource, revision: str | None) -> Record:
-    """Where a text comes from; config, revision and split are null where they have no effect."""
+def source_provenance(source: TextSource, revision: str | None) -> TextProvenance:
+    """The source of a text as part of its provenance; config and split are None for local files."""
     hub = revision is not None
     return {
         "source": source.name,

@@ -1,9 +1,9 @@
-"""Text that the dense model writes itself, for those who have none.
+"""Text that the dense model writes itself, for users who have no text.
 
-Sampled from a model, text follows the distribution that it was trained on: Liu et al., LLM-QAT (arXiv 2305.17888) train
-on it without data, Williams et al., Self-calibration for Language Model Quantization and Pruning (arXiv 2410.17170)
-prune on it. As in LLM-QAT a sequence begins with a random token, goes on with the most likely ones for a few, so that
-it finds a subject, and is sampled from there on.
+Text that is sampled from a model follows the distribution that it was trained on. Liu et al., LLM-QAT (arXiv
+2305.17888) train on such text without data, and Williams et al., Self-calibration for Language Model Quantization and
+Pruning (arXiv 2410.17170) prune on it. As in LLM-QAT, a sequence begins with a random token, goes on with a few most
+likely tokens, so that it has a subject, and is sampled from there on.
 """
 
 import hashlib
@@ -34,21 +34,22 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.writing import remove, writing
 
 GREEDY = 4
-"""Tokens after the first that are the most likely ones; LLM-QAT takes three to five."""
+"""Number of most likely tokens behind the first, random one; LLM-QAT takes three to five."""
 TEMPERATURE = 1.0
+"""The temperature of sampling: the model's own distribution."""
 TOP_K = 0
-"""All tokens can be drawn: what is cut off here would be missing from the statistics."""
+"""The number of most likely tokens that are sampled from; 0 is all, so that none is missing from the statistics."""
 
 
 class SelfText:
-    """The dense model as a writer; it is loaded when the first sequence is asked for.
+    """The dense model as a writer of text; it is loaded when the first sequence is asked for.
 
     Args:
-        layout: of the artifacts.
-        architecture: of the dense model.
-        tokenizer: of the dense model.
-        device: the param of that name.
-        dtype: the param of that name.
+        layout: where the artifacts are.
+        architecture: description of the dense model.
+        tokenizer: tokenizer of the dense model.
+        device: `compute.device` of the params.
+        dtype: `compute.dtype` of the params.
     """
 
     def __init__(
@@ -59,21 +60,21 @@ class SelfText:
         self._work = layout.root.parent / ".work" / "self"
 
     def sample(self, count: int, length: int, seed: int | None) -> tuple[Ids, dict[str, Any]]:
-        """Sequences of ordinary tokens of the tokenizer, none special, and how they were made.
+        """Write sequences of ordinary tokens, without the tokenizer's special tokens.
 
-        The same arguments give the same sequences on the same machine. Those of `seed` None are of random numbers that
-        no other seed uses. Every batch is saved, so that a run that was stopped goes on after its last one.
+        The same arguments give the same sequences on the same machine. Every batch is saved, so that a run that was
+        stopped continues after its last batch.
 
         Args:
-            count: sequences.
-            length: of each, in tokens.
-            seed: None: those to evaluate on.
+            count: number of sequences.
+            length: tokens of each.
+            seed: seed of calibration sequences; None for evaluation sequences, whose random numbers no seed uses.
 
         Returns:
-            Token ids ``[count, length]``, and what to record of them.
+            Token ids ``[count, length]``, and their provenance.
 
         Raises:
-            SourceError: if the model does not write.
+            SourceError: if the model does not generate text.
         """
         if self._architecture.head != "causal_lm":
             raise SourceError("this model does not write text; name a text in tokenize.text instead of self")
@@ -96,11 +97,11 @@ class SelfText:
         return np.concatenate(batches), how
 
     def forget(self) -> None:
-        """Delete what is saved, once the sequences are written where they belong."""
+        """Delete the saved batches, once the sequences are written as artifacts."""
         remove(self._work)
 
     def at_once(self, length: int) -> int:
-        """Sequences whose KV cache takes no more memory than the weights."""
+        """The most sequences of `length` tokens whose KV cache takes no more memory than the weights; at least 1."""
         size = cost.size(self._architecture, Plan.dense(self._architecture))
         return max(1, size.total // max(1, size.cache * length))
 
@@ -135,14 +136,14 @@ class SelfText:
 
     @cached_property
     def _ordinary(self) -> Ids:
-        """Ids of the tokenizer's tokens, without the special ones."""
+        """The ids of the tokenizer's tokens, without special tokens, ascending."""
         added = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         known = {i for i in self._tokenizer.get_vocab().values() if i < self._vocab}
         return np.array(sorted(known - added - set(self._tokenizer.all_special_ids)), dtype=np.int64)
 
     @cached_property
     def _others(self) -> list[int]:
-        """Ids that are never written: special tokens, and rows of the embedding that no token of the tokenizer uses."""
+        """Ids that are never written: special tokens, and rows of the embedding without a token of the tokenizer."""
         return np.setdiff1d(np.arange(self._vocab), self._ordinary).tolist()
 
     @property
@@ -151,7 +152,7 @@ class SelfText:
 
 
 class _Progress(BaseStreamer):
-    """Moves a bar on by every token that is written; the first that it is given are the prompt's."""
+    """Moves a progress bar by every token that is written; the first ones that `generate` sends are the prompt's."""
 
     def __init__(self, bar: Any) -> None:
         self._bar, self._prompt = bar, True
@@ -171,7 +172,7 @@ def _save(path: Path, ids: Ids) -> None:
 
 
 def _key(seed: int | None, first: int) -> int:
-    """A seed for the batch that begins with sequence `first`."""
+    """The random seed of the batch that begins with sequence `first`."""
     words = (0, first) if seed is None else (1, first, seed)
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 

@@ -1,6 +1,6 @@
-"""Texts from where users have them: presets and data sets of the hub, local files, installed packages.
+"""Reading texts from presets and data sets of the hub, local files and installed packages.
 
-All of them go through `datasets.load_dataset`, whole or as a stream.
+All of them are read by `datasets.load_dataset`, whole or as a stream.
 """
 
 import re
@@ -24,15 +24,15 @@ _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parq
 
 @dataclass(frozen=True)
 class Preset:
-    """What the keys of params.yaml mean where they are null.
+    """Values of a text's keys that are null in params.yaml.
 
     Attributes:
         data_set: a hub id, or whatever else `tokenize.text` names.
-        config: of the data set.
-        split: to calibrate on.
-        held_out: the split to evaluate on; None: it has none.
-        column: that holds the text.
-        streaming: whether it is too large to be downloaded.
+        config: config of the data set.
+        split: the split for calibration.
+        held_out: the split for evaluation; None if the data set has none.
+        column: the column that holds the text.
+        streaming: whether the data set is read as a stream, because it is too large to be downloaded.
         revision: branch, tag or commit.
     """
 
@@ -60,12 +60,12 @@ class TextSource:
     """One split of a data set.
 
     Attributes:
-        name: as params.yaml names it: a preset, or the data set.
+        name: its name in params.yaml: a preset, or the data set.
         data_set: a hub id, a local path or `package://NAME/path`.
-        config, revision, split: of a hub data set; without effect on local files.
-        column: that holds the text.
-        streaming: read documents one after another, no more than are asked for.
-        label: column that holds the labels; None: not wanted.
+        config, revision, split: those of a hub data set; without effect on local files.
+        column: the column that holds the text.
+        streaming: whether documents are read one after another, no more than are asked for.
+        label: the column that holds the labels; None if no labels are wanted.
     """
 
     name: str
@@ -79,7 +79,7 @@ class TextSource:
 
 
 def calibration_source(settings: Tokenize, label: str | None = None) -> TextSource:
-    """The text to calibrate on, with the given label column; explicit keys win over the preset's."""
+    """The source of the calibration text, with the given label column; keys of the params win over the preset's."""
     preset = PRESETS.get(settings.text, Preset(settings.text))
     return TextSource(
         name=settings.text,
@@ -94,7 +94,7 @@ def calibration_source(settings: Tokenize, label: str | None = None) -> TextSour
 
 
 def evaluation_source(settings: Tokenize, label: str | None = None) -> TextSource | None:
-    """The text to evaluate on; None: documents of the calibration text are to be set apart.
+    """The source of the evaluation text; None if documents of the calibration text should be held out.
 
     Without `evaluation_text` it is the held-out split of the calibration text, which is `evaluation_split` or the
     preset's; local files and `fineweb-edu` have none. Another text that is no preset shares `column`.
@@ -119,10 +119,10 @@ def evaluation_source(settings: Tokenize, label: str | None = None) -> TextSourc
 
 
 def require_other_text(calibration: TextSource, evaluation: TextSource) -> None:
-    """Stop if the text to evaluate on is the text to calibrate on.
+    """Stop if the evaluation text is the calibration text.
 
     Raises:
-        SourceError: if both name the same file, or overlapping splits of the same data set.
+        SourceError: if both name one file, or overlapping splits of one data set.
     """
     path, other = resolve(calibration.data_set), resolve(evaluation.data_set)
     if path and other:
@@ -139,7 +139,7 @@ def require_other_text(calibration: TextSource, evaluation: TextSource) -> None:
 
 
 def _overlap(split: str, other: str) -> bool:
-    """Whether two splits may share rows: slices of one split, such as ``train[:10%]``, are taken to."""
+    """Whether two splits may share rows; slices of one split, such as ``train[:10%]``, always count as sharing some."""
     names = [{part.partition("[")[0].strip() for part in one.split("+")} for one in (split, other)]
     return bool(names[0] & names[1]) or "all" in names[0] | names[1]
 
@@ -149,10 +149,10 @@ class Text:
     """An open text.
 
     Attributes:
-        source: what it is.
+        source: the split that was opened.
         revision: the commit that it was read at; None for local files.
-        rows: its text, and its labels if they are wanted: a `datasets.Dataset` or, if streaming, a
-            `datasets.IterableDataset`.
+        rows: its documents, and its labels if they are wanted: a `datasets.Dataset`, or a `datasets.IterableDataset` if
+            it is a stream.
     """
 
     source: TextSource
@@ -160,7 +160,7 @@ class Text:
     rows: Any
 
     def documents(self) -> Iterator[str]:
-        """The non-blank documents in their order.
+        """The documents that are not blank, in their order.
 
         Raises:
             SourceError: if there is none, or one cannot be read or is not text.
@@ -168,16 +168,16 @@ class Text:
         return self._read(self.rows, "")
 
     def examples(self) -> Iterator[tuple[str, Any]]:
-        """The non-blank documents in their order, each with what its label column holds.
+        """The documents that are not blank, in their order, each with the value in the label column.
 
         Raises:
-            SourceError: as `documents`.
+            SourceError: if there is none, or one cannot be read or is not text.
         """
         rows = self.rows.filter(self._is_document, input_columns=self.source.column)
         yield from zip(self._read(rows, ""), rows[self.source.label], strict=True)
 
     def shuffled(self, skip: int, seed: int) -> Iterator[str]:
-        """The non-blank documents of a stream after the first `skip`, in a seeded order.
+        """The documents of a stream that are not blank, without the first `skip`, in a seeded order.
 
         The order is that of `datasets.IterableDataset.shuffle`: files are shuffled if none are skipped, and each
         document is drawn from a buffer of the next `SHUFFLE_BUFFER`.
@@ -207,12 +207,12 @@ class Text:
 
 
 def open_text(source: TextSource) -> Text:
-    """Find a text and, unless it is streamed, load it.
+    """Find a text and, unless it is a stream, load it.
 
-    A local file of unknown ending is read as text, one document a line.
+    A local file with an unknown suffix is read as text, one document for each line.
 
     Raises:
-        SourceError: if it cannot be read, has no such column, or the same one is asked for text and labels.
+        SourceError: if the text cannot be read or lacks a column, or one column is named for both text and labels.
     """
     from datasets import load_dataset, load_dataset_builder
 
@@ -240,10 +240,10 @@ def open_text(source: TextSource) -> Text:
     return Text(source, revision, rows.select_columns(wanted))
 
 
-def _require_revision(source: TextSource, found: str) -> None:
-    """Stop where another commit than the one asked for is all that the cache has, and the hub is out of reach."""
-    if re.fullmatch("[0-9a-f]{40}", source.revision or "") and found != source.revision:
-        raise SourceError(f"text {source.name!r} is only there at revision {found}, not at {source.revision}")
+def _require_revision(source: TextSource, cached: str) -> None:
+    """Stop if the cache holds another commit than the one asked for, and the hub cannot be reached."""
+    if re.fullmatch("[0-9a-f]{40}", source.revision or "") and cached != source.revision:
+        raise SourceError(f"text {source.name!r} is only there at revision {cached}, not at {source.revision}")
 
 
 def _builder(path: Path) -> tuple[str, list[str]]:
@@ -256,7 +256,7 @@ def _builder(path: Path) -> tuple[str, list[str]]:
 
 @contextmanager
 def _naming(source: TextSource) -> Iterator[None]:
-    """Turn what the builders raise, which is of several types, into an error that names the text."""
+    """Inside the context, turn the errors of `datasets`, which have many types, into one that names the text."""
     try:
         yield
     except LibpruneError:

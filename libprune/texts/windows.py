@@ -13,6 +13,7 @@ from libprune.models.sequences import NO_TARGET, Sequences
 from libprune.models.tokens import Ids
 
 Documents = Literal["joined", "apart"]
+"""Whether windows run over the ends of documents (`joined`), or are cut from each document alone (`apart`)."""
 
 _SEPARATOR = "\n\n"
 
@@ -23,8 +24,8 @@ class Windows:
 
     Attributes:
         ids: token ids, ``[windows, length]``, in the text's order.
-        documents: how many they were cut from.
-        skipped: documents that are shorter than a window and gave none; 0 where documents are joined.
+        documents: number of documents that the windows were cut from.
+        skipped: number of documents that are shorter than a window and gave none; 0 if documents are joined.
     """
 
     ids: Ids
@@ -33,7 +34,11 @@ class Windows:
 
 
 def split_documents(documents: list[str], evaluation_share: float) -> tuple[list[str], list[str]]:
-    """Documents for calibration and, from the end of the text, for evaluation."""
+    """Split documents into those for calibration and, at the end of the text, those for evaluation.
+
+    Raises:
+        SourceError: if there are too few documents.
+    """
     cut = len(documents) - max(1, round(len(documents) * evaluation_share))
     if cut < 1:
         raise SourceError(
@@ -46,17 +51,17 @@ def split_documents(documents: list[str], evaluation_share: float) -> tuple[list
 def windows(
     documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, mode: Documents, framed: bool = False
 ) -> Windows:
-    """All whole consecutive windows, tokenized without special tokens.
+    """Cut documents into consecutive whole windows, tokenized without special tokens.
 
     Args:
-        documents: at least one.
-        tokenizer: of the model.
-        length: of a window, in tokens.
-        mode: `joined`: of all documents with an empty line between them; `apart`: of each document by itself.
-        framed: the first and last token of each are those that the tokenizer puts around a text, as in BERT.
+        documents: at least one document.
+        tokenizer: tokenizer of the model.
+        length: tokens of a window.
+        mode: `joined` cuts all documents together, with an empty line between them; `apart` cuts each by itself.
+        framed: whether each window begins and ends with the tokens that the tokenizer puts around a text, as in BERT.
 
     Raises:
-        SourceError: if what is put around a text fills a window.
+        SourceError: if the tokens around a text fill a window.
     """
     texts = [_SEPARATOR.join(documents)] if mode == "joined" else documents
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -75,7 +80,7 @@ def windows(
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before and after a text."""
+    """The ids of the tokens that a tokenizer puts before and after a text."""
     inner: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
@@ -83,15 +88,15 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 def with_masks(ids: Ids, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sequences:
-    """Windows of which the model is asked `MASKED_SHARE` of the tokens, the same number in each.
+    """Mask `MASKED_SHARE` of the tokens of each window; these tokens are the targets.
 
-    The tokens asked for are seeded and all replaced by the mask token. In BERT's training 80 % of them were, 10 % were
-    left and 10 % changed (Devlin et al. 2019); but what a model makes of a token that it sees tells little.
+    All targets are replaced by the mask token. In BERT's training 80 % of them were, 10 % were left and 10 % changed
+    (Devlin et al. 2019); but the prediction of a token that the model sees says little.
 
     Args:
-        ids: in the tokenizer's frame, ``[windows, length]``.
-        tokenizer: of the model.
-        seed: which tokens.
+        ids: windows in the tokenizer's frame, ``[windows, length]``.
+        tokenizer: tokenizer of the model.
+        seed: seed of the choice of tokens.
 
     Raises:
         SourceError: if the tokenizer has no mask token.
@@ -109,48 +114,48 @@ def with_masks(ids: Ids, tokenizer: PreTrainedTokenizerBase, seed: int) -> Seque
 
 
 MASKED_SHARE = 0.15
-"""Of BERT's training (Devlin et al. 2019)."""
+"""Share of the tokens that are masked, as in BERT's training (Devlin et al. 2019)."""
 
 
 def draw(available: Windows, count: int, seed: int, what: str) -> Ids:
-    """A seeded sample of windows without replacement, in the text's order; their indices, ``[count]``.
+    """The indices ``[count]`` of a seeded sample of windows, without replacement and in the text's order.
 
     Raises:
-        SourceError: if there are too few.
+        SourceError: if there are too few windows.
     """
     _require(available, count, what)
     return at_random(len(available.ids), count, seed)
 
 
 def spread(available: Windows, count: int, what: str) -> Ids:
-    """Windows at even distances over the whole text; their indices, ``[count]``.
+    """The indices ``[count]`` of windows at even distances over the whole text.
 
     Raises:
-        SourceError: if there are too few.
+        SourceError: if there are too few windows.
     """
     _require(available, count, what)
     return evenly(len(available.ids), count)
 
 
 def at_random(available: int, count: int, seed: int) -> Ids:
-    """So many different numbers below a number, ascending, the same for the same seed."""
+    """`count` different indices below `available`, ascending, drawn with a seed."""
     return np.sort(np.random.default_rng(seed).choice(available, size=count, replace=False))
 
 
 def evenly(available: int, count: int) -> Ids:
-    """So many numbers below a number, at even distances from the first to the last."""
+    """`count` indices below `available`, at even distances from the first to the last."""
     return np.linspace(0, available - 1, count).round().astype(np.int64)
 
 
 def _require(available: Windows, count: int, what: str) -> None:
-    found, length = available.ids.shape
-    if found >= count:
+    number, length = available.ids.shape
+    if number >= count:
         return
     short = (
         f"; {available.skipped} of its {available.documents} documents are shorter than a window and were skipped "
         "(tokenize.documents: joined would use them)"
     )
     raise SourceError(
-        f"{what} needs {count} windows of {length} tokens, the text gives {found} ({found * length} tokens)"
+        f"{what} needs {count} windows of {length} tokens, the text gives {number} ({number * length} tokens)"
         f"{short if available.skipped else ''}; use more text, fewer or shorter windows"
     )

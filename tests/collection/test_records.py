@@ -9,18 +9,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from libprune.collection.accumulator import finished
-from libprune.collection.input_records import (
+from libprune.collection.records import (
     HELD_OUT_SEQUENCES,
     HELD_OUT_TOKENS,
+    BatchRows,
     Cosine,
     Gram,
     HeldOut,
     Histogram,
     InputMoments,
+    MaskGradient,
+    Pending,
+    State,
+    Statistic,
+    Sum,
+    WeightedMean,
+    count,
     entropy,
     frequency,
 )
-from libprune.collection.records import BatchRows, MaskGradient, Pending, Samples, State, Statistic, Sum, count
 from libprune.pipeline.shards import BINS
 
 TOKENS, WIDTH = 24, 5
@@ -54,7 +61,7 @@ def batches_of(kind: str, seed: int, cuts: list[int]) -> Batches:
     if kind == "held_out":  # sequences with a place of their own, the last of them beyond the places
         numbers = torch.arange(TOKENS) + HELD_OUT_SEQUENCES - TOKENS + 3
         return list(zip(rows_of(inputs(seed, (TOKENS, 3, WIDTH)), cuts), rows_of(numbers, cuts), strict=True))
-    if kind in {"rows", "samples"}:  # batches have a number or a weight of their own: only the joining is free
+    if kind in {"rows", "weighted"}:  # batches have a number or a weight of their own: only the joining is free
         ones = [inputs(seed + i) for i in range(4)]
         if kind == "rows":
             return [(x, count(3), torch.tensor(i)) for i, x in enumerate(ones)]
@@ -64,7 +71,7 @@ def batches_of(kind: str, seed: int, cuts: list[int]) -> Batches:
 
 STATISTICS: dict[str, Statistic] = {
     "moments": InputMoments(WIDTH),
-    "gram": Gram(WIDTH, block=2),
+    "gram": Gram(WIDTH, tile=2),
     "histogram": Histogram(WIDTH),
     "held_out": HeldOut(WIDTH),
     "cosine": Cosine(),
@@ -72,7 +79,7 @@ STATISTICS: dict[str, Statistic] = {
     "sum": Sum((WIDTH,), factor=2.0),
     "pending": Pending((WIDTH,)),
     "rows": BatchRows(4),
-    "samples": Samples(WIDTH),
+    "weighted": WeightedMean(WIDTH),
 }
 
 
@@ -145,7 +152,7 @@ def test_the_variance_survives_a_mean_far_above_it():
 def test_the_gram_matrix_is_that_of_float64_truth_to_float32_rounding():
     """Many batches: the sum's error stays a few roundings of float32, not one a batch."""
     x = inputs(0, (20_000, 40))
-    statistic = Gram(40, block=16)
+    statistic = Gram(40, tile=16)
     found = statistic.finish(one_pass(statistic, [(part,) for part in x.split(100)]))[""].double()
     truth = x.double().T @ x.double() / len(x)
     scale = truth.diagonal().sqrt()
@@ -204,11 +211,11 @@ def test_frequency_counts_from_the_edge_below_the_threshold(threshold):
     assert found <= float((x.abs() >= threshold / 1.51).double().mean())
 
 
-# Samples
+# Weighted means
 
 
 def test_weighted_samples_give_the_textbook_mean_and_error_for_equal_weights():
-    statistic, values = Samples(2), torch.tensor([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]])
+    statistic, values = WeightedMean(2), torch.tensor([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]])
     found = statistic.finish(one_pass(statistic, [(row, torch.tensor(4.0)) for row in values]))
     torch.testing.assert_close(found["mean"], torch.tensor([3.0, 5.0], dtype=torch.float64))
     expected = torch.stack([values[:, 0].double().std() / 3**0.5, torch.tensor(0.0, dtype=torch.float64)])
@@ -216,6 +223,6 @@ def test_weighted_samples_give_the_textbook_mean_and_error_for_equal_weights():
 
 
 def test_one_sample_has_no_error():
-    statistic = Samples(1)
+    statistic = WeightedMean(1)
     found = statistic.finish(one_pass(statistic, [(torch.ones(1), torch.tensor(2.0))]))
     assert found["standard_error"].isnan().all()

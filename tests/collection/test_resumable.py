@@ -1,15 +1,15 @@
 """The collecting stages as a whole: they go on where they were stopped, announce their bytes, and run in any way."""
 
+import ast
 import fcntl
+import inspect
 import os
 import shutil
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from subprocess import PIPE
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,18 +17,24 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
 
-from libprune.collection import accumulator
 from libprune.collection import resumable as collection
+from libprune.collection.calibration import Calibration, Run, set_up
 from libprune.collection.records import Sum, count
-from libprune.engine.architecture import Architecture
+from libprune.collection.resumable import collecting, sums_identity
 from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError
 from libprune.models import memory
-from libprune.models.folder import load_model
+from libprune.models.parallel import World
+from libprune.models.samples import Samples
+from libprune.models.sequences import Sequences
 from libprune.pipeline.artifacts import read_table
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.sections import Compute
 from tests.support import tiny
-from tests.support.closure import ROOT
+from tests.support.closure import ROOT, closure
+from tests.support.measured import write_project
+from tests.support.models import FAMILIES
+from tests.support.processes import launch, together
 
 STAGES = ("gradients", "hessian", "activations")
 SETTINGS = {
@@ -279,6 +285,171 @@ def test_what_a_kill_left_while_saving_or_deleting_is_cleared(project, place, st
     assert_same(place / "artifacts/gradients", project / "gradients")
 
 
+# What unfinished sums depend on
+
+
+ELSEWHERE = ("report", "experiments", "scoring", "masks", "networks", "cli", "results", "texts", "allocation", "repair")
+SUMS = [{"w": Sum((2,))}]
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch) -> Path:
+    """A copy of libprune's code, which the sums are taken to depend on."""
+    copy = shutil.copytree(collection.PACKAGE, tmp_path / "libprune", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(collection, "PACKAGE", Path(copy))
+    return Path(copy)
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory) -> Calibration:
+    """A model and its text, on which nothing has been collected."""
+    folder = write_project(FAMILIES["llama"](0), tmp_path_factory.mktemp("calibration"))
+    return set_up(Layout(folder / "artifacts"), Compute(device="cpu", dtype="float32"), None)
+
+
+def edit(code: Path, room: str) -> None:
+    path = sorted((code / room).glob("*.py"))[-1]
+    path.write_text(path.read_text() + "\n# edited\n")
+
+
+def test_the_rooms_are_those_of_the_package(code):
+    folders = {path.parent.name for path in code.glob("*/__init__.py")}
+    assert {*collection.ROOMS, *ELSEWHERE} == folders, "a new room is either of collecting or not"
+    assert not {*collection.ROOMS} & {*ELSEWHERE}
+
+
+def test_a_copy_of_the_code_has_the_same_identity(calibration, code, monkeypatch):
+    copied = sums_identity(calibration, {})
+    monkeypatch.setattr(collection, "PACKAGE", ROOT / "libprune")
+    assert sums_identity(calibration, {}) == copied
+
+
+@pytest.mark.parametrize("room", collection.ROOMS)
+def test_an_edit_of_the_code_that_collects_makes_other_sums(calibration, code, room):
+    before = sums_identity(calibration, {})
+    edit(code, room)
+    assert sums_identity(calibration, {}) != before
+
+
+@pytest.mark.parametrize("room", ELSEWHERE)
+def test_an_edit_elsewhere_does_not_unless_the_room_is_named(calibration, code, room):
+    before, named = sums_identity(calibration, {}), sums_identity(calibration, {}, (room,))
+    assert before != named
+    edit(code, room)
+    assert sums_identity(calibration, {}) == before
+    assert sums_identity(calibration, {}, (room,)) != named
+
+
+@pytest.mark.parametrize("room", [*collection.ROOMS, "repair", "no_such_room"])
+def test_a_room_without_code_is_an_error_and_not_hashed_as_nothing(calibration, code, room):
+    shutil.rmtree(code / room, ignore_errors=True)
+    with pytest.raises(AssertionError, match=f"{room} holds no code"):
+        sums_identity(calibration, {}, ("repair", room))
+
+
+def test_settings_processes_and_passes_are_part_of_the_identity(calibration):
+    others = [
+        sums_identity(calibration, {"a": 1}),
+        sums_identity(calibration, {"a": 2}),
+        sums_identity(replace(calibration, world=World(0, 2)), {}),
+        sums_identity(replace(calibration, at_once=calibration.at_once + 1), {}),
+        sums_identity(replace(calibration, meta=calibration.meta | {"tokens": "others"}), {}),
+        sums_identity(replace(calibration, device=torch.device("meta")), {}),
+    ]
+    assert len({sums_identity(calibration, {}), *others}) == len(others) + 1
+    fewer = replace(calibration, meta=calibration.meta | {"sequences": 2})
+    assert sums_identity(fewer, {}) == sums_identity(calibration, {})
+
+
+@pytest.mark.parametrize(("room", "goes_on"), [("repair", False), ("collection", False), ("allocation", True)])
+def test_sums_go_on_only_if_no_room_that_makes_them_was_edited(
+    calibration, code, tmp_path, monkeypatch, capsys, room, goes_on
+):
+    monkeypatch.setenv("LIBPRUNE_CHECKPOINT_SECONDS", "0")
+    run = replace(calibration, work=tmp_path / "work")
+
+    def collect(stop: bool) -> None:
+        with collecting(run, "levels", tmp_path / "target", SUMS, 1, {}, 3, 1, ("repair",)) as work:
+            for number in work.steps():
+                if stop and number == 2:
+                    raise KeyboardInterrupt
+                work.accumulator.update(0, "w", torch.ones(2), count(1))
+            assert work.accumulator.finish(0)["w"].tolist() == [1, 1]
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(stop=True)
+    edit(code, room)
+    collect(stop=False)
+    assert ("continues from a saved state: 2 of 3 are done" in capsys.readouterr().out) is goes_on
+
+
+COLLECTING = {path.stem: path for path in sorted((ROOT / "stages").glob("*.py")) if "collecting(" in path.read_text()}
+
+
+def rooms_given(path: Path) -> set[str]:
+    """The rooms that a stage gives to `collecting`, read from its code."""
+    place = list(inspect.signature(collecting).parameters).index("rooms")
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "collecting"
+    )
+    given = [*call.args[place : place + 1], *(word.value for word in call.keywords if word.arg == "rooms")]
+    return {room for argument in given for room in ast.literal_eval(argument)}
+
+
+@pytest.mark.parametrize("name", COLLECTING)
+def test_a_stage_names_all_rooms_whose_code_it_runs_and_no_others(name):
+    """The data of the families is in the description of the model, which the sums depend on too."""
+    run = {file.split("/")[1] for file in closure(COLLECTING[name]) if file.startswith("libprune/")}
+    assert {*collection.ROOMS} | rooms_given(COLLECTING[name]) == run - {"families", "__init__.py"}
+
+
+def test_the_stages_that_collect_are_known_and_levels_repairs():
+    assert {*COLLECTING} == {"gradients", "hessian", "activations", "ablation", "sensitivity", "levels"}
+    assert {name: rooms_given(path) for name, path in COLLECTING.items() if rooms_given(path)} == {"levels": {"repair"}}
+
+
+# Batches
+
+
+def test_batches_and_passes_hold_all_that_the_sums_do_not(calibration, tmp_path):
+    lengths = torch.tensor([3, 3, 4, 4, 4, 5])
+    for sequences in (calibration.sequences, Sequences(calibration.sequences.ids, torch.arange(6), lengths)):
+        run = replace(calibration, sequences=sequences, work=tmp_path / "work")
+        with collecting(run, "gradients", tmp_path / "target", SUMS, 4, {}) as work:
+            batches = list(work.batches())
+        assert [(number, first, len(batch)) for number, first, batch in batches] == [(0, 0, 4), (1, 4, 2)]
+        with collecting(run, "gradients", tmp_path / "target", SUMS, 4, {}) as work:
+            passes = list(work.passes())
+        sizes = [4, 2] if sequences.lengths is None else [2, 2, 1, 1]
+        assert [len(one) for _, _, one in passes] == sizes
+        assert [first for _, first, _ in passes] == np.cumsum([0, *sizes[:-1]]).tolist()
+        assert {number for number, _, _ in passes} == {0, 1}
+        for _, first, one in passes:
+            assert torch.equal(one.ids, sequences.ids[first : first + len(one), : one.length])
+
+
+def test_samples_of_a_network_come_in_batches_as_sequences_do(calibration, tmp_path):
+    samples = Samples(torch.randn(5, 2), torch.arange(5))
+    run = Run(
+        architecture=calibration.architecture,
+        weights=calibration.weights,
+        sequences=samples,
+        device=calibration.device,
+        compute=calibration.compute,
+        world=calibration.world,
+        meta={},
+        work=tmp_path / "work",
+        at_once=2,
+    )
+    assert run.unit == "sample"
+    with collecting(run, "gradients", tmp_path / "target", SUMS, 2, {}) as work:
+        batches = list(work.batches())
+    assert [(number, first) for number, first, _ in batches] == [(0, 0), (1, 2), (2, 4)]
+    assert torch.equal(torch.cat([batch.inputs for _, _, batch in batches]), samples.inputs)
+
+
 # Bytes
 
 
@@ -308,23 +479,6 @@ def test_sums_that_would_take_half_of_the_memory_are_mapped_from_disk(monkeypatc
     assert_same(place / "artifacts/gradients", project / "gradients")
 
 
-def test_mapped_sums_hold_one_layer_in_memory_at_a_time(tmp_path):
-    """Resident memory after every layer was written to, against all layers' sums."""
-    groups = [{"w": Sum((1000, 1000))} for _ in range(40)]  # 160 MB
-    sums = accumulator.Accumulator(groups, tmp_path)
-    before, most = resident(), 0
-    for group in range(len(groups)):
-        sums.update(group, "w", torch.ones(1000, 1000), count(1))
-        most = max(most, resident() - before)
-    assert most < 60_000_000
-    assert all(float(sums.finish(group)["w"].sum()) == 1e6 for group in range(len(groups)))
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 # Ways of running
 
 
@@ -336,64 +490,6 @@ def test_ways_to_save_memory_change_no_bit(project, place, name, setting):
     assert_same(place / "artifacts" / name, project / name)
 
 
-def described(project: Path) -> tuple[Architecture, PreTrainedModel]:
-    architecture = Architecture.from_json((project / "artifacts/architecture.json").read_text())
-    return architecture, load_model(project / "artifacts/model", torch.float32)
-
-
-def test_offloaded_weights_are_on_the_device_only_while_their_map_works(project):
-    architecture, model = described(project)
-    memory.offload_maps(model, architecture, torch.device("cpu"))
-    memory.recompute_layers(model, architecture)
-    maps = [model.get_submodule(entry.module) for entry in architecture.maps]
-    seen = []
-    for module in maps:
-        module.register_forward_hook(lambda m, args, output: seen.append(output.shape))
-    ids = torch.ones(1, 3, dtype=torch.long)
-    with torch.no_grad():
-        model(ids)
-    assert len(seen) == len(maps)
-    assert {module.weight.device.type for module in maps} == {"meta"}
-    model.requires_grad_(False)
-    model.get_input_embeddings().register_forward_hook(lambda m, args, output: output.requires_grad_(True))
-    model(ids).logits.sum().backward()
-    assert len(seen) == 3 * len(maps)
-    assert {module.weight.device.type for module in maps} == {"meta"}
-
-
-def launch(place: Path, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in two processes under torchrun, with gloo."""
-    (place / "program.py").write_text(HEAD + program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
-    everything = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, cwd=place, env=everything, capture_output=True, text=True, check=False)
-
-
-def together(python: Path, place: Path, program: str, **environment: str) -> list[str]:
-    """What the two processes say of a program that ends well; as `launch`, without the launcher and its imports."""
-    (place / "program.py").write_text(HEAD + program)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    everything = os.environ | {"PYTHONPATH": str(ROOT)} | meeting | environment
-    ranks = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for rank in "01"]
-    processes = [
-        subprocess.Popen([python, "program.py"], cwd=place, env=everything | rank, stdout=PIPE, stderr=PIPE, text=True)
-        for rank in ranks
-    ]
-    said = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    return [out for out, _ in said]
-
-
-HEAD = """
-import os
-from pathlib import Path
-from importlib import import_module
-
-def run(name):
-    import_module("stages." + name).main(Path("params.yaml"), Path("artifacts"))
-"""
 ALL = "".join(f"run({name!r})\n" for name in TOGETHER)
 SHARDED = """
 import torch

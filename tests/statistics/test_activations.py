@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from libprune.collection.accumulator import Accumulator
-from libprune.collection.input_records import HELD_OUT_TOKENS
+from libprune.collection.records import HELD_OUT_TOKENS
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import StatisticsError
 from libprune.statistics.activations import ACTIVE, HISTOGRAM_STRIDE, NORMS, activation_columns

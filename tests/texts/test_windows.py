@@ -2,14 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from libprune.engine.errors import ArtifactError, SourceError
-from libprune.models.sequences import Sequences
-from libprune.models.tokens import read_tokens, write_tokens
+from libprune.engine.errors import SourceError
 from libprune.texts.windows import Windows, draw, split_documents, spread, windows
 from tests.support.tiny import WORDS, write_model
 
@@ -105,25 +102,3 @@ def test_windows_of_documents_apart_are_those_of_each_document_by_itself(tokeniz
     np.testing.assert_array_equal(found.ids, np.concatenate(alone))
     assert found.documents == len(documents)
     assert found.skipped == sum(len(ids_of(document)) < length for document in documents)
-
-
-def test_tokens_come_back_and_those_of_another_model_are_refused(tmp_path):
-    path = tmp_path / "tokens.parquet"
-    write_tokens(path, Sequences(torch.from_numpy(IDS)), {"model": "here", "source": "a text"})
-    found, meta = read_tokens(path, "here")
-    np.testing.assert_array_equal(found.ids, IDS)
-    assert (meta["source"], meta["sequences"], meta["length"]) == ("a text", 20, 3)
-    np.testing.assert_array_equal(read_tokens(path, "here", 4)[0].ids, IDS[:4])
-    with pytest.raises(ArtifactError, match="belongs to model 'here', but the current model is 'elsewhere'"):
-        read_tokens(path, "elsewhere")
-    with pytest.raises(SourceError, match=r"21 calibration sequences are asked for, .* holds 20; raise tokenize\."):
-        read_tokens(path, "here", 21)
-
-
-def test_the_digest_names_the_tokens(tmp_path):
-    digests = []
-    for ids in (IDS, IDS.copy(), IDS + 1, IDS[:10]):
-        write_tokens(tmp_path / "tokens.parquet", Sequences(torch.from_numpy(ids)), {"model": "here"})
-        digests.append(read_tokens(tmp_path / "tokens.parquet", "here")[1]["tokens"])
-    assert digests[0] == digests[1]
-    assert len(set(digests)) == 3

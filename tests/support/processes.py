@@ -1,0 +1,45 @@
+"""Programs that run in two processes, in the folder of a project."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
+
+from tests.support.closure import ROOT
+
+HEAD = """
+import os
+from pathlib import Path
+from importlib import import_module
+
+def run(name):
+    import_module("stages." + name).main(Path("params.yaml"), Path("artifacts"))
+"""
+"""The beginning of every program; `run` runs a stage by its name."""
+
+
+def launch(place: Path, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes under torchrun, with gloo."""
+    (place / "program.py").write_text(HEAD + program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
+    everything = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, cwd=place, env=everything, capture_output=True, text=True, check=False)
+
+
+def together(python: Path, place: Path, program: str, **environment: str) -> list[str]:
+    """Run a program that ends well in two processes, without the launcher and its imports; return what each prints."""
+    (place / "program.py").write_text(HEAD + program)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    everything = os.environ | {"PYTHONPATH": str(ROOT)} | meeting | environment
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for rank in "01"]
+    processes = [
+        subprocess.Popen([python, "program.py"], cwd=place, env=everything | rank, stdout=PIPE, stderr=PIPE, text=True)
+        for rank in ranks
+    ]
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return [out for out, _ in said]
