@@ -1,0 +1,44 @@
+"""The windows of a layout: calibration and evaluation tokens, drawn from the texts for the model to be pruned."""
+
+from transformers import AutoTokenizer
+
+from libprune.models.folder import load_config, require_positions
+from libprune.models.tokens import write_tokens
+from libprune.pipeline.artifacts import read_architecture, require
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.sections import Tokenize
+from libprune.texts.draw import draw_texts
+from libprune.texts.labels import draw_examples
+from libprune.texts.self_text import SelfText
+
+
+def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -> list[str]:
+    """Draw calibration sequences and evaluation windows from disjoint documents, and write their tokens.
+
+    Args:
+        layout: holds the model and its description; the tokens are written into it.
+        params: which texts, and how much of them.
+        device: where the model runs if it writes the text itself, as `compute.device`.
+        dtype: the type that it computes in then, as `compute.dtype`.
+
+    Returns:
+        A sentence for each of the two texts.
+
+    Raises:
+        LibpruneError: if the model is missing, a text cannot be read or is too short, or the windows are longer than
+            the model's positions.
+    """
+    architecture = read_architecture(layout)
+    config = load_config(require(layout.model, "prepare"))
+    lengths = ("calibration_length", "evaluation_length")
+    require_positions(config, architecture, {f"tokenize.{name}": getattr(params, name) for name in lengths})
+    tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
+    writer = SelfText(layout, architecture, tokenizer, device, dtype)
+    if architecture.head == "sequence_classification":
+        calibration, evaluation = draw_examples(params, tokenizer, config)
+    else:
+        calibration, evaluation = draw_texts(params, tokenizer, writer.sample, architecture.head)
+    for path, drawn in ((layout.calibration_tokens, calibration), (layout.evaluation_tokens, evaluation)):
+        write_tokens(path, drawn.sequences, {"model": architecture.fingerprint} | drawn.provenance)
+    writer.forget()
+    return [calibration.sentence("calibration"), evaluation.sentence("evaluation")]
