@@ -8,7 +8,7 @@ from libprune.pipeline import stage
 def main(
     params: stage.ParamsFile = stage.PARAMS,
     artifacts: stage.Root = stage.ROOT,
-    metrics: stage.Metrics = stage.METRICS,
+    metrics: stage.MetricsFolder = stage.METRICS,
 ) -> None:
     """Turn scores and a budget into a plan."""
     import typer

@@ -6,7 +6,7 @@ from libprune.pipeline import stage
 def main(
     params: stage.ParamsFile = stage.PARAMS,
     artifacts: stage.Root = stage.ROOT,
-    metrics: stage.Metrics = stage.METRICS,
+    metrics: stage.MetricsFolder = stage.METRICS,
 ) -> None:
     """Measure both models on the evaluation windows, and time them alternately."""
     from libprune.pipeline.layout import Layout

@@ -6,7 +6,7 @@ from libprune.pipeline import stage
 def main(
     params: stage.ParamsFile = stage.PARAMS,
     artifacts: stage.Root = stage.ROOT,
-    metrics: stage.Metrics = stage.METRICS,
+    metrics: stage.MetricsFolder = stage.METRICS,
 ) -> None:
     """Repair, slice and write the pruned model, reload it in a fresh process and compare its logits."""
     import typer

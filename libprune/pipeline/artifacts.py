@@ -1,4 +1,4 @@
-"""Reading and writing artifacts: JSON and Parquet, and what each says of the model and the text it was made from."""
+"""Reading and writing artifacts: JSON and Parquet, with the digests of the model and the text they were made from."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     """The content of a JSON file.
 
     Raises:
-        ArtifactError: naming the stage that makes it.
+        ArtifactError: if it is missing or damaged; the message names the stage that makes it.
     """
     with damage(path, stage):
         content: dict[str, Any] = json.loads(require(path, stage).read_text())
@@ -49,7 +49,7 @@ def require(path: Path, stage: str) -> Path:
     """The path, if it exists.
 
     Raises:
-        ArtifactError: naming the stage that makes it.
+        ArtifactError: if it does not; the message names the stage that makes it.
     """
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; run `dvc repro {stage}` first")
@@ -62,7 +62,7 @@ def encode_meta(meta: Mapping[str, Any]) -> dict[str, str]:
 
 
 def decode_meta(path: Path, raw: Mapping[str, str] | None, stage: str) -> dict[str, Any]:
-    """What `encode_meta` wrote.
+    """The metadata that `encode_meta` put into the header of a file.
 
     Raises:
         ArtifactError: if the file was not written by libprune.
@@ -85,7 +85,7 @@ def read_table(path: Path, stage: str) -> tuple[Columns, dict[str, Any]]:
     """Columns and metadata of a Parquet table.
 
     Raises:
-        ArtifactError: if it is missing or was not written by libprune.
+        ArtifactError: if it is missing, damaged, or was not written by libprune.
     """
     with damage(path, stage):
         table = pq.read_table(require(path, stage), page_checksum_verification=True)
@@ -97,7 +97,7 @@ def same_origin(path: Path, meta: Mapping[str, Any], expected: Mapping[str, Any]
     """Check that an artifact was made from the expected model (and text).
 
     Raises:
-        ArtifactError: naming both.
+        ArtifactError: if another model or text is recorded in it, or none; the message names both.
     """
     for key, value in expected.items():
         if meta.get(key) != value:
@@ -133,8 +133,8 @@ def write_units(
     Args:
         target: the Parquet file.
         architecture: the model's description.
-        columns_of: the named per-unit arrays ``[units]`` of a (layer, part).
-        meta: origin of the values.
+        columns_of: the named per-unit arrays ``[units]`` of a block, by its layer and part.
+        meta: metadata of the table, with the origin of the values.
     """
     blocks = [columns_of(layer, part) for layer, part in architecture.blocks()]
     columns: Columns = {name: np.concatenate([np.asarray(block[name]) for block in blocks]) for name in blocks[0]}
@@ -145,7 +145,7 @@ def read_plan(layout: Layout, architecture: Architecture) -> tuple[Plan, dict[st
     """The plan and its metadata.
 
     Raises:
-        ArtifactError: if it belongs to another model or lacks a unit.
+        ArtifactError: if it is missing, belongs to another model or lacks a unit.
     """
     table, meta = read_table(layout.plan, "allocate")
     same_origin(layout.plan, meta, {"model": architecture.fingerprint})

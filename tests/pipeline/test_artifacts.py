@@ -32,7 +32,7 @@ from libprune.pipeline.artifacts import (
     write_units,
 )
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.shards import read_meta, read_tensor, shard, write_shard
+from libprune.pipeline.shards import read_meta, read_tensor, shard_path, write_shard
 from libprune.pipeline.writing import write_json, writing, writing_folder
 from tests.support.models import FAMILIES
 
@@ -293,7 +293,7 @@ def test_files_that_libprune_did_not_write_are_refused(tmp_path):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "t.parquet")
     with pytest.raises(ArtifactError, match=r"t\.parquet carries no libprune metadata.*dvc repro stage"):
         read_table(tmp_path / "t.parquet", "stage")
-    save_file({"w": torch.ones(1)}, shard(tmp_path, 0))
+    save_file({"w": torch.ones(1)}, shard_path(tmp_path, 0))
     with pytest.raises(ArtifactError, match=r"layer-000\.safetensors carries no libprune metadata"):
         read_meta(tmp_path, "stage")
 
@@ -335,7 +335,7 @@ def test_a_flipped_bit_is_harmless_or_damage(tmp_path, table_bytes, share, bit):
 @pytest.mark.parametrize("read", [partial(read_meta, stage="s"), partial(read_tensor, layer=0, name="w", stage="s")])
 def test_a_shard_that_was_cut_off_is_damaged(tmp_path, architecture, read):
     write_shard(tmp_path, 0, {"w": torch.ones(9)}, {})
-    shard(tmp_path, 0).write_bytes(shard(tmp_path, 0).read_bytes()[:-7])
+    shard_path(tmp_path, 0).write_bytes(shard_path(tmp_path, 0).read_bytes()[:-7])
     with pytest.raises(ArtifactError, match=r"layer-000\.safetensors is damaged"):
         read(tmp_path)
 
