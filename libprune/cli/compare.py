@@ -18,7 +18,7 @@ OUT = Path("report/compare")
 
 
 @app.callback()
-def compare(context: typer.Context, out: Out = OUT, all_commits: AllCommits = False) -> None:
+def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: AllCommits = False) -> None:
     """Show DVC's experiments and the workspace as one table and one picture, the lowest perplexity first."""
     if context.invoked_subcommand is not None:
         return
