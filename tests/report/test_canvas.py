@@ -10,9 +10,7 @@ import numpy as np
 
 from libprune.report.canvas import png
 from libprune.report.cut_pictures import draw_kept_share, draw_sensitivity
-from libprune.report.gradient_pictures import (
-    draw_grad_comparison,
-)
+from libprune.report.gradient_pictures import draw_grad_comparison
 from tests.support.closure import ROOT
 from tests.support.tables import PLAN_META, gradient_rows, plan_rows, sensitivity_rows
 
