@@ -1,6 +1,7 @@
 """Reading and writing artifacts: JSON and Parquet, with the digests of the model and the text they were made from."""
 
 import json
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,10 +88,28 @@ def read_table(path: Path, stage: str) -> tuple[Columns, dict[str, Any]]:
     Raises:
         ArtifactError: if it is missing, damaged, or was not written by libprune.
     """
-    with damage(path, stage):
-        table = pq.read_table(require(path, stage), page_checksum_verification=True)
+    with damage(path, stage), pq.ParquetFile(require(path, stage), page_checksum_verification=True) as file:
+        table = file.read()
         raw = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        return {name: table[name].to_numpy() for name in table.column_names}, decode_meta(path, raw, stage)
+        meta = decode_meta(path, raw, stage)
+        _require_one_schema(file, table)
+        return {name: table[name].to_numpy() for name in table.column_names}, meta
+
+
+def _require_one_schema(file: pq.ParquetFile, table: pa.Table) -> None:
+    """Stop where the footer, which has no checksum, contradicts itself: it holds rows, names and types twice.
+
+    Raises:
+        ValueError: if it does, or names a type that no artifact has.
+    """
+    written = pa.ipc.read_schema(pa.py_buffer(b64decode(file.metadata.metadata[b"ARROW:schema"])))
+    same = (written.names, written.types, file.metadata.num_rows) == (
+        table.schema.names,
+        table.schema.types,
+        len(table),
+    )
+    if not same or any(map(pa.types.is_temporal, written.types)):
+        raise ValueError("the footer contradicts itself")
 
 
 def same_origin(path: Path, meta: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

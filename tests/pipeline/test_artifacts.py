@@ -180,16 +180,27 @@ def test_a_table_that_was_cut_off_is_damaged(tmp_path, table_bytes, share):
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.floats(0, 0.999), st.integers(0, 7))
 def test_a_flipped_bit_is_harmless_or_damage(tmp_path, table_bytes, share, bit):
+    require_harmless_or_damage(tmp_path, table_bytes, int(share * len(table_bytes)), bit)
+
+
+def test_a_flipped_bit_of_a_name_or_type_in_the_footer_is_harmless_or_damage(tmp_path, table_bytes):
+    start = table_bytes.index(b"schema")
+    for at in range(start, start + 40):
+        for bit in range(8):
+            require_harmless_or_damage(tmp_path, table_bytes, at, bit)
+
+
+def require_harmless_or_damage(folder: Path, table_bytes: bytes, at: int, bit: int) -> None:
     damaged = bytearray(table_bytes)
-    damaged[int(share * len(damaged))] ^= 1 << bit
-    (tmp_path / "whole.parquet").write_bytes(table_bytes)
-    (tmp_path / "t.parquet").write_bytes(damaged)
+    damaged[at] ^= 1 << bit
+    (folder / "whole.parquet").write_bytes(table_bytes)
+    (folder / "t.parquet").write_bytes(damaged)
     try:
-        found, _ = read_table(tmp_path / "t.parquet", "score")
+        table, _ = read_table(folder / "t.parquet", "score")
     except ArtifactError:
         return
-    expected, _ = read_table(tmp_path / "whole.parquet", "score")
-    assert {name: values.tolist() for name, values in found.items()} == {
+    expected, _ = read_table(folder / "whole.parquet", "score")
+    assert {name: values.tolist() for name, values in table.items()} == {
         name: values.tolist() for name, values in expected.items()
     }
 
