@@ -18,9 +18,9 @@ def main(
     from libprune.allocation.block_worth import with_worth
     from libprune.allocation.evidence import read_evidence
     from libprune.pipeline.artifacts import read_architecture, read_table, same_origin, write_table
+    from libprune.pipeline.atomic import write_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
-    from libprune.pipeline.writing import write_json
 
     layout, everything = Layout(artifacts), load_params(params)
     settings = everything.allocate

@@ -9,9 +9,9 @@ def main(
     metrics: stage.MetricsFolder = stage.METRICS,
 ) -> None:
     """Measure both models on the evaluation windows, and time them alternately."""
+    from libprune.pipeline.atomic import write_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
-    from libprune.pipeline.writing import write_json
     from libprune.results.evaluate import evaluate, headline_metrics
 
     layout, settings = Layout(artifacts), load_params(params)

@@ -11,9 +11,9 @@ def main(
     """Repair, slice and write the pruned model, reload it in a fresh process and compare its logits."""
     import typer
 
+    from libprune.pipeline.atomic import write_json, writing_folder
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
-    from libprune.pipeline.writing import write_json, writing_folder
     from libprune.repair.repairs import print_fits
     from libprune.results.prune import prune
 

@@ -26,8 +26,8 @@ def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: All
     from libprune.experiments.dvc_experiments import comparable
     from libprune.experiments.sweep_picture import write_picture
     from libprune.experiments.sweep_table import csv_text, markdown_text, params_diff, remarks, table
+    from libprune.pipeline.atomic import writing
     from libprune.pipeline.terminal import text_table
-    from libprune.pipeline.writing import writing
 
     with stage.user_errors():
         rows, left_out = comparable(all_commits)

@@ -103,7 +103,7 @@ def _extract_model(model: Path, masks: Path | None, out: Path) -> list[str]:
     from libprune.masks.extraction import extraction, write_extraction
     from libprune.masks.files import read_masked
     from libprune.masks.inspection import inspection, removed, require_units
-    from libprune.pipeline.writing import writing_folder
+    from libprune.pipeline.atomic import writing_folder
     from libprune.report.programs import how_to_load
 
     extracted = extraction(read_masked(model, masks))
@@ -123,7 +123,7 @@ def _extract_model(model: Path, masks: Path | None, out: Path) -> list[str]:
 def export(source: Source, out: MasksOut, model: Dense = None, orig: Orig = False) -> None:
     """Write a plan as masks for torch.nn.utils.prune, by the names of the dense model's parameters."""
     from libprune.masks.export import export_masks
-    from libprune.pipeline.writing import writing
+    from libprune.pipeline.atomic import writing
 
     with stage.user_errors(), writing(out) as partial:
         count = export_masks(source, model or source.parent / "model", partial, orig)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from libprune.collection.records import Field, State, Statistic
 from libprune.engine.errors import LibpruneError
-from libprune.pipeline.writing import remove
+from libprune.pipeline.atomic import remove
 
 Group = Mapping[str, Statistic]
 """Statistics by name; one group a layer, and one for the whole model at the end."""

@@ -38,9 +38,9 @@ from libprune.models.memory import fits_in_memory, require_room
 from libprune.models.parallel import World
 from libprune.models.sequences import Pass, Sequences
 from libprune.pipeline.artifacts import damage, write_table
+from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.shards import write_shard
 from libprune.pipeline.terminal import gigabytes
-from libprune.pipeline.writing import remove, writing_folder
 
 ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
 RowsOf = Callable[[Architecture, Mapping[str, Tensor], int], Columns]

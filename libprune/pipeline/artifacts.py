@@ -16,8 +16,8 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, check_rows, column, split_blocks, unit_index
+from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.writing import writing
 
 _KEY = "libprune"
 

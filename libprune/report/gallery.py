@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from libprune.engine.tables import Columns
-from libprune.pipeline.writing import writing_folder
+from libprune.pipeline.atomic import writing_folder
 from libprune.report import cut_pictures, gradient_pictures
 from libprune.report.canvas import Figure, draw_note, png
 from libprune.report.gradient_text import Diagnosis, gradient_report

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from libprune.pipeline.artifacts import read_json, read_table, same_origin
+from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.writing import writing
 from libprune.report.gallery import cut_gallery, gradient_gallery, sensitivity_gallery, write_gallery
 from libprune.report.markdown import Picture
 from libprune.report.page import html_page

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from libprune.cli.main import app
+from libprune.pipeline.atomic import write_json
 from libprune.pipeline.terminal import text_table
-from libprune.pipeline.writing import write_json
 from libprune.report.headline import HEADER, headline
 from libprune.report.programs import how_to_load
 from tests.support import tiny

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from libprune.engine.errors import ArtifactError
+from libprune.pipeline.atomic import writing_folder
 from libprune.pipeline.shards import read_meta, read_tensor, shard_path, write_shard
-from libprune.pipeline.writing import writing_folder
 from tests.support.files import tree
 
 

@@ -14,8 +14,8 @@ from libprune.engine.tables import unit_index
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import write_tokens
 from libprune.pipeline.artifacts import write_table
+from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.writing import write_json
 from libprune.report.gallery import NAMES
 from libprune.report.publish import publish_report
 from tests.support.evaluated import EVALUATION, changed

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from libprune.pipeline.artifacts import read_json, write_table
-from libprune.pipeline.writing import write_json, writing, writing_folder
+from libprune.pipeline.atomic import write_json, writing, writing_folder
 from tests.support.files import tree
 
 

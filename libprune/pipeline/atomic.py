@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all.
+"""Atomic writes: files and folders appear whole or not at all.
 
 Nothing is ever opened for writing in place: outputs may be hard links into a cache.
 """
