@@ -23,13 +23,13 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
     from libprune.pipeline.artifacts import read_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.terminal import text_table
-    from libprune.report.headline import HEADER, headline
+    from libprune.report.headline import HEADER, headline_rows
     from libprune.report.programs import how_to_load
 
     layout = Layout(artifacts)
     with stage.user_errors():
         result = read_json(layout.evaluation, "evaluate")
-    typer.echo(text_table(headline(result), HEADER))
+    typer.echo(text_table(headline_rows(result), HEADER))
     load = how_to_load(str(layout.pruned), result["plan"]["shape"], result["model"]["head"])
     typer.echo(f"\nmodel:  {layout.pruned}\nload:   {load}\nreport: report/report.html")
 

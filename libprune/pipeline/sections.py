@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 
 class Prepare(Section):
-    """Where the dense model comes from."""
+    """The source of the dense model."""
 
     model: str
     """`package://NAME/path/file.gguf`, a local folder, a local GGUF file, or a hub id."""
@@ -82,7 +82,7 @@ class Tokenize(Section):
     evaluation_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of an evaluation window."""
     label_column: str | None = None
-    """Column of the labels, for a model that tells classes apart; null: `label`."""
+    """Column of the labels, for a sequence classification model; null: `label`."""
     seed: Floor = 0
     """Seed of the calibration sequences, and of the tokens that are masked for a model of masked tokens."""
 
@@ -287,7 +287,7 @@ class Allocate(Section):
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
     """Share to remove; null: the share that `method: retention` decides."""
     ratio_of: Literal["decoder", "total"] = "decoder"
-    """What the share is counted in: the layers alone (`decoder`), or the whole model (`total`)."""
+    """Scope of the share: the layers alone (`decoder`), or the whole model (`total`)."""
     objective: Literal["parameters", "macs", "cache", "latency"] = "parameters"
     """Quantity that the ratio is a share of: parameters (and so bytes), multiply-accumulates a token, bytes of the KV
     cache, or time of a forward pass on this machine (the latency stage)."""

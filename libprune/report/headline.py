@@ -20,7 +20,7 @@ PERPLEXITY = {
 _CACHE = {"KV cache, bytes a token": "cache_bytes"}
 
 
-def headline(result: Metrics) -> Rows:
+def headline_rows(result: Metrics) -> Rows:
     """Rows of the headline table, under `HEADER`.
 
     Args:

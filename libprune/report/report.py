@@ -7,7 +7,7 @@ from itertools import groupby
 from libprune.pipeline.terminal import Rows
 from libprune.report.cautions import find_cautions
 from libprune.report.gradient_text import ratio_text
-from libprune.report.headline import HEADER, Metrics, describe_protocol, headline, summarize
+from libprune.report.headline import HEADER, Metrics, describe_protocol, headline_rows, summarize
 from libprune.report.markdown import Picture, code, markdown_table, picture_paragraphs
 from libprune.report.programs import describe_loading
 from libprune.report.provenance import Provenance
@@ -53,7 +53,7 @@ def compose_report(
 
 def _opening(result: Metrics) -> Section:
     """The title, the summary, and the headline table with the protocol of its measurements."""
-    table = markdown_table(headline(result), HEADER)
+    table = markdown_table(headline_rows(result), HEADER)
     return ["# Pruning report", summarize(result), table, describe_protocol(result["protocol"])]
 
 
@@ -120,7 +120,7 @@ def _scores(pictures: Sequence[Picture]) -> Section:
 
 
 def _gradients(result: Metrics, ratio: float | None, pictures: Sequence[Picture]) -> Section:
-    """How the gradients differ between layers, and the fix that allocate applied to them."""
+    """The differences of the gradients between layers, and the fix that allocate applied to them."""
     shown = _shown(pictures, *_GRADIENTS)
     if ratio is None or not shown:
         return []
@@ -155,7 +155,7 @@ def _repair(errors: Metrics) -> Section:
 
 
 def _continuations(result: Metrics) -> Section:
-    """The same beginnings as both models continue them, and as the text goes on."""
+    """Continuations of the same beginnings by both models, beside the text itself."""
     shown = result["continuations"]
     if not shown:
         return []

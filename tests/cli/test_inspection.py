@@ -54,12 +54,12 @@ def test_a_share_that_the_floors_forbid_is_shown_as_refused(tmp_path):
 def test_a_model_is_described_from_its_config_as_from_its_weights(tmp_path, name):
     model = FAMILIES[name](0)
     model.config.save_pretrained(tmp_path)
-    found = inspect_model(params_for(str(tmp_path), None, False, None))
-    assert found.architecture == describe(model)
-    assert found.shapes[0].total == sum(parameter.numel() for parameter in model.parameters())
-    data = json.loads(json.dumps(as_data(found)))
+    inspection = inspect_model(params_for(str(tmp_path), None, False, None))
+    assert inspection.architecture == describe(model)
+    assert inspection.shapes[0].total == sum(parameter.numel() for parameter in model.parameters())
+    data = json.loads(json.dumps(as_data(inspection)))
     by_part = sum(part["parameters"] for part in data["parts"].values())
-    assert by_part + data["outside"] == data["total_parameters"] == found.shapes[0].total
+    assert by_part + data["outside"] == data["total_parameters"] == inspection.shapes[0].total
     assert [stage["stage"] for stage in data["stages"]][-1] == "report"
 
 
@@ -67,9 +67,9 @@ def test_the_params_file_decides_what_is_collected_and_may_be_named(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     model = str(write_config(tmp_path / "model", CONFIGS["SmolLM2-135M"]))
     tiny.write_params(tmp_path / "params.yaml", "another", "text", gradients={"sequences": 5})
-    found = params_for(model, "main", True, None)
-    assert (found.prepare.model, found.prepare.revision, found.prepare.trust_remote_code) == (model, "main", True)
-    assert found.gradients.sequences == 5
+    params = params_for(model, "main", True, None)
+    assert (params.prepare.model, params.prepare.revision, params.prepare.trust_remote_code) == (model, "main", True)
+    assert params.gradients.sequences == 5
     tiny.write_params(tmp_path / "other.yaml", "another", "text", gradients={"sequences": 6})
     assert params_for(model, None, False, tmp_path / "other.yaml").gradients.sequences == 6
     with pytest.raises(ParamsError, match=r"missing\.yaml does not exist"):

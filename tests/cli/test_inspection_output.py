@@ -12,9 +12,9 @@ def test_a_published_config_alone_is_enough_and_fits_a_hundred_columns(tmp_path,
     monkeypatch.chdir(tmp_path)
     smaller = {"num_hidden_layers": 2, "intermediate_size": 256, "torch_dtype": "bfloat16"}
     write_config(tmp_path / "model", CONFIGS["Llama-3.1-8B"] | smaller)
-    found = inspect_model(params_for("model", None, False, None))
-    shown = as_text(found)
-    assert f"{found.architecture.total_parameters:,}" in shown
+    inspection = inspect_model(params_for("model", None, False, None))
+    shown = as_text(inspection)
+    assert f"{inspection.architecture.total_parameters:,}" in shown
     assert "stored as bfloat16" in shown
     assert "a stock config says 1, 2, 4, 8" in shown
     assert max(map(len, shown.splitlines())) <= 100

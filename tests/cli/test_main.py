@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from libprune.cli.main import app
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.terminal import text_table
-from libprune.report.headline import HEADER, headline
+from libprune.report.headline import HEADER, headline_rows
 from libprune.report.programs import how_to_load
 from tests.support import tiny
 from tests.support.evaluated import EVALUATION, changed
@@ -41,7 +41,7 @@ def test_a_result_is_shown_with_its_place_and_the_line_that_loads_it(tmp_path, s
     done = CliRunner().invoke(app, ["show", "--artifacts", str(tmp_path)])
     assert done.exit_code == 0
     table, _, places = done.output.partition("\n\n")
-    assert table == text_table(headline(EVALUATION), HEADER)
+    assert table == text_table(headline_rows(EVALUATION), HEADER)
     assert places.splitlines() == [
         f"model:  {tmp_path / 'pruned'}",
         f"load:   {how_to_load(str(tmp_path / 'pruned'), shape, 'causal_lm')}",

@@ -71,11 +71,11 @@ def test_columns_come_back_with_their_types(tmp_path):
         "rows": np.arange(6).reshape(3, 2),
     }
     write_table(tmp_path / "t.parquet", columns, {})
-    found, _ = read_table(tmp_path / "t.parquet", "stage")
-    assert list(found) == list(columns)
+    table, _ = read_table(tmp_path / "t.parquet", "stage")
+    assert list(table) == list(columns)
     for name, values in columns.items():
-        np.testing.assert_array_equal(np.stack(list(found[name])), values)
-        assert name == "rows" or found[name].dtype == values.dtype
+        np.testing.assert_array_equal(np.stack(list(table[name])), values)
+        assert name == "rows" or table[name].dtype == values.dtype
 
 
 def test_equal_content_gives_equal_bytes(tmp_path):

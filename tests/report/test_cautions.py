@@ -36,8 +36,8 @@ WARNED = {
 @pytest.mark.parametrize("case", WARNED)
 def test_what_should_make_a_reader_careful_is_a_warning(case):
     result, expected = WARNED[case]
-    found = find_cautions(result, PROVENANCE.text)
-    assert len(found) == len(expected)
-    for line, words in zip(found, expected, strict=True):
+    lines = find_cautions(result, PROVENANCE.text)
+    assert len(lines) == len(expected)
+    for line, words in zip(lines, expected, strict=True):
         assert words in line
         assert f"- {line}\n" in report_of(result)

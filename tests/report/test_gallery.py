@@ -18,9 +18,9 @@ GRADIENTS = {
 
 @pytest.mark.parametrize("kind", GRADIENTS)
 def test_every_table_of_gradients_is_drawn(kind):
-    found = gradient_gallery(GRADIENTS[kind])
-    assert [picture.name for picture in found] == ["grad_dist", "grad_heatmap", "grad_comparison", "layer_variance"]
-    assert all(picture.png.startswith(b"\x89PNG") and picture.caption for picture in found)
+    pictures = gradient_gallery(GRADIENTS[kind])
+    assert [picture.name for picture in pictures] == ["grad_dist", "grad_heatmap", "grad_comparison", "layer_variance"]
+    assert all(picture.png.startswith(b"\x89PNG") and picture.caption for picture in pictures)
 
 
 SCORES = {

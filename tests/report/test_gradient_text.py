@@ -12,14 +12,14 @@ from tests.support.tables import gradient_rows
 
 @pytest.mark.parametrize(("layers", "batches"), [(1, 1), (3, 1), (4, 6)])
 def test_the_summary_of_layers_follows_its_definitions(layers, batches):
-    rows, found = gradient_rows(layers, batches), layer_summary(gradient_rows(layers, batches))
+    rows, summary = gradient_rows(layers, batches), layer_summary(gradient_rows(layers, batches))
     for i in range(layers):
         here = [k for k in range(len(rows["batch"])) if rows["layer_idx"][k] == i]
         by_batch = [fmean(rows["mean_abs"][k] for k in here if rows["batch"][k] == b) for b in range(batches)]
-        assert found["mean_abs"][i] == pytest.approx(fmean(by_batch))
-        assert found["std"][i] == pytest.approx(fmean(rows["std"][k] ** 2 for k in here) ** 0.5)
+        assert summary["mean_abs"][i] == pytest.approx(fmean(by_batch))
+        assert summary["std"][i] == pytest.approx(fmean(rows["std"][k] ** 2 for k in here) ** 0.5)
         variation = stdev(by_batch) / fmean(by_batch) if batches > 1 else float("nan")
-        assert found["variation"][i] == pytest.approx(variation, nan_ok=True)
+        assert summary["variation"][i] == pytest.approx(variation, nan_ok=True)
 
 
 def test_the_text_has_every_layers_figures_the_ratio_and_the_advice():

@@ -1,11 +1,11 @@
 """The headline and its summary hold the measured numbers."""
 
-from libprune.report.headline import headline, summarize
+from libprune.report.headline import headline_rows, summarize
 from tests.support.evaluated import EVALUATION
 
 
 def test_the_headline_holds_the_measured_numbers():
-    rows = {row[0]: row[1:] for row in headline(EVALUATION)}
+    rows = {row[0]: row[1:] for row in headline_rows(EVALUATION)}
     assert rows["perplexity"] == ("20.74 ± 0.31", "26.37 ± 0.41", "× 1.272 ± 0.009")
     assert rows["decoder parameters"] == ("106,168,320", "84,934,656", "-20.0 %")
     assert rows["all parameters"] == ("134,515,008", "113,281,344", "-15.8 %")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.report.headline import HEADER, headline, summarize
+from libprune.report.headline import HEADER, headline_rows, summarize
 from libprune.report.markdown import markdown_table
 from libprune.report.page import html_page
 from libprune.report.programs import how_to_load
@@ -19,7 +19,7 @@ from tests.support.page import SKELETON, TABLE, Page
 @pytest.mark.parametrize("shape", ["uniform", "per_layer"])
 def test_the_report_says_what_was_cut_what_it_cost_and_how_to_load_it(shape):
     text = report_of(changed(plan={"shape": shape}))
-    assert markdown_table(headline(EVALUATION), HEADER) in text
+    assert markdown_table(headline_rows(EVALUATION), HEADER) in text
     assert summarize(EVALUATION) in text
     for words in ("Remove 20.0 %", "20.00 %", "15.78 %", "15.81 %", "`taylor_2nd`", "`global`", "`local`", "0.9877"):
         assert words in text
