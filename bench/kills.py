@@ -25,7 +25,7 @@ import torch
 import typer
 import yaml
 
-from libprune.pipeline.writing import remove
+from libprune.pipeline.atomic import remove
 from tests.support import tiny
 
 COLLECTING = ("gradients", "hessian", "activations", "ablation")

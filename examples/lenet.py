@@ -20,9 +20,9 @@ from examples.lenet_picture import filters
 from libprune.engine.errors import LibpruneError
 from libprune.networks import Network, Pruned, Samples, load
 from libprune.pipeline import stage
+from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.sections import Allocate, Score
 from libprune.pipeline.terminal import Rows, text_table
-from libprune.pipeline.writing import remove, writing
 from libprune.report.canvas import png
 from libprune.scoring.criteria import CRITERIA
 

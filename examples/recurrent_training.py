@@ -148,7 +148,7 @@ def save(model: "RecurrentLM", config: dict[str, Any], folder: Path) -> None:
     """Write `model.safetensors` and `config.json`, the arguments of `RecurrentLM`, as a folder, whole or not at all."""
     from safetensors.torch import save_file
 
-    from libprune.pipeline.writing import writing_folder
+    from libprune.pipeline.atomic import writing_folder
 
     with writing_folder(folder) as partial:
         save_file(model.state_dict(), partial / "model.safetensors")

@@ -6,16 +6,16 @@ from libprune.pipeline import stage
 def main(
     params: stage.ParamsFile = stage.PARAMS,
     artifacts: stage.Root = stage.ROOT,
-    metrics: stage.Metrics = stage.METRICS,
+    metrics: stage.MetricsFolder = stage.METRICS,
 ) -> None:
     """Turn scores and a budget into a plan."""
     import typer
 
     from libprune.allocation.decide import decide_layout
     from libprune.pipeline.artifacts import write_table
+    from libprune.pipeline.atomic import write_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
-    from libprune.pipeline.writing import write_json
 
     layout, settings = Layout(artifacts), load_params(params)
     outcome = decide_layout(layout, settings.allocate, settings.compute, settings.levels)

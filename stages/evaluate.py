@@ -6,12 +6,12 @@ from libprune.pipeline import stage
 def main(
     params: stage.ParamsFile = stage.PARAMS,
     artifacts: stage.Root = stage.ROOT,
-    metrics: stage.Metrics = stage.METRICS,
+    metrics: stage.MetricsFolder = stage.METRICS,
 ) -> None:
     """Measure both models on the evaluation windows, and time them alternately."""
+    from libprune.pipeline.atomic import write_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
-    from libprune.pipeline.writing import write_json
     from libprune.results.evaluate import evaluate, headline_metrics
 
     layout, settings = Layout(artifacts), load_params(params)

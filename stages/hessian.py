@@ -7,9 +7,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     """Estimate the diagonal of the Hessian of every weight that a unit owns."""
     import typer
 
+    from libprune.pipeline.atomic import write_json, writing_folder
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
-    from libprune.pipeline.writing import write_json, writing_folder
 
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.hessian

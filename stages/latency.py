@@ -8,9 +8,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     import typer
 
     from libprune.pipeline.artifacts import read_architecture
+    from libprune.pipeline.atomic import write_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
-    from libprune.pipeline.writing import write_json
 
     layout, settings = Layout(artifacts), load_params(params)
     architecture = read_architecture(layout)

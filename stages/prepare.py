@@ -12,9 +12,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.models.folder import write_dense
     from libprune.models.source import load_dense
     from libprune.pipeline.artifacts import write_units
+    from libprune.pipeline.atomic import writing
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
-    from libprune.pipeline.writing import writing
     from libprune.statistics.weights import weight_columns
 
     layout, settings = Layout(artifacts), load_params(params).prepare

@@ -14,9 +14,9 @@ def main(
 ) -> None:
     """Draw the pictures, and write report.md and report.html from what evaluate and the statistics say."""
     from libprune.pipeline.layout import Layout
-    from libprune.report.publish import publish
+    from libprune.report.publish import publish_report
 
-    publish(Layout(artifacts), report, Path())
+    publish_report(Layout(artifacts), report, Path())
     typer.echo(f"{report / 'report.html'} needs no other file; {report / 'report.md'} says the same")
 
 

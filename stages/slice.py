@@ -6,14 +6,14 @@ from libprune.pipeline import stage
 def main(
     params: stage.ParamsFile = stage.PARAMS,
     artifacts: stage.Root = stage.ROOT,
-    metrics: stage.Metrics = stage.METRICS,
+    metrics: stage.MetricsFolder = stage.METRICS,
 ) -> None:
     """Repair, slice and write the pruned model, reload it in a fresh process and compare its logits."""
     import typer
 
+    from libprune.pipeline.atomic import write_json, writing_folder
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
-    from libprune.pipeline.writing import write_json, writing_folder
     from libprune.repair.repairs import print_fits
     from libprune.results.prune import prune
 

@@ -18,7 +18,7 @@ OUT = Path("report/compare")
 
 
 @app.callback()
-def compare(context: typer.Context, out: Out = OUT, all_commits: AllCommits = False) -> None:
+def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: AllCommits = False) -> None:
     """Show DVC's experiments and the workspace as one table and one picture, the lowest perplexity first."""
     if context.invoked_subcommand is not None:
         return
@@ -26,8 +26,8 @@ def compare(context: typer.Context, out: Out = OUT, all_commits: AllCommits = Fa
     from libprune.experiments.dvc_experiments import comparable
     from libprune.experiments.sweep_picture import write_picture
     from libprune.experiments.sweep_table import csv_text, markdown_text, params_diff, remarks, table
+    from libprune.pipeline.atomic import writing
     from libprune.pipeline.terminal import text_table
-    from libprune.pipeline.writing import writing
 
     with stage.user_errors():
         rows, left_out = comparable(all_commits)

@@ -1,7 +1,7 @@
-"""What every stage writes, in bytes, from the shapes and the params alone.
+"""The bytes that every stage writes, predicted from the shapes and the params alone.
 
-Tensors are counted exactly, by the same statistics that collect them, on the meta device. What is
-compressed or written as text is estimated; it is small beside them in any model of some size.
+Tensors are counted exactly, by the statistics that collect them, on the meta device. Compressed files and texts are
+estimated; they are small beside the tensors unless the model is tiny.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,10 +37,10 @@ class Table:
     """A Parquet table as `libprune.pipeline.artifacts.write_table` writes it.
 
     Attributes:
-        rows: rows.
-        numbers: columns of float64 that hardly repeat.
+        rows: number of rows.
+        numbers: number of float64 columns whose values hardly repeat.
         labels: the number of distinct values of each column of small integers or rounded shares.
-        runs: columns that are constant or sorted, of which next to nothing is stored.
+        runs: number of columns that are constant or sorted, and take next to no space.
     """
 
     rows: int
@@ -55,7 +55,7 @@ class Table:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file.
+        """Predicted bytes of the file.
 
         A column is a dictionary of its values and one index a row, until the dictionary has grown to
         1 MiB; what follows in a row group is plain. Numbers of statistics hardly compress.
@@ -68,18 +68,18 @@ class Table:
 
 
 def _index(rows: int, distinct: int) -> int:
-    """Bytes of the indices of so many rows into a dictionary."""
+    """Bytes of the indices of all rows into a dictionary of distinct values."""
     return rows * max(0, distinct - 1).bit_length() // 8
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one stage leaves on the disk, and what it holds until then.
+    """The files that one stage writes, and the running sums that it holds until then.
 
     Attributes:
-        stage: its name.
+        stage: the name of the stage.
         files: bytes by path below the folder of artifacts.
-        settings: the params that decide, and their values.
+        settings: the params that decide the bytes, with their values.
         sums: bytes of the running sums, in memory or in `.work`; 0 for a stage that keeps hardly any.
     """
 
@@ -95,7 +95,7 @@ class Footprint:
 
 
 def footprints(architecture: Architecture, params: Params, stored: torch.dtype) -> list[Footprint]:
-    """What the stages will write, in the order in which they run.
+    """Predict the files of all stages, in the order in which they run.
 
     Args:
         architecture: the dense model's description.
@@ -128,13 +128,13 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
 
 
 def _units(architecture: Architecture, numbers: int, labels: tuple[int, ...] = (), runs: int = 2) -> Table:
-    """A per-unit table: layer, part and unit, and further columns."""
+    """A per-unit table: the columns of layer, part and unit, and further ones."""
     rows = sum(architecture.units(part) for _, part in architecture.blocks())
     return Table(rows, numbers, (max(map(architecture.units, architecture.parts)), *labels), runs)
 
 
 def _plan(scores: Table) -> Table:
-    """The scores with `keep`."""
+    """The table of the plan: that of the scores, and the column `keep`."""
     return Table(scores.rows, scores.numbers, (*scores.labels, 2), scores.runs)
 
 
@@ -155,7 +155,7 @@ def _weights(architecture: Architecture, parameters: int, stored: torch.dtype) -
 
 
 def header_bytes(names: Iterable[str]) -> int:
-    """About the bytes of the header of a safetensors file that holds tensors of these names."""
+    """Predicted bytes of the header of a safetensors file that holds tensors of these names."""
     return _SHARD + sum(_TENSOR + len(name) for name in names)
 
 
@@ -221,14 +221,14 @@ def _collected(
 
 
 def _shard(group: Group) -> int:
-    """Bytes of a layer's shard; what begins with one of the three words goes into tables, or nowhere."""
+    """Bytes of a layer's shard, without the entries that go into tables or are dropped."""
     kept = {name: entry for name, entry in group.items() if not name.startswith((PENDING, ROWS, UNITS))}
     tensors = finished(kept, {name: entry.init("meta") for name, entry in kept.items()})
     return sum(tensor.nbytes for tensor in tensors.values()) + header_bytes(tensors)
 
 
 def _losses(stage: str, rows: int, settings: str, keys: int) -> Footprint:
-    """A table of measured means and their standard errors under so many columns that say of what."""
+    """A table of measured means and their standard errors, beside `keys` columns that name what was measured."""
     return Footprint(stage, {f"{stage}.parquet": Table(rows, 2, runs=keys).nbytes}, settings)
 
 
@@ -260,7 +260,7 @@ def _only(used: bool, setting: str) -> str:
 
 
 def _slice(architecture: Architecture, params: Params, stored: torch.dtype, plan: Table) -> Footprint:
-    """Of the objectives that do not count parameters it is not known what goes: the dense size is the most."""
+    """The pruned folder; the dense size stands for that of objectives that do not fix the number of parameters."""
     section, allocate = params.slice, params.allocate
     dtype = stored if section.dtype == "auto" else getattr(torch, section.dtype)
     known = allocate.objective in {"parameters", "macs"} and allocate.ratio is not None

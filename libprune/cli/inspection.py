@@ -1,12 +1,11 @@
-"""A model before any stage has run: what it is made of, what the stages will write, what uniform shapes it allows.
+"""Inspecting a model before any stage has run: its parts, the files that stages will write, its uniform shapes.
 
 No weight is read: the model is built on the meta device from its config.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from libprune.pipeline.params import Params, load_params
 from libprune.pipeline.sections import Allocate
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
-"""Shares of the decoder's parameters of which the uniform shapes are shown."""
+"""Shares of the decoder's parameters that the shown uniform shapes remove."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,14 @@ class Shape:
 
     Attributes:
         ratio: the share of the decoder's parameters that was asked for; 0 for the dense model.
-        kept: units that each layer keeps (that is not frozen), by part.
-        loads: `uniform`, as a stock config says it, or `per_layer`, with a modeling file.
+        kept: units that each layer keeps, by part; frozen layers keep all.
+        loads: `uniform` if a stock config can express it, else `per_layer`, which needs a modeling file.
         decoder: parameters in the layers.
         total: all parameters.
-        removed: share of the decoder's parameters that goes.
+        removed: the removed share of the decoder's parameters.
         weights: bytes of the weights.
         cache: bytes of the KV cache a token.
-        refused: why the shape cannot be had; the figures are then the dense model's.
+        refused: why there is no such shape; the figures are then those of the dense model.
     """
 
     ratio: float
@@ -58,15 +57,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a model without its weights.
+    """Facts on a model that need no weight.
 
     Attributes:
-        model: where it comes from, as given.
-        model_class: transformers' class.
-        dtype: the type that the dense model is stored in.
-        architecture: its description.
+        model: the source of the model, as given.
+        model_class: its class in transformers.
+        dtype: storage type of the dense model.
+        architecture: the description of the dense model.
         shapes: the dense model, then a uniform shape for each of the `RATIOS`.
-        stages: what each stage will write.
+        stages: the files that each stage will write.
     """
 
     model: str
@@ -78,7 +77,7 @@ class Inspection:
 
 
 def inspect_model(params: Params) -> Inspection:
-    """Inspect the model of the prepare section; the other sections say what will be collected of it.
+    """Inspect the model of the prepare section; what the stages write follows from the other sections.
 
     Raises:
         SourceError: if the model cannot be found, or is quantized.
@@ -102,13 +101,13 @@ def inspect_model(params: Params) -> Inspection:
 
 
 def params_for(model: str, revision: str | None, trust_remote_code: bool, file: Path | None) -> Params:
-    """The params of a file with another model in their place; of a project without one the defaults.
+    """The params of a file, or the defaults, with another model.
 
     Args:
         model: as in `prepare.model`.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python code that comes with the model.
-        file: None for params.yaml, if it is there.
+        file: the params file; None for params.yaml if it exists, else the defaults.
 
     Raises:
         ParamsError: if the file is missing or not valid.
@@ -122,10 +121,9 @@ def params_for(model: str, revision: str | None, trust_remote_code: bool, file: 
 
 
 def uniform_shapes(architecture: Architecture, limits: Allocate, dtype: torch.dtype) -> list[Shape]:
-    """What `allocate.method: uniform` makes of the model at each of the `RATIOS` of the decoder's parameters.
+    """The shapes that `allocate.method: uniform` gives the model at each of the `RATIOS`.
 
-    Which units go is not known before they are scored, and no shape depends on it, but for the division
-    between the parts: here `split: proportional`.
+    No shape depends on the scores, but for the division between the parts: `split: proportional` is assumed.
 
     Args:
         architecture: the dense model's description.
@@ -163,46 +161,3 @@ def _shape(
         cache=size.cache * dtype.itemsize,
         refused=refused,
     )
-
-
-def as_data(inspection: Inspection) -> dict[str, Any]:
-    """The inspection for machines: what `as_text` shows, numbers unrounded, bytes of every file."""
-    architecture = inspection.architecture
-    return {
-        "model": inspection.model,
-        "class": inspection.model_class,
-        "dtype": inspection.dtype,
-        "family": architecture.family,
-        "layers": architecture.layers,
-        "axes": dict(architecture.sizes),
-        "parts": {
-            part: {
-                "axis": shape.axis,
-                "units_per_layer": architecture.units(part),
-                "parameters_per_unit": cost.unit_parameters(architecture, 0, part),
-                "parameters": part_parameters(architecture, part),
-            }
-            for part, shape in architecture.parts.items()
-        },
-        "outside": part_parameters(architecture, None),
-        "decoder_parameters": architecture.decoder_parameters,
-        "total_parameters": architecture.total_parameters,
-        "parameters": [
-            {
-                "name": parameter.name,
-                "axes": [str(dim) for dim in parameter.dims],
-                "shape": [dim.size(architecture.sizes) for dim in parameter.dims],
-                "layer": parameter.layer,
-                "part": parameter.part,
-            }
-            for parameter in architecture.parameters
-        ],
-        "shapes": [asdict(shape) for shape in inspection.shapes],
-        "stages": [asdict(stage) | {"written": stage.written} for stage in inspection.stages],
-    }
-
-
-def part_parameters(architecture: Architecture, part: str | None) -> int:
-    """Parameters of a part in all layers; of what lies outside the layers for None."""
-    chosen = (p for p in architecture.parameters if p.part == part and (p.layer is None) == (part is None))
-    return sum(map(architecture.numel, chosen))

@@ -23,12 +23,13 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
     from libprune.pipeline.artifacts import read_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.terminal import text_table
-    from libprune.report.report import HEADER, headline, how_to_load
+    from libprune.report.headline import HEADER, headline_rows
+    from libprune.report.programs import how_to_load
 
     layout = Layout(artifacts)
     with stage.user_errors():
         result = read_json(layout.evaluation, "evaluate")
-    typer.echo(text_table(headline(result), HEADER))
+    typer.echo(text_table(headline_rows(result), HEADER))
     load = how_to_load(str(layout.pruned), result["plan"]["shape"], result["model"]["head"])
     typer.echo(f"\nmodel:  {layout.pruned}\nload:   {load}\nreport: report/report.html")
 
@@ -48,9 +49,9 @@ Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
 OtherParams = Annotated[
     Path | None,
-    typer.Option("--params", help="What the stages would write depends on it; params.yaml if there is one."),
+    typer.Option("--params", help="The params that the stages would read; by default params.yaml, if there is one."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="For machines: numbers unrounded, bytes of every file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON: numbers unrounded, and the bytes of every file.")]
 
 
 @app.command()
@@ -61,18 +62,18 @@ def inspect(
     params: OtherParams = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a model is made of, what the stages would write and which uniform shapes it has; reads no weight."""
+    """Show the parts of a model, the files that stages would write and its uniform shapes; no weight is read."""
     import json
 
-    from libprune.cli.inspection import as_data, inspect_model, params_for
-    from libprune.cli.inspection_text import as_text
+    from libprune.cli.inspection import inspect_model, params_for
+    from libprune.cli.inspection_output import as_data, as_text
 
     with stage.user_errors():
-        found = inspect_model(params_for(model, revision, trust_remote_code, params))
-    typer.echo(json.dumps(as_data(found), indent=2) if as_json else as_text(found))
+        inspection = inspect_model(params_for(model, revision, trust_remote_code, params))
+    typer.echo(json.dumps(as_data(inspection), indent=2) if as_json else as_text(inspection))
 
 
-Folder = Annotated[Path, typer.Argument(help="What the slice stage has written.")]
+Folder = Annotated[Path, typer.Argument(help="A folder that the slice stage has written.")]
 TrustFolder = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the folder's modeling file, if its layers differ in width.")
 ]

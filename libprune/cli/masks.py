@@ -10,28 +10,32 @@ from libprune.pipeline import stage
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 MODEL = (
-    "A Hugging Face folder, with X_orig and X_mask in its weights, or with zeroed weights; of a network its state dict "
-    "as a safetensors file."
+    "A Hugging Face folder, with X_orig and X_mask in its weights, or with zeroed weights; for a network, its state "
+    "dict as a safetensors file."
 )
 Model = Annotated[Path, typer.Argument(help=MODEL)]
 Masks = Annotated[
     Path | None, typer.Option("--masks", help="A safetensors file of X_mask (and X_orig) for a folder without masks.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="For machines: every unit, numbers unrounded.")]
-Family = Annotated[Path | None, typer.Option("--family", help="Of a network: its family file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON: every unit, numbers unrounded.")]
+Family = Annotated[Path | None, typer.Option("--family", help="The family file of a network.")]
 Factory = Annotated[
     str | None,
     typer.Option(
         "--network",
-        help="Of a network: package.module:Name of what makes it. Imports and RUNS that code; modules of the current "
-        "folder are found.",
+        help="package.module:Name of the callable that makes a network. Imports and RUNS that code, from the current "
+        "folder too.",
     ),
 ]
 Inputs = Annotated[
-    Path | None, typer.Option("--inputs", help="Of a network: a safetensors file with a tensor inputs, some samples.")
+    Path | None,
+    typer.Option("--inputs", help="A safetensors file with a tensor named inputs: some samples for a network."),
 ]
 InputShape = Annotated[
-    str | None, typer.Option("--input-shape", help="Instead of --inputs: shape of a sample to draw, such as 1,28,28.")
+    str | None,
+    typer.Option(
+        "--input-shape", help="Instead of --inputs: the shape of one sample, such as 1,28,28; samples are drawn."
+    ),
 ]
 Out = Annotated[Path, typer.Argument(help="The folder for the smaller model; must not exist.")]
 Source = Annotated[Path, typer.Argument(help="A pruned folder, or a plan.parquet.")]
@@ -69,8 +73,8 @@ def inspect_masks(
 
     with stage.user_errors():
         given = network_of(model, masks, family, network, inputs, input_shape)
-        found = of_network(given) if given else inspection(extraction(read_masked(model, masks)))
-    typer.echo(json.dumps(as_data(found), indent=2) if as_json else as_text(found))
+        seen = of_network(given) if given else inspection(extraction(read_masked(model, masks)))
+    typer.echo(json.dumps(as_data(seen), indent=2) if as_json else as_text(seen))
 
 
 @app.command()
@@ -99,19 +103,19 @@ def _extract_model(model: Path, masks: Path | None, out: Path) -> list[str]:
     from libprune.masks.extraction import extraction, write_extraction
     from libprune.masks.files import read_masked
     from libprune.masks.inspection import inspection, removed, require_units
-    from libprune.pipeline.writing import writing_folder
-    from libprune.report.report import how_to_load
+    from libprune.pipeline.atomic import writing_folder
+    from libprune.report.programs import how_to_load
 
-    found = extraction(read_masked(model, masks))
-    seen = inspection(found)
+    extracted = extraction(read_masked(model, masks))
+    seen = inspection(extracted)
     require_units(seen)
     with writing_folder(out) as folder:
-        proof = write_extraction(found, folder, model)
+        proof = write_extraction(extracted, folder, model)
     return [
         removed(seen),
         f"logits differ from the masked model's by {proof['removal_difference']:.1e} of "
         f"{proof['logit_scale']:.1f}; reloaded in a fresh process by {proof['logit_difference']:.1e}",
-        f"load:   {how_to_load(str(out), found.shape, found.own.head)}",
+        f"load:   {how_to_load(str(out), extracted.shape, extracted.own.head)}",
     ]
 
 
@@ -119,7 +123,7 @@ def _extract_model(model: Path, masks: Path | None, out: Path) -> list[str]:
 def export(source: Source, out: MasksOut, model: Dense = None, orig: Orig = False) -> None:
     """Write a plan as masks for torch.nn.utils.prune, by the names of the dense model's parameters."""
     from libprune.masks.export import export_masks
-    from libprune.pipeline.writing import writing
+    from libprune.pipeline.atomic import writing
 
     with stage.user_errors(), writing(out) as partial:
         count = export_masks(source, model or source.parent / "model", partial, orig)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from libprune.collection.records import Field, State, Statistic
 from libprune.engine.errors import LibpruneError
-from libprune.pipeline.writing import remove
+from libprune.pipeline.atomic import remove
 
 Group = Mapping[str, Statistic]
 """Statistics by name. Each layer has a group, and the whole model has one behind them."""

@@ -37,9 +37,9 @@ from libprune.engine.tables import Columns, unit_index
 from libprune.models.memory import fits_in_memory, require_room
 from libprune.models.parallel import World
 from libprune.pipeline.artifacts import damage, write_table
+from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.shards import write_shard
 from libprune.pipeline.terminal import gigabytes
-from libprune.pipeline.writing import remove, writing_folder
 
 ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
 """Per-unit columns of a block, from the layer's tensors, the weights, the layer and the part."""

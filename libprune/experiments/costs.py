@@ -12,9 +12,9 @@ import yaml
 
 from libprune.engine.errors import LibpruneError
 from libprune.pipeline.artifacts import read_json
+from libprune.pipeline.atomic import write_json
 from libprune.pipeline.methods import REPAIRS, allocation_reads
 from libprune.pipeline.params import Params
-from libprune.pipeline.writing import write_json
 
 _LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # ten times faster; a lock file is long
 _STARTS = re.compile(r"Running stage '(\w+)'")

@@ -15,8 +15,8 @@ from libprune.experiments.results import Gathered, cache_folder, gather_results
 from libprune.experiments.sentences import sentences
 from libprune.experiments.summary import Summary, by_chance, overlap_matrix, reference_of, summaries
 from libprune.experiments.table import EXPLAINED, overlaps_csv, runs_csv, settings_csv, table
+from libprune.pipeline.atomic import writing
 from libprune.pipeline.terminal import text_table
-from libprune.pipeline.writing import writing
 from libprune.report.canvas import png
 from libprune.report.markdown import code, markdown_table, prose
 

@@ -16,7 +16,7 @@ from libprune.engine.errors import LibpruneError
 from libprune.experiments.costs import costs_of, read_costs, write_costs
 from libprune.experiments.dvc_experiments import WORKSPACE, Experiment, read_lock
 from libprune.experiments.file import Comparison, Run, leaves_of
-from libprune.pipeline.writing import writing
+from libprune.pipeline.atomic import writing
 
 Echo = Callable[[str], None]
 

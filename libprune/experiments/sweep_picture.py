@@ -6,7 +6,7 @@ from pathlib import Path
 
 from libprune.experiments.dvc_experiments import Experiment
 from libprune.experiments.sweep_table import differing, setting
-from libprune.pipeline.writing import writing
+from libprune.pipeline.atomic import writing
 from libprune.report.canvas import Axes, Figure, png, styled
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -9,8 +9,8 @@ from libprune.engine.errors import LibpruneError, SourceError
 from libprune.masks.models import plan_masks
 from libprune.models.folder import WeightFiles, fingerprint, load_config
 from libprune.pipeline.artifacts import encode_meta, read_plan
+from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.writing import writing
 from libprune.results.record import PLAN
 
 

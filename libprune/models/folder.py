@@ -18,7 +18,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, ParamsError, missing_key
 from libprune.engine.heads import head_of
 from libprune.pipeline.artifacts import read_json
-from libprune.pipeline.writing import writing_folder
+from libprune.pipeline.atomic import writing_folder
 
 
 class WeightFiles(Mapping[str, Tensor]):

@@ -25,10 +25,10 @@ from libprune.models.identity import digest, loss_signature
 from libprune.models.parallel import World
 from libprune.models.samples import Samples
 from libprune.pipeline.artifacts import read_json, write_units
+from libprune.pipeline.atomic import remove, writing, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Activations, Allocate, Compute, Gradients, Hessian, Score
 from libprune.pipeline.shards import read_meta
-from libprune.pipeline.writing import remove, writing, writing_folder
 from libprune.repair.least_squares import Fit
 from libprune.repair.of_modules import repair_modules, repair_modules_in_order, set_weights
 from libprune.results.module_folder import TOLERANCE, Pruned, require_alike

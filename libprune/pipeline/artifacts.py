@@ -1,6 +1,7 @@
-"""Reading and writing artifacts: JSON and Parquet, and what each says of the model and the text it was made from."""
+"""Reading and writing artifacts: JSON and Parquet, with the digests of the model and the text they were made from."""
 
 import json
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,8 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, check_rows, column, split_blocks, unit_index
+from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.writing import writing
 
 _KEY = "libprune"
 
@@ -25,7 +26,7 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     """The content of a JSON file.
 
     Raises:
-        ArtifactError: naming the stage that makes it.
+        ArtifactError: if it is missing or damaged; the message names the stage that makes it.
     """
     with damage(path, stage):
         content: dict[str, Any] = json.loads(require(path, stage).read_text())
@@ -49,7 +50,7 @@ def require(path: Path, stage: str) -> Path:
     """The path, if it exists.
 
     Raises:
-        ArtifactError: naming the stage that makes it.
+        ArtifactError: if it does not; the message names the stage that makes it.
     """
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; run `dvc repro {stage}` first")
@@ -62,7 +63,7 @@ def encode_meta(meta: Mapping[str, Any]) -> dict[str, str]:
 
 
 def decode_meta(path: Path, raw: Mapping[str, str] | None, stage: str) -> dict[str, Any]:
-    """What `encode_meta` wrote.
+    """The metadata that `encode_meta` put into the header of a file.
 
     Raises:
         ArtifactError: if the file was not written by libprune.
@@ -85,19 +86,37 @@ def read_table(path: Path, stage: str) -> tuple[Columns, dict[str, Any]]:
     """Columns and metadata of a Parquet table.
 
     Raises:
-        ArtifactError: if it is missing or was not written by libprune.
+        ArtifactError: if it is missing, damaged, or was not written by libprune.
     """
-    with damage(path, stage):
-        table = pq.read_table(require(path, stage), page_checksum_verification=True)
+    with damage(path, stage), pq.ParquetFile(require(path, stage), page_checksum_verification=True) as file:
+        table = file.read()
         raw = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        return {name: table[name].to_numpy() for name in table.column_names}, decode_meta(path, raw, stage)
+        meta = decode_meta(path, raw, stage)
+        _require_one_schema(file, table)
+        return {name: table[name].to_numpy() for name in table.column_names}, meta
+
+
+def _require_one_schema(file: pq.ParquetFile, table: pa.Table) -> None:
+    """Stop where the footer, which has no checksum, contradicts itself: it holds rows, names and types twice.
+
+    Raises:
+        ValueError: if it does, or names a type that no artifact has.
+    """
+    written = pa.ipc.read_schema(pa.py_buffer(b64decode(file.metadata.metadata[b"ARROW:schema"])))
+    same = (written.names, written.types, file.metadata.num_rows) == (
+        table.schema.names,
+        table.schema.types,
+        len(table),
+    )
+    if not same or any(map(pa.types.is_temporal, written.types)):
+        raise ValueError("the footer contradicts itself")
 
 
 def same_origin(path: Path, meta: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Check that an artifact was made from the expected model (and text).
 
     Raises:
-        ArtifactError: naming both.
+        ArtifactError: if another model or text is recorded in it, or none; the message names both.
     """
     for key, value in expected.items():
         if meta.get(key) != value:
@@ -133,8 +152,8 @@ def write_units(
     Args:
         target: the Parquet file.
         architecture: the model's description.
-        columns_of: the named per-unit arrays ``[units]`` of a (layer, part).
-        meta: origin of the values.
+        columns_of: the named per-unit arrays ``[units]`` of a block, by its layer and part.
+        meta: metadata of the table, with the origin of the values.
     """
     blocks = [columns_of(layer, part) for layer, part in architecture.blocks()]
     columns: Columns = {name: np.concatenate([np.asarray(block[name]) for block in blocks]) for name in blocks[0]}
@@ -145,7 +164,7 @@ def read_plan(layout: Layout, architecture: Architecture) -> tuple[Plan, dict[st
     """The plan and its metadata.
 
     Raises:
-        ArtifactError: if it belongs to another model or lacks a unit.
+        ArtifactError: if it is missing, belongs to another model or lacks a unit.
     """
     table, meta = read_table(layout.plan, "allocate")
     same_origin(layout.plan, meta, {"model": architecture.fingerprint})

@@ -1,4 +1,4 @@
-"""Where artifacts lie."""
+"""The paths of all artifacts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of all artifacts below one folder."""
+    """The paths of all artifacts below one folder."""
 
     root: Path = Path("artifacts")
 
@@ -32,7 +32,7 @@ class Layout:
 
     @property
     def evaluation_tokens(self) -> Path:
-        """Token ids that the models are judged on."""
+        """Token ids that both models are evaluated on."""
         return self.root / "tokens" / "evaluation.parquet"
 
     @property
@@ -62,7 +62,7 @@ class Layout:
 
     @property
     def levels(self) -> Path:
-        """The measured divergence of whole levels of single blocks."""
+        """The measured divergence of the model when one block alone is taken to a level."""
         return self.root / "levels.parquet"
 
     @property

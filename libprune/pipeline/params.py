@@ -1,4 +1,4 @@
-"""params.yaml, typed: one section a stage, validated as a whole before any stage works.
+"""params.yaml, typed: one section a stage, validated as a whole before any stage runs.
 
 Every stage validates the whole file, so that a typing error in a late section does not surface
 after minutes of collecting.
@@ -51,8 +51,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "hgsp+adaptive": _preset("hgsp", "sequential", "adaptive"),
     "hgsp+all": _preset("hgsp", "sequential", "adaptive+depth"),
 }
-"""What `auto` means for these keys. Only stages after the collecting ones are named, so that no preset makes those
-run again."""
+"""Values of `auto` by preset, section and key. Only stages after the collecting ones are named, so that a change of the
+preset never makes those run again."""
 
 
 _LEFT_OPEN = {"gradient_fix": "preset"}
@@ -60,10 +60,10 @@ _LEFT_OPEN = {"gradient_fix": "preset"}
 
 
 class Params(Section):
-    """The whole of params.yaml."""
+    """All sections of params.yaml, validated together."""
 
     preset: Literal["fast", "balanced", "best", "hgsp", "hgsp+adaptive", "hgsp+all"] = "balanced"
-    """What the keys that say `auto`, or are absent, mean; a key with a value of its own keeps it."""
+    """Preset that fills the keys that say `auto` or are absent; a key with a value of its own keeps it."""
     prepare: Prepare
     tokenize: Tokenize
     compute: Compute = Compute()
@@ -87,12 +87,12 @@ class Params(Section):
         chosen = PRESETS.get(str(data.get("preset", "balanced")), {})
         filled = dict(data)
         for section, values in chosen.items():
-            if isinstance(found := filled.get(section, {}), dict):
+            if isinstance(given := filled.get(section, {}), dict):
                 word = {key: _LEFT_OPEN.get(key, "auto") for key in values}
-                filled[section] = found | {k: value for k, value in values.items() if found.get(k, word[k]) == word[k]}
-                if found.get("producer_steps", "auto") == "auto" and filled[section].get("repair") != "sequential":
+                filled[section] = given | {k: value for k, value in values.items() if given.get(k, word[k]) == word[k]}
+                if given.get("producer_steps", "auto") == "auto" and filled[section].get("repair") != "sequential":
                     filled[section].pop("producer_steps", None)  # the preset's go with the preset's repair
-                if found.get("evaluations", "auto") == "auto" and filled[section].get("shape") == "uniform":
+                if given.get("evaluations", "auto") == "auto" and filled[section].get("shape") == "uniform":
                     filled[section].pop("evaluations", None)  # they change single layers
         return filled
 
@@ -134,20 +134,20 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and validate a params file.
 
     Raises:
-        ParamsError: naming the key, what is wrong with it, and the nearest known key.
+        ParamsError: if the file is missing or not valid; the message names the key, its fault and the nearest key.
     """
     return validate_params(read_yaml(path), str(path))
 
 
 def validate_params(data: Any, where: str) -> Params:
-    """The params that a mapping of sections holds.
+    """Validate the content of a params file.
 
     Args:
-        data: what a params file says.
+        data: a mapping of sections, as read from YAML.
         where: the place that an error names.
 
     Raises:
-        ParamsError: as `load_params`.
+        ParamsError: if it is not valid; the message names the key, its fault and the nearest key.
     """
     try:
         return Params.model_validate(data)

@@ -1,4 +1,4 @@
-"""Which processes run still, and a stage's end when its DVC has ended."""
+"""Whether a process still runs, and the end of a stage whose DVC has ended."""
 
 import os
 import signal
@@ -7,11 +7,11 @@ import time
 
 import psutil
 
-_EVERY = 0.5  # seconds
+_POLL_SECONDS = 0.5
 
 
 def runs(pid: int) -> bool:
-    """Whether there is a process of this number that has not ended."""
+    """Whether a process of this number exists and has not ended."""
     try:
         return _runs(psutil.Process(pid))
     except psutil.NoSuchProcess:
@@ -40,7 +40,7 @@ def _is_of(stage: str, process: psutil.Process) -> bool:
 
 def _end_with(process: psutil.Process) -> None:
     while _runs(process):
-        time.sleep(_EVERY)
+        time.sleep(_POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

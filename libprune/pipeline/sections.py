@@ -3,12 +3,11 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-
-from libprune.pipeline.mixtures import ActivationStats, Cooperative, GradientFlow, WeightStats
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Floor = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -26,13 +25,13 @@ Threshold = Annotated[float | str, AfterValidator(_threshold)]
 
 
 class Section(BaseModel):
-    """What all sections have in common: unknown keys and wrong types are errors."""
+    """The base of all sections: unknown keys and values of a wrong type are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Prepare(Section):
-    """Where the dense model comes from."""
+    """The source of the dense model."""
 
     model: str
     """`package://NAME/path/file.gguf`, a local folder, a local GGUF file, or a hub id."""
@@ -47,7 +46,7 @@ class Prepare(Section):
 
 
 class Tokenize(Section):
-    """What the statistics are collected on, and what the models are judged on."""
+    """The texts that statistics are collected on, and those that the models are evaluated on."""
 
     text: str
     """`package://NAME/path`, a local file or folder (txt, jsonl, csv, parquet), a hub data set id, one of its presets
@@ -65,7 +64,7 @@ class Tokenize(Section):
     documents: Literal["joined", "apart"] = "joined"
     """`joined`: by an empty line, windows cross their borders; `apart`: every window lies within one document."""
     evaluation_text: str | None = None
-    """Another text for evaluation, same forms; null: the held-out split of `text`, without one a share set apart."""
+    """Another text for evaluation, in the forms of `text`; null: the held-out split of `text`, or a share of it."""
     evaluation_config: str | None = None
     """Configuration of the evaluation text; null: the preset's, or that of `text` if it is the same data set."""
     evaluation_split: str | None = None
@@ -73,22 +72,23 @@ class Tokenize(Section):
     evaluation_column: str | None = None
     """Column of the evaluation text; null: the preset's, or `column`."""
     evaluation_share: float = Field(default=0.3, gt=0, lt=1)
-    """Share of the documents set apart for evaluation where `text` has no held-out split and is not streamed."""
+    """Share of the documents held out for evaluation where `text` has no held-out split and is not streamed."""
     calibration_sequences: Count = 256
+    """Number of calibration sequences."""
     calibration_length: Annotated[int, Field(ge=2)] = 128
     """Tokens of a calibration sequence."""
     evaluation_windows: Annotated[int, Field(ge=2)] = 16
-    """At least two, for a standard error."""
+    """Number of evaluation windows; at least two, for a standard error."""
     evaluation_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of an evaluation window."""
     label_column: str | None = None
-    """Column of the labels, for a model that tells classes apart; null: `label`."""
+    """Column of the labels, for a sequence classification model; null: `label`."""
     seed: Floor = 0
-    """Which calibration sequences are drawn, and which of their tokens a model of masked tokens is asked."""
+    """Seed of the calibration sequences, and of the tokens that are masked for a model of masked tokens."""
 
 
 class Compute(Section):
-    """How the stages that run the model run it."""
+    """Device, number type and memory of the stages that run the model."""
 
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
@@ -112,7 +112,8 @@ class Gradients(Section):
     batch_sequences: Count = 8
     """Sequences of one row of the per-batch layer statistics; passes are cut to `compute.batch_tokens`."""
     second_moments: Literal["diagonal", "full"] = "diagonal"
-    """Of the gradients at the maps' outputs and the consumers' inputs; `full`: whole matrices at consumers."""
+    """Second moments of the gradients at the maps' outputs and the consumers' inputs; `full`: whole matrices at the
+    consumers' inputs."""
     storage_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Storage type of the mean gradients."""
 
@@ -128,12 +129,13 @@ class Hessian(Section):
     probes: Count = 1
     """Random probes for every batch of `compute.batch_tokens`, for `hutchinson`."""
     seed: Floor = 0
-    """Of the probes."""
+    """Seed of the probes."""
     storage_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Storage type of the diagonals."""
 
 
 class Activations(Section):
-    """Forward-only statistics."""
+    """Activation statistics, from forward passes alone."""
 
     sequences: Count | None = None
     """Calibration sequences used, from the first; null: all."""
@@ -149,47 +151,103 @@ class Ablation(Section):
     sequences: Count | None = 32
     """Calibration sequences used, from the last; null: all."""
     seed: Floor = 0
-    """Which units are drawn."""
+    """Seed of the draw of units."""
+
+
+class Mixture(Section):
+    """Weights of the parts of one criterion: none below 0, and not all 0.
+
+    Every part is a share, 0 to 1, so that its weight is the most that it can add to the importance.
+    """
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> "Mixture":
+        if not any(self.model_dump().values()):
+            raise ValueError("all weights are 0, which leaves nothing to rank by; set one above 0")
+        return self
+
+
+class WeightStats(Mixture):
+    """Weights of the parts of the criterion `weight_stats`, which reads the weights alone."""
+
+    l2: Weight = 0.3
+    variance: Weight = 0.2
+    nonzero: Weight = 0.2
+    entropy: Weight = 0.2
+    effective_rank: Weight = 0.1
+
+
+class ActivationStats(Mixture):
+    """Weights of the parts of the criterion `activation_stats`, which reads the activations of a unit."""
+
+    frequency: Weight = 0.2
+    magnitude: Weight = 0.3
+    variance: Weight = 0.2
+    entropy: Weight = 0.2
+    range: Weight = 0.1
+
+
+class GradientFlow(Mixture):
+    """Weights of the parts of the criterion `gradient_flow`, which reads how large and steady gradients are."""
+
+    magnitude: Weight = 0.4
+    stability: Weight = 0.2
+    snr: Weight = 0.2
+    sign_consistency: Weight = 0.2
+
+
+class Cooperative(Mixture):
+    """Weights of the parts of the criterion `cooperative`, which reads the correlations between units."""
+
+    connection: Weight = 0.3
+    uniqueness: Weight = 0.3
+    centrality: Weight = 0.2
+    cooperation: Weight = 0.2
 
 
 class Score(Section):
-    """How much the loss of a unit matters."""
+    """The importance of units: by which criteria, and in which scaling."""
 
     criterion: str = "unit_fisher"
     """A name from `libprune.scoring.criteria.CRITERIA`, or several to fuse, as in `0.7*taylor + 0.3*wanda`."""
     attention: str | None = None
-    """The criteria of attention, where they are others; null: `criterion`."""
+    """Criteria for attention; null: those of `criterion`."""
     mlp: str | None = None
-    """The criteria of the MLP, where they are others; null: `criterion`."""
+    """Criteria for the MLP; null: those of `criterion`."""
     fusion: Literal["weighted", "simple", "adaptive", "learned", "best"] = "weighted"
-    """What several criteria make: their mean by the weights written before them (1 where none is), or without
-    (`simple`); by how far each tells a layer's units apart (`adaptive`); fitted to the measured losses of the ablation
-    stage (`learned`); or for each type the one that ranks those losses best (`best`)."""
+    """How several criteria become one. Their mean, weighted as written before them, 1 where no weight is (`weighted`),
+    unweighted (`simple`), weighted by how far each distinguishes the units of a block (`adaptive`), or by weights
+    fitted to the measured losses of the ablation stage (`learned`); or for each part the criterion that ranks those
+    losses best (`best`)."""
     scaling: Literal["none", "zscore", "minmax", "rank"] = "none"
-    """Per layer and type, of each criterion before fusion; lets one that is only comparable there enter `global`."""
+    """Scaling of each criterion inside a block, before fusion. A criterion that compares only there can then enter
+    `global`."""
     magnitude_norm: Literal["l1", "l2"] = "l1"
-    """Sum of absolute or of squared weights."""
+    """Norm of `magnitude`: the sum of absolute or of squared weights."""
     wanda_norm: Literal["l1", "l2", "mean", "max"] = "l2"
-    """Norm of each input feature over the calibration tokens."""
+    """Norm that `wanda` takes of each input feature over the calibration tokens."""
     fisher_over: Literal["sequence", "token"] = "sequence"
-    """What `unit_fisher` squares the mask gradient over."""
+    """Sum of mask gradients that `unit_fisher` squares: over a sequence, or of each token alone."""
     obs_rounds: Count = 32
     """Rounds in which the criteria of `obs` remove a block's units; 1 judges all of them in the dense model."""
     obs_damping: Annotated[float, Field(gt=0)] = 0.01
     """Ridge of `obs`, relative to the mean diagonal of the Gram matrix."""
     weight_stats: WeightStats = WeightStats()
-    """Weights of the parts of that criterion, as are the following three."""
+    """Weights of the parts of the criterion `weight_stats`."""
     activation_stats: ActivationStats = ActivationStats()
+    """Weights of the parts of the criterion `activation_stats`."""
     gradient_flow: GradientFlow = GradientFlow()
+    """Weights of the parts of the criterion `gradient_flow`."""
     cooperative: Cooperative = Cooperative()
+    """Weights of the parts of the criterion `cooperative`."""
     cooperative_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Correlation above which `cooperative` counts two units as connected."""
     seed: int = 0
-    """For `random`."""
+    """Seed of the criterion `random`."""
 
     @property
     def expressions(self) -> dict[str, str]:
-        """The keys that name criteria, and what they say; without those that are null, or that others replace."""
+        """Criteria by the key that names them; without keys that are null, or whose criteria apply to no part."""
         own = {key: text for key, text in (("attention", self.attention), ("mlp", self.mlp)) if text}
         return own if len(own) == 2 else {"criterion": self.criterion} | own
 
@@ -207,7 +265,7 @@ class Levels(Section):
     sequences: Count | None = 8
     """Calibration sequences used, from the last; null: all."""
     number: Count = 8
-    """Levels of every block, at even distances up to all of its units."""
+    """Number of levels of every block, at even distances up to all of its units."""
 
 
 class Latency(Section):
@@ -216,38 +274,40 @@ class Latency(Section):
     tokens: Count = 256
     """Tokens of each sequence in one forward pass; 1: a step of decoding, without the attention to a past."""
     batch: Count = 1
-    """Sequences at once."""
+    """Sequences of one forward pass."""
     widths: Annotated[int, Field(ge=2)] = 5
-    """Widths measured of each part, up to all of its units."""
+    """Number of widths that each part is measured at, up to all of its units."""
     rounds: Count = 9
     """Timed rounds over all widths; the median counts."""
 
 
 class Allocate(Section):
-    """How much goes where."""
+    """How much is removed, and from which layers and parts."""
 
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
-    """Share to remove; null: as `method: retention` finds."""
+    """Share to remove; null: the share that `method: retention` decides."""
     ratio_of: Literal["decoder", "total"] = "decoder"
-    """Of what lies inside the layers, or of all."""
+    """Scope of the share: the layers alone (`decoder`), or the whole model (`total`)."""
     objective: Literal["parameters", "macs", "cache", "latency"] = "parameters"
-    """What the ratio is of: parameters (and so bytes), multiply-accumulates a token, bytes of the KV cache, or
-    time of a forward pass on this machine (the latency stage)."""
+    """Quantity that the ratio is a share of: parameters (and so bytes), multiply-accumulates a token, bytes of the KV
+    cache, or time of a forward pass on this machine (the latency stage)."""
     method: Literal["uniform", "global", "functional", "retention", "hgsp", "search"] = "uniform"
     """`uniform`: the same counts in every layer; `global`: the lowest scores anywhere; `functional`: layers that
     change their input less lose more; `retention`: blocks whose importance lies in few units lose more; `hgsp`: the
     lowest scores anywhere, weighed by the measured worth of their layer or block (the sensitivity stage); `search`:
     least measured divergence (the levels stage)."""
     network_type: Literal["transformer", "mixed", "snn", "rnn"] = "transformer"
-    """What `retention` keeps of the importance of a block whose units are alike: 85, 90, 90, 95 %. Conventions, not
-    measured; the higher, the further the kind of network carries an error. All described families are transformers."""
+    """Share of the importance that `retention` keeps of a block whose units are alike: 85, 90, 90, 95 %. Conventions,
+    not measured; the higher, the further the kind of network carries an error. All described families are
+    transformers."""
     worth: Literal["none", "functional", "sensitivity"] = "none"
-    """What scores of `score.scaling: rank` are given back, which have lost what their layer is worth: a share of how
-    far the layer changes its input (`functional`), or of the measured loss of removing the block (`sensitivity`)."""
+    """Worth of a layer or block that is shared out among its units by their ranks (`score.scaling: rank`), which do not
+    compare between blocks: how far the layer changes its input (`functional`), or the measured loss of removing the
+    block (`sensitivity`)."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
     """How strongly `hgsp` weighs scores by their layer or block; 0 is `global`."""
     threshold: Threshold = "percentile:25"
-    """Up to which loss increase of a layer, in nats, `hgsp` weighs by the layer instead of the block: a number
+    """Loss increase of a layer, in nats, up to which `hgsp` weighs by the layer instead of the block: a number
     (0: never), `blockwise` (never), `layerwise` (always), or `percentile:P` of the layers' own increases."""
     collapse_below: Annotated[float, Field(ge=0, le=1)] = 0.0
     """`hgsp` removes layers whole that would keep less than this share; 0: none. Needs `allow_layer_removal`."""
@@ -263,7 +323,7 @@ class Allocate(Section):
     """How `uniform` divides the budget: near-equal shares of each part, or least summed importance;
     `auto`: the latter where the scores compare between parts."""
     rank_by: Literal["score", "importance"] = "score"
-    """Importance per parameter (or of what else the objective counts), or importance."""
+    """Quantity that units are ranked by: importance per parameter (or per unit of another objective), or importance."""
     min_groups: Floor = 1
     """Attention groups that each layer keeps; 0 lets a whole attention go."""
     min_channels: Floor = 1
@@ -282,7 +342,7 @@ class Allocate(Section):
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Time after which `search` ends even so; null: none, which alone gives the same result everywhere."""
     seed: Floor = 0
-    """Of the changes that `search` tries."""
+    """Seed of the changes that `search` tries."""
 
 
 class Slice(Section):
@@ -311,7 +371,7 @@ class Slice(Section):
 
 
 class Evaluate(Section):
-    """What is measured on both models."""
+    """Measurements on the dense and the pruned model."""
 
     prompt_tokens: Count = 256
     """Length of the prompt for prefill speed."""
@@ -320,14 +380,14 @@ class Evaluate(Section):
     rounds: Count = 5
     """Timed rounds; dense and pruned alternate in each."""
     continuations: Floor = 3
-    """Beginnings of evaluation windows, spread over the text, that both models continue; 0: none."""
+    """Number of beginnings of evaluation windows, spread over the text, that both models continue; 0: none."""
     continuation_tokens: Count = 32
     """Tokens of each such beginning and of each continuation; at most half of an evaluation window."""
     tasks: tuple[str, ...] = Field(default=(), strict=False)
     """Zero-shot tasks of lm-evaluation-harness, such as `piqa`; needs `pip install 'libprune[tasks]'`."""
     task_folder: str | None = None
-    """YAML files of further tasks, such as ones on local data."""
+    """Folder of YAML files of further tasks, such as tasks on local data."""
     task_limit: Count | None = None
     """Questions of each task, from the first; null: all."""
     task_batch: Count = 8
-    """Questions at once."""
+    """Questions of one batch."""

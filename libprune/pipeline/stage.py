@@ -1,4 +1,4 @@
-"""What every stage's command line does alike: options, one-line errors, time and memory."""
+"""The command line that all stages share: options, errors in one line, time and memory."""
 
 import os
 import resource
@@ -19,7 +19,7 @@ P = ParamSpec("P")
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The params file; its section of this stage is used.")]
 Root = Annotated[Path, typer.Option("--artifacts", help="The folder of all artifacts.")]
-Metrics = Annotated[Path, typer.Option("--metrics", help="The folder of metrics.")]
+MetricsFolder = Annotated[Path, typer.Option("--metrics", help="The folder of metrics.")]
 
 PARAMS, ROOT, METRICS = Path("params.yaml"), Path("artifacts"), Path("metrics")
 

@@ -1,7 +1,7 @@
-"""What the commands print alike: tables, and sizes in words."""
+"""Text for the terminal: tables, and numbers of bytes."""
 
 Rows = list[tuple[str, ...]]
-"""Rows of a table, a text a cell."""
+"""Rows of a table; each cell is a text."""
 
 
 def text_table(rows: Rows, header: tuple[str, ...]) -> str:
@@ -16,5 +16,5 @@ def text_table(rows: Rows, header: tuple[str, ...]) -> str:
 
 
 def gigabytes(size: int) -> str:
-    """A number of bytes for reading."""
+    """A number of bytes as text, in GB or MB."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -20,10 +20,10 @@ from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.models.folder import WeightFiles, load_config
 from libprune.pipeline.artifacts import same_origin
+from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.pipeline.shards import GRAM, HELD_OUT, read_meta, read_tensor
-from libprune.pipeline.writing import remove, writing
 from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
 from libprune.repair.sequential import SequentialRepair, split_batches
 

@@ -1,4 +1,4 @@
-"""What all pictures share: style, palette, the axis of layers, and PNG bytes that depend on nothing but the data."""
+"""The parts that all pictures share: style, palette, axes, and PNG bytes that depend on nothing but the data."""
 
 import io
 import logging
@@ -33,12 +33,12 @@ __all__ = [
 ]  # pictures take these from here, never from matplotlib before it
 
 BLUE, ORANGE, GREEN, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"
-"""Colours that stay apart for colour-blind eyes and in grey print (Okabe and Ito, Color Universal Design, 2008)."""
+"""Colours that colour-blind readers and grey print can distinguish (Okabe and Ito, Color Universal Design, 2008)."""
 INK, GREY = "#222222", "#888888"
-"""For lines that mark a value, and for what is missing."""
+"""Colours of lines that mark a value, and of missing values."""
 
 WIDTH = 8.5
-"""Inches of every picture."""
+"""Width of every picture, in inches."""
 _DPI = 140
 _STYLE = {
     "font.family": ["DejaVu Sans"],  # ships with matplotlib
@@ -62,7 +62,7 @@ _BACKENDS = {"backend", "backend_fallback"}
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Matplotlib's own defaults under the style of the pictures, whatever a matplotlibrc of the user says."""
+    """Apply the style of the pictures on matplotlib's own defaults, whatever a matplotlibrc of the user says."""
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key not in _BACKENDS}
     with matplotlib.rc_context(defaults | _STYLE):
         yield
@@ -72,8 +72,8 @@ def new_figure(panels: int, panel_height: float) -> tuple[Figure, list[Axes]]:
     """A white page with panels below each other that share the x axis.
 
     Args:
-        panels: how many.
-        panel_height: of each, inches.
+        panels: number of panels.
+        panel_height: height of each panel, in inches.
     """
     figure = Figure(figsize=(WIDTH, panels * panel_height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -81,8 +81,8 @@ def new_figure(panels: int, panel_height: float) -> tuple[Figure, list[Axes]]:
 
 
 @styled()
-def note(text: str) -> Figure:
-    """A picture that only says something."""
+def draw_note(text: str) -> Figure:
+    """A picture that shows only a text."""
     figure, (axes,) = new_figure(1, 1.2)
     axes.axis("off")
     axes.text(0.5, 0.5, text, ha="center", va="center", color=INK)
@@ -98,7 +98,7 @@ def png(figure: Figure) -> bytes:
 
 
 def layer_axis(axes: Axes, layers: Sequence[int] | NDArray[Any]) -> None:
-    """Number the layers along x: each where there is room, else at even distances; the lowest panel names the axis."""
+    """Number the layers along x, each where there is room, else at even distances; the lowest panel names the axis."""
     axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     place = axes.get_subplotspec()
@@ -106,11 +106,11 @@ def layer_axis(axes: Axes, layers: Sequence[int] | NDArray[Any]) -> None:
 
 
 def value_scale(axes: Axes, values: NDArray[Any], which: str) -> None:
-    """A logarithmic axis for positive values; for others one that is linear around zero; a plain one for one value.
+    """Scale an axis: logarithmic for positive values, else symmetric logarithmic; linear for a single value.
 
     Args:
-        axes: of the panel.
-        values: what it shows; values that are not finite do not count.
+        axes: the panel.
+        values: the values that it shows; those that are not finite do not count.
         which: `x` or `y`.
     """
     set_scale = getattr(axes, f"set_{which}scale")
@@ -124,12 +124,12 @@ def value_scale(axes: Axes, values: NDArray[Any], which: str) -> None:
 
 
 def linear_below(values: NDArray[Any]) -> float:
-    """Where a symmetric logarithmic axis turns linear: a power of ten at the small ones of the absolute values."""
+    """Size below which a symmetric logarithmic axis is linear: a power of ten near the 10 % quantile of |values|."""
     sizes = np.abs(values[values != 0])
     return float(10 ** np.floor(np.log10(np.quantile(sizes, 0.1)))) if len(sizes) else 1.0
 
 
 def whole_numbers(axes: Axes) -> None:
-    """A y axis of counts."""
+    """Make the y axis one of counts: whole numbers, with room above the largest."""
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])

@@ -1,30 +1,26 @@
-"""Warnings worth reading: what in a result should make a reader careful."""
+"""Warnings of a report: signs in a result that it is worse, or less certain, than its headline looks."""
 
-from collections.abc import Mapping
-from typing import Any
-
+from libprune.report.headline import Metrics
 from libprune.report.markdown import code, prose
-
-Metrics = Mapping[str, Any]
 
 MUCH_WORSE = 2.0
 """Perplexity ratio from which the text that a model writes is visibly worse."""
 FEW_WINDOWS = 8
 """Evaluation windows below which a standard error is itself a guess."""
 MISSED = 0.01
-"""Share by which the removed may differ from the asked for without a word."""
+"""Largest difference between the removed and the asked share that needs no warning."""
 
 
-def cautions(result: Metrics, calibration: str) -> list[str]:
-    """One sentence or two for each, in Markdown; the allocation's own advice first.
+def find_cautions(result: Metrics, calibration: str) -> list[str]:
+    """The warnings that a result calls for, each one or two sentences of Markdown; the advice of allocate comes first.
 
     Args:
         result: the content of `artifacts/evaluation.json`.
-        calibration: the calibration text, as `origin.Origin` names it.
+        calibration: the name of the calibration text, as in `libprune.report.provenance.Provenance`.
     """
-    said = result["plan"].get("diagnosis", {})
+    advice = result["plan"].get("diagnosis", {}).get("advice", [])
     return [
-        *(prose(f"{line[:1].upper()}{line[1:]}.") for line in said.get("advice", [])),
+        *(prose(f"{line[:1].upper()}{line[1:]}.") for line in advice),
         *_quality(result),
         *_domain(result["protocol"]["text"], calibration),
         *_budget(result),
@@ -35,25 +31,25 @@ def cautions(result: Metrics, calibration: str) -> list[str]:
 
 def _quality(result: Metrics) -> list[str]:
     ratio, windows = result["perplexity_ratio"]["value"], result["protocol"]["windows"]
-    found = []
+    lines = []
     if not ratio < MUCH_WORSE:
-        found.append(
+        lines.append(
             f"Perplexity is {ratio:.2f} times the dense model's: expect visibly worse text, and fine-tune before use."
         )
     if windows < FEW_WINDOWS:
-        found.append(f"Perplexity is measured on {windows} window(s); raise `tokenize.evaluation_windows` to trust it.")
+        lines.append(f"Perplexity is measured on {windows} window(s); raise `tokenize.evaluation_windows` to trust it.")
     if result["protocol"]["text"] == "self":
-        found.append(
+        lines.append(
             "Perplexity is measured on text that the dense model wrote itself, where no other model can do better: it "
             "says how closely the pruned model follows the dense one, and nothing of your text. Name a "
             "`tokenize.evaluation_text` for that."
         )
     if not result["tasks"]:
-        found.append(
+        lines.append(
             "Only perplexity on one text was measured; abilities that this text does not need may have suffered more. "
             "`evaluate.tasks` measures zero-shot accuracy."
         )
-    return found
+    return lines
 
 
 def _domain(evaluation: str, calibration: str) -> list[str]:
@@ -61,26 +57,26 @@ def _domain(evaluation: str, calibration: str) -> list[str]:
     if not same or evaluation == "self":
         return []
     return [
-        f"Calibrated and judged on parts of one text, {code(calibration)}: what was kept is what such text needs, and "
-        "elsewhere the loss may be larger. Calibrate on text like that which the model is to be used on, and name "
+        f"Calibrated and evaluated on parts of one text, {code(calibration)}: what was kept is what such text needs, "
+        "and elsewhere the loss may be larger. Calibrate on text like that which the model is to be used on, and name "
         "another under `tokenize.evaluation_text`."
     ]
 
 
 def _budget(result: Metrics) -> list[str]:
-    plan, pruned, found = result["plan"], result["pruned"], []
+    plan, pruned, lines = result["plan"], result["pruned"], []
     shares = {"decoder": pruned["decoder_share_removed"], "total": pruned["total_share_removed"]}
     if plan["objective"] == "parameters" and abs(shares[plan["ratio_of"]] - plan["ratio"]) > MISSED:
         added = ", and the biases that the repair adds count" if result["pruning"]["slice"]["repair"] == "bias" else ""
-        found.append(
+        lines.append(
             f"{100 * plan['ratio']:.1f} % was asked for and {100 * shares[plan['ratio_of']]:.1f} % removed: the shape, "
             f"the floors, the width multiples or parts that only go whole allow nothing nearer{added}."
         )
     for part in result["units"]:
         gone = [str(layer) for layer, kept in enumerate(result["kept"]) if not kept[part]]
         if gone:
-            found.append(f"Layers without any {part} left: {', '.join(gone)}.")
-    return found
+            lines.append(f"Layers without any {part} left: {', '.join(gone)}.")
+    return lines
 
 
 def _speed(speed: Metrics) -> list[str]:

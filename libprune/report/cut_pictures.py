@@ -1,4 +1,4 @@
-"""Pictures of the decision: what was kept in every layer, the scores that decided, and what whole layers are worth."""
+"""Pictures of the decision: the kept share of every layer, the scores that decided, and the sensitivity to layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +31,7 @@ _REMOVALS = {
     "attention": ("attention only", BLUE, "s", 0.0),
     "mlp": ("MLP only", ORANGE, "^", 0.22),
 }
-"""By what is removed: label, colour, marker, and how far beside the layer's number it is drawn."""
+"""Label, colour, marker and distance from the layer's number on the axis, by what is removed."""
 
 
 def _units(part: str) -> str:
@@ -39,8 +39,8 @@ def _units(part: str) -> str:
 
 
 @styled()
-def kept_share(plan: Columns, meta: Mapping[str, Any]) -> Figure:
-    """Kept and removed share of the units of every layer, a panel a part.
+def draw_kept_share(plan: Columns, meta: Mapping[str, Any]) -> Figure:
+    """Draw the kept and the removed share of the units of every layer, one panel a part.
 
     Args:
         plan: rows of the plan, at least one.
@@ -77,8 +77,8 @@ def _between(share: NDArray[np.float64]) -> str:
 
 
 @styled()
-def scores(plan: Columns, meta: Mapping[str, Any]) -> Figure:
-    """Distribution of the scores of kept and removed units, a panel a part.
+def draw_scores(plan: Columns, meta: Mapping[str, Any]) -> Figure:
+    """Draw the distribution of the scores of kept and removed units, one panel a part.
 
     Args:
         plan: rows of the plan, at least one.
@@ -132,7 +132,7 @@ def _edges(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _cut_text(part: str, keep: NDArray[np.bool_], cuts: NDArray[np.float64]) -> str:
-    """Where the cut lies, in words."""
+    """A title that says how many units are removed, and between which scores the cuts lie."""
     removed = f"{int((~keep).sum()):,} of {len(keep):,} {_units(part)} removed"
     if not len(cuts):
         return removed
@@ -141,8 +141,8 @@ def _cut_text(part: str, keep: NDArray[np.bool_], cuts: NDArray[np.float64]) -> 
 
 
 @styled()
-def sensitivity(table: Columns) -> Figure:
-    """Loss increase of removing each layer, its attention or its MLP, with standard errors.
+def draw_sensitivity(table: Columns) -> Figure:
+    """Draw the loss increase of removing each layer, its attention or its MLP, with standard errors.
 
     Args:
         table: rows of the sensitivity table, at least one; `loss_increase` and `standard_error` in nats per token.

@@ -1,20 +1,20 @@
-"""The pictures of the report: which there are, what they say, and the folder that they are written to."""
+"""The pictures of the report with their captions, and the folder that they are written to."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from libprune.engine.tables import Columns
-from libprune.pipeline.writing import writing_folder
+from libprune.pipeline.atomic import writing_folder
 from libprune.report import cut_pictures, gradient_pictures
-from libprune.report.canvas import Figure, note, png
+from libprune.report.canvas import Figure, draw_note, png
 from libprune.report.gradient_text import Diagnosis, gradient_report
 from libprune.report.markdown import Picture
 
 NAMES = ("grad_dist", "grad_heatmap", "grad_comparison", "layer_variance", "sensitivity", "kept_share", "scores")
-"""Every picture that there is; dvc.yaml lists them as plots."""
+"""The names of all pictures; dvc.yaml lists them as plots."""
 TEXT = "gradient_report.txt"
-"""The file beside the pictures that says the same of the gradients in numbers."""
+"""The file beside the pictures that holds the gradients of every layer in numbers."""
 
 
 def _picture(name: str, figure: Figure, alt: str, caption: str) -> Picture:
@@ -22,32 +22,32 @@ def _picture(name: str, figure: Figure, alt: str, caption: str) -> Picture:
 
 
 def gradient_gallery(rows: Columns) -> list[Picture]:
-    """The pictures of `gradient_pictures`, of the rows of `layers.parquet`; none without rows."""
+    """The four pictures of the gradients, from the rows of `gradients/layers.parquet`; none without rows."""
     if not len(rows["layer_idx"]):
         return []
     return [
         _picture(
             "grad_dist",
-            gradient_pictures.grad_dist(rows),
+            gradient_pictures.draw_grad_dist(rows),
             "distribution of mean |g| by layer",
             "One value for each parameter and batch of the layer: its mean |g|. Box: quartiles and median; whiskers: "
             "smallest and largest; diamonds: the means that the ratio is of.",
         ),
         _picture(
             "grad_heatmap",
-            gradient_pictures.grad_heatmap(rows),
+            gradient_pictures.draw_grad_heatmap(rows),
             "mean |g| by parameter type and layer",
             "Mean over the batches; each tick of the colour bar is a power of ten or a multiple of it.",
         ),
         _picture(
             "grad_comparison",
-            gradient_pictures.grad_comparison(rows),
+            gradient_pictures.draw_grad_comparison(rows),
             "mean |g| by layer in the first batches",
-            "Lines that lie together: one batch would have told the same, and the statistics are steady.",
+            "Where the lines lie together, one batch would have shown the same, and the statistics are steady.",
         ),
         _picture(
             "layer_variance",
-            gradient_pictures.layer_variance(rows),
+            gradient_pictures.draw_layer_variance(rows),
             "spread of the gradients inside layers and over batches",
             "Above: root mean square, over the parameters of the layer and the batches, of the standard deviation of "
             "one parameter's gradient entries. Below: standard deviation over batches of the layer's mean |g|, over "
@@ -57,21 +57,21 @@ def gradient_gallery(rows: Columns) -> list[Picture]:
 
 
 def cut_gallery(plan: Columns, meta: Mapping[str, Any]) -> list[Picture]:
-    """The kept shares and the scores, of the rows and the metadata of the plan; none without rows."""
+    """The pictures of the kept shares and of the scores, from the plan and its metadata; none without rows."""
     if not len(plan["layer_idx"]):
         return []
     return [
         _picture(
             "kept_share",
-            cut_pictures.kept_share(plan, meta),
-            "kept and removed share by layer, attention and MLP apart",
+            cut_pictures.draw_kept_share(plan, meta),
+            "kept and removed share of units by layer, a panel for each part",
             "Shares of the units of a part in a layer. The dashed line would be the share of every layer, were the "
             "cut spread evenly.",
         ),
         _picture(
             "scores",
-            cut_pictures.scores(plan, meta),
-            "scores of kept and removed units, attention and MLP apart",
+            cut_pictures.draw_scores(plan, meta),
+            "scores of kept and removed units, a panel for each part",
             "All layers together, the colours stacked. The cut of a layer is the highest score among its removed "
             "units; the dashed lines are the lowest and the highest cut of all layers.",
         ),
@@ -79,13 +79,13 @@ def cut_gallery(plan: Columns, meta: Mapping[str, Any]) -> list[Picture]:
 
 
 def sensitivity_gallery(table: Columns) -> list[Picture]:
-    """The sensitivity of the loss to each layer, of the rows of `sensitivity.parquet`; none without rows."""
+    """The picture of the sensitivity to each layer, from the rows of `sensitivity.parquet`; none without rows."""
     if not len(table["layer_idx"]):
         return []
     return [
         _picture(
             "sensitivity",
-            cut_pictures.sensitivity(table),
+            cut_pictures.draw_sensitivity(table),
             "loss increase of removing each layer, its attention and its MLP",
             "Measured on calibration sequences, one removal at a time, without repair.",
         )
@@ -95,16 +95,16 @@ def sensitivity_gallery(table: Columns) -> list[Picture]:
 def write_gallery(folder: Path, pictures: list[Picture], rows: Columns, diagnosis: Diagnosis) -> None:
     """Write all pictures and `gradient_report.txt` as a folder, whole or not at all.
 
-    A picture of what was not measured says so: to DVC, a plot that is listed and missing is a failure.
+    Where a picture is not given, a note takes its place: to DVC, a listed plot that is missing is a failure.
 
     Args:
-        folder: takes the place of what is there.
-        pictures: to write.
-        rows: of `layers.parquet`, for the text.
-        diagnosis: from the plan, for the text.
+        folder: the folder, which is replaced.
+        pictures: the pictures to write.
+        rows: the rows of `gradients/layers.parquet`, for the text.
+        diagnosis: the plan's metadata under `diagnosis`, for the text.
     """
     with writing_folder(folder) as partial:
         drawn = {picture.name: picture.png for picture in pictures}
         for name in NAMES:
-            (partial / f"{name}.png").write_bytes(drawn.get(name) or png(note(f"{name}: not measured")))
+            (partial / f"{name}.png").write_bytes(drawn.get(name) or png(draw_note(f"{name}: not measured")))
         (partial / TEXT).write_text(gradient_report(rows, diagnosis), encoding="utf-8")

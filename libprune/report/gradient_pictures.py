@@ -1,6 +1,6 @@
 """Pictures of the gradients by layer, from the rows of `gradients/layers.parquet`.
 
-Every function takes at least one row. Gradients are of the mean-token loss, in nats per token and unit of weight.
+Every picture needs at least one row. Gradients are those of the mean-token loss, in nats per token and unit of weight.
 """
 
 from typing import Any
@@ -29,13 +29,14 @@ from libprune.report.gradient_text import batch_means, grouped_mean, layer_summa
 from libprune.statistics.gradient_health import gradient_by_layer, gradient_ratio, verdict
 
 FIRST_BATCHES = 5
+"""Number of batches that `draw_grad_comparison` shows."""
 _UNIT = "nats per token and unit of weight"
 _BATCH_LOOKS = tuple(zip((BLUE, ORANGE, GREEN, PURPLE, SKY), "os^Dv", strict=True))
 
 
 @styled()
-def grad_dist(rows: Columns) -> Figure:
-    """Mean |g| of every parameter in every batch, a box a layer; zeros are marked, not drawn."""
+def draw_grad_dist(rows: Columns) -> Figure:
+    """Draw mean |g| of every parameter in every batch, one box a layer; zeros are marked at the lower edge."""
     figure, (axes,) = new_figure(1, 4.2)
     means, ratio = gradient_by_layer(rows), gradient_ratio(rows)
     layers = means["layer_idx"]
@@ -68,12 +69,12 @@ def grad_dist(rows: Columns) -> Figure:
 
 
 def _positive_line(axes: Axes, x: NDArray[np.int64], y: NDArray[np.float64], **look: Any) -> None:
-    """Points on a logarithmic axis; what is not above zero is left out."""
+    """Draw the points whose y is above zero, as a logarithmic axis needs it."""
     axes.plot(x, np.where(y > 0, y, np.nan), **look)
 
 
 def _magnitudes(axes: Axes, values: NDArray[np.float64]) -> None:
-    """A logarithmic y axis, or one without numbers where nothing is above zero."""
+    """Make the y axis logarithmic; without numbers if no value is above zero."""
     if (values > 0).any():
         axes.set_yscale("log")
     else:
@@ -81,15 +82,15 @@ def _magnitudes(axes: Axes, values: NDArray[np.float64]) -> None:
 
 
 def _mark_zeros(axes: Axes, layers: NDArray[np.int64], label: str) -> None:
-    """Crosses at the lower edge, where a logarithmic axis cannot show a zero."""
+    """Draw crosses at the lower edge, since a logarithmic axis cannot show a zero."""
     if len(layers):
         where = axes.get_xaxis_transform()
         axes.plot(layers, np.full(len(layers), 0.02), "x", color=INK, label=label, transform=where, clip_on=False)
 
 
 @styled()
-def grad_heatmap(rows: Columns) -> Figure:
-    """Mean |g| over the batches by parameter type and layer, colours by its logarithm to base ten."""
+def draw_grad_heatmap(rows: Columns) -> Figure:
+    """Draw mean |g| over the batches by parameter type and layer, in colours by its logarithm to base ten."""
     kinds, kind = _kinds(rows)
     layers, layer = np.unique(rows["layer_idx"], return_inverse=True)
     grid = grouped_mean(kind, layer, rows["mean_abs"])
@@ -130,7 +131,7 @@ def _extremes(grid: np.ma.MaskedArray, kinds: list[str], layers: NDArray[np.int6
 
 
 def _hatch(axes: Axes, cells: NDArray[np.bool_], layers: NDArray[np.int64], hatch: str, label: str) -> list[Patch]:
-    """Mark cells ``[kinds, layers]`` that have no colour; the legend's entry, if there are any."""
+    """Hatch the cells ``[kinds, layers]`` that have no colour; returns their entry of the legend, if there are any."""
     look: dict[str, Any] = {"facecolor": "white", "edgecolor": GREY, "hatch": hatch, "linewidth": 0.0}
     row, column = np.nonzero(cells)
     axes.bar(layers[column], 1.0, 1.0, row - 0.5, **look)
@@ -138,8 +139,8 @@ def _hatch(axes: Axes, cells: NDArray[np.bool_], layers: NDArray[np.int64], hatc
 
 
 @styled()
-def grad_comparison(rows: Columns) -> Figure:
-    """Mean |g| by layer in each of the first five batches."""
+def draw_grad_comparison(rows: Columns) -> Figure:
+    """Draw mean |g| by layer in each of the first five batches."""
     figure, (axes,) = new_figure(1, 3.8)
     layers, every = np.unique(rows["layer_idx"]), batch_means(rows)
     means = every[:, :FIRST_BATCHES]
@@ -150,14 +151,14 @@ def grad_comparison(rows: Columns) -> Figure:
     layer_axis(axes, layers)
     axes.set_ylabel(f"mean |g| of the layer\n({_UNIT})")
     axes.set_title(
-        f"Mean |g| by layer in the first {means.shape[1]} of {every.shape[1]} batches{_apart(means, layers)}"
+        f"Mean |g| by layer in the first {means.shape[1]} of {every.shape[1]} batches{_largest_factor(means, layers)}"
     )
     axes.legend(ncols=FIRST_BATCHES)
     return figure
 
 
-def _apart(means: NDArray[np.float64], layers: NDArray[np.int64]) -> str:
-    """How far the batches lie apart at most, in words."""
+def _largest_factor(means: NDArray[np.float64], layers: NDArray[np.int64]) -> str:
+    """The largest factor between two batches of one layer, in words; empty if there are no two."""
     usable = (means > 0).all(axis=1)
     if means.shape[1] < 2 or not usable.any():
         return ""
@@ -166,8 +167,8 @@ def _apart(means: NDArray[np.float64], layers: NDArray[np.int64]) -> str:
 
 
 @styled()
-def layer_variance(rows: Columns) -> Figure:
-    """The spread of gradients inside a layer, and their coefficient of variation over batches (`layer_summary`)."""
+def draw_layer_variance(rows: Columns) -> Figure:
+    """Draw the spread of gradients inside a layer and their coefficient of variation over batches (`layer_summary`)."""
     figure, (inside, over) = new_figure(2, 2.9)
     table = layer_summary(rows)
     layers, std, variation = table["layer_idx"], table["std"], table["variation"]

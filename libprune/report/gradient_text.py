@@ -10,13 +10,13 @@ from libprune.engine.tables import Columns
 from libprune.statistics.gradient_health import gradient_by_layer, gradient_ratio, verdict
 
 Diagnosis = Mapping[str, Any]
-"""What allocate wrote of the gradients into the plan's metadata, under `diagnosis`; empty if it wrote nothing."""
+"""The plan's metadata under `diagnosis`, which allocate writes of the gradients; empty if it wrote none."""
 
 
 def batch_means(rows: Columns) -> NDArray[np.float64]:
     """Mean |g| of every layer in every batch, over the layer's parameters; ``[layers, batches]``.
 
-    NaN where the table has no row.
+    A cell is NaN where the table has no row.
     """
     _, layer = np.unique(rows["layer_idx"], return_inverse=True)
     _, batch = np.unique(rows["batch"], return_inverse=True)
@@ -33,10 +33,10 @@ def grouped_mean(row: NDArray[np.int64], column: NDArray[np.int64], values: NDAr
 
 
 def layer_summary(rows: Columns) -> Columns:
-    """One row a layer, from the rows of `layers.parquet`.
+    """Size, spread and steadiness of the gradients, one row a layer, from the rows of `gradients/layers.parquet`.
 
     Returns:
-        `layer_idx`; `mean_abs`, as `gradient_by_layer` has it; `std`, the spread inside the layer: the root mean
+        `layer_idx`; `mean_abs`, as `gradient_by_layer` computes it; `std`, the spread inside the layer: the root mean
         square, over its parameters and the batches, of the standard deviation of one parameter's gradient entries;
         `variation`, over batches: the standard deviation of the layer's mean |g| in a batch over its mean, NaN
         where there is one batch or no gradient.
@@ -48,7 +48,7 @@ def layer_summary(rows: Columns) -> Columns:
 
 
 def _variation(means: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standard deviation over mean along the batches ``[layers, batches]``, of those that have a row."""
+    """Standard deviation over mean along the batches of ``[layers, batches]``; batches that are NaN do not count."""
     counts = np.isfinite(means).sum(axis=1)
     centre = np.nansum(means, axis=1) / counts
     squares = np.nansum((means - centre[:, None]) ** 2, axis=1)
@@ -63,11 +63,11 @@ def ratio_text(ratio: float | None) -> str:
 
 
 def gradient_report(rows: Columns, diagnosis: Diagnosis) -> str:
-    """The content of `gradient_report.txt`: a line a layer, the ratio and its verdict, and what is advised.
+    """The content of `gradient_report.txt`: a line a layer, the ratio and its verdict, and the advice.
 
     Args:
-        rows: of `layers.parquet`.
-        diagnosis: from the plan.
+        rows: the rows of `gradients/layers.parquet`.
+        diagnosis: the plan's metadata under `diagnosis`.
     """
     if not len(rows["layer_idx"]):
         return "No gradients were collected.\n"

@@ -11,13 +11,13 @@ _BLOCK = re.compile(r"^(\d*)([#+\-=.)])")
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn picture.
+    """A drawn picture and its texts.
 
     Attributes:
-        name: the file's, without `.png`.
-        alt: what it shows, for who cannot see it.
+        name: the name of the file, without `.png`.
+        alt: a description for readers who cannot see it.
         caption: what exactly is drawn.
-        png: the file's bytes.
+        png: the content of the file.
     """
 
     name: str
@@ -27,19 +27,19 @@ class Picture:
 
     @property
     def file(self) -> str:
-        """The file's name."""
+        """The name of the file."""
         return f"{self.name}.png"
 
 
 def prose(text: str) -> str:
-    """A text as one line in which only code between backticks is markup."""
+    """A text as one line of Markdown, in which only code between backticks stays markup."""
     parts = _CODE.split(" ".join(text.split()))
     escaped = (part if i % 2 else _INLINE.sub(r"\\\1", part) for i, part in enumerate(parts))
     return _BLOCK.sub(r"\1\\\2", "".join(escaped))
 
 
 def code(text: str) -> str:
-    """A text as one line of code, whatever backticks it has."""
+    """A text as one line of code in Markdown, whatever backticks it has."""
     line = " ".join(text.split())
     fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
     pad = " " if line.startswith("`") or line.endswith("`") else ""
@@ -47,12 +47,12 @@ def code(text: str) -> str:
 
 
 def markdown_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
-    """A table, the first column left and the others right aligned; the cells are Markdown in which a pipe may stand."""
+    """A Markdown table, the first column left and the others right aligned; cells are Markdown and may hold pipes."""
     lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in [header, *rows]]
     lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
     return "\n".join(lines)
 
 
-def picture(folder: str, shown: Picture) -> list[str]:
-    """Paragraphs of a picture and its caption; the picture lies in a folder beside the text."""
-    return [f"![{prose(shown.alt)}]({folder}/{shown.file})", f"*{prose(shown.caption)}*"]
+def picture_paragraphs(folder: str, picture: Picture) -> list[str]:
+    """Two paragraphs of Markdown: a picture, which lies in a folder beside the text, and its caption."""
+    return [f"![{prose(picture.alt)}]({folder}/{picture.file})", f"*{prose(picture.caption)}*"]

@@ -42,11 +42,11 @@ p.picture + p { margin: 0 0 1.4rem; font-size: 0.88rem; color: #444; }
 
 
 def html_page(text: str, title: str, images: Mapping[str, bytes]) -> str:
-    """A whole page.
+    """Render Markdown as a whole HTML page.
 
     Args:
         text: Markdown with tables; HTML in it is shown as text.
-        title: of the window.
+        title: the title of the window.
         images: PNG files by the address under which the text shows them.
 
     Raises:

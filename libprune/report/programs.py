@@ -14,29 +14,38 @@ November 2026, and not tried:
   src/llama-quant.cpp: k-quants cut rows into blocks of 256.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
+from libprune.engine.heads import HEADS, HeadName
+from libprune.report.headline import Metrics
 from libprune.report.markdown import code, markdown_table
 
-Metrics = Mapping[str, Any]
-
 _KNOWN = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `model_type` whose code in vLLM and llama.cpp was read."""
+"""Values of `model_type` whose code in vLLM and in llama.cpp was read."""
 _BLOCK = 256
-"""Weights in a block of llama.cpp's k-quants."""
+"""Number of weights in a block of llama.cpp's k-quants."""
 
 
-def loading(result: Metrics, folder: str, line: str) -> list[str]:
-    """The section of the report; paragraphs of Markdown.
+def how_to_load(folder: str, shape: str, head: HeadName) -> str:
+    """The line of Python that loads a pruned model.
+
+    Args:
+        folder: where the model lies.
+        shape: `uniform` or `per_layer`.
+        head: of the model.
+    """
+    remote = "" if shape == "uniform" else ", trust_remote_code=True"
+    return f'{HEADS[head].auto_class}.from_pretrained("{folder}"{remote})'
+
+
+def describe_loading(result: Metrics, folder: str) -> list[str]:
+    """The section of the report on how to load the pruned model, and in which programs; paragraphs of Markdown.
 
     Args:
         result: the content of `artifacts/evaluation.json`.
         folder: where the pruned model lies.
-        line: of Python that loads it.
     """
     shape, proof = result["plan"]["shape"], result["pruning"]["proof"]
-    writes = result["model"]["head"] == "causal_lm"
+    head = result["model"]["head"]
+    line, writes = how_to_load(folder, shape, head), head == "causal_lm"
     kind = {
         "uniform": "all layers alike, under a stock config and without code of its own",
         "per_layer": "layers of different widths, with a modeling file of a few lines inside",
@@ -118,7 +127,7 @@ def _attention(result: Metrics) -> tuple[int, int, bool]:
 
 
 def _kept(result: Metrics, part: str) -> int:
-    """Units of a part in every layer that is left of a uniform result."""
+    """Units of a part that each remaining layer of a uniform result keeps."""
     return max(layer.get(part, 0) for layer in result["kept"])
 
 

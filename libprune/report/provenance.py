@@ -1,4 +1,4 @@
-"""Where a result comes from: the model, the texts, and the state of the project that it was made in."""
+"""How a result was made: from which model and text, and at which commit of the project."""
 
 import subprocess
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ _INPUTS = ("params.yaml", "dvc.yaml", "libprune", "stages")
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What the report says of the inputs beyond `evaluation.json`.
+class Provenance:
+    """How a result was made, beyond what `evaluation.json` says.
 
     Attributes:
         model: the model as `prepare.model` names it.
-        family: which family describes it.
+        family: the family that describes it.
         text: the calibration text as `tokenize.text` names it, then data set, config, split and commit of a hub text.
-        sequences: of the calibration text.
-        length: of each, in tokens.
-        seed: of their draw.
-        commit: the project's git commit; None outside of a repository.
+        sequences: number of calibration sequences.
+        length: tokens of each calibration sequence.
+        seed: the seed of their draw.
+        commit: the git commit of the project; None outside of a repository.
         changed: whether params, pipeline or code differ from that commit.
     """
 
@@ -37,11 +37,11 @@ class Origin:
     changed: bool
 
 
-def read_origin(layout: Layout, model: str, project: Path) -> Origin:
-    """The origin of the artifacts.
+def gather_provenance(layout: Layout, model: str, project: Path) -> Provenance:
+    """Read the provenance of a result from its artifacts and the project's repository.
 
     Args:
-        layout: of the artifacts.
+        layout: the paths of the artifacts.
         model: fingerprint of the dense model that they must belong to.
         project: a folder of the project, for its commit.
 
@@ -61,11 +61,11 @@ def read_origin(layout: Layout, model: str, project: Path) -> Origin:
     drawn = {name: tokens[name] for name in ("sequences", "length", "seed")}
     commit, changed = project_state(project)
     text = _text(tokens)
-    return Origin(weights["source"], architecture.family, text, **drawn, commit=commit, changed=changed)
+    return Provenance(weights["source"], architecture.family, text, **drawn, commit=commit, changed=changed)
 
 
 def _text(tokens: Mapping[str, Any]) -> str:
-    """What a text is called; its parts are those that are recorded of it."""
+    """The name of a text: its source, and what is recorded of a hub data set."""
     named = [tokens["source"]]
     if tokens.get("revision"):
         named += [tokens[key] for key in ("data_set", "config", "split", "revision")]
@@ -83,7 +83,7 @@ def project_state(folder: Path) -> tuple[str | None, bool]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints; None if it cannot."""
+    """The output of a git command; None if it fails."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,26 +1,25 @@
-"""The report as files: pictures, Markdown and HTML, from the artifacts."""
+"""The files of the report, made from the artifacts: pictures, Markdown and HTML."""
 
 from pathlib import Path
 
 from libprune.pipeline.artifacts import read_json, read_table, same_origin
+from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.writing import writing
 from libprune.report.gallery import cut_gallery, gradient_gallery, sensitivity_gallery, write_gallery
 from libprune.report.markdown import Picture
 from libprune.report.page import html_page
-from libprune.report.provenance import read_origin
-from libprune.report.report import markdown
-from libprune.report.sections import PICTURES
+from libprune.report.provenance import gather_provenance
+from libprune.report.report import PICTURES, compose_report
 from libprune.statistics.gradient_health import gradient_ratio
 
 
-def publish(layout: Layout, folder: Path, project: Path) -> None:
+def publish_report(layout: Layout, folder: Path, project: Path) -> None:
     """Write `report.md`, `report.html` and the folder of pictures, each whole or not at all.
 
     Args:
-        layout: of the artifacts.
-        folder: of the report; what else lies there stays.
-        project: a folder of the project, whose commit is named.
+        layout: the paths of the artifacts.
+        folder: the folder of the report; other files in it stay.
+        project: a folder of the project, whose commit the report names.
 
     Raises:
         ArtifactError: if an artifact is missing, damaged, or was made from another model, text or plan.
@@ -32,12 +31,12 @@ def publish(layout: Layout, folder: Path, project: Path) -> None:
     rows, gradients = read_table(layout.gradients / "layers.parquet", "gradients")
     same_origin(layout.gradients, gradients, {"model": meta["model"]})
     measured = _sensitivity(layout, meta["model"])
-    origin = read_origin(layout, meta["model"], project)
+    provenance = gather_provenance(layout, meta["model"], project)
     pictures = gradient_gallery(rows) + measured + cut_gallery(plan, plan_meta)
     ratio = gradient_ratio(rows) if len(rows["layer_idx"]) else None
-    text = markdown(result, str(layout.pruned), origin, pictures, ratio)
+    text = compose_report(result, str(layout.pruned), provenance, pictures, ratio)
     images = {f"{PICTURES}/{picture.file}": picture.png for picture in pictures}
-    page = html_page(text, f"Pruning report: {origin.model}", images)
+    page = html_page(text, f"Pruning report: {provenance.model}", images)
     write_gallery(folder / PICTURES, pictures, rows, meta.get("diagnosis", {}))
     for name, content in (("report.md", text), ("report.html", page)):
         with writing(folder / name) as partial:

@@ -1,127 +1,215 @@
-"""The headline table, and the report in Markdown, from which the HTML page is made."""
+"""The report in Markdown, section by section; the HTML page is made from it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Sequence
+from itertools import groupby
 
-from libprune.engine.heads import HEADS, HeadName
 from libprune.pipeline.terminal import Rows
-from libprune.report import sections
-from libprune.report.cautions import cautions
-from libprune.report.markdown import Picture, code, markdown_table
-from libprune.report.programs import loading
-from libprune.report.provenance import Origin
+from libprune.report.cautions import find_cautions
+from libprune.report.gradient_text import ratio_text
+from libprune.report.headline import HEADER, Metrics, describe_protocol, headline_rows, summarize
+from libprune.report.markdown import Picture, code, markdown_table, picture_paragraphs
+from libprune.report.programs import describe_loading
+from libprune.report.provenance import Provenance
+from libprune.statistics.gradient_health import verdict
 
-Metrics = Mapping[str, Any]
+Section = list[str]
+"""Paragraphs of Markdown; none if there is nothing to say."""
 
+PICTURES = "gradient_analysis"
+"""The folder of the pictures, beside the report."""
 
-def headline(evaluation: Metrics) -> Rows:
-    """Rows of the headline table: what, dense, pruned, change."""
-    dense, pruned, speed = evaluation["dense"], evaluation["pruned"], evaluation["speed"]
-    ratio = evaluation["perplexity_ratio"]
-    return [
-        (
-            PERPLEXITY[evaluation["model"]["head"]],
-            f"{dense['perplexity']:.2f} ± {dense['perplexity_se']:.2f}",
-            f"{pruned['perplexity']:.2f} ± {pruned['perplexity_se']:.2f}",
-            f"× {ratio['value']:.3f} ± {ratio['se']:.3f}",
-        ),
-        _count("decoder parameters", dense["decoder_parameters"], pruned["decoder_parameters"]),
-        _count("all parameters", dense["total_parameters"], pruned["total_parameters"]),
-        _count("weights, MB", dense["bytes"] / 1e6, pruned["bytes"] / 1e6),
-        *(_count(name, dense[key], pruned[key]) for name, key in _CACHE.items() if dense[key]),
-        *(_speed(name, dense, pruned, speed) for name in ("prefill", "decode") if dense[name]),
-        *(_accuracy(task, models["dense"], models["pruned"]) for task, models in evaluation["tasks"].items()),
-    ]
+_GRADIENTS = ("grad_dist", "grad_heatmap", "grad_comparison", "layer_variance")
+_NOT_SETTINGS = {"model", "tokens", "comparable"}
 
 
-_CACHE = {"KV cache, bytes a token": "cache_bytes"}
-PERPLEXITY = {
-    "causal_lm": "perplexity",
-    "masked_lm": "perplexity of masked tokens",
-    "sequence_classification": "perplexity of labels",
-}
-
-
-def _accuracy(task: str, dense: Metrics, pruned: Metrics) -> tuple[str, ...]:
-    metric = "acc_norm" if "acc_norm" in dense else "acc"
-    cells = (f"{100 * one[metric]:.1f} ± {100 * one[f'{metric}_se']:.1f}" for one in (dense, pruned))
-    return f"{task}, {metric}, %", *cells, f"{100 * (pruned[metric] - dense[metric]):+.1f}"
-
-
-def _count(name: str, dense: int | float, pruned: int | float) -> tuple[str, ...]:
-    return name, f"{dense:,.0f}", f"{pruned:,.0f}", f"{100 * (pruned / dense - 1):+.1f} %"
-
-
-def _speed(name: str, dense: Metrics, pruned: Metrics, speed: Metrics) -> tuple[str, ...]:
-    return f"{name}, tokens/s", f"{dense[name]:,.0f}", f"{pruned[name]:,.0f}", _faster(name, speed)
-
-
-def _faster(name: str, speed: Metrics) -> str:
-    """How many times as fast, and the slowest and fastest round."""
-    least, most = speed[f"{name}_spread"]
-    return f"× {speed[f'{name}_ratio']:.2f} ({least:.2f} to {most:.2f})"
-
-
-HEADER = ("", "dense", "pruned", "change")
-
-
-def how_to_load(folder: str, shape: str, head: HeadName) -> str:
-    """The line of Python that loads the result."""
-    remote = "" if shape == "uniform" else ", trust_remote_code=True"
-    return f'{HEADS[head].auto_class}.from_pretrained("{folder}"{remote})'
-
-
-def markdown(
-    result: Metrics, folder: str, origin: Origin, pictures: Sequence[Picture], gradient_ratio: float | None
+def compose_report(
+    result: Metrics, folder: str, provenance: Provenance, pictures: Sequence[Picture], gradient_ratio: float | None
 ) -> str:
-    """The report.
+    """The whole report.
 
     Args:
         result: the content of `artifacts/evaluation.json`.
         folder: where the pruned model lies.
-        origin: of the artifacts.
-        pictures: that lie in the folder `report_sections.PICTURES` beside the report.
+        provenance: of the result.
+        pictures: those that lie in the folder `PICTURES` beside the report.
         gradient_ratio: largest over smallest mean |g| of the layers; None without gradients.
     """
-    parts = [
-        ["# Pruning report", summary(result), markdown_table(headline(result), HEADER), _measured(result["protocol"])],
-        _warnings(result, origin.text),
-        sections.asked(result, origin),
-        sections.what_was_cut(result, pictures),
-        sections.scores(pictures),
-        sections.gradients(result, gradient_ratio, pictures),
-        sections.sensitivity(pictures),
-        sections.repair(result["pruning"]["repair"]),
-        sections.continuations(result),
-        loading(result, folder, how_to_load(folder, result["plan"]["shape"], result["model"]["head"])),
-        sections.provenance(result, origin),
+    sections = [
+        _opening(result),
+        _warnings(result, provenance.text),
+        _request(result, provenance.model),
+        _cut(result, pictures),
+        _scores(pictures),
+        _gradients(result, gradient_ratio, pictures),
+        _sensitivity(pictures),
+        _repair(result["pruning"]["repair"]),
+        _continuations(result),
+        describe_loading(result, folder),
+        _provenance(result, provenance),
     ]
-    return "\n\n".join(text for part in parts for text in part) + "\n"
+    return "\n\n".join(paragraph for section in sections for paragraph in section) + "\n"
 
 
-def summary(result: Metrics) -> str:
-    """How much smaller, how much faster and how much worse, each with its uncertainty."""
-    pruned, speed, ratio = result["pruned"], result["speed"], result["perplexity_ratio"]
-    faster = ", ".join(f"{name} {_faster(name, speed)}" for name in ("prefill", "decode") if pruned[name])
-    return (
-        f"- **Size:** {100 * pruned['decoder_share_removed']:.1f} % of the decoder's parameters are gone, "
-        f"{100 * pruned['total_share_removed']:.1f} % of all (counted, exact).\n"
-        f"- **Speed:** {faster}.\n"
-        f"- **Loss:** {PERPLEXITY[result['model']['head']]} × {ratio['value']:.3f} ± {ratio['se']:.3f}."
-    )
+def _opening(result: Metrics) -> Section:
+    """The title, the summary, and the headline table with the protocol of its measurements."""
+    table = markdown_table(headline_rows(result), HEADER)
+    return ["# Pruning report", summarize(result), table, describe_protocol(result["protocol"])]
 
 
-def _measured(protocol: Metrics) -> str:
-    decoded = f", {protocol['decode_tokens']} tokens decoded" if protocol["decode_tokens"] else ""
-    return (
-        f"Perplexity on {protocol['windows']} windows of {protocol['length']} tokens of {code(protocol['text'])}, "
-        "disjoint from the calibration text; ± is one standard error over windows, for the ratio over paired windows. "
-        f"Speed: median of {protocol['rounds']} alternating rounds, prompt {protocol['prompt_tokens']} tokens"
-        f"{decoded}, {protocol['dtype']} on {protocol['device']}; in brackets the "
-        "slowest and fastest round."
-    )
-
-
-def _warnings(result: Metrics, calibration: str) -> list[str]:
-    lines = [f"- {line}" for line in cautions(result, calibration)]
+def _warnings(result: Metrics, calibration: str) -> Section:
+    lines = [f"- {line}" for line in find_cautions(result, calibration)]
     return ["## Warnings worth reading", "\n".join(lines)] if lines else []
+
+
+def _shown(pictures: Sequence[Picture], *names: str) -> Section:
+    """The pictures of these names, in this order, each with its caption."""
+    chosen = [one for name in names for one in pictures if one.name == name]
+    return [paragraph for one in chosen for paragraph in picture_paragraphs(PICTURES, one)]
+
+
+def _request(result: Metrics, model: str) -> Section:
+    """The share that was to be removed from the named model, and the methods that were chosen for it."""
+    plan = result["plan"]
+    decided = "" if plan["ratio_asked"] is not None else ", as `retention` decided,"
+    fusion = "" if plan["fusion"] == "none" else f"fusion {code(plan['fusion'])}, "
+    worth = "" if plan["worth"] == "none" else f" with the worth of layers by {code(plan['worth'])}"
+    return [
+        "## What was asked",
+        f"Remove {100 * plan['ratio']:.1f} %{decided} of the {plan['ratio_of']} {plan['objective']} of "
+        f"{code(model)}. "
+        f"Criterion {code(plan['criterion'])} ({fusion}scaling {code(plan['scaling'])}), allocation "
+        f"{code(plan['method'])}{worth}, "
+        f"repair {code(result['pruning']['slice']['repair'])}, no fine-tuning.",
+    ]
+
+
+def _cut(result: Metrics, pictures: Sequence[Picture]) -> Section:
+    """The removed shares, in all and layer by layer."""
+    pruned = result["pruned"]
+    return [
+        "## What was cut",
+        f"Removed {100 * pruned['decoder_share_removed']:.2f} % of the decoder's parameters, "
+        f"{100 * pruned['total_share_removed']:.2f} % of all, and {100 * pruned['macs_share_removed']:.2f} % of the "
+        "multiplications a token. Attention is cut in groups (a key-value head with its query heads), the MLP in "
+        "channels.",
+        *_shown(pictures, "kept_share"),
+        _layers(result),
+        *(
+            f"The kept set overlaps with that of {code(name)} alone by {value:.4f} (Jaccard)."
+            for name, value in result["plan"]["kept_set_overlap"].items()
+        ),
+    ]
+
+
+def _layers(result: Metrics) -> str:
+    """A table of the kept units; neighbouring layers that keep the same share a row."""
+    units, rows = result["units"], Rows()
+    for _, run in groupby(enumerate(result["kept"]), key=lambda pair: pair[1]):
+        layers = list(run)
+        (first, kept), (last, _) = layers[0], layers[-1]
+        name = str(first) if first == last else f"{first} to {last}"
+        rows.append((name, *(f"{kept[part]:,} of {units[part]:,}" for part in units)))
+    return markdown_table(rows, ("layer", *units))
+
+
+def _scores(pictures: Sequence[Picture]) -> Section:
+    """The distribution of the scores of kept and removed units."""
+    shown = _shown(pictures, "scores")
+    return ["## Scores and the cut", *shown] if shown else []
+
+
+def _gradients(result: Metrics, ratio: float | None, pictures: Sequence[Picture]) -> Section:
+    """The differences of the gradients between layers, and the fix that allocate applied to them."""
+    shown = _shown(pictures, *_GRADIENTS)
+    if ratio is None or not shown:
+        return []
+    said = result["plan"].get("diagnosis", {})
+    text = (
+        f"Mean |g| of the layer with the largest over that with the smallest: {ratio_text(ratio)} ({verdict(ratio)})."
+    )
+    if said.get("fix", "none") != "none":
+        after = ratio_text(said.get("gradient_ratio_after_fix"))
+        text += f" The allocation applied the fix {code(said['fix'])}; the ratio after it is {after}."
+    return ["## Gradients", f"{text} `{PICTURES}/gradient_report.txt` has the figures by layer.", *shown]
+
+
+def _sensitivity(pictures: Sequence[Picture]) -> Section:
+    """The loss increase of removing each layer, if it was measured."""
+    shown = _shown(pictures, "sensitivity")
+    return ["## Sensitivity of the loss to each layer", *shown] if shown else []
+
+
+def _repair(errors: Metrics) -> Section:
+    """The error of the pruned maps before and after the repair."""
+    if not errors:
+        return []
+    names = ("lost_before", "lost_after", "lost_held_out_before", "lost_held_out_after")
+    before, after, held_before, held_after = (f"{100 * errors[name]:.1f} %" for name in names)
+    return [
+        "## How it was repaired",
+        f"On average over the repaired maps, pruning lost {before} of their squared output, and the repair left "
+        f"{after}; on calibration sequences that the fit did not see, {held_before} and {held_after}. "
+        "`repair.parquet` in the model's folder has them map by map.",
+    ]
+
+
+def _continuations(result: Metrics) -> Section:
+    """Continuations of the same beginnings by both models, beside the text itself."""
+    shown = result["continuations"]
+    if not shown:
+        return []
+    length = result["protocol"]["continuation_tokens"]
+    return [
+        "## The same beginnings, continued",
+        f"Beginnings of evaluation windows of {length} tokens, continued by {length} tokens, always the most likely "
+        "one; ↵ is a new line. A few examples show what a loss looks like, not how large it is.",
+        *(paragraph for one in shown for paragraph in _continuation(one, length)),
+    ]
+
+
+def _continuation(one: Metrics, length: int) -> Section:
+    names = {"prompt": "beginning", "text": "the text itself", "dense": "dense", "pruned": "pruned"}
+    rows: Rows = [(label, code(_NEW_LINES.sub(" ↵ ", one[name].strip()))) for name, label in names.items()]
+    return [
+        _left_table(rows, ("", f"window {one['window']}")),
+        f"Dense and pruned agree in the first {one['agree']} of {length} tokens.",
+    ]
+
+
+_NEW_LINES = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+
+
+def _provenance(result: Metrics, made: Provenance) -> Section:
+    """The model, the texts, the versions and the params that the result was made from."""
+    plan, protocol, versions = result["plan"], result["protocol"], result["pruning"]["versions"]
+    changed = ", with changes that are not committed" if made.changed else ""
+    facts: Rows = [
+        ("model", f"{code(made.model)}, family {code(made.family)}, {len(result['kept'])} layers"),
+        ("digest of config and weights", code(plan["model"])),
+        ("calibration text", f"{code(made.text)}, {made.sequences} sequences of {made.length} tokens"),
+        ("seed of the calibration text", str(made.seed)),
+        ("evaluation text", f"{code(protocol['text'])}, {protocol['windows']} windows of {protocol['length']} tokens"),
+        ("versions", ", ".join(f"{name} {code(version)}" for name, version in versions.items())),
+        *([("git commit of the project", code(made.commit) + changed)] if made.commit else []),
+    ]
+    settings = {key: value for key, value in plan.items() if key not in _NOT_SETTINGS and not isinstance(value, dict)}
+    criterion = plan["criterion"]
+    settings |= {f"{criterion}.{part}": weight for part, weight in plan.get(criterion, {}).items()}
+    params: Rows = [(code(key), code(_value(value))) for key, value in settings.items()]
+    params += [(code(f"slice.{key}"), code(_value(value))) for key, value in result["pruning"]["slice"].items()]
+    return [
+        "## Provenance",
+        _left_table(facts, ("what", "which")),
+        "Params of scoring, allocation and slicing, after presets:",
+        _left_table(params, ("param", "value")),
+    ]
+
+
+def _value(value: object) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _left_table(rows: Rows, header: tuple[str, str]) -> str:
+    """A table of two columns of words, both left aligned."""
+    return markdown_table(rows, header).replace("|---:", "|---", 1)

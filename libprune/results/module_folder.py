@@ -15,7 +15,7 @@ from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import unit_index
 from libprune.pipeline.artifacts import write_table
-from libprune.pipeline.writing import writing_folder
+from libprune.pipeline.atomic import writing_folder
 from libprune.repair.least_squares import Fit, fit_table, mean_errors
 from libprune.results.module_slicing import WEIGHTS, load, stored
 from libprune.results.record import PLAN, versions, write_provenance

@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.engine.tables import Columns, layers_and_parts, numbers
-from libprune.pipeline.mixtures import ActivationStats, Cooperative, GradientFlow, Mixture, WeightStats
-from libprune.pipeline.sections import Score
+from libprune.pipeline.sections import ActivationStats, Cooperative, GradientFlow, Mixture, Score, WeightStats
 
 Values = NDArray[np.float64]
 

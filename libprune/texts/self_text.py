@@ -30,8 +30,8 @@ from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_model
 from libprune.models.tokens import Ids
 from libprune.pipeline.artifacts import require
+from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.writing import remove, writing
 
 GREEDY = 4
 """Number of most likely tokens behind the first, random one; LLM-QAT takes three to five."""

@@ -22,7 +22,7 @@ from libprune.engine.tables import Columns, unit_index
 from libprune.pipeline.artifacts import read_architecture, read_table, write_table, write_units
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
-from libprune.pipeline.shards import shard, write_shard
+from libprune.pipeline.shards import shard_path, write_shard
 from libprune.scoring.criteria import CRITERIA, SCALINGS, find_criterion, join_tables, scale, score_units
 from libprune.scoring.obs import obs_removal
 from libprune.statistics.activations import NORMS, activation_columns
@@ -149,7 +149,7 @@ def test_exactly_the_declared_stages_are_needed(layout, params, tmp_path):
 
 def shards_read(layout: Layout, stage: str, params: Score) -> bool:
     """Whether the tables cannot be joined while the shards of a stage are away."""
-    first = shard(layout.root / stage, 0)
+    first = shard_path(layout.root / stage, 0)
     paths = list(first.parent.glob(first.name.replace("000", "*")))
     for path in paths:
         path.rename(path.with_suffix(".away"))
@@ -260,7 +260,7 @@ def test_surgeon_criteria_are_those_of_the_consumers_weight_and_inputs(layout, c
     for found, consumer, weight, x, owners in every_block(layout, params, consumer_inputs):
         factors = None
         if criterion == "obs_fisher":
-            with safe_open(shard(layout.gradients, consumer.layer), framework="pt") as file:
+            with safe_open(shard_path(layout.gradients, consumer.layer), framework="pt") as file:
                 factors = file.get_tensor(f"{consumer.module}.output_gradient_square") / 2
         gram, count = x.T @ x / len(x), len(found)
         removal = obs_removal(weight, gram, owners, min(rounds, count), params.obs_damping, factors)

@@ -17,9 +17,9 @@ from libprune.engine.describe import describe
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.plan import Plan
 from libprune.models.folder import fingerprint
+from libprune.pipeline.atomic import write_json
 from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate, Latency
-from libprune.pipeline.writing import write_json
 from libprune.statistics import latency
 from libprune.statistics.latency import Timing, fit_lines, measured_widths, time_layers
 from tests.support import tiny

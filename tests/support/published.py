@@ -1,5 +1,8 @@
 """Configs of published models."""
 
+import json
+from pathlib import Path
+
 _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "use_cache": True}
 
 
@@ -108,3 +111,10 @@ CONFIGS = {
     "bert-base-uncased-SST-2": _BERT
     | {"architectures": ["BertForSequenceClassification"], "finetuning_task": "sst-2", "_num_labels": 2},
 }
+
+
+def write_config(folder: Path, config: dict) -> Path:
+    """A folder that holds a config and no weights."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

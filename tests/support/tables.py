@@ -1,4 +1,4 @@
-"""Made-up tables for pictures and reports: gradients by layer, and sensitivity."""
+"""Made-up tables for pictures and reports: gradients by layer, sensitivity, and plans."""
 
 import numpy as np
 
@@ -25,3 +25,34 @@ def sensitivity_rows(layers: int, seed: int = 0) -> Columns:
     errors = np.full(len(removed), 0.01)
     layer = np.repeat(np.arange(layers), 3)
     return {"layer_idx": layer, "removed": removed, "loss_increase": increase, "standard_error": errors}
+
+
+def without_layer(rows: Columns, layer: int = 0) -> Columns:
+    """The rows with zeros in the place of one layer's gradients."""
+    here = rows["layer_idx"] == layer
+    return rows | {name: np.where(here, 0.0, rows[name]) for name in ("mean_abs", "std", "norm")}
+
+
+def shortened(rows: Columns) -> Columns:
+    """The rows without the last parameter of the last layer."""
+    gone = (rows["layer_idx"] == rows["layer_idx"].max()) & (rows["parameter"] == KINDS[-1])
+    return {name: values[~gone] for name, values in rows.items()}
+
+
+PLAN_META = {
+    "ratio": 0.3,
+    "ratio_of": "decoder",
+    "objective": "parameters",
+    "criterion": "taylor_2nd",
+    "rank_by": "score",
+}
+"""Metadata that the pictures of a plan read."""
+
+
+def plan_rows(layers: int, values: np.ndarray, removed: float = 0.3) -> Columns:
+    """A plan that removes the lowest of the scores, three attention groups a layer; ``values`` repeat as needed."""
+    parts = ["attention"] * 3 + ["mlp"] * 7
+    score = np.resize(values.astype(float), layers * len(parts))
+    keep = np.argsort(np.argsort(score, kind="stable")) >= removed * len(score)
+    layer = np.repeat(np.arange(layers), len(parts))
+    return {"layer_idx": layer, "group_type": np.array(parts * layers, dtype=object), "score": score, "keep": keep}

@@ -1,7 +1,8 @@
 """A tiny project: a random Llama with a tokenizer, a text of made-up sentences, and params for both."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,18 @@ def change_params(folder: Path, section: str, **values: object) -> None:
     params = yaml.safe_load(path.read_text())
     params[section] |= values
     path.write_text(yaml.safe_dump(params))
+
+
+def run_stages(folder: Path, stages: Sequence[str]) -> None:
+    """Run stages of a project in this process; they read and write its params.yaml, artifacts and metrics."""
+    for stage in stages:
+        metrics = [folder / "metrics"] if stage in {"allocate", "slice", "evaluate"} else []
+        import_module(f"stages.{stage}").main(folder / "params.yaml", folder / "artifacts", *metrics)
+
+
+def write_project(folder: Path, stages: Sequence[str], **changes: dict) -> Path:
+    """A tiny project with a text of 120 documents, whose first stages have run."""
+    text = write_text(folder / "text.txt", documents=120)
+    write_params(folder / "params.yaml", str(write_model(folder / "model")), str(text), **changes)
+    run_stages(folder, stages)
+    return folder

@@ -14,7 +14,7 @@ from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.layout import Layout
-from libprune.report.provenance import read_origin
+from libprune.report.provenance import gather_provenance
 from libprune.texts.draw import MARGIN, Drawn, require_disjoint
 from libprune.texts.windows import windows
 from stages import prepare, tokenize
@@ -97,9 +97,9 @@ def test_the_report_names_the_data_set_config_split_and_commit(run, project, tmp
     model = read_architecture(layout).fingerprint
     write_cached(tmp_path / "cache", "owner/data", {"train": lines(project)}, "some")
     run(text="owner/data", config="some")
-    assert read_origin(layout, model, project).text == f"owner/data, some, train, {REVISION}"
+    assert gather_provenance(layout, model, project).text == f"owner/data, some, train, {REVISION}"
     run()
-    assert read_origin(layout, model, project).text == str(project / "text.txt")
+    assert gather_provenance(layout, model, project).text == str(project / "text.txt")
 
 
 def test_the_stage_says_what_it_drew(run, capsys):

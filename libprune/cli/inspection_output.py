@@ -1,18 +1,21 @@
-"""An inspection for reading: aligned, at most 100 columns wide."""
+"""An inspection as text, aligned and at most 100 columns wide, and as data for other programs."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
 
 from libprune.cli.footprint import Footprint
-from libprune.cli.inspection import Inspection, Shape, part_parameters
+from libprune.cli.inspection import Inspection, Shape
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture, Parameter
 from libprune.pipeline.terminal import gigabytes
 
 Row = tuple[str, ...]
+"""The cells of a row of a table."""
 
 
 def as_text(inspection: Inspection) -> str:
-    """All of an inspection, a paragraph for each question."""
+    """The inspection for readers: the model, its parameters, the bytes that stages write, and uniform shapes."""
     architecture = inspection.architecture
     shown = [_what(inspection), _parameters(architecture), _stages(inspection.stages)]
     return "\n\n".join([*shown, _shapes(inspection.shapes, list(architecture.parts))])
@@ -49,14 +52,14 @@ def _parameters(architecture: Architecture) -> str:
         rows += [
             _parameter(architecture, p, f"{architecture.layers_path}.0.") for p in architecture.parameters_of(0, part)
         ]
-        rows.append(_sum(f"{part}, {architecture.layers} layers", part_parameters(architecture, part), total))
+        rows.append(_sum(f"{part}, {architecture.layers} layers", _part_parameters(architecture, part), total))
     staying = [p for p in architecture.parameters if p.layer is not None and p.part is None]
     if staying:
         rows += [_parameter(architecture, p, f"{architecture.layers_path}.0.") for p in staying if p.layer == 0]
         rows.append(_sum("norms that stay", sum(map(architecture.numel, staying)), total))
     outside = [parameter for parameter in architecture.parameters if parameter.layer is None]
     rows += [_parameter(architecture, parameter, "") for parameter in outside]
-    rows += [_sum("outside the layers", part_parameters(architecture, None), total), _sum("all", total, total)]
+    rows += [_sum("outside the layers", _part_parameters(architecture, None), total), _sum("all", total, total)]
     return _aligned(rows, right=(3, 4))
 
 
@@ -72,13 +75,13 @@ def _sum(name: str, count: int, total: int) -> Row:
 
 def _stages(stages: Iterable[Footprint]) -> str:
     rows: list[Row] = [("stage", "writes", "running sums", "with")]
-    rows += [(s.stage, size(s.written), size(s.sums), s.settings) for s in stages]
-    rows.append(("all", size(sum(stage.written for stage in stages)), "", ""))
+    rows += [(s.stage, _bytes(s.written), _bytes(s.sums), s.settings) for s in stages]
+    rows.append(("all", _bytes(sum(stage.written for stage in stages)), "", ""))
     return _aligned(rows, right=(1, 2))
 
 
-def size(number: int) -> str:
-    """A number of bytes for reading, small ones too."""
+def _bytes(number: int) -> str:
+    """A number of bytes as text, in GB, MB or kB; a dash for less than 100."""
     if number < 100:
         return "-"
     return gigabytes(number) if number >= 1e6 else f"{number / 1e3:,.1f} kB"
@@ -96,14 +99,57 @@ def _shapes(shapes: Iterable[Shape], parts: list[str]) -> str:
         kept = (f"{shape.kept[part]:,}" for part in parts)
         counts = f"{shape.decoder:,}", f"{100 * shape.removed:.1f} %", f"{shape.total:,}"
         loads = "stock" if shape.loads == "uniform" else "own code"
-        rows.append((name, *kept, *counts, size(shape.weights), size(shape.cache), loads))
+        rows.append((name, *kept, *counts, _bytes(shape.weights), _bytes(shape.cache), loads))
     title = "uniform shapes: units kept in each layer, if the parts lose alike (allocate.split: proportional)"
     return "\n".join([title, _aligned(rows, right=range(len(header) - 1)), *notes])
 
 
 def _aligned(rows: list[Row], right: Iterable[int]) -> str:
-    """Rows as columns, two blanks apart; the named columns to the right."""
+    """Rows as text in columns with two blanks between them; the columns of these numbers are right aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     sides = [">" if i in right else "<" for i in range(len(widths))]
     lines = ("  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(lines)
+
+
+def as_data(inspection: Inspection) -> dict[str, Any]:
+    """The inspection for programs, as it is written to JSON: numbers unrounded, and the bytes of every file."""
+    architecture = inspection.architecture
+    return {
+        "model": inspection.model,
+        "class": inspection.model_class,
+        "dtype": inspection.dtype,
+        "family": architecture.family,
+        "layers": architecture.layers,
+        "axes": dict(architecture.sizes),
+        "parts": {
+            part: {
+                "axis": shape.axis,
+                "units_per_layer": architecture.units(part),
+                "parameters_per_unit": cost.unit_parameters(architecture, 0, part),
+                "parameters": _part_parameters(architecture, part),
+            }
+            for part, shape in architecture.parts.items()
+        },
+        "outside": _part_parameters(architecture, None),
+        "decoder_parameters": architecture.decoder_parameters,
+        "total_parameters": architecture.total_parameters,
+        "parameters": [
+            {
+                "name": parameter.name,
+                "axes": [str(dim) for dim in parameter.dims],
+                "shape": [dim.size(architecture.sizes) for dim in parameter.dims],
+                "layer": parameter.layer,
+                "part": parameter.part,
+            }
+            for parameter in architecture.parameters
+        ],
+        "shapes": [asdict(shape) for shape in inspection.shapes],
+        "stages": [asdict(stage) | {"written": stage.written} for stage in inspection.stages],
+    }
+
+
+def _part_parameters(architecture: Architecture, part: str | None) -> int:
+    """Number of parameters of a part in all layers; for None, of all that lies outside the layers."""
+    chosen = (p for p in architecture.parameters if p.part == part and (p.layer is None) == (part is None))
+    return sum(map(architecture.numel, chosen))

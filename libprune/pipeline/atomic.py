@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all.
+"""Atomic writes: files and folders appear whole or not at all.
 
 Nothing is ever opened for writing in place: outputs may be hard links into a cache.
 """
@@ -16,7 +16,7 @@ from libprune.pipeline.processes import runs
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A path to write a file or a folder at, which takes the place of `target` only on success."""
+    """A path to write a file or a folder at; it replaces `target` when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     for left in target.parent.glob(f".{target.name}.*.partial"):
@@ -34,7 +34,7 @@ def writing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_folder(target: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `target` only on success."""
+    """An empty folder to write files in; it replaces `target` when the block ends without an error."""
     with writing(target) as partial:
         partial.mkdir()
         yield partial

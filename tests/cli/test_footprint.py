@@ -1,0 +1,109 @@
+"""The predicted bytes of every file are those that the real stages write."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import safe_open
+
+from libprune.cli.footprint import Table, footprints, header_bytes
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.pipeline.artifacts import write_table
+from libprune.pipeline.params import Params, load_params
+from tests.support import tiny
+from tests.support.models import FAMILIES
+
+PER_FILE = 4096
+"""Bytes of headers and texts that a prediction may miss in each file, beside a tenth of the file."""
+
+
+STAGES = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
+STAGES += ["score", "sensitivity", "levels", "latency", "allocate"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A tiny project whose collecting stages, score and allocate have run, with every kind of statistic."""
+    changes = {
+        "gradients": {"sequences": 6, "second_moments": "full"},
+        "hessian": {"sequences": 6, "estimator": "hutchinson"},
+        "ablation": {"units": 9, "sequences": 2},
+        "score": {"criterion": "taylor_2nd"},
+        "allocate": {"method": "hgsp", "ratio": 0.3},
+        "evaluate": {},
+    }
+    return tiny.write_project(tmp_path_factory.mktemp("project"), STAGES, **changes)
+
+
+def predicted(project: Path) -> dict[str, int]:
+    params = load_params(project / "params.yaml")
+    architecture = Architecture.from_json((project / "artifacts/architecture.json").read_text())
+    return {
+        name: size for stage in footprints(architecture, params, torch.float32) for name, size in stage.files.items()
+    }
+
+
+def test_every_file_of_the_stages_has_the_predicted_bytes(project):
+    real = {
+        str(path.relative_to(project / "artifacts")): path.stat().st_size
+        for path in (project / "artifacts").rglob("*")
+        if path.is_file() and path.suffix in {".safetensors", ".parquet"}
+    }
+    expected = {name: size for name, size in predicted(project).items() if not name.startswith(("pruned", "../"))}
+    assert real.keys() == expected.keys() & real.keys()
+    assert {name for name in expected if name.endswith((".safetensors", ".parquet"))} == real.keys()
+    for name, size in real.items():
+        assert abs(expected[name] - size) <= 0.1 * size + PER_FILE, name
+
+
+def test_the_tensors_of_the_shards_are_predicted_to_the_byte(project):
+    expected = predicted(project)
+    for path in sorted((project / "artifacts").glob("*/layer-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            tensors = sum(file.get_tensor(name).nbytes for name in names)
+        assert expected[f"{path.parent.name}/{path.name}"] == tensors + header_bytes(names)
+
+
+def test_the_tables_of_the_stages_have_the_predicted_columns(project, monkeypatch):
+    made: list[Table] = []
+    monkeypatch.setattr(Table, "nbytes", property(lambda self: made.append(self) or 0))
+    predicted(project)
+    real = [
+        pq.read_metadata(path) for path in (project / "artifacts").rglob("*.parquet") if path.parent.name != "tokens"
+    ]
+    assert {(file.num_rows, file.num_columns) for file in real} <= {(table.rows, table.columns) for table in made}
+
+
+@pytest.mark.parametrize("rows", [1000, 150_000])
+def test_a_table_of_noise_has_the_predicted_bytes(tmp_path, rows):
+    rng = np.random.default_rng(0)
+    columns = {f"n{i}": rng.random(rows) for i in range(3)} | {"k": rng.integers(0, 100, rows), "c": np.zeros(rows)}
+    write_table(tmp_path / "t.parquet", columns, {"model": "x"})
+    table = Table(rows, numbers=3, labels=(100,), runs=1)
+    assert table.nbytes == pytest.approx((tmp_path / "t.parquet").stat().st_size, rel=0.05, abs=2000)
+
+
+def test_more_of_anything_is_predicted_to_take_more():
+    architecture = describe(FAMILIES["llama"](0))
+    base = Params.model_validate({"prepare": {"model": "m"}, "tokenize": {"text": "t"}})
+    before = {stage.stage: stage for stage in footprints(architecture, base, torch.float32)}
+
+    def after(section: str, **values: object) -> dict:
+        changed = base.model_copy(update={section: getattr(base, section).model_copy(update=values)})
+        return {stage.stage: stage for stage in footprints(architecture, changed, torch.float32)}
+
+    assert after("gradients", storage_dtype="float32")["gradients"].written > before["gradients"].written
+    assert after("gradients", second_moments="full")["gradients"].written > before["gradients"].written
+    assert after("compute", batch_tokens=128)["gradients"].sums > before["gradients"].sums
+    assert after("activations", storage_dtype="bfloat16")["activations"].written < before["activations"].written
+    assert before["hessian"].written == 0 < after("hessian", estimator="fisher")["hessian"].written
+    assert after("tokenize", calibration_sequences=512)["tokenize"].written > before["tokenize"].written
+    assert after("slice", dtype="bfloat16")["slice"].written < before["slice"].written
+    assert after("allocate", ratio=0.9)["slice"].written < before["slice"].written
+    assert after("allocate", objective="cache")["slice"].written > before["slice"].written
+    halved = {stage.stage: stage for stage in footprints(architecture, base, torch.bfloat16)}
+    assert halved["prepare"].written < before["prepare"].written

@@ -1,0 +1,35 @@
+"""The paths of artifacts are those that dvc.yaml declares."""
+
+from pathlib import Path
+
+import yaml
+
+from libprune.pipeline.layout import Layout
+from tests.support.closure import ROOT
+
+PLACES = [name for name, value in vars(Layout).items() if isinstance(value, property)]
+
+
+def declared() -> set[Path]:
+    """What the stages of dvc.yaml put below artifacts/."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    outs = [out if isinstance(out, str) else next(iter(out)) for stage in stages for out in stage.get("outs", [])]
+    return {Path(out) for out in outs if out.startswith("artifacts/")}
+
+
+def test_every_place_is_an_output_of_a_stage_or_lies_in_one():
+    outs = declared()
+    for name in PLACES:
+        place = getattr(Layout(), name)
+        assert {place, *place.parents} & outs, name
+
+
+def test_every_output_is_a_place_or_the_folder_of_places():
+    places = [getattr(Layout(), name) for name in PLACES]
+    assert all(any(out in {place, *place.parents} for place in places) for out in declared())
+
+
+def test_no_two_artifacts_lie_in_one_place_and_all_lie_below_the_root(tmp_path):
+    places = {getattr(Layout(tmp_path), name) for name in PLACES}
+    assert len(places) == len(PLACES)
+    assert all(tmp_path in place.parents for place in places)
