@@ -19,9 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libprune.engine.errors import LibpruneError
-from libprune.experiments.dvc_experiments import Experiment, comparable, gather, outdated
-from libprune.experiments.sweep_picture import COLOURS, PANELS, draw, write_picture
-from libprune.experiments.sweep_table import csv_text, differing, markdown_text, params_diff, remarks, setting, table
+from libprune.experiments.dvc_experiments import Experiment, gather, gather_comparable, outdated
+from libprune.experiments.sweep_picture import COLOURS, PANELS, draw_sweep, write_picture
+from libprune.experiments.sweep_table import (
+    csv_text,
+    differing,
+    markdown_text,
+    params_diff,
+    remarks,
+    setting,
+    tabulate_experiments,
+)
 
 RECORDED = json.loads((Path(__file__).parents[1] / "support/data/exp_show.json").read_text())
 
@@ -172,7 +180,7 @@ def test_columns_are_the_params_that_differ_under_names_that_no_other_param_has(
 @given(any_params)
 def test_every_table_has_every_row_and_setting(found):
     rows = rows_of(found)
-    cells, header = table(rows)
+    cells, header = tabulate_experiments(rows)
     read = list(csv.DictReader(io.StringIO(csv_text(rows))))
     for one, line, record in zip(rows, cells, read, strict=True):
         assert len(line) == len(header)
@@ -223,7 +231,7 @@ def test_the_command_names_the_best_two_that_differ_in_params():
 
 @pytest.mark.parametrize("numbers", [1, 4, PANELS, PANELS + 2])
 def test_every_numeric_param_that_differs_has_a_panel_with_every_row(numbers):
-    panels = draw(swept(numbers, words=1)).axes
+    panels = draw_sweep(swept(numbers, words=1)).axes
     assert [axes.get_xlabel() for axes in panels] == [f"n.{j}" for j in range(min(numbers, PANELS))]
     for axes in panels:
         points = [point for part in axes.containers for point in zip(*part.lines[0].get_data(), strict=True)]
@@ -232,7 +240,7 @@ def test_every_numeric_param_that_differs_has_a_panel_with_every_row(numbers):
 
 def test_colours_tell_other_settings_apart_and_a_line_joins_what_differs_in_one_param():
     rows = [row(f"{c}{r}", r, allocate__ratio=r, score__criterion=c) for c in ("fisher", "taylor") for r in (1.1, 1.3)]
-    (axes,) = draw(rows).axes
+    (axes,) = draw_sweep(rows).axes
     lines = [part.lines[0] for part in axes.containers]
     assert [line.get_color() for line in lines] == list(COLOURS[:2])
     assert [list(line.get_xdata()) for line in lines] == [[1.1, 1.3]] * 2
@@ -242,7 +250,7 @@ def test_colours_tell_other_settings_apart_and_a_line_joins_what_differs_in_one_
 
 def test_a_row_without_a_number_is_a_line_across_the_panel_and_how_it_is_measured_has_none():
     rows = [row(f"t{t}", 1.2 + t / 10, s__t=t, evaluate__rounds=t) for t in (1, 2)]
-    (axes,) = draw([*rows, row("plain", 1.1, s__t="auto", evaluate__rounds=3)]).axes
+    (axes,) = draw_sweep([*rows, row("plain", 1.1, s__t="auto", evaluate__rounds=3)]).axes
     assert axes.get_xlabel() == "s.t"
     assert [text.get_text() for text in axes.texts] == ["plain"]
     assert [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == ":"] == [[1.1, 1.1]]
@@ -250,22 +258,22 @@ def test_a_row_without_a_number_is_a_line_across_the_panel_and_how_it_is_measure
 
 def test_too_many_other_settings_are_not_joined_or_coloured():
     rows = [row(f"e{i}", 1.0 + i, s__x=i % 3, s__y=i) for i in range(len(COLOURS) + 2)]
-    first, _ = draw(rows).axes
+    first, _ = draw_sweep(rows).axes
     assert len(first.containers) == 1
     assert first.containers[0].lines[0].get_linestyle() == "None"
     assert first.get_legend() is None
 
 
 def test_named_params_alone_give_a_bar_a_row():
-    (axes,) = draw(swept(0, words=2)).axes
+    (axes,) = draw_sweep(swept(0, words=2)).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["e0: a, a", "e1: b, b", "e2: c, c"]
     assert [bar.get_x() + bar.get_width() for bar in axes.patches] == pytest.approx([1, 1.1, 1.2])
 
 
 def test_ratios_over_a_decade_have_a_logarithmic_axis():
-    (axes,) = draw([row("a", 1.2, s__x=0.1), row("b", 400.0, s__x=10)]).axes
+    (axes,) = draw_sweep([row("a", 1.2, s__x=0.1), row("b", 400.0, s__x=10)]).axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    (axes,) = draw([row("a", 1.2, s__x="p"), row("b", 400.0, s__x="q")]).axes
+    (axes,) = draw_sweep([row("a", 1.2, s__x="p"), row("b", 400.0, s__x="q")]).axes
     assert axes.get_xscale() == "log"
 
 
@@ -279,14 +287,14 @@ def test_the_same_rows_give_the_same_picture(tmp_path):
 def test_outside_of_a_project_the_error_says_where_to_go(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LibpruneError, match=r"has no dvc\.yaml; run `libprune compare` in the project's folder"):
-        comparable()
+        gather_comparable()
 
 
 def test_dvcs_own_error_is_handed_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dvc.yaml").touch()
     with pytest.raises(LibpruneError, match=r"`dvc exp show` failed in .*not inside of a DVC repository"):
-        comparable()
+        gather_comparable()
 
 
 def test_without_dvc_the_error_says_so(tmp_path, monkeypatch):
@@ -294,4 +302,4 @@ def test_without_dvc_the_error_says_so(tmp_path, monkeypatch):
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(LibpruneError, match=r"DVC cannot be run .* pip install dvc"):
-        comparable()
+        gather_comparable()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from libprune.engine.errors import LibpruneError
-from libprune.experiments.guide import guide
+from libprune.experiments.guide import compose_guide
 from libprune.experiments.pictures import draw_overlaps, draw_ratios
 from libprune.experiments.report import write_comparison
-from libprune.experiments.summary import overlap_matrix, summaries
+from libprune.experiments.summary import overlap_matrix, summarize
 from libprune.scoring.criteria import CRITERIA
 from tests.support.compared import UNITS, gathered
 
@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 
 
 def test_every_seed_is_a_dot_and_every_interval_a_line(data):
-    found = summaries(data)
+    found = summarize(data)
     (axes,) = draw_ratios(found, found[0]).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [one.name for one in found]
     drawn = [tuple(line.get_xdata()) for line in axes.lines]
@@ -41,7 +41,7 @@ def test_every_seed_is_a_dot_and_every_interval_a_line(data):
 
 
 def test_the_heat_map_shows_every_overlap_and_what_chance_would_give(data):
-    found = summaries(data)
+    found = summarize(data)
     matrix = overlap_matrix(data, found)
     matrix[0, 1] = np.nan
     axes, bar = draw_overlaps(matrix, [one.name for one in found], 0.66).axes
@@ -84,7 +84,7 @@ def sections(text: str) -> dict[str, str]:
 
 
 def test_the_guide_says_of_each_setting_what_its_figures_say(data):
-    found = sections(guide(data, summaries(data)))
+    found = sections(compose_guide(data, summarize(data)))
     assert set(found) == set(RATIOS)
     assert "Not distinguishable from twin (× 1.000, 50 s), which costs less." in found["dear"]
     assert "No setting here loses less by more than the noise." in found["dear"]
@@ -103,7 +103,7 @@ def test_of_many_like_settings_the_guide_names_three_and_counts_the_rest(tmp_pat
     others = {f"other{i}": [1.5 + i / 100, 1.51 + i / 100] for i in range(5)}
     costs = dict.fromkeys(others, 10.0) | {"dear": 99.0}
     data = gathered(tmp_path, others | {"dear": [3.0, 3.02]}, seconds=costs)
-    text = guide(data, summaries(data))
+    text = compose_guide(data, summarize(data))
     said = sections(text)["dear"]
     assert re.search(
         r"before other0 \(× 2\.\d+, 10 s\), other1 \(.*\), other2 \(.*\) and 2 more, which lose less", said
@@ -113,12 +113,12 @@ def test_of_many_like_settings_the_guide_names_three_and_counts_the_rest(tmp_pat
 
 def test_a_guide_without_recorded_costs_does_not_weigh_them(tmp_path):
     data = gathered(tmp_path, RATIOS)
-    text = guide(data, summaries(data))
+    text = compose_guide(data, summarize(data))
     assert "cost less" not in text and "costs less" not in text and "no more time" not in text
     assert text.count("What it costs is not on record") == len(RATIOS)
 
 
 def test_a_setting_that_costs_about_the_same_is_said_to(tmp_path):
     data = gathered(tmp_path, {"a": [1.2, 1.21], "b": [1.2, 1.21]}, seconds={"a": 100.0, "b": 105.0})
-    found = sections(guide(data, summaries(data)))
+    found = sections(compose_guide(data, summarize(data)))
     assert "Not distinguishable from b (× 1.000, 105 s), which costs the same." in found["a"]

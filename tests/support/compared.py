@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from libprune.experiments.costs import Cost, digest
+from libprune.experiments.costs import Cost, lock_digest
 from libprune.experiments.dvc_experiments import Experiment
-from libprune.experiments.file import Comparison, Run, read_comparison
+from libprune.experiments.file import Comparison, ExperimentRun, read_comparison
 from libprune.experiments.results import ABLATION, PLAN, SCORES, Gathered, gather_results
 from libprune.pipeline.artifacts import write_table
 from tests.support.closure import ROOT
@@ -36,7 +36,9 @@ def comparison(folder: Path, **content: Any) -> Comparison:
     return read_comparison(write_comparison(folder, **content), ROOT / "params.yaml")
 
 
-def experiment(run: Run, ratio: float, error: float = 0.01, removed: float = 0.2, dense: float = 20.0) -> Experiment:
+def experiment(
+    run: ExperimentRun, ratio: float, error: float = 0.01, removed: float = 0.2, dense: float = 20.0
+) -> Experiment:
     """An experiment with a run's params."""
     return Experiment(
         (run.experiment,), run.leaves, ratio, error, dense, removed, prefill=1.1, size=1, revision=run.experiment
@@ -94,5 +96,5 @@ def gathered(
         locks[run.experiment] = yaml.safe_dump({"stages": stages})
         if seconds and run.setting in seconds:
             for stage in ("gradients", "score", "allocate", "slice"):
-                costs[digest(stages[stage])] = Cost(seconds[run.setting] / 4, 2_000_000)
+                costs[lock_digest(stages[stage])] = Cost(seconds[run.setting] / 4, 2_000_000)
     return gather_results(made, rows, {}, locks.get, folder, costs)
