@@ -23,8 +23,8 @@ def compose_guide(gathered: Gathered, summaries: Sequence[Summary]) -> str:
         f"# {prose(comparison.title)}",
         f"Written from the results of the comparison {code(comparison.name)}, the lowest perplexity first. "
         "What it says of when to choose a setting follows from these figures alone: one model, one text, these shares "
-        "removed. Two settings are told apart if their difference is larger than the noise of calibration seeds and "
-        "evaluation windows, and cost the same if their times differ by a tenth or less.",
+        "removed. Two settings count as different if their difference is larger than the noise of calibration seeds "
+        "and evaluation windows, and cost the same if their times differ by a tenth or less.",
         markdown_table(*tabulate_settings(gathered, summaries)),
         EXPLAINED,
     ]
@@ -50,7 +50,7 @@ def _criterion(params: Params) -> str:
     for name in named_criteria(params.score):
         record = find_criterion(name)
         source = f" ({record.source})" if record.source else ""
-        reach = "everywhere" if record.comparable else "within a layer and type"
+        reach = "everywhere" if record.comparable else "within a layer and part"
         said.append(f"`{name}`, in units of {record.unit}, compares {reach}{source}")
     fused = f"`score.fusion: {params.score.fusion}` of " if len(said) > 1 else ""
     return prose(fused + "; ".join(said))
