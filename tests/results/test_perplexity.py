@@ -1,4 +1,4 @@
-"""What is measured: losses and perplexity against their definitions, and speed."""
+"""Losses and perplexity against their definitions."""
 
 import math
 
@@ -11,7 +11,6 @@ from hypothesis.extra.numpy import arrays
 
 from libprune.models.sequences import Sequences
 from libprune.results.perplexity import estimate_perplexity, estimate_ratio, window_losses
-from libprune.results.speed import compare_speed
 from tests.support.collected import MODELS
 from tests.support.models import FAMILIES, tokens
 
@@ -96,30 +95,3 @@ def test_one_window_has_no_standard_error():
 
 def test_a_ruined_models_perplexity_is_infinite_rather_than_an_error():
     assert estimate_perplexity(np.array([800.0, 900.0])).value == math.inf
-
-
-# Speed
-
-
-def test_speeds_are_finite_and_positive_and_ratios_lie_in_their_spread():
-    dense, pruned = FAMILIES["llama_mha"](0), FAMILIES["mistral"](0)
-    found = compare_speed(dense, pruned, tokens(1, 16), decode_tokens=3, rounds=3)
-    numbers = [found.dense.prefill, found.dense.decode, found.pruned.prefill, found.pruned.decode]
-    assert all(0 < number < math.inf for number in numbers)
-    for ratio, (low, high) in (
-        (found.prefill_ratio, found.prefill_spread),
-        (found.decode_ratio, found.decode_spread),
-    ):
-        assert 0 < low <= ratio <= high < math.inf
-
-
-def test_a_slower_model_is_seen_to_be_slower():
-    """Sixteen times the layers against one: the ratio is dense time over pruned time."""
-    dense, pruned = FAMILIES["llama_mha"](0), FAMILIES["llama_mha"](0)
-    dense.model.layers = torch.nn.ModuleList([*dense.model.layers])
-    pruned.model.layers = torch.nn.ModuleList([pruned.model.layers[0]])
-    pruned.config.num_hidden_layers = 1
-    found = compare_speed(dense, pruned, tokens(1, 16), decode_tokens=4, rounds=5)
-    assert found.prefill_ratio > 1.2
-    assert found.decode_ratio > 1.2
-    assert found.pruned.decode > found.dense.decode
