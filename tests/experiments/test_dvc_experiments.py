@@ -26,7 +26,7 @@ RECORDED = json.loads((Path(__file__).parents[1] / "support/data/exp_show.json")
 
 
 def no_lock(revision: str) -> None:
-    """Of a project whose dvc.lock is not in git."""
+    """The dvc.lock of a revision in a project whose dvc.lock is not in git: none."""
 
 
 def test_recorded_experiments_become_rows_in_the_order_of_perplexity():

@@ -1,4 +1,4 @@
-"""The same beginnings, continued by several models: greedy, from the text, and as a reader would see them."""
+"""Beginnings of text, each continued by several models: greedy, from the text, and as a reader would see them."""
 
 import numpy as np
 import pytest
