@@ -48,7 +48,7 @@ from libprune.pipeline.shards import read_tensor
 from libprune.pipeline.stage import peak_memory
 from libprune.repair.least_squares import Fit, new_parameters
 from libprune.report.markdown import markdown_table
-from libprune.results.perplexity import perplexity, perplexity_ratio, window_losses
+from libprune.results.perplexity import estimate_perplexity, estimate_ratio, window_losses
 from libprune.results.tasks import zero_shot
 from libprune.scoring.score import score_layout
 
@@ -249,12 +249,12 @@ class Bench:
                     hook = self.model.get_submodule(fit.consumer.module).register_forward_hook(_adding(fit.bias))
                     stack.callback(hook.remove)
             losses, tasks = self._losses(), self._tasks()
-        found, change = perplexity(losses), perplexity_ratio(self.dense, losses)
+        found, change = estimate_perplexity(losses), estimate_ratio(self.dense, losses)
         return {
             "setting": name,
             "ratio_asked": ratio,
             "removed": 1 - cost.size(self.architecture, plan).decoder / self.architecture.decoder_parameters,
-            "dense": perplexity(self.dense).value,
+            "dense": estimate_perplexity(self.dense).value,
             "perplexity": found.value,
             "perplexity_se": found.error,
             "ratio": change.value,

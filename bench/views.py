@@ -25,12 +25,12 @@ import yaml
 from bench.least_loss import Bench, _run
 from libprune.engine.errors import LibpruneError
 from libprune.experiments.agreement import jaccard, mean_interval, paired_factor, ratio_interval
-from libprune.experiments.costs import Cost, collecting, printed_costs, total
+from libprune.experiments.costs import Cost, collecting_stages, printed_costs, total
 from libprune.experiments.dvc_experiments import Experiment
 from libprune.experiments.file import Comparison, Setting, leaves_of, with_changes
-from libprune.experiments.guide import guide
+from libprune.experiments.guide import compose_guide
 from libprune.experiments.results import Gathered, Result, correlations_by_part
-from libprune.experiments.summary import summaries
+from libprune.experiments.summary import summarize
 from libprune.experiments.table import correlation_text, interval_text
 from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_table, write_table
@@ -198,7 +198,7 @@ def _result(work: Path, row: dict[str, Any], params: Params) -> Result:
         (row["setting"],), {}, row["ratio"], row["ratio_se"], row["dense"], row["removed"], prefill=math.nan, size=None
     )
     costs = {}
-    for stage in collecting(params):
+    for stage in collecting_stages(params):
         said = done(work, stage, 0 if stage == "ablation" else row["seed"]).read_text()
         costs |= printed_costs(f"Running stage '{stage}'\n{said}")
     seconds = row["score_seconds"] + row["plan_seconds"] + row["repair_seconds"]
@@ -224,7 +224,7 @@ def main(
     print(table(rows))
     if guide_to is not None:
         found = gathered(work, rows, "local")
-        guide_to.write_text(guide(found, summaries(found)))
+        guide_to.write_text(compose_guide(found, summarize(found)))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ def main(
     from libprune.pipeline.atomic import write_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
-    from libprune.results.evaluate import evaluate, headline_metrics
+    from libprune.results.evaluate import evaluate_result, headline_metrics
 
     layout, settings = Layout(artifacts), load_params(params)
-    result = evaluate(layout, settings.compute, settings.evaluate)
+    result = evaluate_result(layout, settings.compute, settings.evaluate)
     memory = {"peak_memory_bytes": stage.peak_memory()}
     write_json(layout.evaluation, result | memory)
     write_json(metrics / "evaluation.json", headline_metrics(result) | memory)

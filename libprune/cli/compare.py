@@ -23,14 +23,14 @@ def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: All
     if context.invoked_subcommand is not None:
         return
     from libprune.engine.errors import LibpruneError
-    from libprune.experiments.dvc_experiments import comparable
+    from libprune.experiments.dvc_experiments import gather_comparable
     from libprune.experiments.sweep_picture import write_picture
-    from libprune.experiments.sweep_table import csv_text, markdown_text, params_diff, remarks, table
+    from libprune.experiments.sweep_table import csv_text, markdown_text, params_diff, remarks, tabulate_experiments
     from libprune.pipeline.atomic import writing
     from libprune.pipeline.terminal import text_table
 
     with stage.user_errors():
-        rows, left_out = comparable(all_commits)
+        rows, left_out = gather_comparable(all_commits)
         if out.exists() and not out.is_dir():
             raise LibpruneError(f"--out {out} is a file; name a folder")
         for name, text in (("table.md", markdown_text(rows, left_out)), ("table.csv", csv_text(rows))):
@@ -38,7 +38,7 @@ def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: All
                 partial.write_text(text)
         write_picture(out / "perplexity.png", rows)
     command = params_diff(rows)
-    typer.echo("\n".join([text_table(*table(rows)), "", *remarks(rows, left_out)]))
+    typer.echo("\n".join([text_table(*tabulate_experiments(rows)), "", *remarks(rows, left_out)]))
     typer.echo(f"\nwritten: {out}/table.md, table.csv, perplexity.png")
     if command:
         typer.echo(f"the two best, param by param: {command}")
@@ -49,7 +49,7 @@ def run(file: File, out: Out = OUT, guide: Guide = None) -> None:
     """Run what a comparison file lacks, one experiment after the other, and show all of it."""
     from libprune.experiments.dvc_experiments import gather, read_lock, show
     from libprune.experiments.file import read_comparison
-    from libprune.experiments.report import COSTS, gathered_now, write_comparison
+    from libprune.experiments.report import COSTS, gather_now, write_comparison
     from libprune.experiments.runs import missing_runs, run_all
 
     with stage.user_errors():
@@ -64,7 +64,7 @@ def run(file: File, out: Out = OUT, guide: Guide = None) -> None:
             raise SystemExit(130) from None
         typer.echo("")
         try:
-            typer.echo(write_comparison(gathered_now(comparison, out, failed=failed), out, guide))
+            typer.echo(write_comparison(gather_now(comparison, out, failed=failed), out, guide))
         finally:
             for name, reason in failed.items():
                 typer.echo(f"failed: {name}: {reason}", err=True)
@@ -76,8 +76,8 @@ def run(file: File, out: Out = OUT, guide: Guide = None) -> None:
 def gather_only(file: File, out: Out = OUT, all_commits: AllCommits = False, guide: Guide = None) -> None:
     """Show those results of a comparison file that experiments have already, by whatever name, and run nothing."""
     from libprune.experiments.file import read_comparison
-    from libprune.experiments.report import gathered_now, write_comparison
+    from libprune.experiments.report import gather_now, write_comparison
 
     with stage.user_errors():
         comparison = read_comparison(file)
-        typer.echo(write_comparison(gathered_now(comparison, out, all_commits), out, guide))
+        typer.echo(write_comparison(gather_now(comparison, out, all_commits), out, guide))

@@ -1,4 +1,4 @@
-"""Whether results agree: of sets of kept units, of rankings, and of one setting over calibration seeds.
+"""How far results agree: one setting over calibration seeds, two settings with the same seeds, sets of kept units.
 
 Pure functions of arrays. Perplexity ratios are compared by their logarithm, which is the loss increase in nats per
 token: it is what the evaluation averages, its spread does not grow with the ratio, and no interval reaches below a
@@ -22,10 +22,10 @@ class Interval:
     """A mean with its confidence interval.
 
     Attributes:
-        mean: of the values.
-        low: lower end; NaN of fewer than two values.
-        high: upper end; likewise.
-        count: how many values.
+        mean: the mean of the values.
+        low: the lower end; NaN if there are fewer than two values.
+        high: the upper end; NaN if there are fewer than two values.
+        count: the number of values.
     """
 
     mean: float
@@ -43,7 +43,7 @@ class Interval:
         return self.known and not self.low <= value <= self.high
 
     def exp(self) -> "Interval":
-        """The same of the exponentials: of logarithms, the geometric mean."""
+        """The interval of the exponentials; from an interval of logarithms, that of the geometric mean."""
         return Interval(math.exp(self.mean), math.exp(self.low), math.exp(self.high), self.count)
 
 
@@ -68,18 +68,18 @@ def paired_factor(ratios: Mapping[int, float], reference: Mapping[int, float]) -
     The pairing takes out what a seed does to both alike.
 
     Args:
-        ratios: by seed, positive.
-        reference: likewise.
+        ratios: the setting's ratios by seed, positive.
+        reference: the reference's ratios by seed, positive.
 
     Returns:
-        None where no seed is common.
+        The factor with its interval; None if no seed is common.
     """
     common = sorted(ratios.keys() & reference.keys())
     return ratio_interval([ratios[seed] / reference[seed] for seed in common]) if common else None
 
 
 def jaccard(kept: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    """Units that both keep over units that either keeps, ``[units]`` each; 1 if neither keeps any."""
+    """Jaccard overlap of two sets of kept units, ``[units]`` each: |both| / |either|; 1 if neither keeps any."""
     either = int(np.count_nonzero(kept | other))
     return int(np.count_nonzero(kept & other)) / either if either else 1.0
 

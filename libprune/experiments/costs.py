@@ -1,4 +1,7 @@
-"""What stages took: read from what they print, kept by what they ran with, so that a cached stage's price is known."""
+"""Time and memory of stages, read from their output and recorded under the digest of their entry in `dvc.lock`.
+
+So the cost of a stage is known also where DVC took its results from the cache.
+"""
 
 import hashlib
 import json
@@ -24,11 +27,11 @@ _CONTINUES = "continues from a saved state"
 
 @dataclass(frozen=True)
 class Cost:
-    """Time and memory of one stage or of several after each other.
+    """Time and memory of one stage, or of several that ran one after the other.
 
     Attributes:
-        seconds: of wall clock.
-        peak_memory_bytes: the most memory that one process has held.
+        seconds: wall-clock time.
+        peak_memory_bytes: the most memory that one process held.
     """
 
     seconds: float
@@ -36,17 +39,17 @@ class Cost:
 
 
 Costs = Mapping[str, Cost]
-"""By the digest of a stage's entry in `dvc.lock`."""
+"""Costs of stages by the digest of their entry in `dvc.lock`; see `lock_digest`."""
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    """Of several after each other."""
+    """The cost of several stages one after the other: their times add up, and the largest memory counts."""
     known = list(costs)
     return Cost(sum((cost.seconds for cost in known), 0.0), max((cost.peak_memory_bytes for cost in known), default=0))
 
 
 def read_costs(path: Path) -> dict[str, Cost]:
-    """The record; empty where there is none.
+    """Read the record of costs; it is empty if the file does not exist.
 
     Raises:
         LibpruneError: if the file is not one that `write_costs` wrote.
@@ -60,48 +63,48 @@ def read_costs(path: Path) -> dict[str, Cost]:
 
 
 def write_costs(path: Path, costs: Costs) -> None:
-    """Write the record, whole or not at all."""
+    """Write the record of costs, whole or not at all."""
     write_json(path, {digest: asdict(cost) for digest, cost in costs.items()})
 
 
 def lock_stages(lock: str | None) -> dict[str, dict[str, Any]]:
-    """The stages of a `dvc.lock` by name; none without one that can be read."""
+    """The entries of a `dvc.lock` by stage; empty if there is no `dvc.lock` or it is not valid YAML."""
     try:
-        found: dict[str, dict[str, Any]] = (yaml.load(lock or "", _LOADER) or {}).get("stages") or {}
+        stages: dict[str, dict[str, Any]] = (yaml.load(lock or "", _LOADER) or {}).get("stages") or {}
     except yaml.YAMLError:
         return {}
-    return found
+    return stages
 
 
-def digest(entry: Mapping[str, Any]) -> str:
-    """Names what a stage ran with and what came out, by its entry in `dvc.lock`; 16 hexadecimal digits."""
+def lock_digest(entry: Mapping[str, Any]) -> str:
+    """Digest of a stage's entry in `dvc.lock`, which lists its inputs and outputs; 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def printed_costs(log: str) -> dict[str, Cost]:
-    """By stage, what the stages that ran have said in the output of `dvc exp run`.
+    """The costs, by stage, that the stages of a run printed into the output of `dvc exp run`.
 
-    A stage that continued an earlier run counts its last piece only, and is left out.
+    A stage that continued an earlier run is left out, since it timed only its last piece.
     """
-    found: dict[str, Cost] = {}
+    costs: dict[str, Cost] = {}
     stage, whole = "", True
     for line in log.splitlines():
         if starts := _STARTS.match(line):
             stage, whole = starts[1], True
         whole = whole and _CONTINUES not in line
         if whole and (ends := _ENDS.fullmatch(line.strip())) and ends[1] == stage:
-            found[stage] = Cost(float(ends[2]), int(ends[3].replace(",", "")) * 1_000_000)
-    return found
+            costs[stage] = Cost(float(ends[2]), int(ends[3].replace(",", "")) * 1_000_000)
+    return costs
 
 
 def costs_of(log: str, lock: str | None) -> dict[str, Cost]:
-    """The costs of a run by digest, from its output and the `dvc.lock` that it has left."""
+    """The costs of a run by digest, from its output and the `dvc.lock` that it left."""
     stages = lock_stages(lock)
-    return {digest(stages[name]): cost for name, cost in printed_costs(log).items() if name in stages}
+    return {lock_digest(stages[name]): cost for name, cost in printed_costs(log).items() if name in stages}
 
 
-def collecting(params: Params) -> tuple[str, ...]:
-    """The collecting stages that these params make use of, beside the dense model's own weights."""
+def collecting_stages(params: Params) -> tuple[str, ...]:
+    """The collecting stages whose statistics these params read; the dense model's own weights need none."""
     from libprune.scoring.criteria import find_criterion
     from libprune.scoring.fusion import named_criteria
 
@@ -115,15 +118,15 @@ def collecting(params: Params) -> tuple[str, ...]:
     return tuple(stage for stage in ("gradients", "hessian", "activations", "ablation") if stage in used)
 
 
-def pruning(params: Params) -> tuple[str, ...]:
-    """The stages from the scores to the pruned model that do something under these params."""
+def pruning_stages(params: Params) -> tuple[str, ...]:
+    """The stages from the scores to the pruned model that have something to do under these params."""
     read = allocation_reads(params.allocate.method, params.allocate.worth, params.allocate.objective)
     measuring = (stage for stage in ("sensitivity", "levels", "latency") if stage in read)
     return ("score", *measuring, "allocate", "slice")
 
 
 def cost_of(names: Iterable[str], lock: str | None, costs: Costs) -> Cost | None:
-    """What these stages cost where their results came from; None if that of one is not on record."""
+    """The cost of these stages in the runs that made their results; None if the cost of one is not on record."""
     stages = lock_stages(lock)
-    found = [costs.get(digest(stages[name])) if name in stages else None for name in names]
-    return None if None in found else total(cost for cost in found if cost is not None)
+    recorded = [costs.get(lock_digest(stages[name])) if name in stages else None for name in names]
+    return None if None in recorded else total(cost for cost in recorded if cost is not None)

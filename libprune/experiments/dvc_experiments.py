@@ -1,4 +1,4 @@
-"""DVC's experiments as rows of settings and results: what `dvc exp show` lists, without what only looks like a result.
+"""DVC's experiments as rows of settings and results: what `dvc exp show` lists, checked against `dvc.lock`.
 
 DVC shows the metrics that lie in a revision, whether or not its params made them: a queued, running or failed
 experiment carries those it started from, and so does a workspace whose params were edited since. Each revision's
@@ -29,38 +29,38 @@ _LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # ten 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Settings and what they gave. Perplexities are on the evaluation windows."""
+    """The settings of an experiment and their results. Perplexities are on the evaluation windows."""
 
     names: tuple[str, ...]
-    """What DVC calls it: an experiment, a branch, a short commit, or `workspace`; several if all else is equal."""
+    """Its names in DVC: an experiment, a branch, a short commit, or `workspace`; several if all else is equal."""
     params: Mapping[str, Any]
     """Every param by its full name, such as `allocate.ratio`."""
     ratio: float
-    """Perplexity over the dense model's."""
+    """Perplexity of the pruned model divided by that of the dense model."""
     error: float
     """One standard error of the ratio, over paired windows."""
     dense: float
     """Perplexity of the dense model."""
     removed: float
-    """Share of the decoder's parameters."""
+    """Share of the decoder's parameters that was removed."""
     prefill: float
-    """Tokens a second over the dense model's."""
+    """Tokens a second in prefill, divided by those of the dense model."""
     size: int | None
     """Bytes of the pruned model's folder; None if its revision has no `dvc.lock`."""
     proved: bool = True
     """Whether a `dvc.lock` says that the results were made with these params."""
     revision: str = ""
-    """The commit, or `workspace`, that holds its `dvc.lock`; one of them where several are equal."""
+    """The commit, or `workspace`, that holds its `dvc.lock`; one of them if several are equal."""
 
     @property
     def label(self) -> str:
-        """The names in one word or two."""
+        """The first two names, and how many more there are."""
         more = len(self.names) - 2
         return " = ".join(self.names[:2]) + (f" (+{more})" if more > 0 else "")
 
 
-def comparable(all_commits: bool = False) -> tuple[list[Experiment], dict[str, str]]:
-    """What `gather` finds in the current folder's project, if that is something to compare.
+def gather_comparable(all_commits: bool = False) -> tuple[list[Experiment], dict[str, str]]:
+    """Gather the experiments of the current folder's project, which must be at least two.
 
     Args:
         all_commits: the experiments of every commit, not only of HEAD.
@@ -80,7 +80,7 @@ def comparable(all_commits: bool = False) -> tuple[list[Experiment], dict[str, s
 
 
 def show(all_commits: bool = False) -> Shown:
-    """What `dvc exp show` lists of the project in the current folder, of HEAD or of all commits.
+    """The output of `dvc exp show` for the project in the current folder, of HEAD or of all commits.
 
     Raises:
         LibpruneError: if this is no project folder, or DVC cannot be run here.
@@ -110,13 +110,13 @@ def read_lock(revision: str) -> str | None:
 def gather(shown: Shown, lock_of: Callable[[str], str | None]) -> tuple[list[Experiment], dict[str, str]]:
     """Experiments with results, the lowest perplexity first, and by name why each other one has none.
 
-    Those that differ in nothing but the name are one: after `dvc exp run` the workspace is the experiment itself.
+    Experiments that differ only in their names become one: after `dvc exp run` the workspace is the experiment itself.
 
     Args:
         shown: what `show` returns.
         lock_of: the text of a revision's `dvc.lock`, or None; `read_lock`.
     """
-    found: dict[str, Experiment] = {}
+    by_content: dict[str, Experiment] = {}
     left_out: dict[str, str] = {}
     for name, state in _states(shown):
         result = _result(name, state, lock_of)
@@ -124,13 +124,13 @@ def gather(shown: Shown, lock_of: Callable[[str], str | None]) -> tuple[list[Exp
             left_out[name] = result
             continue
         content = repr(replace(result, names=(), revision=""))
-        names = [*(found[content].names if content in found else ()), name]
-        found[content] = replace(result, names=tuple(sorted(names, key=lambda one: one == WORKSPACE)))
-    return sorted(found.values(), key=lambda row: row.ratio), left_out
+        names = [*(by_content[content].names if content in by_content else ()), name]
+        by_content[content] = replace(result, names=tuple(sorted(names, key=lambda one: one == WORKSPACE)))
+    return sorted(by_content.values(), key=lambda row: row.ratio), left_out
 
 
 def _states(shown: Shown) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Name and state of everything listed; that of an experiment with its `executor`, if it was queued."""
+    """Names and states of all commits and experiments; the state of a queued experiment has its `executor`."""
     for commit in shown:
         yield commit["name"] or (WORKSPACE if commit["rev"] == WORKSPACE else commit["rev"][:7]), commit
         for experiment in commit["experiments"] or []:

@@ -16,35 +16,35 @@ from libprune.pipeline.sections import Floor, Section
 from libprune.scoring.fusion import named_criteria
 
 Data = Mapping[str, Any]
-"""What a params file says: sections of keys, and `preset`."""
+"""The content of a params file: sections of keys, and `preset`."""
 
 SEED = "tokenize.seed"
 """The param that `seeds` sets: which calibration sequences are drawn."""
 
 _NAME = r"^[A-Za-z0-9]([A-Za-z0-9_+-]|\.(?=[A-Za-z0-9]))*$"
-"""Names become parts of those of git references and folders."""
+"""Pattern of a setting's name, which becomes part of the names of git references and folders."""
 
 FullName = Annotated[str, Field(pattern=r"^[a-z_0-9.]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class ComparisonFile(Section):
-    """What a comparison file says; params by their full names, such as `score.criterion`."""
+    """The content of a comparison file; params stand under their full names, such as `score.criterion`."""
 
     name: Name
     """The first part of the experiments' names, and the folder below report/compare."""
     title: str = ""
     """The heading of what is written; the name if empty."""
     base: dict[FullName, Any] = Field(default={}, alias="set")
-    """`set`: params that all settings share and that differ from params.yaml."""
+    """The params under `set`, which all settings share and which differ from params.yaml."""
     settings: dict[str, dict[FullName, Any]] = Field(default={})
-    """By name, what each setting changes."""
+    """The params that each setting changes, by the setting's name."""
     grid: dict[FullName, list[Any]] = Field(default={})
-    """In the place of `settings`: every combination of these values."""
+    """Values by param, in place of `settings`: every combination of them is a setting."""
     seeds: Annotated[tuple[Floor, ...], Field(strict=False, min_length=1)]
     """Values of `tokenize.seed`; two at least, for an interval."""
     reference: str | None = None
-    """The setting that the others are compared with; null: the one with the lowest perplexity."""
+    """The setting that the others are compared with; if null, the one with the lowest perplexity."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "ComparisonFile":
@@ -57,20 +57,20 @@ class ComparisonFile(Section):
         return self
 
     def changes(self) -> dict[str, dict[str, Any]]:
-        """What each setting changes, by its name; a combination of a grid is named by its values.
+        """The params that each setting changes, by its name; a combination of a grid is named by its values.
 
         Raises:
             ParamsError: if two combinations would have the same name.
         """
         if self.settings:
             return dict(self.settings)
-        found: dict[str, dict[str, Any]] = {}
+        combinations: dict[str, dict[str, Any]] = {}
         for values in product(*self.grid.values()):
             name = "-".join(re.sub(r"[^A-Za-z0-9.+]+", "_", str(value)).strip("_.") or "none" for value in values)
-            if name in found:
+            if name in combinations:
                 raise ParamsError(f"grid: two combinations are called {name!r}; write them as settings with names")
-            found[name] = dict(zip(self.grid, values, strict=True))
-        return found
+            combinations[name] = dict(zip(self.grid, values, strict=True))
+        return combinations
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Setting:
 
     Attributes:
         name: as in the file.
-        changes: to params.yaml, by full name, those of `set` among them.
+        changes: the params that differ from params.yaml, by full name, with those of `set`.
         params: all params with these changes and the first seed.
     """
 
@@ -89,14 +89,14 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A setting with a seed.
+class ExperimentRun:
+    """One run of a comparison: a setting with a calibration seed.
 
     Attributes:
-        experiment: its name in DVC.
-        setting: its name in the comparison.
-        seed: of the calibration text.
-        changes: to params.yaml, the seed's among them.
+        experiment: the run's name in DVC.
+        setting: the setting's name in the comparison.
+        seed: the value of `tokenize.seed`.
+        changes: the params that differ from params.yaml, by full name, with the seed.
         leaves: every param by its full name.
     """
 
@@ -107,7 +107,10 @@ class Run:
     leaves: Mapping[str, Any]
 
     def is_of(self, params: Mapping[str, Any]) -> bool:
-        """Whether params are those of this run; as text: YAML 1.1 and 1.2 disagree whether 1e-05 is a number."""
+        """Whether params are those of this run.
+
+        They are compared as text, since YAML 1.1 and 1.2 disagree whether 1e-05 is a number.
+        """
         return {key: str(value) for key, value in params.items()} == {k: str(v) for k, v in self.leaves.items()}
 
 
@@ -116,12 +119,12 @@ class Comparison:
     """A valid comparison of this project.
 
     Attributes:
-        name: also the folder's.
+        name: the first part of the experiments' names, and the folder's name.
         title: the heading.
         settings: at least one, in the file's order.
-        seeds: of the calibration text.
+        seeds: values of `tokenize.seed`.
         reference: the name of a setting, or None for the best.
-        data: the params.yaml that the changes are to.
+        data: the content of params.yaml, which the settings change.
     """
 
     name: str
@@ -131,13 +134,13 @@ class Comparison:
     reference: str | None
     data: Data
 
-    def runs(self) -> Iterator[Run]:
-        """Every setting with every seed; seeds outermost, so that what is collected serves all settings."""
+    def runs(self) -> Iterator[ExperimentRun]:
+        """Every setting with every seed; seeds are outermost, so that the statistics of a seed serve all settings."""
         for seed in self.seeds:
             for setting in self.settings:
                 changes = {**setting.changes, SEED: seed}
                 leaves = leaves_of(with_changes(self.data, changes))
-                yield Run(f"{self.name}-{setting.name}-s{seed}", setting.name, seed, changes, leaves)
+                yield ExperimentRun(f"{self.name}-{setting.name}-s{seed}", setting.name, seed, changes, leaves)
 
 
 def leaves_of(data: Data, prefix: str = "") -> dict[str, Any]:
@@ -159,25 +162,25 @@ def with_changes(data: Data, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_comparison(path: Path, params: Path = Path("params.yaml")) -> Comparison:
-    """A comparison file, all of whose settings are valid changes to the project's params.
+    """Read a comparison file and check that all its settings are valid changes to the project's params.
 
     Raises:
         LibpruneError: naming the setting, the key, what is wrong with it, and the nearest known key.
     """
-    found, data = read_file(path), read_yaml(params)
-    changes = {name: {**found.base, **own} for name, own in found.changes().items()}
-    if found.reference is not None and found.reference not in changes:
+    file, data = read_file(path), read_yaml(params)
+    changes = {name: {**file.base, **own} for name, own in file.changes().items()}
+    if file.reference is not None and file.reference not in changes:
         known = ", ".join(changes)
         raise ParamsError(
-            f"{path}: reference {found.reference!r} is no setting{nearest(found.reference, changes)} (known: {known})"
+            f"{path}: reference {file.reference!r} is no setting{nearest(file.reference, changes)} (known: {known})"
         )
-    settings = tuple(read_setting(name, own, data, found.seeds[0], path) for name, own in changes.items())
+    settings = tuple(read_setting(name, own, data, file.seeds[0], path) for name, own in changes.items())
     _require_different(settings, data, path)
-    return Comparison(found.name, found.title or found.name, settings, found.seeds, found.reference, data)
+    return Comparison(file.name, file.title or file.name, settings, file.seeds, file.reference, data)
 
 
 def read_file(path: Path) -> ComparisonFile:
-    """The file's content, whose params are not looked at yet.
+    """Read a comparison file without checking the params that it names.
 
     Raises:
         ParamsError: naming the key and the nearest known one.
@@ -190,7 +193,7 @@ def read_file(path: Path) -> ComparisonFile:
 
 
 def read_setting(name: str, changes: Mapping[str, Any], data: Data, seed: int, path: Path) -> Setting:
-    """A setting whose name can be used and whose changes give valid params.
+    """Make a setting; its name must be usable, and its changes must give valid params.
 
     Raises:
         LibpruneError: naming what is wrong.
@@ -213,13 +216,13 @@ def read_setting(name: str, changes: Mapping[str, Any], data: Data, seed: int, p
 
 
 def _known(model: type[BaseModel] = Params, prefix: str = "") -> list[str]:
-    """Every param by its full name."""
-    found = []
+    """The full names of all params."""
+    names = []
     for key, of in model.model_fields.items():
         name, inner = f"{prefix}{key}", cast(Any, of.annotation)
         has_keys = isinstance(inner, type) and issubclass(inner, BaseModel)
-        found += _known(inner, f"{name}.") if has_keys else [name]
-    return found
+        names += _known(inner, f"{name}.") if has_keys else [name]
+    return names
 
 
 def _require_different(settings: tuple[Setting, ...], data: Data, path: Path) -> None:

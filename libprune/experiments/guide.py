@@ -3,45 +3,45 @@
 import math
 from collections.abc import Sequence
 
-from libprune.experiments.costs import collecting, pruning
+from libprune.experiments.costs import collecting_stages, pruning_stages
 from libprune.experiments.results import Gathered
-from libprune.experiments.summary import Summary, difference
-from libprune.experiments.table import EXPLAINED, correlation_text, interval_text, table, times
+from libprune.experiments.summary import Summary, compare_settings
+from libprune.experiments.table import EXPLAINED, correlation_text, interval_text, tabulate_settings, times
 from libprune.pipeline.params import Params
 from libprune.report.markdown import code, markdown_table, prose
 from libprune.scoring.criteria import find_criterion
 from libprune.scoring.fusion import named_criteria
 
 SAME_TIME = 0.1
-"""Share of the longer time up to which two settings cost the same: a loaded machine times no better."""
+"""Difference of two times, as a share of the longer one, up to which they count as equal: timing is no more exact."""
 
 
-def guide(gathered: Gathered, found: Sequence[Summary]) -> str:
-    """The page in Markdown."""
+def compose_guide(gathered: Gathered, summaries: Sequence[Summary]) -> str:
+    """Compose the guide to the settings of a comparison, as a page in Markdown."""
     comparison = gathered.comparison
     parts = [
         f"# {prose(comparison.title)}",
         f"Written from the results of the comparison {code(comparison.name)}, the lowest perplexity first. "
         "What it says of when to choose a setting follows from these figures alone: one model, one text, these shares "
-        "removed. Two settings are told apart if their difference is larger than the noise of calibration seeds and "
-        "evaluation windows, and cost the same if their times differ by a tenth or less.",
-        markdown_table(*table(gathered, found)),
+        "removed. Two settings count as different if their difference is larger than the noise of calibration seeds "
+        "and evaluation windows, and cost the same if their times differ by a tenth or less.",
+        markdown_table(*tabulate_settings(gathered, summaries)),
         EXPLAINED,
     ]
-    for one in found:
+    for one in summaries:
         setting = gathered.setting(one.name)
         changes = ", ".join(code(f"{key}: {value}") for key, value in setting.changes.items())
         rows = [
             ("criterion", _criterion(setting.params)),
             ("set", changes or "nothing: params.yaml as it is"),
-            ("needs", ", ".join(collecting(setting.params)) or "no collecting stage"),
-            ("then runs", ", ".join(pruning(setting.params))),
+            ("needs", ", ".join(collecting_stages(setting.params)) or "no collecting stage"),
+            ("then runs", ", ".join(pruning_stages(setting.params))),
             ("costs", _costs(one)),
             ("loses", _quality(one)),
             ("ranks units like measured losses", _ranks(one)),
         ]
         facts = "\n".join(f"- {what}: {text}" for what, text in rows)
-        parts += [f"## {prose(one.name)}", facts, _when(one, found)]
+        parts += [f"## {prose(one.name)}", facts, _when(one, summaries)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -50,7 +50,7 @@ def _criterion(params: Params) -> str:
     for name in named_criteria(params.score):
         record = find_criterion(name)
         source = f" ({record.source})" if record.source else ""
-        reach = "everywhere" if record.comparable else "within a layer and type"
+        reach = "everywhere" if record.comparable else "within a layer and part"
         said.append(f"`{name}`, in units of {record.unit}, compares {reach}{source}")
     fused = f"`score.fusion: {params.score.fusion}` of " if len(said) > 1 else ""
     return prose(fused + "; ".join(said))
@@ -74,10 +74,10 @@ def _ranks(one: Summary) -> str:
     return ", ".join(f"{part} {correlation_text(value)}" for part, value in one.correlations.items()) or "not measured"
 
 
-def _when(one: Summary, found: Sequence[Summary]) -> str:
+def _when(one: Summary, summaries: Sequence[Summary]) -> str:
     """When to choose a setting, as far as the figures say."""
     beside: dict[str, list[Summary]] = {}
-    for other in found:
+    for other in summaries:
         sentence = _SAID.get((_loses(one, other), _costs_beside(other, one)))
         if other is not one and sentence:
             beside.setdefault(sentence, []).append(other)
@@ -86,7 +86,7 @@ def _when(one: Summary, found: Sequence[Summary]) -> str:
         for sentence in dict.fromkeys(_SAID.values())
         if sentence in beside
     ]
-    if not any(_loses(one, other) == "more" for other in found):
+    if not any(_loses(one, other) == "more" for other in summaries):
         said.insert(0, "No setting here loses less by more than the noise.")
     if one.seconds is None:
         said.append("What it costs is not on record, so that nothing here weighs its cost.")
@@ -103,14 +103,17 @@ _SAID = {
     ("as much", "same"): "Not distinguishable from {}, which cost{s} the same.",
     ("as much", "more"): "Not distinguishable from {}, which cost{s} more.",
 }
-"""What a setting's figures say beside those of others, by what it loses beside them and what they cost beside it."""
+"""What to say of a setting beside others, by what it loses compared with them and what they cost compared with it."""
 
 _NAMED = 3
 
 
 def _named(one: Summary, others: Sequence[Summary]) -> str:
-    """Some of others, with one's perplexity over theirs and what they cost: the best, or of the like the nearest."""
-    factors = {other.name: to.factor.mean for other in others if (to := difference(one, other))}
+    """Up to three of the others, each with the factor of one's perplexity to its own, and its cost.
+
+    The best come first; among settings that lose as much as this one, the nearest.
+    """
+    factors = {other.name: to.factor.mean for other in others if (to := compare_settings(one, other))}
     if _loses(one, others[0]) == "as much":
         others = sorted(others, key=lambda other: abs(math.log(factors[other.name])))
     said = []
@@ -123,7 +126,7 @@ def _named(one: Summary, others: Sequence[Summary]) -> str:
 
 
 def _loses(one: Summary, other: Summary) -> str:
-    to = difference(one, other)
+    to = compare_settings(one, other)
     if to is None:
         return "unknown"
     if to.kind != "clear":

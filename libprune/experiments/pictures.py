@@ -15,14 +15,14 @@ _DECADES = 30.0
 
 
 @styled()
-def draw_ratios(found: Sequence[Summary], reference: Summary) -> Figure:
-    """Perplexity ratio of every setting: its seeds, their mean and interval, the error over the windows below it.
+def draw_ratios(summaries: Sequence[Summary], reference: Summary) -> Figure:
+    """Draw the perplexity ratio of every setting: its seeds, their mean and interval.
 
-    A line goes through the reference's mean.
+    The error over the evaluation windows is drawn below the interval. A line goes through the reference's mean.
     """
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.42 * len(found)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.42 * len(summaries)), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    for place, one in enumerate(found):
+    for place, one in enumerate(summaries):
         values = list(one.ratios.values())
         axes.plot(values, [place] * len(values), linestyle="none", marker="o", color=GREY, alpha=0.55, markersize=5)
         if one.ratio.known:
@@ -30,9 +30,9 @@ def draw_ratios(found: Sequence[Summary], reference: Summary) -> Figure:
         axes.plot([one.ratio.mean], [place], marker="|", color=BLUE, markersize=13, markeredgewidth=2)
         axes.errorbar([one.ratio.mean], [place + 0.28], xerr=[one.error], color=GREY, capsize=2, linewidth=1)
     axes.axvline(reference.ratio.mean, color=INK, linewidth=0.8, linestyle="--", zorder=0)
-    axes.set_yticks(range(len(found)), [one.name for one in found])
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    shown = [value for one in found for value in one.ratios.values()]
+    axes.set_yticks(range(len(summaries)), [one.name for one in summaries])
+    axes.set_ylim(len(summaries) - 0.5, -0.5)
+    shown = [value for one in summaries for value in one.ratios.values()]
     if max(shown) > _WIDE * min(shown):
         axes.set_xscale("log")
         few = max(shown) < _DECADES * min(shown)
@@ -50,12 +50,12 @@ def draw_ratios(found: Sequence[Summary], reference: Summary) -> Figure:
 
 @styled()
 def draw_overlaps(matrix: NDArray[np.float64], names: Sequence[str], chance: float) -> Figure:
-    """Jaccard overlaps as a heat map from chance to 1, the diagonal between the seeds of one setting.
+    """Draw Jaccard overlaps as a heat map from chance to 1; the diagonal is between the seeds of one setting.
 
     Args:
         matrix: ``[settings, settings]``; NaN where unknown.
-        names: of the settings.
-        chance: what independent choices would overlap by.
+        names: the settings' names.
+        chance: the overlap that independent choices would have.
     """
     side = 1.6 + 0.62 * len(names)
     figure = Figure(figsize=(max(side + 1.6, 5.5), max(side, 3.2)), layout="constrained", facecolor="white")

@@ -1,4 +1,4 @@
-"""What `libprune compare` writes of a comparison, and prints."""
+"""The report of a comparison, which `libprune compare` writes and prints: tables, pictures, sentences and a guide."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,28 +9,28 @@ from libprune.engine.errors import LibpruneError
 from libprune.experiments.costs import read_costs
 from libprune.experiments.dvc_experiments import gather, read_lock, show
 from libprune.experiments.file import Comparison
-from libprune.experiments.guide import guide
+from libprune.experiments.guide import compose_guide
 from libprune.experiments.pictures import draw_overlaps, draw_ratios
 from libprune.experiments.results import Gathered, cache_folder, gather_results
-from libprune.experiments.sentences import sentences
-from libprune.experiments.summary import Summary, by_chance, overlap_matrix, reference_of, summaries
-from libprune.experiments.table import EXPLAINED, overlaps_csv, runs_csv, settings_csv, table
+from libprune.experiments.sentences import explain_results
+from libprune.experiments.summary import Summary, overlap_by_chance, overlap_matrix, reference_of, summarize
+from libprune.experiments.table import EXPLAINED, overlaps_csv, runs_csv, settings_csv, tabulate_settings
 from libprune.pipeline.atomic import writing
 from libprune.pipeline.terminal import text_table
 from libprune.report.canvas import png
 from libprune.report.markdown import code, markdown_table, prose
 
 COSTS = "costs.json"
-"""The record of what stages took, beside the folders of all comparisons."""
+"""The file that records what stages cost, beside the folders of all comparisons."""
 
 
-def gathered_now(
+def gather_now(
     comparison: Comparison, out: Path, all_commits: bool = False, failed: Mapping[str, str] | None = None
 ) -> Gathered:
-    """The results that the current folder's project has.
+    """Gather the results of a comparison that the current folder's project has.
 
     Args:
-        comparison: what is wanted.
+        comparison: the comparison whose results are wanted.
         out: the folder of all comparisons.
         all_commits: experiments of every commit, not only of HEAD.
         failed: by experiment, why it has just failed, which DVC does not keep.
@@ -58,44 +58,45 @@ def write_comparison(gathered: Gathered, out: Path, guide_to: Path | None) -> st
     Raises:
         LibpruneError: if the folder is a file.
     """
-    found = summaries(gathered)
+    summaries = summarize(gathered)
     folder = out / gathered.comparison.name
     if folder.exists() and not folder.is_dir():
         raise LibpruneError(f"{folder} is a file; move it, or name another folder by --out")
-    pictures = _pictures(gathered, found)
+    pictures = _pictures(gathered, summaries)
     texts = {
-        "comparison.md": _markdown(gathered, found, pictures),
-        "settings.csv": settings_csv(gathered, found),
+        "comparison.md": _markdown(gathered, summaries, pictures),
+        "settings.csv": settings_csv(gathered, summaries),
         "runs.csv": runs_csv(gathered),
-        "overlaps.csv": overlaps_csv(gathered, found),
+        "overlaps.csv": overlaps_csv(gathered, summaries),
     }
     contents = {folder / name: text.encode() for name, text in texts.items()}
     contents |= {folder / name: content for name, content in pictures.items()}
     if guide_to is not None:
-        contents[guide_to] = guide(gathered, found).encode()
+        contents[guide_to] = compose_guide(gathered, summaries).encode()
     for path, content in contents.items():
         with writing(path) as partial:
             partial.write_bytes(content)
-    return "\n".join([text_table(*table(gathered, found)), "", *sentences(gathered, found), "", _written(contents)])
+    table = text_table(*tabulate_settings(gathered, summaries))
+    return "\n".join([table, "", *explain_results(gathered, summaries), "", _written(contents)])
 
 
 def _written(paths: Iterable[Path]) -> str:
     return "written: " + ", ".join(map(str, paths))
 
 
-def _pictures(gathered: Gathered, found: list[Summary]) -> dict[str, bytes]:
-    """By file name; no overlaps where none is known."""
-    pictures = {"perplexity.png": png(draw_ratios(found, reference_of(gathered, found)))}
-    matrix, chance = overlap_matrix(gathered, found), by_chance(gathered)
+def _pictures(gathered: Gathered, summaries: list[Summary]) -> dict[str, bytes]:
+    """The pictures of a comparison as PNG, by file name; without that of the overlaps if none is known."""
+    pictures = {"perplexity.png": png(draw_ratios(summaries, reference_of(gathered, summaries)))}
+    matrix, chance = overlap_matrix(gathered, summaries), overlap_by_chance(gathered)
     if chance is not None and np.isfinite(matrix).any():
-        pictures["overlaps.png"] = png(draw_overlaps(matrix, [one.name for one in found], chance))
+        pictures["overlaps.png"] = png(draw_overlaps(matrix, [one.name for one in summaries], chance))
     return pictures
 
 
 _ALT = {"perplexity.png": "Perplexity by setting", "overlaps.png": "Overlaps of the kept sets"}
 
 
-def _markdown(gathered: Gathered, found: list[Summary], pictures: Iterable[str]) -> str:
+def _markdown(gathered: Gathered, summaries: list[Summary], pictures: Iterable[str]) -> str:
     comparison = gathered.comparison
     changes = [
         (prose(one.name), ", ".join(code(f"{key}: {value}") for key, value in one.changes.items()) or "nothing")
@@ -103,8 +104,8 @@ def _markdown(gathered: Gathered, found: list[Summary], pictures: Iterable[str])
     ]
     parts = [
         f"# {prose(comparison.title)}",
-        *map(prose, sentences(gathered, found)),
-        markdown_table(*table(gathered, found)),
+        *map(prose, explain_results(gathered, summaries)),
+        markdown_table(*tabulate_settings(gathered, summaries)),
         EXPLAINED,
         *(f"![{_ALT[name]}]({name})" for name in pictures),
         "## Settings",

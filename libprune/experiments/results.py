@@ -1,4 +1,4 @@
-"""The results of a comparison: of each run its figures, and the kept units and scores that lie in DVC's cache."""
+"""The results of a comparison: the figures of each run, and the kept units and scores from DVC's cache."""
 
 import subprocess
 import sys
@@ -11,27 +11,27 @@ from numpy.typing import NDArray
 
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.tables import Columns, column
-from libprune.experiments.costs import Cost, Costs, collecting, cost_of, lock_stages, pruning
+from libprune.experiments.costs import Cost, Costs, collecting_stages, cost_of, lock_stages, pruning_stages
 from libprune.experiments.dvc_experiments import Experiment
 from libprune.experiments.file import Comparison, Setting
-from libprune.experiments.runs import found
+from libprune.experiments.runs import find_experiment
 from libprune.pipeline.artifacts import read_table
 from libprune.scoring.ranks import spearman
 
 Locks = Callable[[str], str | None]
-"""The text of a revision's `dvc.lock`, or None; `libprune.experiments.dvc_experiments.read_lock`."""
+"""Gives the text of a revision's `dvc.lock`, or None; see `libprune.experiments.dvc_experiments.read_lock`."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one run gave.
+    """The result of one run.
 
     Attributes:
         experiment: its figures, and what DVC calls it.
         kept: which units stay, ``[units]`` in the order of the per-unit tables; None if not in the cache.
-        correlations: Spearman's, of importances and measured loss increases, by part; empty if unknown.
-        collecting: what the statistics cost that the setting reads; None if not on record.
-        pruning: what the stages from the scores to the pruned model cost; likewise.
+        correlations: Spearman's correlation of importances and measured loss increases, by part; empty if unknown.
+        collecting: the cost of the statistics that the setting reads; None if not on record.
+        pruning: the cost of the stages from the scores to the pruned model; None if not on record.
     """
 
     experiment: Experiment
@@ -42,7 +42,7 @@ class Result:
 
 
 Results = dict[str, dict[int, Result]]
-"""By setting, in the comparison's order, and by seed."""
+"""Results by setting, in the comparison's order, and by seed."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Gathered:
     """A comparison with the results that there are.
 
     Attributes:
-        comparison: what was wanted.
-        results: of the settings that have any.
-        missing: by run, why it has no result.
+        comparison: the settings and seeds that were wanted.
+        results: the results of the settings that have any.
+        missing: by run without a result, why it has none.
         remarks: sentences on what else is not known, and what to do about it.
     """
 
@@ -62,7 +62,7 @@ class Gathered:
     remarks: Sequence[str]
 
     def setting(self, name: str) -> Setting:
-        """What a setting with results changes."""
+        """The setting of this name, with its changes."""
         return next(setting for setting in self.comparison.settings if setting.name == name)
 
 
@@ -77,12 +77,12 @@ def gather_results(
     """Find the results of every run.
 
     Args:
-        comparison: what is wanted.
-        rows: experiments with results, of whatever name.
-        reasons: by experiment, why it has none.
+        comparison: the settings and seeds that are wanted.
+        rows: experiments with results, under whatever names.
+        reasons: by experiment without results, why it has none.
         lock_of: reads a revision's `dvc.lock`.
         cache: the folder of DVC's cache; None if there is none.
-        costs: what stages took.
+        costs: the record of what stages cost.
 
     Raises:
         LibpruneError: if no run has a result.
@@ -91,7 +91,7 @@ def gather_results(
     missing, remarks = {}, dict[str, None]()
     params = {setting.name: setting for setting in comparison.settings}
     for run in comparison.runs():
-        row = found(run, rows)
+        row = find_experiment(run, rows)
         if row is None:
             missing[run.experiment] = reasons.get(run.experiment, "not run")
             continue
@@ -115,7 +115,7 @@ def _nothing(comparison: Comparison, missing: Mapping[str, str]) -> str:
 def _result(
     row: Experiment, setting: Setting, lock: str | None, cache: Path | None, costs: Costs
 ) -> tuple[Result, list[str]]:
-    """The result of a run, and what is to be said about it."""
+    """The result of a run, and remarks on what is not known of it."""
     notes: list[str] = []
     tables = {}
     for path, stage in ((PLAN, "allocate"), (SCORES, "score"), (ABLATION, "ablation")):
@@ -130,7 +130,7 @@ def _result(
             correlations = correlations_by_part(tables[SCORES], tables[ABLATION])
         else:
             notes.append(NOT_MEASURED)
-    read, cut = (cost_of(stages(setting.params), lock, costs) for stages in (collecting, pruning))
+    read, cut = (cost_of(stages(setting.params), lock, costs) for stages in (collecting_stages, pruning_stages))
     return Result(row, kept, correlations, read, cut), notes
 
 
@@ -143,7 +143,7 @@ NOT_MEASURED = (
 
 
 def cached_table(path: str, stage: str, lock: str | None, cache: Path | None) -> Columns:
-    """A table that a revision's `dvc.lock` names, from DVC's cache.
+    """Read a table that a revision's `dvc.lock` names from DVC's cache.
 
     Raises:
         ArtifactError: if the revision has none, or the cache does not hold it.
@@ -164,7 +164,7 @@ def cached_table(path: str, stage: str, lock: str | None, cache: Path | None) ->
 def correlations_by_part(scores: Columns, measured: Columns) -> dict[str, float]:
     """Spearman's correlation of importance and measured loss increase over the measured units of each part.
 
-    Not over all parts together: not every criterion compares between them.
+    Each part has a correlation of its own, since not every criterion compares units of different parts.
     """
     keys = ("layer_idx", "group_type", "group_idx")
     units = zip(*(column(scores, key, SCORES).tolist() for key in keys), strict=True)
@@ -172,11 +172,11 @@ def correlations_by_part(scores: Columns, measured: Columns) -> dict[str, float]
     rows = list(zip(*(column(measured, key, ABLATION).tolist() for key in keys), strict=True))
     predicted = np.array([importance[row] for row in rows], dtype=np.float64)
     parts, increase = measured["group_type"], measured["loss_increase"]
-    found = {part: spearman(predicted[parts == part], increase[parts == part]) for part in dict.fromkeys(parts)}
-    return {part: value for part, value in found.items() if np.isfinite(value)}
+    correlations = {part: spearman(predicted[parts == part], increase[parts == part]) for part in dict.fromkeys(parts)}
+    return {part: value for part, value in correlations.items() if np.isfinite(value)}
 
 
 def cache_folder() -> Path | None:
-    """Where DVC keeps the files of the current folder's project; None if it does not say."""
+    """The folder of DVC's cache for the current folder's project; None if DVC does not say."""
     done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
     return Path(done.stdout.strip()) if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""Running what a comparison lacks through DVC, one experiment after the other, and leaving the workspace as it was."""
+"""The runs that a comparison lacks, carried out by DVC one after the other; the workspace is left as it was."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from typing import Any
 from libprune.engine.errors import LibpruneError
 from libprune.experiments.costs import costs_of, read_costs, write_costs
 from libprune.experiments.dvc_experiments import WORKSPACE, Experiment, read_lock
-from libprune.experiments.file import Comparison, Run, leaves_of
+from libprune.experiments.file import Comparison, ExperimentRun, leaves_of
 from libprune.pipeline.atomic import writing
 
 Echo = Callable[[str], None]
@@ -24,19 +24,23 @@ PARAMS, LOCK = Path("params.yaml"), Path("dvc.lock")
 _PATIENCE = 60  # seconds for DVC to end after an interrupt
 
 
-def missing_runs(comparison: Comparison, rows: Sequence[Experiment], left_out: Mapping[str, str]) -> list[Run]:
-    """The runs that no experiment, nor a commit, has results of; those of the workspace alone would not last.
+def missing_runs(
+    comparison: Comparison, rows: Sequence[Experiment], left_out: Mapping[str, str]
+) -> list[ExperimentRun]:
+    """The runs of a comparison that have no results yet.
+
+    Results count if an experiment or a commit has them; those of the workspace alone would not last.
 
     Args:
-        comparison: what is wanted.
+        comparison: the settings and seeds that are wanted.
         rows: experiments with results.
-        left_out: why each other one has none.
+        left_out: why each other experiment has none.
 
     Raises:
         LibpruneError: if a run's name is taken by an experiment with other params, or one without results.
     """
     lasting = [row for row in rows if row.revision != WORKSPACE]
-    done = {run.experiment for run in comparison.runs() if found(run, lasting)}
+    done = {run.experiment for run in comparison.runs() if find_experiment(run, lasting)}
     todo = [run for run in comparison.runs() if run.experiment not in done]
     taken = [f"{run.experiment} ({why})" for run in todo if (why := _taken(run, rows, left_out))]
     if taken:
@@ -47,13 +51,13 @@ def missing_runs(comparison: Comparison, rows: Sequence[Experiment], left_out: M
     return todo
 
 
-def found(run: Run, rows: Sequence[Experiment]) -> Experiment | None:
-    """The experiment, by whatever name, whose params are those of a run."""
+def find_experiment(run: ExperimentRun, rows: Sequence[Experiment]) -> Experiment | None:
+    """The experiment, under whatever name, whose params are those of a run; None if there is none."""
     return next((row for row in rows if run.is_of(row.params)), None)
 
 
-def _taken(run: Run, rows: Sequence[Experiment], left_out: Mapping[str, str]) -> str | None:
-    """Why a run cannot have its name."""
+def _taken(run: ExperimentRun, rows: Sequence[Experiment], left_out: Mapping[str, str]) -> str | None:
+    """Why a run cannot have its name; None if it can."""
     for row in rows:
         if run.experiment in row.names:
             differ = [key for key, value in run.leaves.items() if str(row.params.get(key)) != str(value)]
@@ -64,15 +68,17 @@ def _taken(run: Run, rows: Sequence[Experiment], left_out: Mapping[str, str]) ->
     return None if reason in (None, "failed") else reason
 
 
-def run_all(comparison: Comparison, todo: Sequence[Run], logs: Path, costs: Path, echo: Echo) -> dict[str, str]:
+def run_all(
+    comparison: Comparison, todo: Sequence[ExperimentRun], logs: Path, costs: Path, echo: Echo
+) -> dict[str, str]:
     """Run experiments one after the other, going on after one that fails, and restore the workspace.
 
     Args:
-        comparison: they are of.
-        todo: in this order.
-        logs: the folder that the output of each is written to, under its name.
-        costs: the record of what stages took, to which this adds.
-        echo: says where it is.
+        comparison: the comparison of these runs.
+        todo: the runs, in this order.
+        logs: the folder for the output of each run, under its name.
+        costs: the file that records what stages cost, to which this adds.
+        echo: prints a line of progress.
 
     Returns:
         By experiment, why it failed.
@@ -101,9 +107,12 @@ def run_all(comparison: Comparison, todo: Sequence[Run], logs: Path, costs: Path
 
 
 def run_experiment(name: str, settings: Sequence[str], log: Path) -> str | None:
-    """`dvc exp run` in the workspace with its output in a file; None, or why it failed.
+    """Run `dvc exp run` in the workspace, with its output in a file.
 
     DVC has a process group of its own, so that an interrupt reaches it once, from here, and it can clear up.
+
+    Returns:
+        None, or why the run failed.
 
     Raises:
         LibpruneError: if DVC cannot be run here.
@@ -137,7 +146,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def reason_of(log: str, code: int) -> str:
-    """The error of a stage in the output of DVC, or else DVC's own."""
+    """Why a run failed: the error of a stage in the output of DVC, or else DVC's own."""
     for begins in ("error: ", "ERROR: "):
         lines = [line for line in log.splitlines() if line.startswith(begins)]
         if lines:
@@ -159,8 +168,8 @@ def _quoted(value: Any) -> str:
     return json.dumps(value)
 
 
-def remaining(done: Sequence[Run], todo: Sequence[Run], seconds: Sequence[float]) -> float:
-    """Seconds that the rest will take: each as its setting took with an earlier seed, or else the mean of all."""
+def remaining(done: Sequence[ExperimentRun], todo: Sequence[ExperimentRun], seconds: Sequence[float]) -> float:
+    """Seconds that the rest will take: each run as its setting took with an earlier seed, or else the mean of all."""
     known = {run.setting: value for run, value in zip(done, seconds, strict=True)}
     mean = sum(seconds) / len(seconds)
     return sum(known.get(run.setting, mean) for run in todo)
@@ -175,7 +184,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def workspace_kept(echo: Echo) -> Iterator[None]:
-    """Put back params.yaml, dvc.lock and the metrics at the end, and the artifacts that this dvc.lock names."""
+    """At the end put back params.yaml, dvc.lock and the metrics, and the artifacts that this dvc.lock names."""
     kept = {path: path.read_bytes() for path in _tracked()}
     try:
         yield

@@ -7,25 +7,32 @@ import numpy as np
 from scipy import stats
 
 from libprune.experiments.results import Gathered
-from libprune.experiments.summary import Kind, Summary, by_chance, difference, overlap_matrix, reference_of
+from libprune.experiments.summary import (
+    Kind,
+    Summary,
+    compare_settings,
+    overlap_by_chance,
+    overlap_matrix,
+    reference_of,
+)
 from libprune.experiments.sweep_table import SAME_EVALUATION, SAME_SHARE
 from libprune.experiments.table import interval_text
 
 
-def sentences(gathered: Gathered, found: Sequence[Summary]) -> list[str]:
-    """Paragraphs: the verdict, how it was reached, overlaps, cautions, what is missing."""
+def explain_results(gathered: Gathered, summaries: Sequence[Summary]) -> list[str]:
+    """Explain a comparison in paragraphs: the verdict, how it was reached, overlaps, cautions, what is missing."""
     return [
-        " ".join([_best(found), *_differences(gathered, found)]),
-        *([_noise(gathered, found)] if len(found) > 1 else []),
-        *_overlaps(gathered, found),
-        *_cautions(found),
+        " ".join([_best(summaries), *_differences(gathered, summaries)]),
+        *([_noise(gathered, summaries)] if len(summaries) > 1 else []),
+        *_overlaps(gathered, summaries),
+        *_cautions(summaries),
         *_missing(gathered),
         *gathered.remarks,
     ]
 
 
-def _best(found: Sequence[Summary]) -> str:
-    best = found[0]
+def _best(summaries: Sequence[Summary]) -> str:
+    best = summaries[0]
     seeds = ", ".join(map(str, best.ratios))
     over = f"over the calibration seeds {seeds}" if len(best.ratios) > 1 else f"with the calibration seed {seeds}"
     return f"The lowest perplexity {over} is that of {best.name}: {interval_text(best.ratio)} the dense model's."
@@ -38,9 +45,9 @@ _SAID: dict[Kind, str] = {
 }
 
 
-def _differences(gathered: Gathered, found: Sequence[Summary]) -> list[str]:
-    reference = reference_of(gathered, found)
-    others = [(one, difference(one, reference)) for one in found if one is not reference]
+def _differences(gathered: Gathered, summaries: Sequence[Summary]) -> list[str]:
+    reference = reference_of(gathered, summaries)
+    others = [(one, compare_settings(one, reference)) for one in summaries if one is not reference]
     said = [f"Beside {reference.name}, with the factor between the two perplexities."] if others else []
     for kind, sentence in _SAID.items():
         named = [f"{one.name} {interval_text(to.factor)}" for one, to in others if to is not None and to.kind == kind]
@@ -49,9 +56,9 @@ def _differences(gathered: Gathered, found: Sequence[Summary]) -> list[str]:
     return said + ([f"Without a seed in common: {', '.join(alone)}."] if alone else [])
 
 
-def _noise(gathered: Gathered, found: Sequence[Summary]) -> str:
-    reference = reference_of(gathered, found)
-    counts = [to.factor.count for one in found if one is not reference and (to := difference(one, reference))]
+def _noise(gathered: Gathered, summaries: Sequence[Summary]) -> str:
+    reference = reference_of(gathered, summaries)
+    counts = [to.factor.count for one in summaries if one is not reference and (to := compare_settings(one, reference))]
     said = []
     if any(count > 1 for count in counts):
         fewest = min(count for count in counts if count > 1)
@@ -66,20 +73,20 @@ def _noise(gathered: Gathered, found: Sequence[Summary]) -> str:
         "All are on the same evaluation windows; the error over these is taken as if two results were independent, "
         "which is slow to call a difference larger."
     )
-    if reference is found[0] and gathered.comparison.reference is None:
+    if reference is summaries[0] and gathered.comparison.reference is None:
         said.append("The best of several is in part the luckiest.")
     return " ".join(said)
 
 
-def _overlaps(gathered: Gathered, found: Sequence[Summary]) -> list[str]:
-    matrix = overlap_matrix(gathered, found)
-    own, between = np.diag(matrix), matrix[np.tril_indices(len(found), -1)]
+def _overlaps(gathered: Gathered, summaries: Sequence[Summary]) -> list[str]:
+    matrix = overlap_matrix(gathered, summaries)
+    own, between = np.diag(matrix), matrix[np.tril_indices(len(summaries), -1)]
     said = [
         f"{where} by {_range(values)}"
         for where, values in (("between the seeds of one setting", own), ("between settings", between))
         if np.isfinite(values).any()
     ]
-    chance = by_chance(gathered)
+    chance = overlap_by_chance(gathered)
     if not said or chance is None:
         return []
     return [
@@ -92,15 +99,15 @@ def _range(values: np.ndarray) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _cautions(found: Sequence[Summary]) -> list[str]:
+def _cautions(summaries: Sequence[Summary]) -> list[str]:
     said = []
-    dense = [value for one in found for value in one.dense.values()]
+    dense = [value for one in summaries for value in one.dense.values()]
     if not all(isclose(value, dense[0], rel_tol=SAME_EVALUATION) for value in dense):
         said.append(
             "The dense model's perplexity is not the same in all runs, so that they were on other windows or another "
             "dense model: the factors compare only roughly."
         )
-    removed = [one.removed for one in found]
+    removed = [one.removed for one in summaries]
     if max(removed) - min(removed) > SAME_SHARE:
         said.append(
             f"The settings remove between {100 * min(removed):.1f} and {100 * max(removed):.1f} % of the decoder: a "

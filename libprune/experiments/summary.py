@@ -25,19 +25,19 @@ Kind = Literal["clear", "seeds", "none"]
 
 @dataclass(frozen=True)
 class Summary:
-    """One setting.
+    """The figures of one setting over its seeds.
 
     Attributes:
         name: as in the comparison file.
-        ratios: perplexity over the dense model's, by seed.
-        errors: one standard error of each over the evaluation windows, by seed.
+        ratios: perplexity divided by the dense model's, by seed.
+        errors: one standard error of each ratio over the evaluation windows, by seed.
         ratio: geometric mean of the ratios and its interval over the seeds.
-        removed: share of the decoder's parameters, mean over the seeds.
+        removed: removed share of the decoder's parameters, mean over the seeds.
         dense: perplexities of the dense model, by seed.
-        correlations: with measured loss increases, by part: mean over the seeds and its interval.
+        correlations: Spearman's correlation with measured loss increases, by part: mean over the seeds, and interval.
         seed_overlap: Jaccard overlap of the kept sets, mean over the pairs of seeds; NaN without two known sets.
-        collecting: what the statistics cost that it reads, mean over the seeds where it is known; None if it is not.
-        pruning: what the stages from the scores to the pruned model cost; likewise.
+        collecting: the cost of the statistics that it reads, mean over the seeds with a known cost; None without any.
+        pruning: the cost from the scores to the pruned model, mean over the seeds with a known cost; None without any.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Summary:
 
     @property
     def seconds(self) -> float | None:
-        """What it costs in all, if both parts are known."""
+        """Seconds of collecting and pruning together; None if one of the two is unknown."""
         if self.collecting is None or self.pruning is None:
             return None
         return self.collecting.seconds + self.pruning.seconds
@@ -66,21 +66,22 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Between two settings.
+    """The difference between two settings.
 
     Attributes:
         factor: the first one's perplexity over the second's, paired by seed.
-        kind: `clear`: larger than the noise of seeds and windows; `seeds`: than that of the seeds alone; `none`.
+        kind: `clear` if it is larger than the noise of seeds and windows, `seeds` if it is larger than that of the
+            seeds alone, else `none`.
     """
 
     factor: Interval
     kind: Kind
 
 
-def summaries(gathered: Gathered) -> list[Summary]:
-    """Every setting with results, the lowest perplexity first."""
-    found = [_summary(name, by_seed) for name, by_seed in gathered.results.items()]
-    return sorted(found, key=lambda one: one.ratio.mean)
+def summarize(gathered: Gathered) -> list[Summary]:
+    """Summarize every setting with results, the lowest perplexity first."""
+    summaries = [_summary(name, by_seed) for name, by_seed in gathered.results.items()]
+    return sorted(summaries, key=lambda one: one.ratio.mean)
 
 
 def _summary(name: str, by_seed: Mapping[int, Result]) -> Summary:
@@ -105,24 +106,27 @@ def _summary(name: str, by_seed: Mapping[int, Result]) -> Summary:
 
 
 def _mean_cost(costs: Sequence[Cost | None]) -> Cost | None:
-    """The mean of those known; of memory the most."""
+    """The mean time and the largest memory of the known costs; None without any."""
     known = [cost for cost in costs if cost is not None]
     if not known:
         return None
     return Cost(sum(cost.seconds for cost in known) / len(known), max(cost.peak_memory_bytes for cost in known))
 
 
-def reference_of(gathered: Gathered, found: Sequence[Summary]) -> Summary:
-    """The setting that the others are compared with: the named one if it has results, else the best."""
-    return next((one for one in found if one.name == gathered.comparison.reference), found[0])
+def reference_of(gathered: Gathered, summaries: Sequence[Summary]) -> Summary:
+    """The setting that the others are compared with: the one that the file names, if it has results, else the best."""
+    return next((one for one in summaries if one.name == gathered.comparison.reference), summaries[0])
 
 
-def difference(one: Summary, other: Summary) -> Difference | None:
-    """How many times one's perplexity is the other's, and whether that is more than noise; None without a common seed.
+def compare_settings(one: Summary, other: Summary) -> Difference | None:
+    """How many times one setting's perplexity is the other's, and whether that is more than noise.
 
     The noise of the seeds: a paired t-interval that leaves out 1. The noise of the windows: two standard errors of the
     difference of the logarithms, as if the two were independent, which is slow to call a difference larger, since both
     are on the same windows. With a single common seed only the windows can say something.
+
+    Returns:
+        The difference; None without a common seed.
     """
     factor = paired_factor(one.ratios, other.ratios)
     if factor is None:
@@ -145,12 +149,12 @@ def overlap(gathered: Gathered, one: str, other: str) -> float:
     return _mean_overlap((first[seed], second[seed]) for seed in first.keys() & second.keys())
 
 
-def overlap_matrix(gathered: Gathered, found: Sequence[Summary]) -> NDArray[np.float64]:
-    """Overlaps of all pairs of settings, on the diagonal between the seeds of one; ``[settings, settings]``."""
+def overlap_matrix(gathered: Gathered, summaries: Sequence[Summary]) -> NDArray[np.float64]:
+    """Jaccard overlaps of all pairs of settings, ``[settings, settings]``; on the diagonal between the seeds of one."""
     return np.array(
         [
-            [one.seed_overlap if one is other else overlap(gathered, one.name, other.name) for other in found]
-            for one in found
+            [one.seed_overlap if one is other else overlap(gathered, one.name, other.name) for other in summaries]
+            for one in summaries
         ]
     )
 
@@ -160,8 +164,8 @@ def _mean_overlap(pairs: Iterable[tuple[NDArray[np.bool_], NDArray[np.bool_]]]) 
     return sum(values) / len(values) if values else math.nan
 
 
-def by_chance(gathered: Gathered) -> float | None:
-    """What independent choices of as many units would overlap by, from the mean kept share; None if unknown."""
+def overlap_by_chance(gathered: Gathered) -> float | None:
+    """The Jaccard overlap of independent choices of as many units, from the mean kept share; None if unknown."""
     shares = [
         float(result.kept.mean())
         for by_seed in gathered.results.values()

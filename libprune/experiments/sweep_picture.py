@@ -1,4 +1,4 @@
-"""Perplexity against settings as one picture, in colours that colour-blind readers can tell apart."""
+"""Perplexity against settings as one picture, in colours that colour-blind readers can distinguish."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
@@ -14,7 +14,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PANELS = 6
-"""Panels in one picture, at most."""
+"""The largest number of panels in one picture."""
 
 PERPLEXITY = "perplexity ÷ dense"
 
@@ -26,11 +26,11 @@ def write_picture(target: Path, rows: Sequence[Experiment]) -> None:
     (`evaluate`) has no panel. The same rows give the same bytes.
     """
     with styled(), writing(target) as partial:
-        partial.write_bytes(png(draw(rows)))
+        partial.write_bytes(png(draw_sweep(rows)))
 
 
-def draw(rows: Sequence[Experiment]) -> Figure:
-    """The picture, not yet rendered."""
+def draw_sweep(rows: Sequence[Experiment]) -> Figure:
+    """Draw perplexity against the params that differ; see `write_picture`. The figure is not rendered yet."""
     names = differing(rows)
     numeric = [name for name in names if not name.startswith("evaluate.") and len(_numbers(rows, name)) > 1]
     if not numeric:
@@ -63,7 +63,7 @@ def _is_number(row: Experiment, name: str) -> bool:
 
 
 def _panel(axes: Axes, every: Sequence[Experiment], name: str, names: Mapping[str, str]) -> None:
-    """Ratio against one param; the other params that differ are told by colour and marker, where those suffice."""
+    """Draw the ratio against one param; colour and marker show the others that differ, if there are enough of them."""
     rows = [row for row in every if _is_number(row, name)]
     for row in every:
         if row not in rows:

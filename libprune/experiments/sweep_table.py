@@ -19,7 +19,7 @@ SAME_SHARE = 0.005
 
 
 def differing(rows: Sequence[Experiment]) -> dict[str, str]:
-    """Params that are not the same in all rows, in the order of params.yaml: full name to the shortest clear one."""
+    """The params that differ between rows, in the order of params.yaml: full name to shortest clear name."""
     names = dict.fromkeys(name for row in rows for name in row.params)
     last = {name: name.rpartition(".")[2] for name in names}
     known = list(last.values())
@@ -36,8 +36,8 @@ def setting(row: Experiment, name: str) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def table(rows: Sequence[Experiment]) -> tuple[Rows, tuple[str, ...]]:
-    """The cells of the table, and its header."""
+def tabulate_experiments(rows: Sequence[Experiment]) -> tuple[Rows, tuple[str, ...]]:
+    """Experiments as a table, rounded: its cells and its header."""
     names = differing(rows)
     header = ("experiment", *names.values(), "decoder removed", "perplexity", "prefill", "size, MB")
     return [(row.label, *(setting(row, name) for name in names), *_results(row)) for row in rows], header
@@ -53,7 +53,7 @@ def _results(row: Experiment) -> tuple[str, ...]:
 
 
 def csv_text(rows: Sequence[Experiment]) -> str:
-    """The same with the params' full names and unrounded figures."""
+    """Experiments as CSV, with the params' full names and unrounded figures."""
     names = differing(rows)
     results = ("decoder_share_removed", "perplexity_ratio", "perplexity_ratio_se", "prefill_ratio", "bytes")
     text = io.StringIO()
@@ -66,8 +66,8 @@ def csv_text(rows: Sequence[Experiment]) -> str:
 
 
 def markdown_text(rows: Sequence[Experiment], left_out: Mapping[str, str]) -> str:
-    """The table in Markdown with its remarks, the command for the params, and the picture that lies beside it."""
-    cells, header = table(rows)
+    """Experiments as a table in Markdown with remarks, the command for the params, and the picture beside it."""
+    cells, header = tabulate_experiments(rows)
     command = params_diff(rows)
     parts = ["# Experiments", markdown_table(cells, header), *remarks(rows, left_out)]
     return "\n\n".join([*parts, *([f"`{command}`"] if command else []), "![Perplexity](perplexity.png)"]) + "\n"
@@ -127,7 +127,10 @@ def _shares(rows: Sequence[Experiment]) -> list[str]:
 
 
 def params_diff(rows: Sequence[Experiment]) -> str | None:
-    """The command that shows which params set the best row apart from the next one with other params; None without."""
+    """The command that shows in which params the best row differs from the next one with other params.
+
+    None if all rows have the same params.
+    """
     best, *others = rows
     other = next((row for row in others if row.params != best.params), None)
     return f"dvc params diff {best.names[0]} {other.names[0]}" if other else None

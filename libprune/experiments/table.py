@@ -1,4 +1,4 @@
-"""A comparison as tables: for the terminal and Markdown rounded, as CSV not."""
+"""A comparison as tables: rounded for the terminal and Markdown, unrounded as CSV."""
 
 import csv
 import io
@@ -10,52 +10,53 @@ from typing import Any
 from libprune.experiments.agreement import Interval
 from libprune.experiments.costs import Cost
 from libprune.experiments.results import Gathered
-from libprune.experiments.summary import Summary, difference, overlap, overlap_matrix, reference_of
+from libprune.experiments.summary import Summary, compare_settings, overlap, overlap_matrix, reference_of
 from libprune.pipeline.terminal import Rows
 
 NOTHING = "–"
+"""The text of a cell whose value is unknown."""
 
 
 def times(value: float) -> str:
-    """A ratio."""
+    """A ratio as text, with the sign for times."""
     return f"× {value:,.0f}" if value >= 100 else f"× {value:.3f}"
 
 
-def interval_text(found: Interval) -> str:
-    """A ratio with its interval, if there is one."""
-    if not found.known:
-        return times(found.mean)
-    low, high = (times(end).removeprefix("× ") for end in (found.low, found.high))
-    return f"{times(found.mean)} ({low} to {high})"
+def interval_text(interval: Interval) -> str:
+    """A ratio as text, with its interval if there is one."""
+    if not interval.known:
+        return times(interval.mean)
+    low, high = (times(end).removeprefix("× ") for end in (interval.low, interval.high))
+    return f"{times(interval.mean)} ({low} to {high})"
 
 
-def correlation_text(found: Interval) -> str:
-    """A correlation with its interval, if there is one."""
-    return f"{found.mean:.2f}" + (f" ({found.low:.2f} to {found.high:.2f})" if found.known else "")
+def correlation_text(interval: Interval) -> str:
+    """A correlation as text, with its interval if there is one."""
+    return f"{interval.mean:.2f}" + (f" ({interval.low:.2f} to {interval.high:.2f})" if interval.known else "")
 
 
-def table(gathered: Gathered, found: Sequence[Summary]) -> tuple[Rows, tuple[str, ...]]:
-    """The cells and the header; columns of which nothing is known are left out."""
-    reference = reference_of(gathered, found)
-    parts = list(dict.fromkeys(part for one in found for part in one.correlations))
+def tabulate_settings(gathered: Gathered, summaries: Sequence[Summary]) -> tuple[Rows, tuple[str, ...]]:
+    """The settings of a comparison as a table: its cells and its header. Columns without a known value are left out."""
+    reference = reference_of(gathered, summaries)
+    parts = list(dict.fromkeys(part for one in summaries for part in one.correlations))
     columns = {
-        "setting": [one.name for one in found],
-        "seeds": [str(len(one.ratios)) for one in found],
-        "removed": [f"{100 * one.removed:.1f} %" for one in found],
-        "perplexity": [interval_text(one.ratio) for one in found],
-        "± windows": [f"{one.error:,.3f}" if one.ratio.mean < 100 else f"{one.error:,.0f}" for one in found],
-        f"to {reference.name}": [_factor(one, reference) for one in found],
-        "kept, by seed": [_number(one.seed_overlap) for one in found],
+        "setting": [one.name for one in summaries],
+        "seeds": [str(len(one.ratios)) for one in summaries],
+        "removed": [f"{100 * one.removed:.1f} %" for one in summaries],
+        "perplexity": [interval_text(one.ratio) for one in summaries],
+        "± windows": [f"{one.error:,.3f}" if one.ratio.mean < 100 else f"{one.error:,.0f}" for one in summaries],
+        f"to {reference.name}": [_factor(one, reference) for one in summaries],
+        "kept, by seed": [_number(one.seed_overlap) for one in summaries],
         f"kept, to {reference.name}": [
-            _number(overlap(gathered, one.name, reference.name)) if one is not reference else NOTHING for one in found
+            NOTHING if one is reference else _number(overlap(gathered, one.name, reference.name)) for one in summaries
         ],
         **{
-            f"ranks, {part}": [_correlation(one, part) for one in found]
+            f"ranks, {part}": [_correlation(one, part) for one in summaries]
             for part in parts
         },
-        "collecting, s": [_seconds(one.collecting) for one in found],
-        "pruning, s": [_seconds(one.pruning) for one in found],
-        "peak, MB": [_peak(one) for one in found],
+        "collecting, s": [_seconds(one.collecting) for one in summaries],
+        "pruning, s": [_seconds(one.pruning) for one in summaries],
+        "peak, MB": [_peak(one) for one in summaries],
     }  # fmt: skip
     shown = {name: cells for name, cells in columns.items() if any(cell != NOTHING for cell in cells)}
     return list(zip(*shown.values(), strict=True)), tuple(shown)
@@ -71,8 +72,8 @@ EXPLAINED = (
 
 
 def _factor(one: Summary, reference: Summary) -> str:
-    found = difference(one, reference) if one is not reference else None
-    return interval_text(found.factor) if found else NOTHING
+    difference = compare_settings(one, reference) if one is not reference else None
+    return interval_text(difference.factor) if difference else NOTHING
 
 
 def _correlation(one: Summary, part: str) -> str:
@@ -92,13 +93,13 @@ def _peak(one: Summary) -> str:
     return f"{max(known) / 1e6:,.0f}" if any(known) else NOTHING
 
 
-def settings_csv(gathered: Gathered, found: Sequence[Summary]) -> str:
-    """One row a setting, unrounded; what is not known is empty."""
-    reference = reference_of(gathered, found)
-    parts = list(dict.fromkeys(part for one in found for part in one.correlations))
+def settings_csv(gathered: Gathered, summaries: Sequence[Summary]) -> str:
+    """The settings of a comparison as CSV, one in each row; figures are unrounded, and unknown ones are empty."""
+    reference = reference_of(gathered, summaries)
+    parts = list(dict.fromkeys(part for one in summaries for part in one.correlations))
     rows = []
-    for one in found:
-        to = difference(one, reference)
+    for one in summaries:
+        to = compare_settings(one, reference)
         row: dict[str, Any] = {
             "setting": one.name,
             "changes": json.dumps(dict(gathered.setting(one.name).changes)),
@@ -119,7 +120,7 @@ def settings_csv(gathered: Gathered, found: Sequence[Summary]) -> str:
 
 
 def runs_csv(gathered: Gathered) -> str:
-    """One row a run, unrounded; what is not known is empty."""
+    """The runs of a comparison as CSV, one in each row; figures are unrounded, and unknown ones are empty."""
     rows = []
     for name, by_seed in gathered.results.items():
         for seed, result in by_seed.items():
@@ -143,18 +144,18 @@ def runs_csv(gathered: Gathered) -> str:
     return _csv(rows)
 
 
-def overlaps_csv(gathered: Gathered, found: Sequence[Summary]) -> str:
-    """One row a pair of settings; of a setting with itself, between its seeds."""
-    matrix = overlap_matrix(gathered, found)
+def overlaps_csv(gathered: Gathered, summaries: Sequence[Summary]) -> str:
+    """The overlaps of a comparison as CSV, one pair of settings in each row; with itself, between a setting's seeds."""
+    matrix = overlap_matrix(gathered, summaries)
     return _csv(
         {"setting": one.name, "other": other.name, "overlap": float(matrix[i, j])}
-        for i, one in enumerate(found)
-        for j, other in enumerate(found[: i + 1])
+        for i, one in enumerate(summaries)
+        for j, other in enumerate(summaries[: i + 1])
     )
 
 
-def _ends(name: str, found: Interval | None) -> dict[str, float | None]:
-    ends = (found.mean, found.low, found.high) if found else (None,) * 3
+def _ends(name: str, interval: Interval | None) -> dict[str, float | None]:
+    ends = (interval.mean, interval.low, interval.high) if interval else (None,) * 3
     return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
 
 
@@ -166,7 +167,7 @@ def _cost(name: str, cost: Cost | None) -> dict[str, float | None]:
 
 
 def _csv(rows: Iterable[dict[str, Any]]) -> str:
-    """All columns of all rows; None and NaN are empty."""
+    """Rows as CSV, with the columns of all of them; None and NaN are empty."""
     known = list(rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in known for name in row)), lineterminator="\n")

@@ -30,7 +30,7 @@ _SEQUENCES, _LENGTH, _TOLERANCE = 2, 32, 1e-4
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: `ok`, a `fault`, or a `note` that something could not be checked."""
+    """The outcome of one check: `ok`, a `fault`, or a `note` that something could not be checked."""
 
     kind: Literal["ok", "fault", "note"]
     about: str
@@ -66,7 +66,7 @@ def _checks(folder: Path, trust_remote_code: bool, dense: Path | None) -> Iterat
 
 
 def _files(record: Record) -> Iterator[Finding]:
-    """Every file that slice wrote is there, with the recorded size and digest."""
+    """Check that every file that slice wrote is there, with the recorded size and digest."""
     folder, provenance = record.folder, record.provenance
     if "files" not in provenance:
         yield Finding("note", "files", f"{PROVENANCE} records no digests; whether the files have changed is not known")
@@ -91,15 +91,15 @@ def _files(record: Record) -> Iterator[Finding]:
 
 
 def _content(record: Record) -> Iterator[Finding]:
-    """The config is that of the plan, and then the weights that of both."""
-    found = list(_config(record))
-    yield from found
-    if all(finding.kind == "ok" for finding in found):
+    """Check that the config is that of the plan and, if it is, that the weights are those of both."""
+    findings = list(_config(record))
+    yield from findings
+    if all(finding.kind == "ok" for finding in findings):
         yield from _weights(record)
 
 
 def _config(record: Record) -> Iterator[Finding]:
-    """The config says the widths that the plan leaves."""
+    """Check that the config says the widths that the plan leaves."""
     path, architecture, layers = record.folder / "config.json", record.architecture, len(record.left.layers)
     family = family_of(record.config["model_type"])
     if architecture.layers != layers:
@@ -112,20 +112,20 @@ def _config(record: Record) -> Iterator[Finding]:
         for key in [*family.config.expressions, "per_layer_config"]
         for difference in _differences(key, record.config.get(key), expected.get(key))
     ]
-    for where, found, wanted in wrong:
-        yield Finding("fault", "config", f"{path} says {where} = {found!r}, what {PLAN} keeps asks for {wanted!r}")
+    for where, stated, wanted in wrong:
+        yield Finding("fault", "config", f"{path} says {where} = {stated!r}, what {PLAN} keeps asks for {wanted!r}")
     if not wrong:
         counts = ", ".join(f"{_span(record.left, part)} {part} units" for part in architecture.parts)
         yield Finding("ok", "config", f"shape {record.shape}, {layers} layers of {counts}, as {PLAN} keeps")
 
 
-def _differences(key: str, found: Any, expected: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The entries that differ, by their path."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for inner in {**expected, **found}:
-            yield from _differences(f"{key}.{inner}", found.get(inner), expected.get(inner))
-    elif found != expected:
-        yield key, found, expected
+def _differences(key: str, stated: Any, expected: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Each entry that differs, by its path, as the config says it and as it should be."""
+    if isinstance(stated, dict) and isinstance(expected, dict):
+        for inner in {**expected, **stated}:
+            yield from _differences(f"{key}.{inner}", stated.get(inner), expected.get(inner))
+    elif stated != expected:
+        yield key, stated, expected
 
 
 def _span(plan: Plan, part: str) -> str:
@@ -134,14 +134,14 @@ def _span(plan: Plan, part: str) -> str:
 
 
 def _weights(record: Record) -> Iterator[Finding]:
-    """The safetensors files hold the tensors that config and plan ask for, in their shapes; no tensor is read."""
+    """Check that the safetensors files hold the tensors that config and plan ask for, in their shapes; none is read."""
     shapes = {
         parameter.name: list(cost.shape_after(record.architecture, record.left, parameter))
         for parameter in record.architecture.parameters
         if parameter.layer is None or parameter.part is None or not record.left.gone(parameter.layer, parameter.part)
     }
     expected = record.stored(shapes)
-    found: dict[str, list[int]] = {}
+    present: dict[str, list[int]] = {}
     faults = []
     for path in sorted(record.folder.glob("*.safetensors")):
         try:
@@ -150,20 +150,20 @@ def _weights(record: Record) -> Iterator[Finding]:
         except SafetensorError as error:
             yield Finding("fault", "weights", f"{path} cannot be read: {error}")
             return
-        found |= here
+        present |= here
         faults += [
             f"{path}: {name} is {shape}, expected {expected.get(name, 'no such tensor')}"
             for name, shape in here.items()
             if shape != expected.get(name)
         ]
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in present]
     if missing:
         first = f"{len(missing)} of {len(expected)} tensors, the first {missing[0]}"
         faults.append(f"the .safetensors files in {record.folder} lack {first}")
     yield from (Finding("fault", "weights", fault) for fault in faults)
     if not faults:
         number = _parameters(record)
-        yield Finding("ok", "weights", f"{len(found)} tensors of the expected shapes, {number:,} parameters")
+        yield Finding("ok", "weights", f"{len(present)} tensors of the expected shapes, {number:,} parameters")
 
 
 def _parameters(record: Record) -> int:
@@ -171,7 +171,7 @@ def _parameters(record: Record) -> int:
 
 
 def _model(record: Record, trust_remote_code: bool, dense: Path | None) -> Iterator[Finding]:
-    """The model runs, if its code may."""
+    """Run the model, if its code may run, and check what it computes."""
     if record.remote and not trust_remote_code:
         code = f"the code in {record.folder / MODELING_FILE} must run; read it, then pass --trust-remote-code"
         yield Finding("fault", "loads", f"not tried: its layers differ in width, so that {code}")
@@ -185,7 +185,10 @@ def _model(record: Record, trust_remote_code: bool, dense: Path | None) -> Itera
 
 
 def _run(record: Record, computed: dict[str, Tensor]) -> Iterator[Finding]:
-    """It loads whole and its logits are finite; one that writes has the same with the KV cache, and generates."""
+    """Check that the model is loaded whole and its logits are finite.
+
+    A model that writes must compute the same logits with the KV cache, and generate.
+    """
     how = f"with the code in {MODELING_FILE}" if record.remote else "with transformers' own code"
     loaded, expected = int(computed["parameters"]), _parameters(record)
     if loaded == expected:
@@ -193,15 +196,15 @@ def _run(record: Record, computed: dict[str, Tensor]) -> Iterator[Finding]:
     else:
         yield Finding("fault", "loads", f"{record.folder} loads {loaded:,} parameters, expected {expected:,}")
     logits = computed["logits"]
-    scale, apart = float(logits.abs().max()), float((computed.get("cached", logits) - logits).abs().max())
+    scale, difference = float(logits.abs().max()), float((computed.get("cached", logits) - logits).abs().max())
     if not torch.isfinite(logits).all():
         broken = int((~torch.isfinite(logits)).sum())
         yield Finding("fault", "logits", f"{record.folder} computes {broken:,} of {logits.numel():,} logits not finite")
-    elif not apart <= _TOLERANCE * scale:
-        differ = f"differ by {apart:.3g} of {scale:.3g}, expected at most {_TOLERANCE * scale:.3g}"
+    elif not difference <= _TOLERANCE * scale:
+        differ = f"differ by {difference:.3g} of {scale:.3g}, expected at most {_TOLERANCE * scale:.3g}"
         yield Finding("fault", "logits", f"{record.folder}: with and without the KV cache they {differ}")
     else:
-        same = f"; with and without the KV cache they differ by {apart:.1e} of {scale:.1f}"
+        same = f"; with and without the KV cache they differ by {difference:.1e} of {scale:.1f}"
         yield Finding("ok", "logits", f"finite{same if 'cached' in computed else ''}")
     if "generated" not in computed:
         return
@@ -216,16 +219,16 @@ def _against_dense(
     ids: Int[Tensor, "batch length"],
     logits: Float[Tensor, "..."],
 ) -> Finding:
-    """The logits are those of the dense model under the mask, if slice left the weights as they were."""
+    """Check that the logits are those of the masked dense model, if slice left the weights as they were."""
     repair = record.provenance["slice"]["repair"]
     if repair != "none":
         changed = f"slice.repair: {repair} changed weights, and the changed ones are in the pruned folder only"
         return Finding("note", "dense", f"not compared with {dense}: {changed}")
     if not (dense / "config.json").is_file():
         return Finding("fault", "dense", f"{dense} holds no config.json; name the dense model's folder")
-    found, expected = fingerprint(dense), record.provenance["plan"]["model"]
-    if found != expected:
-        return Finding("fault", "dense", f"{dense} is the model {found}, {record.folder} was pruned from {expected}")
+    given, expected = fingerprint(dense), record.provenance["plan"]["model"]
+    if given != expected:
+        return Finding("fault", "dense", f"{dense} is the model {given}, {record.folder} was pruned from {expected}")
     model = load_model(dense, torch.float32)
     stored = getattr(torch, record.config["dtype"])
     for parameter in model.parameters():
@@ -233,6 +236,6 @@ def _against_dense(
     architecture = describe(model, accept=tuple(model.config.to_dict()))
     with masked(model, architecture, record.plan):
         wanted = reference_logits(model, ids)
-    scale, apart = float(wanted.abs().max()), float((logits - wanted).abs().max())
-    text = f"logits differ by {apart:.1e} of {scale:.1f} from those of {dense} under the plan's mask"
-    return Finding("ok" if apart <= _TOLERANCE * scale else "fault", "dense", text)
+    scale, difference = float(wanted.abs().max()), float((logits - wanted).abs().max())
+    text = f"logits differ by {difference:.1e} of {scale:.1f} from those of {dense} under the plan's mask"
+    return Finding("ok" if difference <= _TOLERANCE * scale else "fault", "dense", text)

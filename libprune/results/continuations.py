@@ -1,4 +1,4 @@
-"""The same beginnings of text, continued by the dense and by the pruned model."""
+"""Beginnings of text, each continued by the dense and by the pruned model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +13,16 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from libprune.models.tokens import Ids
 
 
-def continuations(
+def continue_windows(
     models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, windows: Ids, number: int, length: int
 ) -> list[dict[str, Any]]:
-    """What models make of the beginnings of some windows, spread over the text.
+    """Let models continue the beginnings of some windows, spread over the text.
 
     Args:
-        models: by name, on one device; one runs at a time. The first is what the others are compared with.
-        tokenizer: of all of them.
+        models: by name, on one device; one runs at a time.
+        tokenizer: the tokenizer of all models.
         windows: token ids, ``[windows, window length]``.
-        number: windows to begin with; no window is taken twice.
+        number: the number of windows to take a beginning of; no window is taken twice.
         length: tokens of each beginning and of each continuation; at most half of a window.
 
     Returns:
@@ -35,27 +35,30 @@ def continuations(
         return []
     chosen = np.linspace(0, len(windows) - 1, number).round().astype(np.int64)
     prompts, truth = windows[chosen, :length], windows[chosen, length : 2 * length]
-    written = {name: greedy(model, prompts, length) for name, model in models.items()}
+    written = {name: decode_greedily(model, prompts, length) for name, model in models.items()}
     return [
         {
             "window": int(window),
             "prompt": tokenizer.decode(prompts[row]),
             **{name: _text(tokenizer, prompts[row], ids[row]) for name, ids in {"text": truth, **written}.items()},
-            "agree": agreement([ids[row] for ids in written.values()]),
+            "agree": common_prefix([ids[row] for ids in written.values()]),
         }
         for row, window in enumerate(chosen)
     ]
 
 
-def greedy(
+def decode_greedily(
     model: PreTrainedModel, prompts: Int[np.ndarray, "prompts length"], tokens: int
 ) -> Int[np.ndarray, "prompts tokens"]:
-    """The most likely next token, again and again; neither the end of a text nor a generation config stops it.
+    """Continue prompts by the most likely next token; neither the end of a text nor a generation config stops it.
 
     Args:
-        model: on its device.
-        prompts: token ids.
-        tokens: how many follow each prompt.
+        model: a model that writes, on its device.
+        prompts: token ids, ``[prompts, length]``.
+        tokens: the number of tokens that follow each prompt.
+
+    Returns:
+        The new token ids, ``[prompts, tokens]``.
     """
     ids = torch.from_numpy(prompts).to(model.device)
     cache, written = DynamicCache(config=model.config), list[Tensor]()
@@ -64,12 +67,12 @@ def greedy(
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             ids = logits[:, -1:].argmax(-1)
             written.append(ids)
-    found: NDArray[np.int64] = torch.cat(written, 1).cpu().numpy()
-    return found
+    continued: NDArray[np.int64] = torch.cat(written, 1).cpu().numpy()
+    return continued
 
 
-def agreement(sequences: list[NDArray[np.int64]]) -> int:
-    """How many tokens from the first on sequences of one length have in common."""
+def common_prefix(sequences: list[NDArray[np.int64]]) -> int:
+    """Length of the longest common prefix of sequences of one length."""
     same = np.all(np.stack(sequences) == sequences[0], axis=0)
     return int(np.cumprod(same).sum())
 

@@ -17,23 +17,25 @@ from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture, read_plan, require, same_origin
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Evaluate
-from libprune.results.continuations import continuations
+from libprune.results.continuations import continue_windows
 from libprune.results.perplexity import (
     Losses,
-    Speed,
     accuracy,
-    compare_speed,
+    estimate_perplexity,
+    estimate_ratio,
     label_hits,
-    perplexity,
-    perplexity_ratio,
     window_losses,
 )
 from libprune.results.record import read_provenance
+from libprune.results.speed import Speed, compare_speed
 from libprune.results.tasks import zero_shot
 
 
-def evaluate(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any]:
-    """Measure both models; the content of `artifacts/evaluation.json`, all that the report needs.
+def evaluate_result(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any]:
+    """Evaluate a pruned model beside its dense model.
+
+    Returns:
+        The content of `artifacts/evaluation.json`, which is all that the report needs.
 
     Raises:
         LibpruneError: if an artifact is missing or foreign.
@@ -58,12 +60,12 @@ def evaluate(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, An
     losses = [window_losses(model, windows, compute.batch_tokens, name) for name, model in models.items()]
     prompt = windows.ids.reshape(1, -1)[:, :prompt_tokens].to(device)
     speed = compare_speed(dense, pruned, prompt, decode_tokens, params.rounds)
-    ratio = perplexity_ratio(losses[0], losses[1])
+    ratio = estimate_ratio(losses[0], losses[1])
     tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
     tasks = _zero_shot(tokenizer, models, params) if params.tasks else {}
     if architecture.head == "sequence_classification":
         hits = {name: label_hits(model, windows, compute.batch_tokens, name) for name, model in models.items()}
-        tasks = {"labels": {name: accuracy(found) for name, found in hits.items()}}
+        tasks = {"labels": {name: accuracy(right) for name, right in hits.items()}}
     written = params.continuations if writes else 0
     return {
         "plan": plan_meta,
@@ -80,7 +82,7 @@ def evaluate(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, An
         "pruned": _one(left, plan, losses[1], speed.pruned, dtype) | _removed(architecture, left, plan),
         "perplexity_ratio": {"value": ratio.value, "se": ratio.error},
         "tasks": tasks,
-        "continuations": continuations(models, tokenizer, windows.ids.numpy(), written, params.continuation_tokens),
+        "continuations": continue_windows(models, tokenizer, windows.ids.numpy(), written, params.continuation_tokens),
         "speed": {name: value for name, value in asdict(speed).items() if name not in {"dense", "pruned"}},
         "protocol": {
             "text": tokens_meta["source"],
@@ -99,12 +101,12 @@ def evaluate(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, An
 def _zero_shot(
     tokenizer: PreTrainedTokenizerBase, models: dict[str, PreTrainedModel], params: Evaluate
 ) -> dict[str, Any]:
-    """Accuracy by task, then by model."""
-    found = {
+    """Zero-shot accuracy by task, then by model."""
+    accuracies = {
         name: zero_shot(model, tokenizer, params.tasks, params.task_folder, params.task_limit, params.task_batch)
         for name, model in models.items()
     }
-    return {task: {name: figures[task] for name, figures in found.items()} for task in params.tasks}
+    return {task: {name: figures[task] for name, figures in accuracies.items()} for task in params.tasks}
 
 
 def _biased(architecture: Architecture, part: str) -> bool:
@@ -114,7 +116,8 @@ def _biased(architecture: Architecture, part: str) -> bool:
 
 
 def _one(architecture: Architecture, plan: Plan, losses: Losses, speed: Speed, dtype: torch.dtype) -> dict[str, Any]:
-    estimate, size = perplexity(losses), cost.size(architecture, plan)
+    """The figures of one of the two models."""
+    estimate, size = estimate_perplexity(losses), cost.size(architecture, plan)
     return {
         "perplexity": estimate.value,
         "perplexity_se": estimate.error,
@@ -129,7 +132,10 @@ def _one(architecture: Architecture, plan: Plan, losses: Losses, speed: Speed, d
 
 
 def _removed(architecture: Architecture, pruned: Architecture, plan: Plan) -> dict[str, float]:
-    """``pruned`` is the dense model's architecture with the biases that the repair has added."""
+    """The removed shares of parameters and operations.
+
+    ``pruned`` is the dense model's architecture with the biases that the repair has added.
+    """
     dense, left = cost.size(architecture, Plan.dense(architecture)), cost.size(pruned, plan)
     return {
         "decoder_share_removed": 1 - left.decoder / dense.decoder,

@@ -75,7 +75,7 @@ def write_pruned(
 def _save_weights(
     folder: Path, config: PreTrainedConfig, pruned: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> None:
-    """Tensors by the names that checkpoints of this architecture have; those of a modeling file by its own."""
+    """Save tensors under the names of published checkpoints, or under its own names for a modeling file."""
     if "per_layer_config" in pruned:
         save_torch_state_dict(dict(state), folder, safe_serialization=True)
         return
@@ -166,11 +166,11 @@ def _layer_class(family: Family, config: PreTrainedConfig) -> str:
 
 
 def _unsaid_parts(family: Family) -> list[Part]:
-    """The parts of whose width the stock config has no key of its own."""
+    """The parts whose width has no key of its own in the stock config."""
     return [part for part in family.parts.values() if family.config.unsaid(part.axis)]
 
 
 def _unsaid_keys(family: Family) -> list[str]:
-    """The config keys that say the widths of those parts and something else."""
+    """The config keys that say the width of a part in `_unsaid_parts`, and something else as well."""
     axes = {part.axis for part in _unsaid_parts(family)}
     return [key for key, found in family.config.expressions.items() if found[0].names & axes]

@@ -29,18 +29,18 @@ ids = load_file(tokens)["ids"]
 model = getattr(transformers, loader).from_pretrained(
     folder, dtype=torch.float32, trust_remote_code=remote == "remote", local_files_only=True
 ).eval()
-found = {"parameters": torch.tensor(sum(parameter.numel() for parameter in model.parameters()))}
+computed = {"parameters": torch.tensor(sum(parameter.numel() for parameter in model.parameters()))}
 with torch.no_grad():
-    found["logits"] = model(input_ids=ids).logits
+    computed["logits"] = model(input_ids=ids).logits
     if loader == "AutoModelForCausalLM":
         half = max(1, ids.shape[1] // 2)
         first = model(input_ids=ids[:, :half], use_cache=True)
         cached = model(input_ids=ids[:, half:], past_key_values=first.past_key_values, use_cache=True).logits
-        found["cached"] = torch.cat([first.logits, cached], dim=1)
+        computed["cached"] = torch.cat([first.logits, cached], dim=1)
         prompt = ids[:1, :half]
         new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
-        found["generated"] = new[:, prompt.shape[1] :].contiguous()
-save_file(found, result)
+        computed["generated"] = new[:, prompt.shape[1] :].contiguous()
+save_file(computed, result)
 """
 
 
@@ -58,7 +58,7 @@ class Verification:
 
     @property
     def relative(self) -> float:
-        """Difference over scale."""
+        """The difference divided by the scale."""
         return self.difference / self.scale
 
 
@@ -77,33 +77,35 @@ def verify_folder(
         ids: token ids, ``[batch, length]``.
         expected: the masked (and repaired) dense model's logits, float32.
         remote: whether the folder's own modeling file has to be trusted.
-        head: of the model.
+        head: the model's head.
         tolerance: largest relative difference allowed.
 
     Raises:
         LibpruneError: if it does not load, does not generate, or computes something else.
     """
-    found = reload(folder, ids, remote, head)
-    difference = max(float((found[name] - expected).abs().max()) for name in ("logits", "cached") if name in found)
+    computed = reload(folder, ids, remote, head)
+    difference = max(
+        float((computed[name] - expected).abs().max()) for name in ("logits", "cached") if name in computed
+    )
     result = Verification(difference, float(expected.abs().max()))
     if not result.relative <= tolerance:
         raise LibpruneError(
             f"the pruned model in {folder} loads but computes something else: logits differ by {difference:.3g} "
             f"of {result.scale:.3g} from the masked dense model. This is a defect of libprune; please report the plan"
         )
-    if "generated" in found and found["generated"].shape[1] < 1:
+    if "generated" in computed and computed["generated"].shape[1] < 1:
         raise LibpruneError(f"the pruned model in {folder} loads but generates nothing")
     return result
 
 
 def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: HeadName) -> dict[str, Tensor]:
-    """What a model folder computes in a fresh process, in float32.
+    """Load a model folder in a fresh process and compute its logits in float32.
 
     Args:
         folder: a Hugging Face folder.
         ids: token ids, ``[batch, length]``.
         remote: whether the folder's own modeling file has to be trusted.
-        head: of the model.
+        head: the model's head.
 
     Returns:
         `parameters`, their number, and `logits` of one pass, ``[batch, length, vocab]`` or ``[batch, labels]``; of a

@@ -1,4 +1,4 @@
-"""What a pruned folder says of itself: how it was made, its config, and which units of the dense model it keeps."""
+"""The record of a pruned folder: how it was made, its config, and which units of the dense model it keeps."""
 
 import json
 import platform
@@ -29,10 +29,10 @@ _OWN_CODE = {"per_layer_config", "auto_map"}
 
 @dataclass(frozen=True)
 class Record:
-    """What a pruned folder says of itself.
+    """The record of a pruned folder.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder.
         provenance: the content of `libprune.json`.
     """
 
@@ -41,12 +41,12 @@ class Record:
 
     @property
     def shape(self) -> str:
-        """`uniform` or `per_layer`."""
+        """The shape of the result: `uniform` or `per_layer`."""
         return str(self.provenance["plan"]["shape"])
 
     @property
     def remote(self) -> bool:
-        """Whether it needs the folder's own modeling file: its layers differ in width."""
+        """Whether the model needs the folder's own modeling file, because its layers differ in width."""
         return self.shape == "per_layer"
 
     @cached_property
@@ -80,7 +80,7 @@ class Record:
 
     @cached_property
     def left(self) -> Plan:
-        """The plan of the layers that are left, by their index in the pruned model."""
+        """The plan of the remaining layers, by their index in the pruned model."""
         layers = self.plan.layers
         kept = {(layers.index(layer), part): keep for (layer, part), keep in self.plan.keep.items() if layer in layers}
         return Plan(kept)
@@ -110,12 +110,13 @@ class Record:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Of the layers that are left, as wide as the stock config says."""
+        """The architecture of the remaining layers, as wide as the stock config says."""
         return describe(self.stock_model, accept=tuple(self.config))
 
     def stored(self, shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
-        """Shapes of parameters by the names that the files have: those of published checkpoints, but with a modeling
-        file of its own the model's.
+        """Shapes of parameters by the names that the weight files use.
+
+        These are the names in published checkpoints, or the model's own if the folder has a modeling file.
         """
         if self.remote:
             return dict(shapes)
@@ -124,7 +125,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """The record of a pruned folder.
+    """Read the record of a pruned folder.
 
     Raises:
         ArtifactError: if slice did not write the folder.
@@ -151,7 +152,7 @@ def write_provenance(folder: Path, made: Mapping[str, Any]) -> None:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What libprune wrote of how a pruned model was made.
+    """Read how a pruned model was made, as libprune wrote it into its folder.
 
     Raises:
         ArtifactError: if the folder was not written by libprune.

@@ -21,8 +21,8 @@ def zero_shot(
     """Accuracy of a model on tasks without examples.
 
     Args:
-        model: the model, on its device.
-        tokenizer: its tokenizer.
+        model: a model that writes, on its device.
+        tokenizer: the model's tokenizer.
         tasks: names that the harness knows, or that a file in `folder` gives.
         folder: YAML files of further tasks, such as ones on local data; None for none.
         limit: questions of each task, from the first; None for all.
@@ -49,15 +49,15 @@ def zero_shot(
     if unknown:
         raise LibpruneError(f"evaluate.tasks: no task {unknown[0]!r}{nearest(unknown[0], manager.all_tasks)}")
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(
+    results = simple_evaluate(
         model=harness, tasks=list(tasks), num_fewshot=0, limit=limit, task_manager=manager, log_samples=False
     )
-    return {task: _figures(found, task) for task in tasks}
+    return {task: _figures(results, task) for task in tasks}
 
 
-def _figures(found: Any, task: str) -> dict[str, float]:
-    values = found["results"][task]
-    figures = {"n": float(found["n-samples"][task]["effective"])}
+def _figures(results: Any, task: str) -> dict[str, float]:
+    values = results["results"][task]
+    figures = {"n": float(results["n-samples"][task]["effective"])}
     for metric in METRICS:
         if f"{metric},none" in values:
             figures[metric] = float(values[f"{metric},none"])

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from libprune.engine.errors import LibpruneError
 from libprune.experiments.costs import (
     Cost,
-    collecting,
+    collecting_stages,
     cost_of,
     costs_of,
-    digest,
+    lock_digest,
     lock_stages,
     printed_costs,
-    pruning,
+    pruning_stages,
     read_costs,
     total,
     write_costs,
@@ -98,8 +98,8 @@ def test_a_record_that_is_damaged_is_named(tmp_path, text):
 
 def test_a_digest_changes_with_anything_in_the_entry():
     entry = {"cmd": "a", "params": {"x": 1}}
-    assert digest(entry) == digest(json.loads(json.dumps(entry)))
-    assert digest(entry) != digest({"cmd": "a", "params": {"x": 2}})
+    assert lock_digest(entry) == lock_digest(json.loads(json.dumps(entry)))
+    assert lock_digest(entry) != lock_digest({"cmd": "a", "params": {"x": 2}})
 
 
 def params(**sections):
@@ -117,11 +117,11 @@ def params(**sections):
     ],
 )
 def test_what_a_setting_reads_follows_from_its_criterion_allocation_and_repair(sections, read):
-    assert collecting(params(**sections)) == read
+    assert collecting_stages(params(**sections)) == read
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_only_stages_that_measure_for_the_method_are_counted(preset):
     settings = validate_params(DATA | {"preset": preset}, "")
     expected = {"search": ["levels"], "hgsp": ["sensitivity"]}.get(settings.allocate.method, [])
-    assert pruning(settings) == ("score", *expected, "allocate", "slice")
+    assert pruning_stages(settings) == ("score", *expected, "allocate", "slice")

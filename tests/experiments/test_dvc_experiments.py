@@ -1,4 +1,4 @@
-"""Experiments: only results that belong to their settings become rows, and nothing is said that noise could say.
+"""Experiments as DVC lists them: only results that belong to their settings become rows.
 
 `data/exp_show.json` was written by `dvc exp show --json` of DVC 3.67 in a project of the tiny model, with `magnitude`
 applied to the workspace, `deep` running, `waiting` queued and `broken` failed; inputs, processes and
@@ -6,11 +6,8 @@ some params are taken out of it.
 """
 
 import copy
-import csv
-import io
 import json
 import sys
-from math import hypot
 from pathlib import Path
 
 import pytest
@@ -19,33 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libprune.engine.errors import LibpruneError
-from libprune.experiments.dvc_experiments import Experiment, comparable, gather, outdated
-from libprune.experiments.sweep_picture import COLOURS, PANELS, draw, write_picture
-from libprune.experiments.sweep_table import csv_text, differing, markdown_text, params_diff, remarks, setting, table
+from libprune.experiments.dvc_experiments import gather, gather_comparable, outdated
+from libprune.experiments.sweep_table import (
+    remarks,
+)
+from tests.support.swept import row
 
 RECORDED = json.loads((Path(__file__).parents[1] / "support/data/exp_show.json").read_text())
 
 
 def no_lock(revision: str) -> None:
-    """Of a project whose dvc.lock is not in git."""
-
-
-def row(name: str, ratio: float = 1.2, error: float = 0.01, dense: float = 20.0, **params: object) -> Experiment:
-    named = {key.replace("__", "."): value for key, value in params.items()}
-    return Experiment((name,), named, ratio, error, dense, removed=0.2, prefill=1.1, size=1_000_000)
-
-
-def swept(numbers: int, words: int = 0) -> list[Experiment]:
-    """Three rows that differ in so many numeric and so many named params."""
-    return [
-        row(
-            f"e{i}",
-            1 + 0.1 * i,
-            **{f"n__{j}": i + j for j in range(numbers)},
-            **{f"w__{j}": "abc"[i] for j in range(words)},
-        )
-        for i in range(3)
-    ]
+    """The dvc.lock of a revision in a project whose dvc.lock is not in git: none."""
 
 
 def test_recorded_experiments_become_rows_in_the_order_of_perplexity():
@@ -148,145 +129,17 @@ def test_results_are_outdated_if_a_later_stage_has_not_run_again():
     assert outdated({}, lock_text({}, made="new", read="old")) == "slice has not run since plan changed"
 
 
-any_params = st.lists(
-    st.dictionaries(st.sampled_from(["preset", "a.x", "b.x", "a.y", "b.z"]), st.sampled_from([1, 2.5, "p", None, [1]])),
-    min_size=1,
-    max_size=5,
-)
-
-
-def rows_of(found: list[dict[str, object]]) -> list[Experiment]:
-    return [Experiment((f"e{i}",), one, 1.0 + i, 0.1, 20.0, 0.2, 1.1, None) for i, one in enumerate(found)]
-
-
-@given(any_params)
-def test_columns_are_the_params_that_differ_under_names_that_no_other_param_has(found):
-    rows = rows_of(found)
-    names = differing(rows)
-    every = {name for one in rows for name in one.params}
-    assert set(names) == {name for name in every if len({setting(one, name) for one in rows}) > 1}
-    for name, short in names.items():
-        assert [other for other in every if other == short or other.endswith(f".{short}")] == [name]
-
-
-@given(any_params)
-def test_every_table_has_every_row_and_setting(found):
-    rows = rows_of(found)
-    cells, header = table(rows)
-    read = list(csv.DictReader(io.StringIO(csv_text(rows))))
-    for one, line, record in zip(rows, cells, read, strict=True):
-        assert len(line) == len(header)
-        assert line[0] == record["experiment"] == one.label
-        assert float(record["perplexity_ratio"]) == one.ratio
-        assert [record[name] for name in differing(rows)] == [setting(one, name) for name in differing(rows)]
-    assert all(f"| {one.label} |" in markdown_text(rows, {}) for one in rows)
-
-
-def test_a_settings_pipe_does_not_break_the_markdown_table():
-    text = markdown_text([row("a", slice__repair="x|y"), row("b", slice__repair="z")], {})
-    assert r"x\|y" in text
-
-
-estimates = st.tuples(st.floats(1, 2), st.floats(0.001, 0.2))
-
-
-@given(st.lists(estimates, min_size=2, max_size=6).map(sorted))
-def test_rows_are_called_worse_exactly_beyond_two_standard_errors_of_the_difference(found):
-    rows = [row(f"e{i}", *estimate) for i, estimate in enumerate(found)]
-    (best, least), *others = found
-    worse = [f"e{i}" for i, (value, se) in enumerate(others, 1) if value - best > 2 * hypot(se, least)]
-    said = " ".join(remarks(rows, {}))
-    assert (f"Worse than e0 by more than two standard errors of the difference: {', '.join(worse)}." in said) == bool(
-        worse
-    )
-    assert ("Within two standard errors of e0" in said) == (len(worse) < len(others))
-    assert "as if the two results were independent" in said
-
-
-def test_results_on_other_windows_are_not_judged_by_the_noise():
-    said = remarks([row("a"), row("b", 1.9, dense=20.0001), row("c", 1.9, dense=21.0)], {})
-    assert "Worse than a by more than two standard errors of the difference: b." in said
-    assert any(line.startswith("Measured on other windows than a,") and line.endswith(": c.") for line in said)
-
-
-def test_different_sizes_are_pointed_out():
-    small = Experiment(("b",), {}, 1.3, 0.01, 20.0, removed=0.4, prefill=1.1, size=1)
-    assert "between 20.0 and 40.0 %" in " ".join(remarks([row("a"), small], {}))
-    assert "of the decoder" not in " ".join(remarks([row("a"), row("b")], {}))
-
-
-def test_the_command_names_the_best_two_that_differ_in_params():
-    again = Experiment(("again", "workspace"), {"s.x": 1}, 1.3, 0.01, 20.0, 0.2, 1.1, None)
-    assert params_diff([row("best", s__x=1), again, row("next", s__x=2)]) == "dvc params diff best next"
-    assert params_diff([row("best", s__x=1), again]) is None
-
-
-@pytest.mark.parametrize("numbers", [1, 4, PANELS, PANELS + 2])
-def test_every_numeric_param_that_differs_has_a_panel_with_every_row(numbers):
-    panels = draw(swept(numbers, words=1)).axes
-    assert [axes.get_xlabel() for axes in panels] == [f"n.{j}" for j in range(min(numbers, PANELS))]
-    for axes in panels:
-        points = [point for part in axes.containers for point in zip(*part.lines[0].get_data(), strict=True)]
-        assert sorted(y for _, y in points) == pytest.approx([1, 1.1, 1.2])
-
-
-def test_colours_tell_other_settings_apart_and_a_line_joins_what_differs_in_one_param():
-    rows = [row(f"{c}{r}", r, allocate__ratio=r, score__criterion=c) for c in ("fisher", "taylor") for r in (1.1, 1.3)]
-    (axes,) = draw(rows).axes
-    lines = [part.lines[0] for part in axes.containers]
-    assert [line.get_color() for line in lines] == list(COLOURS[:2])
-    assert [list(line.get_xdata()) for line in lines] == [[1.1, 1.3]] * 2
-    assert {line.get_linestyle() for line in lines} == {"-"}
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fisher", "taylor"]
-
-
-def test_a_row_without_a_number_is_a_line_across_the_panel_and_how_it_is_measured_has_none():
-    rows = [row(f"t{t}", 1.2 + t / 10, s__t=t, evaluate__rounds=t) for t in (1, 2)]
-    (axes,) = draw([*rows, row("plain", 1.1, s__t="auto", evaluate__rounds=3)]).axes
-    assert axes.get_xlabel() == "s.t"
-    assert [text.get_text() for text in axes.texts] == ["plain"]
-    assert [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == ":"] == [[1.1, 1.1]]
-
-
-def test_too_many_other_settings_are_not_joined_or_coloured():
-    rows = [row(f"e{i}", 1.0 + i, s__x=i % 3, s__y=i) for i in range(len(COLOURS) + 2)]
-    first, _ = draw(rows).axes
-    assert len(first.containers) == 1
-    assert first.containers[0].lines[0].get_linestyle() == "None"
-    assert first.get_legend() is None
-
-
-def test_named_params_alone_give_a_bar_a_row():
-    (axes,) = draw(swept(0, words=2)).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["e0: a, a", "e1: b, b", "e2: c, c"]
-    assert [bar.get_x() + bar.get_width() for bar in axes.patches] == pytest.approx([1, 1.1, 1.2])
-
-
-def test_ratios_over_a_decade_have_a_logarithmic_axis():
-    (axes,) = draw([row("a", 1.2, s__x=0.1), row("b", 400.0, s__x=10)]).axes
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    (axes,) = draw([row("a", 1.2, s__x="p"), row("b", 400.0, s__x="q")]).axes
-    assert axes.get_xscale() == "log"
-
-
-def test_the_same_rows_give_the_same_picture(tmp_path):
-    for name in ("one", "two"):
-        write_picture(tmp_path / f"{name}.png", swept(2))
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_outside_of_a_project_the_error_says_where_to_go(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LibpruneError, match=r"has no dvc\.yaml; run `libprune compare` in the project's folder"):
-        comparable()
+        gather_comparable()
 
 
 def test_dvcs_own_error_is_handed_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dvc.yaml").touch()
     with pytest.raises(LibpruneError, match=r"`dvc exp show` failed in .*not inside of a DVC repository"):
-        comparable()
+        gather_comparable()
 
 
 def test_without_dvc_the_error_says_so(tmp_path, monkeypatch):
@@ -294,4 +147,4 @@ def test_without_dvc_the_error_says_so(tmp_path, monkeypatch):
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(LibpruneError, match=r"DVC cannot be run .* pip install dvc"):
-        comparable()
+        gather_comparable()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from libprune.engine.errors import LibpruneError
 from libprune.experiments.runs import (
     duration,
-    found,
+    find_experiment,
     missing_runs,
     override,
     reason_of,
@@ -49,7 +49,7 @@ def test_what_has_results_under_any_name_is_not_run_again(tmp_path):
     runs = list(made.runs())
     there = replace(experiment(runs[2], 1.3), names=("some-name",))
     assert missing_runs(made, [there], {}) == [run for run in runs if run is not runs[2]]
-    assert found(runs[2], [there]) is there
+    assert find_experiment(runs[2], [there]) is there
     assert missing_runs(made, [experiment(run, 1.3) for run in runs], {}) == []
     assert missing_runs(made, [replace(there, revision="workspace")], {}) == runs
 

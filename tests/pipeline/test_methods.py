@@ -15,7 +15,7 @@ from libprune.allocation.methods import allocate_uniform
 from libprune.allocation.search import RIVALS
 from libprune.cli.footprint import footprints
 from libprune.engine.errors import LibpruneError
-from libprune.experiments.costs import collecting, pruning
+from libprune.experiments.costs import collecting_stages, pruning_stages
 from libprune.pipeline.methods import (
     METHODS,
     REPAIRS,
@@ -115,8 +115,8 @@ def test_one_entry_and_its_function_add_a_method(monkeypatch, tmp_path):
     asking = whole.model_copy(
         update={"allocate": params, "score": Score(criterion="magnitude"), "slice": Slice(repair="none")}
     )
-    assert collecting(asking) == ()
-    assert pruning(asking) == ("score", "sensitivity", "allocate", "slice")
+    assert collecting_stages(asking) == ()
+    assert pruning_stages(asking) == ("score", "sensitivity", "allocate", "slice")
     settings = {one.stage: one.settings for one in footprints(shape.architecture(), asking, torch.float32)}
     assert settings["sensitivity"] == "allocate.method: last"
 

@@ -4,33 +4,25 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from libprune.cli.main import app
-from libprune.engine.architecture import Architecture
-from libprune.engine.plan import Plan
 from libprune.engine.surgery import slice_state
-from libprune.engine.tables import unit_index
 from libprune.models.folder import WeightFiles
-from libprune.models.sequences import Sequences
-from libprune.models.tokens import write_tokens
-from libprune.pipeline.artifacts import read_architecture, read_plan, write_table
+from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.results.check import Finding, check_folder
 from libprune.results.folder import MODELING_FILE, write_pruned
 from libprune.results.prune import prune
-from libprune.results.record import PLAN, PROVENANCE, Record, read_provenance, write_provenance
-from tests.support import tiny
-from tests.support.models import FAMILIES, random_plan, write_dense
-from tests.support.models import prune as pruned_of
+from libprune.results.record import PLAN, PROVENANCE, read_provenance, write_provenance
+from tests.support.models import random_plan
+from tests.support.sliced import write_plan, write_project
 
 WEIGHTS = "model.safetensors"
 
@@ -38,20 +30,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory) -> Layout:
     """The dense model, its description, and text."""
-    folder = tmp_path_factory.mktemp("project")
-    params = tiny.write_params(folder / "params.yaml", str(tiny.write_model(folder / "source")), "text")
-    import_module("stages.prepare").main(params, folder / "artifacts")
-    layout = Layout(folder / "artifacts")
-    architecture = read_architecture(layout)
-    ids = torch.randint(architecture.sizes["vocab"], (2, 16), generator=torch.Generator().manual_seed(0))
-    write_tokens(layout.calibration_tokens, Sequences(ids), {"model": architecture.fingerprint})
-    return layout
-
-
-def write_plan(path: Path, architecture: Architecture, plan: Plan, shape: str) -> None:
-    keep = np.concatenate(list(plan.keep.values()))
-    meta = {"model": architecture.fingerprint, "shape": shape}
-    write_table(path, unit_index(architecture) | {"keep": keep}, meta)
+    return write_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +45,7 @@ def uniform(layout) -> Path:
 
 @pytest.fixture(scope="module")
 def per_layer(layout, uniform, tmp_path_factory) -> Path:
-    """The same of a plan that removes a layer, an attention and an MLP, said to be repaired."""
+    """A folder of a plan that removes a layer, an attention and an MLP, said to be repaired."""
     architecture, folder = read_architecture(layout), tmp_path_factory.mktemp("per_layer")
     plan = random_plan(architecture, "holes")
     state = slice_state(WeightFiles(layout.model), architecture, plan)
@@ -261,16 +240,3 @@ def test_a_folder_that_slice_did_not_write_is_refused_on_the_command_line(layout
     assert done.exit_code == 1
     assert done.output.count("\n") == 1
     assert str(layout.model / PROVENANCE) in done.output
-
-
-@pytest.mark.parametrize("custom", [False, True])
-def test_tensors_are_expected_by_the_names_that_checkpoints_of_the_family_have(tmp_path, custom):
-    """What transformers calls `lm_head` in memory is `embed_out` in published GPT-NeoX checkpoints."""
-    dense = write_dense(FAMILIES["gpt_neox"](0), tmp_path / "dense")
-    (tmp_path / "pruned").mkdir()
-    pruned = pruned_of(dense, random_plan(dense.architecture, "uniform"), custom, tmp_path / "pruned")
-    record = Record(pruned.folder, {"plan": {"shape": "per_layer" if custom else "uniform"}})
-    shapes = {name: list(parameter.shape) for name, parameter in pruned.model.named_parameters()}
-    found = {name: list(tensor.shape) for name, tensor in WeightFiles(pruned.folder).items()}
-    assert record.stored(shapes) == found
-    assert ("embed_out.weight" in found) is not custom

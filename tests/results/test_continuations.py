@@ -1,4 +1,4 @@
-"""The same beginnings, continued by several models: greedy, from the text, and as a reader would see them."""
+"""Beginnings of text, each continued by several models: greedy, from the text, and as a reader would see them."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from libprune.results.continuations import agreement, continuations, greedy
+from libprune.results.continuations import common_prefix, continue_windows, decode_greedily
 from tests.support import tiny
 from tests.support.models import ENCODERS, FAMILIES, tokens
 
@@ -44,7 +44,7 @@ def windows():
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ENCODERS])
 def test_greedy_writes_what_generate_does_for_every_prompt_alone(family):
     model, prompts = FAMILIES[family](0), tokens(3, 9)
-    found = greedy(model, prompts.numpy(), 5)
+    found = decode_greedily(model, prompts.numpy(), 5)
     for row, prompt in zip(found, prompts, strict=True):
         alone = {"inputs": prompt[None], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
         expected = model.generate(**alone, do_sample=False, max_new_tokens=5, pad_token_id=0)
@@ -53,7 +53,7 @@ def test_greedy_writes_what_generate_does_for_every_prompt_alone(family):
 
 def test_every_written_token_is_the_likeliest_after_all_that_stands_before_it():
     model, prompts = FAMILIES["llama"](0), tokens(2, 6)
-    ids = torch.cat([prompts, torch.from_numpy(greedy(model, prompts.numpy(), 4))], 1)
+    ids = torch.cat([prompts, torch.from_numpy(decode_greedily(model, prompts.numpy(), 4))], 1)
     with torch.no_grad():
         likeliest = model(input_ids=ids).logits.argmax(-1)
     assert torch.equal(ids[:, 6:], likeliest[:, 5:-1])
@@ -63,12 +63,12 @@ def test_every_written_token_is_the_likeliest_after_all_that_stands_before_it():
 def test_sequences_agree_up_to_the_first_difference(first, data):
     other = data.draw(st.lists(st.integers(0, 2), min_size=len(first), max_size=len(first)))
     until = next((i for i, (a, b) in enumerate(zip(first, other, strict=True)) if a != b), len(first))
-    assert agreement([np.array(first), np.array(other)]) == until
-    assert agreement([np.array(first)] * 2) == len(first)
+    assert common_prefix([np.array(first), np.array(other)]) == until
+    assert common_prefix([np.array(first)] * 2) == len(first)
 
 
 def test_prompts_are_beginnings_of_windows_over_the_whole_text_and_the_text_goes_on(model, tokenizer, windows):
-    found = continuations({"one": model}, tokenizer, windows, 3, LENGTH)
+    found = continue_windows({"one": model}, tokenizer, windows, 3, LENGTH)
     assert [entry["window"] for entry in found] == [0, 3, 6]
     for entry in found:
         own = windows[entry["window"]]
@@ -80,10 +80,10 @@ def test_a_model_agrees_with_itself_wholly_and_with_another_as_far_as_their_word
     other = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight.mul_(8)
-    same = continuations({"dense": model, "pruned": model}, tokenizer, windows, 7, LENGTH)
+    same = continue_windows({"dense": model, "pruned": model}, tokenizer, windows, 7, LENGTH)
     assert all(entry["dense"] == entry["pruned"] for entry in same)
     assert all(entry["agree"] == LENGTH for entry in same)
-    found = continuations({"dense": model, "pruned": other}, tokenizer, windows, 7, LENGTH)
+    found = continue_windows({"dense": model, "pruned": other}, tokenizer, windows, 7, LENGTH)
     assert [entry["dense"] for entry in found] == [entry["dense"] for entry in same]
     for entry in found:
         words = [entry[name].split() for name in ("dense", "pruned")]
@@ -92,13 +92,13 @@ def test_a_model_agrees_with_itself_wholly_and_with_another_as_far_as_their_word
 
 
 def test_none_are_made_when_none_are_asked_for_and_no_window_is_taken_twice(model, tokenizer, windows):
-    assert continuations({"one": model}, tokenizer, windows, 0, LENGTH) == []
-    found = continuations({"one": model}, tokenizer, windows, 99, LENGTH)
+    assert continue_windows({"one": model}, tokenizer, windows, 0, LENGTH) == []
+    found = continue_windows({"one": model}, tokenizer, windows, 99, LENGTH)
     assert [entry["window"] for entry in found] == list(range(len(windows)))
 
 
 def test_beginnings_and_continuations_fill_at_most_the_window(model, tokenizer, windows):
-    (entry,) = continuations({"one": model}, tokenizer, windows, 1, 99)
+    (entry,) = continue_windows({"one": model}, tokenizer, windows, 1, 99)
     assert entry["prompt"] + entry["text"] == tokenizer.decode(windows[0])
     assert entry["agree"] == 6
 
@@ -115,7 +115,7 @@ def test_letters_that_a_cut_splits_come_out_whole():
     lengths = [n for n in range(1, 1 + window.shape[1] // 2) if "\ufffd" not in tokenizer.decode(window[0, : 2 * n])]
     assert any("\ufffd" in tokenizer.decode(window[0, :n]) for n in lengths)
     for length in lengths:
-        (entry,) = continuations(models_of, tokenizer, window, 1, length)
+        (entry,) = continue_windows(models_of, tokenizer, window, 1, length)
         whole = tokenizer.decode(window[0, : 2 * length])
         assert whole.endswith(entry["text"])
         assert entry["prompt"].rstrip("\ufffd") + entry["text"] == whole

@@ -1,4 +1,4 @@
-"""What is measured: losses and perplexity against their definitions, and speed."""
+"""Losses and perplexity against their definitions."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from libprune.models.sequences import Sequences
-from libprune.results.perplexity import compare_speed, perplexity, perplexity_ratio, window_losses
+from libprune.results.perplexity import estimate_perplexity, estimate_ratio, window_losses
 from tests.support.collected import MODELS
 from tests.support.models import FAMILIES, tokens
 
@@ -58,7 +58,7 @@ def test_perplexity_and_its_error_are_those_of_the_delta_method(values):
     n = len(values)
     mean = math.fsum(values) / n
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    found = perplexity(values)
+    found = estimate_perplexity(values)
     assert found.value == pytest.approx(math.exp(mean), rel=1e-12)
     assert found.error == pytest.approx(math.exp(mean) * deviation / math.sqrt(n), rel=1e-9, abs=1e-12)
 
@@ -66,58 +66,32 @@ def test_perplexity_and_its_error_are_those_of_the_delta_method(values):
 def test_the_error_is_the_spread_of_perplexities_over_repeated_samples():
     """The delta method against what it stands for: 4000 samples of 50 windows, whose perplexities spread so."""
     samples = np.random.default_rng(0).normal(3.0, 0.4, (4000, 50))
-    estimates = [perplexity(sample) for sample in samples]
+    estimates = [estimate_perplexity(sample) for sample in samples]
     spread = np.std([estimate.value for estimate in estimates])
     assert np.mean([estimate.error for estimate in estimates]) == pytest.approx(spread, rel=0.05)
 
 
 @given(losses)
 def test_a_model_compared_with_itself_has_ratio_1_without_error(values):
-    assert perplexity_ratio(values, values) == perplexity(np.zeros(len(values)))
-    assert (perplexity_ratio(values, values).value, perplexity_ratio(values, values).error) == (1.0, 0.0)
+    own = estimate_ratio(values, values)
+    assert own == estimate_perplexity(np.zeros(len(values)))
+    assert (own.value, own.error) == (1.0, 0.0)
 
 
 @given(st.data())
 def test_the_ratio_is_that_of_the_perplexities_and_pairing_makes_its_error(data):
     dense = data.draw(losses)
     pruned = data.draw(arrays(np.float64, len(dense), elements=st.integers(0, 80).map(lambda k: k / 8)))
-    found = perplexity_ratio(dense, pruned)
-    assert found.value == pytest.approx(perplexity(pruned).value / perplexity(dense).value, rel=1e-9)
-    shifted = perplexity_ratio(dense, dense + 0.25)
+    found = estimate_ratio(dense, pruned)
+    assert found.value == pytest.approx(estimate_perplexity(pruned).value / estimate_perplexity(dense).value, rel=1e-9)
+    shifted = estimate_ratio(dense, dense + 0.25)
     assert shifted.value == pytest.approx(math.exp(0.25))
     assert shifted.error == pytest.approx(0, abs=1e-9)
 
 
 def test_one_window_has_no_standard_error():
-    assert math.isnan(perplexity(np.array([2.0])).error)
+    assert math.isnan(estimate_perplexity(np.array([2.0])).error)
 
 
 def test_a_ruined_models_perplexity_is_infinite_rather_than_an_error():
-    assert perplexity(np.array([800.0, 900.0])).value == math.inf
-
-
-# Speed
-
-
-def test_speeds_are_finite_and_positive_and_ratios_lie_in_their_spread():
-    dense, pruned = FAMILIES["llama_mha"](0), FAMILIES["mistral"](0)
-    found = compare_speed(dense, pruned, tokens(1, 16), decode_tokens=3, rounds=3)
-    numbers = [found.dense.prefill, found.dense.decode, found.pruned.prefill, found.pruned.decode]
-    assert all(0 < number < math.inf for number in numbers)
-    for ratio, (low, high) in (
-        (found.prefill_ratio, found.prefill_spread),
-        (found.decode_ratio, found.decode_spread),
-    ):
-        assert 0 < low <= ratio <= high < math.inf
-
-
-def test_a_slower_model_is_seen_to_be_slower():
-    """Sixteen times the layers against one: the ratio is dense time over pruned time."""
-    dense, pruned = FAMILIES["llama_mha"](0), FAMILIES["llama_mha"](0)
-    dense.model.layers = torch.nn.ModuleList([*dense.model.layers])
-    pruned.model.layers = torch.nn.ModuleList([pruned.model.layers[0]])
-    pruned.config.num_hidden_layers = 1
-    found = compare_speed(dense, pruned, tokens(1, 16), decode_tokens=4, rounds=5)
-    assert found.prefill_ratio > 1.2
-    assert found.decode_ratio > 1.2
-    assert found.pruned.decode > found.dense.decode
+    assert estimate_perplexity(np.array([800.0, 900.0])).value == math.inf

@@ -58,7 +58,7 @@ METRICS = ("acc", "acc_norm")
 
 
 def _model_and_tokenizer(folder: Path | None) -> tuple:
-    """Of a folder; without one any, that are not looked at."""
+    """The model and the tokenizer of a folder; without a folder, any, which are not used."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
     if folder is None:

@@ -8,15 +8,26 @@ from typing import Any
 import numpy as np
 import yaml
 
-from libprune.experiments.costs import Cost, digest
+from libprune.experiments.costs import Cost, lock_digest
 from libprune.experiments.dvc_experiments import Experiment
-from libprune.experiments.file import Comparison, Run, read_comparison
+from libprune.experiments.file import Comparison, ExperimentRun, read_comparison
 from libprune.experiments.results import ABLATION, PLAN, SCORES, Gathered, gather_results
 from libprune.pipeline.artifacts import write_table
 from tests.support.closure import ROOT
 
 UNITS = 40
-"""Of one layer; the first eight are attention groups."""
+"""The number of units, all of one layer; the first eight are attention groups."""
+Ratios = Mapping[str, Sequence[float]]
+"""Perplexity ratios by setting, one for each seed."""
+RATIOS: Ratios = {"good": [1.20, 1.22, 1.21], "same": [1.205, 1.215, 1.21], "bad": [2.0, 2.3, 2.1]}
+PRICED: Ratios = {
+    "cheap": [2.0, 2.3, 2.1],
+    "dear": [1.20, 1.22, 1.21],
+    "twin": [1.205, 1.215, 1.21],
+    "worst": [9.0, 9.5, 8.7],
+}
+SECONDS = {"cheap": 4.0, "dear": 100.0, "twin": 50.0, "worst": 60.0}
+"""The seconds that each of the `PRICED` settings takes."""
 
 
 def write_comparison(folder: Path, **content: Any) -> Path:
@@ -32,11 +43,13 @@ def write_comparison(folder: Path, **content: Any) -> Path:
 
 
 def comparison(folder: Path, **content: Any) -> Comparison:
-    """The same, read for the repository's params.yaml."""
+    """A comparison of two settings and three seeds, or of what is given instead, on the repository's params.yaml."""
     return read_comparison(write_comparison(folder, **content), ROOT / "params.yaml")
 
 
-def experiment(run: Run, ratio: float, error: float = 0.01, removed: float = 0.2, dense: float = 20.0) -> Experiment:
+def experiment(
+    run: ExperimentRun, ratio: float, error: float = 0.01, removed: float = 0.2, dense: float = 20.0
+) -> Experiment:
     """An experiment with a run's params."""
     return Experiment(
         (run.experiment,), run.leaves, ratio, error, dense, removed, prefill=1.1, size=1, revision=run.experiment
@@ -44,14 +57,14 @@ def experiment(run: Run, ratio: float, error: float = 0.01, removed: float = 0.2
 
 
 def unit_table(**columns: Sequence[Any] | np.ndarray) -> dict[str, np.ndarray]:
-    """The index of all units with these columns."""
+    """A per-unit table: the index of all units with these columns."""
     parts = np.array(["attention"] * 8 + ["mlp"] * (UNITS - 8), dtype=object)
     index = {"layer_idx": np.zeros(UNITS, dtype=np.int64), "group_type": parts, "group_idx": np.arange(UNITS)}
     return index | {name: np.asarray(values) for name, values in columns.items()}
 
 
 def store(cache: Path, table: Mapping[str, np.ndarray]) -> str:
-    """Put a table into a folder that is laid out as DVC's cache; its hash."""
+    """Put a table into a folder that is laid out as DVC's cache, and return its hash."""
     write_table(cache / "new", dict(table), {})
     content = (cache / "new").read_bytes()
     md5 = hashlib.md5(content).hexdigest()
@@ -72,7 +85,7 @@ def lock(**outs: str) -> str:
 
 def gathered(
     folder: Path,
-    ratios: Mapping[str, Sequence[float]],
+    ratios: Ratios,
     kept: Mapping[str, Sequence[np.ndarray]] | None = None,
     error: float = 0.01,
     seconds: Mapping[str, float] | None = None,
@@ -94,5 +107,16 @@ def gathered(
         locks[run.experiment] = yaml.safe_dump({"stages": stages})
         if seconds and run.setting in seconds:
             for stage in ("gradients", "score", "allocate", "slice"):
-                costs[digest(stages[stage])] = Cost(seconds[run.setting] / 4, 2_000_000)
+                costs[lock_digest(stages[stage])] = Cost(seconds[run.setting] / 4, 2_000_000)
     return gather_results(made, rows, {}, locks.get, folder, costs)
+
+
+def kept_sets(ratios: Ratios = RATIOS) -> dict[str, list[np.ndarray]]:
+    """Random sets of kept units, one for each ratio, each of some 80 % of the units."""
+    rng = np.random.default_rng(0)
+    return {name: [rng.random(UNITS) < 0.8 for _ in values] for name, values in ratios.items()}
+
+
+def priced(folder: Path) -> Gathered:
+    """A comparison of the `PRICED` settings with kept sets and costs."""
+    return gathered(folder, PRICED, kept_sets(PRICED), seconds=SECONDS, title="A *title*")

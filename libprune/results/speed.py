@@ -1,0 +1,94 @@
+"""Speed of prefill and decoding, dense beside pruned."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one model, as medians over the rounds; `decode` is None for models that do not write."""
+
+    prefill: float
+    decode: float | None
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """Speeds of both models, timed alternately in one process.
+
+    A ratio is pruned speed divided by dense speed, its median over the rounds; a spread is its smallest and largest.
+    """
+
+    dense: Speed
+    pruned: Speed
+    prefill_ratio: float
+    decode_ratio: float | None
+    prefill_spread: tuple[float, float]
+    decode_spread: tuple[float, float] | None
+
+
+def compare_speed(
+    dense: PreTrainedModel, pruned: PreTrainedModel, prompt: Tensor, decode_tokens: int, rounds: int
+) -> SpeedComparison:
+    """Time prefill and decoding of both models.
+
+    Args:
+        dense: the dense model.
+        pruned: the pruned model, on the same device in the same dtype.
+        prompt: token ids ``[1, length]``, on the models' device.
+        decode_tokens: tokens decoded one by one after the prompt; 0 for models that do not write.
+        rounds: timed rounds, after one that is not counted.
+    """
+    times: list[tuple[tuple[float, float], tuple[float, float]]] = []
+    for index in range(rounds + 1):
+        # Which model goes first alternates, so that a drift of the machine favours neither.
+        first, second = (dense, pruned) if index % 2 else (pruned, dense)
+        one, two = _time_once(first, prompt, decode_tokens), _time_once(second, prompt, decode_tokens)
+        times.append((one, two) if index % 2 else (two, one))
+    counted = times[1:]
+    prefill = [d[0] / p[0] for d, p in counted]
+    decode = [d[1] / p[1] for d, p in counted if decode_tokens]
+    length = prompt.shape[1]
+    speeds = [
+        Speed(
+            length / statistics.median(pair[side][0] for pair in counted),
+            decode_tokens / statistics.median(pair[side][1] for pair in counted) if decode_tokens else None,
+        )
+        for side in (0, 1)
+    ]
+    return SpeedComparison(
+        dense=speeds[0],
+        pruned=speeds[1],
+        prefill_ratio=statistics.median(prefill),
+        decode_ratio=statistics.median(decode) if decode else None,
+        prefill_spread=(min(prefill), max(prefill)),
+        decode_spread=(min(decode), max(decode)) if decode else None,
+    )
+
+
+def _time_once(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill and of decoding the given number of tokens greedily with the KV cache."""
+    with torch.no_grad():
+        start = _now(prompt)
+        if not decode_tokens:
+            model(input_ids=prompt)
+            return _now(prompt) - start, 0.0
+        cache = DynamicCache(config=model.config)
+        output = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        middle = _now(prompt)
+        for _ in range(decode_tokens):
+            token = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        end = _now(prompt)
+    return middle - start, end - middle
+
+
+def _now(on: Tensor) -> float:
+    if on.is_cuda:
+        torch.cuda.synchronize(on.device)
+    return time.perf_counter()
