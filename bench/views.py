@@ -24,7 +24,8 @@ import yaml
 
 from bench.least_loss import Bench, _run
 from libprune.engine.errors import LibpruneError
-from libprune.experiments.agreement import jaccard, mean_interval, paired_factor, ratio_interval
+from libprune.engine.plan import jaccard
+from libprune.experiments.agreement import mean_interval, paired_factor, ratio_interval
 from libprune.experiments.costs import Cost, collecting_stages, printed_costs, total
 from libprune.experiments.dvc_experiments import Experiment
 from libprune.experiments.file import Comparison, Setting, leaves_of, with_changes

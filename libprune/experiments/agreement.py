@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 LEVEL = 0.95
@@ -76,12 +75,6 @@ def paired_factor(ratios: Mapping[int, float], reference: Mapping[int, float]) -
     """
     common = sorted(ratios.keys() & reference.keys())
     return ratio_interval([ratios[seed] / reference[seed] for seed in common]) if common else None
-
-
-def jaccard(kept: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    """Jaccard overlap of two sets of kept units, ``[units]`` each: |both| / |either|; 1 if neither keeps any."""
-    either = int(np.count_nonzero(kept | other))
-    return int(np.count_nonzero(kept & other)) / either if either else 1.0
 
 
 def chance_overlap(share: float, other: float) -> float:

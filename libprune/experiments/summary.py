@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from libprune.engine.plan import jaccard
 from libprune.experiments.agreement import (
     Interval,
     chance_overlap,
-    jaccard,
     mean_interval,
     paired_factor,
     ratio_interval,

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.experiments.agreement import chance_overlap, jaccard, mean_interval, paired_factor, ratio_interval
+from libprune.engine.plan import jaccard
+from libprune.experiments.agreement import chance_overlap, mean_interval, paired_factor, ratio_interval
 from libprune.scoring.ranks import spearman
 
 T_975 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646}

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.experiments.agreement import jaccard, ratio_interval
+from libprune.engine.plan import jaccard
+from libprune.experiments.agreement import ratio_interval
 from libprune.experiments.summary import (
     Summary,
     compare_settings,
