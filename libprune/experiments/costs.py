@@ -102,7 +102,7 @@ def costs_of(log: str, lock: str | None) -> dict[str, Cost]:
 def collecting(params: Params) -> tuple[str, ...]:
     """The collecting stages that these params make use of, beside the dense model's own weights."""
     from libprune.scoring.criteria import find_criterion
-    from libprune.scoring.fusion import named_criteria
+    from libprune.scoring.expression import named_criteria
 
     used = {
         *(stage for name in named_criteria(params.score) for stage in find_criterion(name).stages),

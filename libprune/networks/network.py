@@ -42,8 +42,8 @@ from libprune.results.module_slicing import (
     with_tensors,
 )
 from libprune.scoring.criteria import find_criterion
-from libprune.scoring.fusion import named_criteria
-from libprune.scoring.parts import READS_LOSSES
+from libprune.scoring.expression import named_criteria
+from libprune.scoring.fusion import READS_LOSSES
 from libprune.scoring.score import score_layout
 from libprune.statistics.of_modules import (
     estimation,

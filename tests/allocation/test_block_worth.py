@@ -14,7 +14,7 @@ from libprune.pipeline.artifacts import read_table, write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Allocate
 from libprune.pipeline.shards import write_shard
-from libprune.scoring.criteria import scale
+from libprune.scoring.scaling import scale
 from libprune.statistics.sensitivity import empty_table, removals, sensitivity_table
 from tests.support.shapes import Shape
 

@@ -23,8 +23,9 @@ from libprune.pipeline.artifacts import read_architecture, read_table, write_tab
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.pipeline.shards import shard, write_shard
-from libprune.scoring.criteria import CRITERIA, SCALINGS, find_criterion, join_tables, scale, score_units
+from libprune.scoring.criteria import CRITERIA, find_criterion, join_tables, score_units
 from libprune.scoring.obs import obs_removal
+from libprune.scoring.scaling import SCALINGS, scale
 from libprune.statistics.activations import NORMS, activation_columns
 from libprune.statistics.gradients import gradient_columns
 from libprune.statistics.hessian import hessian_columns

@@ -8,7 +8,8 @@ from hypothesis.extra.numpy import arrays
 
 from libprune.engine.errors import LibpruneError
 from libprune.pipeline.sections import Score
-from libprune.scoring.fusion import adaptive_weights, expression, named_criteria, parse_criteria
+from libprune.scoring.expression import format_criteria, named_criteria, parse_criteria
+from libprune.scoring.fusion import adaptive_weights
 from libprune.scoring.learned import (
     CLEAR,
     best_criterion,
@@ -35,7 +36,7 @@ def test_an_expression_reads_back_as_the_weights_that_it_was_written_from(names,
     weights = parse_criteria(written, "weighted")
     assert list(weights) == names
     assert weights == pytest.approx({name: c / sum(counts) for name, c in zip(names, counts, strict=True)})
-    assert parse_criteria(expression(weights), "weighted") == pytest.approx(weights, rel=1e-4)
+    assert parse_criteria(format_criteria(weights), "weighted") == pytest.approx(weights, rel=1e-4)
 
 
 @pytest.mark.parametrize("fusion", ["simple", "adaptive", "learned", "best", "weighted"])

@@ -12,8 +12,10 @@ from libprune.engine.tables import Columns, unit_index
 from libprune.pipeline.artifacts import write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
-from libprune.scoring.criteria import SCALINGS, find_criterion, join_tables, score_units
-from libprune.scoring.score import component_columns, criteria_of, fusion_lines, score_layout
+from libprune.scoring.criteria import find_criterion, join_tables, score_units
+from libprune.scoring.expression import criteria_of
+from libprune.scoring.scaling import SCALINGS
+from libprune.scoring.score import component_columns, fusion_lines, score_layout
 from libprune.statistics.ablation import ablation_table, empty_table
 from tests.support.shapes import Shape
 
@@ -197,7 +199,7 @@ def test_learned_predicts_nats_from_the_measured_units_and_says_how_well(layout)
 
 
 def test_learned_refuses_a_scale_that_takes_the_levels_away(layout):
-    with pytest.raises(LibpruneError, match="predicts nats from the criteria's own levels"):
+    with pytest.raises(LibpruneError, match="predicts nats from the criteria's own magnitudes"):
         scored(layout, "taylor + wanda", fusion="learned", scaling="rank")
 
 
