@@ -161,13 +161,13 @@ class InputSums:
     def _add_to_gram(self, consumer: Map, x: Float[Tensor, "sequences tokens input"]) -> None:
         """Add a consumer's input to its histogram, its Gram matrix, and the inputs that are held out of the matrix."""
         self._sums.update(consumer.layer, consumer.module + _HISTOGRAM, _sampled(x, self._first))
-        apart = held_out(self._first, len(x)).to(x.device)
-        if not apart.all():
-            fitted = x[~apart] if apart.any() else x
+        held = held_out(self._first, len(x)).to(x.device)
+        if not held.all():
+            fitted = x[~held] if held.any() else x
             self._sums.update(consumer.layer, consumer.module + GRAM, fitted.flatten(0, -2))
-        if apart.any():
-            numbers = (self._first + apart.nonzero().squeeze(1).cpu()) // HELD_OUT_EVERY
-            self._sums.update(consumer.layer, consumer.module + HELD_OUT, x[apart], numbers)
+        if held.any():
+            numbers = (self._first + held.nonzero().squeeze(1).cpu()) // HELD_OUT_EVERY
+            self._sums.update(consumer.layer, consumer.module + HELD_OUT, x[held], numbers)
 
 
 def _add_input(inputs: InputSums, entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
