@@ -1,8 +1,6 @@
 """The score stage on made-up statistics: fusion, another criterion by type, and what its metadata promise."""
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +14,20 @@ from libprune.scoring.criteria import find_criterion, join_tables, score_units
 from libprune.scoring.expression import criteria_of
 from libprune.scoring.scaling import SCALINGS
 from libprune.scoring.score import component_columns, fusion_lines, score_layout
-from libprune.statistics.ablation import ablation_table, empty_table
+from libprune.statistics.ablation import empty_table
+from tests.support.scored import (
+    ARCHITECTURE,
+    FISHER,
+    LOSS,
+    ORIGIN,
+    SHAPE,
+    TAYLOR,
+    WANDA,
+    copied,
+    measured,
+    write_tables,
+)
 from tests.support.shapes import Shape
-
-SHAPE = Shape(layers=3, kv=20, ffn=30)
-ORIGIN = {"model": "here", "tokens": "text"}
-RNG = np.random.default_rng(0)
-TAYLOR, FISHER, WANDA, MAGNITUDE = RNG.exponential(size=(4, len(SHAPE.unit_costs())))
-LOSS = 2 * TAYLOR + 0.5 * WANDA
-"""What removing a unit is made to cost, nats."""
 
 SCALED = pytest.mark.parametrize("scaling", SCALINGS)
 EVERY_FUSION = pytest.mark.parametrize("fusion", ["weighted", "simple", "adaptive", "learned", "best"])
@@ -33,34 +36,7 @@ PARTS = ("attention", "mlp")
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory) -> Layout:
-    """Tables of every stage in which taylor and wanda together say what the ablation stage measured."""
-    layout = Layout(tmp_path_factory.mktemp("artifacts"))
-    architecture = SHAPE.architecture()
-    layout.architecture.write_text(architecture.to_json())
-    index, origin = unit_index(architecture), ORIGIN | {"model": architecture.fingerprint}
-    costs = {"cost": SHAPE.unit_costs(), "magnitude_l1": MAGNITUDE, "magnitude_l2": MAGNITUDE**2}
-    write_table(layout.weights, index | costs, origin)
-    stages = {
-        "gradients": {"taylor": TAYLOR, "taylor_signed": TAYLOR, "unit_fisher_sequence": FISHER},
-        "hessian": {"fisher": FISHER},
-        "activations": {"wanda_l2": WANDA},
-    }
-    for stage, columns in stages.items():
-        write_table(layout.root / stage / "units.parquet", index | columns, origin)
-    write_table(layout.ablation, measured(slice(None, None, 2), LOSS), origin)
-    return layout
-
-
-def copied(layout: Layout, folder: Path) -> Layout:
-    """The same artifacts, to be changed."""
-    return Layout(Path(shutil.copytree(layout.root, folder / "artifacts")))
-
-
-def measured(rows: slice, losses: np.ndarray) -> Columns:
-    """An ablation table of some of the units."""
-    index = unit_index(SHAPE.architecture())
-    units = list(zip(*(index[name][rows].tolist() for name in index), strict=True))
-    return ablation_table(units, losses[rows][:, None], np.zeros(1))
+    return write_tables(tmp_path_factory.mktemp("artifacts"))
 
 
 def scored(layout: Layout, criterion: str, **params) -> tuple[Columns, dict]:
@@ -146,10 +122,9 @@ def test_simple_is_weighted_with_equal_weights(layout):
 
 
 def test_adaptive_gives_a_criterion_that_is_constant_in_a_layer_no_weight_there(layout, tmp_path):
-    own, architecture = copied(layout, tmp_path), SHAPE.architecture()
-    flat = np.where(unit_index(architecture)["layer_idx"] == 1, 3.0, WANDA)
-    origin = ORIGIN | {"model": architecture.fingerprint}
-    write_table(own.root / "activations" / "units.parquet", unit_index(architecture) | {"wanda_l2": flat}, origin)
+    own, index = copied(layout, tmp_path), unit_index(ARCHITECTURE)
+    flat = np.where(index["layer_idx"] == 1, 3.0, WANDA)
+    write_table(own.root / "activations" / "units.parquet", index | {"wanda_l2": flat}, ORIGIN)
     table, _ = scored(own, "taylor+wanda", scaling="minmax", fusion="adaptive")
     rows = table["layer_idx"] == 1
     np.testing.assert_allclose(table["score"][rows], alone(own, "taylor", "minmax")["score"][rows], atol=1e-12)
@@ -243,10 +218,9 @@ def test_one_type_may_be_learned_beside_a_criterion_in_nats(layout):
 
 
 def test_best_takes_for_each_type_the_criterion_that_ranks_the_losses_best(layout, tmp_path):
-    own, index = copied(layout, tmp_path), unit_index(SHAPE.architecture())
+    own, index = copied(layout, tmp_path), unit_index(ARCHITECTURE)
     losses = np.where(index["group_type"] == "attention", WANDA**3, FISHER)
-    origin = ORIGIN | {"model": SHAPE.architecture().fingerprint}
-    write_table(own.ablation, measured(slice(1, None, 3), losses), origin)
+    write_table(own.ablation, measured(slice(1, None, 3), losses), ORIGIN)
     table, meta = scored(own, "taylor + wanda + fisher", fusion="best", scaling="rank")
     assert meta["criterion"] == "attention: wanda, mlp: fisher"
     for part, name in (("attention", "wanda"), ("mlp", "fisher")):
@@ -269,7 +243,7 @@ def test_best_takes_for_each_type_the_criterion_that_ranks_the_losses_best(layou
 )
 def test_the_columns_that_a_table_will_have_are_known_before(layout, params):
     table, _ = score_layout(layout, Score(**params))
-    asked = criteria_of(SHAPE.architecture(), Score(**params))
+    asked = criteria_of(ARCHITECTURE, Score(**params))
     assert component_columns(asked, Score(**params)) == len(table) - 6
 
 

@@ -16,7 +16,11 @@ from libprune.collection.accumulator import ROWS, Accumulator
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import StatisticsError
 from libprune.models.memory import recompute_layers
-from libprune.statistics.gradients import gradient_columns, layer_rows
+from libprune.pipeline.artifacts import read_table
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.params import load_params
+from libprune.statistics.gradients import gradient_columns, layer_rows, measure_gradients
+from tests.support import measured
 from tests.support.collected import (
     LENGTH,
     N_TOK,
@@ -319,3 +323,14 @@ def test_the_layer_with_a_weight_that_is_not_finite_is_named(layer):
         model.get_parameter(f"model.layers.{layer}.mlp.up_proj.weight")[0, 0] = torch.nan
     with pytest.raises(StatisticsError, match=rf"model\.layers\.{layer}\..*calibration sequence 0"):
         gradients(model)
+
+
+def test_a_program_gets_the_rows_by_batch_that_are_written(tmp_path):
+    project = measured.write_project(FAMILIES["llama"](0), tmp_path)
+    layout, settings = Layout(project / "artifacts"), load_params(project / "params.yaml")
+    table = measure_gradients(layout, settings.compute, settings.gradients)
+    written, meta = read_table(layout.gradients / "layers.parquet", "gradients")
+    assert meta["sequences"] == measured.SEQUENCES
+    assert table.keys() == written.keys()
+    for name, values in written.items():
+        np.testing.assert_array_equal(table[name], values)

@@ -15,9 +15,19 @@ from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import parse_expr
 from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import read_table
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.params import load_params
 from libprune.pipeline.sections import Compute, Hessian
-from libprune.statistics.hessian import _signs, collect_probes, hessian_columns, hessian_groups, require_probes_possible
-from tests.support import tiny
+from libprune.statistics.hessian import (
+    _signs,
+    collect_probes,
+    hessian_columns,
+    hessian_groups,
+    measure_hessian,
+    require_probes_possible,
+)
+from tests.support import measured, tiny
 from tests.support.closure import run_without_torch
 from tests.support.collected import (
     LENGTH,
@@ -344,3 +354,14 @@ def test_without_an_estimator_nothing_is_collected_and_no_model_is_loaded(tmp_pa
     tiny.write_params(tmp_path / "params.yaml", "a model", "a text", hessian={"estimator": "none"})
     assert run_without_torch("hessian", tmp_path) == ["hessian.estimator is none: nothing collected"]
     assert [path.name for path in (tmp_path / "artifacts/hessian").iterdir()] == ["nothing.json"]
+
+
+def test_a_program_gets_the_table_of_units_that_is_written(tmp_path):
+    project = measured.write_project(FAMILIES["llama"](0), tmp_path)
+    layout, settings = Layout(project / "artifacts"), load_params(project / "params.yaml")
+    table = measure_hessian(layout, settings.compute, settings.hessian.model_copy(update={"estimator": "fisher"}))
+    written, meta = read_table(layout.hessian / "units.parquet", "hessian")
+    assert meta["sequences"] == measured.SEQUENCES
+    assert table.keys() == written.keys()
+    for name, values in written.items():
+        np.testing.assert_array_equal(table[name], values)

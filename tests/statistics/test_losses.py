@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from libprune.collection.calibration import set_up
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
@@ -15,9 +16,12 @@ from libprune.engine.surgery import masked
 from libprune.models.compute import sequence_losses
 from libprune.models.memory import recompute_layers
 from libprune.models.sequences import Sequences
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.params import load_params
 from libprune.statistics import losses as prefix_module
-from libprune.statistics.losses import Prefix, SequenceLosses, first_changed
-from tests.support.measured import interrupt, run_stage, write_project
+from libprune.statistics.losses import Prefix, SequenceLosses, first_changed, measuring
+from tests.support import measured
+from tests.support.measured import USED, interrupt, run_stage, write_project
 from tests.support.models import FAMILIES, PLANS, random_plan, tokens
 from tests.support.shapes import plan_without
 
@@ -249,12 +253,29 @@ def test_rows_of_several_processes_join():
     assert statistic.measure(losses[1], torch.tensor(1))["rows"].tolist() == [[0, 0], [2, 3], [0, 0]]
 
 
-# Collecting, with the stage around it
+# Measuring, and the stage around it
 
 
 @pytest.fixture
 def llama(tmp_path) -> Path:
     return write_project(FAMILIES["llama"](0), tmp_path)
+
+
+def test_any_plans_are_measured_on_the_last_sequences_and_no_saved_losses_are_left(llama, monkeypatch):
+    """They are kept until the context ends, so that a kill while the result is written loses none."""
+    monkeypatch.setenv("LIBPRUNE_CHECKPOINT_SECONDS", "0")
+    layout = Layout(llama / "artifacts")
+    run = set_up(layout, load_params(llama / "params.yaml").compute, USED, last=True)
+    plans = {kind: random_plan(run.architecture, kind, seed=1) for kind in PLANS}
+    with measuring(run, "trial", layout.root / "trial", plans, {}) as losses:
+        assert list((run.work / "trial").glob("*"))
+    assert not list((run.work / "trial").glob("*"))
+    ids = tokens(measured.SEQUENCES, measured.LENGTH)[-USED:]
+    assert np.array_equal(losses.dense, full(run.model, run.at_once, ids).numpy())
+    assert losses.changed.shape == (len(plans), USED)
+    for row, plan in zip(losses.changed, plans.values(), strict=True):
+        with masked(run.model, run.architecture, plan):
+            assert np.array_equal(row, full(run.model, run.at_once, ids).numpy())
 
 
 def test_after_an_interruption_only_layers_that_are_left_are_kept(llama, monkeypatch):

@@ -25,3 +25,9 @@ def sensitivity_rows(layers: int, seed: int = 0) -> Columns:
     errors = np.full(len(removed), 0.01)
     layer = np.repeat(np.arange(layers), 3)
     return {"layer_idx": layer, "removed": removed, "loss_increase": increase, "standard_error": errors}
+
+
+def block_rows(table: Columns) -> list[np.ndarray]:
+    """The row numbers of each block of a per-unit table."""
+    keys = list(zip(table["layer_idx"], table["group_type"], strict=True))
+    return [np.array([i for i, key in enumerate(keys) if key == wanted]) for wanted in sorted(set(keys))]
