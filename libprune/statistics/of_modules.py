@@ -29,7 +29,11 @@ from libprune.statistics.hessian import collect_probes, hessian_columns, hessian
 
 
 def measure_module_gradients(run: Run, network: nn.Module, target: Path, section: Gradients) -> None:
-    """Write the mean gradient of every parameter that carries a unit, and how every unit's mask gradient behaves."""
+    """Write the mean gradient of every parameter that carries a unit, and how every unit's mask gradient behaves.
+
+    Raises:
+        LibpruneError: if the disk has no room, or a value is not finite.
+    """
     architecture, samples = run.architecture, run.sequences
     number = -(-len(samples) // run.at_once)
     groups = gradient_groups(architecture, samples.counted, number, section)
@@ -48,23 +52,21 @@ def _columns_by_sample(
 
 
 def measure_module_hessian(run: Run, network: nn.Module, target: Path, section: Hessian) -> None:
-    """Write the diagonal of the Hessian of every parameter that carries a unit."""
+    """Write the diagonal of the Hessian of every parameter that carries a unit.
+
+    Raises:
+        LibpruneError: if the disk has no room, or a value is not finite.
+    """
     architecture, samples = run.architecture, run.sequences
     groups = hessian_groups(architecture, samples.counted, section)
     with collecting(run, "hessian", target, groups, run.at_once, estimation(section)) as work:
+        sums = work.accumulator
         if section.estimator == "hutchinson":
-            collect_probes(
-                network,
-                architecture,
-                _batches(work),
-                work.accumulator,
-                section,
-                lambda network, batch: batch.losses(network),
-            )
+            collect_probes(network, architecture, _batches(work), sums, section, lambda net, batch: batch.losses(net))
         else:
             for _, first, batch in _batches(work):
-                _add_squares(network, architecture, work.accumulator, first, batch)
-        write_artifact(run, target, work.accumulator, hessian_columns, estimation(section))
+                _add_squares(network, architecture, sums, first, batch)
+        write_artifact(run, target, sums, hessian_columns, estimation(section))
 
 
 def estimation(section: Hessian) -> dict[str, Any]:
@@ -73,7 +75,11 @@ def estimation(section: Hessian) -> dict[str, Any]:
 
 
 def measure_module_activations(run: Run, network: nn.Module, target: Path, section: Activations) -> None:
-    """Write norms and moments at every map's input, and Gram matrices and histograms at the consumers'."""
+    """Write norms and moments at every map's input, and Gram matrices and histograms at the consumers'.
+
+    Raises:
+        LibpruneError: if the disk has no room, or a value is not finite.
+    """
 
     def collect(work: Collection) -> None:
         for _, first, batch in _batches(work):

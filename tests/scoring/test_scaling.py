@@ -22,7 +22,7 @@ def scaled_tables(draw):
 
 
 @given(scaled_tables())
-def test_every_layer_and_type_gets_the_scale_it_is_promised(case):
+def test_every_block_gets_the_scale_it_is_promised(case):
     table, values = case
     scaled = {how: scale(values, table, how) for how in SCALINGS}
     for rows in block_rows(table):
@@ -38,7 +38,7 @@ def test_every_layer_and_type_gets_the_scale_it_is_promised(case):
 
 @pytest.mark.parametrize("how", SCALINGS)
 @given(scaled_tables(), st.sampled_from([0.25, 8.0]), st.sampled_from([0.0, 16.0]))
-def test_the_order_is_kept_and_a_blocks_own_level_is_taken_out(how, case, factor, offset):
+def test_the_order_is_kept_and_a_blocks_own_scale_is_taken_out(how, case, factor, offset):
     table, values = case
     scaled = scale(values, table, how)
     levelled = values.copy()

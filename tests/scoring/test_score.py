@@ -1,4 +1,4 @@
-"""The score stage on made-up statistics: fusion, another criterion by type, and what its metadata promise."""
+"""The score stage on made-up statistics: fusion, another criterion by part, and what its metadata promise."""
 
 from collections.abc import Iterator
 
@@ -50,7 +50,7 @@ def alone(layout: Layout, name: str, scaling: str = "none") -> Columns:
 
 
 def blocks(table: Columns) -> Iterator[np.ndarray]:
-    """The rows of every layer and type."""
+    """The rows of every block."""
     for layer in range(SHAPE.layers):
         for part in PARTS:
             yield (table["layer_idx"] == layer) & (table["group_type"] == part)
@@ -173,7 +173,7 @@ def test_learned_predicts_nats_from_the_measured_units_and_says_how_well(layout)
     ]
 
 
-def test_learned_refuses_a_scale_that_takes_the_levels_away(layout):
+def test_learned_refuses_a_scaling_that_takes_the_magnitudes_away(layout):
     with pytest.raises(LibpruneError, match="predicts nats from the criteria's own magnitudes"):
         scored(layout, "taylor + wanda", fusion="learned", scaling="rank")
 
@@ -187,10 +187,10 @@ def test_without_measured_units_what_needs_them_is_refused(layout, tmp_path, fus
     assert scored(own, "taylor", fusion=fusion)[1]["fusion"] == "none"
 
 
-# Another criterion for each type
+# Another criterion for each part
 
 
-def test_each_type_may_have_a_criterion_of_its_own(layout):
+def test_each_part_may_have_a_criterion_of_its_own(layout):
     table, meta = scored(layout, "magnitude", attention="taylor", mlp="fisher")
     attention = table["group_type"] == "attention"
     np.testing.assert_array_equal(table["importance"], np.where(attention, TAYLOR, FISHER))
@@ -202,22 +202,22 @@ def test_each_type_may_have_a_criterion_of_its_own(layout):
 
 
 @pytest.mark.parametrize(("attention", "mlp"), [("taylor", "wanda"), ("taylor", "random"), ("magnitude", "magnitude")])
-def test_types_compare_only_where_both_are_in_the_same_unit(layout, attention, mlp):
+def test_parts_compare_only_where_both_are_in_the_same_unit(layout, attention, mlp):
     _, meta = scored(layout, "taylor", attention=attention, mlp=mlp)
     assert not meta["comparable"]
     assert meta["gradient_orders"] == {}
 
 
-def test_one_type_may_be_learned_beside_a_criterion_in_nats(layout):
+def test_one_part_may_be_learned_beside_a_criterion_in_nats(layout):
     table, meta = scored(layout, "taylor + wanda", mlp="fisher", fusion="learned")
     attention = table["group_type"] == "attention"
     np.testing.assert_allclose(table["importance"], np.where(attention, LOSS, FISHER), rtol=1e-6)
     assert meta["comparable"]
-    assert meta["gradient_orders"] == {}, "a fix on one type alone would weigh types, not layers"
+    assert meta["gradient_orders"] == {}, "a fix on one part alone would weigh parts, not layers"
     assert list(meta["fused"]) == ["attention"]
 
 
-def test_best_takes_for_each_type_the_criterion_that_ranks_the_losses_best(layout, tmp_path):
+def test_best_takes_for_each_part_the_criterion_that_ranks_the_losses_best(layout, tmp_path):
     own, index = copied(layout, tmp_path), unit_index(ARCHITECTURE)
     losses = np.where(index["group_type"] == "attention", WANDA**3, FISHER)
     write_table(own.ablation, measured(slice(1, None, 3), losses), ORIGIN)

@@ -74,7 +74,7 @@ def test_it_is_the_gradient_of_the_mean_loss_of_all_sequences(model, found):
 @pytest.mark.parametrize(("size", "at_once"), [(2, 1), (5, 2), (5, 5)])
 @pytest.mark.parametrize("second_moments", ["diagonal", "full"])
 def test_how_batches_are_cut_changes_nothing(model, size, at_once, second_moments):
-    """Of whole batches and of pieces of them; the rows by batch too, where the batches are the same."""
+    """Whole batches and pieces of them give the same sums; the rows by batch too, where the batches are the same."""
     whole = everything(gradients(model, size, second_moments=second_moments))
     assert_all_close(everything(gradients(model, size, at_once=at_once, second_moments=second_moments)), whole)
 

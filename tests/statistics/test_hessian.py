@@ -224,7 +224,7 @@ def test_probes_are_the_same_for_the_same_seed_and_batches_count_by_their_sequen
 
 
 def test_passes_of_one_batch_have_probes_of_their_own(model, architecture):
-    """As sequences of several lengths make; the standard error takes the passes for independent samples."""
+    """Sequences of several lengths make several passes, which the standard error takes for independent samples."""
     one = Sequences(tokens(1, LENGTH))
     sums = Accumulator(hessian_groups(architecture, N_TOK, Hessian(estimator="hutchinson")))
     collect_probes(model, architecture, [(0, 0, one), (0, 1, one)], sums, Hessian(estimator="hutchinson"))
