@@ -20,32 +20,12 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
             typer.echo("hessian.estimator is none: nothing collected")
         return
 
-    from libprune.collection.calibration import set_up
-    from libprune.collection.resumable import collecting, write_artifact
     from libprune.collection.summary import print_units
-    from libprune.statistics.hessian import (
-        collect_probes,
-        collect_squared_gradients,
-        hessian_columns,
-        hessian_groups,
-        require_probes_possible,
-    )
+    from libprune.statistics.hessian import measure_hessian
 
-    run = set_up(layout, settings.compute, section.sequences)
-    probing = section.estimator == "hutchinson"
-    if probing:
-        require_probes_possible(settings.compute, run.world.sharded)
-    groups = hessian_groups(run.architecture, run.n_tok, section)
-    identity = {"estimator": section.estimator} | ({"probes": section.probes, "seed": section.seed} if probing else {})
-    with collecting(run, "hessian", layout.hessian, groups, run.at_once, identity) as work:
-        sums, batches = work.accumulator, work.passes()
-        if probing:
-            collect_probes(run.model, run.architecture, batches, sums, section)
-        else:
-            collect_squared_gradients(run.model, run.architecture, batches, sums, run.recompute)
-        if work.merge():
-            tables = write_artifact(run, layout.hessian, sums, hessian_columns, {"estimator": section.estimator})
-            print_units(tables["units"], ("fisher", "hessian_trace"), layout.hessian)
+    units = measure_hessian(layout, settings.compute, section)
+    if units is not None:
+        print_units(units, ("fisher", "hessian_trace"), layout.hessian)
 
 
 app = stage.app(main)

@@ -11,13 +11,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.methods import allocation_reads
     from libprune.pipeline.params import load_params
-    from libprune.statistics.sensitivity import (
-        empty_table,
-        print_sensitivity,
-        removal_plans,
-        removals,
-        sensitivity_table,
-    )
+    from libprune.statistics.sensitivity import empty_table, measure_sensitivity, print_sensitivity
 
     layout, settings = Layout(artifacts), load_params(params)
     if "sensitivity" not in allocation_reads(settings.allocate.method, settings.allocate.worth):
@@ -25,24 +19,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
             write_table(layout.sensitivity, empty_table(), {"model": read_architecture(layout).fingerprint})
             typer.echo(f"allocate.method is {settings.allocate.method}: no layer is measured")
         return
-
-    from libprune.collection.calibration import set_up
-    from libprune.collection.resumable import collecting
-    from libprune.statistics.losses import LOSSES, collect_losses, loss_groups
-
-    run = set_up(layout, settings.compute, settings.sensitivity.sequences, last=True)
-    plans, measured = removal_plans(run.architecture), removals(run.architecture)
-    groups = loss_groups(run, len(plans))
-    identity = {"sequences": len(run.sequences)}
-    with collecting(
-        run, "sensitivity", layout.sensitivity, groups, 1, identity, len(plans), run.sequences.tokens
-    ) as work:
-        dense = collect_losses(run, work, plans, run.first).numpy()
-        if work.merge():
-            table = sensitivity_table(measured, work.accumulator.finish(0)[LOSSES].numpy(), dense)
-            loss = float(dense.mean())
-            write_table(layout.sensitivity, table, run.meta | {"loss": loss})
-            print_sensitivity(table, loss)
+    measured = measure_sensitivity(layout, settings.compute, settings.sensitivity)
+    if measured is not None:
+        print_sensitivity(*measured)
 
 
 app = stage.app(main)

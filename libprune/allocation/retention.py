@@ -9,14 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from libprune.allocation.ladders import Ladders
 from libprune.engine.architecture import Architecture, Block
 from libprune.engine.errors import LibpruneError
-from libprune.engine.tables import Columns, split_blocks
-
-Values = NDArray[np.float64]
+from libprune.engine.tables import Columns, Values, split_blocks
 
 CONCENTRATED = ((2.5, 0.7), (1.5, 0.8))
 """Coefficients of variation, and the share of the importance that blocks above them keep."""

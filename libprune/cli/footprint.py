@@ -14,7 +14,8 @@ from libprune.engine.architecture import Architecture
 from libprune.pipeline.methods import REPAIRS, allocation_reads, methods_that_read
 from libprune.pipeline.params import Params
 from libprune.pipeline.sections import Allocate
-from libprune.scoring.score import component_columns, criteria_of
+from libprune.scoring.expression import criteria_of
+from libprune.scoring.score import component_columns
 from libprune.statistics.activations import activation_groups
 from libprune.statistics.gradients import gradient_groups
 from libprune.statistics.hessian import hessian_groups

@@ -14,6 +14,9 @@ from libprune.engine.errors import ArtifactError, missing_key
 Columns = dict[str, NDArray[Any]]
 """A table: column name to an array of one value a row."""
 
+Values = NDArray[np.float64]
+"""One number for each unit, or for each row of a table."""
+
 
 def numbers(table: Columns, name: str) -> NDArray[np.float64]:
     """A column of the joined statistics tables, in float64.

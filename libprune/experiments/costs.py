@@ -106,7 +106,7 @@ def costs_of(log: str, lock: str | None) -> dict[str, Cost]:
 def collecting_stages(params: Params) -> tuple[str, ...]:
     """The collecting stages whose statistics these params read; the dense model's own weights need none."""
     from libprune.scoring.criteria import find_criterion
-    from libprune.scoring.fusion import named_criteria
+    from libprune.scoring.expression import named_criteria
 
     used = {
         *(stage for name in named_criteria(params.score) for stage in find_criterion(name).stages),

@@ -13,7 +13,7 @@ from libprune.engine.errors import LibpruneError, ParamsError, nearest
 from libprune.engine.yaml_file import read_yaml
 from libprune.pipeline.params import Params, validate_params
 from libprune.pipeline.sections import Floor, Section
-from libprune.scoring.fusion import named_criteria
+from libprune.scoring.expression import named_criteria
 
 Data = Mapping[str, Any]
 """The content of a params file: sections of keys, and `preset`."""

@@ -10,7 +10,7 @@ from libprune.experiments.table import EXPLAINED, correlation_text, interval_tex
 from libprune.pipeline.params import Params
 from libprune.report.markdown import code, markdown_table, prose
 from libprune.scoring.criteria import find_criterion
-from libprune.scoring.fusion import named_criteria
+from libprune.scoring.expression import named_criteria
 
 SAME_TIME = 0.1
 """Difference of two times, as a share of the longer one, up to which they count as equal: timing is no more exact."""

@@ -43,10 +43,15 @@ from libprune.results.module_slicing import (
     with_tensors,
 )
 from libprune.scoring.criteria import find_criterion
-from libprune.scoring.fusion import named_criteria
-from libprune.scoring.parts import READS_LOSSES
+from libprune.scoring.expression import named_criteria
+from libprune.scoring.fusion import READS_LOSSES
 from libprune.scoring.score import score_layout
-from libprune.statistics.of_modules import collect_activations, collect_gradients, collect_hessian, estimation
+from libprune.statistics.of_modules import (
+    estimation,
+    measure_module_activations,
+    measure_module_gradients,
+    measure_module_hessian,
+)
 from libprune.statistics.weights import weight_columns
 
 _CHECKED = 8
@@ -232,8 +237,8 @@ class Network:
         if target.exists() and read_meta(target, stage).items() >= wanted.items():
             return
         if stage == "gradients":
-            collect_gradients(self._run, self._network, target, Gradients(storage_dtype="float32"))
+            measure_module_gradients(self._run, self._network, target, Gradients(storage_dtype="float32"))
         elif stage == "hessian":
-            collect_hessian(self._run, self._network, target, self._hessian)
+            measure_module_hessian(self._run, self._network, target, self._hessian)
         else:
-            collect_activations(self._run, self._network, target, Activations())
+            measure_module_activations(self._run, self._network, target, Activations())

@@ -4,8 +4,8 @@ With S the covariance of the inputs x, S_uv its block between the positions of u
 
     r_uv = |S_uv| / sqrt(|S_uu| |S_vv|)   (Frobenius norms), 0 to 1.
 
-Of units of one position it is the absolute correlation; of several it is the square root of the RV coefficient
-(Robert & Escoufier 1976), which is 1 exactly if the two blocks are the same up to a rotation and a factor.
+Where units own one position each, it is the absolute correlation; where they own several, it is the square root of the
+RV coefficient (Robert & Escoufier 1976), which is 1 exactly if both units carry the same up to a rotation and a factor.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from torch import Tensor
 from libprune.scoring.obs import positions_of
 
 _ROWS = 32
-"""Rows of the Gram matrix at a time; beside it no table of units by units is ever made."""
+"""Rows of the Gram matrix that are worked on at a time, so that no table of units by units is ever made."""
 _ROUNDINGS = 16
-"""A variance within so many roundings of the mean square is none."""
+"""Roundings of the mean square below which a variance counts as 0."""
 
 
 @dataclass(frozen=True)
 class UnitGraph:
-    """What each unit is in the graph; ``[units]`` each, float64, 0 to 1.
+    """The place of each unit in the graph; ``[units]`` each, float64, 0 to 1.
 
     Attributes:
         connection: mean of r_uv over the other units.
@@ -49,11 +49,11 @@ def unit_graph(
     units: Int[np.ndarray, " input"],
     threshold: float,
 ) -> UnitGraph:
-    """The graph of a consumer's units.
+    """The graph of correlations between a consumer's units.
 
     A unit whose inputs do not vary, up to the rounding of the Gram matrix, has no connections and is not unique: a
-    bias replaces it. A unit without others is unique. Takes time in the square of the inputs and, beside the
-    Gram matrix, memory in their number only.
+    bias replaces it. A unit without others is unique. The time grows with the square of the inputs; the memory, beside
+    the Gram matrix, with their number.
 
     Args:
         gram: E[x x^T].
@@ -68,9 +68,8 @@ def unit_graph(
     step = max(1, _ROWS // positions.shape[1])
     alone = (_alone(gram, m, weight, some) for some in positions.split(step))
     scale, output = (torch.cat(parts) for parts in zip(*alone, strict=True))
-    found = torch.empty(
-        4, count, dtype=torch.float64
-    )  # made first: small results between large scratch fragment the heap
+    # The results are made first: small ones between large scratch fragment the heap.
+    total, largest, above, cooperation = torch.empty(4, count, dtype=torch.float64)
     for start in range(0, count, step):
         own = slice(start, start + step)
         at = positions[own].flatten()
@@ -78,16 +77,16 @@ def unit_graph(
         norms = rows.view(-1, positions.shape[1], *positions.shape).square().sum((1, 3)).sqrt()
         r = (norms * scale[own, None] * scale).clamp(max=1)
         r.diagonal(start).zero_()
-        found[0, own], found[1, own] = r.sum(1), r.amax(1)
-        found[2, own] = (r > threshold).sum(1)
-        found[3, own] = _over(r @ output, output.sum() - output[own])
+        total[own], largest[own] = r.sum(1), r.amax(1)
+        above[own] = (r > threshold).sum(1)
+        cooperation[own] = _quotient(r @ output, output.sum() - output[own])
     others = max(1, count - 1)
-    unique = torch.where(scale > 0, 1 - found[1], 0.0)
-    return UnitGraph(*(v.numpy() for v in (found[0] / others, unique, found[2] / others, found[3])))
+    unique = torch.where(scale > 0, 1 - largest, 0.0)
+    return UnitGraph(*(v.numpy() for v in (total / others, unique, above / others, cooperation)))
 
 
 def _alone(gram: Tensor, mean: Tensor, weight: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Of some units 1 / sqrt(|S_uu|), 0 where nothing varies, and sqrt(tr(W_u S_uu W_u^T))."""
+    """1 / sqrt(|S_uu|) and sqrt(tr(W_u S_uu W_u^T)) of some units, both 0 for a unit that does not vary."""
     second = gram[positions[:, :, None], positions[:, None, :]].double()
     m = mean[positions]
     covariance = second - m[:, :, None] * m[:, None, :]
@@ -104,6 +103,6 @@ def _trace(blocks: Tensor) -> Tensor:
     return blocks.diagonal(dim1=1, dim2=2).sum(1)
 
 
-def _over(one: Tensor, two: Tensor) -> Tensor:
-    """The quotient, 0 where nothing is to divide by."""
+def _quotient(one: Tensor, two: Tensor) -> Tensor:
+    """One over two, 0 where the second is not above 0."""
     return torch.where(two > 0, one / two.clamp(min=torch.finfo(two.dtype).tiny), 0.0)

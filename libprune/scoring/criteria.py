@@ -1,7 +1,7 @@
 """Criteria: from cached per-unit sums to the importance of every unit.
 
 A criterion is a pure function of named arrays. `CRITERIA` is the one list of them; each record says
-which stages' tables it reads, whether its values compare across layers and types, and its source.
+which stages' tables it reads, whether its values compare across blocks, and its source.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,17 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError, nearest
-from libprune.engine.tables import Columns, check_rows, layers_and_parts, numbers
+from libprune.engine.tables import Columns, Values, check_rows, numbers
 from libprune.pipeline.artifacts import read_architecture, read_table, same_origin
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.scoring.mixed import TERMS, activation_stats, cooperative, gradient_flow, weight_stats
-
-Values = NDArray[np.float64]
+from libprune.scoring.scaling import scale
 
 
 @dataclass(frozen=True)
@@ -30,14 +28,13 @@ class Criterion:
         components: function of the joined tables and the score params, giving named per-unit
             arrays that add up to the importance.
         stages: the stages whose per-unit tables it reads, beside the weights' own.
-        comparable: whether values compare across layers and types; otherwise only within one
-            layer and type.
+        comparable: whether values compare across layers and parts; otherwise only within one block.
         unit: what the importance is measured in.
         source: paper of the formula.
-        orders: of the components that come from gradients, the order in them: 1 for |W G|, 2 for squares, 0 for
-            what a factor on a layer's gradients does not change.
-        columns: further per-unit columns, from the stages' shards; None if their tables say all.
-        terms: names of the components, where they are others than the criterion itself or those of `orders`.
+        orders: the order in the gradients of each component that comes from gradients: 1 for |W G|, 2 for squares, 0
+            for a component that a factor on a layer's gradients does not change.
+        columns: reads further per-unit columns from the stages' shards; None if the tables are enough.
+        terms: names of the components, where they are neither the criterion's own name nor those in `orders`.
     """
 
     components: Callable[[Columns, Score], dict[str, Values]]
@@ -68,8 +65,9 @@ def _taylor_group(table: Columns, params: Score) -> dict[str, Values]:
 def _hessian_trace(table: Columns, params: Score) -> dict[str, Values]:
     """|Sum of H| |W|^2 / (2 count): the unit's curvature, spread evenly over its weights.
 
-    Half, because it is the second-order term of the loss, H W^2 / 2 of each weight, with the unit's mean H for all:
-    nats, on the scale of `fisher`. No order depends on it. Absolute, because probes may give a sum below 0.
+    It is the second-order term of the loss, H W^2 / 2 of each weight, with the unit's mean H for all: nats, on the
+    scale of `fisher`. The factor 1/2 changes no order of units. The sum of H is absolute, since probes may give one
+    below 0.
     """
     trace, squares, count = (numbers(table, name) for name in ("hessian_trace", "magnitude_l2", "cost"))
     return {"hessian_trace": np.abs(trace) * squares / (2 * count)}
@@ -81,7 +79,7 @@ def _fisher(table: Columns, params: Score) -> dict[str, Values]:
 
 
 def _taylor_2nd(table: Columns, params: Score) -> dict[str, Values]:
-    """First and second order together: sum |W G| + |W^2 H| / 2."""
+    """Sum of |W G| + |W^2 H| / 2: first and second order together."""
     return _taylor(table, params) | _fisher(table, params)
 
 
@@ -96,34 +94,36 @@ def _unit_fisher(table: Columns, params: Score) -> dict[str, Values]:
 
 
 def _fluctuation(table: Columns, params: Score) -> dict[str, Values]:
-    """Sum over the unit's inputs of the consumer of their variance times |W_:,u|^2: what a bias cannot give back."""
+    """Sum of variance times |W_:,p|^2 over the unit's positions p at the consumer's input: what no bias gives back."""
     return {"fluctuation": numbers(table, "fluctuation")}
 
 
 def _obs_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:
+    """The columns `obs` and `obs_share`, from Gram matrices."""
     from libprune.scoring.gram_columns import gram_columns  # needs torch, which the other criteria do not
 
     return gram_columns(layout, architecture, params, in_nats=params.criterion == "obs_fisher")
 
 
 def _cooperative_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:
+    """The columns of the graph of correlations, from Gram matrices."""
     from libprune.scoring.gram_columns import graph_columns
 
     return graph_columns(layout, architecture, params)
 
 
 def _obs(table: Columns, params: Score) -> dict[str, Values]:
-    """The consumer's squared output error that is left after the best refit, when the unit's turn comes."""
+    """The squared output error of the consumer that remains after the best refit, when the unit's turn comes."""
     return {"obs": numbers(table, "obs")}
 
 
 def _obs_share(table: Columns, params: Score) -> dict[str, Values]:
-    """That error in the dense model over the error without a refit, 0 to 1."""
+    """The output error of the consumer after the best refit over that without a refit, in the dense model, 0 to 1."""
     return {"obs_share": numbers(table, "obs_share")}
 
 
 def _obs_fisher(table: Columns, params: Score) -> dict[str, Values]:
-    """Half the sum over outputs of mean squared gradient times `obs`: the loss that no refit takes back.
+    """Half the sum over outputs of the mean squared gradient times the error of `obs`: the loss that no refit undoes.
 
     Second order, with the Hessian of the consumer's weights as the product of its inputs' Gram matrix
     and the diagonal of its outputs' gradient covariance (a Kronecker factorisation).
@@ -132,7 +132,7 @@ def _obs_fisher(table: Columns, params: Score) -> dict[str, Values]:
 
 
 def _fisher_obs(table: Columns, params: Score) -> dict[str, Values]:
-    """`unit_fisher` times `obs_share`: the share of a unit's loss that the others cannot take over."""
+    """`unit_fisher` times `obs_share`: the share of a unit's loss that the other units cannot take over."""
     return {"fisher_obs": _unit_fisher(table, params)["unit_fisher"] * numbers(table, "obs_share")}
 
 
@@ -233,7 +233,7 @@ def find_criterion(name: str, key: str = "criterion") -> Criterion:
 
     Args:
         name: as in `CRITERIA`.
-        key: where in the score section it stands, for errors.
+        key: the key of the score section that holds the name, for errors.
 
     Raises:
         LibpruneError: for an unknown name, with the known ones.
@@ -260,10 +260,10 @@ def join_tables(layout: Layout, criterion: Criterion, params: Score) -> tuple[Co
             raise ArtifactError(
                 f"this criterion needs the {stage} stage, which collected nothing; set hessian.estimator to fisher"
             )
-        table, found = read_table(path, stage)
-        same_origin(path, found, origin)
+        table, meta = read_table(path, stage)
+        same_origin(path, meta, origin)
         check_rows(architecture, table, path)
-        origin |= {"tokens": found["tokens"]}
+        origin |= {"tokens": meta["tokens"]}
         joined |= table
     if criterion.columns is not None:
         joined |= criterion.columns(layout, architecture, params)
@@ -271,17 +271,17 @@ def join_tables(layout: Layout, criterion: Criterion, params: Score) -> tuple[Co
 
 
 def score_units(table: Columns, params: Score) -> Columns:
-    """The global importance table.
+    """The importance table of one criterion.
 
     Args:
         table: joined per-unit columns: `layer_idx`, `group_type`, `group_idx`, `cost` (parameters)
-            and what the criterion reads.
+            and those that the criterion reads.
         params: criterion and scaling.
 
     Returns:
         The index columns, `importance`, `cost`, `score`, and the criterion's components. `score`
-        is importance per parameter; for scaled importance, which is already relative to units of
-        the same cost, it is the importance itself.
+        is importance per parameter; a scaled importance is already relative to units of the same
+        cost, and `score` is the importance itself.
 
     Raises:
         StatisticsError: naming the first unit whose importance is not finite.
@@ -296,37 +296,6 @@ def score_units(table: Columns, params: Score) -> Columns:
         importance = score = scale(importance, table, params.scaling)
     index = {name: table[name] for name in ("layer_idx", "group_type", "group_idx")}
     return {**index, "importance": importance, "cost": table["cost"], "score": score, **components}
-
-
-def scale(importance: Values, table: Columns, how: str) -> Values:
-    """Put the importance of each layer and type on a scale of its own.
-
-    `zscore`: mean 0 and standard deviation 1; `minmax`: 0 to 1; `rank`: (rank + 1/2) / units. Where
-    all units of a layer and type are equal they become 0, 0 and 1/2.
-    """
-    scaled = np.empty_like(importance)
-    for rows in layers_and_parts(table):
-        scaled[rows] = SCALINGS[how](importance[rows])
-    return scaled
-
-
-def _zscore(values: Values) -> Values:
-    spread = values.std()
-    return (values - values.mean()) / spread if np.ptp(values) > 0 and spread > 0 else np.zeros_like(values)
-
-
-def _minmax(values: Values) -> Values:
-    spread = np.ptp(values)
-    return (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
-
-
-def _rank(values: Values) -> Values:
-    if np.ptp(values) == 0:
-        return np.full_like(values, 0.5)
-    return (np.argsort(np.argsort(values, kind="stable"), kind="stable") + 0.5) / len(values)
-
-
-SCALINGS = {"zscore": _zscore, "minmax": _minmax, "rank": _rank}
 
 
 def _require_finite(importance: Values, table: Columns, criterion: str) -> None:

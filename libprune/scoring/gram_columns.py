@@ -1,14 +1,13 @@
-"""Per-unit columns that need a consumer's whole Gram matrix, not only sums by unit."""
+"""Per-unit columns that need the whole Gram matrix of a consumer's inputs, not only sums by unit."""
 
 from dataclasses import asdict
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.surgery import oriented
-from libprune.engine.tables import Columns
+from libprune.engine.tables import Columns, Values
 from libprune.models.compute import PATIENCE
 from libprune.models.folder import WeightFiles
 from libprune.pipeline.artifacts import require
@@ -20,13 +19,17 @@ from libprune.scoring.obs import obs_removal
 
 
 def gram_columns(layout: Layout, architecture: Architecture, params: Score, in_nats: bool) -> Columns:
-    """`obs` and `obs_share` of every unit, summed and averaged over a part's consumers.
+    """The columns `obs` and `obs_share`: errors summed, and shares averaged, over the consumers of a block.
 
     Args:
         layout: where the artifacts are.
         architecture: the model's description.
         params: rounds and damping.
         in_nats: weight each output by half its mean squared gradient.
+
+    Raises:
+        ArtifactError: if statistics are missing.
+        StatisticsError: if a damped Gram matrix is not positive definite.
     """
     weights = WeightFiles(require(layout.model, "prepare"))
     errors, shares = [], []
@@ -38,7 +41,7 @@ def gram_columns(layout: Layout, architecture: Architecture, params: Score, in_n
             gram = read_tensor(layout.activations, layer, consumer.module + GRAM, "activations")
             square = f"{consumer.module}.output_gradient_square"
             curvature = read_tensor(layout.gradients, layer, square, "gradients") / 2 if in_nats else None
-            found = obs_removal(
+            removal = obs_removal(
                 oriented(consumer, weights[consumer.weight]),
                 gram,
                 consumer.input.units(architecture.parts[part].axis, architecture.sizes),
@@ -46,24 +49,27 @@ def gram_columns(layout: Layout, architecture: Architecture, params: Score, in_n
                 params.obs_damping,
                 curvature,
             )
-            error, share = error + found.error, share + found.share / len(consumers)
+            error, share = error + removal.error, share + removal.share / len(consumers)
         errors.append(error)
         shares.append(share)
     return {"obs": np.concatenate(errors), "obs_share": np.concatenate(shares)}
 
 
 def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:
-    """`unit_connection`, `unit_uniqueness`, `unit_centrality` and `unit_cooperation` of every unit.
+    """The columns `unit_connection`, `unit_uniqueness`, `unit_centrality` and `unit_cooperation`.
 
-    Means over a part's consumers of what `libprune.scoring.correlation.UnitGraph` says of each.
+    Each is the mean, over the consumers of a block, of an array of `libprune.scoring.correlation.UnitGraph`.
 
     Args:
         layout: where the artifacts are.
         architecture: the model's description.
         params: the threshold.
+
+    Raises:
+        ArtifactError: if statistics are missing.
     """
     weights = WeightFiles(require(layout.model, "prepare"))
-    found: dict[str, list[NDArray[np.float64]]] = {}
+    columns: dict[str, list[Values]] = {}
     for layer, part in tqdm(list(architecture.blocks()), desc="score", unit="block", delay=PATIENCE):
         graphs = []
         for consumer in architecture.consumers(layer, part):
@@ -77,5 +83,5 @@ def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> 
             )
             graphs.append(asdict(graph))
         for name in graphs[0]:
-            found.setdefault(f"unit_{name}", []).append(np.mean([graph[name] for graph in graphs], axis=0))
-    return {name: np.concatenate(blocks) for name, blocks in found.items()}
+            columns.setdefault(f"unit_{name}", []).append(np.mean([graph[name] for graph in graphs], axis=0))
+    return {name: np.concatenate(blocks) for name, blocks in columns.items()}

@@ -1,41 +1,39 @@
 """What measured loss increases say of criteria: which one predicts them best, and what mixture of them does.
 
-The ablation stage masks single units and measures the loss. A criterion, or a mixture, is only as good as what it says
-of units that it was not fitted to.
+The ablation stage masks single units and measures the loss. A criterion, or a mixture, is only as good as its
+predictions for units that it was not fitted to.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from libprune.engine.errors import LibpruneError
+from libprune.engine.tables import Values
 from libprune.scoring.ranks import spearman
 
-Values = NDArray[np.float64]
-
 FOLDS = 5
-"""Every unit is predicted by a fit to the other four fifths of the units."""
+"""Folds of the units: the units of each are predicted by a fit to the other four fifths."""
 LEAST = 10
-"""Measured units of a type below which nothing is concluded, and so many are needed for two criteria to fit."""
+"""Fewest measured units of a part. It is also the fewest for a fit of two criteria, which needs five units each."""
 CLEAR = 2.0
-"""Standard errors by which R² must exceed 0, what predicting the mean of the other units has: of noise it is above 0 by
-luck one time in four with 20 units, one in eight with 60."""
+"""Standard errors by which R² must exceed 0, the R² of predicting the mean of the other units. A fit to noise has an R²
+above 0 by luck: one time in four with 20 units, one in eight with 60."""
 
 _REMEDY = "raise ablation.units or ablation.sequences, or set score.fusion to weighted"
 
 
 @dataclass(frozen=True)
-class Fit:
+class LossFit:
     """A mixture of criteria that predicts loss increases.
 
     Attributes:
-        coefficients: nats for one unit of each criterion, by name; none is negative.
+        coefficients: by criterion, nats for one unit of its importance; none is negative.
         r2: 1 - squared error / squared error of the mean, each unit predicted from the units of other folds.
-        error: standard error of that over units.
-        units: how many measured units it rests on.
+        error: standard error of `r2` over units.
+        units: the number of measured units.
     """
 
     coefficients: Mapping[str, float]
@@ -44,15 +42,15 @@ class Fit:
     units: int
 
 
-def fit_losses(criteria: Mapping[str, Values], increases: Values, part: str) -> Fit:
-    """Fit the measured loss increases of one type by a non-negative mixture of criteria, and test it on held-out units.
+def fit_losses(criteria: Mapping[str, Values], increases: Values, part: str) -> LossFit:
+    """Fit the measured loss increases of one part by a non-negative mixture of criteria, and test it on held-out units.
 
     There is no constant term: a unit that all criteria call worthless is worth nothing.
 
     Args:
-        criteria: of each criterion the values of the measured units, ``[measured]``, in its own unit.
+        criteria: the importance of the measured units, ``[measured]``, by criterion.
         increases: measured loss increases, ``[measured]``, nats.
-        part: the type, for messages.
+        part: the name of the part, for messages.
 
     Raises:
         LibpruneError: if there are too few units, or the fit does not clearly predict held-out
@@ -70,12 +68,12 @@ def fit_losses(criteria: Mapping[str, Values], increases: Values, part: str) -> 
             f"{len(increases)} measured ones, is not clearly above 0, which predicting their mean has; {_REMEDY}, or "
             f"name one criterion for score.{part}"
         )
-    found = nnls(features, increases)[0] / np.where(scale > 0, scale, 1)
-    return Fit(dict(zip(names, found.tolist(), strict=True)), r2, error, len(increases))
+    coefficients = nnls(features, increases)[0] / np.where(scale > 0, scale, 1)
+    return LossFit(dict(zip(names, coefficients.tolist(), strict=True)), r2, error, len(increases))
 
 
 def held_out_r2(features: Values, target: Values) -> tuple[float, float]:
-    """R² of the fit on units that it did not see, and its standard error over units; NaN where the target is constant.
+    """R² of a non-negative fit on units that it did not see, and its standard error; NaN where the target is constant.
 
     Args:
         features: ``[rows, features]``.
@@ -97,37 +95,39 @@ def held_out_r2(features: Values, target: Values) -> tuple[float, float]:
 
 
 def best_criterion(criteria: Mapping[str, Values], increases: Values, part: str) -> tuple[str, dict[str, float]]:
-    """The criterion whose ranks agree best with the measured loss increases of one type, and Spearman's of all.
+    """The criterion whose ranks agree best with the measured loss increases of one part, and the agreement of each.
+
+    Agreement is Spearman's rank correlation, 0 where it is not defined.
 
     Args:
-        criteria: of each criterion the values of the measured units, ``[measured]``.
+        criteria: the importance of the measured units, ``[measured]``, by criterion.
         increases: measured loss increases, ``[measured]``, nats.
-        part: the type, for messages.
+        part: the name of the part, for messages.
 
     Raises:
         LibpruneError: if there are too few units, or no criterion's ranks clearly agree with the measured ones.
     """
     require_enough(len(increases), LEAST, part)
-    found = {name: float(np.nan_to_num(spearman(values, increases))) for name, values in criteria.items()}
-    best = max(found, key=lambda name: found[name])
+    correlations = {name: float(np.nan_to_num(spearman(values, increases))) for name, values in criteria.items()}
+    best = max(correlations, key=lambda name: correlations[name])
     error = 1 / np.sqrt(len(increases) - 1)  # of Spearman's under independence
-    if not found[best] > CLEAR * error:
-        told = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+    if not correlations[best] > CLEAR * error:
+        listed = ", ".join(f"{name} {value:.2f}" for name, value in correlations.items())
         raise LibpruneError(
             f"score.fusion: best finds no criterion that predicts {part}: rank correlations with {len(increases)} "
-            f"measured loss increases are {told}, ± {error:.2f}; {_REMEDY}, or name one criterion for score.{part}"
+            f"measured loss increases are {listed}, ± {error:.2f}; {_REMEDY}, or name one criterion for score.{part}"
         )
-    return best, found
+    return best, correlations
 
 
 def require_enough(measured: int, least: int, part: str) -> None:
-    """Stop unless so many units of a type were measured.
+    """Stop if fewer units of a part were measured than are needed.
 
     Raises:
-        LibpruneError: saying how many there are and are needed.
+        LibpruneError: saying how many there are and how many are needed.
     """
     if measured < least:
         raise LibpruneError(
             f"score.fusion compares criteria with measured losses, and the ablation stage measured {measured} "
-            f"{part} units of at least {least}; raise ablation.units, which counts the units of all types"
+            f"{part} units of at least {least}; raise ablation.units, which counts the units of all parts"
         )

@@ -6,7 +6,7 @@ Removing the input positions u of a consumer W and refitting the rest by least s
 
 the squared output error that no refit can take back; F is the identity or a diagonal weight of the
 outputs. After a removal both W and the inverse change in closed form, so that the next units are
-chosen knowing that the first are gone:
+chosen for the consumer without the first ones:
 
     W <- W - W_u (P_uu)^-1 P_u,    P <- P - P_:u (P_uu)^-1 P_u,    P = (C + lambda I)^-1
 
@@ -25,14 +25,14 @@ from libprune.engine.errors import StatisticsError
 
 
 @dataclass(frozen=True)
-class Removal:
-    """What every unit of a block costs when its turn comes; ``[units]`` each, float64.
+class RemovalCost:
+    """The cost of every unit of a block when its turn comes; ``[units]`` each, float64.
 
     Attributes:
-        error: squared output error that its removal adds, after the refit of the units left. It is
-            raised to that of the unit before where it would be below, so that its order is the order of removal.
-        share: that error over tr(F W_u C_uu W_u^T), the error without a refit, in the dense model; 0 to 1
-            for a unit that the others can stand in for wholly, to one that they cannot replace at all.
+        error: squared output error that the removal of the unit adds, after the refit of the remaining units. Where it
+            would be below that of the unit before, it is raised to it, so that its order is the order of removal.
+        share: this error over tr(F W_u C_uu W_u^T), the error without a refit, both in the dense model: 0 for a unit
+            that the others replace wholly, 1 for one that they cannot replace at all.
     """
 
     error: NDArray[np.float64]
@@ -46,15 +46,15 @@ def obs_removal(
     rounds: int,
     damping: float,
     output_weights: Float[Tensor, " output"] | None = None,
-) -> Removal:
-    """Remove all units of a consumer in rounds, the cheapest first.
+) -> RemovalCost:
+    """The cost of removing all units of a consumer in rounds, the cheapest first.
 
     Args:
         weight: W.
         gram: C, per token.
         units: the unit of each input position, or -1; every unit owns equally many.
-        rounds: looks at what is left, each followed by an equal number of removals; at most the number of
-            units. With 1 all units are judged in the dense model.
+        rounds: how often the remaining units are compared; each time an equal number is removed. At most the number
+            of units. With 1 all units are judged in the dense model.
         damping: lambda relative to the mean diagonal of C, above 0.
         output_weights: the diagonal of F; None for the identity.
 
@@ -68,27 +68,28 @@ def obs_removal(
         w *= output_weights.double().sqrt()[:, None]  # each output's error is its own, so that F goes into W
     inverse = _inverse(c, damping)
     alone = _by_unit(w.T @ w, positions, c)
-    errors, share, level = np.zeros(count), np.zeros(count), 0.0
+    errors, share, highest = np.zeros(count), np.zeros(count), 0.0
     left, step = np.arange(count), -(-count // rounds)
     while len(left):
-        found = _errors(w, inverse, positions[left])
+        added = _errors(w, inverse, positions[left])
         if len(left) == count:
-            share = np.divide(found, alone, out=np.zeros(count), where=alone > 0).clip(0, 1)
-        chosen = np.argsort(found, kind="stable")[:step]
-        for unit, error in zip(left[chosen], found[chosen], strict=True):
-            level = errors[unit] = max(level, error)
+            share = np.divide(added, alone, out=np.zeros(count), where=alone > 0).clip(0, 1)
+        chosen = np.argsort(added, kind="stable")[:step]
+        for unit, error in zip(left[chosen], added[chosen], strict=True):
+            highest = errors[unit] = max(highest, error)
         _remove(w, inverse, positions[left[chosen]].flatten())
         left = np.delete(left, chosen)
-    return Removal(errors, share)
+    return RemovalCost(errors, share)
 
 
 def positions_of(units: Int[np.ndarray, " input"]) -> Int[Tensor, "units positions"]:
-    """The input positions of each unit, of which all own equally many."""
+    """The input positions of each unit; all units own equally many."""
     order = np.argsort(units, kind="stable")[int((units < 0).sum()) :]
     return torch.from_numpy(order).view(int(units.max()) + 1, -1)
 
 
 def _inverse(gram: Tensor, damping: float) -> Tensor:
+    """(C + lambda I)^-1, with lambda relative to the mean diagonal of C."""
     damped = gram.clone()
     damped.diagonal().add_(damping * float(gram.diagonal().mean()))
     factor, info = torch.linalg.cholesky_ex(damped)
@@ -106,7 +107,7 @@ def _by_unit(one: Tensor, positions: Tensor, two: Tensor) -> NDArray[np.float64]
 
 
 def _errors(w: Tensor, inverse: Tensor, positions: Tensor) -> NDArray[np.float64]:
-    """tr(W_u (P_uu)^-1 W_u^T) of every unit left."""
+    """tr(W_u (P_uu)^-1 W_u^T) of every unit, given the positions of each."""
     rows, columns = positions[:, :, None], positions[:, None, :]
     own = w[:, positions].movedim(0, -1)  # [units, positions of a unit, outputs]
     solved = torch.linalg.solve(inverse[rows, columns], own)
@@ -114,7 +115,7 @@ def _errors(w: Tensor, inverse: Tensor, positions: Tensor) -> NDArray[np.float64
 
 
 def _remove(w: Tensor, inverse: Tensor, gone: Tensor) -> None:
-    """Refit what is left and take the positions out of the inverse, in place."""
+    """Refit the weights of the other positions, and take the given ones out of the inverse, in place."""
     taken = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
     w -= w[:, gone] @ taken
     inverse -= inverse[:, gone] @ taken

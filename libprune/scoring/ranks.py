@@ -8,7 +8,7 @@ from scipy import stats
 
 
 def spearman(values: NDArray[np.float64], others: NDArray[np.float64]) -> float:
-    """Spearman's rank correlation, ties shared, -1 to 1; NaN where one side has fewer than two different values."""
+    """Spearman's rank correlation, -1 to 1, with shared ranks for ties; NaN where one side is constant or empty."""
     if len(values) < 2 or np.ptp(values) == 0 or np.ptp(others) == 0:
         return math.nan
     return float(stats.spearmanr(values, others).statistic)

@@ -1,4 +1,4 @@
-"""Scoring: from the artifacts and what is asked for to the global importance table, of one criterion or several."""
+"""Scoring: from the artifacts and the params to the global importance table, of one criterion or several."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -12,16 +12,15 @@ from libprune.pipeline.artifacts import read_architecture, read_table, same_orig
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.scoring.criteria import find_criterion, join_tables, score_units
-from libprune.scoring.fusion import Weights, named_criteria, parse_criteria
-from libprune.scoring.parts import NATS, READS_LOSSES, Alone, Scored, score_part
+from libprune.scoring.expression import Weights, criteria_of, named_criteria
+from libprune.scoring.fusion import NATS, READS_LOSSES, CriterionScores, PartScores, score_part
 
 
 def score_layout(layout: Layout, params: Score) -> tuple[Columns, dict[str, Any]]:
     """The importance table and its metadata.
 
     Raises:
-        LibpruneError: if the criteria cannot be read, do not go together, or measured losses say that they are
-            worth nothing.
+        LibpruneError: if the criteria cannot be read, do not go together, or do not explain the measured losses.
     """
     architecture = read_architecture(layout)
     asked = criteria_of(architecture, params)
@@ -37,39 +36,34 @@ def score_layout(layout: Layout, params: Score) -> tuple[Columns, dict[str, Any]
     return assemble(table, scored, params), origin | params.model_dump() | _nature(asked, scored, params)
 
 
-def criteria_of(architecture: Architecture, params: Score) -> dict[str, Weights]:
-    """The criteria of every type with their weights.
+def _require_scaling(asked: Mapping[str, Weights], params: Score) -> None:
+    """Stop where several criteria have no common scale, or where a fit to losses would read scaled criteria.
 
     Raises:
-        LibpruneError: if an expression cannot be read.
+        LibpruneError: saying which setting to change.
     """
-    asked = {"criterion": params.criterion} | params.expressions
-    keys = {part: part if part in asked else "criterion" for part in architecture.parts}
-    return {part: parse_criteria(asked[key], params.fusion, key) for part, key in keys.items()}
-
-
-def _require_scaling(asked: Mapping[str, Weights], params: Score) -> None:
-    """Several criteria need one scale, and a fit to losses the levels that scales take away."""
     several = [weights for weights in asked.values() if len(weights) > 1]
     for weights in several:
         units = {name: (find_criterion(name).unit, find_criterion(name).comparable) for name in weights}
         if params.fusion == "learned" and params.scaling != "none":
             raise LibpruneError(
-                f"score.fusion: learned predicts nats from the criteria's own levels, which score.scaling: "
+                f"score.fusion: learned predicts nats from the criteria's own magnitudes, which score.scaling: "
                 f"{params.scaling} takes away; set it to none"
             )
         alike = set(units.values()) == {(NATS, True)} and params.fusion in {"weighted", "simple"}
         if params.scaling == "none" and params.fusion not in READS_LOSSES and not alike:
-            told = ", ".join(f"{name} ({unit})" for name, (unit, _) in units.items())
+            listed = ", ".join(f"{name} ({unit})" for name, (unit, _) in units.items())
             raise LibpruneError(
-                f"score.fusion: {params.fusion} of {told} adds unlike things; set score.scaling to rank, zscore or "
+                f"score.fusion: {params.fusion} of {listed} adds unlike things; set score.scaling to rank, zscore or "
                 "minmax (only criteria in nats can be weighted without), or score.fusion to learned"
             )
 
 
-def _alone(layout: Layout, names: list[str], params: Score) -> tuple[dict[str, Alone], Columns, dict[str, Any]]:
+def _alone(
+    layout: Layout, names: list[str], params: Score
+) -> tuple[dict[str, CriterionScores], Columns, dict[str, Any]]:
     """Every criterion by itself, the index columns and costs, and the common origin."""
-    found: dict[str, Alone] = {}
+    alone: dict[str, CriterionScores] = {}
     origin: dict[str, Any] = {}
     index: Columns = {}
     for name in names:
@@ -80,14 +74,14 @@ def _alone(layout: Layout, names: list[str], params: Score) -> tuple[dict[str, A
         scores = score_units(table, own)
         index = {key: scores[key] for key in ("layer_idx", "group_type", "group_idx", "cost")}
         components = {key: scores[key] for key in scores if key not in {*index, "importance", "score"}}
-        found[name] = Alone(
+        alone[name] = CriterionScores(
             components, scores["importance"], criterion.comparable, criterion.unit, dict(criterion.orders)
         )
-    return found, index, origin
+    return alone, index, origin
 
 
 def _measured(layout: Layout, architecture: Architecture, origin: Mapping[str, Any]) -> Columns:
-    """The ablation table, with `row`: where each unit stands in a per-unit table."""
+    """The ablation table with a column `row`, the row of each unit in a per-unit table."""
     table, meta = read_table(layout.ablation, "ablation")
     if not len(table["layer_idx"]):
         raise ArtifactError(
@@ -103,11 +97,11 @@ def _measured(layout: Layout, architecture: Architecture, origin: Mapping[str, A
     return table | {"row": np.array([starts[block] for block in blocks]) + table["group_idx"]}
 
 
-def assemble(table: Columns, scored: Mapping[str, Scored], params: Score) -> Columns:
-    """The importance table of all types.
+def assemble(table: Columns, scored: Mapping[str, PartScores], params: Score) -> Columns:
+    """The importance table of all parts.
 
-    Components are columns by their name where all types have the same ones, and `type.name` with 0 elsewhere
-    where types differ.
+    Where all parts have components of the same names, each is a column of its name. Otherwise the column is
+    `part.name`, with 0 for the units of the other parts.
     """
     importance = np.zeros(len(table["cost"]))
     components: Columns = {}
@@ -122,12 +116,12 @@ def assemble(table: Columns, scored: Mapping[str, Scored], params: Score) -> Col
 
 
 def component_columns(asked: Mapping[str, Weights], params: Score) -> int:
-    """How many columns of components the table of these criteria has; of `best` the most that it may have."""
-    apart = params.fusion in {"weighted", "simple"} and params.scaling == "none"
+    """How many columns of components the table of these criteria has; for the fusion `best`, the most it may have."""
+    in_nats = params.fusion in {"weighted", "simple"} and params.scaling == "none"
     columns = []
     for weights in asked.values():
         own = {name: frozenset(_components(name)) for name in weights}
-        if len(weights) == 1 or apart:
+        if len(weights) == 1 or in_nats:
             columns.append(frozenset().union(*own.values()))
         elif params.fusion == "best":
             return len(asked) * max(map(len, own.values()))
@@ -137,17 +131,19 @@ def component_columns(asked: Mapping[str, Weights], params: Score) -> int:
 
 
 def _components(name: str) -> Iterable[str]:
+    """The names of a criterion's components."""
     criterion = find_criterion(name)
     return criterion.terms or criterion.orders or (name,)
 
 
-def _named(component: str, part: str, scored: Mapping[str, Scored]) -> str:
+def _named(component: str, part: str, scored: Mapping[str, PartScores]) -> str:
+    """The column of a part's component."""
     alike = len({frozenset(one.components) for one in scored.values()}) == 1
     return component if alike else f"{part}.{component}"
 
 
-def _nature(asked: Mapping[str, Weights], scored: Mapping[str, Scored], params: Score) -> dict[str, Any]:
-    """What allocation has to know of the scores, and what the report says of them."""
+def _nature(asked: Mapping[str, Weights], scored: Mapping[str, PartScores], params: Score) -> dict[str, Any]:
+    """The metadata by which allocation knows how scores compare, and the report names their criteria."""
     sources = {part: one.source for part, one in scored.items()}
     alike = len(set(sources.values())) == 1
     natures = {one.nature for one in scored.values()}
@@ -164,14 +160,14 @@ def _nature(asked: Mapping[str, Weights], scored: Mapping[str, Scored], params: 
 
 
 def fusion_lines(meta: Mapping[str, Any]) -> Iterator[str]:
-    """Lines that say what a fusion came to, one a type."""
+    """Lines on the result of a fusion, one for each part."""
     for part, facts in meta["fused"].items():
         if "r2" in facts:
-            told = f"R² {facts['r2']:.3f} ± {facts['r2_se']:.3f} on held-out units of {facts['units']} measured"
-            yield f"{part}: {told}; shares of the loss: {_listed(facts['shares'])}"
+            quality = f"R² {facts['r2']:.3f} ± {facts['r2_se']:.3f} on held-out units of {facts['units']} measured"
+            yield f"{part}: {quality}; shares of the loss: {_listed(facts['shares'])}"
         elif "rank_correlations" in facts:
-            told = f"rank correlation with {facts['units']} measured loss increases"
-            yield f"{part}: {told}: {_listed(facts['rank_correlations'])}"
+            quality = f"rank correlation with {facts['units']} measured loss increases"
+            yield f"{part}: {quality}: {_listed(facts['rank_correlations'])}"
         else:
             yield f"{part}: weights, mean over layers: {_listed(facts['mean_weights'])}"
 

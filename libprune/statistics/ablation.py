@@ -1,4 +1,4 @@
-"""The loss increase of masking single units, which criteria are judged by: which units, and the table of them."""
+"""The loss increase of masking single units: which units are drawn, the measurement, and the table of them."""
 
 import numpy as np
 import typer
@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from libprune.engine.architecture import Architecture
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, mean_columns
+from libprune.pipeline.artifacts import write_table
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.sections import Ablation, Compute
 
 Unit = tuple[int, str, int]
 """Layer, part, and the unit's number in it."""
@@ -16,9 +19,9 @@ Unit = tuple[int, str, int]
 def sample_units(architecture: Architecture, count: int, seed: int) -> list[Unit]:
     """A seeded sample of units without replacement, in the order of the per-unit tables.
 
-    Each part gives the same number, and each layer of a part, up to one. What a small part or layer
-    lacks is taken from other layers of the same part, then from the other parts. All units are
-    taken if more are asked for than there are.
+    All parts give the same number, and all layers of a part, up to one. Where a part or layer is too small, the rest
+    is taken from other layers of the same part, then from the other parts. All units are taken if there are no more
+    than the count.
     """
     rng = np.random.default_rng(seed)
     parts = list(architecture.parts)
@@ -35,7 +38,7 @@ def sample_units(architecture: Architecture, count: int, seed: int) -> list[Unit
 
 
 def _divide(count: int, room: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Shares of a count, as even as the room allows; what does not divide goes to places at even distances."""
+    """Divide a count into shares that are as even as the room allows; a remainder goes to places at even distances."""
     shares = np.zeros_like(room)
     while (left := count - int(shares.sum())) > 0 and (free := np.flatnonzero(shares < room)).size:
         if left >= len(free):
@@ -47,7 +50,7 @@ def _divide(count: int, room: NDArray[np.int64], rng: np.random.Generator) -> ND
 
 
 def unit_plans(architecture: Architecture, units: list[Unit]) -> dict[str, Plan]:
-    """For each unit the plan that removes it alone, by the unit's name."""
+    """The plans that each remove one unit alone, by the unit's name."""
     dense = Plan.dense(architecture).keep
     plans = {}
     for layer, part, unit in units:
@@ -59,10 +62,10 @@ def unit_plans(architecture: Architecture, units: list[Unit]) -> dict[str, Plan]
 def ablation_table(
     units: list[Unit], losses: Float[np.ndarray, "units sequences"], dense: Float[np.ndarray, " sequences"]
 ) -> Columns:
-    """One row a unit: the loss increase of masking it and its standard error over sequences, nats per token.
+    """A table with one row a unit: the loss increase of masking it and its standard error, nats per token.
 
-    Both are of the differences L_i(masked) - L_i(dense), L_i the mean-token loss of sequence i. The
-    standard error is NaN for a single sequence.
+    The increase is the mean over sequences i of L_i(masked) - L_i(dense), with L_i the mean-token loss of sequence i;
+    the standard error is that of this mean, NaN for a single sequence.
     """
     return {
         "layer_idx": np.array([layer for layer, _, _ in units], dtype=np.int64),
@@ -72,12 +75,42 @@ def ablation_table(
 
 
 def empty_table() -> Columns:
-    """The table of no unit."""
+    """An ablation table without rows."""
     return ablation_table([], np.zeros((0, 1)), np.zeros(1))
 
 
+def measure_ablation(layout: Layout, compute: Compute, section: Ablation) -> tuple[Columns, float] | None:
+    """Measure the loss increase of masking each of a sample of units alone, and write the table.
+
+    Args:
+        layout: where the artifacts are.
+        compute: how to run the model.
+        section: how many units, their seed, and how many calibration sequences, which are the last ones.
+
+    Returns:
+        The table and the mean loss of the dense model, nats per token; None in all processes but the first.
+
+    Raises:
+        LibpruneError: if an artifact is missing, the disk has no room, or a loss is not finite.
+    """
+    from libprune.collection.calibration import set_up  # needs torch, which reading the table does not
+    from libprune.statistics.losses import measuring
+
+    run = set_up(layout, compute, section.sequences, last=True)
+    units = sample_units(run.architecture, section.units, section.seed)
+    if run.world.first and len(units) < section.units:
+        typer.echo(f"ablation.units is {section.units}, the model has {len(units)} units: all are measured")
+    sample = {"units": len(units), "seed": section.seed}
+    with measuring(run, "ablation", layout.ablation, unit_plans(run.architecture, units), sample) as losses:
+        if losses is None:
+            return None
+        table, loss = ablation_table(units, losses.changed, losses.dense), float(losses.dense.mean())
+        write_table(layout.ablation, table, run.meta | sample | {"loss": loss})
+        return table, loss
+
+
 def print_ablation(table: Columns, loss: float) -> None:
-    """Mean loss increase by layer and part, and the dense loss that it adds to."""
+    """Print the mean loss increase by layer and part, and the dense loss that it adds to."""
     parts = list(dict.fromkeys(table["group_type"]))
     typer.echo(f"{'layer':>5}" + "".join(f"{f'loss_increase {part}':>32}" for part in parts))
     for layer in np.unique(table["layer_idx"]):

@@ -1,8 +1,8 @@
 """Forward-only statistics: norms and moments at every map's input, Gram matrices and histograms at the consumers'."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.collection.accumulator import Accumulator, Group
-from libprune.collection.calibration import HELD_OUT_EVERY, held_out
+from libprune.collection.calibration import HELD_OUT_EVERY, Run, held_out, set_up
 from libprune.collection.records import (
     Cosine,
     Gram,
@@ -25,30 +25,77 @@ from libprune.collection.records import (
     entropy,
     frequency,
 )
+from libprune.collection.resumable import Collection, collecting, write_artifact
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.surgery import hooked
+from libprune.engine.tables import Columns
 from libprune.engine.unit_sums import sum_positions, unit_sums
 from libprune.models.compute import per_sequence, require_finite
 from libprune.models.sequences import Pass
-from libprune.pipeline.sections import Activations
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.sections import Activations, Compute
 from libprune.pipeline.shards import GRAM, HELD_OUT
 
 NORMS = ("l1", "l2", "mean", "max")
 HISTOGRAM_STRIDE = 4
-"""One token in so many enters the histograms, at other positions in each sequence."""
+"""Every fourth token of a sequence enters the histograms; the first of them changes with the sequence."""
 ACTIVE = 0.125
-"""A value counts as active from this share of the root mean square of the layer's consumer input."""
+"""Share of the root mean square of the consumer's input from which a value counts as active."""
 
 _HISTOGRAM, _LAYER = ".input_histogram", "block"
 
 
+def measure_activations(layout: Layout, compute: Compute, section: Activations) -> Columns | None:
+    """Collect the forward-only statistics of a language model, and write their artifact.
+
+    Args:
+        layout: where the artifacts are.
+        compute: how to run the model.
+        section: how many calibration sequences, and the storage type of Gram matrices.
+
+    Returns:
+        The per-unit table; None in all processes but the first.
+
+    Raises:
+        LibpruneError: if an artifact is missing, the disk has no room, or an input is not finite.
+    """
+    run = set_up(layout, compute, section.sequences)
+
+    def collect(work: Collection) -> None:
+        collect_activations(run.model, run.architecture, work.passes(), work.accumulator)
+
+    return write_activations(run, layout.activations, section, collect)
+
+
+def write_activations(
+    run: Run, target: Path, section: Activations, collect: Callable[[Collection], None]
+) -> Columns | None:
+    """Write the forward-only statistics that a function adds to the sums.
+
+    Args:
+        run: what is collected from.
+        target: the folder of the artifact.
+        section: the storage type of Gram matrices.
+        collect: adds all batches to the sums of the `activation_groups`.
+
+    Returns:
+        The per-unit table; None in all processes but the first.
+    """
+    groups = activation_groups(run.architecture, section)
+    with collecting(run, "activations", target, groups, run.at_once, {}) as work:
+        collect(work)
+        if not work.merge():
+            return None
+        return write_artifact(run, target, work.accumulator, activation_columns, {})["units"]
+
+
 def activation_groups(architecture: Architecture, section: Activations) -> list[Group]:
-    """The statistics of every layer."""
+    """The statistics of every layer, by name."""
     return [_layer_group(architecture, layer, section) for layer in range(architecture.layers)]
 
 
 def _layer_group(architecture: Architecture, layer: int, section: Activations) -> Group:
-    group: dict[str, Statistic] = {} if architecture.is_network else {_LAYER: Cosine()}
+    group: dict[str, Statistic] = {_LAYER: Cosine()} if architecture.layers_path else {}
     for part in architecture.parts:
         consumers = architecture.consumers(layer, part)
         for entry in architecture.maps_of(layer, part):
@@ -70,7 +117,7 @@ def collect_activations(
     """Add batches to the sums, with one forward pass over each sequence, without the head.
 
     Args:
-        model: the model.
+        model: a language model.
         architecture: its description.
         batches: each of sequences of one length.
         sums: of the `activation_groups`.
@@ -78,76 +125,76 @@ def collect_activations(
     Raises:
         StatisticsError: naming the module and sequence whose input is not finite.
     """
-    with _collecting(model, architecture, sums) as collector, torch.no_grad():
+    inputs = InputSums(sums)
+    with hooked(model) as handles, torch.no_grad():
+        for entry in architecture.maps:
+            module = model.get_submodule(entry.module)
+            handles.append(module.register_forward_pre_hook(partial(_add_input, inputs, entry)))
+        for layer in range(architecture.layers):
+            module = model.get_submodule(f"{architecture.layers_path}.{layer}")
+            handles.append(module.register_forward_hook(partial(_add_layer, sums, layer), with_kwargs=True))
         for _, first, sequences in batches:
-            collector.begin(first, len(sequences))
+            inputs.begin(first, len(sequences))
             model.base_model(input_ids=sequences.ids, use_cache=False)
 
 
-@contextmanager
-def _collecting(model: PreTrainedModel, architecture: Architecture, sums: Accumulator) -> Iterator["_Collector"]:
-    collector = _Collector(sums)
-    with hooked(model) as handles:
-        for entry in architecture.maps:
-            module = model.get_submodule(entry.module)
-            handles.append(module.register_forward_pre_hook(partial(collector.input, entry)))
-        for layer in range(architecture.layers):
-            module = model.get_submodule(f"{architecture.layers_path}.{layer}")
-            handles.append(module.register_forward_hook(partial(collector.whole_layer, layer), with_kwargs=True))
-        yield collector
+class InputSums:
+    """The part of the sums that inputs of maps enter. Maps that share an input, such as q, k and v, are measured once.
 
-
-class _Collector:
-    """Turns inputs into updates of the sums. Maps that share an input, as q, k and v do, are measured once."""
+    Sequences may be the samples of a network, and tokens the rows that one sample gives a map.
+    """
 
     def __init__(self, sums: Accumulator) -> None:
-        self.sums = sums
+        """Take the sums of the `activation_groups`."""
+        self._sums = sums
 
     def begin(self, first: int, sequences: int) -> None:
-        """A batch of so many sequences begins."""
+        """Begin a batch, given the index of its first sequence and their number."""
         self._first, self._sequences = first, sequences
         self._shared: tuple[Tensor, State] | None = None
 
-    def input(self, entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook of a map."""
-        x = args[0]
+    def add(self, entry: Map, x: Tensor) -> None:
+        """Add what a map takes from a batch, ``[sequences, tokens, input]`` or ``[sequences * tokens, input]``.
+
+        Raises:
+            StatisticsError: naming the module and the sequence whose input is not finite.
+        """
+        group, each = self._sums.groups[entry.layer], per_sequence(x, self._sequences)
         if self._shared is None or self._shared[0] is not x:
-            require_finite(per_sequence(x, self._sequences), self._first, f"the input of {entry.module}")
-            moments = self.sums.groups[entry.layer][entry.module].measure(x.flatten(0, -2).float())
-            self._shared = x, moments
-        self.sums.join(entry.layer, entry.module, self._shared[1])
-        if entry.module + GRAM in self.sums.groups[entry.layer]:
-            add_consumer_input(self.sums, entry, per_sequence(x, self._sequences), self._first)
+            require_finite(each, self._first, f"the input of {entry.module}")
+            self._shared = x, group[entry.module].measure(x.flatten(0, -2).float())
+        self._sums.join(entry.layer, entry.module, self._shared[1])
+        if entry.module + GRAM in group:
+            self._add_to_gram(entry, each)
 
-    def whole_layer(
-        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        """Forward hook of a layer."""
-        before = args[0] if args else kwargs["hidden_states"]
-        after = output if isinstance(output, Tensor) else output[0]
-        self.sums.update(layer, _LAYER, before.flatten(0, -2), after.flatten(0, -2))
+    def _add_to_gram(self, consumer: Map, x: Float[Tensor, "sequences tokens input"]) -> None:
+        """Add a consumer's input to its histogram, its Gram matrix, and the inputs that are held out of the matrix."""
+        self._sums.update(consumer.layer, consumer.module + _HISTOGRAM, _sampled(x, self._first))
+        held = held_out(self._first, len(x)).to(x.device)
+        if not held.all():
+            fitted = x[~held] if held.any() else x
+            self._sums.update(consumer.layer, consumer.module + GRAM, fitted.flatten(0, -2))
+        if held.any():
+            numbers = (self._first + held.nonzero().squeeze(1).cpu()) // HELD_OUT_EVERY
+            self._sums.update(consumer.layer, consumer.module + HELD_OUT, x[held], numbers)
 
 
-def add_consumer_input(sums: Accumulator, entry: Map, x: Float[Tensor, "sequences tokens input"], first: int) -> None:
-    """Add a consumer's input to its histogram, its Gram matrix, and what is held out of that.
+def _add_input(inputs: InputSums, entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook of a map that adds its input to the sums."""
+    inputs.add(entry, args[0])
 
-    Args:
-        sums: of the `activation_groups`.
-        entry: the consumer.
-        x: its input, by sequence.
-        first: index of the first sequence.
-    """
-    sums.update(entry.layer, entry.module + _HISTOGRAM, _sampled(x, first))
-    apart = held_out(first, len(x)).to(x.device)
-    if not apart.all():
-        sums.update(entry.layer, entry.module + GRAM, (x[~apart] if apart.any() else x).flatten(0, -2))
-    if apart.any():
-        numbers = (first + apart.nonzero().squeeze(1).cpu()) // HELD_OUT_EVERY
-        sums.update(entry.layer, entry.module + HELD_OUT, x[apart], numbers)
+
+def _add_layer(
+    sums: Accumulator, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> None:
+    """Forward hook of a layer that adds the cosine between its input and its output to the sums."""
+    before = args[0] if args else kwargs["hidden_states"]
+    after = output if isinstance(output, Tensor) else output[0]
+    sums.update(layer, _LAYER, before.flatten(0, -2), after.flatten(0, -2))
 
 
 def _sampled(x: Float[Tensor, "sequences tokens input"], first: int) -> Float[Tensor, "sampled input"]:
-    """The tokens whose position and sequence add up to a multiple of the stride."""
+    """The tokens whose position and sequence number add up to a multiple of the stride."""
     sequence = torch.arange(first, first + x.shape[0], device=x.device)
     position = torch.arange(x.shape[1], device=x.device)
     return x[(sequence[:, None] + position) % HISTOGRAM_STRIDE == 0]
@@ -160,7 +207,7 @@ def activation_columns(
 
     `wanda_*`: sum over the unit's weights of |W_ij| a_j, for every norm a of the input features.
     `fluctuation`: sum over the unit's positions at the consumer's input of variance times |W_:,p|^2.
-    `activation_*`: what the unit's own positions carry at the consumer's input, on average:
+    `activation_*`: mean over the unit's own positions at the consumer's input of
     magnitude (mean |x|), variance, range (max - min), entropy (nats, over `BINS` bins), and
     frequency (share of values of at least `ACTIVE` times the layer's root mean square).
     """
@@ -185,19 +232,20 @@ def activation_columns(
 
 
 def _weighted(entry: Map, weight: Tensor, tensors: Mapping[str, Tensor], kind: str) -> Tensor:
+    """|W_ij| a_j of every weight of a map, in its own layout, with a_j the named norm of input feature j."""
     of = f"{entry.module}.input_mean" if kind == "mean" else f"{entry.module}.input_norm_{kind}"
     norm = tensors[of].abs()
     return weight.abs().float() * (norm[:, None] if entry.transposed else norm.view(weight.shape[1:]))
 
 
 def _fluctuation(consumer: Map, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-    """Variance of each input of a consumer times the squared norm of its weights."""
+    """Variance of each input of a consumer times the squared norm of the weights that read it, ``[input]``."""
     squares = weights[consumer.weight].double().square().sum(1 if consumer.transposed else 0)
     return squares.flatten() * tensors[f"{consumer.module}.input_variance"].double()
 
 
 def _features(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
-    """Statistics of every input feature of a consumer."""
+    """The `activation_*` statistics of every input feature of a consumer, ``[input]`` each."""
     variance, mean = tensors[f"{module}.input_variance"], tensors[f"{module}.input_mean"]
     counts = tensors[module + _HISTOGRAM]
     root_mean_square = float((variance + mean.square()).mean().sqrt())

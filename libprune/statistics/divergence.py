@@ -9,12 +9,13 @@ from libprune.models.sequences import NO_TARGET, Sequences
 
 
 class Divergence:
-    """KL(dense | changed) of the predicted distributions, for each sequence, mean over where it has targets, in nats.
+    """KL(dense | changed) between predictions of the dense and the changed model, by sequence, in nats.
 
-    Where the targets are the next tokens, the last position counts too: its target is only not known.
+    It is the mean over the positions of a sequence that have targets. Where the targets are the next tokens, the last
+    position counts too, although its target is not known.
 
-    The first call for a pass is taken as the dense model and gives 0; its log-probabilities are kept
-    on the host in the model's dtype: tokens x vocabulary.
+    The first call for a pass is taken as the dense model and gives 0. Its log-probabilities, tokens x vocabulary, are
+    kept on the host in the model's dtype.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -22,18 +23,18 @@ class Divergence:
         self._dense: dict[int, Tensor] = {}
 
     def __call__(self, number: int, sequences: Sequences) -> Float[Tensor, " batch"]:
-        """Of a pass: its number and its sequences."""
+        """The divergence of each sequence of a pass, ``[batch]``, given the number of the pass and its sequences."""
         logits, targets = self._model(input_ids=sequences.ids, use_cache=False).logits, sequences.targets
         if targets is not None:
             logits = logits[targets != NO_TARGET].unflatten(0, (len(sequences), -1))
-        found = nn.functional.log_softmax(logits.float(), -1)
+        changed = nn.functional.log_softmax(logits.float(), -1)
         if number not in self._dense:
-            self._dense[number] = found.to(logits.dtype).cpu()
-            return found.new_zeros(len(sequences))
-        dense = self._dense[number].to(found.device).float()
-        return (dense.exp() * (dense - found)).sum(-1).mean(-1)
+            self._dense[number] = changed.to(logits.dtype).cpu()
+            return changed.new_zeros(len(sequences))
+        dense = self._dense[number].to(changed.device).float()
+        return (dense.exp() * (dense - changed)).sum(-1).mean(-1)
 
 
 def stored_bytes(tokens: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """Bytes of the dense log-probabilities."""
+    """Bytes of the dense model's log-probabilities that a `Divergence` keeps."""
     return tokens * vocabulary * dtype.itemsize

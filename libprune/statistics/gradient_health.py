@@ -1,4 +1,4 @@
-"""What a collecting stage says at its end: a table by layer, the first keys, and whether gradients vanish."""
+"""Whether gradients vanish on their way through the layers: their mean by layer, its ratio, and a verdict."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ MILD, SEVERE = 100.0, 1000.0
 
 
 def gradient_by_layer(rows: Columns) -> Columns:
-    """Mean |g| of every layer, over its parameters and the batches, from the rows of `layers.parquet`.
+    """Mean |g| of every layer over its parameters and the batches, from the rows of `layers.parquet`.
 
-    Each parameter counts once, whatever its size, as in the per-type pictures of the field.
+    Each parameter counts once, whatever its size.
     """
     layers = np.unique(rows["layer_idx"])
     return {
@@ -27,7 +27,7 @@ def gradient_ratio(rows: Columns) -> float:
 
 
 def verdict(ratio: float) -> str:
-    """What a gradient ratio means, in a word: fine, mild or severe vanishing."""
+    """The meaning of a gradient ratio in words: fine, mild vanishing or severe vanishing."""
     if ratio < MILD:
         return "fine"
     return "mild vanishing" if ratio < SEVERE else "severe vanishing"

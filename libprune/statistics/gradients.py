@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from libprune.collection.accumulator import PENDING, ROWS, UNITS, Accumulator, Group
 from libprune.collection.backward import watching, weight_gradient
+from libprune.collection.calibration import Run, set_up
 from libprune.collection.records import BatchRows, Gram, MaskGradient, Pending, Statistic, Sum, count
+from libprune.collection.resumable import ColumnsOf, RowsOf, collecting, write_artifact
 from libprune.collection.summary import print_keys
 from libprune.engine.architecture import Architecture, Map, Parameter
 from libprune.engine.errors import StatisticsError
@@ -22,8 +24,54 @@ from libprune.engine.tables import Columns
 from libprune.engine.unit_sums import sum_positions, unit_sums
 from libprune.models.compute import require_finite, sequence_losses
 from libprune.models.sequences import Pass
-from libprune.pipeline.sections import Gradients
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.sections import Compute, Gradients
 from libprune.statistics.gradient_health import gradient_ratio, verdict
+
+
+def measure_gradients(layout: Layout, compute: Compute, section: Gradients) -> Columns | None:
+    """Collect the first-order statistics of a language model, and write their artifact.
+
+    Args:
+        layout: where the artifacts are.
+        compute: how to run the model.
+        section: how many calibration sequences, how they are batched, and what is stored.
+
+    Returns:
+        The table of `layer_rows`; None in all processes but the first.
+
+    Raises:
+        LibpruneError: if an artifact is missing, the disk has no room, or a value is not finite.
+    """
+    run = set_up(layout, compute, section.sequences)
+    size = section.batch_sequences
+    in_pieces = run.sequences.lengths is not None or run.at_once < size
+    groups = gradient_groups(run.architecture, run.n_tok, -(-run.available // size), section, in_pieces)
+    identity = {"second_moments": section.second_moments}
+    with collecting(run, "gradients", layout.gradients, groups, size, identity) as work:
+        sums = work.accumulator
+        collect_gradients(run.model, run.architecture, work.batches(), sums, run.at_once, run.recompute)
+        return write_gradients(run, layout.gradients, sums, -(-len(run.sequences) // size)) if work.merge() else None
+
+
+def write_gradients(
+    run: Run, target: Path, sums: Accumulator, batches: int, columns_of: ColumnsOf | None = None
+) -> Columns:
+    """Write the artifact of the first-order statistics.
+
+    Args:
+        run: what was collected from.
+        target: the folder of the artifact.
+        sums: the joined sums of the `gradient_groups`.
+        batches: the number of batches that were run.
+        columns_of: per-unit columns of a block; None for `gradient_columns`.
+
+    Returns:
+        The table of `layer_rows`.
+    """
+    rows: dict[str, RowsOf] = {"layers": partial(layer_rows, batches=batches), "tensors": tensor_rows}
+    loss = {"loss": float(sums.finish(run.architecture.layers)["loss"])}
+    return write_artifact(run, target, sums, columns_of or gradient_columns, loss, rows)["layers"]
 
 
 def gradient_groups(
@@ -36,8 +84,8 @@ def gradient_groups(
         n_tok: loss-counted tokens of a sequence.
         batches: the most batches that the text has.
         section: storage type, and whether to keep whole second moments.
-        in_pieces: whether batches may take several passes, as those of several lengths do, so that their gradients
-            must be kept until the last.
+        in_pieces: whether a batch may take several passes, for example over sequences of several lengths, so that its
+            gradients must be kept until the last pass.
     """
     layers = [
         _layer_group(architecture, layer, n_tok, batches, section, in_pieces) for layer in range(architecture.layers)
@@ -133,13 +181,21 @@ class _Collector:
         self._named = {p.name for p in architecture.parameters}
 
     def begin(self, number: int, sequences: int, first: int, n_tok: int, last: bool) -> None:
-        """A pass over some sequences of a batch begins."""
+        """Begin a pass over some sequences of a batch.
+
+        Args:
+            number: of the batch.
+            sequences: in the batch.
+            first: index of the first sequence of the pass.
+            n_tok: loss-counted tokens of a sequence.
+            last: whether this is the last pass of the batch.
+        """
         self._number, self._sequences, self._last = number, sequences, last
         self._first = first
         self._n_tok = n_tok
 
     def vector(self, name: str, layer: int, parameter: Tensor) -> None:
-        """The gradient of a norm's weight, from autograd."""
+        """Add the gradient that autograd gave a parameter of no map, such as a norm's weight."""
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad, None
         if not torch.isfinite(gradient).all():
@@ -150,7 +206,7 @@ class _Collector:
         self._take(name, layer, gradient)
 
     def output(self, entry: Map, x: Tensor, delta: Tensor) -> None:
-        """The gradient at a map's output: those of its weight and bias, and its second moment."""
+        """Add the gradients of a map's weight and bias, and the second moment of the gradient at its output."""
         gradient = weight_gradient(entry, x, delta)
         if not torch.isfinite(gradient.sum(dtype=torch.float32)):
             each = torch.stack([weight_gradient(entry, *pair) for pair in zip(x, delta, strict=True)])
@@ -163,27 +219,18 @@ class _Collector:
         bias = f"{entry.module}.bias"
         if bias in self._named:
             self._take(bias, entry.layer, delta.flatten(0, -2).sum(0, dtype=torch.float32))
-        self._second_moment(entry, "output", delta)
+        add_second_moment(self.sums, entry, "output", delta, self._n_tok)
 
     def input(self, entry: Map, x: Tensor, delta: Tensor) -> None:
-        """The gradient at a consumer's input: the mask gradients of its units, and its second moment."""
+        """Add the mask gradients of a consumer's units, and the second moment of the gradient at its input."""
         units = entry.input.units(self.architecture.parts[entry.part].axis, self.architecture.sizes)
         mask = sum_positions(x.float() * delta.float(), units, self.architecture.units(entry.part))
         require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
         self.sums.update(entry.layer, UNITS + entry.part, mask)
-        self._second_moment(entry, "input", delta)
-
-    def _second_moment(self, entry: Map, side: str, delta: Tensor) -> None:
-        """Per token, of the gradient of the summed loss."""
-        delta = delta.flatten(0, -2).float()
-        name = f"{entry.module}.{side}_gradient"
-        squares = delta.square().sum(0).double() * self._n_tok**2
-        self.sums.update(entry.layer, f"{name}_square", squares, count(len(delta)))
-        if f"{name}_gram" in self.sums.groups[entry.layer]:
-            self.sums.update(entry.layer, f"{name}_gram", delta * self._n_tok)
+        add_second_moment(self.sums, entry, "input", delta, self._n_tok)
 
     def _take(self, name: str, layer: int, gradient: Tensor) -> None:
-        """Add a pass's gradient, a sum over its sequences; whole batches go into the sums."""
+        """Keep the gradient of a pass, a sum over its sequences, and add that of a whole batch to the sums."""
         pending = PENDING + name in self.sums.groups[layer]
         if pending:
             self.sums.update(layer, PENDING + name, gradient)
@@ -196,6 +243,23 @@ class _Collector:
                 gradient.zero_()
 
 
+def add_second_moment(sums: Accumulator, entry: Map, side: str, delta: Tensor, n_tok: int) -> None:
+    """Add the second moment of a gradient at one side of a map, per token, where the sums have it.
+
+    Args:
+        sums: of the `gradient_groups`.
+        entry: the map.
+        side: `input` or `output`.
+        delta: gradient of the sum of mean-token losses there, ``[..., width]``.
+        n_tok: loss-counted tokens of a sequence, which turn it into the gradient of summed losses.
+    """
+    delta, group, name = delta.flatten(0, -2).float(), sums.groups[entry.layer], f"{entry.module}.{side}_gradient"
+    if f"{name}_square" in group:
+        sums.update(entry.layer, f"{name}_square", delta.square().sum(0).double() * n_tok**2, count(len(delta)))
+    if f"{name}_gram" in group:
+        sums.update(entry.layer, f"{name}_gram", delta * n_tok)
+
+
 def gradient_columns(
     architecture: Architecture, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], layer: int, part: str
 ) -> dict[str, NDArray[np.float64]]:
@@ -203,10 +267,10 @@ def gradient_columns(
 
     Args:
         architecture: the model's description.
-        tensors: what was collected of the layer, by name.
+        tensors: the finished statistics of the layer, by name.
         weights: the dense model's parameters.
-        layer: its layer.
-        part: which part of it.
+        layer: the layer of the block.
+        part: the part of the block.
     """
     names = {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}
     signed = {name: weights[name].double() * tensors[name].double() for name in names}
@@ -218,7 +282,7 @@ def gradient_columns(
 
 
 def layer_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int, batches: int) -> Columns:
-    """One row for every parameter of a layer and batch: mean |g|, standard deviation and norm of its gradient."""
+    """A table with one row a batch and parameter of a layer: mean |g|, standard deviation and norm of its gradient."""
     table: dict[str, list[object]] = {name: [] for name in LAYER_COLUMNS}
     for part in architecture.parts:
         for parameter in architecture.parameters_of(layer, part):
@@ -231,7 +295,7 @@ def layer_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer:
 
 
 def tensor_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int) -> Columns:
-    """One row for every parameter of a layer: the norm of its mean gradient over all sequences."""
+    """A table with one row a parameter of the layer: the norm of its mean gradient over all sequences."""
     parameters = [(part, p) for part in architecture.parts for p in architecture.parameters_of(layer, part)]
     return {
         "layer_idx": np.full(len(parameters), layer),
@@ -251,7 +315,7 @@ _TEXT = {"group_type", "parameter"}
 
 
 def print_gradients(rows: Columns, folder: Path) -> None:
-    """Mean |g| by layer and part, the first keys, the gradient ratio and its verdict."""
+    """Print the mean |g| by layer and part, the first keys, the gradient ratio and its verdict."""
     parts = list(dict.fromkeys(rows["group_type"]))
     typer.echo(f"{'layer':>5}" + "".join(f"{f'mean |g| {part}':>22}" for part in parts))
     for layer in np.unique(rows["layer_idx"]):

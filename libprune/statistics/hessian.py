@@ -13,18 +13,54 @@ from transformers import PreTrainedModel
 
 from libprune.collection.accumulator import UNITS, Accumulator, Group
 from libprune.collection.backward import watching, weight_gradient
+from libprune.collection.calibration import set_up
 from libprune.collection.records import Statistic, Sum, WeightedMean, count
+from libprune.collection.resumable import collecting, write_artifact
 from libprune.engine.architecture import Architecture, Block, Map, Parameter
 from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.surgery import hooked
+from libprune.engine.tables import Columns
 from libprune.engine.unit_sums import unit_sums
 from libprune.models.compute import require_finite, sequence_losses
 from libprune.models.sequences import Pass
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Hessian
 
 
+def measure_hessian(layout: Layout, compute: Compute, section: Hessian) -> Columns | None:
+    """Estimate the diagonal of a language model's Hessian, and write its artifact.
+
+    Args:
+        layout: where the artifacts are.
+        compute: how to run the model.
+        section: the estimator, `fisher` or `hutchinson`, and how many calibration sequences.
+
+    Returns:
+        The per-unit table; None in all processes but the first.
+
+    Raises:
+        LibpruneError: if an artifact is missing, the disk has no room, probes are not possible, or a value is not
+            finite.
+    """
+    run = set_up(layout, compute, section.sequences)
+    probing = section.estimator == "hutchinson"
+    if probing:
+        require_probes_possible(compute, run.world.sharded)
+    groups = hessian_groups(run.architecture, run.n_tok, section)
+    identity = {"estimator": section.estimator} | ({"probes": section.probes, "seed": section.seed} if probing else {})
+    with collecting(run, "hessian", layout.hessian, groups, run.at_once, identity) as work:
+        sums, batches = work.accumulator, work.passes()
+        if probing:
+            collect_probes(run.model, run.architecture, batches, sums, section)
+        else:
+            collect_squared_gradients(run.model, run.architecture, batches, sums, run.recompute)
+        if not work.merge():
+            return None
+        return write_artifact(run, layout.hessian, sums, hessian_columns, {"estimator": section.estimator})["units"]
+
+
 def hessian_groups(architecture: Architecture, n_tok: int, section: Hessian) -> list[Group]:
-    """The statistics of every layer.
+    """The statistics of every layer, by name.
 
     `fisher_sample` is mean_i g_i^2, as often written; `fisher` multiplies it by the n_tok
     loss-counted tokens of a sequence, over which the mean in L_i shrinks independent token
@@ -38,7 +74,7 @@ def hessian_groups(architecture: Architecture, n_tok: int, section: Hessian) -> 
     for layer in range(architecture.layers):
         group: dict[str, Statistic] = {}
         for part in architecture.parts:
-            for parameter in map_parameters(architecture, layer, part):
+            for parameter in curved_parameters(architecture, layer, part):
                 shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
                 group[parameter.name] = Sum(shape, factor, dtype)
             if section.estimator == "hutchinson":
@@ -47,12 +83,15 @@ def hessian_groups(architecture: Architecture, n_tok: int, section: Hessian) -> 
     return groups
 
 
-def map_parameters(architecture: Architecture, layer: int, part: str) -> list[Parameter]:
-    """Weights and biases of the linear maps of a block; of a network all parameters that carry the part's units."""
-    if architecture.is_network:
-        return list(architecture.parameters_of(layer, part))
+def curved_parameters(architecture: Architecture, layer: int, part: str) -> list[Parameter]:
+    """The parameters of a block whose diagonal is estimated: those of its linear maps, and others that carry units."""
     modules = {entry.module for entry in architecture.maps_of(layer, part)}
-    return [p for p in architecture.parameters_of(layer, part) if p.name.rpartition(".")[0] in modules]
+    carriers = {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}
+    return [
+        parameter
+        for parameter in architecture.parameters_of(layer, part)
+        if parameter.name in carriers or parameter.name.rpartition(".")[0] in modules
+    ]
 
 
 def collect_squared_gradients(
@@ -96,6 +135,7 @@ def collect_squared_gradients(
 
 
 def _sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
+    """The element-wise sum of squares in float32."""
     total: Tensor | None = None
     for gradient in gradients:
         values = gradient.float()
@@ -131,12 +171,12 @@ def collect_probes(
         batches: each of sequences of one length.
         sums: of the `hessian_groups`.
         section: number of probes, and their seed.
-        losses_of: from the model and a batch to the loss of each sequence.
+        losses_of: gives the loss of each sequence of a batch, from the model and the batch.
 
     Raises:
         StatisticsError: naming the parameter and the batch where a product is not finite.
     """
-    wanted = {p.name for block in architecture.blocks() for p in map_parameters(architecture, *block)}
+    wanted = {p.name for block in architecture.blocks() for p in curved_parameters(architecture, *block)}
     with hooked(model), twice_differentiable(model), torch.enable_grad():
         model.requires_grad_(False)
         parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if name in wanted}
@@ -167,9 +207,9 @@ def _add_probe(
     first: int,
     values: dict[Block, Tensor],
 ) -> None:
-    """Add a probe's products to the sums, and its sums by unit to the values of the batch."""
+    """Add one probe's products to the sums, and their sums by unit to the values of the batch."""
     for layer, part in architecture.blocks():
-        names = [p.name for p in map_parameters(architecture, layer, part)]
+        names = [p.name for p in curved_parameters(architecture, layer, part)]
         for name in names:
             if not torch.isfinite(diagonal[name]).all():
                 raise StatisticsError(
@@ -183,7 +223,7 @@ def _add_probe(
 
 
 def _signs(like: Tensor, seed: tuple[int, ...]) -> Tensor:
-    """Independent signs, the same for the same seed on every device."""
+    """Independent random signs in the shape of a tensor, which a seed fixes on every device."""
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
     bits = torch.randint(2, like.shape, generator=generator, dtype=torch.int8)
     return (2 * bits - 1).to(like.device, like.dtype)
@@ -191,7 +231,7 @@ def _signs(like: Tensor, seed: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Attention by its formula: the fused kernels have no second derivative."""
+    """Inside the context attention is computed by its formula, since the fused kernels have no second derivative."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -201,7 +241,7 @@ def hessian_columns(
 ) -> dict[str, NDArray[np.float64]]:
     """Per-unit second-order sums of a block.
 
-    `fisher`: half the sum of |W^2 H|, in nats; `hessian_trace`: sum of H. From probes also
+    `fisher`: half the sum of |W^2 H|, in nats; `hessian_trace`: sum of H. Probes also give
     `hessian`, half the sum of W^2 H with its sign, and `hessian_se`, its standard error over
     batches; noise does not cancel in the sum of absolute values.
     """
@@ -220,10 +260,10 @@ def hessian_columns(
 
 
 def require_probes_possible(compute: Compute, sharded: bool) -> None:
-    """Double backward needs the whole graph of the whole model in one place.
+    """Stop where the graph of the whole model is not in one place, as double backward needs it.
 
     Raises:
-        LibpruneError: naming what is in its way.
+        LibpruneError: naming the setting that prevents it.
     """
     ways = {
         "compute.offload": compute.offload != "none",

@@ -27,10 +27,10 @@ class Timing:
     """Seconds of one forward pass over ``batch`` sequences of ``tokens`` tokens.
 
     Attributes:
-        widths: units by part of each layer that was measured.
-        seconds: what that layer takes, ``[widths]``, without embeddings and head.
-        outside: embeddings, last norm, and the head; of a model that writes at one position of each sequence, as in a
-            prefill.
+        widths: units by part of each measured layer.
+        seconds: the time of each of these layers, ``[widths]``, without embeddings and head.
+        outside: the time of embeddings, last norm, and head. The head of a language model runs at one position of each
+            sequence, as in a prefill.
     """
 
     widths: tuple[Mapping[str, int], ...]
@@ -39,24 +39,24 @@ class Timing:
 
 
 def measured_widths(architecture: Architecture, number: int) -> list[dict[str, int]]:
-    """The dense layer, and layers of which one part has fewer units.
+    """The dense layer, and layers of which one part has fewer units, as units by part.
 
-    The counts are at even distances among those that the config can say and, of a long axis, that are as even as
-    the dense one: an odd number of channels would be slow for a reason of its own.
+    The counts are at even distances among those that the config can say. On an axis of more than 64 units they are
+    multiples of gcd(dense count, 64), since an odd number of channels would be slow for a reason of its own.
 
     Raises:
-        LibpruneError: if no smaller layer can be said.
+        LibpruneError: if the config can say no smaller layer.
     """
     dense = {part: architecture.units(part) for part in architecture.parts}
-    found = [dense]
+    widths = [dense]
     for part, shape in architecture.parts.items():
         step = gcd(dense[part], _EVEN) if dense[part] > _EVEN else 1
         counts = [count for count in range(step, dense[part], step) if shape.says(count)]
         chosen = np.unique(np.linspace(0, len(counts), number - 1, endpoint=False).astype(int))
-        found += [{**dense, part: counts[i]} for i in chosen if counts]
-    if len(found) == 1:
+        widths += [{**dense, part: counts[i]} for i in chosen if counts]
+    if len(widths) == 1:
         raise LibpruneError("the config of this model cannot say a smaller layer to time; choose another objective")
-    return found
+    return widths
 
 
 _EVEN = 64
@@ -65,7 +65,18 @@ _EVEN = 64
 def time_layers(
     config: PreTrainedConfig, architecture: Architecture, device: torch.device, dtype: torch.dtype, params: Latency
 ) -> Timing:
-    """Time single layers with random weights; the rounds go over all widths, so that a drift favours none."""
+    """Time single layers with random weights. Each round goes over all widths, so that a drift favours none.
+
+    Args:
+        config: the dense model's config.
+        architecture: its description.
+        device: where to run.
+        dtype: of the weights.
+        params: widths a part, sequences and tokens of a pass, and rounds, of which the median counts.
+
+    Raises:
+        LibpruneError: if the config can say no smaller layer.
+    """
     widths = measured_widths(architecture, params.widths)
     make = _Maker(config, architecture, device, dtype)
     nothing, rest = make(AutoModel, None), make(HEADS[architecture.head].loader, None)
@@ -78,12 +89,12 @@ def time_layers(
     for _ in tqdm(range(params.rounds + 1), desc="latency", unit="round"):
         head = _seconds(rest, ids, **({"logits_to_keep": 1} if architecture.head == "causal_lm" else {}))
         rounds.append([_seconds(nothing, ids), head, *(_seconds(layer, ids) for layer in layers)])
-    empty, outside, *found = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
-    return Timing(tuple(widths), np.array(found) - empty, outside)
+    empty, outside, *seconds = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
+    return Timing(tuple(widths), np.array(seconds) - empty, outside)
 
 
 class _Maker:
-    """Models of no layer or of one."""
+    """Makes models of one layer or of none, with random weights."""
 
     def __init__(
         self, config: PreTrainedConfig, architecture: Architecture, device: torch.device, dtype: torch.dtype
@@ -101,6 +112,7 @@ class _Maker:
 
 
 def _seconds(model: PreTrainedModel, ids: Tensor, **more: Any) -> float:
+    """Seconds of one forward pass."""
     with torch.no_grad():
         _wait(ids)
         start = time.perf_counter()
@@ -110,6 +122,7 @@ def _seconds(model: PreTrainedModel, ids: Tensor, **more: Any) -> float:
 
 
 def _wait(ids: Tensor) -> None:
+    """Wait until the device of a tensor has finished its work."""
     if ids.device.type != "cpu":
         torch.accelerator.synchronize(ids.device)
 
@@ -117,15 +130,15 @@ def _wait(ids: Tensor) -> None:
 def fit_lines(architecture: Architecture, timing: Timing) -> dict[str, Any]:
     """Least squares of seconds = fixed + Σ over parts of unit[part]·units.
 
-    A part whose units take no time that can be told from what the lines miss by, or was not measured, has 0 and is
-    left out of the fit.
+    A part is left out of the fit, with 0 seconds a unit, if it was not measured or if all its units together take less
+    time than the largest error of the fit.
 
     Returns:
         `unit` by part and `fixed`, seconds of a layer; `outside`; `widths` and `seconds` as measured; and `misfit`,
         the largest difference between line and measurement as a share of the dense layer's time.
 
     Raises:
-        LibpruneError: if no part has a time that can be told from noise.
+        LibpruneError: if no part takes more time than that error.
     """
     dense = timing.widths[0]
     parts = [part for part in architecture.parts if any(width[part] < dense[part] for width in timing.widths)]

@@ -1,7 +1,8 @@
-"""What whole levels cost: the divergence of the model when one block alone loses so many units and is repaired."""
+"""The divergence of the model when one block alone loses a number of units, its level, and is repaired."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import typer
@@ -11,16 +12,19 @@ from numpy.typing import NDArray
 from libprune.engine.architecture import Architecture, Block
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, mean_columns
+from libprune.pipeline.artifacts import read_table, same_origin, write_table
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.sections import Compute, Levels
 
 Level = tuple[int, str, int]
 """Layer, part, and how many of its units are removed."""
 
-
 Orders = Mapping[Block, NDArray[np.int64]]
+"""The units of every block, in the order in which they are removed."""
 
 
 def unit_orders(architecture: Architecture, scores: Columns) -> Orders:
-    """For every block its units in the order in which they go: ascending score, ties by unit."""
+    """The units of every block in the order in which they are removed: ascending score, ties by unit."""
     orders, start = {}, 0
     for layer, part in architecture.blocks():
         stop = start + architecture.units(part)
@@ -30,7 +34,7 @@ def unit_orders(architecture: Architecture, scores: Columns) -> Orders:
 
 
 def choose_levels(architecture: Architecture, number: int) -> list[Level]:
-    """The levels to measure of every block, at even distances up to the whole block; all of them if there are few."""
+    """The levels to measure of every block: at most `number`, at even distances up to the whole block."""
     return [
         (layer, part, int(removed))
         for layer, part in architecture.blocks()
@@ -45,12 +49,12 @@ def _steps(architecture: Architecture, part: str, number: int) -> int:
 
 
 def order_digest(orders: Orders) -> str:
-    """Names the orders in which units go; levels measured in another order say nothing."""
+    """A digest of the orders in which units are removed; levels that were measured in another order do not count."""
     return hashlib.sha256(b"".join(order.tobytes() for order in orders.values())).hexdigest()[:16]
 
 
 def level_plans(architecture: Architecture, orders: Orders, levels: Sequence[Level]) -> dict[str, Plan]:
-    """For each level the plan that takes its block there and leaves all others whole, by the level's name."""
+    """The plans that each take one block to its level and leave all others whole, by the level's name."""
     dense = Plan.dense(architecture).keep
     plans = {}
     for layer, part, removed in levels:
@@ -61,7 +65,10 @@ def level_plans(architecture: Architecture, orders: Orders, levels: Sequence[Lev
 
 
 def level_table(levels: list[Level], divergences: Float[np.ndarray, "levels sequences"]) -> Columns:
-    """One row a level: the mean divergence and its standard error over sequences (NaN of one), nats per token."""
+    """A table with one row a level: the mean divergence over sequences and its standard error, nats per token.
+
+    The standard error is NaN for a single sequence.
+    """
     return {
         "layer_idx": np.array([layer for layer, _, _ in levels], dtype=np.int64),
         "group_type": np.array([part for _, part, _ in levels], dtype=np.str_),
@@ -70,12 +77,58 @@ def level_table(levels: list[Level], divergences: Float[np.ndarray, "levels sequ
 
 
 def empty_table() -> Columns:
-    """The table of no level."""
+    """A table of levels without rows."""
     return level_table([], np.zeros((0, 1)))
 
 
+def measure_levels(
+    layout: Layout,
+    compute: Compute,
+    section: Levels,
+    repair: Callable[[Plan], Mapping[str, Any]],
+    inputs: Mapping[str, Any],
+) -> Columns | None:
+    """Measure the divergence of every level of every block, and write the table.
+
+    Args:
+        layout: where the artifacts are.
+        compute: how to run the model.
+        section: how many levels a block, and how many calibration sequences, which are the last ones.
+        repair: gives the new weights under a plan, tensors by parameter name.
+        inputs: what the repair depends on, beside the model and the plan.
+
+    Returns:
+        The table; None in all processes but the first.
+
+    Raises:
+        LibpruneError: if an artifact is missing or foreign, the weights do not lie whole on the device, the disk has
+            no room, or a divergence is not finite.
+    """
+    from libprune.collection.calibration import require_own_weights, set_up  # needs torch, which allocation does not
+    from libprune.statistics.divergence import Divergence
+    from libprune.statistics.losses import measuring
+
+    run = set_up(layout, compute, section.sequences, last=True)
+    require_own_weights(run)
+    scores, meta = read_table(layout.scores, "score")
+    same_origin(layout.scores, meta, {"model": run.architecture.fingerprint})
+    orders = unit_orders(run.architecture, scores)
+    levels = choose_levels(run.architecture, section.number)
+    plans, order = level_plans(run.architecture, orders, levels), order_digest(orders)
+    identity = {"order": order, "number": section.number, "inputs": inputs}
+    divergence = Divergence(run.model)
+    with measuring(
+        run, "levels", layout.levels, plans, identity, divergence, lambda name: repair(plans[name]), ("repair",)
+    ) as losses:
+        if losses is None:
+            return None
+        table = level_table(levels, losses.changed)
+        write_table(layout.levels, table, run.meta | {"levels": section.number, "order": order})
+        return table
+
+
 def print_levels(architecture: Architecture, table: Columns) -> None:
-    """The divergence of every level by layer and part, in thousandths."""
+    """Print the divergence of every level by layer and part, in thousandths of a nat."""
     for part in architecture.parts:
         rows = table["group_type"] == part
         counts = np.unique(table["removed"][rows])

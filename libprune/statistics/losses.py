@@ -8,21 +8,23 @@ changes spread evenly over the layers, about half of changes x passes over the t
 Memory, on the host: sequences x length x width of the model x kept layers x bytes of the model's dtype.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import typer
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from libprune.collection.accumulator import Group
 from libprune.collection.calibration import Calibration
 from libprune.collection.records import Field, State, Statistic
-from libprune.collection.resumable import Collection
+from libprune.collection.resumable import Collection, collecting
 from libprune.engine.architecture import Architecture
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import hooked, masked
@@ -34,8 +36,8 @@ from libprune.pipeline.terminal import gigabytes
 LOSSES = "losses"
 """The name of `SequenceLosses` among the statistics."""
 
-
 Measure = Callable[[int, Sequences], Tensor]
+"""From the number of a pass and its sequences to a value for each sequence."""
 
 
 class Prefix:
@@ -65,8 +67,8 @@ class Prefix:
             sequences: on the model's device.
             at_once: sequences in one pass.
             layers: those that measurements will start from; nothing needs to be kept for the first.
-            measure: of the number of a pass and its sequences, a value for each sequence; None for the
-                mean-token loss, in nats. The first call for each pass is on the model as it is now.
+            measure: gives the value of each sequence; None for the mean-token loss, in nats. Its first call for each
+                pass is on the model as it is now.
         """
         self._model, self._architecture = model, architecture
         self._layers = layers_of(model, architecture)
@@ -79,7 +81,7 @@ class Prefix:
             self.losses = self.losses_from(0)
 
     def losses_of(self, plan: Plan) -> Float[Tensor, " sequences"]:
-        """Losses of the model masked by a plan; ``[sequences]``, nats, float64."""
+        """Losses of the model masked by a plan, ``[sequences]``, nats, float64."""
         first = first_changed(plan)
         if first is None:
             return self.losses
@@ -87,9 +89,9 @@ class Prefix:
             return self.losses_from(first)
 
     def losses_from(self, layer: int) -> Float[Tensor, " sequences"]:
-        """Losses of the model as it is now, which is changed in no layer before this one; as in `losses_of`.
+        """Losses of the model as it is now, changed in no layer before the given one, ``[sequences]``, nats, float64.
 
-        Runs from the last layer up to this one that something was kept for.
+        Runs from the nearest layer, at or before the given one, whose input was kept.
         """
         start = max((kept for kept in self._kept if kept <= layer), default=0)
         with torch.no_grad():
@@ -109,7 +111,7 @@ def first_changed(plan: Plan) -> int | None:
 
 
 def _keep_output(outputs: list[Any], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of a layer."""
+    """Forward hook of a layer that keeps a copy of its output on the host."""
     outputs.append(copy_output(output, "cpu"))
 
 
@@ -122,11 +124,11 @@ class SequenceLosses(Statistic):
 
     @property
     def fields(self) -> Mapping[str, Field]:
-        """One row a change, ``[changes, sequences]``; 0 where a change was not measured."""
+        """The table ``[changes, sequences]``, whose rows are 0 until their change is measured."""
         return {"rows": Field((self.changes, self.sequences))}
 
     def measure(self, *batch: Tensor) -> State:
-        """Of the losses ``[sequences]`` under one change, and its number."""
+        """The state that holds the losses ``[sequences]`` of one change, given with its number."""
         state = self.init()
         self.update(state, *batch)
         return state
@@ -137,13 +139,84 @@ class SequenceLosses(Statistic):
         state["rows"][int(number)] += losses
 
     def finish(self, state: State) -> dict[str, Tensor]:
-        """The rows."""
+        """All losses, ``[changes, sequences]``, nats."""
         return {"": state["rows"]}
 
 
-def loss_groups(run: Calibration, changes: int) -> list[Group]:
-    """The statistic that `collect_losses` fills."""
-    return [{LOSSES: SequenceLosses(changes, len(run.sequences))}]
+@dataclass(frozen=True)
+class Losses:
+    """What every sequence loses under each of several changes of a model, and without any; float64.
+
+    Attributes:
+        changed: one row a change, ``[changes, sequences]``, nats per token, or what else was measured.
+        dense: the same number for the dense model, ``[sequences]``.
+    """
+
+    changed: Float[np.ndarray, "changes sequences"]
+    dense: Float[np.ndarray, " sequences"]
+
+
+@contextmanager
+def measuring(
+    run: Calibration,
+    stage: str,
+    target: Path,
+    plans: Mapping[str, Plan],
+    identity: Mapping[str, Any],
+    measure: Measure | None = None,
+    weights_of: Callable[[str], Mapping[str, Tensor]] = lambda name: {},
+    rooms: Sequence[str] = (),
+) -> Iterator[Losses | None]:
+    """Measure the losses under every plan, going on where a killed run of the same stage stopped.
+
+    The context is for writing the result: only when it ends are the saved losses removed.
+
+    Args:
+        run: the model and the text.
+        stage: the name of the stage.
+        target: the artifact that will be written.
+        plans: what is removed, by a name for messages.
+        identity: what the losses depend on beside the model, the text and the number of its sequences.
+        measure: what is measured, if not the loss; see `Prefix`.
+        weights_of: weights that take the place of the model's own under the plan of a name.
+        rooms: packages of libprune, beside those that every collecting stage runs, whose code is used.
+
+    Yields:
+        The losses, in the first process; None in the others.
+
+    Raises:
+        StatisticsError: naming the plan and the sequence whose loss is not finite.
+    """
+    sequences = run.sequences
+    groups = [{LOSSES: SequenceLosses(len(plans), len(sequences))}]
+    identity = {**identity, "sequences": len(sequences)}
+    with collecting(run, stage, target, groups, 1, identity, len(plans), sequences.tokens, rooms) as work:
+        dense = _add_losses(run, work, plans, measure, weights_of)
+        first = work.merge()
+        yield Losses(work.accumulator.finish(0)[LOSSES].numpy(), dense.numpy()) if first else None
+
+
+def _add_losses(
+    run: Calibration,
+    work: Collection,
+    plans: Mapping[str, Plan],
+    measure: Measure | None,
+    weights_of: Callable[[str], Mapping[str, Tensor]],
+) -> Float[Tensor, " sequences"]:
+    """Add the losses under every plan that the sums do not hold yet, and return those of the dense model."""
+    names = list(plans)
+    left = names[work.accumulator.done * run.world.size + run.world.rank :: run.world.size]
+    layers = {first_changed(plans[name]) or 0 for name in left}
+    sequences = run.sequences.to(run.device)
+    _announce_states(run, layers)
+    prefix = Prefix(run.model, run.architecture, sequences, run.at_once, layers, measure)
+    require_finite(prefix.losses, run.first, "the loss of the dense model")
+    for number in work.steps():
+        with replaced(run.model, weights_of(names[number])):
+            losses = prefix.losses_of(plans[names[number]])
+        require_finite(losses, run.first, f"the loss without {names[number]}")
+        work.accumulator.update(0, LOSSES, losses, torch.tensor(number))
+    return prefix.losses
 
 
 def _announce_states(run: Calibration, layers: set[int]) -> None:
@@ -151,42 +224,3 @@ def _announce_states(run: Calibration, layers: set[int]) -> None:
     size = len(layers - {0}) * run.sequences.tokens * width * each
     if run.world.first:
         typer.echo(f"states before {len(layers)} layers are kept in {gigabytes(size)} of memory")
-
-
-def collect_losses(
-    run: Calibration,
-    work: Collection,
-    plans: Mapping[str, Plan],
-    first: int,
-    measure: Measure | None = None,
-    weights_of: Callable[[str], Mapping[str, Tensor]] = lambda name: {},
-) -> Float[Tensor, " sequences"]:
-    """Measure the losses under every plan that the sums do not hold yet.
-
-    Args:
-        run: the model and the text.
-        work: sums of the `loss_groups`, whose items are the plans.
-        plans: what is removed, by a name for messages.
-        first: index of the run's first sequence among all calibration sequences, for messages.
-        measure: what is measured, if not the loss; as in `Prefix`.
-        weights_of: weights that take the place of the model's own under the plan of a name.
-
-    Returns:
-        The losses of the dense model, ``[sequences]``, nats, float64.
-
-    Raises:
-        StatisticsError: naming the plan and the sequence whose loss is not finite.
-    """
-    names = list(plans)
-    left = names[work.accumulator.done * run.world.size + run.world.rank :: run.world.size]
-    layers = {first_changed(plans[name]) or 0 for name in left}
-    sequences = run.sequences.to(run.device)
-    _announce_states(run, layers)
-    prefix = Prefix(run.model, run.architecture, sequences, run.at_once, layers, measure)
-    require_finite(prefix.losses, first, "the loss of the dense model")
-    for number in work.steps():
-        with replaced(run.model, weights_of(names[number])):
-            losses = prefix.losses_of(plans[names[number]])
-        require_finite(losses, first, f"the loss without {names[number]}")
-        work.accumulator.update(0, LOSSES, losses, torch.tensor(number))
-    return prefix.losses

@@ -1,23 +1,21 @@
-"""Statistics of networks: the same sums and artifacts as of language models, by autograd as it is.
+"""Statistics of networks that are no transformers: the sums and artifacts of language models, filled by plain autograd.
 
 Networks of the user's own fit in memory, so that nothing here saves memory: gradients of all parameters are held at
 once, and per-sample gradients come from passes over one sample. A sample stands where a language model has a sequence.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from libprune.collection.accumulator import ROWS, UNITS, Accumulator
 from libprune.collection.calibration import Run
 from libprune.collection.module_hooks import unit_masks, watched_gradients, watched_inputs
 from libprune.collection.records import count
-from libprune.collection.resumable import RowsOf, collecting, write_artifact
+from libprune.collection.resumable import Collection, collecting, write_artifact
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import StatisticsError
 from libprune.engine.surgery import hooked, oriented
@@ -25,61 +23,69 @@ from libprune.engine.tables import Columns
 from libprune.models.compute import require_finite
 from libprune.models.samples import Samples
 from libprune.pipeline.sections import Activations, Gradients, Hessian
-from libprune.pipeline.shards import GRAM
-from libprune.statistics.activations import activation_columns, activation_groups, add_consumer_input
-from libprune.statistics.gradients import gradient_columns, gradient_groups, layer_rows, tensor_rows
+from libprune.statistics.activations import InputSums, write_activations
+from libprune.statistics.gradients import add_second_moment, gradient_columns, gradient_groups, write_gradients
 from libprune.statistics.hessian import collect_probes, hessian_columns, hessian_groups
 
 
-def collect_gradients(run: Run, network: nn.Module, target: Path, section: Gradients) -> None:
-    """The mean gradient of every parameter that carries a unit, and how every unit's mask gradient behaves."""
+def measure_module_gradients(run: Run, network: nn.Module, target: Path, section: Gradients) -> None:
+    """Write the mean gradient of every parameter that carries a unit, and how every unit's mask gradient behaves.
+
+    Raises:
+        LibpruneError: if the disk has no room, or a value is not finite.
+    """
     architecture, samples = run.architecture, run.sequences
     number = -(-len(samples) // run.at_once)
     groups = gradient_groups(architecture, samples.counted, number, section)
     with collecting(run, "gradients", target, groups, run.at_once, {}) as work:
         for step, first, batch in work.batches():
             _add_gradients(network, architecture, work.accumulator, step, first, batch)
-        rows: dict[str, RowsOf] = {"layers": partial(layer_rows, batches=number), "tensors": tensor_rows}
-        loss = {"loss": float(work.accumulator.finish(1)["loss"])}
-        write_artifact(run, target, work.accumulator, _first_order, loss, rows)
+        write_gradients(run, target, work.accumulator, number, _columns_by_sample)
 
 
-def _first_order(
+def _columns_by_sample(
     architecture: Architecture, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], layer: int, part: str
 ) -> Columns:
-    """As of language models, without what is told by token: a sample is asked as a whole."""
+    """The `gradient_columns` of a block without those by token, which a mask of a whole sample does not have."""
     columns = gradient_columns(architecture, tensors, weights, layer, part)
     return {name: values for name, values in columns.items() if not name.endswith("_token")}
 
 
-def collect_hessian(run: Run, network: nn.Module, target: Path, section: Hessian) -> None:
-    """The diagonal of the Hessian."""
+def measure_module_hessian(run: Run, network: nn.Module, target: Path, section: Hessian) -> None:
+    """Write the diagonal of the Hessian of every parameter that carries a unit.
+
+    Raises:
+        LibpruneError: if the disk has no room, or a value is not finite.
+    """
     architecture, samples = run.architecture, run.sequences
     groups = hessian_groups(architecture, samples.counted, section)
     with collecting(run, "hessian", target, groups, run.at_once, estimation(section)) as work:
+        sums = work.accumulator
         if section.estimator == "hutchinson":
-            collect_probes(network, architecture, work.batches(), work.accumulator, section, _losses)
+            collect_probes(network, architecture, work.batches(), sums, section, lambda net, batch: batch.losses(net))
         else:
             for _, first, batch in work.batches():
-                _add_squares(network, architecture, work.accumulator, first, batch)
-        write_artifact(run, target, work.accumulator, hessian_columns, estimation(section))
+                _add_squares(network, architecture, sums, first, batch)
+        write_artifact(run, target, sums, hessian_columns, estimation(section))
 
 
 def estimation(section: Hessian) -> dict[str, Any]:
-    """What the diagonal depends on beside the network and its samples."""
+    """The params that the diagonal depends on, beside the network and its samples."""
     return section.model_dump(exclude={"sequences"})
 
 
-def collect_activations(run: Run, network: nn.Module, target: Path, section: Activations) -> None:
-    """Norms and moments at every map's input, Gram matrices and histograms at the consumers'."""
-    with collecting(run, "activations", target, activation_groups(run.architecture, section), run.at_once, {}) as work:
+def measure_module_activations(run: Run, network: nn.Module, target: Path, section: Activations) -> None:
+    """Write norms and moments at every map's input, and Gram matrices and histograms at the consumers'.
+
+    Raises:
+        LibpruneError: if the disk has no room, or a value is not finite.
+    """
+
+    def collect(work: Collection) -> None:
         for _, first, batch in work.batches():
             _add_activations(network, run.architecture, work.accumulator, first, batch)
-        write_artifact(run, target, work.accumulator, activation_columns, {})
 
-
-def _losses(network: nn.Module, batch: Samples) -> Tensor:
-    return batch.losses(network)
+    write_activations(run, target, section, collect)
 
 
 def _carrying(network: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
@@ -89,25 +95,27 @@ def _carrying(network: nn.Module, architecture: Architecture) -> dict[str, nn.Pa
 
 
 def _gradients(losses: Tensor, wanted: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
-    """Gradients of the summed losses, by name.
+    """Gradients of the summed losses by the wanted tensors, by name.
 
     Raises:
-        StatisticsError: naming the first that is not finite.
+        StatisticsError: naming the first tensor whose gradient is not finite.
     """
     require_finite(losses.detach(), first, "the loss")
-    found = torch.autograd.grad(losses.sum(), list(wanted.values()), allow_unused=True, materialize_grads=True)
-    for name, gradient in zip(wanted, found, strict=True):
+    values = torch.autograd.grad(losses.sum(), list(wanted.values()), allow_unused=True, materialize_grads=True)
+    gradients = dict(zip(wanted, values, strict=True))
+    for name, gradient in gradients.items():
         if not torch.isfinite(gradient.sum()):
             raise StatisticsError(
                 f"the gradient of {name} is not finite in the pass from calibration sample {first}; check that the "
                 "network is sound on its samples"
             )
-    return dict(zip(wanted, found, strict=True))
+    return gradients
 
 
 def _add_gradients(
     network: nn.Module, architecture: Architecture, sums: Accumulator, number: int, first: int, batch: Samples
 ) -> None:
+    """Add the gradients by parameters and unit masks of one batch, and its second moments."""
     with (
         hooked(network),
         unit_masks(network, architecture, len(batch)) as masks,
@@ -117,35 +125,25 @@ def _add_gradients(
         network.requires_grad_(True)
         parameters: dict[str, Tensor] = dict(_carrying(network, architecture))
         losses = batch.losses(network)
-        found = _gradients(losses, parameters | {UNITS + part: mask for part, mask in masks.items()}, first)
+        gradients = _gradients(losses, parameters | {UNITS + part: mask for part, mask in masks.items()}, first)
     samples = count(len(batch))
     for name in parameters:
-        sums.update(0, name, found[name].float(), samples)
-        sums.update(0, ROWS + name, found[name], samples, torch.tensor(number))
+        sums.update(0, name, gradients[name].float(), samples)
+        sums.update(0, ROWS + name, gradients[name], samples, torch.tensor(number))
     for part in masks:
-        sums.update(0, UNITS + part, found[UNITS + part].float().unsqueeze(1))
+        sums.update(0, UNITS + part, gradients[UNITS + part].float().unsqueeze(1))
     for entry, rows in deltas.items():
         weight = network.get_parameter(entry.weight).detach()
-        still = weight.new_zeros(
-            0 if rows else entry.rows * len(batch), len(weight)
-        )  # where no loss depends on the map
-        delta = torch.cat([still, *rows]).float()
-        name = f"{entry.module}.output_gradient_square"
-        if name in sums.groups[0]:
-            sums.update(0, name, _squares(delta, batch.counted), count(len(delta)))
-        name = f"{entry.module}.input_gradient_square"
-        if name in sums.groups[0]:
-            sums.update(0, name, _squares(delta @ oriented(entry, weight).float(), batch.counted), count(len(delta)))
+        unused = [] if rows else [weight.new_zeros(entry.rows * len(batch), len(weight))]  # no loss depends on the map
+        delta = torch.cat([*unused, *rows]).float()
+        add_second_moment(sums, entry, "output", delta, batch.counted)
+        if f"{entry.module}.input_gradient_square" in sums.groups[0]:
+            add_second_moment(sums, entry, "input", delta @ oriented(entry, weight).float(), batch.counted)
     sums.update(1, "loss", losses.detach().double().sum().cpu(), samples)
 
 
-def _squares(gradient: Float[Tensor, "rows width"], counted: int) -> Float[Tensor, " width"]:
-    """Sum over rows of the squared gradient of a sample's summed loss."""
-    return gradient.square().sum(0).double() * counted**2
-
-
 def _add_squares(network: nn.Module, architecture: Architecture, sums: Accumulator, first: int, batch: Samples) -> None:
-    """Add each sample's squared gradient."""
+    """Add the squared gradient of each sample of a batch."""
     with hooked(network), torch.enable_grad():
         network.requires_grad_(True)
         parameters = _carrying(network, architecture)
@@ -157,12 +155,11 @@ def _add_squares(network: nn.Module, architecture: Architecture, sums: Accumulat
 def _add_activations(
     network: nn.Module, architecture: Architecture, sums: Accumulator, first: int, batch: Samples
 ) -> None:
+    """Add the inputs of all calls of every map that carries units."""
     with watched_inputs(network, architecture.maps, len(batch)) as seen, torch.no_grad():
         network(batch.inputs)
+    inputs = InputSums(sums)
+    inputs.begin(first, len(batch))
     for entry, calls in seen.items():
         if entry.module in sums.groups[0]:
-            x = torch.cat(calls, 1).float()
-            require_finite(x, first, f"the input of {entry.module}")
-            sums.update(0, entry.module, x.flatten(0, 1))
-            if entry.module + GRAM in sums.groups[0]:
-                add_consumer_input(sums, entry, x, first)
+            inputs.add(entry, torch.cat(calls, 1).float())

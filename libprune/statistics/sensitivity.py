@@ -1,30 +1,33 @@
-"""The loss increase of removing whole layers, attentions and MLPs: what hierarchical allocation weighs units by."""
+"""The loss increase of removing whole layers, attentions and MLPs, by which hierarchical allocation weighs units."""
 
 import numpy as np
 import typer
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from libprune.engine.architecture import Architecture, Block
+from libprune.engine.architecture import Architecture
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, mean_columns
+from libprune.pipeline.artifacts import write_table
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.sections import Compute, Sensitivity
 
 LAYER = "layer"
-"""What the table calls the removal of all parts of a layer."""
+"""The name of the removal of all parts of a layer in the table."""
 
-Removal = Block
-"""A layer, and what of it is removed: `LAYER` or a part."""
+Removal = tuple[int, str]
+"""A layer, and what is removed from it: `LAYER` or a part."""
 
 
 def removals(architecture: Architecture) -> list[Removal]:
-    """All that is measured: every layer, and each of its parts."""
+    """Every removal that is measured: each whole layer, followed by each of its parts."""
     return [(layer, what) for layer in range(architecture.layers) for what in (LAYER, *architecture.parts)]
 
 
 def removal_plans(architecture: Architecture) -> dict[str, Plan]:
-    """For each removal its plan, by a name for messages.
+    """The plan of every removal, in the order of `removals`, by a name for messages.
 
-    What is removed contributes exactly nothing to the residual stream, biases included.
+    A removed part adds exactly nothing to the residual stream, biases included.
     """
     dense = Plan.dense(architecture).keep
     plans = {}
@@ -38,7 +41,7 @@ def removal_plans(architecture: Architecture) -> dict[str, Plan]:
 def sensitivity_table(
     measured: list[Removal], losses: Float[np.ndarray, "removals sequences"], dense: Float[np.ndarray, " sequences"]
 ) -> Columns:
-    """One row a removal: the mean of L_i(removed) - L_i(dense) over sequences, and its standard error.
+    """A table with one row a removal: the mean of L_i(removed) - L_i(dense) over sequences, and its standard error.
 
     L_i is the mean-token loss of sequence i, nats. The standard error is NaN for a single sequence.
     """
@@ -49,18 +52,45 @@ def sensitivity_table(
 
 
 def empty_table() -> Columns:
-    """The table of no removal."""
+    """A sensitivity table without rows."""
     return sensitivity_table([], np.zeros((0, 1)), np.zeros(1))
 
 
+def measure_sensitivity(layout: Layout, compute: Compute, section: Sensitivity) -> tuple[Columns, float] | None:
+    """Measure the loss increase of removing each layer, and each of its parts alone, and write the table.
+
+    Args:
+        layout: where the artifacts are.
+        compute: how to run the model.
+        section: how many calibration sequences, which are the last ones.
+
+    Returns:
+        The table and the mean loss of the dense model, nats per token; None in all processes but the first.
+
+    Raises:
+        LibpruneError: if an artifact is missing, the disk has no room, or a loss is not finite.
+    """
+    from libprune.collection.calibration import set_up  # needs torch, which reading the table does not
+    from libprune.statistics.losses import measuring
+
+    run = set_up(layout, compute, section.sequences, last=True)
+    with measuring(run, "sensitivity", layout.sensitivity, removal_plans(run.architecture), {}) as losses:
+        if losses is None:
+            return None
+        table = sensitivity_table(removals(run.architecture), losses.changed, losses.dense)
+        loss = float(losses.dense.mean())
+        write_table(layout.sensitivity, table, run.meta | {"loss": loss})
+        return table, loss
+
+
 def increases_of(table: Columns) -> dict[str, NDArray[np.float64]]:
-    """Loss increases ``[layers]`` in nats per token, by what is removed."""
+    """Loss increases ``[layers]`` in nats per token, by what is removed: `LAYER` or a part."""
     kinds = dict.fromkeys(table["removed"].tolist())
     return {kind: table["loss_increase"][table["removed"] == kind] for kind in kinds}
 
 
 def print_sensitivity(table: Columns, loss: float) -> None:
-    """The loss increases by layer, and the dense loss that they add to."""
+    """Print the loss increases by layer, and the dense loss that they add to."""
     increases = increases_of(table)
     typer.echo("loss increase, nats per token, without")
     typer.echo(f"{'layer':>5}" + "".join(f"{f'the {kind}':>16}" for kind in increases))

@@ -14,17 +14,17 @@ from libprune.engine.cost import unit_parameters
 from libprune.engine.unit_sums import unit_sums
 
 _AT_ONCE = 1 << 22
-"""Elements whose singular values are worked out together, in float64."""
+"""Elements of the matrices whose singular values are computed together, in float64."""
 
 
 def weight_columns(
     architecture: Architecture, weights: Mapping[str, Tensor], layer: int, part: str
 ) -> dict[str, NDArray[Any]]:
-    """Columns of a block's units, over the n weights w of each; biases count as weights.
+    """Per-unit columns of a block, over the n weights w of each unit; biases count as weights.
 
     `cost`: n. `magnitude_l1`, `magnitude_l2`: sums of |w| and of w^2. `weight_variance`: mean of (w - mean)^2.
     `weight_nonzero`: share that is not exactly 0. `weight_entropy`: entropy of the shares w_i^2 / sum w^2 over ln n.
-    `weight_effective_rank`: of the unit's vectors, without biases, over the largest possible. The last three are
+    `weight_effective_rank`: of the unit's vectors, without biases, over the largest possible rank. The last three are
     0 to 1, and 0 where all weights are 0.
     """
     names = [parameter.name for parameter in architecture.parameters_of(layer, part)]
@@ -57,24 +57,25 @@ def _evenness(
 
 
 def unit_vectors(architecture: Architecture, weights: Mapping[str, Tensor], layer: int, part: str) -> list[Tensor]:
-    """The rows and columns of a block's matrices that carry each unit's index, one tensor for each length of them.
+    """The rows and columns of a block's matrices that carry each unit's index.
 
     Returns:
-        ``[units, vectors of a unit, length]``; a family whose maps all read and write the same space has one.
+        One tensor ``[units, vectors of a unit, length]`` for each length that the vectors have; only one where all maps
+        of the block read and write the same space.
     """
-    units, found = architecture.units(part), dict[int, list[Tensor]]()
+    units, by_length = architecture.units(part), dict[int, list[Tensor]]()
     for parameter, dim, owners in architecture.carriers(layer, part):
         if len(parameter.dims) > 1:
             rows = weights[parameter.name].detach().movedim(dim, 0).flatten(1)
             owned = np.argsort(owners, kind="stable")[int((owners < 0).sum()) :]
-            found.setdefault(rows.shape[1], []).append(rows[torch.from_numpy(owned)].view(units, -1, rows.shape[1]))
-    return [torch.cat(vectors, 1) for vectors in found.values()]
+            by_length.setdefault(rows.shape[1], []).append(rows[torch.from_numpy(owned)].view(units, -1, rows.shape[1]))
+    return [torch.cat(vectors, 1) for vectors in by_length.values()]
 
 
 def _rank_share(spaces: list[Tensor]) -> Float[Tensor, " units"]:
-    """Effective rank of each unit's vectors over the largest that their number and length allow.
+    """Effective rank of each unit's vectors over the largest rank that their number and length allow.
 
-    Vectors of different lengths lie in different spaces, whose singular values are put together.
+    Vectors of different lengths lie in different spaces; the singular values of all spaces enter one rank.
     """
     values = torch.cat([singular_values(vectors) for vectors in spaces], 1)
     return effective_rank(values) / values.shape[1]
@@ -83,17 +84,17 @@ def _rank_share(spaces: list[Tensor]) -> Float[Tensor, " units"]:
 def singular_values(matrices: Float[Tensor, "units rows columns"]) -> Float[Tensor, "units values"]:
     """Singular values of each matrix, ascending, float64, through the smaller of its two Gram matrices."""
     rows, columns = matrices.shape[1:]
-    found = []
+    values = []
     for some in matrices.split(max(1, _AT_ONCE // (rows * columns))):
         tall = some.double() if rows <= columns else some.double().mT
-        found.append(torch.linalg.eigvalsh(tall @ tall.mT).clamp(min=0).sqrt())
-    return torch.cat(found)
+        values.append(torch.linalg.eigvalsh(tall @ tall.mT).clamp(min=0).sqrt())
+    return torch.cat(values)
 
 
 def effective_rank(values: Float[Tensor, "units values"]) -> Float[Tensor, " units"]:
-    """The exponential of the entropy of singular values' shares of their sum (Roy & Vetterli 2007); 0 where all are 0.
+    """The exponential of the entropy of the shares s_k / sum s of singular values s_k (Roy & Vetterli 2007).
 
-    Between 1 and their number: 1 if one is all there is, their number if they are equal.
+    It is 0 where all are 0, 1 where only one is not 0, and their number where all are equal.
     """
     total = values.sum(1, keepdim=True)
     shares = values / total.clamp(min=torch.finfo(values.dtype).tiny)

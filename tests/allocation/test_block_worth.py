@@ -16,7 +16,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from libprune.pipeline.shards import write_shard
-from libprune.scoring.criteria import scale
+from libprune.scoring.scaling import scale
 from libprune.statistics.sensitivity import removals, sensitivity_table
 from tests.support.shapes import Shape
 

@@ -181,7 +181,9 @@ def test_fewer_or_more_sequences_go_on_from_the_first_ones(project, place, stopp
 def test_a_batch_that_is_not_full_is_not_gone_on_from(place, stopping, monkeypatch):
     """The sums of 5 sequences in batches of 2 end in the middle of a batch of 6 or more."""
     change(place, "gradients", sequences=5, batch_sequences=2)
-    monkeypatch.setattr(collection, "write_artifact", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "libprune.statistics.gradients.write_artifact", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         stage("gradients", place)
     monkeypatch.undo()

@@ -13,24 +13,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from safetensors import safe_open
 
 from libprune.engine.describe import describe
-from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError
+from libprune.engine.errors import ArtifactError, StatisticsError
 from libprune.engine.tables import Columns, unit_index
-from libprune.pipeline.artifacts import read_architecture, read_table, write_table, write_units
+from libprune.pipeline.artifacts import read_architecture, read_table, write_units
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.pipeline.shards import shard_path, write_shard
-from libprune.scoring.criteria import CRITERIA, SCALINGS, find_criterion, join_tables, scale, score_units
+from libprune.scoring.criteria import CRITERIA, join_tables, score_units
 from libprune.scoring.obs import obs_removal
+from libprune.scoring.scaling import SCALINGS, scale
 from libprune.statistics.activations import NORMS, activation_columns
 from libprune.statistics.gradients import gradient_columns
 from libprune.statistics.hessian import hessian_columns
 from libprune.statistics.weights import weight_columns
 from tests.support.collected import activations, gradients, hessian
 from tests.support.models import FAMILIES, tokens
+from tests.support.tables import block_rows
 
 VARIANTS = {
     "magnitude": {"magnitude_norm": ("l1", "l2")},
@@ -76,12 +77,6 @@ def layout(tmp_path_factory) -> Layout:
         for layer in range(architecture.layers):
             write_shard(layout.root / stage, layer, sums.finish(layer), meta)
     return layout
-
-
-@pytest.fixture
-def copied(layout, tmp_path) -> Layout:
-    """The same, to be damaged."""
-    return Layout(shutil.copytree(layout.root, tmp_path / "artifacts"))
 
 
 def table_of(layout: Layout, params: Score) -> Columns:
@@ -174,7 +169,7 @@ def test_units_that_change_places_take_their_importance_along(joined, seed):
     table, params = joined
     moved = np.arange(len(table["cost"]))
     rng = np.random.default_rng(seed)
-    for rows in blocks(table):
+    for rows in block_rows(table):
         moved[rows] = rng.permutation(moved[rows])
     other = {name: values if name in INDEX else values[moved] for name, values in table.items()}
     expected = score_units(table, params)["importance"][moved]
@@ -279,114 +274,3 @@ def test_the_params_offer_what_exists():
     assert offered["scaling"] == {"none", *SCALINGS}
     assert offered["wanda_norm"] == set(NORMS)
     assert Score().criterion in CRITERIA
-
-
-@pytest.mark.parametrize(("word", "meant"), [("taylr", "taylor"), ("unit-fisher", "unit_fisher"), ("Wanda", "wanda")])
-def test_an_unknown_criterion_is_told_the_nearest_and_the_known(word, meant):
-    with pytest.raises(
-        LibpruneError, match=rf"score\.criterion = '{word}' is unknown; did you mean '{meant}'"
-    ) as error:
-        find_criterion(word)
-    assert all(name in str(error.value) for name in CRITERIA)
-
-
-# Scaling
-
-
-def blocks(table: Columns) -> list[np.ndarray]:
-    """Row numbers of each layer and type."""
-    keys = list(zip(table["layer_idx"], table["group_type"], strict=True))
-    return [np.array([i for i, key in enumerate(keys) if key == wanted]) for wanted in sorted(set(keys))]
-
-
-@st.composite
-def scaled_tables(draw):
-    """Importances of up to four blocks, some of a single unit, whose rows are interleaved."""
-    sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
-    labels = [(i // 2, ("attention", "mlp")[i % 2]) for i, size in enumerate(sizes) for _ in range(size)]
-    labels = draw(st.permutations(labels))
-    layers, parts = zip(*labels, strict=True)
-    values = draw(arrays(np.float64, len(labels), elements=st.integers(0, 50).map(lambda k: k / 8)))
-    return {"layer_idx": np.array(layers), "group_type": np.array(parts, dtype=object)}, values
-
-
-@given(scaled_tables())
-def test_every_layer_and_type_gets_the_scale_it_is_promised(case):
-    table, values = case
-    scaled = {how: scale(values, table, how) for how in SCALINGS}
-    for rows in blocks(table):
-        own, count = values[rows], len(rows)
-        z, unit, rank = (scaled[how][rows] for how in ("zscore", "minmax", "rank"))
-        if np.ptp(own) == 0:
-            assert (z.tolist(), unit.tolist(), rank.tolist()) == ([0] * count, [0] * count, [0.5] * count)
-            continue
-        assert (z.mean(), z.std()) == pytest.approx((0, 1), abs=1e-9)
-        assert (unit.min(), unit.max()) == (0, 1)
-        np.testing.assert_allclose(np.sort(rank), (np.arange(count) + 0.5) / count)
-
-
-@pytest.mark.parametrize("how", SCALINGS)
-@given(scaled_tables(), st.sampled_from([0.25, 8.0]), st.sampled_from([0.0, 16.0]))
-def test_the_order_is_kept_and_a_blocks_own_level_is_taken_out(how, case, factor, offset):
-    table, values = case
-    scaled = scale(values, table, how)
-    levelled = values.copy()
-    levelled[blocks(table)[0]] = levelled[blocks(table)[0]] * factor + offset
-    np.testing.assert_allclose(scale(levelled, table, how), scaled, atol=1e-9)
-    for rows in blocks(table):
-        order = np.argsort(values[rows], kind="stable")
-        assert (np.diff(scaled[rows][order]) >= 0).all()
-
-
-@given(st.floats(1e-6, 1e6), st.integers(2, 9))
-def test_equal_values_have_zscore_0_whatever_they_are(value, count):
-    table = {"layer_idx": np.zeros(count), "group_type": np.array(["mlp"] * count, dtype=object)}
-    assert scale(np.full(count, value), table, "zscore").tolist() == [0] * count
-
-
-# Joining
-
-
-def test_a_missing_table_names_its_stage(copied):
-    shutil.rmtree(copied.gradients)
-    with pytest.raises(ArtifactError, match=r"gradients/units\.parquet does not exist; run `dvc repro gradients`"):
-        join_tables(copied, CRITERIA["taylor"], Score(criterion="taylor"))
-
-
-def test_a_stage_that_collected_nothing_says_what_to_set(copied):
-    (copied.hessian / "units.parquet").unlink()
-    with pytest.raises(ArtifactError, match=r"needs the hessian stage.*set hessian\.estimator to fisher"):
-        join_tables(copied, CRITERIA["taylor_2nd"], Score(criterion="taylor_2nd"))
-
-
-def rewrite(layout: Layout, stage: str, meta: dict, step: int = 1) -> None:
-    """Writes a stage's table again with other metadata, or its rows in steps."""
-    path = layout.root / stage / "units.parquet"
-    table, old = read_table(path, stage)
-    write_table(path, {name: values[::step] for name, values in table.items()}, old | meta)
-
-
-def test_a_table_of_another_model_is_refused(copied):
-    rewrite(copied, "gradients", {"model": "elsewhere"})
-    with pytest.raises(ArtifactError, match="belongs to model 'elsewhere', but the current model is 'here'"):
-        join_tables(copied, CRITERIA["taylor"], Score(criterion="taylor"))
-
-
-def test_tables_from_different_texts_are_refused(copied):
-    rewrite(copied, "hessian", {"tokens": "others"})
-    with pytest.raises(ArtifactError, match="belongs to tokens 'others', but the current tokens is 'these'"):
-        join_tables(copied, CRITERIA["taylor_2nd"], Score(criterion="taylor_2nd"))
-
-
-def test_rows_in_another_order_are_refused(copied):
-    rewrite(copied, "activations", {}, step=-1)
-    with pytest.raises(ArtifactError, match="do not list the units of this model in order"):
-        join_tables(copied, CRITERIA["wanda"], Score(criterion="wanda"))
-
-
-def test_the_joined_origin_names_model_and_text(layout):
-    assert join_tables(layout, CRITERIA["taylor_2nd"], Score(criterion="taylor_2nd"))[1] == {
-        "model": "here",
-        "tokens": "these",
-    }
-    assert join_tables(layout, CRITERIA["magnitude"], Score(criterion="magnitude"))[1] == {"model": "here"}

@@ -17,7 +17,7 @@ NAMES = ("connection", "uniqueness", "centrality", "cooperation")
 
 
 def graph_of(x: Tensor, weight: Tensor | None = None, size: int = 1, threshold: float = 0.1) -> UnitGraph:
-    """Of inputs ``[tokens, input]``, where `size` inputs after one another are a unit."""
+    """The graph of inputs ``[tokens, input]``, of which each `size` consecutive ones are a unit."""
     x = x.double()
     weight = torch.eye(x.shape[1]) if weight is None else weight
     units = np.repeat(np.arange(x.shape[1] // size), size)

@@ -61,7 +61,7 @@ def test_every_component_is_between_nothing_and_its_weight(criterion, amounts, r
 
 @every_mixture
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
-def test_the_level_of_a_layer_counts_for_nothing(criterion, factor):
+def test_the_scale_of_a_layer_counts_for_nothing(criterion, factor):
     table = one_block([1.0, 2.0, 5.0, 7.0])
     louder = table | {column: factor * table[column] for column in AMOUNTS[criterion].values()}
     np.testing.assert_allclose(importance(louder, criterion), importance(table, criterion))

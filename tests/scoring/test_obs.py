@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from libprune.engine.errors import StatisticsError
-from libprune.scoring.obs import Removal, obs_removal
+from libprune.scoring.obs import RemovalCost, obs_removal
 
 
 def random_tensors(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -60,7 +60,7 @@ def brute_force(x: Tensor, w: Tensor, units: np.ndarray, rounds: int, damping: f
     return errors
 
 
-def removal(x: Tensor, w: Tensor, units: np.ndarray, rounds: int, damping: float, **options) -> Removal:
+def removal(x: Tensor, w: Tensor, units: np.ndarray, rounds: int, damping: float, **options) -> RemovalCost:
     return obs_removal(w, gram(x), units, rounds, damping, **options)
 
 

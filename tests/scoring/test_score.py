@@ -1,8 +1,6 @@
-"""The score stage on made-up statistics: fusion, another criterion by type, and what its metadata promise."""
+"""The score stage on made-up statistics: fusion, another criterion by part, and what its metadata promise."""
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +10,24 @@ from libprune.engine.tables import Columns, unit_index
 from libprune.pipeline.artifacts import write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
-from libprune.scoring.criteria import SCALINGS, find_criterion, join_tables, score_units
-from libprune.scoring.score import component_columns, criteria_of, fusion_lines, score_layout
-from libprune.statistics.ablation import ablation_table, empty_table
+from libprune.scoring.criteria import find_criterion, join_tables, score_units
+from libprune.scoring.expression import criteria_of
+from libprune.scoring.scaling import SCALINGS
+from libprune.scoring.score import component_columns, fusion_lines, score_layout
+from libprune.statistics.ablation import empty_table
+from tests.support.scored import (
+    ARCHITECTURE,
+    FISHER,
+    LOSS,
+    ORIGIN,
+    SHAPE,
+    TAYLOR,
+    WANDA,
+    copied,
+    measured,
+    write_tables,
+)
 from tests.support.shapes import Shape
-
-SHAPE = Shape(layers=3, kv=20, ffn=30)
-ORIGIN = {"model": "here", "tokens": "text"}
-RNG = np.random.default_rng(0)
-TAYLOR, FISHER, WANDA, MAGNITUDE = RNG.exponential(size=(4, len(SHAPE.unit_costs())))
-LOSS = 2 * TAYLOR + 0.5 * WANDA
-"""What removing a unit is made to cost, nats."""
 
 SCALED = pytest.mark.parametrize("scaling", SCALINGS)
 EVERY_FUSION = pytest.mark.parametrize("fusion", ["weighted", "simple", "adaptive", "learned", "best"])
@@ -31,34 +36,7 @@ PARTS = ("attention", "mlp")
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory) -> Layout:
-    """Tables of every stage in which taylor and wanda together say what the ablation stage measured."""
-    layout = Layout(tmp_path_factory.mktemp("artifacts"))
-    architecture = SHAPE.architecture()
-    layout.architecture.write_text(architecture.to_json())
-    index, origin = unit_index(architecture), ORIGIN | {"model": architecture.fingerprint}
-    costs = {"cost": SHAPE.unit_costs(), "magnitude_l1": MAGNITUDE, "magnitude_l2": MAGNITUDE**2}
-    write_table(layout.weights, index | costs, origin)
-    stages = {
-        "gradients": {"taylor": TAYLOR, "taylor_signed": TAYLOR, "unit_fisher_sequence": FISHER},
-        "hessian": {"fisher": FISHER},
-        "activations": {"wanda_l2": WANDA},
-    }
-    for stage, columns in stages.items():
-        write_table(layout.root / stage / "units.parquet", index | columns, origin)
-    write_table(layout.ablation, measured(slice(None, None, 2), LOSS), origin)
-    return layout
-
-
-def copied(layout: Layout, folder: Path) -> Layout:
-    """The same artifacts, to be changed."""
-    return Layout(Path(shutil.copytree(layout.root, folder / "artifacts")))
-
-
-def measured(rows: slice, losses: np.ndarray) -> Columns:
-    """An ablation table of some of the units."""
-    index = unit_index(SHAPE.architecture())
-    units = list(zip(*(index[name][rows].tolist() for name in index), strict=True))
-    return ablation_table(units, losses[rows][:, None], np.zeros(1))
+    return write_tables(tmp_path_factory.mktemp("artifacts"))
 
 
 def scored(layout: Layout, criterion: str, **params) -> tuple[Columns, dict]:
@@ -72,7 +50,7 @@ def alone(layout: Layout, name: str, scaling: str = "none") -> Columns:
 
 
 def blocks(table: Columns) -> Iterator[np.ndarray]:
-    """The rows of every layer and type."""
+    """The rows of every block."""
     for layer in range(SHAPE.layers):
         for part in PARTS:
             yield (table["layer_idx"] == layer) & (table["group_type"] == part)
@@ -144,10 +122,9 @@ def test_simple_is_weighted_with_equal_weights(layout):
 
 
 def test_adaptive_gives_a_criterion_that_is_constant_in_a_layer_no_weight_there(layout, tmp_path):
-    own, architecture = copied(layout, tmp_path), SHAPE.architecture()
-    flat = np.where(unit_index(architecture)["layer_idx"] == 1, 3.0, WANDA)
-    origin = ORIGIN | {"model": architecture.fingerprint}
-    write_table(own.root / "activations" / "units.parquet", unit_index(architecture) | {"wanda_l2": flat}, origin)
+    own, index = copied(layout, tmp_path), unit_index(ARCHITECTURE)
+    flat = np.where(index["layer_idx"] == 1, 3.0, WANDA)
+    write_table(own.root / "activations" / "units.parquet", index | {"wanda_l2": flat}, ORIGIN)
     table, _ = scored(own, "taylor+wanda", scaling="minmax", fusion="adaptive")
     rows = table["layer_idx"] == 1
     np.testing.assert_allclose(table["score"][rows], alone(own, "taylor", "minmax")["score"][rows], atol=1e-12)
@@ -196,8 +173,8 @@ def test_learned_predicts_nats_from_the_measured_units_and_says_how_well(layout)
     ]
 
 
-def test_learned_refuses_a_scale_that_takes_the_levels_away(layout):
-    with pytest.raises(LibpruneError, match="predicts nats from the criteria's own levels"):
+def test_learned_refuses_a_scaling_that_takes_the_magnitudes_away(layout):
+    with pytest.raises(LibpruneError, match="predicts nats from the criteria's own magnitudes"):
         scored(layout, "taylor + wanda", fusion="learned", scaling="rank")
 
 
@@ -210,10 +187,10 @@ def test_without_measured_units_what_needs_them_is_refused(layout, tmp_path, fus
     assert scored(own, "taylor", fusion=fusion)[1]["fusion"] == "none"
 
 
-# Another criterion for each type
+# Another criterion for each part
 
 
-def test_each_type_may_have_a_criterion_of_its_own(layout):
+def test_each_part_may_have_a_criterion_of_its_own(layout):
     table, meta = scored(layout, "magnitude", attention="taylor", mlp="fisher")
     attention = table["group_type"] == "attention"
     np.testing.assert_array_equal(table["importance"], np.where(attention, TAYLOR, FISHER))
@@ -225,26 +202,25 @@ def test_each_type_may_have_a_criterion_of_its_own(layout):
 
 
 @pytest.mark.parametrize(("attention", "mlp"), [("taylor", "wanda"), ("taylor", "random"), ("magnitude", "magnitude")])
-def test_types_compare_only_where_both_are_in_the_same_unit(layout, attention, mlp):
+def test_parts_compare_only_where_both_are_in_the_same_unit(layout, attention, mlp):
     _, meta = scored(layout, "taylor", attention=attention, mlp=mlp)
     assert not meta["comparable"]
     assert meta["gradient_orders"] == {}
 
 
-def test_one_type_may_be_learned_beside_a_criterion_in_nats(layout):
+def test_one_part_may_be_learned_beside_a_criterion_in_nats(layout):
     table, meta = scored(layout, "taylor + wanda", mlp="fisher", fusion="learned")
     attention = table["group_type"] == "attention"
     np.testing.assert_allclose(table["importance"], np.where(attention, LOSS, FISHER), rtol=1e-6)
     assert meta["comparable"]
-    assert meta["gradient_orders"] == {}, "a fix on one type alone would weigh types, not layers"
+    assert meta["gradient_orders"] == {}, "a fix on one part alone would weigh parts, not layers"
     assert list(meta["fused"]) == ["attention"]
 
 
-def test_best_takes_for_each_type_the_criterion_that_ranks_the_losses_best(layout, tmp_path):
-    own, index = copied(layout, tmp_path), unit_index(SHAPE.architecture())
+def test_best_takes_for_each_part_the_criterion_that_ranks_the_losses_best(layout, tmp_path):
+    own, index = copied(layout, tmp_path), unit_index(ARCHITECTURE)
     losses = np.where(index["group_type"] == "attention", WANDA**3, FISHER)
-    origin = ORIGIN | {"model": SHAPE.architecture().fingerprint}
-    write_table(own.ablation, measured(slice(1, None, 3), losses), origin)
+    write_table(own.ablation, measured(slice(1, None, 3), losses), ORIGIN)
     table, meta = scored(own, "taylor + wanda + fisher", fusion="best", scaling="rank")
     assert meta["criterion"] == "attention: wanda, mlp: fisher"
     for part, name in (("attention", "wanda"), ("mlp", "fisher")):
@@ -267,7 +243,7 @@ def test_best_takes_for_each_type_the_criterion_that_ranks_the_losses_best(layou
 )
 def test_the_columns_that_a_table_will_have_are_known_before(layout, params):
     table, _ = score_layout(layout, Score(**params))
-    asked = criteria_of(SHAPE.architecture(), Score(**params))
+    asked = criteria_of(ARCHITECTURE, Score(**params))
     assert component_columns(asked, Score(**params)) == len(table) - 6
 
 

@@ -20,7 +20,8 @@ from libprune.models.folder import fingerprint, load_model
 from libprune.models.sequences import Sequences
 from libprune.pipeline.artifacts import read_table
 from libprune.pipeline.layout import Layout
-from libprune.statistics.ablation import ablation_table, sample_units, unit_plans
+from libprune.pipeline.params import load_params
+from libprune.statistics.ablation import ablation_table, measure_ablation, sample_units, unit_plans
 from tests.support.closure import run_without_torch
 from tests.support.measured import (
     AT_ONCE,
@@ -150,6 +151,14 @@ def test_the_increase_is_that_of_a_direct_computation(project, capsys):
     printed = capsys.readouterr().out
     assert "loss_increase attention" in printed
     assert f"12 units measured; dense loss {meta['loss']:.4f}" in printed
+
+
+def test_a_program_gets_the_table_and_the_dense_loss_that_are_written(llama):
+    layout, settings = Layout(llama / "artifacts"), load_params(llama / "params.yaml")
+    table, loss = measure_ablation(layout, settings.compute, settings.ablation)
+    written, meta = read_table(layout.ablation, "ablation")
+    assert_same(table, written)
+    assert loss == meta["loss"]
 
 
 def test_one_sequence_has_no_standard_error(llama):

@@ -11,7 +11,11 @@ from libprune.collection.accumulator import Accumulator
 from libprune.collection.records import HELD_OUT_TOKENS
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import StatisticsError
-from libprune.statistics.activations import ACTIVE, HISTOGRAM_STRIDE, NORMS, activation_columns
+from libprune.pipeline.artifacts import read_table
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.params import load_params
+from libprune.statistics.activations import ACTIVE, HISTOGRAM_STRIDE, NORMS, activation_columns, measure_activations
+from tests.support import measured
 from tests.support.collected import (
     LENGTH,
     SEQUENCES,
@@ -270,3 +274,14 @@ def test_the_module_and_batch_whose_input_is_not_finite_are_named(size):
     with pytest.raises(StatisticsError, match=message):
         activations(model, size, ids)
     assert_untouched(model)
+
+
+def test_a_program_gets_the_table_of_units_that_is_written(tmp_path):
+    project = measured.write_project(FAMILIES["llama"](0), tmp_path)
+    layout, settings = Layout(project / "artifacts"), load_params(project / "params.yaml")
+    table = measure_activations(layout, settings.compute, settings.activations)
+    written, meta = read_table(layout.activations / "units.parquet", "activations")
+    assert meta["sequences"] == measured.SEQUENCES
+    assert table.keys() == written.keys()
+    for name, values in written.items():
+        np.testing.assert_array_equal(table[name], values)

@@ -16,7 +16,11 @@ from libprune.collection.accumulator import ROWS, Accumulator
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import StatisticsError
 from libprune.models.memory import recompute_layers
-from libprune.statistics.gradients import gradient_columns, layer_rows
+from libprune.pipeline.artifacts import read_table
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.params import load_params
+from libprune.statistics.gradients import gradient_columns, layer_rows, measure_gradients
+from tests.support import measured
 from tests.support.collected import (
     LENGTH,
     N_TOK,
@@ -70,7 +74,7 @@ def test_it_is_the_gradient_of_the_mean_loss_of_all_sequences(model, found):
 @pytest.mark.parametrize(("size", "at_once"), [(2, 1), (5, 2), (5, 5)])
 @pytest.mark.parametrize("second_moments", ["diagonal", "full"])
 def test_how_batches_are_cut_changes_nothing(model, size, at_once, second_moments):
-    """Of whole batches and of pieces of them; the rows by batch too, where the batches are the same."""
+    """Whole batches and pieces of them give the same sums; the rows by batch too, where the batches are the same."""
     whole = everything(gradients(model, size, second_moments=second_moments))
     assert_all_close(everything(gradients(model, size, at_once=at_once, second_moments=second_moments)), whole)
 
@@ -319,3 +323,14 @@ def test_the_layer_with_a_weight_that_is_not_finite_is_named(layer):
         model.get_parameter(f"model.layers.{layer}.mlp.up_proj.weight")[0, 0] = torch.nan
     with pytest.raises(StatisticsError, match=rf"model\.layers\.{layer}\..*calibration sequence 0"):
         gradients(model)
+
+
+def test_a_program_gets_the_rows_by_batch_that_are_written(tmp_path):
+    project = measured.write_project(FAMILIES["llama"](0), tmp_path)
+    layout, settings = Layout(project / "artifacts"), load_params(project / "params.yaml")
+    table = measure_gradients(layout, settings.compute, settings.gradients)
+    written, meta = read_table(layout.gradients / "layers.parquet", "gradients")
+    assert meta["sequences"] == measured.SEQUENCES
+    assert table.keys() == written.keys()
+    for name, values in written.items():
+        np.testing.assert_array_equal(table[name], values)

@@ -15,9 +15,19 @@ from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import parse_expr
 from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import read_table
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.params import load_params
 from libprune.pipeline.sections import Compute, Hessian
-from libprune.statistics.hessian import _signs, collect_probes, hessian_columns, hessian_groups, require_probes_possible
-from tests.support import tiny
+from libprune.statistics.hessian import (
+    _signs,
+    collect_probes,
+    hessian_columns,
+    hessian_groups,
+    measure_hessian,
+    require_probes_possible,
+)
+from tests.support import measured, tiny
 from tests.support.closure import run_without_torch
 from tests.support.collected import (
     LENGTH,
@@ -214,7 +224,7 @@ def test_probes_are_the_same_for_the_same_seed_and_batches_count_by_their_sequen
 
 
 def test_passes_of_one_batch_have_probes_of_their_own(model, architecture):
-    """As sequences of several lengths make; the standard error takes the passes for independent samples."""
+    """Sequences of several lengths make several passes, which the standard error takes for independent samples."""
     one = Sequences(tokens(1, LENGTH))
     sums = Accumulator(hessian_groups(architecture, N_TOK, Hessian(estimator="hutchinson")))
     collect_probes(model, architecture, [(0, 0, one), (0, 1, one)], sums, Hessian(estimator="hutchinson"))
@@ -344,3 +354,14 @@ def test_without_an_estimator_nothing_is_collected_and_no_model_is_loaded(tmp_pa
     tiny.write_params(tmp_path / "params.yaml", "a model", "a text", hessian={"estimator": "none"})
     assert run_without_torch("hessian", tmp_path) == ["hessian.estimator is none: nothing collected"]
     assert [path.name for path in (tmp_path / "artifacts/hessian").iterdir()] == ["nothing.json"]
+
+
+def test_a_program_gets_the_table_of_units_that_is_written(tmp_path):
+    project = measured.write_project(FAMILIES["llama"](0), tmp_path)
+    layout, settings = Layout(project / "artifacts"), load_params(project / "params.yaml")
+    table = measure_hessian(layout, settings.compute, settings.hessian.model_copy(update={"estimator": "fisher"}))
+    written, meta = read_table(layout.hessian / "units.parquet", "hessian")
+    assert meta["sequences"] == measured.SEQUENCES
+    assert table.keys() == written.keys()
+    for name, values in written.items():
+        np.testing.assert_array_equal(table[name], values)

@@ -11,24 +11,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from libprune.engine.errors import ArtifactError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 from libprune.engine.tables import split_blocks
 from libprune.models.folder import load_model
-from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture, read_plan, read_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Allocate
 from libprune.repair.repairs import local_repair
-from libprune.statistics.divergence import Divergence, stored_bytes
 from libprune.statistics.levels import choose_levels, empty_table, level_plans, level_table, order_digest, unit_orders
 from tests.support import tiny
 from tests.support.closure import run_without_torch
-from tests.support.models import FAMILIES, random_plan, tokens
+from tests.support.predictions import kl, logits_of
 from tests.support.shapes import Shape, ladders_of, shapes
 from tests.support.tiny import change_params
 
@@ -98,67 +95,6 @@ def test_the_digest_names_the_order_and_not_the_scores(one, two):
 
     assert digest(one) == digest(one, 3.0)
     assert (digest(one) == digest(two)) == (ranks(one) == ranks(two))
-
-
-# The divergence
-
-
-def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.double()
-
-
-def kl(dense: Tensor, changed: Tensor) -> np.ndarray:
-    """KL(dense | changed) of next tokens by sequence, mean over positions, by the definition."""
-    p, log_p, log_q = torch.softmax(dense, -1), torch.log_softmax(dense, -1), torch.log_softmax(changed, -1)
-    return (p * (log_p - log_q)).sum(-1).mean(-1).numpy()
-
-
-@pytest.mark.parametrize("kind", ["uniform", "per_layer", "holes"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_divergence_is_that_of_the_definition(family, kind):
-    model, ids = FAMILIES[family](0), tokens(3, 12)
-    architecture = import_module("libprune.engine.describe").describe(model)
-    measure, dense = Divergence(model), logits_of(model, ids)
-    with torch.no_grad():
-        assert measure(0, Sequences(ids)).tolist() == [0, 0, 0]
-        with masked(model, architecture, random_plan(architecture, kind)):
-            found, expected = measure(0, Sequences(ids)), kl(dense, logits_of(model, ids))
-    assert (expected > 0).all()
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
-
-
-def test_an_unchanged_model_does_not_diverge_and_no_change_gives_less():
-    model, ids = FAMILIES["llama"](0), tokens(4, 12)
-    measure = Divergence(model)
-    with torch.no_grad():
-        measure(0, Sequences(ids))
-        np.testing.assert_allclose(measure(0, Sequences(ids)).numpy(), 0, atol=1e-6)
-        for scale in (1e-6, 1e-4, 1e-2, 1.0):
-            for parameter in model.parameters():
-                parameter.add_(scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-            assert (measure(0, Sequences(ids)) >= -1e-6).all()
-
-
-def test_every_pass_is_compared_with_its_own_dense_predictions():
-    model, ids = FAMILIES["llama"](0), tokens(4, 12)
-    measure, dense = Divergence(model), logits_of(model, ids)
-    with torch.no_grad():
-        for number in (0, 1):
-            measure(number, Sequences(ids[2 * number : 2 * number + 2]))
-        model.lm_head.weight.add_(0.3)
-        found = torch.cat([measure(number, Sequences(ids[2 * number : 2 * number + 2])) for number in (1, 0)])
-    np.testing.assert_allclose(found.numpy(), kl(dense, logits_of(model, ids))[[2, 3, 0, 1]], rtol=1e-4, atol=1e-7)
-
-
-def test_dense_predictions_are_kept_in_the_models_type():
-    model, ids = FAMILIES["llama"](0).to(torch.bfloat16), tokens(3, 12)
-    measure = Divergence(model)
-    with torch.no_grad():
-        measure(0, Sequences(ids))
-        kept = measure._dense[0]
-        assert kept.nbytes == stored_bytes(ids.numel(), model.config.vocab_size, torch.bfloat16)
-        assert (measure(0, Sequences(ids)).abs() < 0.01).all()
 
 
 # The table

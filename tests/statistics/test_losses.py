@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from libprune.collection.calibration import set_up
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
@@ -15,9 +16,12 @@ from libprune.engine.surgery import masked
 from libprune.models.compute import sequence_losses
 from libprune.models.memory import recompute_layers
 from libprune.models.sequences import Sequences
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.params import load_params
 from libprune.statistics import losses as prefix_module
-from libprune.statistics.losses import Prefix, SequenceLosses, first_changed
-from tests.support.measured import interrupt, run_stage, write_project
+from libprune.statistics.losses import Prefix, SequenceLosses, first_changed, measuring
+from tests.support import measured
+from tests.support.measured import USED, interrupt, run_stage, write_project
 from tests.support.models import FAMILIES, PLANS, random_plan, tokens
 from tests.support.shapes import plan_without
 
@@ -32,7 +36,7 @@ def asked(model: PreTrainedModel, ids: Tensor) -> Sequences:
 
 
 def full(model: PreTrainedModel, at_once: int, ids: Tensor = IDS) -> Tensor:
-    """Losses of the model as it is, all blocks run, in the same passes."""
+    """Losses of the model as it is, all layers run, in the same passes."""
     with torch.no_grad():
         return torch.cat([sequence_losses(model, asked(model, some)) for some in ids.split(at_once)]).double()
 
@@ -42,11 +46,11 @@ def full_masked(model: PreTrainedModel, architecture: Architecture, plan: Plan, 
         return full(model, at_once)
 
 
-def run_blocks(model: PreTrainedModel) -> list[int]:
-    """Appends the number of every block whose MLP runs."""
+def run_layers(model: PreTrainedModel) -> list[int]:
+    """Appends the number of every layer whose MLP runs."""
     ran: list[int] = []
-    for number, block in enumerate(model.model.layers):
-        block.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
     return ran
 
 
@@ -74,7 +78,7 @@ def test_losses_from_the_prefix_are_bit_equal_to_those_of_the_full_masked_model(
 
 @pytest.mark.parametrize("at_once", [1, SEQUENCES])
 def test_so_they_are_of_one_sequence_at_once_and_of_all(at_once):
-    """How a family builds its blocks has no part in how sequences are shared out."""
+    """How a family builds its layers has no part in how sequences are shared out."""
     model = FAMILIES["qwen3"](0)
     assert_measured_as_the_full_masked_model(model, describe(model), at_once)
 
@@ -98,18 +102,18 @@ def test_any_plan_can_be_measured(model, architecture, kind):
 
 
 def test_the_same_states_serve_again(model, architecture):
-    """Nothing that a measurement does reaches what was kept."""
+    """A measurement does not change the states that were kept."""
     prefix = Prefix(model, architecture, asked(model, IDS), 2, [2])
     plan = plan_without(architecture, 2, "mlp", 0)
     assert torch.equal(prefix.losses_of(plan), prefix.losses_of(plan))
     assert torch.equal(prefix.losses_from(2), prefix.losses)
 
 
-def test_only_blocks_from_the_nearest_kept_layer_are_run():
+def test_only_layers_from_the_nearest_kept_layer_are_run():
     model = FAMILIES["llama"](0)
     architecture = describe(model)
     prefix = Prefix(model, architecture, asked(model, IDS), SEQUENCES, [0, 2])
-    ran = run_blocks(model)
+    ran = run_layers(model)
     for layer, expected in enumerate([[0, 1, 2, 3], [0, 1, 2, 3], [2, 3], [2, 3]]):
         ran.clear()
         prefix.losses_from(layer)
@@ -120,7 +124,7 @@ def test_the_plan_that_keeps_all_runs_nothing():
     model = FAMILIES["llama"](0)
     architecture = describe(model)
     prefix = Prefix(model, architecture, asked(model, IDS), SEQUENCES, [1])
-    ran = run_blocks(model)
+    ran = run_layers(model)
     assert torch.equal(prefix.losses_of(Plan.dense(architecture)), prefix.losses)
     assert ran == []
 
@@ -146,14 +150,14 @@ def test_a_model_masked_beforehand_keeps_its_own_states():
 
 
 class InPlace(nn.Module):
-    """A block that returns a tuple and writes into what it was given."""
+    """A layer that returns a tuple and writes into what it was given."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.block = block
+        self.layer = layer
 
     def forward(self, hidden_states, **kwargs):
-        out = self.block(hidden_states, **kwargs)
+        out = self.layer(hidden_states, **kwargs)
         hidden_states.zero_()
         return out, None
 
@@ -161,18 +165,18 @@ class InPlace(nn.Module):
 class Unpacked(nn.Module):
     """Takes the first of a tuple, as older models' loops do, and writes into it."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.block = block
+        self.layer = layer
 
     def forward(self, hidden_states, **kwargs):
         assert isinstance(hidden_states, tuple)
         assert hidden_states[1] is None
-        return self.block(hidden_states[0].mul_(2), **kwargs)
+        return self.layer(hidden_states[0].mul_(2), **kwargs)
 
 
 @pytest.mark.parametrize("start", [1, 2, 3])
-def test_blocks_may_return_tuples_and_write_in_place(start):
+def test_layers_may_return_tuples_and_write_in_place(start):
     model = FAMILIES["llama"](0)
     architecture = describe(model)
     layers = model.model.layers
@@ -214,16 +218,16 @@ def test_the_model_is_as_it_was_after_an_error(monkeypatch):
     assert torch.equal(full(model, 2), losses)
 
 
-def test_a_forward_function_of_a_blocks_own_comes_back():
+def test_a_forward_function_of_a_layers_own_comes_back():
     """Blocks that are checkpointed have one."""
     model = FAMILIES["llama"](0)
     architecture = describe(model)
     recompute_layers(model, architecture)
-    own = [vars(block)["forward"] for block in model.model.layers]
+    own = [vars(layer)["forward"] for layer in model.model.layers]
     prefix = Prefix(model, architecture, asked(model, IDS), 2, [2])
     plan = plan_without(architecture, 2, "mlp", 1)
     assert torch.equal(prefix.losses_of(plan), full_masked(model, architecture, plan, 2))
-    assert [vars(block)["forward"] for block in model.model.layers] == own
+    assert [vars(layer)["forward"] for layer in model.model.layers] == own
 
 
 def test_states_are_kept_in_the_models_dtype_for_the_chosen_layers_alone():
@@ -249,12 +253,29 @@ def test_rows_of_several_processes_join():
     assert statistic.measure(losses[1], torch.tensor(1))["rows"].tolist() == [[0, 0], [2, 3], [0, 0]]
 
 
-# Collecting, with the stage around it
+# Measuring, and the stage around it
 
 
 @pytest.fixture
 def llama(tmp_path) -> Path:
     return write_project(FAMILIES["llama"](0), tmp_path)
+
+
+def test_any_plans_are_measured_on_the_last_sequences_and_no_saved_losses_are_left(llama, monkeypatch):
+    """They are kept until the context ends, so that a kill while the result is written loses none."""
+    monkeypatch.setenv("LIBPRUNE_CHECKPOINT_SECONDS", "0")
+    layout = Layout(llama / "artifacts")
+    run = set_up(layout, load_params(llama / "params.yaml").compute, USED, last=True)
+    plans = {kind: random_plan(run.architecture, kind, seed=1) for kind in PLANS}
+    with measuring(run, "trial", layout.root / "trial", plans, {}) as losses:
+        assert list((run.work / "trial").glob("*"))
+    assert not list((run.work / "trial").glob("*"))
+    ids = tokens(measured.SEQUENCES, measured.LENGTH)[-USED:]
+    assert np.array_equal(losses.dense, full(run.model, run.at_once, ids).numpy())
+    assert losses.changed.shape == (len(plans), USED)
+    for row, plan in zip(losses.changed, plans.values(), strict=True):
+        with masked(run.model, run.architecture, plan):
+            assert np.array_equal(row, full(run.model, run.at_once, ids).numpy())
 
 
 def test_after_an_interruption_only_layers_that_are_left_are_kept(llama, monkeypatch):

@@ -101,7 +101,7 @@ def test_increases_are_sorted_by_what_is_removed_and_by_layer(llama):
 
 
 def test_a_removal_runs_only_the_layers_from_its_own_on(llama):
-    """Of N layers, N (N + 1) / 2 blocks for each kind of removal and pass, beside the dense run's N a pass."""
+    """N layers take N (N + 1) / 2 runs of one for each kind of removal and pass, beside the dense run's N a pass."""
     from libprune.statistics import losses as prefix
 
     ran = 0

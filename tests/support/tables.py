@@ -56,3 +56,9 @@ def plan_rows(layers: int, values: np.ndarray, removed: float = 0.3) -> Columns:
     keep = np.argsort(np.argsort(score, kind="stable")) >= removed * len(score)
     layer = np.repeat(np.arange(layers), len(parts))
     return {"layer_idx": layer, "group_type": np.array(parts * layers, dtype=object), "score": score, "keep": keep}
+
+
+def block_rows(table: Columns) -> list[np.ndarray]:
+    """The row numbers of each block of a per-unit table."""
+    keys = list(zip(table["layer_idx"], table["group_type"], strict=True))
+    return [np.array([i for i, key in enumerate(keys) if key == wanted]) for wanted in sorted(set(keys))]

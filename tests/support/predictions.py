@@ -1,0 +1,16 @@
+"""Predictions of a model, and how far two of them diverge, by the definition."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits.double()
+
+
+def kl(dense: Tensor, changed: Tensor) -> np.ndarray:
+    """KL(dense | changed) of next tokens by sequence, mean over positions, by the definition."""
+    p, log_p, log_q = torch.softmax(dense, -1), torch.log_softmax(dense, -1), torch.log_softmax(changed, -1)
+    return (p * (log_p - log_q)).sum(-1).mean(-1).numpy()
