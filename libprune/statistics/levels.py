@@ -117,9 +117,11 @@ def measure_levels(
     plans, order = level_plans(run.architecture, orders, levels), order_digest(orders)
     identity = {"order": order, "number": section.number, "inputs": inputs}
     divergence = Divergence(run.model)
-    with measuring(
-        run, "levels", layout.levels, plans, identity, divergence, lambda name: repair(plans[name]), ("repair",)
-    ) as losses:
+
+    def repaired(name: str) -> Mapping[str, Any]:
+        return repair(plans[name])
+
+    with measuring(run, "levels", layout.levels, plans, identity, divergence, repaired, rooms=("repair",)) as losses:
         if losses is None:
             return None
         table = level_table(levels, losses.changed)

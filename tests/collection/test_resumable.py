@@ -2,7 +2,6 @@
 
 import ast
 import fcntl
-import inspect
 import os
 import shutil
 import subprocess
@@ -385,31 +384,28 @@ def test_sums_go_on_only_if_no_room_that_makes_them_was_edited(
     assert ("continues from a saved state: 2 of 3 are done" in capsys.readouterr().out) is goes_on
 
 
-COLLECTING = {path.stem: path for path in sorted((ROOT / "stages").glob("*.py")) if "collecting(" in path.read_text()}
+COLLECTING = ("gradients", "hessian", "activations", "ablation", "sensitivity", "levels")
 
 
-def rooms_given(path: Path) -> set[str]:
-    """The rooms that a stage gives to `collecting`, read from its code."""
-    place = list(inspect.signature(collecting).parameters).index("rooms")
-    (call,) = (
-        node
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "collecting"
-    )
-    given = [*call.args[place : place + 1], *(word.value for word in call.keywords if word.arg == "rooms")]
+def rooms_given(stage: str) -> set[str]:
+    """The rooms that a stage's statistic adds to those of collecting, read from the code of its module."""
+    tree = ast.parse((ROOT / f"libprune/statistics/{stage}.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    collects = [call for call in calls if call.func.id in {"collecting", "measuring"}]
+    assert len(collects) == 1, f"{stage} collects in one place"
+    given = [word.value for word in collects[0].keywords if word.arg == "rooms"]
     return {room for argument in given for room in ast.literal_eval(argument)}
 
 
-@pytest.mark.parametrize("name", COLLECTING)
-def test_a_stage_names_all_rooms_whose_code_it_runs_and_no_others(name):
+@pytest.mark.parametrize("stage", COLLECTING)
+def test_a_stage_names_all_rooms_whose_code_it_runs_and_no_others(stage):
     """The data of the families is in the description of the model, which the sums depend on too."""
-    run = {file.split("/")[1] for file in closure(COLLECTING[name]) if file.startswith("libprune/")}
-    assert {*collection.ROOMS} | rooms_given(COLLECTING[name]) == run - {"families", "__init__.py"}
+    run = {file.split("/")[1] for file in closure(ROOT / f"stages/{stage}.py") if file.startswith("libprune/")}
+    assert {*collection.ROOMS} | rooms_given(stage) == run - {"families", "__init__.py"}
 
 
-def test_the_stages_that_collect_are_known_and_levels_repairs():
-    assert {*COLLECTING} == {"gradients", "hessian", "activations", "ablation", "sensitivity", "levels"}
-    assert {name: rooms_given(path) for name, path in COLLECTING.items() if rooms_given(path)} == {"levels": {"repair"}}
+def test_levels_alone_adds_a_room():
+    assert {stage: rooms_given(stage) for stage in COLLECTING if rooms_given(stage)} == {"levels": {"repair"}}
 
 
 # Batches
