@@ -19,22 +19,10 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         typer.echo(f"allocate.objective is {settings.allocate.objective}: nothing is timed")
         return
 
-    from libprune.models.compute import resolve_device, resolve_dtype
-    from libprune.models.folder import load_config, require_positions
-    from libprune.statistics.latency import fit_lines, time_layers
+    from libprune.statistics.latency import measure_latency
 
-    device = resolve_device(settings.compute.device)
-    dtype = resolve_dtype(settings.compute.dtype, device)
-    section, config = settings.latency, load_config(layout.model)
-    require_positions(config, architecture, {"latency.tokens": section.tokens})
-    lines = fit_lines(architecture, time_layers(config, architecture, device, dtype, section))
-    machine = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-    write_json(layout.latency, {"model": architecture.fingerprint, **section.model_dump(), **machine, **lines})
-    for part, seconds in lines["unit"].items():
-        typer.echo(f"{part}: {1e6 * seconds:.3g} µs a unit, {1e3 * seconds * architecture.units(part):.3g} ms a layer")
-    typer.echo(
-        f"rest of a layer: {1e3 * lines['fixed']:.3g} ms; the lines miss by {100 * lines['misfit']:.0f} % at most"
-    )
+    for line in measure_latency(layout, settings.compute.device, settings.compute.dtype, settings.latency):
+        typer.echo(line)
 
 
 app = stage.app(main)

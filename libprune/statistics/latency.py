@@ -19,6 +19,11 @@ from libprune.engine.describe import new_config
 from libprune.engine.errors import LibpruneError
 from libprune.engine.family import families
 from libprune.engine.heads import HEADS
+from libprune.models.compute import resolve_device, resolve_dtype
+from libprune.models.folder import load_config, require_positions
+from libprune.pipeline.artifacts import read_architecture
+from libprune.pipeline.atomic import write_json
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Latency
 
 
@@ -162,3 +167,36 @@ def fit_lines(architecture: Architecture, timing: Timing) -> dict[str, Any]:
         "widths": [dict(width) for width in timing.widths],
         "seconds": timing.seconds.tolist(),
     }
+
+
+def measure_latency(layout: Layout, device: str, dtype: str, section: Latency) -> list[str]:
+    """Time layers of several widths on this machine, and write the straight lines fitted to the times.
+
+    Args:
+        layout: holds the model and its description; the lines are written into it.
+        device: where to run, as `compute.device`.
+        dtype: of the weights, as `compute.dtype`.
+        section: widths a part, sequences and tokens of a pass, and rounds.
+
+    Returns:
+        A sentence for each part and one for what remains of a layer.
+
+    Raises:
+        LibpruneError: if the model is missing, has fewer positions than tokens are asked for, or its config can say no
+            smaller layer.
+    """
+    architecture = read_architecture(layout)
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    config = load_config(layout.model)
+    require_positions(config, architecture, {"latency.tokens": section.tokens})
+    lines = fit_lines(architecture, time_layers(config, architecture, place, kind, section))
+    machine = {"device": str(place), "dtype": str(kind).removeprefix("torch.")}
+    write_json(layout.latency, {"model": architecture.fingerprint, **section.model_dump(), **machine, **lines})
+    return [
+        *(
+            f"{part}: {1e6 * seconds:.3g} µs a unit, {1e3 * seconds * architecture.units(part):.3g} ms a layer"
+            for part, seconds in lines["unit"].items()
+        ),
+        f"rest of a layer: {1e3 * lines['fixed']:.3g} ms; the lines miss by {100 * lines['misfit']:.0f} % at most",
+    ]

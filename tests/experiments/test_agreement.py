@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from libprune.engine.plan import jaccard
 from libprune.experiments.agreement import chance_overlap, mean_interval, paired_factor, ratio_interval
-from libprune.scoring.ranks import spearman
 
 T_975 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646}
 """The 0.975 quantiles of Student's t, as any table of it prints them (Abramowitz and Stegun 1964, table 26.10)."""
@@ -80,22 +79,3 @@ def test_chance_overlap_is_what_independent_draws_come_to(share, other):
     rng = np.random.default_rng(0)
     draws = rng.random((2, 400_000)) < np.array([[share], [other]])
     assert jaccard(*draws) == pytest.approx(chance_overlap(share, other), abs=0.003)
-
-
-samples = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=20)
-
-
-@given(samples)
-def test_rank_correlation_is_unchanged_by_increasing_functions(pairs):
-    one, two = np.array(pairs, dtype=float).T
-    found = spearman(one, two)
-    if np.ptp(one) == 0 or np.ptp(two) == 0:
-        assert math.isnan(found)
-        return
-    assert found == pytest.approx(spearman(np.exp(one), -1 / (1 + two)))
-    assert spearman(one, -two) == pytest.approx(-found)
-
-
-def test_rank_correlation_of_a_hand_computed_example():
-    """Differences of the ranks 0, 1, 1, 0: 1 - 6·2 / (4·15)."""
-    assert spearman(np.array([1.0, 2, 3, 4]), np.array([10.0, 30, 20, 40])) == pytest.approx(0.8)

@@ -1,5 +1,7 @@
 """Spearman's rank correlation, against Pearson's of the ranks."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -29,3 +31,19 @@ def test_without_two_different_values_there_is_none(values):
     others = np.arange(float(len(values)))
     assert np.isnan(spearman(np.array(values), others))
     assert np.isnan(spearman(others, np.array(values)))
+
+
+@given(PAIRS)
+def test_rank_correlation_is_unchanged_by_increasing_functions(pair):
+    one, two = pair
+    found = spearman(one, two)
+    if np.ptp(one) == 0 or np.ptp(two) == 0:
+        assert math.isnan(found)
+        return
+    assert found == pytest.approx(spearman(np.exp(one), -1 / (1 + two)))
+    assert spearman(one, -two) == pytest.approx(-found)
+
+
+def test_rank_correlation_of_a_hand_computed_example():
+    """Differences of the ranks 0, 1, 1, 0: 1 - 6·2 / (4·15)."""
+    assert spearman(np.array([1.0, 2, 3, 4]), np.array([10.0, 30, 20, 40])) == pytest.approx(0.8)
