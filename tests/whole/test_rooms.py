@@ -1,6 +1,8 @@
 """The rooms of the package: what each may import, how many files it holds, and where each module is tested."""
 
 import ast
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,23 @@ def test_no_test_imports_from_another():
     for path in (ROOT / "tests").rglob("*.py"):
         found = [other for other in imports(path) if other.stem.startswith("test_")]
         assert found == [], f"{path} imports from {found}; what several tests need lies in tests/support"
+
+
+BEGINNINGS = ("The same", "As ", "Of ", "Likewise", "Nothing", "None")
+"""What a docstring does not begin with, since an editor shows it alone."""
+
+
+def documented(path: Path) -> Iterator[tuple[str, str]]:
+    """The names of what has a docstring, or a text behind its value, with that text."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            yield getattr(node, "name", path.stem), ast.get_docstring(node) or ""
+            for before, after in pairwise(node.body):
+                if isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr):
+                    yield ast.unparse(before), str(getattr(after.value, "value", None) or "")
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "stages").glob("*.py"))], ids=name_of)
+def test_docstrings_stand_alone(path):
+    assert [(name, text) for name, text in documented(path) if text.startswith(BEGINNINGS)] == []
