@@ -102,7 +102,7 @@ def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, para
 
 def sliced_name(architecture: Architecture, plan: Plan, parameter: Parameter) -> str:
     """The name of a parameter in the pruned model, where deleted layers leave no gap."""
-    if parameter.layer is None or architecture.is_network:
+    if parameter.layer is None or not architecture.layered:
         return parameter.name
     prefix = f"{architecture.layers_path}."
     inside = parameter.name.removeprefix(f"{prefix}{parameter.layer}.")
