@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from libprune.engine.architecture import Architecture, Block, Map
-from libprune.engine.describe import bias_key
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
+from libprune.engine.stock_config import bias_key
 from libprune.masks.contributions import Reach, matrix
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe_module import describe
+from libprune.engine.describe_module import describe_module
 from libprune.engine.module_family import NetworkFamily
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import entries_kept
@@ -153,7 +153,7 @@ def apply(network: nn.Module, family: NetworkFamily | Path, plan: Plan) -> None:
     Raises:
         LibpruneError: if the plan is of another network, or leaves no unit of a part.
     """
-    architecture = describe(of_network(network).model, NetworkFamily.of(family), None)
+    architecture = describe_module(of_network(network).model, NetworkFamily.of(family), None)
     require_fits(architecture, plan)
     names: dict[int, list[str]] = {}
     for name, tensor in network.named_parameters(remove_duplicate=False):
@@ -181,7 +181,7 @@ def extraction(
         inputs = inputs.to(next(masked.model.parameters()).dtype)
     outputs(masked.model, inputs[:2])
     name = digest(stored(masked.model).items(), described.model_dump_json())
-    architecture = describe(masked.model, described, inputs[:2], name)
+    architecture = describe_module(masked.model, described, inputs[:2], name)
     return Extraction(masked, described, inputs, architecture, settle(masked.model, architecture, inputs))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from libprune.allocation.allocate import require_comparable
 from libprune.allocation.of_modules import allocate_network
 from libprune.collection.calibration import HELD_OUT_EVERY, Run
-from libprune.engine.describe_module import describe
+from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import LibpruneError
 from libprune.engine.module_family import NetworkFamily
 from libprune.engine.plan import Plan
@@ -96,7 +96,7 @@ class Network:
         self._device = next(self._network.parameters()).device
         few = samples[:_CHECKED].to(self._device)
         outputs(self._network, few.inputs)
-        self.architecture = describe(self._network, self.family, few[:2].inputs, name)
+        self.architecture = describe_module(self._network, self.family, few[:2].inputs, name)
         self._prepare()
         self._run = Run(
             architecture=self.architecture,

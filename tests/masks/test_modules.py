@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe_module import describe
+from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked as under_plan
@@ -68,7 +68,7 @@ def inputs_of(name: str) -> list[Tensor]:
 def test_exactly_the_units_go_without_which_the_outputs_stay(name, seed):
     network, described, _ = built(name, [nn.Tanh(), nn.Sigmoid()][seed % 2], seed)
     inputs = inputs_of(name)
-    architecture = describe(network.double(), described, inputs[0])
+    architecture = describe_module(network.double(), described, inputs[0])
     randomly_cut(network, architecture, seed)
     clean = of_network(network).model
     expected = {
@@ -87,7 +87,7 @@ def test_exactly_the_units_go_without_which_the_outputs_stay(name, seed):
 @given(seed=st.integers(0, 2**32 - 1))
 def test_outputs_stay_and_the_given_network_too(name, seed):
     network, described, x = built(name, nn.ReLU(), seed)
-    randomly_cut(network, describe(network, described, x), seed)
+    randomly_cut(network, describe_module(network, described, x), seed)
     before = copy.deepcopy(network.state_dict())
     found = masks.extraction(of_network(network), described, x)
     for shape in NETS[name][2]:
@@ -105,7 +105,7 @@ def test_outputs_stay_and_the_given_network_too(name, seed):
 @pytest.mark.parametrize("name", NETS)
 def test_a_plan_as_masks_computes_what_the_plan_does_and_is_extracted_again(name, tmp_path):
     network, described, x = built(name, nn.ReLU())
-    architecture = describe(network, described, x)
+    architecture = describe_module(network, described, x)
     rng = np.random.default_rng(1)
     keep = {block: rng.permutation(architecture.units(block[1])) > 1 for block in architecture.blocks()}
     plan = Plan(keep)
