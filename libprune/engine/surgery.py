@@ -87,12 +87,10 @@ def _zero_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Te
     return torch.zeros_like(output)
 
 
-def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, parameter: Parameter) -> Tensor | None:
-    """The rows and columns of a parameter that the plan keeps; None if its whole part goes."""
+def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, parameter: Parameter) -> Tensor:
+    """The rows and columns of a parameter that the plan keeps."""
     if parameter.layer is None:
         return tensor
-    if parameter.part is not None and plan.gone(parameter.layer, parameter.part):
-        return None
     for dim, expr in enumerate(parameter.dims):
         positions = positions_kept(architecture, plan, parameter.layer, expr)
         if not positions.all():
@@ -120,10 +118,10 @@ def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: P
     """
     _require_whole(architecture, plan)
     _require_layers(architecture, plan)
-    sliced = {}
+    sliced, gone = {}, {block for block in plan.keep if plan.gone(*block)}
     for parameter in architecture.parameters:
-        tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
-        if tensor is not None:
+        if (parameter.layer, parameter.part) not in gone:
+            tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
             sliced[sliced_name(architecture, plan, parameter)] = tensor
     return sliced
 

@@ -24,11 +24,12 @@ from libprune.masks.inspection import MaskInspection, block_masks, outside, requ
 from libprune.masks.module_decision import Settled, like, settle
 from libprune.masks.module_files import of_network
 from libprune.models.identity import digest
-from libprune.results.module_folder import Pruned, require_alike
-from libprune.results.module_slicing import (
+from libprune.results.module_folder import (
+    Pruned,
     difference,
     numbers_after,
     outputs,
+    require_alike,
     require_fits,
     sliced_state,
     stored,

@@ -30,12 +30,14 @@ from libprune.pipeline.shards import read_meta
 from libprune.pipeline.writing import remove, writing, writing_folder
 from libprune.repair.least_squares import Fit
 from libprune.repair.of_modules import repair_local, repair_sequential, set_weights
-from libprune.results.module_folder import TOLERANCE, Pruned, require_alike
-from libprune.results.module_slicing import (
+from libprune.results.module_folder import (
+    TOLERANCE,
     WEIGHTS,
+    Pruned,
     difference,
     numbers_after,
     outputs,
+    require_alike,
     require_fits,
     sliced_state,
     stored,

@@ -12,7 +12,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.plan import Plan
 from libprune.networks import NetworkFamily, Samples
 from libprune.networks.recurrent import RecurrentLM
-from libprune.results.module_slicing import numbers_after, sliced_state, stored, with_tensors
+from libprune.results.module_folder import numbers_after, sliced_state, stored, with_tensors
 from tests.support.closure import ROOT
 
 
