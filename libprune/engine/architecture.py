@@ -150,7 +150,7 @@ class Architecture:
     @property
     def layers_stay(self) -> bool:
         """Whether no layer can be deleted: without its parts it still changes the residual stream, by its norms."""
-        return any(p.layer is not None and p.part is None for p in self.parameters)
+        return self.layered and any(p.layer is not None and p.part is None for p in self.parameters)
 
     def blocks(self) -> Iterator[Block]:
         """Every (layer, part), layer by layer."""

@@ -13,10 +13,10 @@ from torch.nn.utils import prune as torch_prune
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
+from libprune import masks
 from libprune.cli.main import app
 from libprune.engine.plan import Plan
 from libprune.engine.tables import unit_index
-from libprune.masks import models as masks
 from libprune.models.folder import fingerprint
 from libprune.pipeline.artifacts import write_table
 from libprune.results.check import check_folder

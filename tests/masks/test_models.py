@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from transformers import LlamaConfig, PreTrainedModel, Starcoder2Config
 
+from libprune import masks
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
-from libprune.masks import models as masks
-from libprune.masks.extraction import Extraction, extraction
+from libprune.masks.export import plan_masks
+from libprune.masks.extraction import LanguageExtraction, extraction
 from libprune.masks.files import of_model
 from tests.support.masked_models import DOWN, GATE, UP, K, O, Q, V, Zeros, removed, unstructured, zero
 from tests.support.models import FAMILIES, FFN, heads, plan_of, random_plan, tiny_model, tokens
@@ -32,7 +33,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-def assert_outputs_stay(found: Extraction, model: PreTrainedModel) -> None:
+def assert_outputs_stay(found: LanguageExtraction, model: PreTrainedModel) -> None:
     assert_same(logits(found.smaller()), logits(model))
 
 
@@ -65,7 +66,7 @@ def cut(model: nn.Module, architecture: Architecture, plan: Plan, way: str) -> N
     """Zero something of the units that a plan removes: of the consumers' columns, or of the producers' rows."""
     consumers = [consumer for block in architecture.blocks() for consumer in architecture.consumers(*block)]
     weights, biases = ({getattr(consumer, kind) for consumer in consumers} for kind in ("weight", "bias"))
-    for name, mask in masks.plan_masks(architecture, plan):
+    for name, mask in plan_masks(architecture, plan):
         column = name in weights
         if name in biases or column != way.endswith("columns") or (mask.ndim == 1 and way != "rows and biases"):
             continue
@@ -91,7 +92,7 @@ def test_exactly_the_wholly_masked_units_go_in_whatever_ways_they_are_masked(fam
     assert_same(under_plan(found, family), logits(model))
 
 
-def under_plan(found: Extraction, family: str) -> Tensor:
+def under_plan(found: LanguageExtraction, family: str) -> Tensor:
     """Logits of the dense shape with the folded weights under the plan, which slicing equals."""
     model = FAMILIES[family](0)
     model.load_state_dict(found.weights, strict=False)

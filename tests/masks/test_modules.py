@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from libprune import masks
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked as under_plan
-from libprune.masks import modules as masks
-from libprune.masks.module_files import of_network
+from libprune.masks.files import of_model
+from libprune.masks.inspection import inspection
+from libprune.masks.modules import network_extraction
 from libprune.networks import Network, Samples, load
 from libprune.pipeline.sections import Allocate, Score
 from tests.support.masked_networks import (
@@ -70,7 +72,7 @@ def test_exactly_the_units_go_without_which_the_outputs_stay(name, seed):
     inputs = inputs_of(name)
     architecture = describe_module(network.double(), described, inputs[0])
     randomly_cut(network, architecture, seed)
-    clean = of_network(network).model
+    clean = of_model(network).model
     expected = {
         part: [u for u in range(architecture.units(part)) if can_go(clean, architecture, part, u, inputs)]
         for _, part in architecture.blocks()
@@ -78,7 +80,7 @@ def test_exactly_the_units_go_without_which_the_outputs_stay(name, seed):
     for part, units in expected.items():
         if len(units) == architecture.units(part):
             units.remove(0)
-    found = masks.extraction(of_network(network), described, inputs[0])
+    found = network_extraction(of_model(network), described, inputs[0])
     assert removed(found.plan) == {part: units for part, units in expected.items() if units}
 
 
@@ -89,7 +91,7 @@ def test_outputs_stay_and_the_given_network_too(name, seed):
     network, described, x = built(name, nn.ReLU(), seed)
     randomly_cut(network, describe_module(network, described, x), seed)
     before = copy.deepcopy(network.state_dict())
-    found = masks.extraction(of_network(network), described, x)
+    found = network_extraction(of_model(network), described, x)
     for shape in NETS[name][2]:
         other = torch.randn(5, *shape)
         assert_same(computed(found.network, other), computed(network, other))
@@ -97,7 +99,7 @@ def test_outputs_stay_and_the_given_network_too(name, seed):
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
     dense, left = (sum(p.numel() for p in one.parameters()) for one in (network, found.network))
-    assert masks.inspection(found).saved_parameters == dense - left
+    assert inspection(found).saved_parameters == dense - left
     assert found.proof["difference"] <= 1e-5 * found.proof["scale"]
     assert found.proof["noise_difference"] <= 1e-5 * found.proof["noise_scale"]
 
@@ -115,7 +117,7 @@ def test_a_plan_as_masks_computes_what_the_plan_does_and_is_extracted_again(name
     assert_same(computed(network, x), expected)
     found = masks.extract(network, described, x)
     assert found.plan.digest == plan.digest
-    assert not found.settled.biases
+    assert not found.decision.folds
     found.save(tmp_path / "out")
     assert_same(computed(load(tmp_path / "out", built(name, nn.ReLU(), 1)[0]), x), expected)
 
