@@ -82,7 +82,7 @@ def language_contributions(model: nn.Module, architecture: Architecture) -> dict
         model: float32, on the CPU, in evaluation mode; its masks multiplied into the weights.
         architecture: its description.
     """
-    rows = {block: _zero_rows(model, _producers(architecture, block)) for block in architecture.blocks()}
+    rows = {block: _constant_rows(model, _producers(architecture, block), {}) for block in architecture.blocks()}
     rows = {block: zero for block, zero in rows.items() if any(row.any() for row in zero.values())}
     consumers = [consumer.module for block in rows for consumer in architecture.consumers(*block)]
     generator = torch.Generator().manual_seed(0)
@@ -98,8 +98,9 @@ def network_contributions(
 ) -> dict[Block, Contribution]:
     """What the units of every part of a network send, with noise in the place of what depends on the input.
 
-    The weights say which outputs of maps and embeddings do. Of everything else that has weights, such as norms and
-    depthwise convolutions, those outputs do that move.
+    The weights say which outputs of maps and embeddings do: those with a row that is not zero, and once it is known
+    which inputs of a map are constants, those whose row reads another one. Of everything else that has weights, such as
+    norms and depthwise convolutions, those outputs do that move.
 
     Args:
         network: on the CPU, in evaluation mode; its masks multiplied into the weights.
@@ -110,14 +111,17 @@ def network_contributions(
     fixed: Fixed = {
         stored.name.rpartition(".")[0]: None for stored in (*architecture.parameters, *architecture.buffers)
     }
-    fixed |= _zero_rows(network, architecture.maps)
     for name, module in network.named_modules():
         if isinstance(module, nn.Embedding):
             fixed[name] = (module.weight == 0).all(dim=0)
     consumers = [entry.module for entry in architecture.maps]
     forwards = [partial(network, probe) for probe in probes]
-    seen = _under_noise(network, fixed, consumers, forwards, (*_SCALES, _FAR), generator)
-    return _contributions(network, architecture, seen)
+    rows = _constant_rows(network, architecture.maps, {})
+    while True:
+        seen = _under_noise(network, {**fixed, **rows}, consumers, forwards, (*_SCALES, _FAR), generator)
+        known, rows = rows, _constant_rows(network, architecture.maps, seen)
+        if all(torch.equal(known[name], row) for name, row in rows.items()):
+            return _contributions(network, architecture, seen)
 
 
 def _producers(architecture: Architecture, block: Block) -> Iterator[Map]:
@@ -126,9 +130,14 @@ def _producers(architecture: Architecture, block: Block) -> Iterator[Map]:
     return (m for m in architecture.maps_of(*block) if axis in m.output.names or axis not in m.input.names)
 
 
-def _zero_rows(model: nn.Module, maps: Iterable[Map]) -> dict[str, Bool[Tensor, "..."]]:
-    """By map which of its outputs are its bias whatever the input, ``[output]``."""
-    return {m.module: (matrix(model, m) == 0).all(dim=1) for m in maps}
+def _constant_rows(model: nn.Module, maps: Iterable[Map], seen: Mapping[str, Steady]) -> dict[str, Bool[Tensor, "..."]]:
+    """By map which of its outputs read nothing that moves, as far as its inputs have been seen, ``[output]``."""
+    rows = {}
+    for entry in maps:
+        read = matrix(model, entry) != 0
+        moving = _by_position(entry, seen.get(entry.module), read.shape[1])[1]
+        rows[entry.module] = ~read[:, torch.from_numpy(moving)].any(dim=1)
+    return rows
 
 
 def _contributions(
