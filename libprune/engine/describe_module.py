@@ -15,7 +15,7 @@ from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr
 from libprune.engine.describe import solve_for, tensor_dims, tensor_equations
 from libprune.engine.errors import FamilyError
 from libprune.engine.module_family import RESERVED, NetworkFamily
-from libprune.engine.surgery import CONVOLUTIONS, hooked
+from libprune.engine.surgery import CONVOLUTIONS, features_last, hooked
 
 MAPS = (nn.Linear, *CONVOLUTIONS)
 _TABLES = (nn.Embedding,)
@@ -156,8 +156,7 @@ def _rows(network: nn.Module, paths: set[str], example: Tensor) -> Counter[str]:
     def count(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not args:
             raise FamilyError(f"module {path!r} is given its input by keyword; give it by place, where hooks see it")
-        features = output.shape[1] if isinstance(module, CONVOLUTIONS) else output.shape[-1]
-        rows[path] += output.numel() // features
+        rows[path] += features_last(module, output)[..., 0].numel()
 
     with hooked(network) as handles, torch.no_grad():
         for path in paths:

@@ -83,6 +83,11 @@ def along_features(module: nn.Module, values: Shaped[Tensor, "*batch features"])
     return values.reshape(*values.shape, *[1] * space)
 
 
+def features_last(module: nn.Module, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "... features"]:
+    """What a module takes or gives, the features in the last dimension."""
+    return values.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else values
+
+
 def _zero_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from libprune.engine.architecture import Architecture, Block, Map
-from libprune.engine.surgery import CONVOLUTIONS, along_features, hooked, oriented
+from libprune.engine.surgery import along_features, features_last, hooked, oriented
 
 Fixed = dict[str, Bool[Tensor, "..."] | None]
 """By module which of its outputs noise leaves as they are, ``[output]``; None: those that are the same for all samples.
@@ -222,7 +222,7 @@ def _replace(
 
 def _look(calls: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
     """Append the lowest and highest value of features, and whether they differ between samples, ``[3, features]``."""
-    x = (args[0].movedim(1, -1) if isinstance(module, CONVOLUTIONS) else args[0]).double()
+    x = features_last(module, args[0]).double()
     low, high = (extreme.reshape(-1, x.shape[-1]) for extreme in (x.amin(0), x.amax(0)))
     calls.append(torch.stack([low.amin(0), high.amax(0), (~_alike(low, high)).any(0)]))
 

@@ -17,16 +17,7 @@ from libprune.masks.decision import settle
 from libprune.masks.extraction import Extraction
 from libprune.masks.files import Masked, ties
 from libprune.models.identity import digest
-from libprune.results.module_folder import (
-    Pruned,
-    difference,
-    numbers_after,
-    outputs,
-    require_alike,
-    sliced_state,
-    stored,
-    with_tensors,
-)
+from libprune.results.module_folder import Pruned, difference, outputs, require_alike, sliced, stored
 
 _SAMPLES = 4
 
@@ -49,24 +40,13 @@ class NetworkExtraction(Extraction[nn.Module]):
         return "network"
 
     @cached_property
-    def numbers(self) -> dict[str, int]:
-        """Attribute path to what it is now, of those that the family names."""
-        return numbers_after(self.own, self.plan, self.family.numbers(self.masked.model))
-
-    @cached_property
     def network(self) -> nn.Module:
         """The smaller network, on the CPU, in the stored type and evaluation mode."""
-        return self._smaller(self.masked.dtype)
+        return self._smaller(self.masked.dtype)[0]
 
-    @property
-    def _computed(self) -> torch.dtype:
-        """The type that the masked network computes in."""
-        return next(self.masked.model.parameters()).dtype
-
-    def _smaller(self, dtype: torch.dtype) -> nn.Module:
-        state = sliced_state(stored(self.decision.model), self.own, self.plan)
-        typed = {name: tensor.to(dtype) if tensor.dtype == self._computed else tensor for name, tensor in state.items()}
-        return with_tensors(self.decision.model, typed, self.numbers)
+    def _smaller(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, int]]:
+        dense = self.decision.model
+        return sliced(dense, self.own, self.plan, self.family.numbers(dense), dtype)
 
     @cached_property
     def proof(self) -> dict[str, float]:
@@ -78,7 +58,7 @@ class NetworkExtraction(Extraction[nn.Module]):
         Raises:
             LibpruneError: if they differ.
         """
-        smaller = self._smaller(self._computed)
+        smaller, _ = self._smaller()
         noise = _like(self.inputs, len(self.inputs), torch.Generator().manual_seed(1))
         proof: dict[str, float] = {}
         for name, inputs in (("", self.inputs), ("noise_", noise)):
@@ -94,7 +74,8 @@ class NetworkExtraction(Extraction[nn.Module]):
         Raises:
             LibpruneError: if the folder exists, or the smaller network does not compute the same.
         """
-        Pruned(self.network, self.own, self.plan, self.repair, [], self.numbers, self.proof).save(folder)
+        network, numbers = self._smaller(self.masked.dtype)
+        Pruned(network, self.own, self.plan, self.repair, [], numbers, self.proof).save(folder)
 
 
 def network_extraction(

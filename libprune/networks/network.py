@@ -35,13 +35,11 @@ from libprune.results.module_folder import (
     WEIGHTS,
     Pruned,
     difference,
-    numbers_after,
     outputs,
     require_alike,
     require_fits,
-    sliced_state,
+    sliced,
     stored,
-    with_tensors,
 )
 from libprune.scoring.criteria import find_criterion
 from libprune.scoring.fusion import named_criteria
@@ -166,8 +164,7 @@ class Network:
         fits = self._repairs[repair](plan, damping)
         whole = copy.deepcopy(self._network)
         set_weights(whole, fits)
-        numbers = numbers_after(self.architecture, plan, self.family.numbers(whole))
-        smaller = with_tensors(whole, sliced_state(stored(whole), self.architecture, plan), numbers)
+        smaller, numbers = sliced(whole, self.architecture, plan, self.family.numbers(whole))
         return Pruned(smaller, self.architecture, plan, repair, fits, numbers, self._prove(whole, smaller, plan))
 
     @property

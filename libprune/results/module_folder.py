@@ -41,20 +41,6 @@ def stored(network: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def sliced_state(state: Mapping[str, Tensor], architecture: Architecture, plan: Plan) -> dict[str, Tensor]:
-    """What the smaller network stores.
-
-    Raises:
-        LibpruneError: if the plan is of another network, or leaves nothing of a part.
-    """
-    require_fits(architecture, plan)
-    carrying = {entry.name: entry for entry in (*architecture.parameters, *architecture.buffers)}
-    return {
-        name: slice_parameter(tensor, architecture, plan, carrying[name]) if name in carrying else tensor
-        for name, tensor in state.items()
-    }
-
-
 def require_fits(architecture: Architecture, plan: Plan) -> None:
     """Stop at a plan of another network, or one that leaves nothing of a part.
 
@@ -76,10 +62,35 @@ def _counts(units: Mapping[Block, int]) -> str:
     return ", ".join(f"{part} {count}" for (_, part), count in units.items()) or "none"
 
 
-def numbers_after(architecture: Architecture, plan: Plan, attributes: Mapping[str, Expr]) -> dict[str, int]:
-    """Attribute path to what it must be in the smaller network."""
-    kept = {part: plan.kept(layer, part) for layer, part in architecture.blocks()}
-    return {path: expr.size({**architecture.sizes, **kept}) for path, expr in attributes.items()}
+def sliced(
+    network: nn.Module,
+    architecture: Architecture,
+    plan: Plan,
+    attributes: Mapping[str, Expr],
+    dtype: torch.dtype | None = None,
+) -> tuple[nn.Module, dict[str, int]]:
+    """A smaller copy of a network, and by path the numbers that its code works out from widths.
+
+    Args:
+        network: of the dense shape.
+        architecture: its description.
+        plan: which units stay.
+        attributes: by path the expression of each number.
+        dtype: the type to store, where it is not the one that the network computes in.
+
+    Raises:
+        LibpruneError: if the plan is of another network, or leaves nothing of a part.
+    """
+    require_fits(architecture, plan)
+    state, computed = stored(network), next(network.parameters()).dtype
+    for entry in (*architecture.parameters, *architecture.buffers):
+        if entry.name in state:
+            state[entry.name] = slice_parameter(state[entry.name], architecture, plan, entry)
+    if dtype is not None:
+        state = {name: tensor.to(dtype) if tensor.dtype == computed else tensor for name, tensor in state.items()}
+    sizes = dict(architecture.sizes) | {part: plan.kept(layer, part) for layer, part in architecture.blocks()}
+    numbers = {path: expr.size(sizes) for path, expr in attributes.items()}
+    return with_tensors(network, state, numbers), numbers
 
 
 def with_tensors(network: nn.Module, state: Mapping[str, Tensor], numbers: Mapping[str, int]) -> nn.Module:
