@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from libprune.engine import cost
-from libprune.engine.describe_module import describe
+from libprune.engine.describe_module import describe_module
 from libprune.engine.surgery import masked
 from libprune.networks import NetworkFamily
 from libprune.report.markdown import markdown_table
@@ -28,7 +28,7 @@ FULL = Case(
 
 def row(name: str, case: Case) -> tuple[object, ...]:
     network, inputs = case.network(), case.samples(8).inputs
-    architecture = describe(network, case.family, inputs[:2])
+    architecture = describe_module(network, case.family, inputs[:2])
     worst, alike = 0.0, 0
     for seed in range(PLANS):
         plan = random_plan(architecture, seed)

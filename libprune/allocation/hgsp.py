@@ -64,7 +64,7 @@ def above_floors(architecture: Architecture, ladders: Ladders, params: Allocate)
     cut = {}
     for (layer, part), steps in ladders.items():
         left = architecture.units(part) - np.cumsum([len(step.units) for step in steps], dtype=np.int64)
-        cut[layer, part] = steps[: int((left >= floor_of(part, params)).sum())]
+        cut[layer, part] = steps[: int((left >= floor_of(architecture, part, params)).sum())]
     return cut
 
 

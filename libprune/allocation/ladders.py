@@ -42,25 +42,21 @@ def build_ladders(architecture: Architecture, scores: Columns, params: Allocate,
         frozen = layer < params.freeze_first or layer >= architecture.layers - params.freeze_last
         rank, importance = scores[params.rank_by][rows], scores["importance"][rows]
         unit, rest = prices.unit[layer, part], prices.rest[layer, part]
-        multiple = len(rank) if architecture.parts[part].coupled else _multiple(part, params)
-        ladders[layer, part] = () if frozen else _ladder(part, rank, importance, unit, rest, multiple, params)
+        multiple = 1 if architecture.grouped(part) else params.channel_multiple
+        multiple = len(rank) if architecture.parts[part].coupled else multiple
+        floor = floor_of(architecture, part, params)
+        ladders[layer, part] = () if frozen else _ladder(rank, importance, unit, rest, multiple, floor)
     return ladders
 
 
-def _multiple(part: str, params: Allocate) -> int:
-    return 1 if part == "attention" else params.channel_multiple
-
-
 def _ladder(
-    part: str,
     rank: NDArray[np.float64],
     importance: NDArray[np.float64],
     unit_price: int,
     rest: int,
     multiple: int,
-    params: Allocate,
+    floor: int,
 ) -> tuple[Step, ...]:
-    floor = floor_of(part, params)
     if unit_price == 0:  # nothing to gain for this objective
         return ()
     order = np.argsort(rank, kind="stable")
@@ -80,9 +76,9 @@ def _ladder(
     return tuple(steps)
 
 
-def floor_of(part: str, params: Allocate) -> int:
+def floor_of(architecture: Architecture, part: str, params: Allocate) -> int:
     """Units that every block of a part keeps."""
-    return params.min_groups if part == "attention" else params.min_channels
+    return params.min_groups if architecture.grouped(part) else params.min_channels
 
 
 def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block) -> bool:

@@ -65,15 +65,11 @@ def inspect_masks(
     """Show which units are wholly masked, which partly, and what slicing would save."""
     import json
 
-    from libprune.masks.extraction import extraction
-    from libprune.masks.files import read_masked
     from libprune.masks.inspection import as_data, as_text, inspection
-    from libprune.masks.modules import inspection as of_network
-    from libprune.masks.options import network_of
+    from libprune.masks.options import extraction_of
 
     with stage.user_errors():
-        given = network_of(model, masks, family, network, inputs, input_shape)
-        seen = of_network(given) if given else inspection(extraction(read_masked(model, masks)))
+        seen = inspection(extraction_of(model, masks, family, network, inputs, input_shape))
     typer.echo(json.dumps(as_data(seen), indent=2) if as_json else as_text(seen))
 
 
@@ -89,34 +85,13 @@ def extract(
 ) -> None:
     """Remove the wholly masked units for real, and prove that the outputs are the same."""
     from libprune.engine.errors import LibpruneError
-    from libprune.masks.options import extract_network, network_of
+    from libprune.masks.options import extraction_of, save
 
     with stage.user_errors():
         if out.exists():
             raise LibpruneError(f"{out} exists; name a folder that does not")
-        given = network_of(model, masks, family, network, inputs, input_shape)
-        lines = extract_network(given, out, str(network)) if given else _extract_model(model, masks, out)
+        lines = save(extraction_of(model, masks, family, network, inputs, input_shape), out, model, network)
     typer.echo("\n".join(lines))
-
-
-def _extract_model(model: Path, masks: Path | None, out: Path) -> list[str]:
-    from libprune.masks.extraction import extraction, write_extraction
-    from libprune.masks.files import read_masked
-    from libprune.masks.inspection import inspection, removed, require_units
-    from libprune.pipeline.atomic import writing_folder
-    from libprune.report.programs import how_to_load
-
-    extracted = extraction(read_masked(model, masks))
-    seen = inspection(extracted)
-    require_units(seen)
-    with writing_folder(out) as folder:
-        proof = write_extraction(extracted, folder, model)
-    return [
-        removed(seen),
-        f"logits differ from the masked model's by {proof['removal_difference']:.1e} of "
-        f"{proof['logit_scale']:.1f}; reloaded in a fresh process by {proof['logit_difference']:.1e}",
-        f"load:   {how_to_load(str(out), extracted.shape, extracted.own.head)}",
-    ]
 
 
 @app.command()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import StatisticsError
-from libprune.engine.surgery import CONVOLUTIONS, along_features, hooked
+from libprune.engine.surgery import CONVOLUTIONS, along_features, features_last, hooked
 
 
 def input_rows(module: nn.Module, x: Tensor, samples: int) -> Float[Tensor, "samples rows input"]:
@@ -36,7 +36,7 @@ def input_rows(module: nn.Module, x: Tensor, samples: int) -> Float[Tensor, "sam
 
 def output_rows(module: nn.Module, y: Tensor) -> Float[Tensor, "rows output"]:
     """The output of a map, or the gradient there, as rows."""
-    return (y.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else y).flatten(0, -2)
+    return features_last(module, y).flatten(0, -2)
 
 
 @contextmanager

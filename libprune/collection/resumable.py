@@ -296,7 +296,7 @@ def _announce(run: Run, stage: str, target: Path, home: Path, groups: Sequence[G
     states, stored = state_bytes(groups), sum(map(stored_bytes, groups))
     scratch = (3 if on_disk else 2) * states * run.world.size
     there = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
-    if run.world.first and (not run.architecture.is_network or scratch + stored >= _WORTH_SAYING):
+    if run.world.first and (run.architecture.layered or scratch + stored >= _WORTH_SAYING):
         where = "files mapped from disk" if on_disk else "memory"
         typer.echo(
             f"{stage}: {gigabytes(stored)} will be written to {target}; sums of {gigabytes(states)} in {where}, "

@@ -6,11 +6,11 @@ model is needed: costs, score tables and plans are computed from the description
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,13 @@ Block = tuple[int, str]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One stored tensor: the axes of each of its dimensions, in storage order."""
+    """One stored tensor.
+
+    Attributes:
+        dims: the axes of each of its dimensions, in storage order.
+        layer: the layer that it lies in; None outside the layers.
+        part: the part that it goes with; None if it goes with none, or loses only the units that it carries.
+    """
 
     name: str
     dims: tuple[Expr, ...]
@@ -37,11 +43,11 @@ class Map:
     """One linear map of a layer.
 
     Attributes:
-        part: the part that it belongs to; of a network the axes that it reads, for the reader.
-        input: the axes of what one row of the map takes; of a convolution a patch, the kernel running fastest.
+        part: the part that it belongs to; in a network the axes that it reads, for the reader of the JSON.
+        input: the axes of one row of its input; for a convolution a patch, the kernel running fastest.
         transposed: whether its weight is stored ``[input, output]``.
-        kernel: positions of the input for each one that the module takes; above 1 for convolutions.
-        rows: of a network how many rows of the map one sample makes.
+        kernel: positions of the input for each feature that the module takes; above 1 for convolutions.
+        rows: how many rows of the map one sample of a network makes; 1 in language models, which are counted by token.
     """
 
     module: str
@@ -85,7 +91,10 @@ class PartShape:
         return self.expressible is None or count in self.expressible
 
 
-@dataclass(frozen=True)
+_Entry = TypeVar("_Entry", Parameter, Map)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The solved description of one model.
 
@@ -105,16 +114,16 @@ class Architecture:
     """
 
     family: str
-    sizes: Mapping[str, int]
-    layers: int
-    layers_path: str
-    parts: Mapping[str, PartShape]
-    parameters: tuple[Parameter, ...]
-    maps: tuple[Map, ...]
-    cache: Expr | None
     head: HeadName
     head_macs: int
     fingerprint: str = ""
+    sizes: Mapping[str, int]
+    layers: int
+    layers_path: str
+    cache: Expr | None
+    parts: Mapping[str, PartShape]
+    parameters: tuple[Parameter, ...]
+    maps: tuple[Map, ...]
     buffers: tuple[Parameter, ...] = ()
 
     def units(self, part: str) -> int:
@@ -122,16 +131,21 @@ class Architecture:
         return self.sizes[self.parts[part].axis]
 
     @property
-    def is_network(self) -> bool:
-        """Whether this is a network of the user's own: one layer, whose maps and parameters carry the axes of several
-        parts and belong to all of them.
+    def layered(self) -> bool:
+        """Whether layers repeat along a residual stream, where their parts meet.
+
+        A network of the user's own is described as one layer without a path. Its parts are axes that share weights.
         """
-        return self.head == "network"
+        return self.layers_path != ""
+
+    def grouped(self, part: str) -> bool:
+        """Whether the units of a part are attention groups, which floors and multiples of channels do not concern."""
+        return self.layered and part == "attention"
 
     @property
     def layers_stay(self) -> bool:
         """Whether no layer can be deleted: without its parts it still changes the residual stream, by its norms."""
-        return any(p.layer is not None and p.part is None for p in self.parameters)
+        return self.layered and any(p.layer is not None and p.part is None for p in self.parameters)
 
     def blocks(self) -> Iterator[Block]:
         """Every (layer, part), layer by layer."""
@@ -139,28 +153,21 @@ class Architecture:
 
     @cached_property
     def _maps_of(self) -> dict[Block, tuple[Map, ...]]:
-        table: dict[Block, list[Map]] = {block: [] for block in self.blocks()}
-        for entry in self.maps:
-            names = entry.input.names | entry.output.names
-            for part in self._carried(names) if self.is_network else (entry.part,):
-                table[entry.layer, part].append(entry)
-        return {block: tuple(entries) for block, entries in table.items()}
+        return self._by_block((entry, (entry.input, entry.output)) for entry in self.maps)
 
     @cached_property
     def _parameters_of(self) -> dict[Block, tuple[Parameter, ...]]:
-        table: dict[Block, list[Parameter]] = {block: [] for block in self.blocks()}
-        for entry in self.parameters:
-            if self.is_network:
-                names: frozenset[str] = frozenset().union(*(expr.names for expr in entry.dims))
-                for part in self._carried(names):
-                    table[0, part].append(entry)
-            elif entry.layer is not None and entry.part is not None:
-                table[entry.layer, entry.part].append(entry)
-        return {block: tuple(entries) for block, entries in table.items()}
+        return self._by_block((entry, entry.dims) for entry in self.parameters)
 
-    def _carried(self, names: frozenset[str]) -> Iterator[str]:
-        """The parts whose axes are among the names."""
-        return (part for part, shape in self.parts.items() if shape.axis in names)
+    def _by_block(self, entries: Iterable[tuple[_Entry, tuple[Expr, ...]]]) -> dict[Block, tuple[_Entry, ...]]:
+        """By block the entries that belong to the part, such as its norms, and those whose dimensions have its axis."""
+        table: dict[Block, list[_Entry]] = {block: [] for block in self.blocks()}
+        for entry, dims in entries:
+            names = frozenset[str]().union(*(expr.names for expr in dims))
+            for part, shape in self.parts.items():
+                if entry.layer is not None and (entry.part == part or shape.axis in names):
+                    table[entry.layer, part].append(entry)
+        return {block: tuple(found) for block, found in table.items()}
 
     def maps_of(self, layer: int, part: str) -> tuple[Map, ...]:
         """The linear maps of a block."""
@@ -205,69 +212,38 @@ class Architecture:
 
     def to_json(self) -> str:
         """The description as JSON, readable by `from_json`."""
-        return json.dumps(
-            {
-                "family": self.family,
-                "head": self.head,
-                "head_macs": self.head_macs,
-                "fingerprint": self.fingerprint,
-                "sizes": dict(self.sizes),
-                "layers": self.layers,
-                "layers_path": self.layers_path,
-                "cache": None if self.cache is None else str(self.cache),
-                "parts": {
-                    name: {"axis": p.axis, "module": p.module, "expressible": p.expressible, "coupled": p.coupled}
-                    for name, p in self.parts.items()
-                },
-                "parameters": [
-                    {"name": p.name, "dims": [str(d) for d in p.dims], "layer": p.layer, "part": p.part}
-                    for p in self.parameters
-                ],
-                "maps": [
-                    {
-                        "module": m.module,
-                        "layer": m.layer,
-                        "part": m.part,
-                        "input": str(m.input),
-                        "output": str(m.output),
-                        "transposed": m.transposed,
-                        "kernel": m.kernel,
-                        "rows": m.rows,
-                    }
-                    for m in self.maps
-                ],
-                "buffers": [{"name": b.name, "dims": [str(d) for d in b.dims]} for b in self.buffers],
-            },
-            indent=1,
-        )
+        buffers = [{"name": buffer.name, "dims": buffer.dims} for buffer in self.buffers]
+        return json.dumps(_plain(self) | {"buffers": buffers}, indent=1, default=_plain)
 
     @staticmethod
     def from_json(text: str) -> "Architecture":
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            KeyError: if a field is missing.
+            TypeError: if there is a field of another version.
+        """
         data: dict[str, Any] = json.loads(text)
-        return Architecture(
-            family=data["family"],
-            head=data["head"],
-            head_macs=data["head_macs"],
-            fingerprint=data["fingerprint"],
-            sizes=data["sizes"],
-            layers=data["layers"],
-            layers_path=data["layers_path"],
-            cache=None if data["cache"] is None else parse_expr(data["cache"]),
-            parts={
-                name: PartShape(p["axis"], p["module"], _counts(p["expressible"]), tuple(p["coupled"]))
-                for name, p in data["parts"].items()
-            },
-            parameters=tuple(
-                Parameter(p["name"], tuple(parse_expr(d) for d in p["dims"]), p["layer"], p["part"])
-                for p in data["parameters"]
-            ),
-            maps=tuple(
-                Map(**(m | {"input": parse_expr(m["input"]), "output": parse_expr(m["output"])})) for m in data["maps"]
-            ),
-            buffers=tuple(Parameter(b["name"], tuple(map(parse_expr, b["dims"])), 0, None) for b in data["buffers"]),
-        )
+        data |= {
+            "cache": None if data["cache"] is None else parse_expr(data["cache"]),
+            "parts": {name: PartShape(**_with_tuples(part)) for name, part in data["parts"].items()},
+            "parameters": tuple(Parameter(**p | {"dims": _parsed(p["dims"])}) for p in data["parameters"]),
+            "maps": tuple(Map(**m | {side: parse_expr(m[side]) for side in ("input", "output")}) for m in data["maps"]),
+            "buffers": tuple(Parameter(b["name"], _parsed(b["dims"]), 0, None) for b in data["buffers"]),
+        }
+        return Architecture(**data)
 
 
-def _counts(values: list[int] | None) -> tuple[int, ...] | None:
-    return None if values is None else tuple(values)
+def _plain(value: Any) -> Any:
+    """An expression as its text, another record as a mapping in the order of its fields."""
+    if isinstance(value, Expr):
+        return str(value)
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _parsed(dims: Sequence[str]) -> tuple[Expr, ...]:
+    return tuple(map(parse_expr, dims))
+
+
+def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in part.items()}

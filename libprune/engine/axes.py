@@ -73,6 +73,11 @@ class LinearMap:
     def __str__(self) -> str:
         return f"{self.input} -> {self.output}"
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All axis names that occur on either side."""
+        return self.input.names | self.output.names
+
 
 def _factor_size(factor: "str | Expr", sizes: Sizes) -> int:
     if isinstance(factor, Expr):

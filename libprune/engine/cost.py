@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from libprune.engine.architecture import Architecture, Block, Parameter
+from libprune.engine.architecture import Architecture, Block, Map, Parameter
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 
@@ -28,7 +29,10 @@ class Size:
 
 
 def unit_parameters(architecture: Architecture, layer: int, part: str) -> int:
-    """Parameters that go with one unit of a part, biases on its outputs included; of a network with the first one."""
+    """Parameters that go with one unit of a part, biases on its outputs included.
+
+    In a network, where parts share weights, fewer go with the second unit than with the first, which is counted here.
+    """
     axis = architecture.parts[part].axis
     carrying = {parameter for parameter, _, _ in architecture.carriers(layer, part)}
     fewer = {**architecture.sizes, axis: architecture.sizes[axis] - 1}
@@ -77,34 +81,20 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
             f"allocate.objective is cache, but a model of family {architecture.family!r} keeps no KV cache; choose "
             "parameters, macs or latency"
         )
-    blocks = list(architecture.blocks())
-    if architecture.is_network:
-        return _network_prices(architecture, objective)
+    blocks, dense = list(architecture.blocks()), size(architecture, Plan.dense(architecture))
     if objective == "parameters":
         unit = {block: unit_parameters(architecture, *block) for block in blocks}
         rest = {block: part_overhead(architecture, *block) for block in blocks}
-        return Prices(unit, rest, architecture.decoder_parameters, architecture.total_parameters)
-    rest = {block: _part_cost(architecture, *block, 0, objective) for block in blocks}
-    unit = {block: _part_cost(architecture, *block, 1, objective) - rest[block] for block in blocks}
-    dense = size(architecture, Plan.dense(architecture))
-    if objective == "cache":
-        return Prices(unit, rest, dense.cache, dense.cache)
-    return Prices(unit, rest, dense.macs - architecture.head_macs, dense.macs)
-
-
-def _network_prices(architecture: Architecture, objective: str) -> Prices:
-    """What goes with the first unit of each part; less goes with the next, which shares weights with it.
-
-    No part of a network goes as a whole.
-    """
-    amount = {"parameters": "decoder", "macs": "macs"}[objective]
-    dense = getattr(size(architecture, Plan.dense(architecture)), amount)
-    unit = {}
-    for block in architecture.blocks():
-        plan = Plan.dense(architecture)
-        plan.keep[block][0] = False
-        unit[block] = dense - getattr(size(architecture, plan), amount)
-    return Prices(unit, dict.fromkeys(unit, 0), dense, dense)
+        decoder, total = dense.decoder, dense.total
+    else:
+        cost = partial(_part_cost, architecture, objective)
+        unit = {(layer, part): cost(layer, part) - cost(layer, part, fewer=1) for layer, part in blocks}
+        rest = {(layer, part): cost(layer, part, fewer=architecture.units(part)) for layer, part in blocks}
+        total = dense.cache if objective == "cache" else dense.macs
+        decoder = total if objective == "cache" else total - architecture.head_macs
+    if not architecture.layered:  # no part of a network goes as a whole
+        rest = dict.fromkeys(rest, 0)
+    return Prices(unit, rest, decoder, total)
 
 
 def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> Prices:
@@ -120,14 +110,23 @@ def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> 
     )
 
 
-def _part_cost(architecture: Architecture, layer: int, part: str, count: int, objective: str) -> int:
-    """Multiply-accumulates or cache elements of a part with so many units."""
+def _part_cost(architecture: Architecture, objective: str, layer: int, part: str, fewer: int = 0) -> int:
+    """Multiply-accumulates or cache elements of a part that has lost some units."""
     axis = architecture.parts[part].axis
-    sizes = {**architecture.sizes, axis: count}
+    sizes = {**architecture.sizes, axis: architecture.sizes[axis] - fewer}
     if objective == "cache":
-        assert architecture.cache is not None, "prices refuses the objective without one"
-        return architecture.cache.size(sizes) if axis in architecture.cache.names else 0
-    return sum(m.input.size(sizes) * m.output.size(sizes) for m in architecture.maps_of(layer, part))
+        return _cache(architecture, part, sizes)
+    return sum(_macs(entry, sizes) for entry in architecture.maps_of(layer, part))
+
+
+def _cache(architecture: Architecture, part: str, sizes: Mapping[str, int]) -> int:
+    """Elements of the KV cache that a part of one layer holds per token."""
+    cache = architecture.cache
+    return cache.size(sizes) if cache is not None and architecture.parts[part].axis in cache.names else 0
+
+
+def _macs(entry: Map, sizes: Mapping[str, int]) -> int:
+    return entry.rows * entry.input.size(sizes) * entry.output.size(sizes)
 
 
 def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
@@ -138,44 +137,27 @@ def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
 
 def size(architecture: Architecture, plan: Plan) -> Size:
     """The exact size of the model that a plan leaves."""
-    if architecture.is_network:
-        return _network_size(architecture, plan)
-    decoder = macs = cache = 0
-    for layer, part in architecture.blocks():
-        if plan.gone(layer, part):
-            continue
-        sizes = _sizes(architecture, plan, layer, part)
-        decoder += sum(architecture.numel(p, sizes) for p in architecture.parameters_of(layer, part))
-        macs += sum(m.input.size(sizes) * m.output.size(sizes) for m in architecture.maps_of(layer, part))
-        if architecture.cache and architecture.parts[part].axis in architecture.cache.names:
-            cache += architecture.cache.size(sizes)
-    decoder += sum(architecture.numel(p) for p in architecture.parameters if p.layer is not None and p.part is None)
+    gone = {block for block in architecture.blocks() if architecture.layered and plan.gone(*block)}
+    sizes = [_sizes(architecture, plan, layer) for layer in range(architecture.layers)]
+    decoder = sum(
+        architecture.numel(parameter, sizes[parameter.layer])
+        for parameter in architecture.parameters
+        if parameter.layer is not None and (parameter.layer, parameter.part) not in gone
+    )
+    macs = sum(_macs(m, sizes[m.layer]) for m in architecture.maps if (m.layer, m.part) not in gone)
+    left = (block for block in architecture.blocks() if block not in gone)
+    cache = sum(_cache(architecture, part, sizes[layer]) for layer, part in left)
     outside = architecture.total_parameters - architecture.decoder_parameters
     return Size(decoder=decoder, total=decoder + outside, macs=macs + architecture.head_macs, cache=cache)
 
 
-def _network_size(architecture: Architecture, plan: Plan) -> Size:
-    sizes = _network_sizes(architecture, plan)
-    parameters = sum(architecture.numel(parameter, sizes) for parameter in architecture.parameters)
-    macs = sum(m.rows * m.input.size(sizes) * m.output.size(sizes) for m in architecture.maps)
-    return Size(decoder=parameters, total=parameters, macs=macs, cache=0)
-
-
-def _network_sizes(architecture: Architecture, plan: Plan) -> dict[str, int]:
-    kept = {architecture.parts[part].axis: plan.kept(layer, part) for layer, part in architecture.blocks()}
-    return {**architecture.sizes, **kept}
-
-
 def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) -> tuple[int, ...]:
     """The shape of a parameter that stays, in storage order."""
-    if architecture.is_network:
-        sizes = _network_sizes(architecture, plan)
-    elif parameter.layer is None or parameter.part is None:
-        sizes = dict(architecture.sizes)
-    else:
-        sizes = _sizes(architecture, plan, parameter.layer, parameter.part)
+    sizes = architecture.sizes if parameter.layer is None else _sizes(architecture, plan, parameter.layer)
     return tuple(dim.size(sizes) for dim in parameter.dims)
 
 
-def _sizes(architecture: Architecture, plan: Plan, layer: int, part: str) -> dict[str, int]:
-    return {**architecture.sizes, architecture.parts[part].axis: plan.kept(layer, part)}
+def _sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
+    """The sizes of all axes in a layer as the plan leaves it."""
+    kept = {shape.axis: plan.kept(layer, part) for part, shape in architecture.parts.items()}
+    return {**architecture.sizes, **kept}

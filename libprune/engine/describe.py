@@ -2,8 +2,7 @@
 the family file does not speak of stops here, by name.
 """
 
-import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -12,9 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
-from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, nearest
-from libprune.engine.family import Family, Part, families, family_of
+from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError
+from libprune.engine.family import Family, Part, family_of
 from libprune.engine.heads import SEQUENCE_CLASSIFICATION, Head, head_of
+from libprune.engine.stock_config import bias_key, check_config, expressible
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
 """Modules that store the weight of a map as ``[input, output]``."""
@@ -37,10 +37,8 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
     check_config(family, model.config, accept)
     parameters, maps = _walk(model, family, head)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    try:
-        sizes = solve(_config_equations(family, model.config) + _weight_equations(parameters, shapes))
-    except NotationError as error:
-        raise FamilyError(f"family {family.family!r} does not fit this model: {error}") from error
+    equations = _config_equations(family, model.config) + tensor_equations(parameters, shapes)
+    sizes = solve_for(family.family, "model", equations)
     return Architecture(
         family=family.family,
         head=head.name,
@@ -65,12 +63,6 @@ def without_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -
         loader = head_of(config.architectures).loader
         model: PreTrainedModel = loader.from_config(config, trust_remote_code=trust_remote_code)
     return model
-
-
-def bias_key(family: str, config: PreTrainedConfig, part: str) -> str | None:
-    """The config key that gives all maps of a part a bias; None if this config class has none."""
-    key = families()[family].config.biases.get(part)
-    return key if key in type(config)().to_dict() else None  # not hasattr: configs keep stray keys that nothing reads
 
 
 def with_biases(
@@ -117,106 +109,8 @@ def _refuse_experts(config: PreTrainedConfig) -> None:
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def check_config(family: Family, config: PreTrainedConfig, accept: tuple[str, ...] = ()) -> None:
-    """Refuse config keys and values that the family file does not speak of."""
-    for key, advice in _NOT_DENSE.items():
-        if key in config.to_dict():
-            raise FamilyError(f"this {config.model_type} model has {key!r} in its config: {advice}")
-    known = family.config.known | set(accept) | PreTrainedConfig().to_dict().keys() | _BOOKKEEPING
-    values = config.to_dict()
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        listed = ", ".join(f"{key!r} = {values[key]!r}" for key in unknown)
-        raise FamilyError(
-            f"the config of this {config.model_type} model has {listed}, of which family "
-            f"{family.family!r} says nothing{nearest(unknown[0], known)}; if no size depends on it, list it in "
-            "prepare.accept_config"
-        )
-    for key, allowed in family.config.fixed.items():
-        if key in values and values[key] not in allowed:
-            raise FamilyError(
-                f"config key {key!r} = {values[key]!r} is not supported by family {family.family!r}: {allowed}"
-            )
-
-
-_NOT_DENSE = {
-    "quantization_config": "prune the unquantized model and quantize the result",
-    "per_layer_config": "its layers differ in width already; prune the dense model it came from",
-}
-_BOOKKEEPING = frozenset(
-    {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "tie_word_embeddings"}
-    | {
-        "model_type",
-        "transformers_version",
-        "_name_or_path",
-        "_model_name_or_path",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "auto_map",
-        "task_specific_params",
-    }
-)
-
-
-def new_config(
-    family: Family, config: PreTrainedConfig, sizes: dict[str, int], layers: tuple[int, ...]
-) -> PreTrainedConfig:
-    """The config of a model whose every layer has the given sizes.
-
-    Args:
-        layers: the layers that are left, by their index in ``config``.
-
-    Raises:
-        NotExpressibleError: if a key would need two values, or the config class refuses the shape.
-    """
-    data = config.to_dict()
-    for key, expressions in family.config.expressions.items():
-        values = {str(expr): expr.size(sizes) for expr in expressions}
-        if len(set(values.values())) > 1:
-            both = " and ".join(f"{text} = {value}" for text, value in values.items())
-            raise NotExpressibleError(f"config key {key!r} of family {family.family!r} must be both {both}")
-        data[key] = next(iter(values.values()))
-    data[family.config.layers] = len(layers)
-    for key in family.config.per_layer_lists:
-        if data.get(key) is not None:
-            data[key] = [data[key][layer] for layer in layers]
-    try:
-        return type(config).from_dict(data)
-    except Exception as error:  # the strict config classes raise their own, undocumented types
-        raise NotExpressibleError(f"{type(config).__name__} refuses the pruned shape: {_last_line(error)}") from error
-
-
 def _counts(family: Family, config: PreTrainedConfig, sizes: dict[str, int], part: Part) -> tuple[int, ...] | None:
     return (sizes[part.axis],) if part.coupled else expressible(family, config, sizes, part.axis)
-
-
-def expressible(family: Family, config: PreTrainedConfig, sizes: dict[str, int], axis: str) -> tuple[int, ...] | None:
-    """The counts of an axis, 1 to its size, that a stock config of the family can say; None if any.
-
-    The config class itself is asked. On a long axis some counts are asked first, and if none of
-    them is refused the rest is taken as said; writing the pruned config asks again.
-    """
-
-    def fits(count: int) -> bool:
-        try:
-            new_config(family, config, {**sizes, axis: count}, tuple(range(getattr(config, family.config.layers))))
-        except NotExpressibleError:
-            return False
-        return True
-
-    counts = range(1, sizes[axis] + 1)
-    asked = counts if len(counts) <= _ASKED else random.Random(0).sample(counts, _ASKED)
-    if all(map(fits, asked)):
-        return None
-    return tuple(filter(fits, counts))
-
-
-_ASKED = 128
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
 
 
 def _config_equations(family: Family, config: PreTrainedConfig) -> list[Equation]:
@@ -228,21 +122,33 @@ def _config_equations(family: Family, config: PreTrainedConfig) -> list[Equation
     ]
 
 
-def _weight_equations(parameters: list[Parameter], shapes: dict[str, tuple[int, ...]]) -> list[Equation]:
-    for parameter in parameters:
-        if len(parameter.dims) != len(shapes[parameter.name]):
-            raise FamilyError(
-                f"{parameter.name} has shape {list(shapes[parameter.name])}, described as {_dims(parameter)}"
-            )
-    return [
-        Equation(expr, shapes[parameter.name][dim], f"dimension {dim} of {parameter.name}")
-        for parameter in parameters
-        for dim, expr in enumerate(parameter.dims)
-    ]
+def tensor_equations(tensors: Iterable[Parameter], shapes: Mapping[str, tuple[int, ...]]) -> list[Equation]:
+    """What the shapes of stored tensors, given by name, say of the sizes of their axes.
+
+    Raises:
+        FamilyError: for a tensor that has another number of dimensions than its description.
+    """
+    equations = []
+    for tensor in tensors:
+        shape = shapes[tensor.name]
+        if len(tensor.dims) != len(shape):
+            described = ", ".join(map(str, tensor.dims))
+            raise FamilyError(f"{tensor.name} has shape {list(shape)}, described as [{described}]")
+        for dim, (expr, size) in enumerate(zip(tensor.dims, shape, strict=True)):
+            equations.append(Equation(expr, size, f"dimension {dim} of {tensor.name}"))
+    return equations
 
 
-def _dims(parameter: Parameter) -> str:
-    return "[" + ", ".join(map(str, parameter.dims)) + "]"
+def solve_for(family: str, kind: str, equations: list[Equation]) -> dict[str, int]:
+    """The size of every axis of a model of a family; `kind` is what the message calls it.
+
+    Raises:
+        FamilyError: if they contradict each other, or leave a size open.
+    """
+    try:
+        return solve(equations)
+    except NotationError as error:
+        raise FamilyError(f"family {family!r} does not fit this {kind}: {error}") from error
 
 
 def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Parameter], list[Map]]:
@@ -257,7 +163,7 @@ def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Para
             maps.append(Map(path, layer, part, description.input, description.output, transposed))
         for name, _ in module.named_parameters(recurse=False):
             if isinstance(description, Expr) or name in {"weight", "bias"}:
-                dims = _parameter_dims(name, description, transposed)
+                dims = tensor_dims(name, description, transposed)
                 found[f"{path}.{name}"] = Parameter(f"{path}.{name}", dims, layer, part)
     undescribed = [name for name in own if name not in found]
     if undescribed:
@@ -300,7 +206,8 @@ def _module(model: PreTrainedModel, path: str, family: Family) -> nn.Module:
         raise FamilyError(f"family {family.family!r} describes module {path!r}, which this model lacks") from error
 
 
-def _parameter_dims(name: str, description: LinearMap | Expr, transposed: bool) -> tuple[Expr, ...]:
+def tensor_dims(name: str, description: LinearMap | Expr, transposed: bool) -> tuple[Expr, ...]:
+    """The axes of each dimension of a vector, or of the weight or bias of a map, named as in its module."""
     if isinstance(description, Expr):
         return (description,)
     if name == "bias":

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
-from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr, solve
-from libprune.engine.errors import FamilyError, NotationError
+from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr
+from libprune.engine.describe import solve_for, tensor_dims, tensor_equations
+from libprune.engine.errors import FamilyError
 from libprune.engine.module_family import RESERVED, NetworkFamily
-from libprune.engine.surgery import CONVOLUTIONS, hooked
+from libprune.engine.surgery import CONVOLUTIONS, features_last, hooked
 
 MAPS = (nn.Linear, *CONVOLUTIONS)
 _TABLES = (nn.Embedding,)
@@ -22,7 +23,9 @@ _OVER_UNITS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 """Norms whose statistics run over features, so that they change when a unit goes."""
 
 
-def describe(network: nn.Module, family: NetworkFamily, example: Tensor | None, fingerprint: str = "") -> Architecture:
+def describe_module(
+    network: nn.Module, family: NetworkFamily, example: Tensor | None, fingerprint: str = ""
+) -> Architecture:
     """Solve the axes of a network.
 
     Args:
@@ -41,7 +44,7 @@ def describe(network: nn.Module, family: NetworkFamily, example: Tensor | None, 
     parameters, buffers = _stored(network, family, described)
     sizes = _solve(network, family, [*parameters, *buffers])
     rows = Counter[str]() if example is None else _rows(network, maps, example)
-    axes = family.axes(sorted({name for entry in described.values() for name in _names(entry)}))
+    axes = family.axes(sorted({name for entry in described.values() for name in entry.names}))
     architecture = Architecture(
         family=family.family,
         sizes=sizes,
@@ -61,17 +64,9 @@ def describe(network: nn.Module, family: NetworkFamily, example: Tensor | None, 
     return architecture
 
 
-def _names(entry: LinearMap | Expr) -> frozenset[str]:
-    return entry.names if isinstance(entry, Expr) else entry.input.names | entry.output.names
-
-
-def _kernel(size: int) -> str:
-    """The axis of one side of a kernel."""
-    return f"k{size}"
-
-
-def _constants(sizes: tuple[int, ...]) -> tuple[Expr, ...]:
-    return tuple(parse_expr(_kernel(size)) for size in sizes)
+def _kernel(sides: tuple[int, ...]) -> tuple[str, ...]:
+    """The axes of the sides of a kernel, each named by its size."""
+    return tuple(f"k{size}" for size in sides)
 
 
 def _maps(
@@ -81,7 +76,7 @@ def _maps(
         module = network.get_submodule(path)
         if isinstance(entry, LinearMap) and not isinstance(module, _TABLES):
             sides = tuple(module.get_parameter("weight").shape[2:])
-            patch = Expr(tuple((*term, *map(_kernel, sides)) for term in entry.input.terms)) if sides else entry.input
+            patch = Expr(tuple((*term, *_kernel(sides)) for term in entry.input.terms))
             reads = " + ".join(axis for axis in axes if axis in entry.input.names)
             yield Map(path, 0, reads, patch, entry.output, False, prod(sides), rows[path])
 
@@ -129,36 +124,29 @@ def _of_repeated_modules(network: nn.Module) -> set[str]:
 
 
 def _dims(name: str, entry: LinearMap | Expr, tensor: Tensor, module: nn.Module) -> tuple[Expr, ...]:
-    shape = tuple(tensor.shape)
+    sides = tuple(map(parse_expr, _kernel(tuple(tensor.shape))))
     if isinstance(entry, Expr):
-        alike = isinstance(module, nn.PReLU) and module.num_parameters == 1
-        return (entry, *_constants(shape[1:])) if shape and shape != (1,) and not alike else _constants(shape)
+        alike = tensor.shape in {(), (1,)} or (isinstance(module, nn.PReLU) and module.num_parameters == 1)
+        return sides if alike else (entry, *sides[1:])
     if not isinstance(module, MAPS + _TABLES) or getattr(module, "groups", 1) > 1:
         raise FamilyError(
             f"{name} belongs to a {type(module).__name__}"
             f"{' of several groups' if isinstance(module, MAPS) else ''}, which libprune cannot take apart as a map; "
             "maps are Linear, Conv1d and Conv2d (of one group) and Embedding, and a depthwise convolution is a vector"
         )
-    if isinstance(module, _TABLES):
-        return entry.input, entry.output
-    return (entry.output,) if name.endswith(".bias") else (entry.output, entry.input, *_constants(shape[2:]))
+    dims = tensor_dims(name.rpartition(".")[2], entry, transposed=isinstance(module, _TABLES))
+    return (*dims, *sides[2:])
 
 
 def _solve(network: nn.Module, family: NetworkFamily, tensors: list[Parameter]) -> dict[str, int]:
-    stored = network.state_dict()
-    equations = []
-    for entry in tensors:
-        for dim, (expr, size) in enumerate(zip(entry.dims, stored[entry.name].shape, strict=True)):
-            equations.append(Equation(expr, size, f"dimension {dim} of {entry.name}"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    equations = tensor_equations(tensors, shapes)
     for path, expr in family.numbers(network).items():
         module, _, name = path.rpartition(".")
         equations.append(Equation(expr, getattr(network.get_submodule(module), name), f"attribute {path}"))
     names = {name for equation in equations for name in equation.expr.names if RESERVED.fullmatch(name)}
     equations += [Equation(parse_expr(name), int(name[1:]), "a kernel's side") for name in sorted(names)]
-    try:
-        return solve(equations)
-    except NotationError as error:
-        raise FamilyError(f"family {family.family!r} does not fit this network: {error}") from error
+    return solve_for(family.family, "network", equations)
 
 
 def _rows(network: nn.Module, paths: set[str], example: Tensor) -> Counter[str]:
@@ -168,8 +156,7 @@ def _rows(network: nn.Module, paths: set[str], example: Tensor) -> Counter[str]:
     def count(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not args:
             raise FamilyError(f"module {path!r} is given its input by keyword; give it by place, where hooks see it")
-        features = output.shape[1] if isinstance(module, CONVOLUTIONS) else output.shape[-1]
-        rows[path] += output.numel() // features
+        rows[path] += features_last(module, output)[..., 0].numel()
 
     with hooked(network) as handles, torch.no_grad():
         for path in paths:
@@ -200,7 +187,7 @@ def _require_own_weights(network: nn.Module, architecture: Architecture) -> None
 def _require_prunable(network: nn.Module, architecture: Architecture, described: dict[str, LinearMap | Expr]) -> None:
     for path, entry in described.items():
         module = network.get_submodule(path)
-        prunable = [axis for axis in architecture.parts if axis in _names(entry)]
+        prunable = [axis for axis in architecture.parts if axis in entry.names]
         if prunable and isinstance(module, _OVER_UNITS):
             raise FamilyError(
                 f"axis {prunable[0]!r} cannot be prunable: {path!r} is a {type(module).__name__}, whose statistics run "

@@ -19,9 +19,7 @@ RESERVED = re.compile(r"k\d+")
 
 
 def _readable(text: str) -> str:
-    entry = parse_map(text.replace(WILD, "0"))
-    sides = (entry,) if isinstance(entry, Expr) else (entry.input, entry.output)
-    reserved = sorted(name for side in sides for name in side.names if RESERVED.fullmatch(name))
+    reserved = sorted(filter(RESERVED.fullmatch, parse_map(text.replace(WILD, "0")).names))
     if reserved:
         raise ValueError(f"axis {reserved[0]!r} in {text!r}: such names stand for the sides of kernels; take another")
     return text

@@ -83,16 +83,19 @@ def along_features(module: nn.Module, values: Shaped[Tensor, "*batch features"])
     return values.reshape(*values.shape, *[1] * space)
 
 
+def features_last(module: nn.Module, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "... features"]:
+    """What a module takes or gives, the features in the last dimension."""
+    return values.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else values
+
+
 def _zero_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 
 
-def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, parameter: Parameter) -> Tensor | None:
-    """The rows and columns of a parameter that the plan keeps; None if its whole part goes."""
+def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, parameter: Parameter) -> Tensor:
+    """The rows and columns of a parameter that the plan keeps."""
     if parameter.layer is None:
         return tensor
-    if parameter.part is not None and plan.gone(parameter.layer, parameter.part):
-        return None
     for dim, expr in enumerate(parameter.dims):
         positions = positions_kept(architecture, plan, parameter.layer, expr)
         if not positions.all():
@@ -102,7 +105,7 @@ def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, para
 
 def sliced_name(architecture: Architecture, plan: Plan, parameter: Parameter) -> str:
     """The name of a parameter in the pruned model, where deleted layers leave no gap."""
-    if parameter.layer is None or architecture.is_network:
+    if parameter.layer is None or not architecture.layered:
         return parameter.name
     prefix = f"{architecture.layers_path}."
     inside = parameter.name.removeprefix(f"{prefix}{parameter.layer}.")
@@ -120,10 +123,10 @@ def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: P
     """
     _require_whole(architecture, plan)
     _require_layers(architecture, plan)
-    sliced = {}
+    sliced, gone = {}, {block for block in plan.keep if plan.gone(*block)}
     for parameter in architecture.parameters:
-        tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
-        if tensor is not None:
+        if (parameter.layer, parameter.part) not in gone:
+            tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
             sliced[sliced_name(architecture, plan, parameter)] = tensor
     return sliced
 

@@ -1,4 +1,4 @@
-"""From the masks of torch.nn.utils.prune to structure, and back, for language models in memory."""
+"""From the masks of torch.nn.utils.prune to structure, and back, for models in memory."""
 
 from libprune.masks.models import apply, extract, inspect
 

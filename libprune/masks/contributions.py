@@ -1,4 +1,4 @@
-"""What the units of a part send to the residual stream, told from the weights and from the part itself.
+"""What the units of a part send to the rest of the model, shown by the weights and by the part itself.
 
 A unit contributes the sum of W[:, p]·x_p over the positions p of the consumers' inputs x that belong to it. A position
 sends nothing that depends on the model's input if its column W[:, p] is zero, or if x_p is one number for all inputs.
@@ -23,21 +23,19 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from libprune.engine.architecture import Architecture, Block, Map
-from libprune.engine.surgery import CONVOLUTIONS, along_features, hooked, oriented
+from libprune.engine.surgery import along_features, features_last, hooked, oriented
 
-Pass = Callable[[], object]
-"""Runs the model once, on inputs of one shape."""
-Ranges = dict[str, list[Tensor]]
-"""By consumer, for each of its calls, the lowest and the highest value of each feature, and whether it differs between
-samples in any place; ``[3, features]``.
+Fixed = dict[str, Bool[Tensor, "..."] | None]
+"""By module which of its outputs noise leaves as they are, ``[output]``; None: those that are the same for all samples.
 """
 
 _SCALES = (0.1, 1.0, 10.0)
-"""Standard deviations of the noise; behind maps of networks, which may have thresholds of any size, one more."""
+"""Standard deviations of the noise."""
 _FAR = 1e4
+"""One more for networks, whose code may have thresholds, however high."""
 _SEQUENCES, _LENGTH = 2, 16
 _TOLERANCE = 1e-5
-"""Of the largest value: how far float32 lets a constant move, behind weights that sum to one only up to rounding."""
+"""How far float32 lets a constant move, of the largest value: weights that sum to one do so up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class Steady:
 
 
 @dataclass(frozen=True)
-class Reach:
-    """What the units of one part of one block send.
+class Contribution:
+    """What the units of one block send.
 
     Attributes:
         constants: by consumer, what each position of its input is for every input of the model, ``[input]``; NaN where
@@ -77,33 +75,95 @@ def matrix(model: nn.Module, entry: Map) -> Float[Tensor, "output input"]:
     return oriented(entry, model.get_parameter(entry.weight).detach())
 
 
-def reaches(model: nn.Module, architecture: Architecture) -> dict[Block, Reach]:
-    """What the units of every part of a language model send.
+def language_contributions(model: nn.Module, architecture: Architecture) -> dict[Block, Contribution]:
+    """What the units of every block of a language model send; noise runs only where a map of the block has a zero row.
 
     Args:
         model: float32, on the CPU, in evaluation mode; its masks multiplied into the weights.
         architecture: its description.
     """
-    seen = _seen(model, architecture)
-    return {block: reach_of(model, architecture, block, seen) for block in architecture.blocks()}
+    rows = {block: _constant_rows(model, _producers(architecture, block), {}) for block in architecture.blocks()}
+    rows = {block: zero for block, zero in rows.items() if any(row.any() for row in zero.values())}
+    consumers = [consumer.module for block in rows for consumer in architecture.consumers(*block)]
+    generator = torch.Generator().manual_seed(0)
+    length = min(_LENGTH, architecture.sizes.get("positions", _LENGTH))
+    ids = torch.randint(architecture.sizes["vocab"], (_SEQUENCES, length), generator=generator)
+    fixed: Fixed = {name: zero for producers in rows.values() for name, zero in producers.items()}
+    forwards = [lambda: model(input_ids=ids, use_cache=False)] if rows else []
+    return _contributions(model, architecture, _under_noise(model, fixed, consumers, forwards, _SCALES, generator))
 
 
-def reach_of(model: nn.Module, architecture: Architecture, block: Block, seen: Mapping[str, Steady]) -> Reach:
-    """What the units of a part send, from what its consumers take; one that was not watched takes no constant."""
+def network_contributions(
+    network: nn.Module, architecture: Architecture, probes: Sequence[Tensor], generator: torch.Generator
+) -> dict[Block, Contribution]:
+    """What the units of every part of a network send, with noise in the place of what depends on the input.
+
+    The weights say which outputs of maps and embeddings do: those with a row that is not zero, and once it is known
+    which inputs of a map are constants, those whose row reads another one. Of everything else that has weights, such as
+    norms and depthwise convolutions, those outputs do that move.
+
+    Args:
+        network: on the CPU, in evaluation mode; its masks multiplied into the weights.
+        architecture: its description.
+        probes: inputs, ``[samples, ...]`` each, of every shape that it is run on.
+        generator: where the noise comes from.
+    """
+    fixed: Fixed = {
+        stored.name.rpartition(".")[0]: None for stored in (*architecture.parameters, *architecture.buffers)
+    }
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Embedding):
+            fixed[name] = (module.weight == 0).all(dim=0)
+    consumers = [entry.module for entry in architecture.maps]
+    forwards = [partial(network, probe) for probe in probes]
+    rows = _constant_rows(network, architecture.maps, {})
+    while True:
+        seen = _under_noise(network, {**fixed, **rows}, consumers, forwards, (*_SCALES, _FAR), generator)
+        known, rows = rows, _constant_rows(network, architecture.maps, seen)
+        if all(torch.equal(known[name], row) for name, row in rows.items()):
+            return _contributions(network, architecture, seen)
+
+
+def _producers(architecture: Architecture, block: Block) -> Iterator[Map]:
+    """The maps of a part that its consumers' inputs are made from."""
+    axis = architecture.parts[block[1]].axis
+    return (m for m in architecture.maps_of(*block) if axis in m.output.names or axis not in m.input.names)
+
+
+def _constant_rows(model: nn.Module, maps: Iterable[Map], seen: Mapping[str, Steady]) -> dict[str, Bool[Tensor, "..."]]:
+    """By map which of its outputs read nothing that moves, as far as its inputs have been seen, ``[output]``."""
+    rows = {}
+    for entry in maps:
+        read = matrix(model, entry) != 0
+        moving = _by_position(entry, seen.get(entry.module), read.shape[1])[1]
+        rows[entry.module] = ~read[:, torch.from_numpy(moving)].any(dim=1)
+    return rows
+
+
+def _contributions(
+    model: nn.Module, architecture: Architecture, seen: Mapping[str, Steady]
+) -> dict[Block, Contribution]:
+    return {block: _contribution(model, architecture, block, seen) for block in architecture.blocks()}
+
+
+def _contribution(
+    model: nn.Module, architecture: Architecture, block: Block, seen: Mapping[str, Steady]
+) -> Contribution:
+    """What the units of a block send, from what its consumers take; one that was not watched takes no constant."""
     axis, count = architecture.parts[block[1]].axis, architecture.units(block[1])
     moves, adds, uneven = (np.zeros(count, dtype=bool) for _ in range(3))
-    sent = {}
+    constants = {}
     for consumer in architecture.consumers(*block):
         read = (matrix(model, consumer) != 0).any(dim=0).numpy()
         values, moving = _by_position(consumer, seen.get(consumer.module), len(read))
-        found = np.where(read, values, 0.0)
+        sent = np.where(read, values, 0.0)
         units = consumer.input.units(axis, architecture.sizes)
         moves[units[(units >= 0) & read & moving]] = True
-        adds[units[(units >= 0) & (found != 0)]] = True
+        adds[units[(units >= 0) & (sent != 0)]] = True
         uneven[units[(units >= 0) & np.isnan(values) & ~moving]] = True
-        sent[consumer.module] = found
+        constants[consumer.module] = sent
     drifts = ~moves & adds & uneven
-    return Reach(sent, ~moves & ~drifts, ~moves & ~adds, drifts)
+    return Contribution(constants, ~moves & ~drifts, ~moves & ~adds, drifts)
 
 
 def _by_position(
@@ -115,59 +175,33 @@ def _by_position(
     return np.repeat(steady.values, consumer.kernel), np.repeat(steady.moves, consumer.kernel)
 
 
-def _seen(model: nn.Module, architecture: Architecture) -> dict[str, Steady]:
-    """What the consumers take in the blocks that have a zero row."""
-    rows = {block: _zero_rows(model, architecture, block) for block in architecture.blocks()}
-    rows = {block: zero for block, zero in rows.items() if any(row.any() for row in zero.values())}
-    if not rows:
-        return {}
-    generator = torch.Generator().manual_seed(0)
-    length = min(_LENGTH, architecture.sizes.get("positions", _LENGTH))
-    ids = torch.randint(architecture.sizes["vocab"], (_SEQUENCES, length), generator=generator)
-    fixed = {name: zero for producers in rows.values() for name, zero in producers.items()}
-    consumers = [consumer.module for block in rows for consumer in architecture.consumers(*block)]
-    return under_noise(model, fixed, consumers, [lambda: model(input_ids=ids, use_cache=False)], generator)
-
-
-def _producers(architecture: Architecture, block: Block) -> Iterator[Map]:
-    """The maps of a part that its consumers' inputs are made from."""
-    axis = architecture.parts[block[1]].axis
-    return (m for m in architecture.maps_of(*block) if axis in m.output.names or axis not in m.input.names)
-
-
-def _zero_rows(model: nn.Module, architecture: Architecture, block: Block) -> dict[str, Bool[Tensor, "..."]]:
-    """By producer which of its outputs are its bias whatever the input, ``[output]``."""
-    return {m.module: (matrix(model, m) == 0).all(dim=1) for m in _producers(architecture, block)}
-
-
-def under_noise(
+def _under_noise(
     model: nn.Module,
-    fixed: Mapping[str, Bool[Tensor, "..."] | None],
+    fixed: Fixed,
     consumers: Iterable[str],
-    passes: Sequence[Pass],
+    forwards: Sequence[Callable[[], object]],
+    scales: Sequence[float],
     generator: torch.Generator,
-    far: bool = False,
 ) -> dict[str, Steady]:
-    """What consumers take with noise in the place of the outputs of other modules.
+    """What the input of each consumer is with noise in the place of the outputs of other modules.
 
     Args:
         model: in evaluation mode.
-        fixed: by module which of its outputs are left as they are, ``[output]``; None: those that are the same for
-            all samples.
+        fixed: the modules, and which of their outputs stay as they are.
         consumers: modules whose input is watched.
-        passes: how the model is run, once for each kind of input.
+        forwards: how the model is run, once for each kind of input.
+        scales: standard deviations of the noise, one after the other.
         generator: where the noise comes from.
-        far: whether it is also to pass thresholds that the model may have, however high.
     """
-    seen: Ranges = {name: [] for name in consumers}
-    for run, scale in product(passes, (*_SCALES, _FAR) if far else _SCALES):
+    seen: dict[str, list[Tensor]] = {name: [] for name in consumers}
+    for forward, scale in product(forwards, scales):
         with hooked(model) as handles, torch.no_grad():
             for name, outputs in fixed.items():
                 hook = partial(_replace, outputs, scale, generator)
                 handles.append(model.get_submodule(name).register_forward_hook(hook))
             for name, calls in seen.items():
                 handles.append(model.get_submodule(name).register_forward_pre_hook(partial(_look, calls)))
-            run()
+            forward()
     return {name: _steady(torch.stack(calls)) for name, calls in seen.items() if calls}
 
 
@@ -187,7 +221,8 @@ def _replace(
 
 
 def _look(calls: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
-    x = (args[0].movedim(1, -1) if isinstance(module, CONVOLUTIONS) else args[0]).double()
+    """Append the lowest and highest value of features, and whether they differ between samples, ``[3, features]``."""
+    x = features_last(module, args[0]).double()
     low, high = (extreme.reshape(-1, x.shape[-1]) for extreme in (x.amin(0), x.amax(0)))
     calls.append(torch.stack([low.amin(0), high.amax(0), (~_alike(low, high)).any(0)]))
 

@@ -1,17 +1,54 @@
-"""Plans as files of masks for torch.nn.utils.prune."""
+"""Plans as masks for torch.nn.utils.prune: in a file, or on a model in memory."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
+from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import LibpruneError, SourceError
-from libprune.masks.models import plan_masks
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import entries_kept
 from libprune.models.folder import WeightFiles, fingerprint, load_config
 from libprune.pipeline.artifacts import encode_meta, read_plan
 from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
 from libprune.results.record import PLAN
+
+
+def plan_masks(architecture: Architecture, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """The masks of a plan: by parameter that loses something, bool in its shape, true where an entry stays.
+
+    The consumers' columns alone decide what the model computes; the producers' rows and biases are masked as well, so
+    that the zeros are exactly what slicing removes. In a language model only maps have masks, and of a part that goes
+    whole all is masked, the consumers' bias too.
+    """
+    maps = {name for entry in architecture.maps for name in (entry.weight, entry.bias)}
+    gone = {block for block in plan.keep if plan.gone(*block)}
+    for parameter in architecture.parameters:
+        if parameter.name in maps or not architecture.layered:
+            kept = entries_kept(architecture, plan, parameter)
+            if (parameter.layer, parameter.part) in gone:
+                kept = torch.zeros_like(kept)
+            if not kept.all():
+                yield parameter.name, kept
+
+
+def register(model: nn.Module, architecture: Architecture, plan: Plan) -> None:
+    """Register the masks of a plan on a model, on each of the modules that share a parameter."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.removesuffix("_orig"))
+    sharing = {group[0]: group for group in names.values()}
+    for name, mask in plan_masks(architecture, plan):
+        for path in sharing[name]:
+            module, _, own = path.rpartition(".")
+            owner = model.get_submodule(module)
+            prune.custom_from_mask(owner, own, mask.to(getattr(owner, own).device))
 
 
 def export_masks(source: Path, dense: Path, target: Path, orig: bool) -> int:

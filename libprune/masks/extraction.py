@@ -6,24 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from libprune.engine.architecture import Architecture, Block
+from libprune.engine.architecture import Architecture, Map
 from libprune.engine.describe import describe, with_biases
 from libprune.engine.errors import LibpruneError, NotExpressibleError
 from libprune.engine.family import families
 from libprune.engine.plan import Plan
+from libprune.engine.stock_config import bias_key
 from libprune.engine.surgery import masked as under_plan
 from libprune.engine.surgery import slice_state
 from libprune.engine.tables import unit_index
-from libprune.masks.contributions import Reach, reaches
-from libprune.masks.decision import Decision, decide
-from libprune.masks.files import Masked, fresh
+from libprune.masks.contributions import language_contributions
+from libprune.masks.decision import Decision, settle
+from libprune.masks.files import Masked, Model, fresh
 from libprune.models.folder import fingerprint, load_model
 from libprune.pipeline.artifacts import write_table
 from libprune.results.folder import pruned_config, write_pruned
@@ -34,29 +35,46 @@ _SEQUENCES, _LENGTH, _TOLERANCE = 2, 32, 1e-4
 
 
 @dataclass(frozen=True)
-class Extraction:
+class Extraction(Generic[Model]):
     """A masked model, what can be removed of it, and what is left.
 
     Attributes:
         masked: the model as it was given.
         own: its description.
-        architecture: the same with the biases that are added.
-        config: of the dense shape, with these biases.
-        reach: what every unit sends.
+        architecture: its description with the biases that are added.
         decision: which units go, and what folds into which bias.
     """
 
-    masked: Masked
+    masked: Masked[Model]
     own: Architecture
     architecture: Architecture
-    config: PreTrainedConfig
-    reach: Mapping[Block, Reach]
     decision: Decision
 
     @property
     def plan(self) -> Plan:
         """Which units stay."""
         return self.decision.plan
+
+    @property
+    def repair(self) -> str:
+        """`masks` where weights of the result differ from the given ones, else `none`."""
+        return "masks" if self.masked.masks or self.decision.folds else "none"
+
+    @property
+    def shape(self) -> str:
+        """The shape of the result: `uniform`, `per_layer` or `network`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LanguageExtraction(Extraction[PreTrainedModel]):
+    """What is left of a masked language model.
+
+    Attributes:
+        config: of the dense shape, with the biases that are added.
+    """
+
+    config: PreTrainedConfig
 
     @cached_property
     def shape(self) -> str:
@@ -72,14 +90,10 @@ class Extraction:
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters, float32, in the dense shape, constants folded into biases."""
-        model, sizes = self.masked.model, self.architecture.sizes
-        names = {parameter.name for parameter in self.own.parameters}
-        weights = {
-            p.name: model.get_parameter(p.name).detach()
-            if p.name in names
-            else torch.zeros([dim.size(sizes) for dim in p.dims])
-            for p in self.architecture.parameters
-        }
+        weights = {name: parameter.detach() for name, parameter in self.masked.model.named_parameters()}
+        for parameter in self.architecture.parameters:
+            if parameter.name not in weights:
+                weights[parameter.name] = torch.zeros([dim.size(self.architecture.sizes) for dim in parameter.dims])
         for name, fold in self.decision.folds.items():
             weights[name] = (weights[name].double() + torch.from_numpy(fold)).float()
         return weights
@@ -87,8 +101,11 @@ class Extraction:
     @cached_property
     def state(self) -> dict[str, Tensor]:
         """The smaller model's parameters by its own names, in the stored type."""
-        stored = {name: weight.to(self.masked.dtype) for name, weight in self.weights.items()}
-        return slice_state(stored, self.architecture, self.plan)
+        return slice_state(self._typed, self.architecture, self.plan)
+
+    @property
+    def _typed(self) -> dict[str, Tensor]:
+        return {name: weight.to(self.masked.dtype) for name, weight in self.weights.items()}
 
     def smaller(self) -> PreTrainedModel:
         """The smaller model, in the stored type and evaluation mode; of the shape `per_layer` with code of its own."""
@@ -96,16 +113,75 @@ class Extraction:
             folder, nothing = Path(scratch, "pruned"), Path(scratch, "nothing")
             folder.mkdir()
             nothing.mkdir()
-            self.write(folder, nothing)
+            self._write(folder, nothing)
             return load_model(folder, self.masked.dtype, trust_remote_code=self.shape == "per_layer")
 
-    def write(self, folder: Path, source: Path) -> None:
-        """Write the smaller model into an empty folder; the tokenizer comes from `source`."""
+    def _write(self, folder: Path, source: Path) -> None:
         write_pruned(folder, source, self.architecture, self.plan, self.shape, self.state, self.config)
 
+    def save(self, folder: Path, source: Path) -> dict[str, float]:
+        """Write the smaller model into an empty folder, with its record, and prove that it computes the same.
 
-def extraction(masked: Masked) -> Extraction:
-    """What can be removed of a masked model.
+        Args:
+            folder: where to.
+            source: the folder of the dense model, whose tokenizer is copied.
+
+        Returns:
+            The largest difference of a logit that the removal makes in float32, that of the folder in a fresh process,
+            and the largest logit.
+
+        Raises:
+            LibpruneError: if the outputs differ.
+        """
+        self._write(folder, source)
+        keep = np.concatenate([self.plan.keep[block] for block in self.own.blocks()])
+        meta = {"model": fingerprint(source), "shape": self.shape}
+        write_table(folder / PLAN, unit_index(self.own) | {"keep": keep}, meta)
+        proof = self._prove(folder)
+        made: dict[str, Any] = {
+            "plan": meta,
+            "slice": {"repair": self.repair, "dtype": str(self.masked.dtype).removeprefix("torch.")},
+            "masks": {"tensors": len(self.masked.masks), "folded": sorted(self.decision.folds)},
+            "biases_added": list(self.decision.added),
+            "proof": proof,
+        }
+        write_provenance(folder, made | versions())
+        return proof
+
+    def _prove(self, folder: Path) -> dict[str, float]:
+        """Two steps, since storing a folded bias in fewer bits rounds it: the removal in float32, then the folder."""
+        length = min(_LENGTH, self.own.sizes.get("positions", _LENGTH))
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.own.sizes["vocab"], (_SEQUENCES, length), generator=generator)
+        expected = reference_logits(self.masked.model, ids)
+        model = fresh(type(self.masked.model), self.config)
+        removed = self._logits_under(model, self.weights, ids)
+        difference, scale = float((removed - expected).abs().max()), float(expected.abs().max())
+        if not difference <= _TOLERANCE * scale:
+            raise LibpruneError(
+                f"without the wholly masked units the logits differ by {difference:.3g} of {scale:.3g}. This is a "
+                "defect of libprune; please report the model and its masks"
+            )
+        expected = self._logits_under(model, {name: weight.float() for name, weight in self._typed.items()}, ids)
+        remote, head = self.shape == "per_layer", self.own.head
+        reloaded = verify_folder(folder, ids, expected, remote=remote, head=head)
+        return {
+            "removal_difference": difference,
+            "logit_difference": reloaded.difference,
+            "logit_scale": reloaded.scale,
+        }
+
+    def _logits_under(self, model: PreTrainedModel, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+        """Logits of the dense shape with these weights, under the plan."""
+        with torch.no_grad():
+            for name, weight in weights.items():
+                model.get_parameter(name).copy_(weight)
+        with under_plan(model, self.architecture, self.plan):
+            return reference_logits(model, ids)
+
+
+def extraction(masked: Masked[PreTrainedModel]) -> LanguageExtraction:
+    """What can be removed of a masked language model.
 
     Raises:
         LibpruneError: if no family describes it, or no layer is left.
@@ -114,69 +190,13 @@ def extraction(masked: Masked) -> Extraction:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     own = describe(model, accept=tuple(config.to_dict()))
-    reach = reaches(model, own)
-    decision = decide(model, own, config, reach)
+    names = {parameter.name for parameter in own.parameters}
+
+    def obstacle(model: nn.Module, consumer: Map) -> str:
+        if consumer.bias in names or bias_key(own.family, config, consumer.part) is not None:
+            return ""
+        return f"they send a constant, and the config of this {config.model_type} model can say no bias to hold it"
+
+    decision = settle(model, own, lambda model: language_contributions(model, own), obstacle)
     architecture, config = with_biases(own, config, decision.added)
-    return Extraction(masked, own, architecture, config, reach, decision)
-
-
-def write_extraction(found: Extraction, folder: Path, source: Path) -> dict[str, float]:
-    """Write the smaller model into an empty folder, with its record, and prove that it computes the same.
-
-    Returns:
-        The largest difference of a logit that the removal makes in float32, that of the folder in a fresh process,
-        and the largest logit.
-
-    Raises:
-        LibpruneError: if the outputs differ.
-    """
-    found.write(folder, source)
-    digest = fingerprint(source)
-    keep = np.concatenate([found.plan.keep[block] for block in found.own.blocks()])
-    meta = {"model": digest, "shape": found.shape}
-    write_table(folder / PLAN, unit_index(found.own) | {"keep": keep}, meta)
-    proof = _prove(found, folder)
-    changed = bool(found.masked.masks or found.decision.folds)
-    made: dict[str, Any] = {
-        "plan": meta,
-        "slice": {"repair": "masks" if changed else "none", "dtype": str(found.masked.dtype).removeprefix("torch.")},
-        "masks": {"tensors": len(found.masked.masks), "folded": sorted(found.decision.folds)},
-        "biases_added": list(found.decision.added),
-        "proof": proof,
-    }
-    write_provenance(folder, made | versions())
-    return proof
-
-
-def _prove(found: Extraction, folder: Path) -> dict[str, float]:
-    """Two steps, since storing a folded bias in fewer bits rounds it: the removal in float32, then the folder."""
-    ids = _tokens(found.own)
-    expected = reference_logits(found.masked.model, ids)
-    model = fresh(type(found.masked.model), found.config)
-    removed = _logits_under(model, found, found.weights, ids)
-    difference, scale = float((removed - expected).abs().max()), float(expected.abs().max())
-    if not difference <= _TOLERANCE * scale:
-        raise LibpruneError(
-            f"without the wholly masked units the logits differ by {difference:.3g} of {scale:.3g}. This is a defect "
-            "of libprune; please report the model and its masks"
-        )
-    stored = {name: weight.to(found.masked.dtype).float() for name, weight in found.weights.items()}
-    expected = _logits_under(model, found, stored, ids)
-    remote, head = found.shape == "per_layer", found.own.head
-    reloaded = verify_folder(folder, ids, expected, remote=remote, head=head)
-    return {"removal_difference": difference, "logit_difference": reloaded.difference, "logit_scale": reloaded.scale}
-
-
-def _tokens(architecture: Architecture) -> Tensor:
-    length = min(_LENGTH, architecture.sizes.get("positions", _LENGTH))
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(architecture.sizes["vocab"], (_SEQUENCES, length), generator=generator)
-
-
-def _logits_under(model: PreTrainedModel, found: Extraction, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """Logits of the dense shape with these weights, under the plan."""
-    with torch.no_grad():
-        for name, weight in weights.items():
-            model.get_parameter(name).copy_(weight)
-    with under_plan(model, found.architecture, found.plan):
-        return reference_logits(model, ids)
+    return LanguageExtraction(masked, own, architecture, decision, config)

@@ -17,6 +17,7 @@ from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -58,17 +59,56 @@ class Masked(Generic[Model]):
         return ~self.masks[name] if name in self.masks else torch.zeros_like(self.model.get_parameter(name)).bool()
 
 
-def of_model(model: PreTrainedModel) -> Masked:
-    """A copy of a model in memory, its masks multiplied in; the model itself stays as it is.
+def of_model(model: Model) -> Masked[Model]:
+    """A copy of a model in memory, on the CPU, its masks multiplied in; the model itself stays as it is.
 
     Raises:
-        LibpruneError: if tied weights have different masks, or a weight is not finite.
+        LibpruneError: if a mask is none, tied weights have different masks, or a weight is not finite.
     """
-    state, masks = multiplied(model.state_dict(), type(model).__name__)
-    clean = fresh(type(model), model.config)
+    language = isinstance(model, PreTrainedModel)
+    clean = fresh(type(model), model.config) if language else without_masks(model)
+    state, masks = multiplied(model.state_dict(), type(model).__name__, clean.state_dict().keys())
+    dtype = next((parameter.dtype for parameter in model.parameters()), None)
+    return loaded(clean, state, masks, dtype)
+
+
+def loaded(
+    clean: Model, state: Mapping[str, Tensor], masks: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> Masked[Model]:
+    """A model without masks that takes on masked weights, in float32 where it is of fewer bits.
+
+    Args:
+        clean: on any device; it is changed.
+        state: what it is to store, masks multiplied in.
+        masks: of its parameters and of others.
+        dtype: that its weights are stored in; None where there are none.
+
+    Raises:
+        LibpruneError: if there are none, tied weights differ, or a weight is not finite.
+    """
     require_equal_ties(clean, state)
     clean.load_state_dict(state)
-    return finite(Masked(clean, next(model.parameters()).dtype, masks))
+    if dtype is None:
+        raise LibpruneError(f"{type(clean).__name__} has no parameters")
+    clean = (clean.float() if dtype in (torch.float16, torch.bfloat16) else clean).cpu().eval()
+    names = {name for name, _ in clean.named_parameters()}
+    return finite(Masked(clean, dtype, {name: mask for name, mask in masks.items() if name in names}))
+
+
+def without_masks(model: Model) -> Model:
+    """A copy of a model without torch.nn.utils.prune."""
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and value.grad_fn is not None  # which deepcopy refuses
+    }
+    clean = copy.deepcopy(model, computed)
+    for module in clean.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+    return clean
 
 
 def fresh(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:

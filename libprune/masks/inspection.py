@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture, Block
@@ -92,71 +92,38 @@ class MaskInspection:
         return self.saved_parameters / self.decoder
 
 
-def inspection(found: Extraction) -> MaskInspection:
+def inspection(extracted: Extraction) -> MaskInspection:
     """The numbers of an extraction."""
-    masked, own = found.masked, found.own
-    saved = cost.size(own, Plan.dense(own)).total - cost.size(found.architecture, found.plan).total
+    masked, own = extracted.masked, extracted.own
+    saved = cost.size(own, Plan.dense(own)).total - cost.size(extracted.architecture, extracted.plan).total
+    weights = [masked.model.get_parameter(entry.weight) for entry in own.maps]
+    carriers = {parameter.name for block in own.blocks() for parameter, _, _ in own.carriers(*block)}
     return MaskInspection(
         family=own.family,
         masks=len(masked.masks),
-        outside=outside(masked, own),
-        zeros=zero_share(masked, own),
-        blocks=[_block(found, block) for block in own.blocks()],
+        outside=sorted(masked.masks.keys() - carriers),
+        zeros=sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights),
+        blocks=[_block(extracted, block) for block in own.blocks()],
         decoder=own.decoder_parameters,
         saved_parameters=saved,
         saved_bytes=saved * masked.dtype.itemsize,
         dtype=str(masked.dtype).removeprefix("torch."),
-        shape=found.shape,
-        biases_added=list(found.decision.added),
+        shape=extracted.shape,
+        biases_added=list(extracted.decision.added),
     )
 
 
-def outside(masked: Masked, own: Architecture) -> list[str]:
-    """Masked parameters that no unit carries."""
-    return sorted(set(masked.masks) - {p.name for block in own.blocks() for p, _, _ in own.carriers(*block)})
-
-
-def zero_share(masked: Masked, own: Architecture) -> float:
-    """Share of zeros among the weights of all maps."""
-    weights = [masked.model.get_parameter(entry.weight) for entry in own.maps]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-
-
-def _block(found: Extraction, block: Block) -> BlockMasks:
-    sent, gone = found.reach[block], ~found.plan.keep[block]
-    why = found.decision.stays.get(block, "")
-    return block_masks(found.masked, found.own, block, gone, sent.still, gone & ~sent.silent, why)
-
-
-def block_masks(
-    masked: Masked,
-    own: Architecture,
-    block: Block,
-    gone: Bool[np.ndarray, " units"],
-    wholly: Bool[np.ndarray, " units"],
-    folded: Bool[np.ndarray, " units"],
-    why: str,
-) -> BlockMasks:
-    """The units of one part of one layer.
-
-    Args:
-        masked: the model.
-        own: its description.
-        block: layer and part.
-        gone: units that can go, ``[units]``.
-        wholly: units that are wholly masked, ``[units]``.
-        folded: those of which a constant goes into a bias, ``[units]``.
-        why: wholly masked ones cannot go.
-    """
-    share = _cut_shares(masked, own, block)
+def _block(extracted: Extraction, block: Block) -> BlockMasks:
+    decision, gone = extracted.decision, ~extracted.plan.keep[block]
+    wholly, share = decision.wholly[block], _cut_shares(extracted.masked, extracted.own, block)
     return BlockMasks(
         layer=block[0],
         part=block[1],
         units=len(gone),
         removable=np.flatnonzero(gone).tolist(),
-        folded=np.flatnonzero(folded).tolist(),
+        folded=np.flatnonzero(gone & decision.folded[block]).tolist(),
         staying=np.flatnonzero(wholly & ~gone).tolist(),
-        why=why,
+        why=decision.stays.get(block, ""),
         partly={int(unit): float(share[unit]) for unit in np.flatnonzero((share > 0) & ~wholly)},
     )
 

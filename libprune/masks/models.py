@@ -1,72 +1,110 @@
 """From the masks of torch.nn.utils.prune to structure, and back, for models in memory.
 
-`inspect` says which units a masked model has lost, `extract` takes them out, `apply` masks what a plan removes.
+`inspect` says which units a masked model has lost, `extract` takes them out, `apply` masks what a plan removes. Each
+takes a language model of one of the families as it is, and a network of the user's own with its family and inputs.
 """
 
 import copy
-from collections.abc import Iterator
+from pathlib import Path
+from typing import overload
 
 import torch
-from torch import Tensor
-from torch.nn.utils import prune
+from jaxtyping import Shaped
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from libprune.engine.architecture import Architecture, Block, Parameter
 from libprune.engine.describe import describe
+from libprune.engine.describe_module import describe_module
+from libprune.engine.errors import LibpruneError
+from libprune.engine.module_family import NetworkFamily
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import entries_kept
-from libprune.masks.extraction import Extraction, extraction
+from libprune.masks.export import register
+from libprune.masks.extraction import LanguageExtraction, extraction
 from libprune.masks.files import of_model
 from libprune.masks.inspection import MaskInspection, inspection, require_units
+from libprune.masks.modules import NetworkExtraction, network_extraction
+from libprune.results.module_folder import require_fits
+
+Family = NetworkFamily | Path
+"""The description of a network, or the file of it."""
+Inputs = Shaped[Tensor, "samples ..."]
 
 
-def inspect(model: PreTrainedModel) -> MaskInspection:
+def inspect(model: nn.Module, family: Family | None = None, inputs: Inputs | None = None) -> MaskInspection:
     """Which units of a model are wholly masked, which partly, and what slicing would save.
 
     Args:
-        model: of one of the families, with active masks of `torch.nn.utils.prune` or with zeroed weights. It stays as
-            it is; a float32 copy is made in memory.
-    """
-    return inspection(extraction(of_model(model)))
-
-
-def extract(model: PreTrainedModel) -> Extraction:
-    """Take the wholly masked units of a model out: `.plan`, `.state`, and the model itself with `.smaller()`.
-
-    Args:
-        model: as for `inspect`.
+        model: with active masks of `torch.nn.utils.prune` or with zeroed weights. It stays as it is; a copy is made in
+            memory, in float32 if it is a language model or stored in less.
+        family: of a network of the user's own its description, or the file of it; None for a language model.
+        inputs: of such a network a few examples of what it takes. Constants are those for inputs of their shape.
 
     Raises:
-        LibpruneError: if no unit is wholly masked.
+        LibpruneError: if the family does not describe the model, or a mask is none.
     """
-    found = extraction(of_model(model))
-    require_units(inspection(found))
-    return found
+    return inspection(_extraction(model, family, inputs))
 
 
-def apply(model: PreTrainedModel, plan: Plan) -> None:
-    """Register masks of `torch.nn.utils.prune` that make a dense model compute what the plan leaves."""
-    with torch.device("meta"):
-        bare = type(model)(copy.deepcopy(model.config))
-    for name, mask in plan_masks(describe(bare, accept=tuple(model.config.to_dict())), plan):
-        module, _, parameter = name.rpartition(".")
-        weight = getattr(model.get_submodule(module), parameter)
-        prune.custom_from_mask(model.get_submodule(module), parameter, mask.to(weight.device))
+@overload
+def extract(model: PreTrainedModel) -> LanguageExtraction: ...
+@overload
+def extract(model: nn.Module, family: Family, inputs: Inputs) -> NetworkExtraction: ...
+def extract(
+    model: nn.Module, family: Family | None = None, inputs: Inputs | None = None
+) -> LanguageExtraction | NetworkExtraction:
+    """Take the wholly masked units of a model out.
 
+    Args:
+        model: a masked model, as `inspect` takes it.
+        family: of a network its description, or the file of it.
+        inputs: of a network a few examples of what it takes, on which the outputs are compared.
 
-def plan_masks(architecture: Architecture, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """By parameter the mask, bool in the parameter's shape, of every map that a plan takes something of.
+    Returns:
+        With `.plan`; of a language model `.state`, its state dict, and `.smaller()`, the model itself; of a network
+        `.network`, `.proof` and `.save(folder)`.
 
-    The consumers' columns alone decide what the model computes; the producers' rows and biases are masked as well, so
-    that the zeros are exactly what slicing removes. Of a part that goes whole all is masked, the consumers' bias too.
+    Raises:
+        LibpruneError: if no unit is wholly masked, or the outputs of a network without them differ.
     """
-    for block in architecture.blocks():
-        maps = {name for entry in architecture.maps_of(*block) for name in (entry.weight, entry.bias)}
-        for parameter in architecture.parameters_of(*block):
-            if parameter.name in maps and not (mask := _mask(architecture, plan, parameter, block)).all():
-                yield parameter.name, mask
+    extracted = _extraction(model, family, inputs)
+    require_units(inspection(extracted))
+    if isinstance(extracted, NetworkExtraction):
+        _ = extracted.proof  # stops here where the outputs differ
+    return extracted
 
 
-def _mask(architecture: Architecture, plan: Plan, parameter: Parameter, block: Block) -> Tensor:
-    kept = entries_kept(architecture, plan, parameter)
-    return torch.zeros_like(kept) if plan.gone(*block) else kept
+def _extraction(
+    model: nn.Module, family: Family | None, inputs: Inputs | None
+) -> LanguageExtraction | NetworkExtraction:
+    if family is not None and inputs is not None:
+        return network_extraction(of_model(model), family, inputs)
+    if not isinstance(model, PreTrainedModel):
+        raise LibpruneError(f"{type(model).__name__} is no language model of transformers; give its family and inputs")
+    return extraction(of_model(model))
+
+
+@overload
+def apply(model: PreTrainedModel, family: Plan) -> None: ...
+@overload
+def apply(model: nn.Module, family: Family, plan: Plan) -> None: ...
+def apply(model: nn.Module, family: Family | Plan, plan: Plan | None = None) -> None:
+    """Register masks of `torch.nn.utils.prune` that make a dense model compute what the plan leaves.
+
+    Everything that slicing removes is masked, but for vectors beside the maps of a language model.
+
+    Args:
+        model: the dense one.
+        family: of a network its description, or the file of it; left out for a language model.
+        plan: which units stay.
+
+    Raises:
+        LibpruneError: if the plan is of another network, or leaves no unit of a part.
+    """
+    if isinstance(model, PreTrainedModel) and isinstance(family, Plan):
+        with torch.device("meta"):
+            bare = type(model)(copy.deepcopy(model.config))
+        register(model, describe(bare, accept=tuple(model.config.to_dict())), family)
+    elif plan is not None and not isinstance(family, Plan):
+        architecture = describe_module(of_model(model).model, NetworkFamily.of(family), None)
+        require_fits(architecture, plan)
+        register(model, architecture, plan)

@@ -1,63 +1,22 @@
 """Networks with the masks of torch.nn.utils.prune: in memory, and as files of tensors for code of the user's own."""
 
-import copy
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
-from libprune.engine.errors import ArtifactError, LibpruneError, SourceError, first_line, missing_key
-from libprune.masks.files import Masked, finite, multiplied, require_equal_ties, ties
+from libprune.engine.errors import ArtifactError, SourceError, first_line, missing_key
+from libprune.masks.files import Masked, loaded, multiplied, ties, without_masks
 
 INPUTS = "inputs"
 """Name of the tensor in a file of inputs."""
 _DRAWN = 8
 """Samples where only their shape is given."""
-_SHORT = (torch.float16, torch.bfloat16)
-
-
-def of_network(network: nn.Module) -> Masked[nn.Module]:
-    """A copy of a network in memory, on the CPU, its masks multiplied in; the network itself stays as it is.
-
-    Raises:
-        LibpruneError: if a mask is none, tied weights have different masks, or a weight is not finite.
-    """
-    clean = _without_masks(network)
-    state, masks = multiplied(network.state_dict(), type(network).__name__, clean.state_dict().keys())
-    return _loaded(clean, state, masks)
-
-
-def _without_masks(network: nn.Module) -> nn.Module:
-    """A copy without torch.nn.utils.prune."""
-    computed = {
-        id(value): value.detach().clone()
-        for module in network.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and value.grad_fn is not None  # which deepcopy refuses
-    }
-    clean = copy.deepcopy(network, computed)
-    for module in clean.modules():
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)
-    return clean
-
-
-def _loaded(clean: nn.Module, state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masked[nn.Module]:
-    require_equal_ties(clean, state)
-    clean.load_state_dict(state)
-    parameters = dict(clean.named_parameters())
-    if not parameters:
-        raise LibpruneError(f"{type(clean).__name__} has no parameters")
-    dtype = next(iter(parameters.values())).dtype
-    clean = (clean.float() if dtype in _SHORT else clean).cpu().eval()
-    return finite(Masked(clean, dtype, {name: mask for name, mask in masks.items() if name in parameters}))
 
 
 def read_network(path: Path, factory: str) -> Masked[nn.Module]:
@@ -78,7 +37,7 @@ def read_network(path: Path, factory: str) -> Masked[nn.Module]:
             f"{path} cannot be read as safetensors: {first_line(error)}; write it by "
             "safetensors.torch.save_file(network.state_dict(), path)"
         ) from error
-    clean = _without_masks(_made_by(factory))
+    clean = without_masks(_made_by(factory))
     known = clean.state_dict()
     state, masks = multiplied(tensors, str(path), known.keys())
     for names in ties(clean):
@@ -92,7 +51,7 @@ def read_network(path: Path, factory: str) -> Masked[nn.Module]:
             raise SourceError(
                 f"{path}: {name} has shape {list(tensor.shape)}, but {factory} makes it {list(known[name].shape)}"
             )
-    return _loaded(clean, state, masks)
+    return loaded(clean, state, masks, next((parameter.dtype for parameter in clean.parameters()), None))
 
 
 def _made_by(factory: str) -> nn.Module:

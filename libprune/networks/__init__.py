@@ -1,10 +1,9 @@
 """Networks that are not transformers: any torch module with a family file of its own, through the same methods."""
 
+from libprune import masks
 from libprune.engine.module_family import NetworkFamily
-from libprune.masks import modules as masks
 from libprune.models.samples import Samples
 from libprune.networks.network import Network
-from libprune.results.module_folder import Pruned
-from libprune.results.module_slicing import load
+from libprune.results.module_folder import Pruned, load
 
 __all__ = ["Network", "NetworkFamily", "Pruned", "Samples", "load", "masks"]

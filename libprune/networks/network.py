@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from libprune.allocation.decide import require_comparable
 from libprune.allocation.of_modules import allocate_network
 from libprune.collection.calibration import HELD_OUT_EVERY, Run
-from libprune.engine.describe_module import describe
+from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import LibpruneError
 from libprune.engine.module_family import NetworkFamily
 from libprune.engine.plan import Plan
@@ -31,16 +31,16 @@ from libprune.pipeline.sections import Activations, Allocate, Compute, Gradients
 from libprune.pipeline.shards import read_meta
 from libprune.repair.least_squares import Fit
 from libprune.repair.of_modules import repair_modules, repair_modules_in_order, set_weights
-from libprune.results.module_folder import TOLERANCE, Pruned, require_alike
-from libprune.results.module_slicing import (
+from libprune.results.module_folder import (
+    TOLERANCE,
     WEIGHTS,
+    Pruned,
     difference,
-    numbers_after,
     outputs,
+    require_alike,
     require_fits,
-    sliced_state,
+    sliced,
     stored,
-    with_tensors,
 )
 from libprune.scoring.criteria import find_criterion
 from libprune.scoring.expression import named_criteria
@@ -102,7 +102,7 @@ class Network:
         self._device = next(self._network.parameters()).device
         few = samples[:_CHECKED].to(self._device)
         outputs(self._network, few.inputs)
-        self.architecture = describe(self._network, self.family, few[:2].inputs, name)
+        self.architecture = describe_module(self._network, self.family, few[:2].inputs, name)
         self._prepare()
         self._run = Run(
             architecture=self.architecture,
@@ -172,8 +172,7 @@ class Network:
         fits = self._repairs[repair](plan, damping)
         whole = copy.deepcopy(self._network)
         set_weights(whole, fits)
-        numbers = numbers_after(self.architecture, plan, self.family.numbers(whole))
-        smaller = with_tensors(whole, sliced_state(stored(whole), self.architecture, plan), numbers)
+        smaller, numbers = sliced(whole, self.architecture, plan, self.family.numbers(whole))
         return Pruned(smaller, self.architecture, plan, repair, fits, numbers, self._prove(whole, smaller, plan))
 
     @property

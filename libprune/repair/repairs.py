@@ -15,9 +15,9 @@ from tqdm import tqdm
 from libprune.collection.calibration import require_own_weights, set_up
 from libprune.collection.resumable import sums_identity
 from libprune.engine.architecture import Architecture, Map
-from libprune.engine.describe import bias_key
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
+from libprune.engine.stock_config import bias_key
 from libprune.models.folder import WeightFiles, load_config
 from libprune.pipeline.artifacts import same_origin
 from libprune.pipeline.atomic import remove, writing

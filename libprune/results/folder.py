@@ -17,10 +17,11 @@ from transformers import PreTrainedConfig
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.axes import LinearMap, parse_expr
-from libprune.engine.describe import new_config, without_weights
+from libprune.engine.describe import without_weights
 from libprune.engine.family import Family, Part, families
 from libprune.engine.heads import HEADS, Head
 from libprune.engine.plan import Plan
+from libprune.engine.stock_config import new_config
 from libprune.models.folder import load_config
 
 MODELING_FILE = "modeling_pruned.py"

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe import new_config
 from libprune.engine.errors import LibpruneError
 from libprune.engine.family import families
 from libprune.engine.heads import HEADS
+from libprune.engine.stock_config import new_config
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_config, require_positions
 from libprune.pipeline.artifacts import read_architecture

@@ -12,7 +12,7 @@ from torch import nn
 from libprune.collection.module_hooks import watched_inputs
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe_module import describe
+from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
@@ -37,7 +37,7 @@ def network(case) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def architecture(case, network) -> Architecture:
-    return describe(network, case.family, case.samples().inputs)
+    return describe_module(network, case.family, case.samples().inputs)
 
 
 @pytest.fixture(scope="module")

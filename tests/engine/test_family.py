@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from libprune.engine.describe import check_config, describe
+from libprune.engine.describe import describe
 from libprune.engine.errors import FamilyError, LibpruneError
 from libprune.engine.family import FOLDER, families, family_of, load_family
+from libprune.engine.stock_config import check_config
 from tests.support.models import FAMILIES
 
 SHIPPED = sorted(FOLDER.glob("*.yaml"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from libprune.engine.describe_module import describe
+from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import FamilyError
 from libprune.networks import NetworkFamily
 from tests.support.networks import LENET, RECURRENT, LeNet, Recurrent
@@ -32,7 +32,7 @@ def modules(**changes: str) -> dict[str, str]:
 )
 def test_a_family_that_does_not_fit_is_refused_by_name(changed, message):
     with pytest.raises(FamilyError, match=message):
-        describe(LeNet(), family(**changed), torch.randn(2, 1, 14, 14))
+        describe_module(LeNet(), family(**changed), torch.randn(2, 1, 14, 14))
 
 
 def test_a_star_stands_for_the_same_name_in_path_and_expression():
@@ -48,19 +48,19 @@ def test_norms_over_units_are_refused(norm, name):
     network = nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2))
     described = NetworkFamily(family="f", prunable=["h"], modules={"0": "a -> h", "1": "h", "2": "h -> b"})
     with pytest.raises(FamilyError, match=f"{name}, whose statistics run over its units"):
-        describe(network, described, torch.randn(2, 3))
+        describe_module(network, described, torch.randn(2, 3))
 
 
 def test_convolutions_of_several_groups_are_refused_as_maps():
     network = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2))
     described = NetworkFamily(family="f", prunable=["h"], modules={"0": "a -> h", "1": "h -> b"})
     with pytest.raises(FamilyError, match="Conv2d of several groups"):
-        describe(network, described, torch.randn(2, 4, 3, 3))
+        describe_module(network, described, torch.randn(2, 4, 3, 3))
 
 
 def test_a_tied_map_with_prunable_axes_is_refused():
     with pytest.raises(FamilyError, match=r"decoder.weight and embedding.weight are one parameter"):
-        describe(Recurrent(tied=True), NetworkFamily(**RECURRENT), torch.randint(7, (2, 3)))
+        describe_module(Recurrent(tied=True), NetworkFamily(**RECURRENT), torch.randint(7, (2, 3)))
 
 
 def test_a_recurrent_module_of_torch_is_refused_as_a_map():
@@ -74,7 +74,7 @@ def test_a_recurrent_module_of_torch_is_refused_as_a_map():
 
     described = NetworkFamily(family="f", prunable=["h"], modules={"cell": "a -> h", "out": "h -> b"})
     with pytest.raises(FamilyError, match=r"cell.weight_ih_l0 belongs to a LSTM"):
-        describe(Hidden(), described, torch.randn(2, 3))
+        describe_module(Hidden(), described, torch.randn(2, 3))
 
 
 def test_a_module_that_is_never_called_is_refused():
@@ -88,9 +88,9 @@ def test_a_module_that_is_never_called_is_refused():
 
     described = NetworkFamily(family="f", prunable=["h"], modules={"one": "a -> h", "two": "h -> b"})
     with pytest.raises(FamilyError, match="'two' is described, but the network does not call it"):
-        describe(Uncalled(), described, torch.randn(2, 3))
+        describe_module(Uncalled(), described, torch.randn(2, 3))
 
 
 def test_an_embedding_cannot_lose_what_it_looks_up():
     with pytest.raises(FamilyError, match="what embedding 'embedding' looks up"):
-        describe(Recurrent(), NetworkFamily(**(RECURRENT | {"prunable": ["vocab"]})), torch.randint(7, (2, 3)))
+        describe_module(Recurrent(), NetworkFamily(**(RECURRENT | {"prunable": ["vocab"]})), torch.randint(7, (2, 3)))

@@ -13,10 +13,11 @@ from transformers import GPT2Config
 
 from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import LinearMap, parse_expr, parse_map
-from libprune.engine.describe import describe, new_config
+from libprune.engine.describe import describe
 from libprune.engine.errors import NotExpressibleError
 from libprune.engine.family import Family, family_of
 from libprune.engine.plan import Plan
+from libprune.engine.stock_config import new_config
 from libprune.engine.surgery import masked, slice_state
 from tests.support.models import FAMILIES, tokens
 from tests.support.shapes import plan_without

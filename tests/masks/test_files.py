@@ -1,4 +1,4 @@
-"""Masks in folders and files: every layout reads alike, what is written passes its checks, and faults are named."""
+"""Masks in memory, in folders and beside them: every layout reads alike, and faults are named."""
 
 import json
 import shutil
@@ -9,45 +9,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils import prune
 from torch.nn.utils import prune as torch_prune
 from transformers import PreTrainedModel
-from typer.testing import CliRunner, Result
 
-from libprune.cli.main import app
+from libprune import masks
+from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
-from libprune.engine.tables import unit_index
-from libprune.masks import models as masks
-from libprune.models.folder import fingerprint
-from libprune.pipeline.artifacts import write_table
 from libprune.results.check import check_folder
 from libprune.results.record import read_provenance, read_record
-from tests.support.masked_models import DOWN, GATE, UP, V, removed, unstructured, zero
+from tests.support.masked_models import (
+    plan_file,
+    remasked,
+    removed,
+    run,
+)
 from tests.support.models import FAMILIES, Dense, random_plan, write_dense
 
-FOLD = {V: slice(8, 16), GATE: 4, UP: 4}
 WEIGHTS = "model.safetensors"
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, ["masks", *map(str, words)])
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Dense:
     return write_dense(FAMILIES["mistral"](0), tmp_path_factory.mktemp("dense") / "model")
-
-
-def plan_file(dense: Dense, plan: Plan, folder: Path) -> Path:
-    path = folder / "plan.parquet"
-    keep = torch.cat([torch.from_numpy(keep) for keep in plan.keep.values()]).numpy()
-    write_table(path, unit_index(dense.architecture) | {"keep": keep}, {"model": fingerprint(dense.folder)})
-    return path
-
-
-def remasked(dense: Dense, plan: Plan) -> PreTrainedModel:
-    model = FAMILIES["mistral"](0)
-    masks.apply(model, plan)
-    return model
 
 
 def with_masks(dense: Dense, plan: Plan, folder: Path) -> list[object]:
@@ -99,44 +83,6 @@ def test_what_is_extracted_passes_its_checks(dense, layout, kind, tmp_path, quic
     assert read_provenance(tmp_path / "out")["slice"]["repair"] == ("none" if layout == "b" else "masks")
 
 
-def test_bias_folds_in_bfloat16_are_proved_in_two_steps(tmp_path, quick_proof):
-    model = FAMILIES["llama"](0)
-    zero(model, FOLD)
-    model.bfloat16().save_pretrained(tmp_path / "model")
-    done = run("extract", tmp_path / "model", tmp_path / "out")
-    assert done.exit_code == 0, done.output
-    made = read_provenance(tmp_path / "out")
-    assert len(made["masks"]["folded"]) == 2
-    assert made["slice"] == {"repair": "masks", "dtype": "bfloat16"}
-    assert made["proof"]["removal_difference"] < 1e-5 * made["proof"]["logit_scale"]
-    assert {t.dtype for t in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
-
-
-def test_scattered_zeros_get_a_plain_answer_and_no_folder(tmp_path):
-    model = FAMILIES["mistral"](0)
-    unstructured(model)
-    model.save_pretrained(tmp_path / "model")
-    done = run("inspect", tmp_path / "model")
-    assert done.exit_code == 0, done.output
-    assert "no unit is wholly masked: 25.0 % of the weights are zero" in done.output
-    done = run("extract", tmp_path / "model", tmp_path / "out")
-    assert done.exit_code == 1
-    assert "slicing needs whole units" in done.output
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_the_table_says_per_layer_and_part_what_is_masked(tmp_path):
-    model = FAMILIES["llama"](0)
-    zero(model, {V: slice(8, 16), UP: 4, DOWN: 7})
-    model.save_pretrained(tmp_path / "model")
-    lines = run("inspect", tmp_path / "model").output.splitlines()
-    rows = {tuple(line.split()[:2]): line.split()[2:] for line in lines if line[:1].isdigit()}
-    assert rows["2", "mlp"] == ["13", "1", "0", "0", "1", "33.3", "to", "33.3", "%"]
-    assert rows["2", "attention"] == ["3", "1", "1", "0", "0", "-"]
-    assert rows["0", "mlp"] == ["13", "0", "0", "0", "0", "-"]
-    assert any("slicing removes 2 units" in line for line in lines)
-
-
 # Faults
 
 
@@ -145,7 +91,11 @@ def write(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
 
 
 NAME, OTHER = "model.layers.0.mlp.up_proj.weight", torch.ones(2, 2)
+
+
 SHAPE = (13, 28)
+
+
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such parameter": (write({"model.layers.0.mlp.up.weight_mask": OTHER}), f"did you mean '{NAME}'"),
     "another shape": (write({f"{NAME}_mask": OTHER}), f"{NAME}_mask has shape [2, 2], but {NAME} has [13, 28]"),
@@ -214,28 +164,17 @@ def test_what_exists_is_not_replaced_and_what_is_no_model_is_refused(dense, tmp_
     assert "its layers differ in width already" in run("inspect", copy).output
 
 
-# Export
-
-
-def test_exported_masks_and_weights_are_a_state_dict_of_pruned_modules(dense, tmp_path):
-    plan = random_plan(dense.architecture, "uniform")
-    source = plan_file(dense, plan, tmp_path)
-    done = run("export", source, tmp_path / "masks.safetensors", "--model", dense.folder, "--orig")
-    assert done.exit_code == 0, done.output
-    model = FAMILIES["mistral"](1)
-    masks.apply(model, plan)
-    loaded = model.load_state_dict(load_file(tmp_path / "masks.safetensors"), strict=False)
-    assert not loaded.unexpected_keys
-    expected = remasked(dense, plan).state_dict()
-    found = model.state_dict()
-    assert all(torch.equal(found[name], expected[name]) for name in expected if name.endswith(("_orig", "_mask")))
-
-
-def test_a_plan_of_another_model_or_of_no_change_is_not_exported(dense, tmp_path):
-    other = write_dense(FAMILIES["mistral"](1), tmp_path / "model").folder
-    source, out = plan_file(dense, Plan.dense(dense.architecture), tmp_path), tmp_path / "masks.safetensors"
-    assert "belongs to model" in run("export", source, out).output
-    assert "keeps every unit" in run("export", source, out, "--model", dense.folder).output
-    assert "name the dense model's folder" in run("export", source, out, "--model", tmp_path / "none").output
-    assert "name a pruned folder or a plan" in run("export", other / "config.json", out, "--model", other).output
-    assert not out.exists()
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.model.layers[0].mlp.up_proj.weight_mask.fill_(0.5), "mlp.up_proj.weight_mask holds values other"),
+        (lambda m: m.model.layers[0].mlp.up_proj.weight_orig.data.fill_(torch.nan), "not finite"),
+        (lambda m: prune.random_unstructured(m.lm_head, "weight", 0.5), "are one weight in this model"),
+    ],
+)
+def test_masks_that_cannot_be_what_is_meant_are_named(change: Callable[[PreTrainedModel], object], message):
+    model = FAMILIES["llama"](0)
+    prune.random_structured(model.model.layers[0].mlp.up_proj, "weight", 0.5, dim=0)
+    change(model)
+    with pytest.raises(LibpruneError, match=message):
+        masks.inspect(model)

@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from libprune import masks
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe_module import describe
+from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked as under_plan
-from libprune.masks import modules as masks
-from libprune.masks.module_files import of_network
+from libprune.masks.files import of_model
+from libprune.masks.inspection import inspection
+from libprune.masks.modules import network_extraction
 from libprune.networks import Network, Samples, load
 from libprune.pipeline.sections import Allocate, Score
 from tests.support.masked_networks import (
@@ -32,19 +34,19 @@ from tests.support.masked_networks import (
     zero,
 )
 
-# The oracle: a unit can go if the outputs stay without it, for one constant in its place
+# The oracle: a unit can go if the outputs stay without it, for one constant in its place, and so can the next one then
 
 
-def can_go(network: nn.Module, architecture: Architecture, part: str, unit: int, inputs: list[Tensor]) -> bool:
-    """Whether outputs stay if what a unit first sends is added to biases where there are any, and its columns go."""
-    without = copy.deepcopy(network)
+def without(network: nn.Module, architecture: Architecture, part: str, unit: int, x: Tensor) -> nn.Module:
+    """A copy in which what a unit first sends is added to biases where there are any, and the unit's columns go."""
+    smaller = copy.deepcopy(network)
     for consumer in architecture.consumers(0, part):
         taken: list[Tensor] = []
-        module = without.get_submodule(consumer.module)
+        module = smaller.get_submodule(consumer.module)
         handle = network.get_submodule(consumer.module).register_forward_pre_hook(
             lambda _, args, taken=taken: taken.append(args[0])
         )
-        computed(network, inputs[0])
+        computed(network, x)
         handle.remove()
         feature = consumer.input.units(part, architecture.sizes)[:: consumer.kernel] == unit
         first = taken[0][0].flatten(1)[:, 0] if module.weight.ndim > 2 else taken[0][0]
@@ -53,7 +55,24 @@ def can_go(network: nn.Module, architecture: Architecture, part: str, unit: int,
             if module.bias is not None:
                 module.bias += whole[:, feature] @ first[feature]
             module.weight[:, feature] = 0
-    return all(torch.allclose(computed(without, x), computed(network, x), rtol=0, atol=1e-9) for x in inputs)
+    return smaller
+
+
+def can_go(network: nn.Module, architecture: Architecture, inputs: list[Tensor]) -> dict[str, list[int]]:
+    """The units of each part that go one after another until none is left without which the outputs stay."""
+    expected = [computed(network, x) for x in inputs]
+    units = [(part, unit) for _, part in architecture.blocks() for unit in range(architecture.units(part))]
+    gone, before = set(), None
+    while gone != before:
+        before = set(gone)
+        for part, unit in units:
+            if (part, unit) not in gone:
+                smaller = without(network, architecture, part, unit, inputs[0])
+                outputs = [computed(smaller, x) for x in inputs]
+                if all(torch.allclose(y, z, rtol=0, atol=1e-9) for y, z in zip(outputs, expected, strict=True)):
+                    network = smaller
+                    gone.add((part, unit))
+    return {part: sorted(unit for other, unit in gone if other == part) for part in architecture.parts}
 
 
 def inputs_of(name: str) -> list[Tensor]:
@@ -68,18 +87,14 @@ def inputs_of(name: str) -> list[Tensor]:
 def test_exactly_the_units_go_without_which_the_outputs_stay(name, seed):
     network, described, _ = built(name, [nn.Tanh(), nn.Sigmoid()][seed % 2], seed)
     inputs = inputs_of(name)
-    architecture = describe(network.double(), described, inputs[0])
+    architecture = describe_module(network.double(), described, inputs[0])
     randomly_cut(network, architecture, seed)
-    clean = of_network(network).model
-    expected = {
-        part: [u for u in range(architecture.units(part)) if can_go(clean, architecture, part, u, inputs)]
-        for _, part in architecture.blocks()
-    }
+    expected = can_go(of_model(network).model, architecture, inputs)
     for part, units in expected.items():
         if len(units) == architecture.units(part):
             units.remove(0)
-    found = masks.extraction(of_network(network), described, inputs[0])
-    assert removed(found.plan) == {part: units for part, units in expected.items() if units}
+    plan = network_extraction(of_model(network), described, inputs[0]).plan
+    assert removed(plan) == {part: units for part, units in expected.items() if units}
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -87,9 +102,9 @@ def test_exactly_the_units_go_without_which_the_outputs_stay(name, seed):
 @given(seed=st.integers(0, 2**32 - 1))
 def test_outputs_stay_and_the_given_network_too(name, seed):
     network, described, x = built(name, nn.ReLU(), seed)
-    randomly_cut(network, describe(network, described, x), seed)
+    randomly_cut(network, describe_module(network, described, x), seed)
     before = copy.deepcopy(network.state_dict())
-    found = masks.extraction(of_network(network), described, x)
+    found = network_extraction(of_model(network), described, x)
     for shape in NETS[name][2]:
         other = torch.randn(5, *shape)
         assert_same(computed(found.network, other), computed(network, other))
@@ -97,7 +112,7 @@ def test_outputs_stay_and_the_given_network_too(name, seed):
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
     dense, left = (sum(p.numel() for p in one.parameters()) for one in (network, found.network))
-    assert masks.inspection(found).saved_parameters == dense - left
+    assert inspection(found).saved_parameters == dense - left
     assert found.proof["difference"] <= 1e-5 * found.proof["scale"]
     assert found.proof["noise_difference"] <= 1e-5 * found.proof["noise_scale"]
 
@@ -105,7 +120,7 @@ def test_outputs_stay_and_the_given_network_too(name, seed):
 @pytest.mark.parametrize("name", NETS)
 def test_a_plan_as_masks_computes_what_the_plan_does_and_is_extracted_again(name, tmp_path):
     network, described, x = built(name, nn.ReLU())
-    architecture = describe(network, described, x)
+    architecture = describe_module(network, described, x)
     rng = np.random.default_rng(1)
     keep = {block: rng.permutation(architecture.units(block[1])) > 1 for block in architecture.blocks()}
     plan = Plan(keep)
@@ -115,7 +130,7 @@ def test_a_plan_as_masks_computes_what_the_plan_does_and_is_extracted_again(name
     assert_same(computed(network, x), expected)
     found = masks.extract(network, described, x)
     assert found.plan.digest == plan.digest
-    assert not found.settled.biases
+    assert not found.decision.folds
     found.save(tmp_path / "out")
     assert_same(computed(load(tmp_path / "out", built(name, nn.ReLU(), 1)[0]), x), expected)
 

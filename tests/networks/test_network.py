@@ -9,7 +9,7 @@ from torch import nn
 
 from libprune.allocation.retention import wanted_removals
 from libprune.collection.module_hooks import input_rows, output_rows, unit_masks
-from libprune.engine.describe_module import describe
+from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import BudgetError, FamilyError, LibpruneError, StatisticsError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import oriented
@@ -53,7 +53,7 @@ def test_a_mask_gradient_is_the_slope_of_the_loss_along_the_mask(name):
     network, samples = case.network().double(), case.samples(2)
     inputs = samples.inputs.double() if samples.inputs.is_floating_point() else samples.inputs
     samples = Samples(inputs, samples.targets)
-    architecture = describe(network, case.family, inputs)
+    architecture = describe_module(network, case.family, inputs)
     with unit_masks(network, architecture, 2) as masks:
         for mask in masks.values():
             mask.data = mask.data.double()
@@ -78,7 +78,7 @@ def test_a_feature_of_two_axes_has_the_masks_of_both():
     described = NetworkFamily(family="f", prunable=["h", "d"], modules=modules, attributes={"heads": "h"})
     network.heads = 2
     samples = Samples(torch.randn(5, 3), torch.randint(2, (5,)))
-    architecture = describe(network, described, samples.inputs)
+    architecture = describe_module(network, described, samples.inputs)
     with unit_masks(network, architecture, 5) as masks:
         slopes = torch.autograd.grad(samples.losses(network).sum(), list(masks.values()))
     weight = network[2].weight
@@ -302,7 +302,7 @@ def test_a_module_in_two_places_is_described_once(tmp_path):
     assert torch.equal(again(samples.inputs), pruned.network(samples.inputs))
     del described.modules["one"]
     with pytest.raises(FamilyError, match=r"does not describe parameter 'one.weight'"):
-        describe(Repeated(), described, samples.inputs)
+        describe_module(Repeated(), described, samples.inputs)
 
 
 def test_a_map_on_which_no_loss_depends_has_gradients_of_zero(tmp_path):
@@ -335,7 +335,7 @@ def test_what_cannot_be_watched_is_refused_by_name(tmp_path):
     described = NetworkFamily(family="f", prunable=["h"], modules={"one": "a -> h", "two": "h -> b"})
     x = torch.randn(4, 3)
     with pytest.raises(FamilyError, match="'two' is given its input by keyword"):
-        describe(Uneasy("keyword"), described, x)
+        describe_module(Uneasy("keyword"), described, x)
     samples = Samples(x, torch.randint(2, (4,)))
     with pytest.raises(LibpruneError, match="returns a tuple, not a tensor"):
         Network(Uneasy("tuple"), described, samples, tmp_path / "work")

@@ -1,12 +1,16 @@
-"""Small networks of several kinds with their families, and ways to mask their units."""
+"""Small networks of several kinds with their families, ways to mask their units, and files of a masked one."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from typer.testing import CliRunner, Result
 
+from libprune.cli.main import app
 from libprune.engine.architecture import Architecture
 from libprune.engine.plan import Plan
 from libprune.networks import NetworkFamily
@@ -156,3 +160,40 @@ def randomly_cut(network: nn.Module, architecture: Architecture, seed: int) -> N
     for _, part in architecture.blocks():
         for unit in range(architecture.units(part)):
             cut(network, architecture, part, unit, str(rng.choice(WAYS)))
+
+
+# On the command line
+
+CODE = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+def broken():
+    raise KeyError("no such size")
+
+number = int
+"""
+
+YAML = 'family: net\nprunable: [h]\nmodules: {"0": x -> h, "2": h -> y}\n'
+
+
+def write_files() -> dict[str, str]:
+    """Write code, family, inputs and weights into the current folder; the options that name them."""
+    Path("usernet.py").write_text(CODE)
+    Path("net.yaml").write_text(YAML)
+    save_file({"inputs": torch.randn(5, 3)}, "inputs.safetensors")
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    zero(network, "0.weight", 0, [1])
+    zero(network, "2.weight", 1, [2])
+    save_file(network.state_dict(), "masked.safetensors")
+    for module in (network[0], network[2]):
+        prune.remove(module, "weight")
+    save_file(network.state_dict(), "zeroed.safetensors")
+    return {"--family": "net.yaml", "--network": "usernet:Net", "--inputs": "inputs.safetensors"}
+
+
+def run(*words: object, **options: str) -> Result:
+    return CliRunner().invoke(app, ["masks", *map(str, words), *(word for pair in options.items() for word in pair)])

@@ -12,7 +12,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.plan import Plan
 from libprune.networks import NetworkFamily, Samples
 from libprune.networks.recurrent import RecurrentLM
-from libprune.results.module_slicing import numbers_after, sliced_state, stored, with_tensors
+from libprune.results.module_folder import sliced
 from tests.support.closure import ROOT
 
 
@@ -252,5 +252,4 @@ def random_plan(architecture: Architecture, seed: int) -> Plan:
 
 
 def cut(case: Case, network: nn.Module, architecture: Architecture, plan: Plan) -> nn.Module:
-    numbers = numbers_after(architecture, plan, case.family.numbers(network))
-    return with_tensors(network, sliced_state(stored(network), architecture, plan), numbers)
+    return sliced(network, architecture, plan, case.family.numbers(network))[0]

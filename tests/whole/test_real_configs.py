@@ -3,8 +3,9 @@
 import pytest
 from transformers import AutoConfig
 
-from libprune.engine.describe import check_config, describe, without_weights
+from libprune.engine.describe import describe, without_weights
 from libprune.engine.family import family_of
+from libprune.engine.stock_config import check_config
 from tests.support.published import _BERT, _GEMMA, _LLAMA, _QWEN, CONFIGS
 
 _LLAMA |= {"initializer_range": 0.02, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "pretraining_tp": 1}
