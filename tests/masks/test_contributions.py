@@ -87,7 +87,7 @@ def test_weights_and_not_a_run_say_that_a_channel_is_off(name):
 
 
 class Stuck(nn.Module):
-    """The second map has no bias to hold a constant, so that what it reads stays; what it writes is one all the same."""
+    """The second map has no bias to hold constants, so that they stay; what it makes of them is constant, too."""
 
     def __init__(self) -> None:
         super().__init__()
