@@ -43,7 +43,7 @@ def output_rows(module: nn.Module, y: Tensor) -> Float[Tensor, "rows output"]:
 def watched_inputs(
     network: nn.Module, maps: Iterable[Map], samples: int
 ) -> Iterator[Mapping[Map, list[Float[Tensor, "samples rows input"]]]]:
-    """Inside the context, the inputs of maps in a pass over some samples, one entry a call, maps in the order of calls."""
+    """Inside the context, the inputs of maps in a pass over samples, one entry a call, maps in the order of calls."""
     seen: dict[Map, list[Tensor]] = {}
 
     def keep(entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
