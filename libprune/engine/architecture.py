@@ -167,7 +167,7 @@ class Architecture:
             for part, shape in self.parts.items():
                 if entry.layer is not None and (entry.part == part or shape.axis in names):
                     table[entry.layer, part].append(entry)
-        return {block: tuple(found) for block, found in table.items()}
+        return {block: tuple(members) for block, members in table.items()}
 
     def maps_of(self, layer: int, part: str) -> tuple[Map, ...]:
         """The linear maps of a block."""

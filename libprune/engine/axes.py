@@ -40,11 +40,11 @@ class Expr:
     @property
     def names(self) -> frozenset[str]:
         """All axis names that occur in the expression."""
-        found: set[str] = set()
+        occurring: set[str] = set()
         for term in self.terms:
             for factor in term:
-                found |= {factor} if isinstance(factor, str) else factor.names
-        return frozenset(found)
+                occurring |= {factor} if isinstance(factor, str) else factor.names
+        return frozenset(occurring)
 
     def size(self, sizes: Sizes) -> int:
         """The number of positions of the dimension, for the given axis sizes."""
@@ -214,10 +214,10 @@ def _check(equations: list[Equation], sizes: Sizes) -> None:
         unknown = sorted(equation.expr.names - sizes.keys())
         if unknown:
             raise NotationError(f"nothing says how large axis {unknown[0]!r} is ({equation.where} is {equation.expr})")
-        found = equation.expr.size(sizes)
-        if found != equation.value:
+        positions = equation.expr.size(sizes)
+        if positions != equation.value:
             raise NotationError(
-                f"{equation.where} = {equation.value}, but {equation.expr} is {found} with {_show(sizes)}"
+                f"{equation.where} = {equation.value}, but {equation.expr} is {positions} with {_show(sizes)}"
             )
 
 

@@ -98,7 +98,7 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
 
 
 def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> Prices:
-    """Of the lines that were fitted to measured times; what is fixed goes in equal shares with whole parts."""
+    """The prices of the lines that were fitted to measured times; fixed time goes in equal shares with whole parts."""
     ps = {part: round(1e12 * seconds) for part, seconds in latency["unit"].items()}
     fixed = round(1e12 * latency["fixed"] / len(architecture.parts))
     decoder = sum(fixed + ps[part] * architecture.units(part) for _, part in architecture.blocks())

@@ -68,7 +68,7 @@ def without_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -
 def with_biases(
     architecture: Architecture, config: PreTrainedConfig, parts: Collection[str]
 ) -> tuple[Architecture, PreTrainedConfig]:
-    """The same model with a bias on every map of the given parts, as its config can say it.
+    """The description and config of a model with a bias on every map of the given parts, as its config can say it.
 
     Raises:
         NotExpressibleError: naming a part whose config has no key for that.
@@ -99,10 +99,10 @@ def _require_head(family: Family, head: Head, model: PreTrainedModel) -> None:
 
 
 def _refuse_experts(config: PreTrainedConfig) -> None:
-    found = next((getattr(config, key) for key in _EXPERTS if getattr(config, key, None)), None)
-    if found:
+    number = next((getattr(config, key) for key in _EXPERTS if getattr(config, key, None)), None)
+    if number:
         raise FamilyError(
-            f"this {config.model_type} model is a mixture of {found} experts; only dense models can be pruned so far"
+            f"this {config.model_type} model is a mixture of {number} experts; only dense models can be pruned so far"
         )
 
 
@@ -154,7 +154,7 @@ def solve_for(family: str, kind: str, equations: list[Equation]) -> dict[str, in
 def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Parameter], list[Map]]:
     """Every parameter once, and every map of the layers, in the model's own order."""
     own = [name for name, _ in model.named_parameters()]
-    found: dict[str, Parameter] = {}
+    parameters: dict[str, Parameter] = {}
     maps: list[Map] = []
     for path, layer, part, description in _described(model, family, head):
         module = _module(model, path, family)
@@ -164,14 +164,14 @@ def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Para
         for name, _ in module.named_parameters(recurse=False):
             if isinstance(description, Expr) or name in {"weight", "bias"}:
                 dims = tensor_dims(name, description, transposed)
-                found[f"{path}.{name}"] = Parameter(f"{path}.{name}", dims, layer, part)
-    undescribed = [name for name in own if name not in found]
+                parameters[f"{path}.{name}"] = Parameter(f"{path}.{name}", dims, layer, part)
+    undescribed = [name for name in own if name not in parameters]
     if undescribed:
         raise FamilyError(
             f"family {family.family!r} does not describe {len(undescribed)} parameter(s) of this model, the first "
             f"{undescribed[0]!r}; add its module to libprune/families/{family.family}.yaml (docs/notation.md)"
         )
-    return [found[name] for name in own], maps
+    return [parameters[name] for name in own], maps
 
 
 def _described(

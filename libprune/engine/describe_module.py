@@ -85,28 +85,28 @@ def _stored(
     network: nn.Module, family: NetworkFamily, described: dict[str, LinearMap | Expr]
 ) -> tuple[list[Parameter], list[Parameter]]:
     """Every parameter and every stored buffer, in the network's own order."""
-    found: dict[str, Parameter] = {}
+    entries: dict[str, Parameter] = {}
     stored = network.state_dict(keep_vars=True)
     for path, entry in described.items():
         for name in _own(network.get_submodule(path), stored, path):
-            found[name] = Parameter(name, _dims(name, entry, stored[name], network.get_submodule(path)), 0, None)
+            entries[name] = Parameter(name, _dims(name, entry, stored[name], network.get_submodule(path)), 0, None)
     first = {id(parameter): name for name, parameter in network.named_parameters()}
     again = _of_repeated_modules(network)
     for name, tensor in stored.items():
         if name in again:
             continue
-        if name not in found and isinstance(tensor, nn.Parameter):
+        if name not in entries and isinstance(tensor, nn.Parameter):
             raise FamilyError(
                 f"family {family.family!r} does not describe parameter {name!r} {list(tensor.shape)} of this network; "
                 "add its module"
             )
         same = first.get(id(tensor), name)
-        if same != name and found[same].dims != found[name].dims:
+        if same != name and entries[same].dims != entries[name].dims:
             raise FamilyError(
                 f"{same} and {name} are one parameter, but family {family.family!r} gives them two shapes"
             )
-    parameters = [found[name] for name in first.values()]
-    return parameters, [found[n] for n, t in stored.items() if n in found and not isinstance(t, nn.Parameter)]
+    parameters = [entries[name] for name in first.values()]
+    return parameters, [entries[n] for n, t in stored.items() if n in entries and not isinstance(t, nn.Parameter)]
 
 
 def _own(module: nn.Module, stored: dict[str, Tensor], path: str) -> list[str]:

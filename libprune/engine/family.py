@@ -91,9 +91,9 @@ class ConfigKeys(_Strict):
 
     def unsaid(self, axis: str) -> str | None:
         """The key, in words, that holds the size of the axis and another one, so that it cannot follow a change."""
-        for key, found in self.expressions.items():
-            if len(found) > 1 and any(axis in e.names for e in found):
-                return f"its {key} is both {' and '.join(map(str, found))}"
+        for key, exprs in self.expressions.items():
+            if len(exprs) > 1 and any(axis in e.names for e in exprs):
+                return f"its {key} is both {' and '.join(map(str, exprs))}"
         return None
 
     @property
@@ -137,8 +137,8 @@ class Family(_Strict):
 @cache
 def families() -> Mapping[str, Family]:
     """All families that ship with libprune, by name."""
-    found = [load_family(path) for path in sorted(FOLDER.glob("*.yaml"))]
-    return {family.family: family for family in found}
+    shipped = [load_family(path) for path in sorted(FOLDER.glob("*.yaml"))]
+    return {family.family: family for family in shipped}
 
 
 def load_family(path: Path) -> Family:

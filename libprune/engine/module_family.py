@@ -74,13 +74,13 @@ class NetworkFamily(BaseModel):
             FamilyError: for a path that the network lacks, or a module described twice.
         """
         names = [name for name, _ in network.named_modules()]
-        found: dict[str, LinearMap | Expr] = {}
+        entries: dict[str, LinearMap | Expr] = {}
         for pattern, text in self.modules.items():
             for name, index in self._matches(pattern, names, "module"):
-                if name in found:
+                if name in entries:
                     raise FamilyError(f"family {self.family!r} describes module {name!r} twice")
-                found[name] = parse_map(text.replace(WILD, index))
-        return found
+                entries[name] = parse_map(text.replace(WILD, index))
+        return entries
 
     def numbers(self, network: nn.Module) -> dict[str, Expr]:
         """Attribute path to expression.
@@ -107,7 +107,7 @@ class NetworkFamily(BaseModel):
             FamilyError: for one that no module carries.
         """
         names = list(known)
-        found: dict[str, None] = {}
+        chosen: dict[str, None] = {}
         for pattern in self.prunable:
             matching = [name for name in names if fnmatchcase(name, pattern)]
             if not matching:
@@ -115,8 +115,8 @@ class NetworkFamily(BaseModel):
                     f"family {self.family!r} lists axis {pattern!r} as prunable, but no module carries it"
                     f"{nearest(pattern, names)}"
                 )
-            found |= dict.fromkeys(matching)
-        return list(found)
+            chosen |= dict.fromkeys(matching)
+        return list(chosen)
 
     def _matches(self, pattern: str, names: list[str], what: str) -> Iterator[tuple[str, str]]:
         """Names that a pattern stands for, each with what its `*` stand for."""

@@ -1,4 +1,4 @@
-"""Which units stay: the meaning of a pruning decision, apart from any model."""
+"""Which units stay: a pruning decision, which needs no model."""
 
 import hashlib
 from collections.abc import Mapping

@@ -7,7 +7,7 @@ is zero, which are their bias. Then the part runs, with every other output of th
 and several sizes: what is the same in x under all of it is the same for all inputs, and the run gives its value.
 
 So no activation function and no kind of attention is known here. What is zero behind a gate, a bias behind an
-activation, and values behind attention weights, which sum to one, are all found constant; a channel that a ReLU only
+activation, and values behind attention weights, which sum to one, all show as constants; a channel that a ReLU only
 happens to silence is not, because its row is not zero and noise takes its place.
 """
 
@@ -32,7 +32,7 @@ Fixed = dict[str, Bool[Tensor, "..."] | None]
 _SCALES = (0.1, 1.0, 10.0)
 """Standard deviations of the noise."""
 _FAR = 1e4
-"""One more for networks, whose code may have thresholds, however high."""
+"""Standard deviation that is tried on networks as well, whose code may have thresholds, however high."""
 _SEQUENCES, _LENGTH = 2, 16
 _TOLERANCE = 1e-5
 """How far float32 lets a constant move, of the largest value: weights that sum to one do so up to rounding."""

@@ -68,7 +68,7 @@ class Extraction(Generic[Model]):
 
 @dataclass(frozen=True)
 class LanguageExtraction(Extraction[PreTrainedModel]):
-    """What is left of a masked language model.
+    """The extraction of a language model, with the smaller model that it gives.
 
     Attributes:
         config: of the dense shape, with the biases that are added.

@@ -284,7 +284,7 @@ def require_equal_ties(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def finite(masked: Masked[Model]) -> Masked[Model]:
-    """The same masked model, if its weights are finite.
+    """The masked model that is given, if its weights are finite.
 
     Raises:
         LibpruneError: naming the first that is not.

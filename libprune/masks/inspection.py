@@ -18,17 +18,17 @@ from libprune.pipeline.terminal import gigabytes, text_table
 
 @dataclass(frozen=True)
 class BlockMasks:
-    """The units of one part of one layer.
+    """What masks have left of the units of one block.
 
     Attributes:
         layer: from 0.
         part: its name.
-        units: how many there are.
-        removable: those that are wholly masked and can go.
-        folded: those of them that send a constant, which goes into a bias.
-        staying: those that are wholly masked and cannot go.
-        why: they cannot; empty where there is none.
-        partly: the other units of whose weights some are masked (where there are no masks: zero): the share.
+        units: number of units.
+        removable: indices of units that are wholly masked and can go.
+        folded: indices of the removable units that send a constant, which goes into a bias.
+        staying: indices of units that are wholly masked and cannot go.
+        why: the reason that these cannot go; empty if there is none of them.
+        partly: by index of each other unit the share of its weights that is masked, or zero where there are no masks.
     """
 
     layer: int
@@ -46,16 +46,16 @@ class MaskInspection:
     """What masks have left of a model, or of a network of the user's own.
 
     Attributes:
-        family: of the model.
-        masks: parameters that had a mask; 0 where zeroed weights are all there is.
-        outside: masked parameters that no unit carries, of which nothing is sliced; their zeros stay.
-        zeros: share of the weights of the blocks' maps that are zero.
+        family: name of the family.
+        masks: number of parameters that had a mask; 0 where zeroed weights are all there is.
+        outside: masked parameters that belong to no unit, of which nothing is sliced; their zeros stay.
+        zeros: share of zeros among the weights of the maps in the layers.
         blocks: every part of every layer.
-        decoder: parameters inside the blocks, as the model is; of a network all.
-        saved_parameters: parameters that go if the removable units do.
-        saved_bytes: the same as stored.
-        dtype: that they are stored in.
-        shape: of the result: `uniform`, a stock config, or `per_layer`; `network` of a network.
+        decoder: number of parameters inside the layers before anything goes; in a network of all parameters.
+        saved_parameters: number of parameters that go with the removable units.
+        saved_bytes: bytes that these take as they are stored.
+        dtype: type in which the weights are stored.
+        shape: shape of the result: `uniform`, which has a stock config, `per_layer`, or `network`.
         biases_added: parts that get biases, to hold constants.
     """
 
@@ -73,7 +73,7 @@ class MaskInspection:
 
     @property
     def removable(self) -> int:
-        """Units that can go."""
+        """Number of units that can go."""
         return sum(len(block.removable) for block in self.blocks)
 
     @property
@@ -83,7 +83,7 @@ class MaskInspection:
 
     @property
     def whole(self) -> str:
-        """What the saved share is of."""
+        """The whole that the saved share is a share of, in a word."""
         return "network" if self.of_network else "decoder"
 
     @property
@@ -143,47 +143,47 @@ def _cut_shares(masked: Masked, own: Architecture, block: Block) -> Float64[np.n
     return share
 
 
-def nothing_to_remove(found: MaskInspection) -> str:
+def nothing_to_remove(seen: MaskInspection) -> str:
     """Why there is nothing to slice, in a sentence."""
-    hit, units = sum(len(block.partly) for block in found.blocks), sum(block.units for block in found.blocks)
-    stay = sum(len(block.staying) for block in found.blocks)
+    hit, units = sum(len(block.partly) for block in seen.blocks), sum(block.units for block in seen.blocks)
+    stay = sum(len(block.staying) for block in seen.blocks)
     if stay:
-        why = next(block.why for block in found.blocks if block.staying)
+        why = next(block.why for block in seen.blocks if block.staying)
         return f"{stay:,} units are wholly masked, but none can go: {why}"
     return (
-        f"no unit is wholly masked: {100 * found.zeros:.1f} % of the weights are zero, spread over {hit:,} of {units:,}"
+        f"no unit is wholly masked: {100 * seen.zeros:.1f} % of the weights are zero, spread over {hit:,} of {units:,}"
         " units; slicing needs whole units"
     )
 
 
-def require_units(found: MaskInspection) -> None:
+def require_units(seen: MaskInspection) -> None:
     """Stop where nothing can be removed.
 
     Raises:
         LibpruneError: saying how the zeros lie.
     """
-    if not found.removable:
-        raise LibpruneError(nothing_to_remove(found))
+    if not seen.removable:
+        raise LibpruneError(nothing_to_remove(seen))
 
 
-def removed(found: MaskInspection) -> str:
+def removed(seen: MaskInspection) -> str:
     """What has gone, in a sentence."""
-    share = f"{found.saved_parameters:,} parameters, {100 * found.saved_share:.1f} % of the {found.whole}"
-    return f"removed {found.removable:,} units: {share}"
+    share = f"{seen.saved_parameters:,} parameters, {100 * seen.saved_share:.1f} % of the {seen.whole}"
+    return f"removed {seen.removable:,} units: {share}"
 
 
-def as_data(found: MaskInspection) -> dict[str, Any]:
+def as_data(seen: MaskInspection) -> dict[str, Any]:
     """All of an inspection for JSON, numbers unrounded."""
-    return asdict(found) | {"removable": found.removable, "saved_share": found.saved_share}
+    return asdict(seen) | {"removable": seen.removable, "saved_share": seen.saved_share}
 
 
-def as_text(found: MaskInspection) -> str:
+def as_text(seen: MaskInspection) -> str:
     """An inspection for reading: a row for every part of a layer, then what slicing saves."""
     header = ("layer", "part", "units", "removable", "folded", "wholly masked, stay", "partly masked", "share of these")
-    source = f"{found.masks} masked parameters" if found.masks else "zeroed weights"
-    maps = "maps" if found.of_network else "layers' maps"
-    first = f"{found.family}, {source}: {100 * found.zeros:.1f} % of the weights of the {maps} are zero"
-    return "\n".join([first, "", text_table([_row(block) for block in found.blocks], header), "", *_summary(found)])
+    source = f"{seen.masks} masked parameters" if seen.masks else "zeroed weights"
+    maps = "maps" if seen.of_network else "layers' maps"
+    first = f"{seen.family}, {source}: {100 * seen.zeros:.1f} % of the weights of the {maps} are zero"
+    return "\n".join([first, "", text_table([_row(block) for block in seen.blocks], header), "", *_summary(seen)])
 
 
 def _row(block: BlockMasks) -> tuple[str, ...]:
@@ -193,23 +193,23 @@ def _row(block: BlockMasks) -> tuple[str, ...]:
     return str(block.layer), block.part, *(f"{count:,}" for count in counts), spread
 
 
-def _summary(found: MaskInspection) -> Iterator[str]:
-    if found.removable:
-        share = f"{found.saved_parameters:,} parameters, {100 * found.saved_share:.1f} % of the {found.whole}"
-        yield f"slicing removes {found.removable:,} units: {share}, {gigabytes(found.saved_bytes)} as {found.dtype}"
+def _summary(seen: MaskInspection) -> Iterator[str]:
+    if seen.removable:
+        share = f"{seen.saved_parameters:,} parameters, {100 * seen.saved_share:.1f} % of the {seen.whole}"
+        yield f"slicing removes {seen.removable:,} units: {share}, {gigabytes(seen.saved_bytes)} as {seen.dtype}"
     else:
-        yield nothing_to_remove(found)
-    if found.removable and not found.of_network:
-        code = "a stock config" if found.shape == "uniform" else "layers of any width, code of its own"
-        yield f"the result has the shape {found.shape}: {code}"
-    for part in found.biases_added:
+        yield nothing_to_remove(seen)
+    if seen.removable and not seen.of_network:
+        code = "a stock config" if seen.shape == "uniform" else "layers of any width, code of its own"
+        yield f"the result has the shape {seen.shape}: {code}"
+    for part in seen.biases_added:
         yield f"the maps of {part} get biases, which hold the constants of removed units"
-    for why in dict.fromkeys(block.why for block in found.blocks if block.staying):
-        blocks = [block for block in found.blocks if block.staying and block.why == why]
-        if found.of_network:
+    for why in dict.fromkeys(block.why for block in seen.blocks if block.staying):
+        blocks = [block for block in seen.blocks if block.staying and block.why == why]
+        if seen.of_network:
             yield f"wholly masked units of {', '.join(block.part for block in blocks)} stay: {why}"
         else:
             layers = ", ".join(f"{block.layer} ({block.part})" for block in blocks)
             yield f"wholly masked units stay in layers {layers}: {why}"
-    if found.outside:
-        yield f"{len(found.outside)} masks lie on what no unit carries, the first {found.outside[0]}; their zeros stay"
+    if seen.outside:
+        yield f"{len(seen.outside)} masks lie on what no unit carries, the first {seen.outside[0]}; their zeros stay"

@@ -1,4 +1,4 @@
-"""Networks with the masks of torch.nn.utils.prune: in memory, and as files of tensors for code of the user's own."""
+"""Files of networks with the masks of torch.nn.utils.prune: tensors for code of the user's own, and example inputs."""
 
 import importlib
 import sys
@@ -16,7 +16,7 @@ from libprune.masks.files import Masked, loaded, multiplied, ties, without_masks
 INPUTS = "inputs"
 """Name of the tensor in a file of inputs."""
 _DRAWN = 8
-"""Samples where only their shape is given."""
+"""Number of samples that are drawn where only their shape is given."""
 
 
 def read_network(path: Path, factory: str) -> Masked[nn.Module]:

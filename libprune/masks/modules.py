@@ -24,7 +24,7 @@ _SAMPLES = 4
 
 @dataclass(frozen=True)
 class NetworkExtraction(Extraction[nn.Module]):
-    """What is left of a masked network.
+    """The extraction of a network, with the smaller network that it gives.
 
     Attributes:
         family: its family.

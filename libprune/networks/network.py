@@ -191,13 +191,13 @@ class Network:
 
     def _prove(self, whole: nn.Module, smaller: nn.Module, plan: Plan) -> dict[str, float]:
         inputs = self._samples[:_CHECKED].to(self._device).inputs
-        found, scale = self._compared(whole, smaller, plan, inputs)
-        if not found <= TOLERANCE * scale and inputs.dtype != torch.float64:
+        differs, scale = self._compared(whole, smaller, plan, inputs)
+        if not differs <= TOLERANCE * scale and inputs.dtype != torch.float64:
             # Sums over fewer terms round otherwise, and a unit near its threshold may fire for that alone.
             exact = inputs.double() if inputs.is_floating_point() else inputs
-            found, scale = self._compared(copy.deepcopy(whole).double(), copy.deepcopy(smaller).double(), plan, exact)
-        require_alike(found, scale, self.family.family, "the sliced network's outputs differ from the masked one's")
-        return {"difference": found, "scale": scale}
+            differs, scale = self._compared(copy.deepcopy(whole).double(), copy.deepcopy(smaller).double(), plan, exact)
+        require_alike(differs, scale, self.family.family, "the sliced network's outputs differ from the masked one's")
+        return {"difference": differs, "scale": scale}
 
     def _compared(self, whole: nn.Module, smaller: nn.Module, plan: Plan, inputs: Tensor) -> tuple[float, float]:
         with masked(whole, self.architecture, plan), torch.no_grad():

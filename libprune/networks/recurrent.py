@@ -50,7 +50,7 @@ State = tuple[LayerState, ...]
 
 
 def detached(state: State) -> State:
-    """The same state without the graph that it came from: where truncated backpropagation through time is cut."""
+    """A state without the graph that computed it: truncated backpropagation through time is cut here."""
     return tuple(LayerState(*(tensor.detach() for tensor in layer)) for layer in state)
 
 
@@ -148,10 +148,10 @@ class RecurrentLayer(nn.Module):
 
     def _checked(self, state: LayerState, inputs: Tensor) -> LayerState:
         expected = [tuple(tensor.shape) for tensor in self._zero_state(inputs)]
-        found = [tuple(tensor.shape) for tensor in state]
-        if found != expected:
+        shapes = [tuple(tensor.shape) for tensor in state]
+        if shapes != expected:
             raise NetworkError(
-                f"a state of output, cell and membrane {found} does not fit a layer that needs {expected}; start from "
+                f"a state of output, cell and membrane {shapes} does not fit a layer that needs {expected}; start from "
                 "no state where the batch or the units are others"
             )
         return state

@@ -33,12 +33,12 @@ TOLERANCE = 1e-4
 def stored(network: nn.Module) -> dict[str, Tensor]:
     """What a network stores, each tensor once under its first name."""
     seen: set[int] = set()
-    found = {}
+    tensors = {}
     for name, tensor in network.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor.detach()
-    return found
+            tensors[name] = tensor.detach()
+    return tensors
 
 
 def require_fits(architecture: Architecture, plan: Plan) -> None:
@@ -154,12 +154,12 @@ def outputs(network: nn.Module, inputs: Tensor) -> Tensor:
         LibpruneError: if that is not one tensor.
     """
     with torch.no_grad():
-        found = network(inputs)
-    if not isinstance(found, Tensor):
+        result = network(inputs)
+    if not isinstance(result, Tensor):
         raise LibpruneError(
-            f"the network returns a {type(found).__name__}, not a tensor; wrap it in a module that returns what counts"
+            f"the network returns a {type(result).__name__}, not a tensor; wrap it in a module that returns what counts"
         )
-    return found
+    return result
 
 
 def difference(network: nn.Module, inputs: Tensor, expected: Tensor) -> tuple[float, float]:
@@ -169,18 +169,18 @@ def difference(network: nn.Module, inputs: Tensor, expected: Tensor) -> tuple[fl
         LibpruneError: if it does not run, or its outputs have another shape.
     """
     try:
-        found = outputs(network, inputs)
+        given = outputs(network, inputs)
     except RuntimeError as error:
         raise LibpruneError(
             f"the sliced network does not run: {first_line(error)}; it works out something from a width that the "
             "family's `attributes` do not name, or stores something of that width that its `modules` do not"
         ) from error
-    if found.shape != expected.shape:
+    if given.shape != expected.shape:
         raise LibpruneError(
-            f"the sliced network's outputs have shape {list(found.shape)} instead of {list(expected.shape)}: an axis "
+            f"the sliced network's outputs have shape {list(given.shape)} instead of {list(expected.shape)}: an axis "
             "of its outputs is prunable; take it out of the family's `prunable`"
         )
-    return float((found - expected).abs().max()), float(expected.abs().max())
+    return float((given - expected).abs().max()), float(expected.abs().max())
 
 
 def require_alike(difference: float, scale: float, family: str, what: str) -> None:
@@ -227,7 +227,7 @@ class Pruned:
 
     @property
     def parameters(self) -> int:
-        """How many it has."""
+        """Number of parameters of the smaller network."""
         return cost.size(self.dense, self.plan).total
 
     def save(self, folder: Path | str) -> None:
@@ -280,10 +280,10 @@ def load(folder: Path | str, network: nn.Module) -> nn.Module:
 def _require_of(path: Path, state: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> None:
     """Stop at a tensor that is none of the dense one with fewer outputs or inputs."""
     for name in state.keys() & dense.keys():
-        found, whole = state[name].shape, dense[name].shape
-        fewer = len(found) == len(whole) and all(map(int.__le__, found, whole))
-        if not fewer or found[2:] != whole[2:]:
+        narrow, whole = state[name].shape, dense[name].shape
+        fewer = len(narrow) == len(whole) and all(map(int.__le__, narrow, whole))
+        if not fewer or narrow[2:] != whole[2:]:
             raise LibpruneError(
-                f"{path}: {name} has shape {list(found)}, which is no part of the network's {list(whole)}; load it "
+                f"{path}: {name} has shape {list(narrow)}, which is no part of the network's {list(whole)}; load it "
                 "into the network that it was made from"
             )

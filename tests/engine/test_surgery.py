@@ -1,6 +1,5 @@
 """Masking and slicing on tensors whose entries say where they belong, and on weights zeroed by hand."""
 
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,15 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import GPT2Config
 
 from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import LinearMap, parse_expr, parse_map
 from libprune.engine.describe import describe
-from libprune.engine.errors import NotExpressibleError
-from libprune.engine.family import Family, family_of
 from libprune.engine.plan import Plan
-from libprune.engine.stock_config import new_config
 from libprune.engine.surgery import masked, slice_state
 from tests.support.models import FAMILIES, tokens
 from tests.support.shapes import plan_without
@@ -206,69 +201,4 @@ def test_the_mask_is_lifted_even_after_an_error(llama):
 # Plans
 
 
-def test_a_plan_is_uniform_only_if_the_layers_left_are_alike_and_whole():
-    def plan(*kept: tuple[int, int]) -> Plan:
-        counts = {(layer, part): n for layer, pair in enumerate(kept) for part, n in zip("am", pair, strict=True)}
-        return Plan({block: np.arange(3) < n for block, n in counts.items()})
-
-    assert plan((2, 1), (2, 1)).uniform
-    assert plan((2, 1), (0, 0), (2, 1)).uniform
-    assert plan((2, 1), (0, 0), (2, 1)).layers == (0, 2)
-    assert not plan((2, 1), (2, 2)).uniform
-    assert not plan((2, 0), (2, 0)).uniform
-    assert not plan((0, 0), (0, 0)).uniform
-    assert plan((2, 0), (0, 0)).layers == (0,)
-
-
 # What a config cannot say
-
-
-def gpt2_like() -> Family:
-    """GPT-2 has one key for the residual width and for the heads together."""
-    return Family.model_validate(
-        {
-            "family": "gpt2",
-            "model_types": ["gpt2"],
-            "layers": "transformer.h",
-            "parts": {
-                "attention": {
-                    "axis": "kv",
-                    "module": "attn",
-                    "modules": {"attn.c_attn": "model -> kv d + kv d + kv d", "attn.c_proj": "kv d -> model"},
-                }
-            },
-            "outside": {},
-            "cache": "kv d + kv d",
-            "config": {"layers": "n_layer", "sizes": {"n_embd": ["model", "kv d"], "n_head": "kv"}},
-        }
-    )
-
-
-def test_a_key_with_two_expressions_that_differ_is_named():
-    config = GPT2Config(n_embd=12, n_head=3, n_layer=2)
-    with pytest.raises(NotExpressibleError, match="'n_embd' of family 'gpt2' must be both model = 12 and kv d = 8"):
-        new_config(gpt2_like(), config, {"model": 12, "kv": 2, "d": 4}, (0, 1))
-
-
-def test_a_key_with_two_expressions_that_agree_is_written():
-    config = GPT2Config(n_embd=12, n_head=3, n_layer=2)
-    written = new_config(gpt2_like(), config, {"model": 12, "kv": 2, "d": 6}, (1,))
-    assert (written.n_embd, written.n_head, written.n_layer) == (12, 2, 1)
-
-
-def test_a_shape_that_the_config_class_refuses_is_not_expressible(llama):
-    """Llama's own check: the head count divides the hidden size, 30, though the head size is explicit."""
-    architecture = describe(llama)
-    assert [n for n in (1, 2, 3) if architecture.parts["attention"].says(n)] == [1, 3]
-    message = ["LlamaConfig refuses the pruned shape: ", "hidden size (30) is not a multiple"]
-    with pytest.raises(NotExpressibleError, match=".*".join(map(re.escape, message))):
-        new_config(family_of("llama"), llama.config, {**architecture.sizes, "kv": 2}, (0, 1, 2, 3))
-
-
-def test_entries_of_deleted_layers_leave_per_layer_lists():
-    config = FAMILIES["qwen2"](0).config
-    assert config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
-    sizes = describe(FAMILIES["qwen2"](0)).sizes
-    written = new_config(family_of("qwen2"), config, dict(sizes), (0, 3))
-    assert written.layer_types == ["full_attention", "sliding_attention"]
-    assert written.num_hidden_layers == 2

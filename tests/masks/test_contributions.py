@@ -1,9 +1,15 @@
 """Which units send something that depends on the input, shown by weights and noise."""
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from libprune import masks
+from libprune.engine.describe_module import describe_module
+from libprune.engine.module_family import NetworkFamily
+from libprune.masks.contributions import network_contributions
 from tests.support.masked_models import (
     DOWN,
     GATE,
@@ -20,6 +26,8 @@ from tests.support.masked_models import (
     zero,
 )
 from tests.support.models import FAMILIES, FFN, heads, tiny_model
+
+# A Llama with biases everywhere, 3 groups of 2 query heads of size 8, 13 channels
 
 HEAD, QUERIES = slice(8, 16), slice(16, 32)
 
@@ -73,3 +81,33 @@ def test_weights_and_not_a_run_say_that_a_channel_is_off(name):
     model.model.layers[2].mlp.gate_proj.bias.data[4] = bias
     zero(model, zeros)
     assert [b.removable for b in masks.inspect(model).blocks if (b.layer, b.part) == (2, "mlp")] == [units]
+
+
+# Networks
+
+
+class Stuck(nn.Module):
+    """The second map has no bias to hold constants, so that they stay; what it makes of them is constant, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 4), nn.Linear(4, 5, bias=False), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize(("rows", "goes"), [([0, 1], False), ([0, 1, 2, 3], True)])
+def test_an_output_that_reads_constants_alone_is_one(rows, goes):
+    network = Stuck()
+    network.first.weight.data[rows] = 0
+    family = NetworkFamily(
+        family="f", prunable=["h"], modules={"first": "a -> g", "second": "g -> h", "third": "h -> b"}
+    )
+    architecture = describe_module(network, family, torch.randn(2, 3))
+    sent = network_contributions(network, architecture, [torch.randn(8, 3)], torch.Generator().manual_seed(0))[0, "h"]
+    assert sent.still.tolist() == [goes] * 5
+    assert not sent.silent.any()
+    with torch.no_grad():
+        expected = torch.tanh(network.second(torch.tanh(network.first.bias)))
+    np.testing.assert_allclose(sent.constants["third"], expected if goes else np.full(5, np.nan), rtol=1e-6)

@@ -1,0 +1,77 @@
+"""The closed world: what a family file does not speak of stops, by name."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from libprune.engine.describe import describe
+from libprune.engine.errors import FamilyError, LibpruneError
+from tests.support.models import FAMILIES
+
+
+@pytest.fixture
+def llama():
+    return FAMILIES["llama"](0)
+
+
+def test_an_unknown_config_key_stops_unless_the_user_vouches_for_it(llama):
+    llama.config.window_of_doom = 3
+    with pytest.raises(FamilyError, match=r"'window_of_doom' = 3.*prepare\.accept_config"):
+        describe(llama)
+    assert describe(llama, accept=("window_of_doom",)).layers == 4
+
+
+def test_a_config_that_contradicts_the_weights_is_refused(llama):
+    llama.config.intermediate_size = 12
+    with pytest.raises(LibpruneError, match=r"mlp\.\w+\.\w+ = 13, but ffn is 12"):
+        describe(llama)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "extra", "stops_at"),
+    [
+        ("model.layers.1.mlp", "gate2", nn.Linear(3, 3), "model.layers.1.mlp.gate2.weight"),
+        ("model.layers.1", "gain", nn.Parameter(torch.ones(3)), "model.layers.1.gain"),
+        ("model.layers.0.self_attn.q_proj", "scale", nn.Parameter(torch.ones(48)), "layers.0.self_attn.q_proj.scale"),
+        ("model.norm", "matrix", nn.Parameter(torch.ones(30, 30)), "model.norm.matrix"),
+        ("model", "extra_norm", nn.LayerNorm(3), "model.extra_norm.weight"),
+    ],
+    ids=["module", "own parameter", "parameter of a map", "parameter of a norm", "outside the blocks"],
+)
+def test_an_undescribed_parameter_stops_with_its_name(llama, place, name, extra, stops_at):
+    setattr(llama.get_submodule(place), name, extra)
+    with pytest.raises(FamilyError, match=re.escape(stops_at)):
+        describe(llama)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("model.layers.1.mlp", "up_proj"), ("model.layers.3.self_attn", "o_proj"), ("model", "norm"), ("model", "layers")],
+)
+def test_a_described_module_that_the_model_lacks_stops_with_its_name(llama, place, name):
+    delattr(llama.get_submodule(place), name)
+    with pytest.raises(FamilyError, match=re.escape(f"'{place}.{name}', which this model lacks")):
+        describe(llama)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "wrong"),
+    [
+        ("model.layers.2.mlp", "down_proj", nn.Linear(11, 30)),
+        ("model.layers.2.self_attn", "k_proj", nn.Linear(30, 16)),
+        ("model.layers.2", "input_layernorm", nn.LayerNorm(29)),
+    ],
+)
+def test_a_weight_of_another_shape_stops_with_its_name(llama, place, name, wrong):
+    setattr(llama.get_submodule(place), name, wrong)
+    with pytest.raises(LibpruneError, match=re.escape(f"{place}.{name}.weight = ")):
+        describe(llama)
+
+
+def test_meta_tensors_are_enough(llama):
+    with torch.device("meta"):
+        hollow = AutoModelForCausalLM.from_config(llama.config)
+    assert describe(hollow) == describe(llama)

@@ -1,0 +1,82 @@
+"""What a stock config can say, and which of its keys are understood."""
+
+import re
+
+import pytest
+from transformers import GPT2Config, PreTrainedConfig
+
+from libprune.engine.describe import describe
+from libprune.engine.errors import FamilyError, NotExpressibleError
+from libprune.engine.family import Family, family_of
+from libprune.engine.stock_config import check_config, new_config
+from tests.support.models import FAMILIES
+
+
+@pytest.fixture
+def llama():
+    return FAMILIES["llama"](0)
+
+
+def test_a_value_that_a_fixed_key_does_not_allow_is_refused(llama):
+    family = family_of("llama")
+    fixed = {**family.config.fixed, "hidden_act": ["silu"]}
+    strict = family.model_copy(update={"config": family.config.model_copy(update={"fixed": fixed})})
+    check_config(strict, llama.config)
+    llama.config.hidden_act = "gelu"
+    with pytest.raises(FamilyError, match=r"'hidden_act' = 'gelu' is not supported by family 'llama': \['silu'\]"):
+        check_config(strict, llama.config)
+
+
+def test_keys_that_every_config_has_need_no_mention():
+    check_config(family_of("llama"), PreTrainedConfig())
+
+
+def gpt2_like() -> Family:
+    """GPT-2 has one key for the residual width and for the heads together."""
+    return Family.model_validate(
+        {
+            "family": "gpt2",
+            "model_types": ["gpt2"],
+            "layers": "transformer.h",
+            "parts": {
+                "attention": {
+                    "axis": "kv",
+                    "module": "attn",
+                    "modules": {"attn.c_attn": "model -> kv d + kv d + kv d", "attn.c_proj": "kv d -> model"},
+                }
+            },
+            "outside": {},
+            "cache": "kv d + kv d",
+            "config": {"layers": "n_layer", "sizes": {"n_embd": ["model", "kv d"], "n_head": "kv"}},
+        }
+    )
+
+
+def test_a_key_with_two_expressions_that_differ_is_named():
+    config = GPT2Config(n_embd=12, n_head=3, n_layer=2)
+    with pytest.raises(NotExpressibleError, match="'n_embd' of family 'gpt2' must be both model = 12 and kv d = 8"):
+        new_config(gpt2_like(), config, {"model": 12, "kv": 2, "d": 4}, (0, 1))
+
+
+def test_a_key_with_two_expressions_that_agree_is_written():
+    config = GPT2Config(n_embd=12, n_head=3, n_layer=2)
+    written = new_config(gpt2_like(), config, {"model": 12, "kv": 2, "d": 6}, (1,))
+    assert (written.n_embd, written.n_head, written.n_layer) == (12, 2, 1)
+
+
+def test_a_shape_that_the_config_class_refuses_is_not_expressible(llama):
+    """Llama's own check: the head count divides the hidden size, 30, though the head size is explicit."""
+    architecture = describe(llama)
+    assert [n for n in (1, 2, 3) if architecture.parts["attention"].says(n)] == [1, 3]
+    message = ["LlamaConfig refuses the pruned shape: ", "hidden size (30) is not a multiple"]
+    with pytest.raises(NotExpressibleError, match=".*".join(map(re.escape, message))):
+        new_config(family_of("llama"), llama.config, {**architecture.sizes, "kv": 2}, (0, 1, 2, 3))
+
+
+def test_entries_of_deleted_layers_leave_per_layer_lists():
+    config = FAMILIES["qwen2"](0).config
+    assert config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    sizes = describe(FAMILIES["qwen2"](0)).sizes
+    written = new_config(family_of("qwen2"), config, dict(sizes), (0, 3))
+    assert written.layer_types == ["full_attention", "sliding_attention"]
+    assert written.num_hidden_layers == 2
