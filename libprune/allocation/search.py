@@ -59,7 +59,7 @@ class Search:
             "sequences": len(run.sequences),
             "inputs": inputs_identity(self._layout),
         }
-        trials = run.work / "search" / f"{sums_identity(run, identity, ('repair', 'allocation'))}.jsonl"
+        trials = run.work / "search" / f"{sums_identity(run, identity, ('statistics', 'repair', 'allocation'))}.jsonl"
         comparable = compares(self._scores, params)
         rivals = [name for name in RIVALS if comparable or not METHODS[name].between]
         starts: dict[str, Depth] = {params.method: depth}

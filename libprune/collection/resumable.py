@@ -198,7 +198,7 @@ def collecting(
         LibpruneError: if the disk has no room, or a value is not finite.
     """
     seconds = float(os.environ.get("LIBPRUNE_CHECKPOINT_SECONDS", "30"))
-    home = run.work / stage / sums_identity(run, {**identity, "batch_sequences": size}, rooms)
+    home = run.work / stage / sums_identity(run, {**identity, "batch_sequences": size}, ("statistics", *rooms))
     folder = _rank_folder(home, run.world)
     with _only_one(run.work / f"{stage}.lock") if run.world.first else nullcontext():
         run.world.barrier()
@@ -237,7 +237,7 @@ def _on_disk(run: Run, states: int) -> bool:
 
 PACKAGE = Path(__file__).parents[1]
 """The folder of libprune's code."""
-ROOMS = ("engine", "pipeline", "models", "collection", "statistics")
+ROOMS = ("engine", "pipeline", "models", "collection")
 """The packages of libprune whose code every collecting stage runs."""
 
 

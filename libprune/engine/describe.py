@@ -3,6 +3,7 @@ the family file does not speak of stops here, by name.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -75,14 +76,23 @@ def with_biases(
     """
     if not parts:
         return architecture, config
-    data = config.to_dict()
+    keys = {part: bias_key(architecture.family, config, part) for part in architecture.parts}
     for part in parts:
-        key = bias_key(architecture.family, config, part)
-        if key is None:
+        if keys[part] is None:
             raise NotExpressibleError(f"the config of this {config.model_type} model cannot say biases in its {part}")
-        data[key] = True
-    biased = type(config).from_dict(data)
-    return describe(without_weights(biased), architecture.fingerprint, accept=tuple(data)), biased
+    said = {keys[part]: True for part in parts}
+    biases = {
+        entry.weight: Parameter(entry.bias, (entry.output,), entry.layer, entry.part)
+        for entry in architecture.maps
+        if keys[entry.part] in said
+    }
+    known = {parameter.name for parameter in architecture.parameters}
+    parameters: list[Parameter] = []
+    for parameter in architecture.parameters:
+        parameters.append(parameter)
+        if (bias := biases.get(parameter.name)) and bias.name not in known:
+            parameters.append(bias)
+    return replace(architecture, parameters=tuple(parameters)), type(config).from_dict(config.to_dict() | said)
 
 
 def _require_head(family: Family, head: Head, model: PreTrainedModel) -> None:

@@ -289,7 +289,10 @@ def test_what_a_kill_left_while_saving_or_deleting_is_cleared(project, place, st
 # What unfinished sums depend on
 
 
-ELSEWHERE = ("report", "experiments", "scoring", "masks", "networks", "cli", "results", "texts", "allocation", "repair")
+ELSEWHERE = (
+    *("texts", "statistics", "scoring", "repair", "allocation", "results", "report"),
+    *("experiments", "masks", "networks", "cli"),
+)
 SUMS = [{"w": Sum((2,))}]
 
 
@@ -362,7 +365,10 @@ def test_settings_processes_and_passes_are_part_of_the_identity(calibration):
     assert sums_identity(fewer, {}) == sums_identity(calibration, {})
 
 
-@pytest.mark.parametrize(("room", "goes_on"), [("repair", False), ("collection", False), ("allocation", True)])
+EDITED = [("collection", False), ("statistics", False), ("repair", False), ("allocation", True), ("report", True)]
+
+
+@pytest.mark.parametrize(("room", "goes_on"), EDITED)
 def test_sums_go_on_only_if_no_room_that_makes_them_was_edited(
     calibration, code, tmp_path, monkeypatch, capsys, room, goes_on
 ):
@@ -401,7 +407,16 @@ def rooms_given(stage: str) -> set[str]:
 def test_a_stage_names_all_rooms_whose_code_it_runs_and_no_others(stage):
     """The data of the families is in the description of the model, which the sums depend on too."""
     run = {file.split("/")[1] for file in closure(ROOT / f"stages/{stage}.py") if file.startswith("libprune/")}
-    assert {*collection.ROOMS} | rooms_given(stage) == run - {"families", "__init__.py"}
+    assert {*collection.ROOMS, "statistics"} | rooms_given(stage) == run - {"families", "__init__.py"}
+
+
+@pytest.mark.parametrize("module", ["repair/repairs", "allocation/search"])
+def test_a_repair_and_a_search_that_go_on_name_all_rooms_whose_code_they_run(module):
+    path = ROOT / f"libprune/{module}.py"
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    (call,) = (node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "sums_identity")
+    run = {file.split("/")[1] for file in closure(path) if file.startswith("libprune/")}
+    assert {*collection.ROOMS, *ast.literal_eval(call.args[2])} == run - {"families", "__init__.py"}
 
 
 def test_levels_alone_adds_a_room():

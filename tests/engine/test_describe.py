@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from libprune.engine.describe import describe
+from libprune.engine.describe import describe, with_biases, without_weights
 from libprune.engine.errors import FamilyError, LibpruneError
+from libprune.engine.stock_config import bias_key
 from tests.support.models import FAMILIES
 
 
@@ -75,3 +76,31 @@ def test_meta_tensors_are_enough(llama):
     with torch.device("meta"):
         hollow = AutoModelForCausalLM.from_config(llama.config)
     assert describe(hollow) == describe(llama)
+
+
+SAYABLE = [
+    (family, parts)
+    for family, make in FAMILIES.items()
+    for parts in (("attention",), ("mlp",), ("attention", "mlp"))
+    if all(bias_key(describe(make(0)).family, make(0).config, part) for part in parts)
+]
+
+
+def test_some_families_can_say_biases_and_some_lack_them():
+    lacking = [f for f, _ in SAYABLE if not any(p.name.endswith(".bias") for p in describe(FAMILIES[f](0)).parameters)]
+    assert len({*lacking}) >= 2
+
+
+@pytest.mark.parametrize(("family", "parts"), SAYABLE)
+def test_added_biases_are_those_of_the_model_that_the_config_makes(family, parts):
+    """The description is derived from that of the model without them; the model itself is the witness."""
+    model = FAMILIES[family](0)
+    biased, config = with_biases(describe(model, fingerprint="here"), model.config, parts)
+    made = without_weights(config)
+    assert biased == describe(made, fingerprint="here", accept=tuple(config.to_dict()))
+    assert [p.name for p in biased.parameters] == [name for name, _ in made.named_parameters()]
+
+
+def test_no_part_changes_nothing(llama):
+    architecture = describe(llama)
+    assert with_biases(architecture, llama.config, ()) == (architecture, llama.config)

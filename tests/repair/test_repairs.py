@@ -1,21 +1,15 @@
 """Repairs from the artifacts: what the collecting stages store is what a repair reads."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from libprune.engine import cost
-from libprune.engine.describe import describe, with_biases
+from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
-from libprune.engine.plan import Plan
 from libprune.engine.surgery import oriented
-from libprune.models.folder import load_config, load_model
-from libprune.models.sequences import Sequences
-from libprune.models.tokens import write_tokens
-from libprune.pipeline.artifacts import read_architecture, write_units
+from libprune.models.folder import load_model
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
@@ -23,9 +17,9 @@ from libprune.pipeline.shards import write_shard
 from libprune.repair.least_squares import pruned_consumers
 from libprune.repair.sequential import SequentialRepair
 from libprune.results.prune import prune
-from libprune.results.record import PROVENANCE
 from tests.support.collected import activations, captured
-from tests.support.models import FAMILIES, plan_of, random_plan, tokens
+from tests.support.models import FAMILIES, plan_of, tokens
+from tests.support.sliced import write_collected
 
 
 @pytest.mark.parametrize("length", [12, 32, 64])
@@ -64,51 +58,9 @@ def test_a_repair_is_judged_by_the_inputs_of_the_held_out_sequences(tmp_path, ho
             np.testing.assert_allclose(found, np.array(lost) / float(y.square().sum()), rtol=1e-3)
 
 
-def made(root: Path, name: str, kind: str) -> tuple[Layout, Plan]:
-    """The artifacts that the slice stage reads, of a tiny model and a random plan."""
-    layout, model, ids = Layout(root), FAMILIES[name](0), tokens(17, 32)
-    architecture = describe(model, fingerprint="here")
-    plan = random_plan(architecture, kind)
-    model.save_pretrained(layout.model)
-    layout.architecture.write_text(architecture.to_json())
-    write_tokens(layout.calibration_tokens, Sequences(ids), {"model": "here"})
-    layout.activations.mkdir()
-    sums = activations(model, 4, ids)
-    for layer in range(architecture.layers):
-        write_shard(layout.activations, layer, sums.finish(layer), {"model": "here", "tokens": "these"})
-    meta = {"model": "here", "shape": "per_layer" if kind == "holes" else "uniform"}
-    write_units(layout.plan, architecture, lambda *block: {"keep": plan.keep[block]}, meta)
-    return layout, plan
-
-
-@pytest.mark.parametrize(("name", "kind"), [("llama_mha", "uniform"), ("llama_mha", "holes")])
-def test_biases_are_added_where_the_config_can_say_them(tmp_path, quick_proof, name, kind):
-    """The proof in `prune` compares the reloaded folder with the masked dense model under the new biases."""
-    layout, plan = made(tmp_path, name, kind)
-    folder = tmp_path / "pruned"
-    folder.mkdir()
-    proof, fits = prune(layout, folder, Compute(), Slice(repair="bias"))
-    assert proof["logit_difference"] < 1e-4 * proof["logit_scale"]
-    pruned = load_model(folder, torch.float32, trust_remote_code=kind == "holes")
-    config = pruned.config.to_dict()
-    assert config["attention_bias"] is config["mlp_bias"] is True
-    for fit in fits:
-        index = plan.layers.index(fit.consumer.layer)
-        found = pruned.get_submodule(fit.consumer.module.replace(f".{fit.consumer.layer}.", f".{index}."))
-        torch.testing.assert_close(found.bias, fit.bias)
-        assert found.bias.abs().max() > 0
-    assert pruned.model.layers[0].mlp.gate_proj.bias.abs().max() == 0
-    biased, _ = with_biases(
-        read_architecture(layout),
-        load_config(layout.model),
-        json.loads((folder / PROVENANCE).read_text())["biases_added"],
-    )
-    assert cost.size(biased, plan).total == sum(parameter.numel() for parameter in pruned.parameters())
-
-
 @pytest.mark.parametrize("name", ["mistral", "qwen2"])
 def test_a_bias_is_refused_where_the_config_cannot_say_it(tmp_path, name):
-    layout, _ = made(tmp_path, name, "uniform")
+    layout, _ = write_collected(tmp_path, name, "uniform")
     config = json.loads((layout.model / "config.json").read_text())  # a key that nothing reads says nothing
     (layout.model / "config.json").write_text(json.dumps(config | {"attention_bias": False, "mlp_bias": False}))
     with pytest.raises(LibpruneError, match=r"bias on model\.layers\.0\.(self_attn\.o|mlp\.down)_proj.*cannot say one"):
@@ -140,9 +92,9 @@ def test_a_sequential_repair_that_is_interrupted_goes_on_with_the_layers_that_ar
         assert any(fit.producers for fit in fits)
         return load_model(folder, torch.float32, trust_remote_code=True).state_dict(), fresh
 
-    whole, _ = made(tmp_path / "whole", name, "holes")
+    whole, _ = write_collected(tmp_path / "whole", name, "holes")
     whole.root.with_suffix(".on").touch()
-    broken, _ = made(tmp_path / "broken", name, "holes")
+    broken, _ = write_collected(tmp_path / "broken", name, "holes")
     expected, _ = run(whole)
     with pytest.raises(KeyboardInterrupt):
         run(broken)

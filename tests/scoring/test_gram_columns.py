@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from libprune.engine.architecture import Architecture, Map
-from libprune.engine.describe_module import describe
+from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import ArtifactError
 from libprune.engine.surgery import oriented
 from libprune.pipeline.layout import Layout
@@ -30,7 +30,7 @@ def network() -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def architecture(network) -> Architecture:
     """A network of which one part has several consumers, some with columns of other parts."""
-    architecture = describe(network, CASES["recurrent"].family, CASES["recurrent"].samples(2).inputs, "here")
+    architecture = describe_module(network, CASES["recurrent"].family, CASES["recurrent"].samples(2).inputs, "here")
     assert max(len(architecture.consumers(*block)) for block in architecture.blocks()) > 1
     return architecture
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from libprune.collection.calibration import Run
 from libprune.collection.module_hooks import watched_inputs
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe_module import describe
+from libprune.engine.describe_module import describe_module
 from libprune.engine.module_family import NetworkFamily
 from libprune.models.folder import WeightFiles
 from libprune.models.parallel import World
@@ -45,7 +45,7 @@ class Collected:
 
 
 def collect_from(network: nn.Module, family: NetworkFamily, samples: Samples, folder: Path, at_once: int) -> Collected:
-    architecture = describe(network, family, samples.inputs[:2], "here")
+    architecture = describe_module(network, family, samples.inputs[:2], "here")
     (folder / "model").mkdir()
     save_file(dict(network.state_dict()), folder / "model" / "model.safetensors")
     run = Run(

@@ -7,13 +7,17 @@ import numpy as np
 import torch
 
 from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
 from libprune.engine.tables import unit_index
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import write_tokens
-from libprune.pipeline.artifacts import read_architecture, write_table
+from libprune.pipeline.artifacts import read_architecture, write_table, write_units
 from libprune.pipeline.layout import Layout
+from libprune.pipeline.shards import write_shard
 from tests.support import tiny
+from tests.support.collected import activations
+from tests.support.models import FAMILIES, random_plan, tokens
 
 
 def write_project(folder: Path) -> Layout:
@@ -37,3 +41,20 @@ def write_plan(path: Path, architecture: Architecture, plan: Plan, shape: str) -
     keep = np.concatenate(list(plan.keep.values()))
     meta = {"model": architecture.fingerprint, "shape": shape}
     write_table(path, unit_index(architecture) | {"keep": keep}, meta)
+
+
+def write_collected(root: Path, name: str, kind: str) -> tuple[Layout, Plan]:
+    """The artifacts that the slice stage reads, of a tiny model and a random plan."""
+    layout, model, ids = Layout(root), FAMILIES[name](0), tokens(17, 32)
+    architecture = describe(model, fingerprint="here")
+    plan = random_plan(architecture, kind)
+    model.save_pretrained(layout.model)
+    layout.architecture.write_text(architecture.to_json())
+    write_tokens(layout.calibration_tokens, Sequences(ids), {"model": "here"})
+    layout.activations.mkdir()
+    sums = activations(model, 4, ids)
+    for layer in range(architecture.layers):
+        write_shard(layout.activations, layer, sums.finish(layer), {"model": "here", "tokens": "these"})
+    meta = {"model": "here", "shape": "per_layer" if kind == "holes" else "uniform"}
+    write_units(layout.plan, architecture, lambda *block: {"keep": plan.keep[block]}, meta)
+    return layout, plan

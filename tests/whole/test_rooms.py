@@ -24,6 +24,8 @@ FLOORS = [
 """A room imports from floors below its own, and from itself."""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(PACKAGE.glob("*/*.py"))
+UNTESTED: dict[str, str] = {}
+"""Modules without a test file of their name, and where they are tested."""
 
 
 def name_of(path: Path) -> str:
@@ -63,6 +65,24 @@ def test_importing_a_room_does_nothing(room):
     text = (PACKAGE / room / "__init__.py").read_text()
     statements = [node for node in ast.parse(text).body if not isinstance(node, ast.Expr)]
     assert not statements or room in {"networks", "masks"}
+
+
+def names_of_tests() -> Iterator[str]:
+    for path in (ROOT / "tests").glob("*/test_*.py"):
+        yield f"{path.parent.name}/{path.stem.removeprefix('test_')}"
+
+
+def test_every_module_has_a_test_file_of_its_name_or_is_listed():
+    modules = {name_of(path) for path in MODULES if path.stem != "__init__"}
+    untested = modules - set(names_of_tests())
+    assert sorted(untested - UNTESTED.keys()) == []
+    assert sorted(UNTESTED.keys() - untested) == [], "listed, but tested under its own name, or gone"
+
+
+def test_every_test_file_lies_where_its_module_does():
+    modules = {name_of(path) for path in MODULES}
+    elsewhere = {name for name in names_of_tests() if name.partition("/")[0] in FLOOR} - modules
+    assert sorted(elsewhere) == []
 
 
 def test_no_test_imports_from_another():
