@@ -10,13 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.engine.plan import jaccard
-from libprune.experiments.agreement import (
-    Interval,
-    chance_overlap,
-    mean_interval,
-    paired_factor,
-    ratio_interval,
-)
+from libprune.experiments.agreement import Interval, chance_overlap, mean_interval, paired_factor, ratio_interval
 from libprune.experiments.costs import Cost
 from libprune.experiments.results import Gathered, Result
 

@@ -18,14 +18,7 @@ from libprune.pipeline.artifacts import read_architecture, read_plan, require, s
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Evaluate
 from libprune.results.continuations import continue_windows
-from libprune.results.perplexity import (
-    Losses,
-    accuracy,
-    estimate_perplexity,
-    estimate_ratio,
-    label_hits,
-    window_losses,
-)
+from libprune.results.perplexity import Losses, accuracy, estimate_perplexity, estimate_ratio, label_hits, window_losses
 from libprune.results.record import read_provenance
 from libprune.results.speed import Speed, compare_speed
 from libprune.results.tasks import zero_shot

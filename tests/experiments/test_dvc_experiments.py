@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 
 from libprune.engine.errors import LibpruneError
 from libprune.experiments.dvc_experiments import gather, gather_comparable, outdated
-from libprune.experiments.sweep_table import (
-    remarks,
-)
+from libprune.experiments.sweep_table import remarks
 from tests.support.swept import row
 
 RECORDED = json.loads((Path(__file__).parents[1] / "support/data/exp_show.json").read_text())

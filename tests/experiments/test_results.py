@@ -6,9 +6,7 @@ import pytest
 from libprune.engine.errors import LibpruneError
 from libprune.experiments.results import NOT_MEASURED, correlations_by_part, gather_results
 from libprune.experiments.sentences import explain_results
-from libprune.experiments.summary import (
-    summarize,
-)
+from libprune.experiments.summary import summarize
 from libprune.experiments.table import tabulate_settings
 from libprune.scoring.ranks import spearman
 from tests.support.compared import UNITS, comparison, experiment, lock, store, unit_table

@@ -18,12 +18,7 @@ from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.results.check import check_folder
 from libprune.results.record import read_provenance, read_record
-from tests.support.masked_models import (
-    plan_file,
-    remasked,
-    removed,
-    run,
-)
+from tests.support.masked_models import plan_file, remasked, removed, run
 from tests.support.models import FAMILIES, Dense, random_plan, write_dense
 
 WEIGHTS = "model.safetensors"

@@ -9,14 +9,7 @@ from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
 from libprune.engine.module_family import NetworkFamily
 from libprune.engine.surgery import masked
-from tests.support.masked_models import (
-    DOWN,
-    assert_same,
-    logits,
-    removed,
-    under_plan,
-    zero,
-)
+from tests.support.masked_models import DOWN, assert_same, logits, removed, under_plan, zero
 from tests.support.models import FAMILIES, random_plan
 
 CASES = [(family, "holes") for family in FAMILIES] + [(family, "uniform") for family in ("llama", "phi3", "gpt2")]

@@ -16,15 +16,7 @@ from libprune.allocation.search import RIVALS
 from libprune.cli.footprint import footprints
 from libprune.engine.errors import LibpruneError
 from libprune.experiments.costs import collecting_stages, pruning_stages
-from libprune.pipeline.methods import (
-    METHODS,
-    REPAIRS,
-    WORTH_READS,
-    Method,
-    allocation_reads,
-    load,
-    methods_that_read,
-)
+from libprune.pipeline.methods import METHODS, REPAIRS, WORTH_READS, Method, allocation_reads, load, methods_that_read
 from libprune.pipeline.params import load_params
 from libprune.pipeline.sections import Allocate, Score, Slice
 from tests.support import tiny

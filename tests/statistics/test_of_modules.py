@@ -20,11 +20,7 @@ from libprune.models.samples import Samples
 from libprune.pipeline.artifacts import read_table
 from libprune.pipeline.sections import Activations, Compute, Gradients, Hessian
 from libprune.pipeline.shards import read_meta, shard_path
-from libprune.statistics.of_modules import (
-    measure_module_activations,
-    measure_module_gradients,
-    measure_module_hessian,
-)
+from libprune.statistics.of_modules import measure_module_activations, measure_module_gradients, measure_module_hessian
 from tests.support.networks import CASES
 
 
