@@ -22,7 +22,8 @@ from libprune.pipeline.sections import Allocate
 from libprune.statistics.gradient_health import MILD, gradient_ratio, verdict
 
 HALF, MANY, FIRST = 0.5, 0.2, 5
-"""A layer loses too much above this share, too many do above that, and so many at the input matter most."""
+"""The share of its parameters above which a layer loses too much, the share of such layers that is too many, and the
+number of layers at the input that matter most."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,6 @@ def held_whole(architecture: Architecture, per_layer: bool) -> list[str]:
     """For each part of which no single unit can go, a sentence that says why.
 
     Args:
-        architecture: the model's description.
         per_layer: whether the result may have a modeling file of its own.
     """
     sentences = []

@@ -63,7 +63,6 @@ def allocate(
     """Decide which units stay.
 
     Args:
-        architecture: the model's description.
         scores: the importance table, rows in the order of `libprune.engine.tables.unit_index`.
         params: budget, method and limits.
         evidence: what else the method needs.
@@ -91,10 +90,9 @@ def descend(
     evidence: Evidence = NO_EVIDENCE,
     improve: Improve | None = None,
 ) -> Plan:
-    """Decide which units stay from ladders that are built already, as for several ratios of one model.
+    """Decide which units stay, given the ladders; several ratios of one model can share them.
 
     Args:
-        architecture: the model's description.
         ladders: the allowed removals.
         prices: what they save.
         params: budget, method and limits.

@@ -22,10 +22,10 @@ from libprune.pipeline.sections import Allocate
 
 
 def with_worth(scores: Scores, params: Allocate, evidence: Evidence) -> Scores:
-    """The scores with what `allocate.worth` gives back; as they are for `none`.
+    """The scores with the worth of each block or layer divided among its units; unchanged for `allocate.worth: none`.
 
     Raises:
-        LibpruneError: as `require_meaningful`.
+        LibpruneError: if the scores are no ranks, or the method settles what blocks are worth by itself.
     """
     require_meaningful(params, scores.meta["scaling"])
     if params.worth == "none":

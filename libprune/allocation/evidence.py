@@ -100,4 +100,4 @@ READERS: dict[str, Callable[[Layout, Scores], Any]] = {
     "levels": read_curves,
     "latency": read_latency,
 }
-"""By artifact, what reads of it what allocation needs."""
+"""The function that reads each artifact for allocation, by the name of the artifact."""

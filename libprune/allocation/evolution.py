@@ -32,7 +32,7 @@ from libprune.statistics.divergence import Divergence
 from libprune.statistics.losses import Prefix
 
 LARGEST_MOVE = 8
-"""A trial moves at most one in so many of a block's steps."""
+"""A trial moves at most one eighth of the steps of a block."""
 
 
 class Judge:
@@ -50,7 +50,6 @@ class Judge:
 
         Args:
             model: the dense model, with its weights whole on its device.
-            architecture: its description.
             sequences: on the model's device.
             at_once: sequences in one pass.
             repair: new weights for a plan.
@@ -61,7 +60,7 @@ class Judge:
         self._weights: dict[tuple[Block, bytes], Mapping[str, Tensor]] = {}
 
     def __call__(self, plan: Plan) -> float:
-        """Mean over sequences, nats per token."""
+        """The divergence of the repaired model under a plan: mean over sequences, nats per token."""
         weights: dict[str, Tensor] = {}
         used = {}
         for block, keep in plan.keep.items():
@@ -77,7 +76,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Refined:
-    """The best plan.
+    """The best plan that a search has measured.
 
     Attributes:
         depth: its depths.
@@ -103,11 +102,10 @@ def refine(
     params: Allocate,
     trials: Path,
 ) -> Refined:
-    """Search on from the best of some plans.
+    """Improve the best of several plans by trials that move budget between blocks.
 
     Args:
         judge: the divergence of a plan, nats.
-        architecture: the model's description.
         ladders: the allowed removals.
         curves: as in `libprune.allocation.knapsack`, to fill what a trial leaves of the target.
         starts: depths by the method that found them; the first are measured however few the evaluations.

@@ -36,7 +36,7 @@ def threshold_of(threshold: float | str, layers: NDArray[np.float64]) -> float:
 
 
 def block_factors(architecture: Architecture, increases: Increases, params: Allocate) -> dict[Block, float]:
-    """B^T for every block: B = ln(1 + max(x, HARMLESS)) of the loss increase x that the block is judged by.
+    """B^T for every block: B = ln(1 + max(x, HARMLESS)) of the loss increase x of the block or its layer.
 
     That is the increase of removing its whole layer where this does not exceed the threshold, and of
     removing the block alone elsewhere. T is `allocate.temperature`; 0 makes all factors 1.

@@ -95,12 +95,12 @@ def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[B
 
 
 def spent(ladders: Ladders, depth: Mapping[Block, int]) -> int:
-    """How much of the objective goes with so many steps down each block's ladder."""
+    """How much of the objective the given depths remove."""
     return sum(step.cost for block, steps in ladders.items() for step in steps[: depth[block]])
 
 
 def plan_of(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int]) -> Plan:
-    """The plan that takes so many steps down each block's ladder."""
+    """The plan of the given depths: each block loses the first steps of its ladder."""
     keep = {block: np.ones(architecture.units(block[1]), dtype=bool) for block in ladders}
     for block, steps in depth.items():
         for step in ladders[block][:steps]:

@@ -27,11 +27,10 @@ def allocate_network(architecture: Architecture, scores: Columns, params: Alloca
     """Decide which units stay.
 
     `uniform` takes the same share of every part, `global` the lowest scores anywhere, `retention` what the importance
-    of each part lets it lose: without a ratio just that, with one so many times that. Removals happen in this order as
-    long as they fit the budget; of what comes after the first that does not, parts lose what still fits.
+    of each part lets it lose: without a ratio exactly that, with a ratio a common multiple of it. Removals happen in
+    this order as long as they fit the budget; of what comes after the first that does not, parts lose what still fits.
 
     Args:
-        architecture: the network's description.
         scores: the importance table.
         params: ratio, objective (`parameters` or `macs`), method, floors (`min_channels`), multiple.
 
@@ -74,7 +73,7 @@ def _order(architecture: Architecture, ladders: Ladders) -> Sequence[Block]:
 
 
 def _as_wanted(architecture: Architecture, ladders: Ladders, params: Allocate) -> Plan:
-    """What `retention` lets every part lose, where a rank of 1 says that so much is gone."""
+    """The plan that `retention` finds without a ratio: all steps of a rank, units gone over units wanted, up to 1."""
     if not METHODS[params.method].finds_ratio:
         raise LibpruneError(
             "ratio is None; say which share of the network is to go, such as 0.5, or take method = 'retention'"

@@ -29,9 +29,7 @@ class Search:
         """Keep what the search will need; the model is loaded when the search begins.
 
         Args:
-            layout: where the artifacts are.
             scores: the importance of the units, which orders them.
-            compute: how to run the model.
             levels: whose calibration sequences are used.
             evidence: the curves that trials are filled by, and what the `RIVALS` need.
         """
@@ -90,7 +88,6 @@ def rival_starts(
     filled by the curves.
 
     Args:
-        architecture: the model's description.
         ladders: the allowed removals.
         target: how much of the objective to remove.
         params: limits, with the split settled.

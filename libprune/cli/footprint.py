@@ -78,7 +78,6 @@ class Footprint:
     """The files that one stage writes, and the running sums that it holds until then.
 
     Attributes:
-        stage: the name of the stage.
         files: bytes by path below the folder of artifacts.
         settings: the params that decide the bytes, with their values.
         sums: bytes of the running sums, in memory or in `.work`; 0 for a stage that keeps hardly any.
@@ -99,7 +98,6 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
     """Predict the files of all stages, in the order in which they run.
 
     Args:
-        architecture: the dense model's description.
         params: the params of the run.
         stored: storage type of the dense model.
 
@@ -246,7 +244,7 @@ def _levels(architecture: Architecture, params: Params) -> Footprint:
 
 
 def _method(allocate: Allocate, artifact: str) -> str:
-    """The chosen method if it reads an artifact, else all that do."""
+    """The setting that asks for an artifact: the chosen method if it reads the artifact, else all methods that do."""
     reads = artifact in allocation_reads(allocate.method)
     return f"method: {allocate.method if reads else methods_that_read(artifact)}"
 

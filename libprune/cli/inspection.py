@@ -126,7 +126,6 @@ def uniform_shapes(architecture: Architecture, limits: Allocate, dtype: torch.dt
     No shape depends on the scores, but for the division between the parts: `split: proportional` is assumed.
 
     Args:
-        architecture: the dense model's description.
         limits: floors, multiples and frozen layers.
         dtype: storage type of the pruned model.
     """

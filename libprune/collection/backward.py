@@ -109,7 +109,6 @@ def watching(
 
     Args:
         model: the model; no parameter of it takes a gradient inside.
-        architecture: its description.
         on_output: called for every map with the gradient at its output.
         on_input: called for every consumer with the gradient at its input, after `on_output`.
         recompute: whether the layers are computed again in backward.

@@ -98,8 +98,6 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     """Load the model and the calibration sequences of a collecting stage.
 
     Args:
-        layout: where the artifacts are.
-        compute: how to run the model.
         sequences: calibration sequences to use; None for all.
         last: use the last ones instead of the first.
 

@@ -184,8 +184,6 @@ def collecting(
     """Inside the context, collect sums that continue those of a killed run of the same stage on the same input.
 
     Args:
-        run: the model and the text.
-        stage: the name of the stage.
         target: the artifact that will be written.
         groups: the statistics of every layer and of the whole model.
         size: sequences, or other items, in a batch.
@@ -247,7 +245,6 @@ def sums_identity(run: Run, identity: Mapping[str, Any], rooms: Sequence[str] = 
     The sums of the first sequences are the same for any number of them, unless their lengths put them in order.
 
     Args:
-        run: the model and the text.
         identity: the other settings and inputs.
         rooms: packages of libprune beside `ROOMS` whose code makes the result.
     """
@@ -317,7 +314,6 @@ def write_artifact(
     """Write the collected sums, whole or not at all: a safetensors shard for each layer, and the tables.
 
     Args:
-        run: the model and the text.
         target: the folder.
         sums: the joined sums.
         columns_of: per-unit columns of a block, from the layer's tensors and the weights.

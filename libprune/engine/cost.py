@@ -65,7 +65,6 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
     """The prices of an objective of `allocate.objective`.
 
     Args:
-        architecture: the model's description.
         objective: `parameters`, `macs` (multiply-accumulates a token), `cache` (elements a token) or `latency`
             (picoseconds of one forward pass).
         latency: what the latency stage measured; for that objective.

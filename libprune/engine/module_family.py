@@ -15,7 +15,7 @@ from libprune.engine.yaml_file import read_yaml
 
 WILD = "*"
 RESERVED = re.compile(r"k\d+")
-"""How the axes of kernels are named, each by its size."""
+"""Names that the axes of kernels have: `k3` is the side of a kernel of size 3."""
 
 
 def _readable(text: str) -> str:
@@ -38,7 +38,7 @@ class NetworkFamily(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: str
-    """A name."""
+    """The name of the family, for messages and records."""
     prunable: list[str] = Field(min_length=1)
     """The axes whose units can be removed; `*` stands for anything."""
     modules: dict[str, Pattern]

@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Names the decision."""
+        """Digest of the kept units, by which results name this plan."""
         return hashlib.sha256(b"".join(keep.tobytes() for keep in self.keep.values())).hexdigest()[:16]
 
     @property

@@ -1,4 +1,4 @@
-"""Reading per-unit tables: columns as numbers, and which rows are of one layer and type."""
+"""Per-unit tables: the order of their rows, their columns as numbers, and the rows of each block."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,13 +28,13 @@ def numbers(table: Columns, name: str) -> NDArray[np.float64]:
 
 
 def layers_and_parts(table: Columns) -> Iterator[NDArray[np.bool_]]:
-    """The rows of every layer and type, one after the other; ``[units]`` each."""
+    """For each block, which rows of a table belong to it, ``[rows]``; blocks in the order of layer and part."""
     for layer, part in sorted(set(zip(table["layer_idx"].tolist(), table["group_type"].tolist(), strict=True))):
         yield (table["layer_idx"] == layer) & (table["group_type"] == part)
 
 
 def column(table: Columns, name: str, where: str) -> NDArray[Any]:
-    """One column.
+    """A column of a table, by its name.
 
     Raises:
         ArtifactError: with the columns that exist.
@@ -68,7 +68,7 @@ def split_blocks(architecture: Architecture, values: NDArray[Any]) -> Iterator[t
 
 
 def mean_columns(name: str, values: Float[np.ndarray, "rows sequences"]) -> Columns:
-    """The means of the rows and their standard errors over sequences, NaN of a single one."""
+    """Two columns: the mean of each row over sequences, and its standard error, NaN for a single sequence."""
     number = values.shape[1]
     error = values.std(1, ddof=1) / number**0.5 if number > 1 else np.full(len(values), np.nan)
     return {name: values.mean(1), "standard_error": error}

@@ -34,7 +34,6 @@ def unit_sums(
     """Sum a per-element quantity over every element that carries a unit's index; ``[units]``.
 
     Args:
-        architecture: the model's description.
         layer: its layer.
         part: which part of it.
         values: parameter name to a tensor of the parameter's shape.

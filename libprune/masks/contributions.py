@@ -26,8 +26,7 @@ from libprune.engine.architecture import Architecture, Block, Map
 from libprune.engine.surgery import along_features, features_last, hooked, oriented
 
 Fixed = dict[str, Bool[Tensor, "..."] | None]
-"""By module which of its outputs noise leaves as they are, ``[output]``; None: those that are the same for all samples.
-"""
+"""By module, which of its outputs noise leaves unchanged, ``[output]``; None: those that are equal for all samples."""
 
 _SCALES = (0.1, 1.0, 10.0)
 """Standard deviations of the noise."""
@@ -80,7 +79,6 @@ def language_contributions(model: nn.Module, architecture: Architecture) -> dict
 
     Args:
         model: float32, on the CPU, in evaluation mode; its masks multiplied into the weights.
-        architecture: its description.
     """
     rows = {block: _constant_rows(model, _producers(architecture, block), {}) for block in architecture.blocks()}
     rows = {block: zero for block, zero in rows.items() if any(row.any() for row in zero.values())}
@@ -104,7 +102,6 @@ def network_contributions(
 
     Args:
         network: on the CPU, in evaluation mode; its masks multiplied into the weights.
-        architecture: its description.
         probes: inputs, ``[samples, ...]`` each, of every shape that it is run on.
         generator: where the noise comes from.
     """

@@ -58,7 +58,6 @@ def settle(
 
     Args:
         masked: on the CPU, in evaluation mode, its masks multiplied into the weights; it stays as it is.
-        architecture: its description.
         contributions: what the units of every block send.
         obstacle: why a constant at the input of a map cannot go into its bias; empty if it can.
 

@@ -100,7 +100,6 @@ def require_positions(config: PreTrainedConfig, architecture: Architecture, leng
 
     Args:
         config: config of the dense model.
-        architecture: its description.
         lengths: tokens of the longest sequence, by the names of the params that ask for it.
 
     Raises:

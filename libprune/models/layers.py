@@ -93,7 +93,6 @@ def run_layer(
     """Run one layer on the output of the layer before it.
 
     Args:
-        model: the model.
         layers: all its layers.
         layer: index of the layer to run.
         ids: token ids of the batch.

@@ -151,7 +151,6 @@ def write_units(
 
     Args:
         target: the Parquet file.
-        architecture: the model's description.
         columns_of: the named per-unit arrays ``[units]`` of a block, by its layer and part.
         meta: metadata of the table, with the origin of the values.
     """

@@ -48,7 +48,7 @@ class Method:
 
     @property
     def allocate(self) -> Callable[..., Any]:
-        """The function."""
+        """The function that computes the depths, loaded by its name."""
         return load(self.function)
 
 
@@ -110,7 +110,7 @@ WORTH_READS: dict[str, tuple[str, ...]] = {
     "functional": ("activations",),
     "sensitivity": ("sensitivity",),
 }
-"""By the value of `allocate.worth`, the artifacts that what blocks are worth is read from."""
+"""The artifacts that each value of `allocate.worth` reads."""
 
 
 def allocation_reads(method: str, worth: str = "none", objective: str = "parameters") -> tuple[str, ...]:
@@ -150,7 +150,7 @@ class Repair:
 
     @property
     def repair(self) -> Callable[..., Any]:
-        """The function."""
+        """The function that computes the fits, loaded by its name; for `none`, one that gives none."""
         return load(self.function) if self.function else lambda *_: []
 
 
@@ -181,5 +181,5 @@ REPAIRS: dict[str, Repair] = {
 
 def load(function: str) -> Callable[..., Any]:
     """The function that a record names as `module:name`."""
-    found: Callable[..., Any] = resolve_name(function)
-    return found
+    loaded: Callable[..., Any] = resolve_name(function)
+    return loaded

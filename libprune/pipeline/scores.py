@@ -15,7 +15,6 @@ class Scores:
     """The importance of every unit of a model.
 
     Attributes:
-        architecture: the model's description.
         table: a row a unit, in the order of `libprune.engine.tables.unit_index`, with `importance`, `score` (importance
             per parameter), `cost` and the components of the criterion.
         meta: how the scores were made: `criterion`, `scaling`, `fusion`, `comparable`, `gradient_orders`, and the

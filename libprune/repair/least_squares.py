@@ -31,7 +31,7 @@ DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Ridges, relative to each input's mean square, that `slice.damping: auto` chooses from."""
 _LARGEST = 100.0
 SILENT = 1e-12
-"""Inputs whose mean square is this far below the largest count in the ridge as if it were no further below."""
+"""The least mean square of an input in the ridge, as a share of the largest."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Moments:
         kept: Bool[Tensor, " input"],
         tokens: int = 1,
     ) -> "Moments":
-        """Where x are the dense model's inputs and y = W x, from the Gram matrix of all of them."""
+        """Moments with the dense model's inputs as x and its outputs W x as y, from the Gram matrix of all inputs."""
         w, c = weight.double(), gram.double()
         product = w @ c
         return Moments(c[kept][:, kept], product[:, kept], float((product * w).sum()), tokens)
@@ -83,7 +83,7 @@ class Moments:
 def solve(
     moments: Moments, weight: Float[Tensor, "output kept"], damping: float, floor: float = SILENT
 ) -> tuple[Float[Tensor, "output kept"], float]:
-    """The weights W' of the module's docstring.
+    """Solve the damped least-squares problem for the weights of the kept inputs.
 
     Where the damped Gram matrix is not positive definite, because the calibration text has fewer
     tokens than inputs or sums were rounded, the damping grows by tens until it is.
@@ -224,7 +224,6 @@ def repair_local(
     """Closed-form repair of every pruned consumer, against the dense model's own inputs.
 
     Args:
-        architecture: the model's description.
         plan: what is removed.
         weight_of: a parameter of the dense model by its name; columns behind those of the consumer's inputs, such as a
             bias, always stay.
@@ -290,7 +289,6 @@ def repair_bias(
     An et al. 2024 (FLAP).
 
     Args:
-        architecture: the model's description.
         plan: what is removed.
         weight_of: a parameter of the dense model by its name.
         bias_of: a consumer's bias, zeros where the config can add one, None where it cannot.

@@ -35,7 +35,6 @@ def repair_modules(
 
     Args:
         layout: where the activation statistics are.
-        architecture: the network's description.
         plan: what is removed.
         state: the dense network's tensors.
         damping: the ridge; None to choose it on held-out samples.
@@ -66,7 +65,6 @@ def repair_modules_in_order(
 
     Args:
         network: the dense one.
-        architecture: its description.
         plan: what is removed.
         batches: calibration samples.
         damping: the ridge; None to choose it on held-out samples.

@@ -31,9 +31,10 @@ from libprune.engine.surgery import hooked, oriented
 from libprune.repair.least_squares import SILENT
 
 RIDGE = 0.1
-"""Relative to the curvature of each weight."""
+"""The ridge of the fit, relative to the curvature of each weight."""
 _SOLVED = 1e-10
-"""What may be left of the right side, squared and preconditioned; float32 gets no further."""
+"""The squared, preconditioned residual at which conjugate gradients stop, as a share of the first; float32 gets no
+further."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class _Normal:
 
 
 def fit_producers(flows: Sequence[Flow], weight: Float[Tensor, "output kept"], steps: int) -> Change:
-    """One Gauss-Newton step of the module's docstring.
+    """Fit the weights of the producers by one Gauss-Newton step.
 
     Args:
         flows: the text; without any held out all steps are taken.

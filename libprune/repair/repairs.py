@@ -60,7 +60,7 @@ _DAMPING = 1e-3
 
 
 def inputs_identity(layout: Layout) -> dict[str, Any]:
-    """What the statistics that `local_repair` reads say of themselves, for results that depend on them."""
+    """Metadata of the statistics that `local_repair` reads; results that depend on them are named by it."""
     return read_meta(layout.activations, "activations")
 
 
@@ -156,8 +156,9 @@ def _tensors(file: Any, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def print_fits(fits: Sequence[Fit]) -> None:
-    """What each repaired consumer loses of its output, in per cent, before and after the repair; and whether the maps
-    that compute its inputs were fitted too.
+    """Print what share of its output each repaired consumer loses, and whether its producers were fitted.
+
+    Producers are the maps that compute the consumer's inputs.
     """
     if not fits:
         return

@@ -83,7 +83,6 @@ class SequentialRepair:
 
         Args:
             model: the dense model, on its device; its consumers' weights will be changed.
-            architecture: its description.
             plan: what is removed.
             batches: the text.
             damping: as in `libprune.repair.least_squares.fit_consumer`.
@@ -186,7 +185,7 @@ class SequentialRepair:
         share: float,
         producers: Sequence[Producer],
     ) -> "_Seen":
-        """Take a batch to the last of some consumers: what that gets, and what it is to give."""
+        """Run a batch up to the last of some consumers; record what this one gets and should give."""
         *before, module = (self._model.get_submodule(consumer.module) for consumer in consumers)
         state = self._pruned[number]
         with outputs_as_leaves(self._model, producers) as watched:

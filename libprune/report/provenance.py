@@ -41,7 +41,6 @@ def gather_provenance(layout: Layout, model: str, project: Path) -> Provenance:
     """Read the provenance of a result from its artifacts and the project's repository.
 
     Args:
-        layout: the paths of the artifacts.
         model: fingerprint of the dense model that they must belong to.
         project: a folder of the project, for its commit.
 

@@ -17,7 +17,6 @@ def publish_report(layout: Layout, folder: Path, project: Path) -> None:
     """Write `report.md`, `report.html` and the folder of pictures, each whole or not at all.
 
     Args:
-        layout: the paths of the artifacts.
         folder: the folder of the report; other files in it stay.
         project: a folder of the project, whose commit the report names.
 

@@ -73,7 +73,6 @@ def sliced(
 
     Args:
         network: of the dense shape.
-        architecture: its description.
         plan: which units stay.
         attributes: by path the expression of each number.
         dtype: the type to store, where it is not the one that the network computes in.

@@ -100,9 +100,9 @@ def _fluctuation(table: Columns, params: Score) -> dict[str, Values]:
 
 def _obs_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:
     """The columns `obs` and `obs_share`, from Gram matrices."""
-    from libprune.scoring.gram_columns import gram_columns  # needs torch, which the other criteria do not
+    from libprune.scoring.gram_columns import read_gram_columns  # needs torch, which the other criteria do not
 
-    return gram_columns(layout, architecture, params, in_nats=params.criterion == "obs_fisher")
+    return read_gram_columns(layout, architecture, params, in_nats=params.criterion == "obs_fisher")
 
 
 def _cooperative_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:

@@ -18,12 +18,10 @@ from libprune.scoring.correlation import unit_graph
 from libprune.scoring.obs import obs_removal
 
 
-def gram_columns(layout: Layout, architecture: Architecture, params: Score, in_nats: bool) -> Columns:
+def read_gram_columns(layout: Layout, architecture: Architecture, params: Score, in_nats: bool) -> Columns:
     """The columns `obs` and `obs_share`: errors summed, and shares averaged, over the consumers of a block.
 
     Args:
-        layout: where the artifacts are.
-        architecture: the model's description.
         params: rounds and damping.
         in_nats: weight each output by half its mean squared gradient.
 
@@ -61,8 +59,6 @@ def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> 
     Each is the mean, over the consumers of a block, of an array of `libprune.scoring.correlation.UnitGraph`.
 
     Args:
-        layout: where the artifacts are.
-        architecture: the model's description.
         params: the threshold.
 
     Raises:

@@ -83,8 +83,6 @@ def measure_ablation(layout: Layout, compute: Compute, section: Ablation) -> tup
     """Measure the loss increase of masking each of a sample of units alone, and write the table.
 
     Args:
-        layout: where the artifacts are.
-        compute: how to run the model.
         section: how many units, their seed, and how many calibration sequences, which are the last ones.
 
     Returns:

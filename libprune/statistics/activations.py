@@ -49,8 +49,6 @@ def measure_activations(layout: Layout, compute: Compute, section: Activations) 
     """Collect the forward-only statistics of a language model, and write their artifact.
 
     Args:
-        layout: where the artifacts are.
-        compute: how to run the model.
         section: how many calibration sequences, and the storage type of Gram matrices.
 
     Returns:
@@ -118,7 +116,6 @@ def collect_activations(
 
     Args:
         model: a language model.
-        architecture: its description.
         batches: each of sequences of one length.
         sums: of the `activation_groups`.
 

@@ -33,8 +33,6 @@ def measure_gradients(layout: Layout, compute: Compute, section: Gradients) -> C
     """Collect the first-order statistics of a language model, and write their artifact.
 
     Args:
-        layout: where the artifacts are.
-        compute: how to run the model.
         section: how many calibration sequences, how they are batched, and what is stored.
 
     Returns:
@@ -80,7 +78,6 @@ def gradient_groups(
     """The statistics of every layer, and the loss.
 
     Args:
-        architecture: the model's description.
         n_tok: loss-counted tokens of a sequence.
         batches: the most batches that the text has.
         section: storage type, and whether to keep whole second moments.
@@ -131,8 +128,6 @@ def collect_gradients(
     a low-precision model adds no error over batches.
 
     Args:
-        model: the model.
-        architecture: its description.
         batches: number, index of the first sequence, and sequences of each.
         sums: of the `gradient_groups`.
         at_once: sequences in one pass; batches are cut to that.
@@ -266,7 +261,6 @@ def gradient_columns(
     """Per-unit first-order numbers of a block: sum |W G|, sum W G, and those of `MaskGradient`.
 
     Args:
-        architecture: the model's description.
         tensors: the finished statistics of the layer, by name.
         weights: the dense model's parameters.
         layer: the layer of the block.

@@ -31,8 +31,6 @@ def measure_hessian(layout: Layout, compute: Compute, section: Hessian) -> Colum
     """Estimate the diagonal of a language model's Hessian, and write its artifact.
 
     Args:
-        layout: where the artifacts are.
-        compute: how to run the model.
         section: the estimator, `fisher` or `hutchinson`, and how many calibration sequences.
 
     Returns:
@@ -107,8 +105,6 @@ def collect_squared_gradients(
     inputs over that sequence's tokens, so autograd only computes the former.
 
     Args:
-        model: the model.
-        architecture: its description.
         batches: each of sequences of one length.
         sums: of the `hessian_groups`.
         recompute: whether the layers are computed again in backward.
@@ -167,7 +163,6 @@ def collect_probes(
 
     Args:
         model: the model; its attention must be differentiable twice, see `twice_differentiable`.
-        architecture: its description.
         batches: each of sequences of one length.
         sums: of the `hessian_groups`.
         section: number of probes, and their seed.

@@ -74,7 +74,6 @@ def time_layers(
 
     Args:
         config: the dense model's config.
-        architecture: its description.
         device: where to run.
         dtype: of the weights.
         params: widths a part, sequences and tokens of a pass, and rounds, of which the median counts.

@@ -91,8 +91,6 @@ def measure_levels(
     """Measure the divergence of every level of every block, and write the table.
 
     Args:
-        layout: where the artifacts are.
-        compute: how to run the model.
         section: how many levels a block, and how many calibration sequences, which are the last ones.
         repair: gives the new weights under a plan, tensors by parameter name.
         inputs: what the repair depends on, beside the model and the plan.

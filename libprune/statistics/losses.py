@@ -62,8 +62,6 @@ class Prefix:
         """Run the model over the text once.
 
         Args:
-            model: the model.
-            architecture: its description.
             sequences: on the model's device.
             at_once: sequences in one pass.
             layers: those that measurements will start from; nothing needs to be kept for the first.
@@ -172,8 +170,6 @@ def measuring(
     The context is for writing the result: only when it ends are the saved losses removed.
 
     Args:
-        run: the model and the text.
-        stage: the name of the stage.
         target: the artifact that will be written.
         plans: what is removed, by a name for messages.
         identity: what the losses depend on beside the model, the text and the number of its sequences.

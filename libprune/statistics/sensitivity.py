@@ -60,8 +60,6 @@ def measure_sensitivity(layout: Layout, compute: Compute, section: Sensitivity) 
     """Measure the loss increase of removing each layer, and each of its parts alone, and write the table.
 
     Args:
-        layout: where the artifacts are.
-        compute: how to run the model.
         section: how many calibration sequences, which are the last ones.
 
     Returns:

@@ -22,7 +22,7 @@ from libprune.texts.source import (
     open_text,
     require_other_text,
 )
-from libprune.texts.windows import Windows, draw, split_documents, spread, windows, with_masks
+from libprune.texts.windows import Windows, cut_windows, draw, split_documents, spread, with_masks
 
 MARGIN = 2
 """A stream is read until it gives twice the windows that are asked for, so that there is a choice to draw from."""
@@ -196,7 +196,7 @@ class _Reader:
         return read
 
     def _cut(self, documents: list[str], length: int) -> Windows:
-        return windows(documents, self._tokenizer, length, self._settings.documents, framed=self._masks)
+        return cut_windows(documents, self._tokenizer, length, self._settings.documents, framed=self._masks)
 
     def _calibration(self, text: Text, documents: list[str], part: str) -> Drawn:
         settings = self._settings

@@ -45,7 +45,6 @@ class SelfText:
     """The dense model as a writer of text; it is loaded when the first sequence is asked for.
 
     Args:
-        layout: where the artifacts are.
         architecture: description of the dense model.
         tokenizer: tokenizer of the dense model.
         device: `compute.device` of the params.

@@ -48,7 +48,7 @@ def split_documents(documents: list[str], evaluation_share: float) -> tuple[list
     return documents[:cut], documents[cut:]
 
 
-def windows(
+def cut_windows(
     documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, mode: Documents, framed: bool = False
 ) -> Windows:
     """Cut documents into consecutive whole windows, tokenized without special tokens.

@@ -15,7 +15,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.pipeline.shards import GRAM, read_tensor, write_shard
 from libprune.scoring.correlation import unit_graph
-from libprune.scoring.gram_columns import gram_columns, graph_columns
+from libprune.scoring.gram_columns import graph_columns, read_gram_columns
 from libprune.scoring.obs import obs_removal
 from tests.support.networks import CASES
 
@@ -63,7 +63,7 @@ def parts_of(architecture: Architecture, network: torch.nn.Module, layout: Layou
 
 @pytest.mark.parametrize("in_nats", [False, True])
 def test_errors_are_summed_and_shares_averaged_over_consumers(layout, network, architecture, in_nats):
-    columns = gram_columns(layout, architecture, PARAMS, in_nats)
+    columns = read_gram_columns(layout, architecture, PARAMS, in_nats)
     errors, shares = [], []
     for block in architecture.blocks():
         costs = []

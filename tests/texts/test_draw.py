@@ -16,7 +16,7 @@ from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.layout import Layout
 from libprune.report.provenance import gather_provenance
 from libprune.texts.draw import MARGIN, Drawn, require_disjoint
-from libprune.texts.windows import windows
+from libprune.texts.windows import cut_windows
 from stages import prepare, tokenize
 from tests.support import tiny
 from tests.support.hub import REVISION, write_cached
@@ -77,7 +77,7 @@ def test_the_record_is_enough_to_draw_the_same_windows_again(run, project, token
     for (ids, meta), length in zip(run(documents=documents), (16, 12), strict=True):
         first, count = re.fullmatch(r"the (first|last) (\d+) documents", meta["part"]).groups()
         texts = lines(project)[: int(count)] if first == "first" else lines(project)[-int(count) :]
-        available = windows(texts, tokenizer, length, meta["mode"])
+        available = cut_windows(texts, tokenizer, length, meta["mode"])
         np.testing.assert_array_equal(available.ids[meta["windows"]], ids)
         assert (meta["documents"], meta["available"]) == (len(texts), len(available.ids))
         assert (meta["source"], meta["revision"], meta["column"]) == (str(project / "text.txt"), None, "text")

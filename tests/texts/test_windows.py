@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from libprune.engine.errors import SourceError
-from libprune.texts.windows import Windows, draw, split_documents, spread, windows
+from libprune.texts.windows import Windows, cut_windows, draw, split_documents, spread
 from tests.support.tiny import WORDS, write_model
 
 
@@ -57,7 +57,10 @@ def test_evaluation_windows_are_distinct_and_span_the_text(count):
         assert np.ptp(np.diff(rows)) <= 1
 
 
-CHOICES = [lambda windows, n: draw(windows, n, 0, "this"), lambda windows, n: spread(windows, n, "this")]
+CHOICES = [
+    lambda windows, n: draw(windows, n, 0, "this"),
+    lambda windows, n: spread(windows, n, "this"),
+]
 
 
 @pytest.mark.parametrize("choose", CHOICES)
@@ -87,7 +90,7 @@ texts = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map("
 
 @given(texts, st.integers(1, 9))
 def test_windows_of_joined_documents_are_all_tokens_in_order_but_the_last_few(tokenizer, documents, length):
-    found = windows(documents, tokenizer, length, "joined")
+    found = cut_windows(documents, tokenizer, length, "joined")
     expected = [token for document in documents for token in ids_of(document)]
     assert found.ids.dtype == np.int64
     assert found.ids.shape == (len(expected) // length, length)
@@ -97,8 +100,8 @@ def test_windows_of_joined_documents_are_all_tokens_in_order_but_the_last_few(to
 
 @given(texts, st.integers(1, 9))
 def test_windows_of_documents_apart_are_those_of_each_document_by_itself(tokenizer, documents, length):
-    found = windows(documents, tokenizer, length, "apart")
-    alone = [windows([document], tokenizer, length, "joined").ids for document in documents]
+    found = cut_windows(documents, tokenizer, length, "apart")
+    alone = [cut_windows([document], tokenizer, length, "joined").ids for document in documents]
     np.testing.assert_array_equal(found.ids, np.concatenate(alone))
     assert found.documents == len(documents)
     assert found.skipped == sum(len(ids_of(document)) < length for document in documents)
