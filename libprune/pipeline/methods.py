@@ -56,14 +56,14 @@ METHODS: dict[str, Method] = {
     "functional": Method(
         "libprune.allocation.methods:allocate_functional",
         computes="layers that change their input less lose more",
-        source="functional allocation of FANG",
+        source="FANG, functional allocation",
         reads=("activations",),
         rival=True,
     ),
     "global": Method(
         "libprune.allocation.methods:allocate_global",
         computes="the lowest scores of all layers go",
-        source="one ranking of all units (Molchanov et al. 2019)",
+        source="Molchanov et al. 2019, one ranking of all units",
         between=True,
         rival=True,
         modules=True,
@@ -71,7 +71,7 @@ METHODS: dict[str, Method] = {
     "uniform": Method(
         "libprune.allocation.methods:allocate_uniform",
         computes="every layer loses the same number of units",
-        source="the plain case, as in Wanda-sp (An et al. 2024)",
+        source="the plain case, as Wanda-sp in An et al. 2024",
         alike=True,
         rival=True,
         modules=True,
@@ -96,7 +96,7 @@ METHODS: dict[str, Method] = {
     "search": Method(
         "libprune.allocation.methods:allocate_search",
         computes="the least measured divergence of whole levels of blocks, then of whole plans",
-        source="EvoPress (Sieberling et al. 2024) and Tyr-the-Pruner (Li et al. 2025)",
+        source="EvoPress, Sieberling et al. 2024; Tyr-the-Pruner, Li et al. 2025",
         reads=("activations", "levels"),
         weighs=True,
         improves=True,
@@ -159,20 +159,20 @@ REPAIRS: dict[str, Repair] = {
     "bias": Repair(
         "libprune.repair.repairs:bias_fits",
         computes="the mean of what a consumer no longer reads goes into its bias",
-        source="FLAP (An et al. 2024)",
+        source="An et al. 2024, FLAP",
         reads=("activations",),
     ),
     "local": Repair(
         "libprune.repair.repairs:local_fits",
         computes="least squares on each consumer's weights, from Gram matrices of the dense model's inputs",
-        source="structured optimal brain compression (Frantar & Alistarh 2022), see libprune.repair.least_squares",
+        source="Frantar & Alistarh 2022, structured optimal brain compression",
         reads=("activations",),
         params=("damping", "fisher_share"),
     ),
     "sequential": Repair(
         "libprune.repair.repairs:sequential_fits",
         computes="least squares layer by layer, on what the pruned layers before hand on",
-        source="optimal brain compression on the inputs of the pruned model, see libprune.repair.sequential",
+        source="Frantar & Alistarh 2022, on the inputs of the pruned model",
         params=("damping", "drift", "drift_cap", "producer_steps", "sequences"),
     ),
 }
