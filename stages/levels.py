@@ -23,8 +23,8 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     from libprune.repair.repairs import inputs_identity, local_repair
 
-    repair, inputs = local_repair(layout, architecture), inputs_identity(layout)
-    table = measure_levels(layout, settings.compute, settings.levels, repair, inputs)
+    repairing = lambda: (local_repair(layout, architecture), inputs_identity(layout))  # noqa: E731
+    table = measure_levels(layout, settings.compute, settings.levels, repairing)
     if table is not None:
         print_levels(architecture, table)
 

@@ -11,7 +11,6 @@ from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of
 from libprune.allocation.block_worth import require_meaningful, with_worth
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.methods import Evidence
-from libprune.allocation.search import Search, compares
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.cost import Prices
@@ -76,8 +75,11 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
     require_meaningful(asked, fixed.scores.meta["scaling"])
     evidence = read_evidence(layout, fixed.scores, asked)
     scores = with_worth(fixed.scores, asked, evidence)
-    searches = METHODS[asked.method].improves and asked.evaluations
-    search = Search(layout, scores, compute, levels, evidence) if searches else None
+    search = None
+    if METHODS[asked.method].improves and asked.evaluations:
+        from libprune.allocation.search import Search  # needs transformers, which the other decisions do not
+
+        search = Search(layout, scores, compute, levels, evidence)
     settled = settle_ratio(scores.architecture, scores.table, asked, evidence)
     decision = decide(scores, settled, evidence, search)
     diagnosis = advise(fixed, decision.plan, settled)
@@ -144,7 +146,7 @@ def decide(
         LibpruneError: if the scores do not compare across layers and the method needs that, or the
             budget or shape cannot be had.
     """
-    architecture, table, comparable = scores.architecture, scores.table, compares(scores, params)
+    architecture, table, comparable = scores.architecture, scores.table, scores.compares(params.worth)
     require_comparable(scores.meta, params)
     prices = cost.prices(architecture, params.objective, evidence.get("latency"))
     unit = table["cost"]

@@ -32,7 +32,7 @@ def read_evidence(layout: Layout, scores: Scores, params: Allocate) -> Evidence:
     Raises:
         ArtifactError: if it is missing, or was measured on another model or text, or with units in another order.
     """
-    needed = allocation_reads(params.method, params.worth, params.objective)
+    needed = allocation_reads(params.method, params.worth, params.objective, params.evaluations)
     return {artifact: READERS[artifact](layout, scores) for artifact in needed}
 
 

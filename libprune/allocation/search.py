@@ -12,14 +12,11 @@ from libprune.collection.calibration import require_own_weights, set_up
 from libprune.collection.resumable import sums_identity
 from libprune.engine.architecture import Architecture
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.methods import METHODS
+from libprune.pipeline.methods import METHODS, RIVALS
 from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate, Compute, Levels
 from libprune.repair.repairs import inputs_identity, local_repair
 from libprune.statistics.levels import order_digest, unit_orders
-
-RIVALS = tuple(name for name, method in METHODS.items() if method.rival)
-"""Methods that need nothing measured beyond a forward pass, whose plans are tried too."""
 
 
 class Search:
@@ -58,7 +55,7 @@ class Search:
             "inputs": inputs_identity(self._layout),
         }
         trials = run.work / "search" / f"{sums_identity(run, identity, ('statistics', 'repair', 'allocation'))}.jsonl"
-        comparable = compares(self._scores, params)
+        comparable = self._scores.compares(params.worth)
         rivals = [name for name in RIVALS if comparable or not METHODS[name].between]
         starts: dict[str, Depth] = {params.method: depth}
         starts |= rival_starts(architecture, ladders, target, params, self._evidence, rivals)
@@ -67,11 +64,6 @@ class Search:
         of_starts = ", ".join(f"{method} {divergence:.4f}" for method, divergence in self.refined.starts.items())
         typer.echo(f"{self.refined.evaluations} trials: divergence {of_starts}; best {self.refined.divergence:.4f}")
         return dict(self.refined.depth)
-
-
-def compares(scores: Scores, params: Allocate) -> bool:
-    """Whether the scores compare between layers and parts: as they are, or by the worth of their blocks."""
-    return params.worth != "none" or scores.comparable
 
 
 def rival_starts(

@@ -108,11 +108,13 @@ def collecting_stages(params: Params) -> tuple[str, ...]:
     from libprune.scoring.criteria import find_criterion
     from libprune.scoring.expression import named_criteria
 
+    read = allocation_reads(params.allocate.method, params.allocate.worth)
     used = {
         *(stage for name in named_criteria(params.score) for stage in find_criterion(name).stages),
         *(["ablation"] if params.score.fusion in ("learned", "best") else []),
         *REPAIRS[params.slice.repair].reads,
-        *allocation_reads(params.allocate.method, params.allocate.worth),
+        *read,
+        *(["activations"] if "levels" in read else []),  # levels are measured with a local repair
         *(["gradients"] if params.allocate.gradient_fix != "none" else []),
     }
     return tuple(stage for stage in ("gradients", "hessian", "activations", "ablation") if stage in used)

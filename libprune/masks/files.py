@@ -59,13 +59,16 @@ class Masked(Generic[Model]):
         return ~self.masks[name] if name in self.masks else torch.zeros_like(self.model.get_parameter(name)).bool()
 
 
-def of_model(model: Model) -> Masked[Model]:
+def of_model(model: Model, language: bool) -> Masked[Model]:
     """A copy of a model in memory, on the CPU, its masks multiplied in; the model itself stays as it is.
+
+    Args:
+        model: with masks of torch.nn.utils.prune, or without.
+        language: whether it is a language model whose config makes it again; else the module itself is copied.
 
     Raises:
         LibpruneError: if a mask is none, tied weights have different masks, or a weight is not finite.
     """
-    language = isinstance(model, PreTrainedModel)
     clean = fresh(type(model), model.config) if language else without_masks(model)
     state, masks = multiplied(model.state_dict(), type(model).__name__, clean.state_dict().keys())
     dtype = next((parameter.dtype for parameter in model.parameters()), None)

@@ -77,17 +77,21 @@ def _extraction(
     model: nn.Module, family: Family | None, inputs: Inputs | None
 ) -> LanguageExtraction | NetworkExtraction:
     if family is not None and inputs is not None:
-        return network_extraction(of_model(model), family, inputs)
+        return network_extraction(of_model(model, language=False), family, inputs)
     if not isinstance(model, PreTrainedModel):
         raise LibpruneError(f"{type(model).__name__} is no language model of transformers; give its family and inputs")
-    return extraction(of_model(model))
+    if family is not None or inputs is not None:
+        raise LibpruneError("masks of a network need both its family and inputs, those of a language model neither")
+    return extraction(of_model(model, language=True))
 
 
 @overload
-def apply(model: PreTrainedModel, family: Plan) -> None: ...
+def apply(model: PreTrainedModel, plan: Plan, /) -> None: ...
+@overload
+def apply(model: PreTrainedModel, *, plan: Plan) -> None: ...
 @overload
 def apply(model: nn.Module, family: Family, plan: Plan) -> None: ...
-def apply(model: nn.Module, family: Family | Plan, plan: Plan | None = None) -> None:
+def apply(model: nn.Module, family: Family | Plan | None = None, plan: Plan | None = None) -> None:
     """Register masks of `torch.nn.utils.prune` that make a dense model compute what the plan leaves.
 
     Everything that slicing removes is masked, but for vectors beside the maps of a language model.
@@ -98,13 +102,20 @@ def apply(model: nn.Module, family: Family | Plan, plan: Plan | None = None) -> 
         plan: which units stay.
 
     Raises:
-        LibpruneError: if the plan is of another network, or leaves no unit of a part.
+        LibpruneError: if the plan is of another network, or leaves no unit of a part, or the arguments are not a
+            language model and a plan, or a network, its family and a plan.
     """
-    if isinstance(model, PreTrainedModel) and isinstance(family, Plan):
+    asked, described = (family, None) if isinstance(family, Plan) and plan is None else (plan, family)
+    if isinstance(asked, Plan) and described is None and isinstance(model, PreTrainedModel):
         with torch.device("meta"):
             bare = type(model)(copy.deepcopy(model.config))
-        register(model, describe(bare, accept=tuple(model.config.to_dict())), family)
-    elif plan is not None and not isinstance(family, Plan):
-        architecture = describe_module(of_model(model).model, NetworkFamily.of(family), None)
-        require_fits(architecture, plan)
-        register(model, architecture, plan)
+        register(model, describe(bare, accept=tuple(model.config.to_dict())), asked)
+    elif isinstance(asked, Plan) and described is not None and not isinstance(described, Plan):
+        architecture = describe_module(of_model(model, language=False).model, NetworkFamily.of(described), None)
+        require_fits(architecture, asked)
+        register(model, architecture, asked)
+    else:
+        raise LibpruneError(
+            "masks.apply takes a language model of transformers and a plan, or a network, its family and a plan; given "
+            f"are {', '.join(type(given).__name__ for given in (model, family, plan))}"
+        )

@@ -97,7 +97,7 @@ METHODS: dict[str, Method] = {
         "libprune.allocation.methods:allocate_search",
         computes="the least measured divergence of whole levels of blocks, then of whole plans",
         source="EvoPress, Sieberling et al. 2024; Tyr-the-Pruner, Li et al. 2025",
-        reads=("activations", "levels"),
+        reads=("levels",),
         weighs=True,
         improves=True,
     ),
@@ -113,16 +113,25 @@ WORTH_READS: dict[str, tuple[str, ...]] = {
 """The artifacts that each value of `allocate.worth` reads."""
 
 
-def allocation_reads(method: str, worth: str = "none", objective: str = "parameters") -> tuple[str, ...]:
+RIVALS = tuple(name for name, method in METHODS.items() if method.rival)
+"""Methods whose plans a search measures first; what they read beside the scores comes from one forward pass."""
+
+
+def allocation_reads(
+    method: str, worth: str = "none", objective: str = "parameters", evaluations: int = 0
+) -> tuple[str, ...]:
     """The artifacts that allocation needs beside the scores, in alphabetical order.
 
     Args:
         method: `allocate.method`.
         worth: `allocate.worth`.
         objective: `allocate.objective`.
+        evaluations: `allocate.evaluations`; with some, a search also needs what the methods of `RIVALS` read.
     """
-    measured = ("latency",) if objective == "latency" else ()
-    return tuple(sorted({*METHODS[method].reads, *WORTH_READS[worth], *measured}))
+    timed = ("latency",) if objective == "latency" else ()
+    searches = METHODS[method].improves and evaluations
+    rivals = [artifact for name in RIVALS for artifact in METHODS[name].reads] if searches else []
+    return tuple(sorted({*METHODS[method].reads, *WORTH_READS[worth], *timed, *rivals}))
 
 
 def methods_that_read(artifact: str) -> str:

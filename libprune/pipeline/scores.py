@@ -30,10 +30,13 @@ class Scores:
         """The digests of the model and, where a text was used, of the tokens that the scores come from."""
         return {key: self.meta[key] for key in ("model", "tokens") if key in self.meta}
 
-    @property
-    def comparable(self) -> bool:
-        """Whether the scores compare between layers and parts as they are."""
-        return bool(self.meta["comparable"]) and self.meta["scaling"] == "none"
+    def compares(self, worth: str) -> bool:
+        """Whether the scores compare between layers and parts: as they are, or by the worth of their blocks.
+
+        Args:
+            worth: the value of `allocate.worth`.
+        """
+        return worth != "none" or (bool(self.meta["comparable"]) and self.meta["scaling"] == "none")
 
     def with_columns(self, columns: Columns) -> "Scores":
         """Scores whose table has these columns, new or in the place of others."""

@@ -85,15 +85,14 @@ def measure_levels(
     layout: Layout,
     compute: Compute,
     section: Levels,
-    repair: Callable[[Plan], Mapping[str, Any]],
-    inputs: Mapping[str, Any],
+    repairing: Callable[[], tuple[Callable[[Plan], Mapping[str, Any]], Mapping[str, Any]]],
 ) -> Columns | None:
     """Measure the divergence of every level of every block, and write the table.
 
     Args:
         section: how many levels a block, and how many calibration sequences, which are the last ones.
-        repair: gives the new weights under a plan, tensors by parameter name.
-        inputs: what the repair depends on, beside the model and the plan.
+        repairing: called once the model is there. It gives the repair, from a plan to the new weights by parameter
+            name, and what the repair depends on beside the model and the plan.
 
     Returns:
         The table; None in all processes but the first.
@@ -113,6 +112,7 @@ def measure_levels(
     orders = unit_orders(run.architecture, scores)
     levels = choose_levels(run.architecture, section.number)
     plans, order = level_plans(run.architecture, orders, levels), order_digest(orders)
+    repair, inputs = repairing()
     identity = {"order": order, "number": section.number, "inputs": inputs}
     divergence = Divergence(run.model)
 

@@ -25,7 +25,7 @@ READ = {
     "retention": set(),
     "functional": {"activations"},
     "hgsp": {"sensitivity"},
-    "search": {"activations", "levels"},
+    "search": {"levels"},
 }
 
 
@@ -55,6 +55,8 @@ def test_just_what_the_method_and_the_objective_need_is_read(tmp_path, scores, m
     layout = Layout(tmp_path)
     measure(layout, scores)
     assert read_evidence(layout, scores, Allocate(method=method)).keys() == READ[method]
+    searching = read_evidence(layout, scores, Allocate(method=method, evaluations=3))
+    assert searching.keys() == READ[method] | ({"activations"} if method == "search" else set())
     timed = read_evidence(layout, scores, Allocate(method=method, objective="latency"))
     assert timed.keys() == READ[method] | {"latency"}
 

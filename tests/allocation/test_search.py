@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from libprune.allocation.ladders import plan_of, spent
 from libprune.allocation.methods import Depth
-from libprune.allocation.search import RIVALS, rival_starts
+from libprune.allocation.search import rival_starts
+from libprune.pipeline.methods import RIVALS
 from libprune.pipeline.sections import Allocate
 from tests.support.searching import SHAPE, CountingJudge, asked, cases, search, start_of
 

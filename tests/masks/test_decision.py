@@ -40,7 +40,7 @@ def test_exactly_the_wholly_masked_units_go_in_whatever_ways_they_are_masked(fam
         of_block[0] = WAYS.index("not")  # a part without units is another matter
     for index, way in enumerate(WAYS[:-1]):
         cut(model, architecture, Plan({block: of_block != index for block, of_block in ways.items()}), way)
-    found = extraction(of_model(model))
+    found = extraction(of_model(model, language=True))
     gone = {b: np.flatnonzero(of_block < len(WHOLLY)).tolist() for b, of_block in ways.items()}
     assert removed(found.plan) == {block: units for block, units in gone.items() if units}
     assert_same(under_plan(found, family), logits(model))

@@ -1,5 +1,6 @@
 """The face for models in memory: a plan goes out as masks and comes back."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,7 +9,9 @@ from libprune import masks
 from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
 from libprune.engine.module_family import NetworkFamily
+from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
+from libprune.masks.files import of_model
 from tests.support.masked_models import DOWN, assert_same, logits, removed, under_plan, zero
 from tests.support.models import FAMILIES, random_plan
 
@@ -46,3 +49,29 @@ def test_a_language_model_may_be_given_as_any_other_network():
     family = NetworkFamily(family="mlp", prunable=["c"], modules=modules)
     plan = masks.extract(mlp, family, torch.randn(4, 5, 30)).plan
     assert plan.keep[0, "c"].tolist() == masks.extract(model).plan.keep[2, "mlp"].tolist()
+
+
+def test_what_fits_together_is_said_where_something_is_missing_or_swapped():
+    """Nothing is left unmasked in silence."""
+    model, network = FAMILIES["llama"](0), nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    family = NetworkFamily(family="net", prunable=["h"], modules={"0": "x -> h", "2": "h -> y"})
+    plan, other = random_plan(describe(model), "holes"), Plan({(0, "h"): np.arange(6) < 4})
+    for arguments in ((network, other), (network, family), (model, family), (model,)):
+        with pytest.raises(LibpruneError, match=r"^masks\.apply takes a language model of transformers and a plan, or"):
+            masks.apply(*arguments)
+    for arguments in ((network,), (network, family), (network, None, torch.zeros(2, 4)), (model, family)):
+        with pytest.raises(LibpruneError, match=r"family and inputs"):
+            masks.inspect(*arguments)
+    masks.apply(model, plan=plan)
+    assert masks.extract(model).plan.digest == plan.digest
+    masks.apply(network, family, other)
+    assert masks.extract(network, family, torch.randn(5, 4)).plan.digest == other.digest
+
+
+def test_a_transformers_model_with_a_family_of_its_own_is_taken_as_it_is():
+    """Also where its modules are no longer those that its config makes."""
+    model = FAMILIES["llama"](0)
+    model.lm_head = nn.Linear(30, 5)
+    extracted = of_model(model, language=False).model
+    assert extracted.lm_head.weight.shape == (5, 30)
+    assert extracted is not model

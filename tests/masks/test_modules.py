@@ -89,11 +89,11 @@ def test_exactly_the_units_go_without_which_the_outputs_stay(name, seed):
     inputs = inputs_of(name)
     architecture = describe_module(network.double(), described, inputs[0])
     randomly_cut(network, architecture, seed)
-    expected = can_go(of_model(network).model, architecture, inputs)
+    expected = can_go(of_model(network, language=False).model, architecture, inputs)
     for part, units in expected.items():
         if len(units) == architecture.units(part):
             units.remove(0)
-    plan = network_extraction(of_model(network), described, inputs[0]).plan
+    plan = network_extraction(of_model(network, language=False), described, inputs[0]).plan
     assert removed(plan) == {part: units for part, units in expected.items() if units}
 
 
@@ -104,7 +104,7 @@ def test_outputs_stay_and_the_given_network_too(name, seed):
     network, described, x = built(name, nn.ReLU(), seed)
     randomly_cut(network, describe_module(network, described, x), seed)
     before = copy.deepcopy(network.state_dict())
-    found = network_extraction(of_model(network), described, x)
+    found = network_extraction(of_model(network, language=False), described, x)
     for shape in NETS[name][2]:
         other = torch.randn(5, *shape)
         assert_same(computed(found.network, other), computed(network, other))

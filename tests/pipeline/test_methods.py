@@ -12,7 +12,6 @@ from libprune.allocation.block_worth import require_meaningful
 from libprune.allocation.decide import require_comparable
 from libprune.allocation.evidence import READERS
 from libprune.allocation.methods import allocate_uniform
-from libprune.allocation.search import RIVALS
 from libprune.cli.footprint import footprints
 from libprune.engine.errors import LibpruneError
 from libprune.experiments.costs import collecting_stages, pruning_stages
@@ -66,7 +65,7 @@ def test_what_is_read_is_known_to_its_readers_and_in_order(method):
 
 def test_the_methods_that_read_an_artifact_are_named():
     assert methods_that_read("sensitivity") == "hgsp"
-    assert methods_that_read("activations") == "functional or search"
+    assert methods_that_read("activations") == "functional"
 
 
 def allocate_last(architecture, ladders, target, params, evidence):
@@ -100,7 +99,6 @@ def test_one_entry_and_its_function_add_a_method(monkeypatch, tmp_path):
     assert kept == sorted(kept, reverse=True)
     assert kept[-1] < kept[0]
 
-    assert "last" not in RIVALS
     assert allocation_reads("last") == ("sensitivity",)
     assert methods_that_read("sensitivity") == "hgsp or last"
     whole = load_params(tiny.write_params(tmp_path / "params.yaml", "none", "none"))

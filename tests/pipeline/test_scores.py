@@ -48,7 +48,8 @@ def test_missing_scores_name_the_stage(layout):
 @pytest.mark.parametrize(("comparable", "scaling"), [(True, "none"), (True, "rank"), (False, "none"), (False, "rank")])
 def test_scores_compare_as_they_are_only_unscaled(comparable, scaling):
     scores = Scores(EQUAL_COSTS.architecture(), table(), {"comparable": comparable, "scaling": scaling})
-    assert scores.comparable is (comparable and scaling == "none")
+    assert scores.compares("none") is (comparable and scaling == "none")
+    assert scores.compares("sensitivity")
 
 
 def test_without_a_text_the_origin_is_the_model_alone():
