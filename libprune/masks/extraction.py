@@ -26,10 +26,10 @@ from libprune.masks.files import Masked, Model, fresh
 from libprune.models.folder import fingerprint, load_model
 from libprune.pipeline.artifacts import write_table
 from libprune.results.folder import pruned_config, write_pruned
-from libprune.results.proof import masked_logits, reference_logits, verify_folder
+from libprune.results.proof import TOLERANCE, masked_logits, reference_logits, verify_folder
 from libprune.results.record import PLAN, versions, write_provenance
 
-_SEQUENCES, _LENGTH, _TOLERANCE = 2, 32, 1e-4
+_SEQUENCES, _LENGTH = 2, 32
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class LanguageExtraction(Extraction[PreTrainedModel]):
         model = fresh(type(self.masked.model), self.config)
         removed = masked_logits(model, self.architecture, self.plan, self.weights, ids)
         difference, scale = float((removed - expected).abs().max()), float(expected.abs().max())
-        if not difference <= _TOLERANCE * scale:
+        if not difference <= TOLERANCE * scale:
             raise LibpruneError(
                 f"without the wholly masked units the logits differ by {difference:.3g} of {scale:.3g}. This is a "
                 "defect of libprune; please report the model and its masks"

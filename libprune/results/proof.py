@@ -22,6 +22,9 @@ from libprune.engine.heads import HEADS, HeadName
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 
+TOLERANCE = 1e-4
+"""How far outputs may differ in float32, of the largest one."""
+
 _SCRIPT = """
 import sys
 sys.modules["libprune"] = None
@@ -72,7 +75,7 @@ def verify_folder(
     expected: Float[Tensor, "..."],
     remote: bool,
     head: HeadName,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
 ) -> Verification:
     """Load a folder in a fresh process and compare its float32 logits.
 
