@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -130,9 +129,8 @@ class LanguageExtraction(Extraction[PreTrainedModel]):
             LibpruneError: if the outputs differ.
         """
         self._write(folder, source)
-        keep = np.concatenate([self.plan.keep[block] for block in self.own.blocks()])
         meta = {"model": fingerprint(source), "shape": self.shape}
-        write_table(folder / PLAN, unit_index(self.own) | {"keep": keep}, meta)
+        write_table(folder / PLAN, unit_index(self.own) | {"keep": self.plan.column}, meta)
         proof = self._prove(folder)
         made: dict[str, Any] = {
             "plan": meta,
