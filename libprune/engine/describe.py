@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -93,6 +93,13 @@ def with_biases(
         if (bias := biases.get(parameter.name)) and bias.name not in known:
             parameters.append(bias)
     return replace(architecture, parameters=tuple(parameters)), type(config).from_dict(config.to_dict() | said)
+
+
+def added_biases(own: Architecture, architecture: Architecture) -> dict[str, Tensor]:
+    """Zeros by name for the biases that `with_biases` has added to a model's own description, in float32."""
+    known = {parameter.name for parameter in own.parameters}
+    added = [parameter for parameter in architecture.parameters if parameter.name not in known]
+    return {parameter.name: torch.zeros([dim.size(own.sizes) for dim in parameter.dims]) for parameter in added}
 
 
 def _require_head(family: Family, head: Head, model: PreTrainedModel) -> None:

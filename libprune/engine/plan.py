@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,12 @@ class Plan:
     def dense(architecture: Architecture) -> "Plan":
         """The plan that keeps everything."""
         return Plan({block: np.ones(architecture.units(block[1]), dtype=bool) for block in architecture.blocks()})
+
+    def without(self, block: Block, units: Any) -> "Plan":
+        """The plan that removes also these units of a block: a number, an array of numbers, or a slice."""
+        keep = self.keep[block].copy()
+        keep[units] = False
+        return Plan({**self.keep, block: keep})
 
     def kept(self, layer: int, part: str) -> int:
         """Number of units kept."""

@@ -19,7 +19,7 @@ from libprune.pipeline.atomic import write_json
 from libprune.pipeline.methods import REPAIRS, allocation_reads
 from libprune.pipeline.params import Params
 
-_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # ten times faster; a lock file is long
+LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # ten times faster; a lock file is long
 _STARTS = re.compile(r"Running stage '(\w+)'")
 _ENDS = re.compile(r"(\w+): (\d+\.\d) s, peak memory ([\d,]+) MB")
 _CONTINUES = "continues from a saved state"
@@ -70,7 +70,7 @@ def write_costs(path: Path, costs: Costs) -> None:
 def lock_stages(lock: str | None) -> dict[str, dict[str, Any]]:
     """The entries of a `dvc.lock` by stage; empty if there is no `dvc.lock` or it is not valid YAML."""
     try:
-        stages: dict[str, dict[str, Any]] = (yaml.load(lock or "", _LOADER) or {}).get("stages") or {}
+        stages: dict[str, dict[str, Any]] = (yaml.load(lock or "", LOADER) or {}).get("stages") or {}
     except yaml.YAMLError:
         return {}
     return stages

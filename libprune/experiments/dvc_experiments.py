@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from libprune.engine.errors import LibpruneError
+from libprune.experiments.costs import LOADER
 from libprune.experiments.file import leaves_of
 
 Shown = Sequence[Mapping[str, Any]]
@@ -24,7 +25,6 @@ Shown = Sequence[Mapping[str, Any]]
 
 WORKSPACE = "workspace"
 _UNFINISHED = ("queued", "running", "failed")
-_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # ten times faster; a lock file is long
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def outdated(params: Mapping[str, Any], lock: str) -> str | None:
             inputs and outputs.
     """
     try:
-        stages = (yaml.load(lock, _LOADER) or {}).get("stages") or {}
+        stages = (yaml.load(lock, LOADER) or {}).get("stages") or {}
     except yaml.YAMLError:
         return "its dvc.lock is not valid YAML, as after a merge conflict; run `dvc repro`"
     made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}

@@ -2,24 +2,21 @@
 
 import copy
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from libprune.engine.architecture import Architecture, Map
-from libprune.engine.describe import describe, with_biases
+from libprune.engine.describe import added_biases, describe, with_biases
 from libprune.engine.errors import LibpruneError, NotExpressibleError
 from libprune.engine.family import families
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import bias_key
-from libprune.engine.surgery import masked as under_plan
 from libprune.engine.surgery import slice_state
 from libprune.engine.tables import unit_index
 from libprune.masks.contributions import language_contributions
@@ -28,10 +25,10 @@ from libprune.masks.files import Masked, Model, fresh
 from libprune.models.folder import fingerprint, load_model
 from libprune.pipeline.artifacts import write_table
 from libprune.results.folder import pruned_config, write_pruned
-from libprune.results.proof import reference_logits, verify_folder
+from libprune.results.proof import TOLERANCE, masked_logits, reference_logits, verify_folder
 from libprune.results.record import PLAN, versions, write_provenance
 
-_SEQUENCES, _LENGTH, _TOLERANCE = 2, 32, 1e-4
+_SEQUENCES, _LENGTH = 2, 32
 
 
 @dataclass(frozen=True)
@@ -91,9 +88,7 @@ class LanguageExtraction(Extraction[PreTrainedModel]):
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters, float32, in the dense shape, constants folded into biases."""
         weights = {name: parameter.detach() for name, parameter in self.masked.model.named_parameters()}
-        for parameter in self.architecture.parameters:
-            if parameter.name not in weights:
-                weights[parameter.name] = torch.zeros([dim.size(self.architecture.sizes) for dim in parameter.dims])
+        weights |= added_biases(self.own, self.architecture)
         for name, fold in self.decision.folds.items():
             weights[name] = (weights[name].double() + torch.from_numpy(fold)).float()
         return weights
@@ -134,9 +129,8 @@ class LanguageExtraction(Extraction[PreTrainedModel]):
             LibpruneError: if the outputs differ.
         """
         self._write(folder, source)
-        keep = np.concatenate([self.plan.keep[block] for block in self.own.blocks()])
         meta = {"model": fingerprint(source), "shape": self.shape}
-        write_table(folder / PLAN, unit_index(self.own) | {"keep": keep}, meta)
+        write_table(folder / PLAN, unit_index(self.own) | {"keep": self.plan.column}, meta)
         proof = self._prove(folder)
         made: dict[str, Any] = {
             "plan": meta,
@@ -155,14 +149,14 @@ class LanguageExtraction(Extraction[PreTrainedModel]):
         ids = torch.randint(self.own.sizes["vocab"], (_SEQUENCES, length), generator=generator)
         expected = reference_logits(self.masked.model, ids)
         model = fresh(type(self.masked.model), self.config)
-        removed = self._logits_under(model, self.weights, ids)
+        removed = masked_logits(model, self.architecture, self.plan, self.weights, ids)
         difference, scale = float((removed - expected).abs().max()), float(expected.abs().max())
-        if not difference <= _TOLERANCE * scale:
+        if not difference <= TOLERANCE * scale:
             raise LibpruneError(
                 f"without the wholly masked units the logits differ by {difference:.3g} of {scale:.3g}. This is a "
                 "defect of libprune; please report the model and its masks"
             )
-        expected = self._logits_under(model, {name: weight.float() for name, weight in self._typed.items()}, ids)
+        expected = masked_logits(model, self.architecture, self.plan, self._typed, ids)
         remote, head = self.shape == "per_layer", self.own.head
         reloaded = verify_folder(folder, ids, expected, remote=remote, head=head)
         return {
@@ -170,14 +164,6 @@ class LanguageExtraction(Extraction[PreTrainedModel]):
             "logit_difference": reloaded.difference,
             "logit_scale": reloaded.scale,
         }
-
-    def _logits_under(self, model: PreTrainedModel, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-        """Logits of the dense shape with these weights, under the plan."""
-        with torch.no_grad():
-            for name, weight in weights.items():
-                model.get_parameter(name).copy_(weight)
-        with under_plan(model, self.architecture, self.plan):
-            return reference_logits(model, ids)
 
 
 def extraction(masked: Masked[PreTrainedModel]) -> LanguageExtraction:

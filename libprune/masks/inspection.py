@@ -166,10 +166,10 @@ def require_units(seen: MaskInspection) -> None:
         raise LibpruneError(nothing_to_remove(seen))
 
 
-def removed(seen: MaskInspection) -> str:
-    """What has gone, in a sentence."""
+def savings(seen: MaskInspection) -> str:
+    """How many units can go, and how many parameters with them, as text."""
     share = f"{seen.saved_parameters:,} parameters, {100 * seen.saved_share:.1f} % of the {seen.whole}"
-    return f"removed {seen.removable:,} units: {share}"
+    return f"{seen.removable:,} units: {share}"
 
 
 def as_data(seen: MaskInspection) -> dict[str, Any]:
@@ -195,8 +195,7 @@ def _row(block: BlockMasks) -> tuple[str, ...]:
 
 def _summary(seen: MaskInspection) -> Iterator[str]:
     if seen.removable:
-        share = f"{seen.saved_parameters:,} parameters, {100 * seen.saved_share:.1f} % of the {seen.whole}"
-        yield f"slicing removes {seen.removable:,} units: {share}, {gigabytes(seen.saved_bytes)} as {seen.dtype}"
+        yield f"slicing removes {savings(seen)}, {gigabytes(seen.saved_bytes)} as {seen.dtype}"
     else:
         yield nothing_to_remove(seen)
     if seen.removable and not seen.of_network:

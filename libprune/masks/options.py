@@ -5,7 +5,7 @@ from pathlib import Path
 from libprune.engine.errors import LibpruneError
 from libprune.masks.extraction import LanguageExtraction, extraction
 from libprune.masks.files import read_masked
-from libprune.masks.inspection import inspection, removed, require_units
+from libprune.masks.inspection import inspection, require_units, savings
 from libprune.masks.module_files import drawn_inputs, read_inputs, read_network, require_takes
 from libprune.masks.modules import NetworkExtraction, network_extraction
 from libprune.pipeline.atomic import writing_folder
@@ -66,7 +66,7 @@ def save(extracted: LanguageExtraction | NetworkExtraction, out: Path, model: Pa
         extracted.save(out)
         proof = extracted.proof
         return [
-            removed(seen),
+            f"removed {savings(seen)}",
             f"outputs differ from the masked network's by {proof['difference']:.1e} of {proof['scale']:.1f}; on inputs "
             f"without order by {proof['noise_difference']:.1e} of {proof['noise_scale']:.1f}",
             f'load:   libprune.networks.load(Path("{out}"), {str(factory).rpartition(":")[2]}())',
@@ -74,7 +74,7 @@ def save(extracted: LanguageExtraction | NetworkExtraction, out: Path, model: Pa
     with writing_folder(out) as folder:
         proof = extracted.save(folder, model)
     return [
-        removed(seen),
+        f"removed {savings(seen)}",
         f"logits differ from the masked model's by {proof['removal_difference']:.1e} of {proof['logit_scale']:.1f}; "
         f"reloaded in a fresh process by {proof['logit_difference']:.1e}",
         f"load:   {how_to_load(str(out), extracted.shape, extracted.own.head)}",

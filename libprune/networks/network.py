@@ -32,7 +32,6 @@ from libprune.pipeline.shards import read_meta
 from libprune.repair.least_squares import Fit
 from libprune.repair.of_modules import repair_modules, repair_modules_in_order, set_weights
 from libprune.results.module_folder import (
-    TOLERANCE,
     WEIGHTS,
     Pruned,
     difference,
@@ -42,6 +41,7 @@ from libprune.results.module_folder import (
     sliced,
     stored,
 )
+from libprune.results.proof import TOLERANCE
 from libprune.scoring.criteria import find_criterion
 from libprune.scoring.expression import named_criteria
 from libprune.scoring.fusion import READS_LOSSES

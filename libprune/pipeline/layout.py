@@ -4,88 +4,51 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+class Place:
+    """An attribute of a `Layout`: a path below its root."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layout: "Layout", owner: type) -> Path:
+        return layout.root / self._name
+
+
 @dataclass(frozen=True)
 class Layout:
     """The paths of all artifacts below one folder."""
 
     root: Path = Path("artifacts")
 
-    @property
-    def model(self) -> Path:
-        """The dense model, a Hugging Face folder."""
-        return self.root / "model"
-
-    @property
-    def architecture(self) -> Path:
-        """Axes, sizes and parameters of the dense model."""
-        return self.root / "architecture.json"
-
-    @property
-    def weights(self) -> Path:
-        """Per-unit costs and weight norms."""
-        return self.root / "weights.parquet"
-
-    @property
-    def calibration_tokens(self) -> Path:
-        """Token ids that statistics are collected on."""
-        return self.root / "tokens" / "calibration.parquet"
-
-    @property
-    def evaluation_tokens(self) -> Path:
-        """Token ids that both models are evaluated on."""
-        return self.root / "tokens" / "evaluation.parquet"
-
-    @property
-    def gradients(self) -> Path:
-        """Mean gradients by layer and their per-unit sums."""
-        return self.root / "gradients"
-
-    @property
-    def hessian(self) -> Path:
-        """Diagonals of the Hessian by layer and their per-unit sums."""
-        return self.root / "hessian"
-
-    @property
-    def activations(self) -> Path:
-        """Activation statistics by layer and their per-unit sums."""
-        return self.root / "activations"
-
-    @property
-    def ablation(self) -> Path:
-        """The measured loss increase of masking single units."""
-        return self.root / "ablation.parquet"
-
-    @property
-    def sensitivity(self) -> Path:
-        """The measured loss increase of removing whole layers, and each block alone."""
-        return self.root / "sensitivity.parquet"
-
-    @property
-    def levels(self) -> Path:
-        """The measured divergence of the model when one block alone is taken to a level."""
-        return self.root / "levels.parquet"
-
-    @property
-    def latency(self) -> Path:
-        """The measured time of a layer by its width."""
-        return self.root / "latency.json"
-
-    @property
-    def scores(self) -> Path:
-        """The global importance table."""
-        return self.root / "scores.parquet"
-
-    @property
-    def plan(self) -> Path:
-        """The importance table with the decision."""
-        return self.root / "plan.parquet"
-
-    @property
-    def evaluation(self) -> Path:
-        """Everything measured of the dense and the pruned model."""
-        return self.root / "evaluation.json"
-
-    @property
-    def pruned(self) -> Path:
-        """The pruned model, a Hugging Face folder."""
-        return self.root / "pruned"
+    model = Place("model")
+    """The dense model, a Hugging Face folder."""
+    architecture = Place("architecture.json")
+    """Axes, sizes and parameters of the dense model."""
+    weights = Place("weights.parquet")
+    """Per-unit costs and weight norms."""
+    calibration_tokens = Place("tokens/calibration.parquet")
+    """Token ids that statistics are collected on."""
+    evaluation_tokens = Place("tokens/evaluation.parquet")
+    """Token ids that both models are evaluated on."""
+    gradients = Place("gradients")
+    """Mean gradients by layer and their per-unit sums."""
+    hessian = Place("hessian")
+    """Diagonals of the Hessian by layer and their per-unit sums."""
+    activations = Place("activations")
+    """Activation statistics by layer and their per-unit sums."""
+    ablation = Place("ablation.parquet")
+    """The measured loss increase of masking single units."""
+    sensitivity = Place("sensitivity.parquet")
+    """The measured loss increase of removing whole layers, and each block alone."""
+    levels = Place("levels.parquet")
+    """The measured divergence of the model when one block alone is taken to a level."""
+    latency = Place("latency.json")
+    """The measured time of a layer by its width."""
+    scores = Place("scores.parquet")
+    """The global importance table."""
+    plan = Place("plan.parquet")
+    """The importance table with the decision."""
+    evaluation = Place("evaluation.json")
+    """Everything measured of the dense and the pruned model."""
+    pruned = Place("pruned")
+    """The pruned model, a Hugging Face folder."""

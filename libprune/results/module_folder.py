@@ -22,12 +22,11 @@ from libprune.engine.tables import unit_index
 from libprune.pipeline.artifacts import damage, require, write_table
 from libprune.pipeline.atomic import writing_folder
 from libprune.repair.least_squares import Fit, fit_table, mean_errors
+from libprune.results.proof import TOLERANCE
 from libprune.results.record import PLAN, PROVENANCE, read_provenance, versions, write_provenance
 
 WEIGHTS = "model.safetensors"
 """The file of a pruned network's tensors."""
-TOLERANCE = 1e-4
-"""How far outputs may differ in float32, of the largest one."""
 
 
 def stored(network: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,14 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.engine.heads import HEADS, HeadName
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked
+
+TOLERANCE = 1e-4
+"""How far outputs may differ in float32, of the largest one."""
 
 _SCRIPT = """
 import sys
@@ -68,7 +75,7 @@ def verify_folder(
     expected: Float[Tensor, "..."],
     remote: bool,
     head: HeadName,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
 ) -> Verification:
     """Load a folder in a fresh process and compare its float32 logits.
 
@@ -140,3 +147,18 @@ def reference_logits(model: torch.nn.Module, ids: Int[Tensor, "batch length"]) -
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.float()
+
+
+def masked_logits(
+    model: torch.nn.Module,
+    architecture: Architecture,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    ids: Int[Tensor, "batch length"],
+) -> Float[Tensor, "..."]:
+    """Set the parameters of a dense model to ``weights``, read one at a time; its `reference_logits` under the plan."""
+    with torch.no_grad():
+        for parameter in architecture.parameters:
+            model.get_parameter(parameter.name).copy_(weights[parameter.name])
+    with masked(model, architecture, plan):
+        return reference_logits(model, ids)

@@ -2,15 +2,16 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe import with_biases
+from libprune.engine.describe import added_biases, with_biases
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import masked, slice_state
+from libprune.engine.surgery import slice_state
 from libprune.models.compute import named_dtype
 from libprune.models.folder import WeightFiles, load_config, load_model
 from libprune.models.tokens import read_tokens
@@ -20,35 +21,28 @@ from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
 from libprune.repair.least_squares import Fit, fit_table, mean_errors, new_parameters
 from libprune.results.folder import write_pruned
-from libprune.results.proof import reference_logits, verify_folder
+from libprune.results.proof import masked_logits, verify_folder
 from libprune.results.record import versions, write_provenance
 
 _CHECKED_SEQUENCES, _CHECKED_LENGTH = 2, 64
 
 
+@dataclass(frozen=True)
 class _Weights(Mapping[str, Tensor]):
     """The dense weights with repaired ones in their place and zeros for added ones, cast when they are read."""
 
-    def __init__(
-        self, own: Architecture, architecture: Architecture, dense: WeightFiles, fits: list[Fit], dtype: torch.dtype
-    ) -> None:
-        """``own`` is the dense model's architecture, the other the same with the biases that are added."""
-        self._shapes = {p.name: [dim.size(architecture.sizes) for dim in p.dims] for p in architecture.parameters}
-        self._added = self._shapes.keys() - {parameter.name for parameter in own.parameters}
-        self._dense, self._repaired, self._dtype = dense, new_parameters(fits), dtype
+    dense: Mapping[str, Tensor]
+    new: Mapping[str, Tensor]
+    dtype: torch.dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._repaired:
-            return self._repaired[name].to(self._dtype)
-        if name in self._added:
-            return torch.zeros(self._shapes[name], dtype=self._dtype)
-        return self._dense[name].to(self._dtype)
+        return (self.new if name in self.new else self.dense)[name].to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+        return iter(self.dense.keys() | self.new.keys())
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self.dense.keys() | self.new.keys())
 
 
 def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tuple[dict[str, float], list[Fit]]:
@@ -67,7 +61,7 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     added = sorted({fit.consumer.part for fit in fits if fit.bias is not None and fit.consumer.bias not in dense})
     own, (architecture, config) = architecture, with_biases(architecture, load_config(layout.model), added)
     stored = named_dtype(params.dtype, dense[architecture.parameters[0].name].dtype)
-    weights = _Weights(own, architecture, dense, fits, stored)
+    weights = _Weights(dense, added_biases(own, architecture) | new_parameters(fits), stored)
     state = slice_state(weights, architecture, plan)
     write_pruned(folder, layout.model, architecture, plan, meta["shape"], state, config)
     shutil.copyfile(layout.plan, folder / "plan.parquet")
@@ -89,16 +83,8 @@ def _prove(
     shape: str,
 ) -> dict[str, float]:
     """Compare the folder, loaded in a fresh process, with the dense model under the same weights and the mask."""
-    _set_weights(model, architecture, weights)
     tokens, _ = read_tokens(layout.calibration_tokens, architecture.fingerprint)
     ids = tokens.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
-    with masked(model, architecture, plan):
-        expected = reference_logits(model, ids)
+    expected = masked_logits(model, architecture, plan, weights, ids)
     proof = verify_folder(folder, ids, expected, remote=shape == "per_layer", head=architecture.head)
     return {"logit_difference": proof.difference, "logit_scale": proof.scale}
-
-
-def _set_weights(model: nn.Module, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for parameter in architecture.parameters:
-            model.get_parameter(parameter.name).copy_(weights[parameter.name])

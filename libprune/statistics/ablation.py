@@ -51,12 +51,8 @@ def _divide(count: int, room: NDArray[np.int64], rng: np.random.Generator) -> ND
 
 def unit_plans(architecture: Architecture, units: list[Unit]) -> dict[str, Plan]:
     """The plans that each remove one unit alone, by the unit's name."""
-    dense = Plan.dense(architecture).keep
-    plans = {}
-    for layer, part, unit in units:
-        others = np.arange(architecture.units(part)) != unit
-        plans[f"{part} unit {unit} of layer {layer}"] = Plan({**dense, (layer, part): others})
-    return plans
+    dense = Plan.dense(architecture)
+    return {f"{part} unit {unit} of layer {layer}": dense.without((layer, part), unit) for layer, part, unit in units}
 
 
 def ablation_table(

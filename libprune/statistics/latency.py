@@ -82,7 +82,16 @@ def time_layers(
         LibpruneError: if the config can say no smaller layer.
     """
     widths = measured_widths(architecture, params.widths)
-    make = _Maker(config, architecture, device, dtype)
+
+    def make(kind: Any, units: Mapping[str, int] | None) -> PreTrainedModel:
+        """A model of one layer or of none, with random weights."""
+        parts = architecture.parts
+        sizes = dict(architecture.sizes) | {parts[part].axis: count for part, count in (units or {}).items()}
+        one = new_config(families()[architecture.family], config, sizes, () if units is None else (0,))
+        with device:
+            model: PreTrainedModel = kind.from_config(one, dtype=dtype)
+        return model.eval()
+
     nothing, rest = make(AutoModel, None), make(HEADS[architecture.head].loader, None)
     layers = []
     for width in widths:
@@ -95,24 +104,6 @@ def time_layers(
         rounds.append([_seconds(nothing, ids), head, *(_seconds(layer, ids) for layer in layers)])
     empty, outside, *seconds = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
     return Timing(tuple(widths), np.array(seconds) - empty, outside)
-
-
-class _Maker:
-    """Makes models of one layer or of none, with random weights."""
-
-    def __init__(
-        self, config: PreTrainedConfig, architecture: Architecture, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._config, self._architecture, self._device, self._dtype = config, architecture, device, dtype
-
-    def __call__(self, kind: Any, units: Mapping[str, int] | None) -> PreTrainedModel:
-        parts = self._architecture.parts
-        sizes = dict(self._architecture.sizes) | {parts[part].axis: count for part, count in (units or {}).items()}
-        layers = () if units is None else (0,)
-        config = new_config(families()[self._architecture.family], self._config, sizes, layers)
-        with self._device:
-            model: PreTrainedModel = kind.from_config(config, dtype=self._dtype)
-        return model.eval()
 
 
 def _seconds(model: PreTrainedModel, ids: Tensor, **more: Any) -> float:

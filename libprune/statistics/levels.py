@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture, Block
 from libprune.engine.plan import Plan
-from libprune.engine.tables import Columns, mean_columns
+from libprune.engine.tables import Columns, mean_columns, split_blocks
 from libprune.pipeline.artifacts import read_table, same_origin, write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Levels
@@ -25,12 +25,7 @@ Orders = Mapping[Block, NDArray[np.int64]]
 
 def unit_orders(architecture: Architecture, scores: Columns) -> Orders:
     """The units of every block in the order in which they are removed: ascending score, ties by unit."""
-    orders, start = {}, 0
-    for layer, part in architecture.blocks():
-        stop = start + architecture.units(part)
-        orders[layer, part] = np.argsort(scores["score"][start:stop], kind="stable")
-        start = stop
-    return orders
+    return {block: np.argsort(score, kind="stable") for block, score in split_blocks(architecture, scores["score"])}
 
 
 def choose_levels(architecture: Architecture, number: int) -> list[Level]:
@@ -55,13 +50,11 @@ def order_digest(orders: Orders) -> str:
 
 def level_plans(architecture: Architecture, orders: Orders, levels: Sequence[Level]) -> dict[str, Plan]:
     """The plans that each take one block to its level and leave all others whole, by the level's name."""
-    dense = Plan.dense(architecture).keep
-    plans = {}
-    for layer, part, removed in levels:
-        keep = np.ones(architecture.units(part), dtype=bool)
-        keep[orders[layer, part][:removed]] = False
-        plans[f"{removed} {part} units of layer {layer}"] = Plan({**dense, (layer, part): keep})
-    return plans
+    dense = Plan.dense(architecture)
+    return {
+        f"{removed} {part} units of layer {layer}": dense.without((layer, part), orders[layer, part][:removed])
+        for layer, part, removed in levels
+    }
 
 
 def level_table(levels: list[Level], divergences: Float[np.ndarray, "levels sequences"]) -> Columns:

@@ -29,12 +29,12 @@ def removal_plans(architecture: Architecture) -> dict[str, Plan]:
 
     A removed part adds exactly nothing to the residual stream, biases included.
     """
-    dense = Plan.dense(architecture).keep
     plans = {}
     for layer, what in removals(architecture):
-        parts = list(architecture.parts) if what == LAYER else [what]
-        gone = {(layer, part): np.zeros(architecture.units(part), dtype=bool) for part in parts}
-        plans[f"layer {layer}" if what == LAYER else f"the {what} of layer {layer}"] = Plan({**dense, **gone})
+        plan = Plan.dense(architecture)
+        for part in architecture.parts if what == LAYER else [what]:
+            plan = plan.without((layer, part), slice(None))
+        plans[f"layer {layer}" if what == LAYER else f"the {what} of layer {layer}"] = plan
     return plans
 
 

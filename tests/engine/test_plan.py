@@ -23,3 +23,12 @@ def test_a_digest_names_the_decision_and_not_the_record():
     keep = {(0, "a"): np.array([True, False]), (0, "m"): np.array([True])}
     assert Plan(keep).digest == Plan({block: units.copy() for block, units in keep.items()}).digest
     assert Plan(keep).digest != Plan(keep | {(0, "a"): np.array([False, True])}).digest
+
+
+def test_without_removes_also_these_units_and_leaves_the_plan_as_it_was():
+    plan = Plan({(0, "a"): np.array([True, False, True]), (0, "m"): np.array([True])})
+    for units, left in ((0, [False, False, True]), (np.array([0, 2]), [False] * 3), (slice(None), [False] * 3)):
+        fewer = plan.without((0, "a"), units)
+        assert fewer.keep[0, "a"].tolist() == left
+        assert fewer.keep[0, "m"].tolist() == [True]
+    assert plan.keep[0, "a"].tolist() == [True, False, True]

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import yaml
 
-from libprune.pipeline.layout import Layout
+from libprune.pipeline.layout import Layout, Place
 from tests.support.closure import ROOT
 
-PLACES = [name for name, value in vars(Layout).items() if isinstance(value, property)]
+PLACES = [name for name, value in vars(Layout).items() if isinstance(value, Place)]
 
 
 def declared() -> set[Path]:
