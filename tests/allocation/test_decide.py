@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from libprune.allocation.allocate import allocate
-from libprune.allocation.decide import decide, result_shape
+from libprune.allocation.decide import decide, result_shape, summary
 from libprune.allocation.gradient_fix import factors_of
 from libprune.engine.errors import ArtifactError, BudgetError, LibpruneError
 from libprune.engine.plan import Plan, jaccard
@@ -169,3 +169,43 @@ def test_of_nothing_measured_the_stage_that_is_missing_is_named(project):
     import_module("stages.sensitivity").main(project / "params.yaml", project / "artifacts")
     with pytest.raises(ArtifactError, match="run `dvc repro sensitivity`"):
         allocated(project, method="hgsp")
+
+
+@pytest.mark.parametrize("method", ["uniform", "global", "search"])
+def test_the_budget_of_time_is_met_and_what_is_slow_goes_first(method):
+    """A group takes as long as six channels here, and has 48 of 180 parameters of a layer's four."""
+    shape = Shape(layers=4, kv=6, ffn=24)
+    architecture = shape.architecture()
+    lines = {"unit": {"attention": 6e-6, "mlp": 1e-6}, "fixed": 0.0, "outside": 1e-3}
+    given = shape.evidence("search") | {"latency": lines}
+    scores = shape.table(1.0 + np.random.default_rng(0).permutation(len(shape.unit_costs())))
+    params = Allocate(method=method, ratio=0.25, objective="latency", shape="per_layer")
+    told = summary(architecture, decide(Scores(architecture, scores, META), params, given), params)
+    assert told["target"] == round(0.25 * 4 * (6 * 6 + 24) * 1e6)
+    assert told["share_removed"] == pytest.approx(0.25, abs=0.03)
+
+
+def test_a_global_order_is_by_importance_for_the_time_saved():
+    """All importances equal: of what saves twice the time the more goes."""
+    shape = Shape(layers=1, kv=4, ffn=12)
+    architecture = shape.architecture()
+    scores = shape.table(1 / shape.unit_costs())
+    for dear, other, slow in (("attention", "mlp", (2e-6, 1e-6)), ("mlp", "attention", (1e-6, 2e-6))):
+        lines = {"unit": dict(zip(("attention", "mlp"), slow, strict=True)), "fixed": 0.0, "outside": 0.0}
+        ratio = 4e-6 / (4 * slow[0] + 12 * slow[1])  # two of what is slow
+        params = Allocate(method="global", ratio=ratio, objective="latency", shape="per_layer")
+        plan = decide(Scores(architecture, scores, META), params, {"latency": lines}).plan
+        assert plan.kept(0, dear) < shape.units[dear]
+        assert plan.kept(0, other) == shape.units[other]
+
+
+def test_the_overlap_with_the_only_component_is_whole_under_every_objective():
+    shape = Shape(layers=2)
+    rng = np.random.default_rng(0)
+    scores = shape.table(1.0 + rng.permutation(len(shape.unit_costs())))
+    scores |= {"taylor": scores["importance"], "fisher": 0 * scores["importance"]}
+    lines = {"unit": {"attention": 1e-6, "mlp": 6e-6}, "fixed": 0.0, "outside": 0.0}
+    for objective in ("parameters", "cache", "latency"):
+        params = Allocate(method="global", ratio=0.3, objective=objective, shape="per_layer")
+        decision = decide(Scores(shape.architecture(), scores, META), params, {"latency": lines})
+        assert decision.overlap["taylor"] == 1

@@ -14,7 +14,8 @@ from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
-from tests.support.models import ENCODERS, FAMILIES
+from tests.support.models import ENCODERS, FAMILIES, random_plan
+from tests.support.shapes import shapes
 
 
 def hollow_llama(**settings) -> Architecture:
@@ -24,7 +25,7 @@ def hollow_llama(**settings) -> Architecture:
 
 
 @st.composite
-def shapes(draw):
+def llama_sizes(draw):
     groups, queries = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     return {
         "hidden_size": groups * queries * draw(st.integers(1, 4)),
@@ -38,7 +39,7 @@ def shapes(draw):
 
 
 @settings(max_examples=15)
-@given(shapes())
+@given(llama_sizes())
 def test_llama_units_cost_what_the_formulas_say(shape):
     architecture = hollow_llama(**shape, vocab_size=5, num_hidden_layers=2)
     h, d, g = shape["hidden_size"], shape["head_dim"], shape["num_attention_heads"] // shape["num_key_value_heads"]
@@ -140,3 +141,24 @@ def test_every_objective_counts_what_a_unit_takes_with_it(name, objective):
     norms = sum(map(architecture.numel, staying)) if objective == "parameters" else 0
     assert prices.decoder == sum(units) + norms
     assert prices.total == {"parameters": size.total, "macs": size.macs, "cache": size.cache}[objective]
+
+
+seconds = st.floats(1e-6, 1e-2)
+
+
+@given(shapes(), seconds, seconds, seconds, seconds)
+def test_a_budget_of_time_counts_what_the_lines_say(shape, fixed, group, channel, outside):
+    architecture = shape.architecture()
+    lines = {"unit": {"attention": group, "mlp": channel}, "fixed": fixed, "outside": outside}
+    prices = cost.prices(architecture, "latency", lines)
+    plan = random_plan(architecture, "holes" if shape.layers > 2 else "per_layer")
+
+    def expected(plan: Plan) -> float:
+        """Half of what is fixed goes with each part."""
+        price = {"attention": group, "mlp": channel}
+        return float(sum(keep.any() * fixed / 2 + price[part] * keep.sum() for (_, part), keep in plan.keep.items()))
+
+    dense = Plan.dense(architecture)
+    assert prices.decoder == pytest.approx(1e12 * expected(dense), rel=1e-5)
+    assert prices.total == pytest.approx(prices.decoder + 1e12 * outside, rel=1e-5)
+    assert prices.decoder - prices.removed(plan) == pytest.approx(1e12 * expected(plan), rel=1e-5)

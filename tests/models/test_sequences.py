@@ -54,3 +54,19 @@ def test_chosen_sequences_bring_their_targets_and_lengths():
     moved = labelled([1, 4, 2])[1:].to(torch.device("cpu"))
     assert (moved.targets.tolist(), moved.lengths.tolist()) == ([1, 2], [4, 2])
     assert Sequences(IDS)[:1].targets is None
+
+
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=20), at_once=st.integers(1, 6), sort=st.booleans())
+def test_passes_hold_every_sequence_once_in_order_and_are_never_filled_up(lengths, at_once, sort):
+    ids = torch.arange(len(lengths))[:, None].repeat(1, 4)
+    whole = Sequences(ids, torch.arange(len(lengths)), torch.tensor(lengths))
+    whole = whole.shortest_first() if sort else whole
+    passes = list(whole.passes(at_once))
+    assert torch.cat([one.ids[:, 0] for one in passes]).tolist() == whole.ids[:, 0].tolist()
+    assert torch.cat([one.targets for one in passes]).tolist() == whole.targets.tolist()
+    assert [one.ids.shape[1] for one in passes for _ in range(len(one))] == whole.lengths.tolist()
+    assert max(map(len, passes)) <= at_once
+    assert sum(one.tokens for one in passes) == whole.tokens
+    if sort:
+        assert whole.lengths.tolist() == sorted(lengths)
+        assert len(passes) <= -(-len(lengths) // at_once) + len(set(lengths)), "neighbours of one length go together"

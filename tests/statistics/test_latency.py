@@ -1,4 +1,4 @@
-"""Times of layers: which widths are built, the lines through them, and budgets counted in them."""
+"""Times of layers: which widths are built, the lines through them, and the stages from times to a plan."""
 
 import json
 from importlib import import_module
@@ -11,23 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.allocation.decide import decide, summary
 from libprune.engine import cost
 from libprune.engine.describe import describe
 from libprune.engine.errors import ArtifactError, LibpruneError
-from libprune.engine.plan import Plan
 from libprune.models.folder import fingerprint
 from libprune.pipeline.atomic import write_json
-from libprune.pipeline.scores import Scores
-from libprune.pipeline.sections import Allocate, Latency
+from libprune.pipeline.sections import Latency
 from libprune.statistics import latency
 from libprune.statistics.latency import Timing, fit_lines, measured_widths, time_layers
 from tests.support import tiny
-from tests.support.models import FAMILIES, random_plan
+from tests.support.models import FAMILIES
 from tests.support.shapes import Shape, shapes
-
-META = {"criterion": "random", "comparable": True, "scaling": "none"}
-seconds = st.floats(1e-6, 1e-2)
 
 
 @given(shapes(), st.integers(2, 6))
@@ -71,52 +65,6 @@ def test_the_layers_that_are_timed_have_the_widths(name, monkeypatch):
     assert found["misfit"] == pytest.approx(0, abs=1e-9)
 
 
-@given(shapes(), seconds, seconds, seconds, seconds)
-def test_a_budget_of_time_counts_what_the_lines_say(shape, fixed, group, channel, outside):
-    architecture = shape.architecture()
-    lines = {"unit": {"attention": group, "mlp": channel}, "fixed": fixed, "outside": outside}
-    prices = cost.prices(architecture, "latency", lines)
-    plan = random_plan(architecture, "holes" if shape.layers > 2 else "per_layer")
-
-    def expected(plan: Plan) -> float:
-        """Half of what is fixed goes with each part."""
-        price = {"attention": group, "mlp": channel}
-        return float(sum(keep.any() * fixed / 2 + price[part] * keep.sum() for (_, part), keep in plan.keep.items()))
-
-    dense = Plan.dense(architecture)
-    assert prices.decoder == pytest.approx(1e12 * expected(dense), rel=1e-5)
-    assert prices.total == pytest.approx(prices.decoder + 1e12 * outside, rel=1e-5)
-    assert prices.decoder - prices.removed(plan) == pytest.approx(1e12 * expected(plan), rel=1e-5)
-
-
-@pytest.mark.parametrize("method", ["uniform", "global", "search"])
-def test_the_budget_of_time_is_met_and_what_is_slow_goes_first(method):
-    """A group takes as long as six channels here, and has 48 of 180 parameters of a layer's four."""
-    shape = Shape(layers=4, kv=6, ffn=24)
-    architecture = shape.architecture()
-    lines = {"unit": {"attention": 6e-6, "mlp": 1e-6}, "fixed": 0.0, "outside": 1e-3}
-    given = shape.evidence("search") | {"latency": lines}
-    scores = shape.table(1.0 + np.random.default_rng(0).permutation(len(shape.unit_costs())))
-    params = Allocate(method=method, ratio=0.25, objective="latency", shape="per_layer")
-    told = summary(architecture, decide(Scores(architecture, scores, META), params, given), params)
-    assert told["target"] == round(0.25 * 4 * (6 * 6 + 24) * 1e6)
-    assert told["share_removed"] == pytest.approx(0.25, abs=0.03)
-
-
-def test_a_global_order_is_by_importance_for_the_time_saved():
-    """All importances equal: of what saves twice the time the more goes."""
-    shape = Shape(layers=1, kv=4, ffn=12)
-    architecture = shape.architecture()
-    scores = shape.table(1 / shape.unit_costs())
-    for dear, other, slow in (("attention", "mlp", (2e-6, 1e-6)), ("mlp", "attention", (1e-6, 2e-6))):
-        lines = {"unit": dict(zip(("attention", "mlp"), slow, strict=True)), "fixed": 0.0, "outside": 0.0}
-        ratio = 4e-6 / (4 * slow[0] + 12 * slow[1])  # two of what is slow
-        params = Allocate(method="global", ratio=ratio, objective="latency", shape="per_layer")
-        plan = decide(Scores(architecture, scores, META), params, {"latency": lines}).plan
-        assert plan.kept(0, dear) < shape.units[dear]
-        assert plan.kept(0, other) == shape.units[other]
-
-
 WIDTHS = tuple({"attention": a, "mlp": m} for a, m in ((4, 12), (2, 12), (1, 12), (4, 8), (4, 4)))
 
 
@@ -147,18 +95,6 @@ def test_a_part_of_one_unit_is_not_timed():
         "attention": 0,
         "mlp": pytest.approx(0.01),
     }
-
-
-def test_the_overlap_with_the_only_component_is_whole_under_every_objective():
-    shape = Shape(layers=2)
-    rng = np.random.default_rng(0)
-    scores = shape.table(1.0 + rng.permutation(len(shape.unit_costs())))
-    scores |= {"taylor": scores["importance"], "fisher": 0 * scores["importance"]}
-    lines = {"unit": {"attention": 1e-6, "mlp": 6e-6}, "fixed": 0.0, "outside": 0.0}
-    for objective in ("parameters", "cache", "latency"):
-        params = Allocate(method="global", ratio=0.3, objective=objective, shape="per_layer")
-        decision = decide(Scores(shape.architecture(), scores, META), params, {"latency": lines})
-        assert decision.overlap["taylor"] == 1
 
 
 def stage(name: str, folder: Path) -> None:

@@ -48,7 +48,7 @@ def write_collected(root: Path, name: str, kind: str) -> tuple[Layout, Plan]:
     layout, model, ids = Layout(root), FAMILIES[name](0), tokens(17, 32)
     architecture = describe(model, fingerprint="here")
     plan = random_plan(architecture, kind)
-    model.save_pretrained(layout.model)
+    model.save_pretrained(layout.model, save_original_format=False)
     layout.architecture.write_text(architecture.to_json())
     write_tokens(layout.calibration_tokens, Sequences(ids), {"model": "here"})
     layout.activations.mkdir()

@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from libprune.engine.errors import SourceError
-from libprune.texts.windows import Windows, cut_windows, draw, split_documents, spread
-from tests.support.tiny import WORDS, write_model
+from libprune.models.sequences import NO_TARGET
+from libprune.texts.windows import MASKED_SHARE, Windows, cut_windows, draw, split_documents, spread, with_masks
+from tests.support.models import FAMILIES, VOCAB
+from tests.support.tiny import WORDS, write_encoder, write_model
 
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=60), st.floats(0.01, 0.99))
@@ -105,3 +108,23 @@ def test_windows_of_documents_apart_are_those_of_each_document_by_itself(tokeniz
     np.testing.assert_array_equal(found.ids, np.concatenate(alone))
     assert found.documents == len(documents)
     assert found.skipped == sum(len(ids_of(document)) < length for document in documents)
+
+
+@pytest.fixture(scope="module")
+def framing(tmp_path_factory):
+    """A tokenizer that frames a text, and has a token for masks."""
+    return AutoTokenizer.from_pretrained(write_encoder(tmp_path_factory.mktemp("encoder"), FAMILIES["bert"]))
+
+
+@given(length=st.integers(5, 40), number=st.integers(1, 5), seed=st.integers(0, 9))
+def test_masks_hide_what_is_asked_for_and_nothing_else(framing, length, number, seed):
+    ids = np.random.default_rng(seed).integers(5, VOCAB, (number, length))
+    ids[:, 0], ids[:, -1] = framing.cls_token_id, framing.sep_token_id
+    found = with_masks(ids, framing, seed)
+    asked = found.targets != NO_TARGET
+    assert (asked.sum(1) == found.counted).all()
+    assert found.counted == max(1, round(MASKED_SHARE * (length - 2)))
+    assert (found.ids[asked] == framing.mask_token_id).all()
+    assert (torch.where(asked, found.targets, found.ids) == torch.from_numpy(ids)).all()
+    assert not asked[:, [0, -1]].any()
+    assert (with_masks(ids, framing, seed).ids == found.ids).all()

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -39,7 +37,6 @@ from libprune.pipeline.shards import read_tensor
 from libprune.results.check import check_folder
 from libprune.statistics.activations import activation_groups, collect_activations
 from libprune.statistics.gradients import collect_gradients, gradient_groups
-from libprune.texts.windows import MASKED_SHARE, with_masks
 from tests.support import tiny
 from tests.support.models import FAMILIES, VOCAB
 
@@ -111,51 +108,13 @@ def test_the_accuracy_is_the_share_of_right_labels(tmp_path, monkeypatch):
     assert set(windows.targets.tolist()) == {0, 1, 2}, "the text is in the order of its labels"
 
 
-# Sequences
-
-
-@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=20), at_once=st.integers(1, 6), sort=st.booleans())
-def test_passes_hold_every_sequence_once_in_order_and_are_never_filled_up(lengths, at_once, sort):
-    ids = torch.arange(len(lengths))[:, None].repeat(1, 4)
-    whole = Sequences(ids, torch.arange(len(lengths)), torch.tensor(lengths))
-    whole = whole.shortest_first() if sort else whole
-    passes = list(whole.passes(at_once))
-    assert torch.cat([one.ids[:, 0] for one in passes]).tolist() == whole.ids[:, 0].tolist()
-    assert torch.cat([one.targets for one in passes]).tolist() == whole.targets.tolist()
-    assert [one.ids.shape[1] for one in passes for _ in range(len(one))] == whole.lengths.tolist()
-    assert max(map(len, passes)) <= at_once
-    assert sum(one.tokens for one in passes) == whole.tokens
-    if sort:
-        assert whole.lengths.tolist() == sorted(lengths)
-        assert len(passes) <= -(-len(lengths) // at_once) + len(set(lengths)), "neighbours of one length go together"
-
-
-@given(length=st.integers(5, 40), number=st.integers(1, 5), seed=st.integers(0, 9))
-def test_masks_hide_what_is_asked_for_and_nothing_else(tokenizer, length, number, seed):
-    ids = np.random.default_rng(seed).integers(5, VOCAB, (number, length))
-    ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
-    found = with_masks(ids, tokenizer, seed)
-    asked = found.targets != NO_TARGET
-    assert (asked.sum(1) == found.counted).all()
-    assert found.counted == max(1, round(MASKED_SHARE * (length - 2)))
-    assert (found.ids[asked] == tokenizer.mask_token_id).all()
-    assert (torch.where(asked, found.targets, found.ids) == torch.from_numpy(ids)).all()
-    assert not asked[:, [0, -1]].any()
-    assert (with_masks(ids, tokenizer, seed).ids == found.ids).all()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tiny.write_encoder(tmp_path_factory.mktemp("tokenizer"), FAMILIES["bert"])
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def test_windows_have_the_tokenizers_frame(tmp_path, monkeypatch, tokenizer):
+def test_windows_have_the_tokenizers_frame(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_project(tmp_path, "bert")
     run("prepare", "tokenize")
     layout = Layout(Path("artifacts"))
     windows, _ = read_tokens(layout.calibration_tokens, read_architecture(layout).fingerprint)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
     assert windows.ids.shape == (8, 16)
     assert set(windows.ids[:, 0].tolist()) == {tokenizer.cls_token_id}
     assert set(windows.ids[:, -1].tolist()) == {tokenizer.sep_token_id}

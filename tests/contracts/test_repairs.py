@@ -1,0 +1,173 @@
+"""The contract that every repair passes, on what the collecting stages really write of tiny models.
+
+A repair joins by its entry in `REPAIRS`; one with params of its own adds them to `VARIANTS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.plan import Plan
+from libprune.engine.surgery import masked, oriented, slice_state
+from libprune.models.folder import WeightFiles, load_model
+from libprune.pipeline.artifacts import read_architecture
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.methods import REPAIRS
+from libprune.pipeline.sections import Compute, Slice
+from libprune.repair.least_squares import Fit, new_parameters, pruned_consumers
+from libprune.results.folder import write_pruned
+from tests.support.models import LAYOUTS, tokens
+from tests.support.sliced import write_collected
+
+VARIANTS: dict[str, list[Slice]] = {
+    "sequential": [
+        Slice(repair="sequential", damping=0.01),
+        Slice(repair="sequential", producer_steps=4),
+    ]
+}
+CASES = {
+    "-".join([name, *map(str, params.model_dump(exclude_defaults=True, exclude={"repair"}))]): params
+    for name in REPAIRS
+    for params in [Slice(repair=name), *VARIANTS.get(name, [])]
+}
+WITHOUT_BIAS = ("qwen3", "phi3", "gemma2")
+"""Families whose config cannot give every consumer a bias; `bias` refuses them."""
+COMPUTE = Compute(device="cpu", dtype="float32")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The artifacts of a tiny model and of a plan with holes, and the fits that were computed from them."""
+
+    layout: Layout
+    plan: Plan
+    architecture: Architecture
+    dense: WeightFiles
+    known: dict[str, list[Fit]] = field(default_factory=dict)
+
+    def compute(self, params: Slice, plan: Plan | None = None) -> list[Fit]:
+        return REPAIRS[params.repair].repair(self.layout, self.architecture, plan or self.plan, COMPUTE, params)
+
+    def fits(self, case: str) -> list[Fit]:
+        """The fits of a case, computed once."""
+        if case not in self.known:
+            self.known[case] = self.compute(CASES[case])
+        return self.known[case]
+
+    def kept(self) -> dict[str, Tensor]:
+        """The input positions that stay of every pruned consumer, by its module."""
+        return {consumer.module: kept for consumer, kept in pruned_consumers(self.architecture, self.plan)}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> Callable[[str], Place]:
+    """A place for each family, made when it is first asked for."""
+    made: dict[str, Place] = {}
+
+    def place(name: str) -> Place:
+        if name not in made:
+            layout, plan = write_collected(tmp_path_factory.mktemp(name) / "artifacts", name, "holes")
+            made[name] = Place(layout, plan, read_architecture(layout), WeightFiles(layout.model))
+        return made[name]
+
+    return place
+
+
+every_case = pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, case) for name in LAYOUTS for case in CASES if case != "bias" or name not in WITHOUT_BIAS],
+)
+
+
+def rows_changed(new: Tensor, old: Tensor) -> list[int]:
+    return (new != old).any(1).nonzero().flatten().tolist()
+
+
+@every_case
+def test_every_pruned_consumer_is_fitted_once_in_its_dense_shape_and_reads_nothing_that_is_removed(places, name, case):
+    place = places(name)
+    kept, fits = place.kept(), place.fits(case)
+    if REPAIRS[CASES[case].repair].function is None:
+        assert fits == []
+        return
+    assert sorted(fit.consumer.module for fit in fits) == sorted(kept)
+    for fit in fits:
+        assert (fit.weight is None) is (fit.bias is not None), "a repair of the weights or of the bias"
+        for parameter, tensor in new_parameters([fit]).items():
+            old = place.dense[parameter]
+            assert (tensor.shape, tensor.dtype) == (old.shape, old.dtype)
+            assert torch.isfinite(tensor).all()
+            assert not torch.equal(tensor, old)
+        if fit.weight is not None:
+            assert not oriented(fit.consumer, fit.weight)[:, ~kept[fit.consumer.module]].any()
+
+
+@every_case
+def test_only_pruned_consumers_change_and_of_their_producers_the_rows_of_the_units_that_stay(places, name, case):
+    place = places(name)
+    architecture = place.architecture
+    fits = place.fits(case)
+    assert bool(CASES[case].producer_steps) or not any(fit.producers for fit in fits)
+    for fit in fits:
+        block = (fit.consumer.layer, fit.consumer.part)
+        maps = {entry.weight: entry for entry in architecture.maps_of(*block)}
+        own = {fit.consumer.weight} if fit.bias is None else {fit.consumer.bias}
+        assert set(new_parameters([fit])) == own | set(fit.producers)
+        assert fit.producers.keys() <= maps.keys() - {fit.consumer.weight}
+        gone = np.flatnonzero(~place.plan.keep[block])
+        for parameter, tensor in fit.producers.items():
+            entry = maps[parameter]
+            units = entry.output.units(architecture.parts[block[1]].axis, architecture.sizes)
+            changed = rows_changed(oriented(entry, tensor), oriented(entry, place.dense[parameter]))
+            assert changed
+            assert not set(units[changed]) & {-1, *gone}
+
+
+def test_producers_are_fitted_where_each_channel_depends_on_its_own_token_alone(places):
+    """So that the test of the producers sees some."""
+    case = "sequential-producer_steps"
+    assert {name for name in LAYOUTS if any(fit.producers for fit in places(name).fits(case))} == set(LAYOUTS)
+
+
+@every_case
+def test_no_consumer_loses_more_than_without_the_repair(places, name, case):
+    """On held-out text there is no such bound; but the largest ridge of 100 changes weights by about a hundredth."""
+    for fit in places(name).fits(case):
+        assert 0 <= fit.after <= fit.before * (1 + 1e-6)
+        assert 0 < fit.held_out_after <= fit.held_out_before * 1.01, fit.consumer.module
+
+
+@every_case
+def test_the_same_plan_gives_the_same_tensors_again(places, name, case):
+    one, other = (new_parameters(fits) for fits in (places(name).fits(case), places(name).compute(CASES[case])))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[parameter]) for parameter, tensor in one.items())
+
+
+@every_case
+def test_a_plan_that_removes_nothing_gives_no_fit(places, name, case):
+    place = places(name)
+    assert place.compute(CASES[case], Plan.dense(place.architecture)) == []
+
+
+@every_case
+def test_the_result_computes_what_the_masked_dense_model_does_under_the_new_weights(places, name, case, tmp_path):
+    place = places(name)
+    architecture, plan, new = place.architecture, place.plan, new_parameters(place.fits(case))
+    weights = {parameter.name: place.dense[parameter.name] for parameter in architecture.parameters} | new
+    folder = place.layout.model
+    write_pruned(tmp_path, folder, architecture, plan, "per_layer", slice_state(weights, architecture, plan))
+    pruned = load_model(tmp_path, torch.float32, trust_remote_code=True)
+    model = load_model(folder, torch.float32)
+    with torch.no_grad():
+        for parameter, tensor in new.items():
+            model.get_parameter(parameter).copy_(tensor)
+        found = pruned(input_ids=tokens(3, 20), use_cache=False).logits
+        with masked(model, architecture, plan):
+            expected = model(input_ids=tokens(3, 20), use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
