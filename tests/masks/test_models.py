@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from libprune import masks
 from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
 from libprune.engine.module_family import NetworkFamily
 from libprune.engine.surgery import masked
+from libprune.masks.models import apply, extract, inspect
 from tests.support.masked_models import DOWN, assert_same, logits, removed, under_plan, zero
 from tests.support.models import FAMILIES, random_plan
 
@@ -22,9 +22,9 @@ def test_a_plan_as_masks_computes_what_the_plan_does_and_is_extracted_again(fami
     plan = random_plan(architecture, kind)
     with masked(model, architecture, plan):
         expected = logits(model)
-    masks.apply(model, plan)
+    apply(model, plan)
     assert_same(logits(model), expected)
-    found = masks.extract(model)
+    found = extract(model)
     assert removed(found.plan) == removed(plan)
     assert not found.decision.folds
     assert_same(under_plan(found, family) if kind == "holes" else logits(found.smaller()), expected)
@@ -32,7 +32,7 @@ def test_a_plan_as_masks_computes_what_the_plan_does_and_is_extracted_again(fami
 
 
 def test_what_is_neither_a_language_model_nor_described_is_refused():
-    for call in (masks.inspect, masks.extract):
+    for call in (inspect, extract):
         with pytest.raises(LibpruneError, match="Linear is no language model of transformers; give its family and"):
             call(nn.Linear(3, 4))
 
@@ -44,5 +44,5 @@ def test_a_language_model_may_be_given_as_any_other_network():
     mlp = model.model.layers[2].mlp
     modules = {"gate_proj": "model -> c", "up_proj": "model -> c", "down_proj": "c -> model"}
     family = NetworkFamily(family="mlp", prunable=["c"], modules=modules)
-    plan = masks.extract(mlp, family, torch.randn(4, 5, 30)).plan
-    assert plan.keep[0, "c"].tolist() == masks.extract(model).plan.keep[2, "mlp"].tolist()
+    plan = extract(mlp, family, torch.randn(4, 5, 30)).plan
+    assert plan.keep[0, "c"].tolist() == extract(model).plan.keep[2, "mlp"].tolist()
