@@ -3,6 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
+from libprune.cli import compare
 from libprune.cli.main import app
 
 
@@ -11,11 +12,12 @@ def test_a_comparison_file_that_is_missing_or_wrong_is_named_before_anything_run
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wrong.yaml").write_text("settings: 3\n")
     for name, words in (("missing.yaml", "missing.yaml does not exist"), ("wrong.yaml", "wrong.yaml")):
-        done = CliRunner().invoke(app, ["compare", command, name])
-        assert (done.exit_code, done.stdout) == (1, "")
-        assert done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1
-        assert words in done.stderr
+        for program, before in ((app, ["compare"]), (compare.app, [])):
+            done = CliRunner().invoke(program, [*before, command, name])
+            assert (done.exit_code, done.stdout) == (1, "")
+            assert done.stderr.startswith("error: ")
+            assert done.stderr.count("\n") == 1
+            assert words in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.yaml"]
 
 

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from libprune.cli import masks
 from libprune.cli.main import app
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.tables import unit_index
@@ -40,6 +41,7 @@ def test_the_units_that_nothing_reads_are_shown_as_removable(masked):
     removable = {(block["layer"], block["part"]): block["removable"] for block in blocks if block["removable"]}
     assert removable == {(2, "mlp"): CHANNELS}
     assert "slicing removes 3 units" in run("inspect", masked).stdout
+    assert CliRunner().invoke(masks.app, ["inspect", str(masked), "--json"]).stdout == done.stdout
 
 
 def test_an_extraction_is_not_written_over_a_folder_nor_half(masked, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from libprune.engine.errors import FamilyError
-from libprune.networks import NetworkFamily
+from libprune.engine.module_family import NetworkFamily
 
 
 def test_a_star_stands_for_the_same_name_in_path_and_expression():

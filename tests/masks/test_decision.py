@@ -10,6 +10,7 @@ from libprune import masks
 from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
+from libprune.masks.decision import Decision
 from libprune.masks.extraction import extraction
 from libprune.masks.files import of_model
 from tests.support.masked_models import (
@@ -29,6 +30,15 @@ from tests.support.masked_models import (
 from tests.support.models import FAMILIES, FFN, heads, plan_of, random_plan, tiny_model
 
 
+def assert_settled(decision: Decision) -> None:
+    """All that is wholly masked goes, or stays for a reason that is given."""
+    for block, keep in decision.plan.keep.items():
+        gone = set(np.flatnonzero(~keep).tolist())
+        wholly = set(np.flatnonzero(decision.wholly[block]).tolist())
+        assert gone <= wholly
+        assert (gone < wholly) is (block in decision.stays)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @settings(max_examples=8)
 @given(seed=st.integers(0, 2**32 - 1))
@@ -43,6 +53,7 @@ def test_exactly_the_wholly_masked_units_go_in_whatever_ways_they_are_masked(fam
     found = extraction(of_model(model, language=True))
     gone = {b: np.flatnonzero(of_block < len(WHOLLY)).tolist() for b, of_block in ways.items()}
     assert removed(found.plan) == {block: units for block, units in gone.items() if units}
+    assert_settled(found.decision)
     assert_same(under_plan(found, family), logits(model))
 
 

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from libprune import masks
 from libprune.engine.plan import Plan
+from libprune.masks.export import plan_masks
 from tests.support.masked_models import plan_file, remasked, run
 from tests.support.models import FAMILIES, Dense, random_plan, write_dense
 
@@ -22,7 +23,10 @@ def test_exported_masks_and_weights_are_a_state_dict_of_pruned_modules(dense, tm
     assert done.exit_code == 0, done.output
     model = FAMILIES["mistral"](1)
     masks.apply(model, plan)
-    loaded = model.load_state_dict(load_file(tmp_path / "masks.safetensors"), strict=False)
+    tensors = load_file(tmp_path / "masks.safetensors")
+    for name, mask in plan_masks(dense.architecture, plan):
+        assert torch.equal(tensors.get(f"{name}_mask"), mask)
+    loaded = model.load_state_dict(tensors, strict=False)
     assert not loaded.unexpected_keys
     expected = remasked(dense, plan).state_dict()
     found = model.state_dict()

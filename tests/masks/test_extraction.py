@@ -3,6 +3,8 @@
 import torch
 from safetensors.torch import load_file
 
+from libprune.masks.extraction import extraction
+from libprune.masks.files import read_masked
 from libprune.results.record import read_provenance
 from tests.support.masked_models import GATE, UP, V, run, zero
 from tests.support.models import FAMILIES
@@ -21,6 +23,7 @@ def test_bias_folds_in_bfloat16_are_proved_in_two_steps(tmp_path, quick_proof):
     assert done.exit_code == 0, done.output
     made = read_provenance(tmp_path / "out")
     assert len(made["masks"]["folded"]) == 2
+    assert len(extraction(read_masked(tmp_path / "model")).decision.folds) == 2
     assert made["slice"] == {"repair": "masks", "dtype": "bfloat16"}
     assert made["proof"]["removal_difference"] < 1e-5 * made["proof"]["logit_scale"]
     assert {t.dtype for t in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from libprune import masks
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
+from libprune.masks.files import of_model, read_masked
 from libprune.results.check import check_folder
 from libprune.results.record import read_provenance, read_record
 from tests.support.masked_models import plan_file, remasked, removed, run
@@ -57,7 +58,12 @@ LAYOUTS: dict[str, Callable[[Dense, Plan, Path], list[object]]] = {"a": with_mas
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_reads_alike(dense, layout, tmp_path):
     plan = random_plan(dense.architecture, "uniform")
-    seen = json.loads(run("inspect", *LAYOUTS[layout](dense, plan, tmp_path), "--json").output)
+    given = LAYOUTS[layout](dense, plan, tmp_path)
+    expected = of_model(remasked(dense, plan)).model.state_dict()
+    read = read_masked(*(given[i] for i in range(0, len(given), 2))).model.state_dict()
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
+    seen = json.loads(run("inspect", *given, "--json").output)
     assert {(b["layer"], b["part"]): b["removable"] for b in seen["blocks"] if b["removable"]} == removed(plan)
     assert seen["shape"] == "uniform"
     left = sum(p.numel() for p in masks.extract(remasked(dense, plan)).smaller().parameters())

@@ -5,6 +5,7 @@ from torch.nn.utils import prune
 
 from libprune import masks
 from libprune.engine.errors import LibpruneError
+from libprune.masks.inspection import nothing_to_remove
 from tests.support.masked_models import DOWN, UP, V, assert_outputs_stay, run, unstructured, zero
 from tests.support.models import FAMILIES
 
@@ -20,6 +21,7 @@ def test_scattered_zeros_are_told_and_not_extracted():
         LibpruneError, match=r"no unit is wholly masked: 2\d\.\d % of the weights are zero, spread over"
     ):
         masks.extract(model)
+    assert nothing_to_remove(found).startswith("no unit is wholly masked: 2")
 
 
 def test_the_share_of_zeros_in_a_partly_masked_unit_is_counted_over_its_weights():

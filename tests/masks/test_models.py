@@ -12,6 +12,7 @@ from libprune.engine.module_family import NetworkFamily
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 from libprune.masks.files import of_model
+from libprune.masks.models import extract
 from tests.support.masked_models import DOWN, assert_same, logits, removed, under_plan, zero
 from tests.support.models import FAMILIES, random_plan
 
@@ -47,7 +48,7 @@ def test_a_language_model_may_be_given_as_any_other_network():
     mlp = model.model.layers[2].mlp
     modules = {"gate_proj": "model -> c", "up_proj": "model -> c", "down_proj": "c -> model"}
     family = NetworkFamily(family="mlp", prunable=["c"], modules=modules)
-    plan = masks.extract(mlp, family, torch.randn(4, 5, 30)).plan
+    plan = extract(mlp, family, torch.randn(4, 5, 30)).plan
     assert plan.keep[0, "c"].tolist() == masks.extract(model).plan.keep[2, "mlp"].tolist()
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from libprune.masks.module_files import drawn_inputs, read_inputs
 from libprune.networks import load
 from tests.support.masked_networks import assert_same, computed, run, write_files
 
@@ -35,6 +36,14 @@ def test_a_state_dict_on_disk_is_told_and_extracted(here, file):
     x = torch.randn(7, 3)
     assert_same(computed(small, x), computed(dense, x))
     assert "Imports and RUNS that code" in " ".join(run("extract", "--help").output.replace("│", " ").split())
+
+
+def test_inputs_are_those_of_the_file_or_drawn_alike_in_every_call(here):
+    inputs = torch.rand(2, 3)
+    save_file({"inputs": inputs}, "own.safetensors")
+    assert torch.equal(read_inputs(Path("own.safetensors")), inputs)
+    assert drawn_inputs(" 1, 28,3").shape[1:] == (1, 28, 3)
+    assert torch.equal(drawn_inputs("4"), drawn_inputs("4"))
 
 
 def test_tensors_of_another_network_are_named(here):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from libprune.masks.options import extraction_of
 from tests.support.masked_networks import run, write_files
 
 
@@ -43,6 +44,13 @@ def test_options_that_do_not_go_together_are_refused(here, name):
     assert done.exit_code == 1
     assert message in done.output
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("shape", [None, "3"])
+def test_inputs_may_be_a_file_or_a_shape(here, shape):
+    inputs = None if shape else Path(here["--inputs"])
+    found = extraction_of(Path("masked.safetensors"), None, Path(here["--family"]), here["--network"], inputs, shape)
+    assert found.plan.keep[0, "h"].tolist() == [True, False, False, True]
 
 
 def test_scattered_zeros_of_a_file_get_a_plain_answer_and_no_folder(here):

@@ -12,7 +12,8 @@ from libprune.collection.module_hooks import input_rows
 from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import BudgetError, FamilyError, LibpruneError
 from libprune.engine.plan import Plan
-from libprune.networks import Network, NetworkFamily, Samples, load
+from libprune.networks import NetworkFamily, Samples, load
+from libprune.networks.network import Network
 from libprune.pipeline.artifacts import read_table
 from libprune.pipeline.sections import Allocate, Hessian, Score
 from libprune.pipeline.shards import GRAM, read_tensor

@@ -6,9 +6,10 @@ from torch import nn
 
 from libprune.collection.module_hooks import input_rows
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import oriented
+from libprune.engine.surgery import masked, oriented
 from libprune.networks import Network, NetworkFamily, Samples
 from libprune.pipeline.sections import Allocate, Score
+from libprune.repair.of_modules import set_weights
 from tests.support.networks import CASES
 
 
@@ -31,6 +32,18 @@ def test_a_unit_that_another_repeats_goes_without_loss(repair, tmp_path):
     scale = float(expected.abs().max())
     assert float((found - expected).abs().max()) < 1e-3 * scale
     assert float((without - expected).abs().max()) > 0.05 * scale
+
+
+@pytest.mark.parametrize("repair", ["local", "sequential"])
+def test_the_pruned_network_computes_what_the_masked_one_does_under_the_fits(repair, tmp_path):
+    case = CASES["lenet"]
+    network, samples = case.network(), case.samples()
+    pruner = Network(network, case.family, samples, tmp_path / "work")
+    plan = pruner.plan(Score(criterion="random"), Allocate(ratio=0.3, method="global"))
+    pruned = pruner.prune(plan, repair, damping=0.01)
+    set_weights(network, pruned.fits)
+    with torch.no_grad(), masked(network, pruner.architecture, plan):
+        torch.testing.assert_close(pruned.network(samples.inputs), network(samples.inputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,19 +11,21 @@ from libprune.engine.errors import LibpruneError
 from libprune.engine.surgery import oriented
 from libprune.models.folder import load_model
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
 from libprune.pipeline.shards import write_shard
 from libprune.repair.least_squares import pruned_consumers
+from libprune.repair.repairs import Repairing, bias_fits, local_fits
 from libprune.repair.sequential import SequentialRepair
 from libprune.results.prune import prune
 from tests.support.collected import activations, captured
 from tests.support.models import FAMILIES, plan_of, tokens
 from tests.support.sliced import write_collected
 
+FITS: dict[str, Repairing] = {"local": local_fits, "bias": bias_fits}
+
 
 @pytest.mark.parametrize("length", [12, 32, 64])
-@pytest.mark.parametrize("how", ["local", "bias"])
+@pytest.mark.parametrize("how", FITS)
 def test_a_repair_is_judged_by_the_inputs_of_the_held_out_sequences(tmp_path, how, length):
     """Against the inputs themselves, at every position or every second one, of sequences 7 and 15."""
     layout, model, ids = Layout(tmp_path), FAMILIES["llama"](0), tokens(17, length)
@@ -37,7 +39,7 @@ def test_a_repair_is_judged_by_the_inputs_of_the_held_out_sequences(tmp_path, ho
     consumers = list(pruned_consumers(architecture, plan))
     with captured(model, [consumer.module for consumer, _ in consumers]) as table, torch.no_grad():
         model(input_ids=ids, use_cache=False)
-    fits = REPAIRS[how].repair(layout, architecture, plan, Compute(), Slice(repair=how, damping=0.01))
+    fits = FITS[how](layout, architecture, plan, Compute(), Slice(repair=how, damping=0.01))
     assert len(fits) == len(consumers) == 8
     for fit, (consumer, kept) in zip(fits, consumers, strict=True):
         x = table[consumer.module].view(17, length, -1)

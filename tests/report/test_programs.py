@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 
+from libprune.report.programs import describe_loading
 from tests.support.evaluated import changed, report_of
 
 
 def takers(result: dict[str, Any]) -> dict[str, str]:
     """What the report says of each program."""
-    rows = re.findall(r"^\| (transformers|vLLM|llama\.cpp) \| (.*?) \|", report_of(result), re.MULTILINE)
+    section = "\n\n".join(describe_loading(result, "out/pruned"))
+    assert section in report_of(result)
+    rows = re.findall(r"^\| (transformers|vLLM|llama\.cpp) \| (.*?) \|", section, re.MULTILINE)
     return {program: verdict.split(",")[0] for program, verdict in rows}
 
 

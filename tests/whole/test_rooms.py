@@ -85,6 +85,12 @@ def test_every_test_file_lies_where_its_module_does():
     assert sorted(elsewhere) == []
 
 
+@pytest.mark.parametrize("name", sorted(name for name in names_of_tests() if name.partition("/")[0] in FLOOR))
+def test_every_test_file_imports_the_module_of_its_name(name):
+    room, _, module = name.partition("/")
+    assert PACKAGE / room / f"{module}.py" in imports(ROOT / "tests" / room / f"test_{module}.py")
+
+
 def test_no_test_imports_from_another():
     for path in (ROOT / "tests").rglob("*.py"):
         found = [other for other in imports(path) if other.stem.startswith("test_")]
