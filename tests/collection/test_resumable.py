@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from libprune.collection import resumable as collection
@@ -34,6 +33,7 @@ from tests.support.closure import ROOT, closure
 from tests.support.measured import write_project
 from tests.support.models import FAMILIES
 from tests.support.processes import launch, together
+from tests.support.tiny import change_params
 
 STAGES = ("gradients", "hessian", "activations")
 SETTINGS = {
@@ -69,13 +69,6 @@ def place(project, tmp_path) -> Path:
 
 def stage(name: str, folder: Path) -> None:
     import_module(f"stages.{name}").main(folder / "params.yaml", folder / "artifacts")
-
-
-def change(folder: Path, section: str, **values: object) -> None:
-    path = folder / "params.yaml"
-    params = yaml.safe_load(path.read_text())
-    params[section] |= values
-    path.write_text(yaml.safe_dump(params))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -120,7 +113,7 @@ def stopping(monkeypatch) -> Iterator[SimpleNamespace]:
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("sums", ["memory", "disk"])
 def test_a_stopped_stage_goes_on_and_ends_with_the_same_bytes(project, place, stopping, name, sums, capsys):
-    change(place, "compute", sums=sums)
+    change_params(place, "compute", sums=sums)
     stopping.after = 4
     with pytest.raises(KeyboardInterrupt):
         stage(name, place)
@@ -146,7 +139,7 @@ def test_what_was_collected_otherwise_is_not_continued(place, stopping, section,
     stopping.after = 4
     with pytest.raises(KeyboardInterrupt):
         stage("gradients", place)
-    change(place, section, **values)
+    change_params(place, section, **values)
     stopping.after, stopping.run = 10**6, 0
     stage("gradients", place)
     assert stopping.run == (3 if "batch_sequences" in values else 6)
@@ -156,7 +149,7 @@ def test_another_model_or_text_is_not_continued(project, place, stopping):
     stopping.after = 4
     with pytest.raises(KeyboardInterrupt):
         stage("gradients", place)
-    change(place, "tokenize", seed=5)
+    change_params(place, "tokenize", seed=5)
     stage("tokenize", place)
     stopping.after, stopping.run = 10**6, 0
     stage("gradients", place)
@@ -167,7 +160,7 @@ def test_fewer_or_more_sequences_go_on_from_the_first_ones(project, place, stopp
     stopping.after = 4
     with pytest.raises(KeyboardInterrupt):
         stage("gradients", place)
-    change(place, "gradients", sequences=8)
+    change_params(place, "gradients", sequences=8)
     stopping.after, stopping.run = 10**6, 0
     stage("gradients", place)
     assert stopping.run == 4
@@ -179,21 +172,21 @@ def test_fewer_or_more_sequences_go_on_from_the_first_ones(project, place, stopp
 
 def test_a_batch_that_is_not_full_is_not_gone_on_from(place, stopping, monkeypatch):
     """The sums of 5 sequences in batches of 2 end in the middle of a batch of 6 or more."""
-    change(place, "gradients", sequences=5, batch_sequences=2)
+    change_params(place, "gradients", sequences=5, batch_sequences=2)
     monkeypatch.setattr(
         "libprune.statistics.gradients.write_artifact", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         stage("gradients", place)
     monkeypatch.undo()
-    change(place, "gradients", sequences=6)
+    change_params(place, "gradients", sequences=6)
     stage("gradients", place)
-    change(place, "gradients", sequences=5)
+    change_params(place, "gradients", sequences=5)
     (place / "artifacts/gradients").rename(place / "six")
     stage("gradients", place)
     _, meta = read_table(place / "artifacts/gradients/units.parquet", "gradients")
     assert meta["sequences"] == 5
-    change(place, "gradients", sequences=6)
+    change_params(place, "gradients", sequences=6)
     stage("gradients", place)
     assert_same(place / "artifacts/gradients", place / "six")
 
@@ -214,7 +207,7 @@ def test_a_value_that_is_not_finite_leaves_the_sums_before_it_usable(place, stop
     ):
         stage("gradients", place)
     monkeypatch.setattr("libprune.statistics.gradients.sequence_losses", sequence_losses)
-    change(place, "gradients", sequences=3)
+    change_params(place, "gradients", sequences=3)
     stopping.run = 0
     stage("gradients", place)
     assert stopping.run == 0
@@ -498,7 +491,7 @@ def test_sums_that_would_take_half_of_the_memory_are_mapped_from_disk(monkeypatc
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("setting", [{"offload": "cpu"}, {"gradient_checkpointing": True}])
 def test_ways_to_save_memory_change_no_bit(project, place, name, setting):
-    change(place, "compute", **setting)
+    change_params(place, "compute", **setting)
     stage(name, place)
     assert_same(place / "artifacts" / name, project / name)
 
@@ -572,8 +565,8 @@ run("gradients")
 
 
 def test_processes_that_have_nothing_to_do_do_not_meet(place, python):
-    change(place, "hessian", estimator="none")
-    change(place, "ablation", units=0)
+    change_params(place, "hessian", estimator="none")
+    change_params(place, "ablation", units=0)
     first, _ = together(python, place, "for _ in range(20): run('hessian'); run('ablation')\n")
     assert first.count("nothing collected") == 20
 

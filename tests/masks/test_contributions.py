@@ -10,22 +10,9 @@ from libprune import masks
 from libprune.engine.describe_module import describe_module
 from libprune.engine.module_family import NetworkFamily
 from libprune.masks.contributions import network_contributions
-from tests.support.masked_models import (
-    DOWN,
-    GATE,
-    UP,
-    K,
-    O,
-    Q,
-    V,
-    Zeros,
-    assert_same,
-    logits,
-    removed,
-    under_plan,
-    zero,
-)
+from tests.support.masked_models import DOWN, GATE, UP, K, O, Q, V, Zeros, logits, removed, under_plan, zero
 from tests.support.models import FAMILIES, FFN, heads, tiny_model
+from tests.support.predictions import assert_same
 
 # A Llama with biases everywhere, 3 groups of 2 query heads of size 8, 13 channels
 

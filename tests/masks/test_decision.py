@@ -20,7 +20,6 @@ from tests.support.masked_models import (
     WHOLLY,
     O,
     assert_outputs_stay,
-    assert_same,
     cut,
     logits,
     removed,
@@ -28,6 +27,7 @@ from tests.support.masked_models import (
     zero,
 )
 from tests.support.models import FAMILIES, FFN, heads, plan_of, random_plan, tiny_model
+from tests.support.predictions import assert_same
 
 
 def assert_settled(decision: Decision) -> None:

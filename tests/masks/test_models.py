@@ -13,8 +13,9 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 from libprune.masks.files import of_model
 from libprune.masks.models import extract
-from tests.support.masked_models import DOWN, assert_same, logits, removed, under_plan, zero
+from tests.support.masked_models import DOWN, logits, removed, under_plan, zero
 from tests.support.models import FAMILIES, random_plan
+from tests.support.predictions import assert_same
 
 CASES = [(family, "holes") for family in FAMILIES] + [(family, "uniform") for family in ("llama", "phi3", "gpt2")]
 

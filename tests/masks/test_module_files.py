@@ -1,7 +1,6 @@
 """Masks of networks in files of tensors, with the user's own code."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,10 @@ from torch import nn
 
 from libprune.masks.module_files import drawn_inputs, read_inputs
 from libprune.networks import load
-from tests.support.masked_networks import assert_same, computed, run, write_files
+from tests.support.masked_networks import computed, here, run
+from tests.support.predictions import assert_same
 
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> dict[str, str]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "usernet", raising=False)
-    return write_files()
+__all__ = ["here"]
 
 
 @pytest.mark.parametrize("file", ["masked.safetensors", "zeroed.safetensors"])

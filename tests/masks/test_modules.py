@@ -25,7 +25,6 @@ from tests.support.masked_networks import (
     DEPTHWISE,
     NETS,
     Depthwise,
-    assert_same,
     built,
     computed,
     family,
@@ -33,6 +32,7 @@ from tests.support.masked_networks import (
     removed,
     zero,
 )
+from tests.support.predictions import assert_same
 
 # The oracle: a unit can go if the outputs stay without it, for one constant in its place, and so can the next one then
 

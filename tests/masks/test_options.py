@@ -1,6 +1,5 @@
 """Options of `libprune masks` for networks: what does not go together is refused, and nothing is written."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,15 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from libprune.masks.options import extraction_of
-from tests.support.masked_networks import run, write_files
+from tests.support.masked_networks import here, run
 
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> dict[str, str]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "usernet", raising=False)
-    return write_files()
-
+__all__ = ["here"]
 
 REFUSED: dict[str, tuple[dict[str, str | None], str]] = {
     "no family": ({"--family": None}, "a network needs --family FILE.yaml"),

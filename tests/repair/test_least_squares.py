@@ -32,14 +32,10 @@ from libprune.repair.least_squares import (
 )
 from tests.support.collected import activations, of_layers
 from tests.support.models import FAMILIES, plan_of, tokens
+from tests.support.tensors import gram, random_tensors
 from tests.support.weights import conv1d_stored
 
 dampings = st.sampled_from([1e-6, 1e-3, 0.1, 1.0, 30.0])
-
-
-def random_tensors(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 @st.composite
@@ -49,10 +45,6 @@ def problems(draw):
     x, w = random_tensors(draw(st.integers(0, 2**31)), (samples, inputs), (outputs, inputs))
     kept = torch.tensor(draw(st.lists(st.booleans(), min_size=inputs, max_size=inputs).filter(any)))
     return x, w, kept
-
-
-def gram(x: Tensor) -> Tensor:
-    return x.T @ x / len(x)
 
 
 def moments_of(x: Tensor, w: Tensor, kept: Tensor) -> Moments:

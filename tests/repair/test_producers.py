@@ -29,6 +29,7 @@ from libprune.repair.producers import (
 )
 from libprune.repair.sequential import SequentialRepair, split_batches
 from tests.support.models import FAMILIES, LAYOUTS, VOCAB, plan_of, tokens
+from tests.support.predictions import masked_logits
 
 MODELS = {name: FAMILIES[name] for name in LAYOUTS}
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -229,21 +230,16 @@ def text(number: int, seed: int) -> Tensor:
     return torch.randint(VOCAB, (number, 16), generator=torch.Generator().manual_seed(seed))
 
 
-def logits_of(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
-    with torch.no_grad(), masked(model, describe(model), plan):
-        return model(input_ids=ids, use_cache=False).logits
-
-
 @every_model
 def test_the_logits_of_other_text_come_nearer_than_by_fitting_consumers_alone(name):
     model = MODELS[name](0)
     plan, ids, others = two_thirds(describe(model)), text(160, 2), text(16, 3)
-    dense = logits_of(model, Plan.dense(describe(model)), others)
+    dense = masked_logits(model, Plan.dense(describe(model)), others)
     fits, missed = {}, {}
     for steps in (0, 8):
         repaired = deepcopy(model)
         fits[steps] = [fit for layer in repair(repaired, plan, ids, steps) for fit in layer]
-        missed[steps] = float((logits_of(repaired, plan, others) - dense).norm())
+        missed[steps] = float((masked_logits(repaired, plan, others) - dense).norm())
         state = repaired.state_dict()
         assert all(torch.equal(state[key], value) for key, value in new_parameters(fits[steps]).items())
         changed = {key for key, value in model.state_dict().items() if not torch.equal(value, state[key])}

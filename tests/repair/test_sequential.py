@@ -24,6 +24,7 @@ from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_co
 from libprune.repair.sequential import SequentialRepair, split_batches
 from tests.support.collected import activations, assert_untouched, of_layers
 from tests.support.models import FAMILIES, LAYOUTS, VOCAB, plan_of, random_plan, tokens
+from tests.support.predictions import masked_logits
 
 MODELS = {name: FAMILIES[name] for name in LAYOUTS}
 POST_NORM = {"gemma2"}
@@ -244,11 +245,6 @@ def test_the_errors_are_those_of_the_inputs_and_the_target(name):
 # What it is for
 
 
-def logits_of(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
-    with torch.no_grad(), masked(model, describe(model), plan):
-        return model(input_ids=ids, use_cache=False).logits
-
-
 def with_weights(model: PreTrainedModel, new: dict[str, Tensor]) -> PreTrainedModel:
     other = deepcopy(model)
     with torch.no_grad():
@@ -274,11 +270,11 @@ def test_the_logits_of_other_text_come_nearer_than_without_repair_and_than_after
         torch.randint(VOCAB, (number, 16), generator=torch.Generator().manual_seed(seed))
         for seed, number in ((2, 96), (3, 16))
     )
-    dense = logits_of(model, Plan.dense(describe(model)), others)
+    dense = masked_logits(model, Plan.dense(describe(model)), others)
     local = with_weights(model, new_parameters(local_fits(model, plan, ids, DAMPING)))
     repaired = deepcopy(model)
     repair(repaired, plan, ids, at_once=16)
-    none, one, whole = (float((logits_of(m, plan, others) - dense).norm()) for m in (model, local, repaired))
+    none, one, whole = (float((masked_logits(m, plan, others) - dense).norm()) for m in (model, local, repaired))
     assert whole < none
     assert whole < one
 

@@ -11,11 +11,7 @@ from torch import Tensor
 
 from libprune.engine.errors import StatisticsError
 from libprune.scoring.obs import RemovalCost, obs_removal
-
-
-def random_tensors(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+from tests.support.tensors import gram, random_tensors
 
 
 @st.composite
@@ -29,10 +25,6 @@ def problems(draw):
 
 
 dampings = st.sampled_from([1e-4, 1e-2, 1.0])
-
-
-def gram(x: Tensor) -> Tensor:
-    return x.T @ x / len(x)
 
 
 def lost(x: Tensor, w: Tensor, gone: np.ndarray, damping: float) -> float:

@@ -20,6 +20,7 @@ from libprune.masks.extraction import LanguageExtraction
 from libprune.models.folder import fingerprint
 from libprune.pipeline.artifacts import write_table
 from tests.support.models import FAMILIES, Dense, tokens
+from tests.support.predictions import assert_same
 
 Q, K, V, O = (f"self_attn.{name}_proj" for name in "qkvo")  # noqa: E741
 
@@ -53,10 +54,6 @@ def unstructured(model: PreTrainedModel) -> None:
 def logits(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
         return model(tokens()).logits
-
-
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 def assert_outputs_stay(found: LanguageExtraction, model: PreTrainedModel) -> None:

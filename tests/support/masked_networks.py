@@ -1,9 +1,11 @@
 """Small networks of several kinds with their families, ways to mask their units, and files of a masked one."""
 
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -114,10 +116,6 @@ def computed(network: nn.Module, x: Tensor) -> Tensor:
         return network(x)
 
 
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
-
-
 def removed(plan: Plan) -> dict[str, list[int]]:
     return {part: np.flatnonzero(~keep).tolist() for (_, part), keep in plan.keep.items() if not keep.all()}
 
@@ -193,6 +191,14 @@ def write_files() -> dict[str, str]:
         prune.remove(module, "weight")
     save_file(network.state_dict(), "zeroed.safetensors")
     return {"--family": "net.yaml", "--network": "usernet:Net", "--inputs": "inputs.safetensors"}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> dict[str, str]:
+    """The files of a network in a folder of the test's own, which is the current one; the options that name them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "usernet", raising=False)
+    return write_files()
 
 
 def run(*words: object, **options: str) -> Result:

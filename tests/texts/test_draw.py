@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,10 @@ from libprune.texts.draw import MARGIN, Drawn, require_disjoint
 from libprune.texts.windows import cut_windows
 from stages import prepare, tokenize
 from tests.support import tiny
+from tests.support.caches import private_cache
 from tests.support.hub import REVISION, write_cached
+
+__all__ = ["private_cache"]
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +32,6 @@ def project(tmp_path_factory) -> Path:
     text = tiny.write_text(folder / "text.txt", documents=400)
     prepare.main(tiny.write_params(folder / "params.yaml", str(model), str(text)), folder / "artifacts")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

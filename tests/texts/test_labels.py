@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from transformers import AutoTokenizer, BertConfig
@@ -13,7 +12,10 @@ from libprune.pipeline.sections import Tokenize
 from libprune.texts.draw import Drawn
 from libprune.texts.labels import draw_examples
 from tests.support import tiny
+from tests.support.caches import private_cache
 from tests.support.models import FAMILIES
+
+__all__ = ["private_cache"]
 
 NAMES = ("bad", "fair", "good")
 CONFIG = BertConfig(id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)})
@@ -23,11 +25,6 @@ LENGTH = 9
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(tiny.write_encoder(tmp_path_factory.mktemp("model"), FAMILIES["bert"]))
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def document(number: int) -> str:
