@@ -23,8 +23,12 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     from libprune.repair.repairs import inputs_identity, local_repair
 
-    repairing = lambda: (local_repair(layout, architecture), inputs_identity(layout))  # noqa: E731
-    table = measure_levels(layout, settings.compute, settings.levels, repairing)
+    table = measure_levels(
+        layout,
+        settings.compute,
+        settings.levels,
+        lambda: (local_repair(layout, architecture), inputs_identity(layout)),
+    )
     if table is not None:
         print_levels(architecture, table)
 
