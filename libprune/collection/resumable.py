@@ -198,7 +198,7 @@ def collecting(
     seconds = float(os.environ.get("LIBPRUNE_CHECKPOINT_SECONDS", "30"))
     home = run.work / stage / sums_identity(run, {**identity, "batch_sequences": size}, ("statistics", *rooms))
     folder = _rank_folder(home, run.world)
-    with _only_one(run.work / f"{stage}.lock") if run.world.first else nullcontext():
+    with only_one(run.work / f"{stage}.lock") if run.world.first else nullcontext():
         run.world.barrier()
         saved = SavedSums(folder, seconds)
         saved.clear_leftovers()
@@ -248,23 +248,32 @@ def sums_identity(run: Run, identity: Mapping[str, Any], rooms: Sequence[str] = 
         identity: the other settings and inputs.
         rooms: packages of libprune beside `ROOMS` whose code makes the result.
     """
-    digest = hashlib.sha256()
-    for room in (*ROOMS, *rooms):
-        files = sorted((PACKAGE / room).glob("*.py"))
-        assert files, f"{PACKAGE / room} holds no code; the sums would be continued whatever it says"
-        for path in files:
-            digest.update(path.read_bytes())
     ordered = run.sequences.lengths is not None
     origin = {key: value for key, value in run.meta.items() if ordered or key != "sequences"}
-    digest.update(run.architecture.to_json().encode())
     ways = {
+        "architecture": run.architecture.to_json(),
         "processes": run.world.size,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "device": run.device.type,
         "at_once": run.at_once,
     }
-    digest.update(json.dumps(origin | ways | dict(identity), sort_keys=True).encode())
+    return work_identity((*ROOMS, *rooms), origin | ways | dict(identity))
+
+
+def work_identity(rooms: Sequence[str], facts: Mapping[str, Any]) -> str:
+    """A digest of what unfinished work depends on: the code of some rooms, the versions of libraries, and other facts.
+
+    Args:
+        rooms: packages of libprune whose code makes the result.
+        facts: settings and digests of inputs, as JSON can hold them.
+    """
+    digest = hashlib.sha256()
+    for room in rooms:
+        files = sorted((PACKAGE / room).glob("*.py"))
+        assert files, f"{PACKAGE / room} holds no code; work would be continued whatever it says"
+        for path in files:
+            digest.update(path.read_bytes())
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    digest.update(json.dumps(versions | dict(facts), sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
@@ -346,7 +355,7 @@ def _joined(tables: Sequence[Columns]) -> Columns:
 
 
 @contextmanager
-def _only_one(path: Path) -> Iterator[None]:
+def only_one(path: Path) -> Iterator[None]:
     """Wait until no other process, such as one whose parent was killed, works on the same stage."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:

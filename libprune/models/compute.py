@@ -85,12 +85,9 @@ def sequence_losses(model: PreTrainedModel, sequences: Sequences) -> Float[Tenso
     If the targets are the next tokens, the last position has none. It is ignored rather than cut off: slicing the
     logits, by far the largest tensor, would copy them forward and pad them backward.
     """
-    logits, targets = model(input_ids=sequences.ids, use_cache=False).logits, sequences.targets
-    if targets is None:
-        targets = torch.full_like(sequences.ids, NO_TARGET)
-        targets[:, :-1] = sequences.ids[:, 1:]
+    logits, targets = model(input_ids=sequences.ids, use_cache=False).logits, sequences.predicted.flatten()
     losses = nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
+        logits.flatten(0, -2).float(), targets, ignore_index=NO_TARGET, reduction="none"
     )
     return losses.view(len(sequences), -1).sum(1) / sequences.counted
 

@@ -60,6 +60,15 @@ class Sequences:
             return self.ids.shape[1] - 1
         return 1 if self.targets.ndim == 1 else int((self.targets[0] != NO_TARGET).sum())
 
+    @property
+    def predicted(self) -> Int[Tensor, "sequences length"] | Int[Tensor, " sequences"]:
+        """The target of each position of the logits, `NO_TARGET` where there is none."""
+        if self.targets is not None:
+            return self.targets
+        following = torch.full_like(self.ids, NO_TARGET)
+        following[:, :-1] = self.ids[:, 1:]
+        return following
+
     def passes(self, at_once: int) -> Iterator["Sequences"]:
         """All sequences in their order, at most `at_once` together, only neighbours of one length, without padding."""
         if self.lengths is None:

@@ -26,19 +26,22 @@ def write_tokens(path: Path, sequences: Sequences, meta: dict[str, Any]) -> None
     write_table(path, arrays, {**meta, **counts, "tokens": digest})
 
 
-def read_tokens(path: Path, model: str, sequences: int | None = None) -> tuple[Sequences, dict[str, Any]]:
+def read_tokens(
+    path: Path, model: str, sequences: int | None = None, stage: str = "tokenize"
+) -> tuple[Sequences, dict[str, Any]]:
     """Read sequences and their metadata.
 
     Args:
         path: the artifact.
         model: fingerprint of the model whose tokenizer must have made the tokens.
         sequences: number of sequences to return, from the first on; None for all.
+        stage: the stage that has written them, for messages.
 
     Raises:
         ArtifactError: if the tokens belong to another model.
         SourceError: if there are fewer sequences than asked for.
     """
-    table, meta = read_table(path, "tokenize")
+    table, meta = read_table(path, stage)
     same_origin(path, meta, {"model": model})
     columns = {name: torch.from_numpy(np.stack(list(table[name])).astype(np.int64)) for name in _COLUMNS & table.keys()}
     stored = Sequences(columns["input_ids"], columns.get("targets"), columns.get("length"))

@@ -30,6 +30,10 @@ class Layout:
     """Token ids that statistics are collected on."""
     evaluation_tokens = Place("tokens/evaluation.parquet")
     """Token ids that both models are evaluated on."""
+    recovery_tokens = Place("tokens/recovery.parquet")
+    """Token ids that the pruned model is trained on."""
+    teacher = Place("teacher")
+    """What the dense model predicts on these tokens."""
     gradients = Place("gradients")
     """Mean gradients by layer and their per-unit sums."""
     hessian = Place("hessian")
@@ -52,3 +56,5 @@ class Layout:
     """Everything measured of the dense and the pruned model."""
     pruned = Place("pruned")
     """The pruned model, a Hugging Face folder."""
+    recovered = Place("recovered")
+    """The pruned model after training, a Hugging Face folder."""

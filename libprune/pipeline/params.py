@@ -23,6 +23,7 @@ from libprune.pipeline.sections import (
     Latency,
     Levels,
     Prepare,
+    Recover,
     Score,
     Section,
     Sensitivity,
@@ -77,6 +78,7 @@ class Params(Section):
     latency: Latency = Latency()
     allocate: Allocate = Allocate()
     slice: Slice = Slice()
+    recover: Recover = Recover()
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="before")

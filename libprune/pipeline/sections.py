@@ -370,6 +370,94 @@ class Slice(Section):
     """Storage type of the pruned model; `auto` keeps the dense model's."""
 
 
+class Share(Section):
+    """One of several texts that a model is trained on, and its share of the sequences."""
+
+    text: str
+    """A text in one of the forms of `tokenize.text`."""
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Share of all sequences that are drawn from this text; the shares of all texts make 1."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    split: str | None = None
+    """Split of a hub data set; null: the preset's, or `train`."""
+    column: str | None = None
+    """Column that holds the text or the conversation; null: the preset's, or `text`."""
+    streaming: bool | None = None
+    """Read only as many documents as are needed."""
+
+
+class Recover(Section):
+    """Training of the pruned model on what the dense model predicts."""
+
+    method: Literal["none", "lora", "full"] = "none"
+    """`none`: the pruned model stays as slice wrote it; `full`: all weights are trained; `lora`: small matrices beside
+    the linear maps are trained, and added to the weights in the end; needs `pip install 'libprune[lora]'`."""
+    text: str | Annotated[tuple[Share, ...], Field(min_length=1, strict=False)] | None = None
+    """The text to train on, in the forms of `tokenize.text`, or a list of texts with shares; null: the documents that
+    the calibration text is drawn from."""
+    length: Annotated[int, Field(ge=2)] = 256
+    """Tokens of a training sequence."""
+    tokens: Count = 40960
+    """Tokens that are trained on in all; a text that gives fewer is read several times."""
+    held_out: Count = 16
+    """Sequences that are not trained on, from the end of the text, to choose the best step."""
+    checks: Count = 5
+    """How often the loss on the held-out sequences is measured, and a checkpoint written, at even distances."""
+    patience: Count = 2
+    """Training ends after so many checks in a row without a lower held-out loss."""
+    batch_tokens: Count = 1024
+    """Tokens of one step of the optimizer, in all processes together, rounded down to whole sequences (at least
+    one). `compute.batch_tokens` is the most in one pass; a step that holds more takes several passes."""
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Divides the logits of both models before their predictions are compared."""
+    cross_entropy: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the cross-entropy to the text in the loss; the rest is the divergence from the dense model."""
+    hidden_states: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the relative squared distance between the hidden states of both models, layer by layer."""
+    top_k: Count | None = None
+    """Largest predictions of the dense model that the teacher stage stores for each token, so that later trainings run
+    no dense model; null: nothing is stored, and the dense model runs beside the trained one."""
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor"] = "adamw_torch"
+    """Optimizer, by its name in transformers; `adamw_bnb_8bit` needs the package bitsandbytes."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Largest learning rate; null: 1e-4 for `full`, 1e-3 for `lora`."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the learning rate rises to its largest value."""
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """How the learning rate falls to 0 afterwards; or it stays."""
+    weight_decay: Weight = 0.0
+    """Decoupled weight decay."""
+    clip: Weight = 1.0
+    """Largest norm of the gradient, to which larger ones are scaled down; 0: none is."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights while they are trained, and of their gradients and optimizer states. Passes are computed in
+    `compute.dtype` either way."""
+    lora_rank: Count = 16
+    """Rank of the matrices that `lora` trains."""
+    lora_alpha: Count | None = None
+    """Scale of these matrices, divided by the rank; null: twice the rank."""
+    lora_targets: str | Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = "all-linear"
+    """Endings of the names of the linear maps beside which matrices are trained; `all-linear`: all but the head."""
+    seed: Floor = 0
+    """Seed of the choice and order of sequences, of dropout and of the matrices of `lora`."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Recover":
+        if isinstance(self.text, tuple) and abs(sum(one.share for one in self.text) - 1) > 1e-6:
+            raise ValueError(f"the shares of recover.text make {sum(one.share for one in self.text):g}, not 1")
+        if self.top_k is not None and self.hidden_states:
+            raise ValueError("recover.hidden_states needs the dense model itself; set recover.top_k to null")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The largest learning rate."""
+        return self.learning_rate or {"full": 1e-4, "lora": 1e-3}.get(self.method, 1e-4)
+
+
 class Evaluate(Section):
     """Measurements on the dense and the pruned model."""
 

@@ -230,9 +230,8 @@ def _against_dense(
     if given != expected:
         return Finding("fault", "dense", f"{dense} is the model {given}, {record.folder} was pruned from {expected}")
     model = load_model(dense, torch.float32)
-    stored = getattr(torch, record.config["dtype"])
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(stored).float()
+        parameter.data = parameter.data.to(record.dtype).float()
     architecture = describe(model, accept=tuple(model.config.to_dict()))
     with masked(model, architecture, record.plan):
         wanted = reference_logits(model, ids)

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.axes import LinearMap, parse_expr
@@ -66,22 +66,26 @@ def write_pruned(
     pruned["dtype"] = str(dtype).removeprefix("torch.")
     if "per_layer_config" in pruned:
         (folder / MODELING_FILE).write_text(_modeling_code(family, config, HEADS[architecture.head]))
-    _save_weights(folder, config, pruned, state)
+    stock = None if "per_layer_config" in pruned else without_weights(type(config).from_dict(dict(pruned)))
+    save_weights(folder, stock, state)
     (folder / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
     for path in dense.iterdir():
         if path.name.startswith(_TOKENIZER_FILES):
             shutil.copyfile(path, folder / path.name)
 
 
-def _save_weights(
-    folder: Path, config: PreTrainedConfig, pruned: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> None:
-    """Save tensors under the names of published checkpoints, or under its own names for a modeling file."""
-    if "per_layer_config" in pruned:
+def save_weights(folder: Path, stock: PreTrainedModel | None, state: Mapping[str, Tensor]) -> None:
+    """Save tensors under the names of published checkpoints, or under their own names for a modeling file.
+
+    Args:
+        folder: an existing folder.
+        stock: a model of the stock config, which need have no weights; None for a folder with a modeling file.
+        state: the parameters by name.
+    """
+    if stock is None:
         save_torch_state_dict(dict(state), folder, safe_serialization=True)
-        return
-    model = without_weights(type(config).from_dict(dict(pruned)))
-    model.save_pretrained(folder, state_dict=dict(state))
+    else:
+        stock.save_pretrained(folder, state_dict=dict(state))
 
 
 def pruned_config(

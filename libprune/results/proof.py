@@ -98,7 +98,7 @@ def verify_folder(
     if not result.relative <= tolerance:
         raise LibpruneError(
             f"the pruned model in {folder} loads but computes something else: logits differ by {difference:.3g} "
-            f"of {result.scale:.3g} from the masked dense model. This is a defect of libprune; please report the plan"
+            f"of {result.scale:.3g} from what is expected of it. This is a defect of libprune; please report the plan"
         )
     if "generated" in computed and computed["generated"].shape[1] < 1:
         raise LibpruneError(f"the pruned model in {folder} loads but generates nothing")

@@ -63,6 +63,12 @@ class Record:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
         return config
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the weights are stored in."""
+        stored: torch.dtype = getattr(torch, self.config["dtype"])
+        return stored
+
     @cached_property
     def plan(self) -> Plan:
         """Which units of the dense model are kept.

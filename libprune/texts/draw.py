@@ -18,11 +18,12 @@ from libprune.texts.source import (
     Text,
     TextSource,
     calibration_source,
+    chat_writer,
     evaluation_source,
     open_text,
     require_other_text,
 )
-from libprune.texts.windows import Windows, cut_windows, draw, split_documents, spread, with_masks
+from libprune.texts.windows import Windows, cut_windows, draw, split_documents, spread, training_windows, with_masks
 
 MARGIN = 2
 """A stream is read until it gives twice the windows that are asked for, so that there is a choice to draw from."""
@@ -97,6 +98,24 @@ def draw_texts(
     return calibration, evaluation
 
 
+def draw_training_windows(
+    settings: Tokenize, tokenizer: PreTrainedTokenizerBase, head: HeadName, held_out: int, whole: bool
+) -> Drawn:
+    """Draw windows to train on from a text, and behind them those that are held out, which are the text's last.
+
+    Args:
+        settings: the text, the most windows to train on as `calibration_sequences`, and their length.
+        tokenizer: tokenizer of the dense model.
+        head: head of the dense model.
+        held_out: number of held-out windows.
+        whole: whether all documents may be used; else those that calibration windows are drawn from.
+
+    Raises:
+        SourceError: if the text cannot be read or holds too little.
+    """
+    return _Reader(settings, tokenizer, head == "masked_lm").training(held_out, whole)
+
+
 def require_disjoint(calibration: Drawn, evaluation: Drawn) -> None:
     """Stop if the evaluation text is also the calibration text, under whatever name.
 
@@ -132,22 +151,43 @@ class _Reader:
 
     def __init__(self, settings: Tokenize, tokenizer: PreTrainedTokenizerBase, masks: bool) -> None:
         self._settings, self._tokenizer, self._masks = settings, tokenizer, masks
+        self._chat = chat_writer(tokenizer)
 
     def calibration_alone(self) -> Drawn:
-        return self._whole_calibration(open_text(calibration_source(self._settings)))
+        return self._whole_calibration(self._open(calibration_source(self._settings)))
 
     def evaluation_alone(self) -> Drawn:
         source = evaluation_source(self._settings)
         assert source is not None, "only asked for where tokenize.evaluation_text names it"
-        return self._whole_evaluation(open_text(source))
+        return self._whole_evaluation(self._open(source))
 
     def both(self) -> tuple[Drawn, Drawn]:
         source, other = calibration_source(self._settings), evaluation_source(self._settings)
         if other is not None:
             require_other_text(source, other)
-            return self._whole_calibration(open_text(source)), self._whole_evaluation(open_text(other))
-        text = open_text(source)
+            return self._whole_calibration(self._open(source)), self._whole_evaluation(self._open(other))
+        text = self._open(source)
         return self._head_and_rest(text) if source.streaming else self._first_and_last(text)
+
+    def _open(self, source: TextSource) -> Text:
+        return open_text(source, self._chat)
+
+    def training(self, held_out: int, whole: bool) -> Drawn:
+        settings, text = self._settings, self._open(calibration_source(self._settings))
+        documents, part = self._training_documents(text, whole)
+        available = self._cut(documents, settings.calibration_length)
+        chosen = training_windows(len(available.ids), settings.calibration_sequences, held_out, settings.seed)
+        how = self._provenance(text, available, chosen, part) | {"seed": settings.seed}
+        return Drawn(self._asked(available.ids[chosen], settings.seed), how, documents)
+
+    def _training_documents(self, text: Text, whole: bool) -> tuple[list[str], str]:
+        if whole or evaluation_source(self._settings) is not None:
+            return self._read_calibration(text, 0), "all documents"
+        if text.source.streaming:
+            skipped = len(self._read_evaluation(text))
+            return self._read_calibration(text, skipped), f"documents after the first {skipped}"
+        first, _ = split_documents(list(text.documents()), self._settings.evaluation_share)
+        return first, f"the first {len(first)} documents"
 
     def _whole_calibration(self, text: Text) -> Drawn:
         return self._calibration(text, self._read_calibration(text, 0), "all documents")

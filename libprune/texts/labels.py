@@ -1,6 +1,7 @@
 """Labelled documents for models that classify sequences."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from libprune.models.tokens import Ids
 from libprune.pipeline.sections import Tokenize
 from libprune.texts.draw import Drawn, TextProvenance, require_disjoint, source_provenance
 from libprune.texts.source import SELF, TextSource, calibration_source, evaluation_source, open_text, require_other_text
-from libprune.texts.windows import at_random, evenly
+from libprune.texts.windows import at_random, evenly, training_windows
 
 Example = tuple[str, int]
 """A document and its label, as the model numbers it."""
@@ -35,33 +36,77 @@ def draw_examples(
     Raises:
         SourceError: if a text cannot be read, has no label or too few documents, or is in large part the other one.
     """
-    column = settings.label_column or "label"
-    source, other = calibration_source(settings, column), evaluation_source(settings, column)
-    if SELF in (settings.text, settings.evaluation_text) or source.streaming:
-        what = "is streamed" if source.streaming else "has no labels"
-        raise SourceError(f"the text {settings.text!r} {what}; a model that tells classes apart needs a labelled text")
-    (examples, revision), parts = _read(source, config), ("all documents", "all documents")
-    if other is None:
-        rows = _evenly(len(examples), max(1, round(len(examples) * settings.evaluation_share)))
-        held_out, rest = [examples[i] for i in rows], [examples[i] for i in np.delete(np.arange(len(examples)), rows)]
-        parts = f"{len(rest)} documents", f"{len(held_out)} documents at even distances"
-        other, held_revision = source, revision
-    else:
-        require_other_text(source, other)
-        (held_out, held_revision), rest = _read(other, config), examples
-    _require(len(rest), settings.calibration_sequences, "calibration")
-    chosen = at_random(len(rest), settings.calibration_sequences, settings.seed)
-    where = source_provenance(source, revision) | {
-        "label_column": source.label,
-        "part": parts[0],
-        "seed": settings.seed,
-    }
-    calibration = _drawn(rest, chosen, settings.calibration_length, tokenizer, where)
-    where = source_provenance(other, held_revision) | {"label_column": other.label, "part": parts[1]}
-    chosen = _evenly(len(held_out), settings.evaluation_windows)
-    evaluation = _drawn(held_out, chosen, settings.evaluation_length, tokenizer, where)
+    rest, held_out = _read_both(settings, config)
+    _require(len(rest.examples), settings.calibration_sequences, "calibration")
+    chosen = at_random(len(rest.examples), settings.calibration_sequences, settings.seed)
+    calibration = _drawn(rest, chosen, settings.calibration_length, tokenizer, {"seed": settings.seed})
+    chosen = _evenly(len(held_out.examples), settings.evaluation_windows)
+    evaluation = _drawn(held_out, chosen, settings.evaluation_length, tokenizer, {})
     require_disjoint(calibration, evaluation)
     return calibration, evaluation
+
+
+def draw_training_examples(
+    settings: Tokenize, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, held_out: int, whole: bool
+) -> Drawn:
+    """Draw labelled sequences to train on from the calibration documents, and behind them those that are held out.
+
+    Args:
+        settings: the text, the most sequences to train on as `calibration_sequences`, and their length.
+        tokenizer: tokenizer of the dense model.
+        config: config of the dense model, which names the labels.
+        held_out: number of held-out sequences.
+        whole: whether all documents may be used; else those that calibration sequences are drawn from.
+
+    Raises:
+        SourceError: if the text cannot be read, has no label or too few documents.
+    """
+    rest = _read_whole(settings, config) if whole else _read_both(settings, config)[0]
+    shuffled = np.random.default_rng(settings.seed).permutation(len(rest.examples))  # may be in the order of labels
+    chosen = shuffled[training_windows(len(shuffled), settings.calibration_sequences, held_out, settings.seed)]
+    return _drawn(rest, chosen, settings.calibration_length, tokenizer, {"seed": settings.seed})
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Labelled documents of a text, and where they come from."""
+
+    examples: Sequence[Example]
+    where: TextProvenance
+
+
+def _read_whole(settings: Tokenize, config: PreTrainedConfig) -> _Part:
+    """All documents of the calibration text."""
+    source = calibration_source(settings, settings.label_column or "label")
+    _require_labels(source, settings.text)
+    return _part(*_read(source, config), source, "all documents")
+
+
+def _read_both(settings: Tokenize, config: PreTrainedConfig) -> tuple[_Part, _Part]:
+    """The documents for calibration and those for evaluation."""
+    column = settings.label_column or "label"
+    source, other = calibration_source(settings, column), evaluation_source(settings, column)
+    _require_labels(source, settings.text, settings.evaluation_text)
+    if other is not None:
+        require_other_text(source, other)
+        return _read_whole(settings, config), _part(*_read(other, config), other, "all documents")
+    examples, revision = _read(source, config)
+    rows = _evenly(len(examples), max(1, round(len(examples) * settings.evaluation_share)))
+    held_out, rest = [examples[i] for i in rows], [examples[i] for i in np.delete(np.arange(len(examples)), rows)]
+    return (
+        _part(rest, revision, source, f"{len(rest)} documents"),
+        _part(held_out, revision, source, f"{len(held_out)} documents at even distances"),
+    )
+
+
+def _require_labels(source: TextSource, *names: str | None) -> None:
+    if SELF in names or source.streaming:
+        what = "is streamed" if source.streaming else "has no labels"
+        raise SourceError(f"the text {names[0]!r} {what}; a model that tells classes apart needs a labelled text")
+
+
+def _part(examples: Sequence[Example], revision: str | None, source: TextSource, part: str) -> _Part:
+    return _Part(examples, source_provenance(source, revision) | {"label_column": source.label, "part": part})
 
 
 def _read(source: TextSource, config: PreTrainedConfig) -> tuple[list[Example], str | None]:
@@ -98,27 +143,22 @@ def _require(available: int, count: int, what: str) -> None:
         raise SourceError(f"{what} needs {count} labelled documents, the text gives {available}; use fewer")
 
 
-def _drawn(
-    examples: Sequence[Example],
-    chosen: Ids,
-    length: int,
-    tokenizer: PreTrainedTokenizerBase,
-    where: TextProvenance,
-) -> Drawn:
-    texts = [examples[i][0] for i in chosen]
+def _drawn(part: _Part, chosen: Ids, length: int, tokenizer: PreTrainedTokenizerBase, more: TextProvenance) -> Drawn:
+    texts = [part.examples[i][0] for i in chosen]
     rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
     ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id or 0)
     for row, filled in zip(rows, ids, strict=True):
         filled[: len(row)] = torch.tensor(row)
-    targets = torch.tensor([examples[i][1] for i in chosen])
+    targets = torch.tensor([part.examples[i][1] for i in chosen])
     how = {
-        **where,
+        **part.where,
+        **more,
         "mode": "labelled",
-        "documents": len(examples),
+        "documents": len(part.examples),
         "skipped": 0,
         "cut": sum(len(row) == length for row in rows),
-        "available": len(examples),
+        "available": len(part.examples),
         "windows": chosen.tolist(),
     }
     sequences = Sequences(ids, targets, torch.tensor([len(row) for row in rows]))
-    return Drawn(sequences, how, [document for document, _ in examples])
+    return Drawn(sequences, how, [document for document, _ in part.examples])

@@ -4,11 +4,13 @@ All of them are read by `datasets.load_dataset`, whole or as a stream.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from libprune.engine.errors import LibpruneError, SourceError, first_line, nearest
 from libprune.models.source import resolve
@@ -153,11 +155,13 @@ class Text:
         revision: the commit that it was read at; None for local files.
         rows: its documents, and its labels if they are wanted: a `datasets.Dataset`, or a `datasets.IterableDataset` if
             it is a stream.
+        chat: writes a conversation as text; None where conversations are refused.
     """
 
     source: TextSource
     revision: str | None
     rows: Any
+    chat: Callable[[Any], str] | None = None
 
     def documents(self) -> Iterator[str]:
         """The documents that are not blank, in their order.
@@ -195,21 +199,53 @@ class Text:
             for row in rows:
                 if self._is_document(row[column]):
                     empty = False
-                    yield row[column]
+                    yield row[column] if self.chat is None or isinstance(row[column], str) else self.chat(row[column])
         if empty:
             raise SourceError(f"text {self.source.name!r} holds no document{where}")
 
     def _is_document(self, value: object) -> bool:
+        if self.chat is not None and isinstance(value, list) and all(map(_is_message, value)):
+            return bool(value)
         if value is not None and not isinstance(value, str):
             column, kind = self.source.column, type(value).__name__
             raise SourceError(f"column {column!r} of text {self.source.name!r} holds {kind}, not text")
         return bool(value and value.strip())
 
 
-def open_text(source: TextSource) -> Text:
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and {"role", "content"} <= value.keys()
+
+
+def chat_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], str]:
+    """A function that writes a conversation as text, by the chat template of a tokenizer.
+
+    A conversation is a list of messages, each with a `role` and a `content`. Keys of a message that are null are left
+    out, since data sets add them to the messages that lack them.
+
+    Raises:
+        SourceError: when a conversation is written, if the tokenizer has no chat template or it refuses the messages.
+    """
+
+    def write(messages: Any) -> str:
+        told = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            return str(tokenizer.apply_chat_template(told, tokenize=False))
+        except Exception as error:  # templates raise what they like
+            raise SourceError(
+                f"the tokenizer's chat template cannot write a conversation: {first_line(error)}"
+            ) from error
+
+    return write
+
+
+def open_text(source: TextSource, chat: Callable[[Any], str] | None = None) -> Text:
     """Find a text and, unless it is a stream, load it.
 
     A local file with an unknown suffix is read as text, one document for each line.
+
+    Args:
+        source: the split to open.
+        chat: writes conversations as text, as `chat_writer` makes it; None to refuse them.
 
     Raises:
         SourceError: if the text cannot be read or lacks a column, or one column is named for both text and labels.
@@ -237,7 +273,7 @@ def open_text(source: TextSource) -> Text:
     for column in wanted:
         if column not in columns:
             raise SourceError(f"text {source.name!r} has no column {column!r}; it has {', '.join(columns)}")
-    return Text(source, revision, rows.select_columns(wanted))
+    return Text(source, revision, rows.select_columns(wanted), chat)
 
 
 def _require_revision(source: TextSource, cached: str) -> None:

@@ -137,6 +137,27 @@ def spread(available: Windows, count: int, what: str) -> Ids:
     return evenly(len(available.ids), count)
 
 
+def training_windows(available: int, count: int, held_out: int, seed: int) -> Ids:
+    """The indices of windows to train on, and behind them those of the held-out windows, which are the text's last.
+
+    Args:
+        available: number of windows of the text.
+        count: most windows to train on; all but the held-out ones if there are no more.
+        held_out: number of held-out windows.
+        seed: seed of the choice.
+
+    Raises:
+        SourceError: if the text has too few windows for both.
+    """
+    rest = available - held_out
+    if rest < 1:
+        raise SourceError(
+            f"the text to train on gives {available} windows, and {held_out} are held out to choose the best step; "
+            "use more text, a smaller recover.length or a smaller recover.held_out"
+        )
+    return np.concatenate([at_random(rest, min(count, rest), seed), np.arange(rest, available)])
+
+
 def at_random(available: int, count: int, seed: int) -> Ids:
     """`count` different indices below `available`, ascending, drawn with a seed."""
     return np.sort(np.random.default_rng(seed).choice(available, size=count, replace=False))

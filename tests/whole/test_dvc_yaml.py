@@ -11,7 +11,7 @@ from libprune.pipeline.params import PRESETS, Params
 from tests.support.closure import ROOT, closure
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-SHELVES = ("statistics", "results")
+SHELVES = ("statistics", "results", "recovery")
 """Rooms from which each stage takes its own files."""
 COLLECTING = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "sensitivity")
 BEHIND = ("scoring", "allocation", "repair", "results", "report", "experiments", "masks", "networks", "cli")

@@ -1,0 +1,34 @@
+"""The memory and the disk space that training takes, by arithmetic."""
+
+from libprune.pipeline.sections import Recover
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_STATES = {"adamw_torch": 2.0, "adamw_torch_fused": 2.0, "adamw_bnb_8bit": 0.5, "adafactor": 0.0}
+"""Numbers that an optimizer keeps for each trained parameter, in the type of the weights; Adafactor keeps sums of rows
+and columns, which are few. The states of `adamw_bnb_8bit` are bytes, so half of a bfloat16 number and a quarter of a
+float32 number each; the larger is counted."""
+
+
+def training_bytes(trained: int, whole: int, params: Recover) -> int:
+    """Bytes of the weights, of the gradients and of the optimizer states; without activations and the dense model.
+
+    Args:
+        trained: number of trained parameters.
+        whole: number of all parameters of the pruned model.
+        params: method, type and optimizer.
+    """
+    return _BYTES[params.dtype] * whole + _trained_bytes(params) * trained + _states(trained, params)
+
+
+def checkpoint_bytes(trained: int, params: Recover) -> int:
+    """Bytes of a checkpoint: the trained parameters and the optimizer states."""
+    return _trained_bytes(params) * trained + _states(trained, params)
+
+
+def _trained_bytes(params: Recover) -> int:
+    """Bytes of a trained parameter and so of its gradient; peft keeps the matrices of `lora` in float32."""
+    return 4 if params.method == "lora" else _BYTES[params.dtype]
+
+
+def _states(trained: int, params: Recover) -> int:
+    return int(_STATES[params.optimizer] * _trained_bytes(params) * trained)

@@ -1,0 +1,124 @@
+"""What the dense model predicts on the text to train on: computed as it is needed, or stored beforehand."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from libprune.engine.errors import ArtifactError
+from libprune.models.sequences import Sequences
+from libprune.pipeline.artifacts import damage, decode_meta, encode_meta, read_json, require, same_origin
+from libprune.pipeline.atomic import writing
+from libprune.recovery.losses import Taught, TopPredictions
+
+ABOUT = "teacher.json"
+"""The file of the teacher's folder that says what the others hold."""
+BYTES = 6
+"""Bytes of one stored prediction: its token as int32, its log-probability as float16."""
+_SHARD = 1 << 26
+"""Bytes of a file of predictions, about."""
+
+
+def model_inputs(ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
+    """The arguments of a forward pass.
+
+    Args:
+        ids: token ids, ``[batch, length]``.
+        mask: 1 for tokens, 0 behind the end of a sequence, ``[batch, length]``; None if all sequences are whole.
+    """
+    return {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})
+
+
+def attention_mask(sequences: Sequences) -> Tensor | None:
+    """1 for tokens and 0 behind the end of a sequence, ``[sequences, length]``; None if all have the whole length."""
+    if sequences.lengths is None:
+        return None
+    return (torch.arange(sequences.length) < sequences.lengths[:, None]).long()
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """The dense model beside the trained one.
+
+    Attributes:
+        model: on its device, in evaluation mode.
+        hidden: whether hidden states are wanted.
+    """
+
+    model: PreTrainedModel
+    hidden: bool
+
+    def predict(self, index: Tensor, inputs: Mapping[str, Tensor]) -> Taught:
+        """What the dense model says of a batch, given the numbers of its sequences and its inputs."""
+        with torch.no_grad():
+            said = self.model(**inputs, output_hidden_states=self.hidden)
+        return Taught(said.logits, said.hidden_states if self.hidden else ())
+
+
+class StoredTeacher:
+    """Predictions that the teacher stage has stored.
+
+    Args:
+        folder: the artifact.
+        origin: the model, the text and the temperature that it must be of.
+
+    Raises:
+        ArtifactError: if it is missing, damaged, or of another model, text or temperature.
+    """
+
+    def __init__(self, folder: Path, origin: Mapping[str, Any]) -> None:
+        self._folder, self._about = folder, read_json(require(folder, "teacher") / ABOUT, "teacher")
+        same_origin(folder, self._about, origin)
+
+    def predict(self, index: Tensor, inputs: Mapping[str, Tensor]) -> Taught:
+        """What the dense model says of a batch, given the numbers of its sequences and its inputs."""
+        rows = [self._row(number) for number in index.tolist()]
+        stacked = (torch.stack(column).to(index.device) for column in zip(*rows, strict=True))
+        return Taught(TopPredictions(*stacked))
+
+    def _row(self, number: int) -> tuple[Tensor, Tensor]:
+        path = require(shard_path(self._folder, number // self._about["at_once"]), "teacher")
+        row = number % self._about["at_once"]
+        with damage(path, "teacher"), safe_open(path, framework="pt") as file:
+            if decode_meta(path, file.metadata(), "teacher")["tokens"] != self._about["tokens"]:
+                raise ArtifactError(f"{path} is of another text; delete {self._folder} and run `dvc repro teacher`")
+            return file.get_slice("log_probabilities")[row], file.get_slice("ids")[row]
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """The file that holds the predictions of some consecutive sequences."""
+    return folder / f"predictions-{number:05d}.safetensors"
+
+
+def sequences_at_once(positions: int, k: int) -> int:
+    """Sequences in one file of predictions: as many as `_SHARD` bytes hold, at least one."""
+    return max(1, _SHARD // (positions * k * BYTES))
+
+
+def top_predictions(logits: Float[Tensor, "... vocab"], k: int, temperature: float) -> TopPredictions:
+    """The `k` largest predictions at each position, of logits that are divided by a temperature."""
+    top = (logits.float() / temperature).log_softmax(-1).topk(min(k, logits.shape[-1]))
+    return TopPredictions(top.values.half().cpu(), top.indices.int().cpu())
+
+
+def write_predictions(path: Path, parts: Sequence[TopPredictions], meta: Mapping[str, Any]) -> None:
+    """Write the predictions of consecutive sequences, ``[sequences, ..., k]`` each, whole or not at all."""
+    tensors = {
+        "log_probabilities": torch.cat([part.log_probabilities for part in parts]),
+        "ids": torch.cat([part.ids for part in parts]),
+    }
+    with writing(path) as partial:
+        save_file(tensors, partial, metadata=encode_meta(meta))
+
+
+def describe_teacher(folder: Path, meta: Mapping[str, Any], at_once: int) -> None:
+    """Write what the files of predictions hold."""
+    (folder / ABOUT).write_text(json.dumps({**meta, "at_once": at_once}, indent=2) + "\n")

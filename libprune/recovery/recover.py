@@ -1,0 +1,216 @@
+"""From a pruned folder to a recovered one: train it on what the dense model predicts, write it, prove that it loads."""
+
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor
+
+from libprune.collection.calibration import place
+from libprune.collection.resumable import ROOMS, only_one, work_identity
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture
+from libprune.engine.plan import Plan
+from libprune.models.compute import resolve_device, resolve_dtype
+from libprune.models.folder import fingerprint, load_model
+from libprune.models.memory import recompute_layers, require_room
+from libprune.models.parallel import World, join_world
+from libprune.models.sequences import Sequences
+from libprune.models.tokens import read_tokens
+from libprune.pipeline.artifacts import read_architecture, require, same_origin
+from libprune.pipeline.atomic import remove, writing_folder
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.sections import Compute, Recover
+from libprune.pipeline.terminal import gigabytes
+from libprune.recovery.curve import Recovery
+from libprune.recovery.memory import checkpoint_bytes, training_bytes
+from libprune.recovery.predictions import LiveTeacher, StoredTeacher
+from libprune.recovery.student import finished_weights, load_student, prepare, trained_parameters
+from libprune.recovery.training import Outcome, Schedule, make_schedule, train
+from libprune.results.folder import save_weights
+from libprune.results.proof import reference_logits, verify_folder
+from libprune.results.record import PROVENANCE, Record, read_record, versions, write_provenance
+
+_CHECKED_SEQUENCES, _CHECKED_LENGTH = 2, 64
+
+
+def recover_layout(layout: Layout, compute: Compute, params: Recover) -> Recovery | None:
+    """Train the pruned model of a layout, write the recovered one and prove that it loads.
+
+    A training that was stopped goes on from its last checkpoint. The weights that are written are those of the step
+    with the lowest loss on the held-out sequences; where no step lowered it, they stay as slice wrote them.
+
+    Args:
+        layout: holds the pruned model, the text to train on, and the dense model or its stored predictions; the
+            recovered model is written into it.
+        compute: where and in which type the models are run.
+        params: how the model is trained; `method` is not `none`.
+
+    Returns:
+        What the training came to; None in all processes but the first.
+
+    Raises:
+        LibpruneError: if an artifact is missing or foreign, the loss is not finite, the disk has no room, or the
+            result fails its proof.
+    """
+    world = join_world()
+    work = layout.root.parent / ".work" / "recover"
+    with only_one(work.with_suffix(".lock")) if world.first else nullcontext():
+        world.barrier()
+        run = _set_up(layout, compute, params, world)
+        home = work / run.identity
+        outcome, trained = _train(run, home)
+        recovery = None
+        if world.first:
+            recovery = run.recovery(outcome, trained)
+            with writing_folder(layout.recovered) as folder:
+                weights = finished_weights(run.record, params, outcome.checkpoint)
+                write_recovered(folder, run.record, weights, recovery)
+                run.prove(folder, weights)
+            remove(work)
+        world.barrier()
+    return recovery
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a training needs, and where it runs."""
+
+    layout: Layout
+    architecture: Architecture
+    record: Record
+    sequences: Sequences
+    text: dict[str, Any]
+    schedule: Schedule
+    compute: Compute
+    params: Recover
+    world: World
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense model in the type that it is computed in; 0 if its predictions are stored."""
+        total = cost.size(self.architecture, Plan.dense(self.architecture)).total
+        return 0 if self.params.top_k is not None else total * self.dtype.itemsize
+
+    @property
+    def identity(self) -> str:
+        """A digest of what checkpoints depend on."""
+        facts = {
+            "params": self.params.model_dump(mode="json"),
+            "pruned": fingerprint(self.record.folder),
+            "model": self.architecture.fingerprint,
+            "tokens": self.text["tokens"],
+            "compute_dtype": str(self.dtype),
+            "checkpointing": self.compute.gradient_checkpointing,
+            "processes": self.world.size,
+            "sharded": self.world.sharded,
+            "device": self.device.type,
+            "at_once": self.schedule.at_once,
+        }
+        return work_identity((*ROOMS, "recovery"), facts)
+
+    def teacher(self) -> LiveTeacher | StoredTeacher:
+        """The dense model on its device, or its stored predictions."""
+        if self.params.top_k is not None:
+            origin = {"model": self.architecture.fingerprint, "tokens": self.text["tokens"]}
+            origin |= {"top_k": self.params.top_k, "temperature": self.params.temperature}
+            return StoredTeacher(require(self.layout.teacher, "teacher"), origin)
+        dense = load_model(require(self.layout.model, "prepare"), self.dtype)
+        compute = self.compute.model_copy(update={"gradient_checkpointing": False})
+        placed = place(dense, self.architecture, compute, self.world, self.device)
+        return LiveTeacher(placed, hidden=self.params.hidden_states > 0)
+
+    def recovery(self, outcome: Outcome, trained: int) -> Recovery:
+        """What the training came to."""
+        number = len(self.sequences) - self.text["held_out"]
+        return Recovery.of(outcome, self.params, self.schedule, number, self.sequences.length, self.text, trained)
+
+    def prove(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Check that the folder, loaded in a fresh process, computes what the pruned model does with these weights."""
+        ids = self.sequences.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
+        model = load_model(self.record.folder, torch.float32, trust_remote_code=self.record.remote)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name].to(self.record.dtype))
+        verify_folder(folder, ids, reference_logits(model, ids), self.record.remote, self.architecture.head)
+
+
+def _set_up(layout: Layout, compute: Compute, params: Recover, world: World) -> _Run:
+    architecture = read_architecture(layout)
+    record = read_record(require(layout.pruned, "slice"))
+    same_origin(layout.pruned, record.provenance["plan"], {"model": architecture.fingerprint})
+    sequences, text = read_tokens(layout.recovery_tokens, architecture.fingerprint, stage="teacher")
+    device = resolve_device(compute.device, world.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype = resolve_dtype(compute.dtype, device)
+    schedule = make_schedule(params, compute.batch_tokens, sequences.length, world.size)
+    return _Run(layout, architecture, record, sequences, text, schedule, compute, params, world, device, dtype)
+
+
+def _train(run: _Run, home: Path) -> tuple[Outcome, int]:
+    """Train, and return what it came to and the number of trained parameters."""
+    student = load_student(run.record, run.params)
+    if run.compute.gradient_checkpointing:
+        recompute_layers(student, run.architecture)
+    model = prepare(student, run.params)
+    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    whole = sum(parameter.numel() for parameter in student.parameters())
+    if run.world.first:
+        _announce(run, home, trained, whole)
+    outcome = train(
+        model,
+        run.teacher(),
+        run.sequences,
+        run.text["held_out"],
+        run.record.plan.layers,
+        run.params,
+        run.schedule,
+        run.device,
+        run.dtype,
+        run.world,
+        home,
+    )
+    return outcome, trained
+
+
+def _announce(run: _Run, home: Path, trained: int, whole: int) -> None:
+    """Print what will be trained on what, and what it needs; stop before any work if the disk is too full."""
+    schedule, length = run.schedule, run.sequences.length
+    number = len(run.sequences) - run.text["held_out"]
+    step, scratch = schedule.sequences * length, checkpoint_bytes(trained, run.params)
+    typer.echo(
+        f"recover: {trained:,} of {whole:,} parameters, {schedule.steps:,} steps of {step:,} tokens "
+        f"({schedule.steps * schedule.sequences / number:.1f} times the {number:,} sequences of {run.text['text']})"
+    )
+    memory = training_bytes(trained, whole, run.params) + run.dense_bytes
+    typer.echo(
+        f"recover: {gigabytes(memory)} of memory for weights, gradients, optimizer states and the dense model, beside "
+        f"the activations; up to {gigabytes(3 * scratch)} of checkpoints in {home.parent}"
+    )
+    require_room({home: 3 * scratch}, "recover", "free some, or train less (recover.method: lora)")
+
+
+def write_recovered(folder: Path, record: Record, weights: Mapping[str, Tensor], recovery: Recovery) -> None:
+    """Write a recovered model into an empty folder: the pruned one with other weights.
+
+    Args:
+        folder: an existing, empty folder.
+        record: the record of the pruned folder.
+        weights: by the names of the parameters; they are stored in the type of the pruned ones.
+        recovery: what the training came to, for the folder's record.
+    """
+    for path in record.folder.iterdir():
+        if path.name != PROVENANCE and ".safetensors" not in path.name:
+            shutil.copyfile(path, folder / path.name)
+    stored = {name: tensor.to(record.dtype) for name, tensor in weights.items()}
+    save_weights(folder, None if record.remote else record.stock_model, stored)
+    made = {key: value for key, value in record.provenance.items() if key != "files"}
+    write_provenance(folder, made | versions() | {"recovery": recovery.as_json()})

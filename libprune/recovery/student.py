@@ -1,0 +1,89 @@
+"""The model that is trained: a pruned folder, with all of its weights or with small matrices beside its linear maps."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from libprune.engine.errors import LibpruneError
+from libprune.models.folder import load_model
+from libprune.pipeline.sections import Recover
+from libprune.results.record import Record
+
+WEIGHTS = "model.safetensors"
+"""The file of a checkpoint that holds what is trained, by the names of the parameters."""
+
+
+def load_student(record: Record, params: Recover) -> PreTrainedModel:
+    """Load a pruned folder on the CPU, in the type that its weights are trained in.
+
+    Args:
+        record: the record of the folder, whose own code runs if its layers differ in width.
+        params: the type.
+    """
+    dtype = getattr(torch, params.dtype)
+    return load_model(record.folder, dtype, trust_remote_code=record.remote)
+
+
+def prepare(student: PreTrainedModel, params: Recover) -> nn.Module:
+    """The model with the parameters that are trained: all of them, or those of `lora` beside its linear maps.
+
+    Raises:
+        LibpruneError: if the package peft is not installed, or no map has a name that `recover.lora_targets` names.
+    """
+    if params.method == "full":
+        return student.requires_grad_(True)
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise LibpruneError("recover.method: lora needs peft; run `pip install 'libprune[lora]'`") from error
+    targets = params.lora_targets if isinstance(params.lora_targets, str) else list(params.lora_targets)
+    rank = params.lora_rank
+    config = LoraConfig(r=rank, lora_alpha=params.lora_alpha or 2 * rank, target_modules=targets)
+    torch.manual_seed(params.seed)  # one of the two matrices beside each map begins with random numbers
+    try:
+        trained: nn.Module = get_peft_model(student, config)
+    except ValueError as error:
+        raise LibpruneError(f"recover.lora_targets: {error}") from error
+    return trained
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name; a shared one has one name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def read_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Set the trained parameters to those of a checkpoint.
+
+    Raises:
+        LibpruneError: if the checkpoint holds other parameters.
+    """
+    stored, own = load_file(checkpoint / WEIGHTS), trained_parameters(model)
+    if stored.keys() != own.keys():
+        odd = min(stored.keys() ^ own.keys())
+        raise LibpruneError(f"{checkpoint} does not fit the model that is trained ({odd}); delete {checkpoint.parent}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(stored[name])
+
+
+def finished_weights(record: Record, params: Recover, checkpoint: Path | None) -> Mapping[str, Tensor]:
+    """The weights of the pruned model after training, by the names of its parameters; matrices of `lora` are added.
+
+    Args:
+        record: the record of the pruned folder.
+        params: how it was trained.
+        checkpoint: the folder of the step that is kept; None to leave the weights as they were.
+    """
+    student = load_student(record, params)
+    if checkpoint is not None:
+        trained: Any = prepare(student, params)
+        read_weights(trained, checkpoint)
+        if params.method == "lora":
+            student = trained.merge_and_unload()
+    return {name: parameter.detach() for name, parameter in student.named_parameters()}

@@ -1,0 +1,38 @@
+"""recover: the pruned model, trained on what the dense model predicts (forward and backward passes)."""
+
+from libprune.pipeline import stage
+
+
+def main(
+    params: stage.ParamsFile = stage.PARAMS,
+    artifacts: stage.Root = stage.ROOT,
+    metrics: stage.MetricsFolder = stage.METRICS,
+) -> None:
+    """Train the pruned model, keep the best step, write it as a folder and prove that it loads."""
+    import typer
+
+    from libprune.pipeline.layout import Layout
+    from libprune.pipeline.params import load_params
+    from libprune.recovery.idle import write_figures, write_no_model
+
+    layout, settings = Layout(artifacts), load_params(params)
+    if settings.recover.method == "none":
+        if stage.first_process():
+            write_no_model(layout)
+            write_figures(metrics, {}, [])
+            typer.echo("recover.method is none: the pruned model is not trained")
+        return
+
+    from libprune.recovery.recover import recover_layout
+
+    recovery = recover_layout(layout, settings.compute, settings.recover)
+    if recovery is not None:
+        write_figures(metrics, recovery.metrics(), recovery.curve)
+        for line in recovery.sentences():
+            typer.echo(line)
+        typer.echo(f"{layout.recovered} loads in a fresh process without libprune")
+
+
+app = stage.app(main)
+if __name__ == "__main__":
+    app()
