@@ -5,9 +5,10 @@ after minutes of collecting.
 """
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from libprune.engine.errors import ParamsError, nearest
 from libprune.engine.yaml_file import read_yaml
@@ -158,17 +159,35 @@ def validate_params(data: Any, where: str) -> Params:
         raise ParamsError(f"{where}: {problems}") from error
 
 
+_PLAIN = {"tuple_type": "Input should be a list"}
+"""Messages in the words of YAML, by the type of the error."""
+
+
 def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
-    place = ".".join(map(str, loc[:2]))  # what follows says which of a key's types was tried
-    if kind != "extra_forbidden":
-        return f"{place}: {message}" if place else message.removeprefix("Value error, ")
-    known = _fields(loc[:-1])
-    place = ".".join(map(str, loc))
-    return f"unknown key {place!r}{nearest(str(loc[-1]), known)} (known: {', '.join(known)})"
+    place, known = _place(loc[:-1] if kind == "extra_forbidden" else loc)
+    if kind == "extra_forbidden":
+        place = ".".join(filter(None, (place, str(loc[-1]))))
+        return f"unknown key {place!r}{nearest(str(loc[-1]), known)} (known: {', '.join(known)})"
+    if kind == "model_type":
+        message = f"Input should be keys with values; the keys are {', '.join(known)}"
+    message = _PLAIN.get(kind, message).removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
 
 
-def _fields(loc: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = Params
-    for name in loc:
-        section = cast(type[BaseModel], section.model_fields[str(name)].annotation)
-    return list(section.model_fields)
+def _place(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """A key as users write it, and the keys that may stand below it; what says which type was tried is left out."""
+    place, section = "", Params.model_fields
+    for part in loc:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part in section:
+            place += f".{part}"
+            section = _inner(section[part].annotation)
+    return place.removeprefix("."), list(section)
+
+
+def _inner(annotation: Any) -> dict[str, FieldInfo]:
+    """The keys of the section that a type is, or is made with."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.model_fields
+    return next((fields for part in get_args(annotation) if (fields := _inner(part))), {})

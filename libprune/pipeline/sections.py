@@ -1,9 +1,9 @@
 """The sections of params.yaml, one a stage: every key with its type, its default and what it does."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Floor = Annotated[int, Field(ge=0)]
@@ -389,13 +389,30 @@ class Share(Section):
     """Read only as many documents as are needed."""
 
 
+def _kind(value: Any) -> str | None:
+    """Which form of `recover.text` a value has, so that an error speaks of this form alone."""
+    if isinstance(value, str):
+        return "name"
+    return "list" if isinstance(value, list | tuple) else None
+
+
+Texts = Annotated[
+    Annotated[str, Tag("name")] | Annotated[tuple[Share, ...], Field(strict=False), Tag("list")],
+    Discriminator(
+        _kind,
+        custom_error_type="text",
+        custom_error_message="Input should be a text, or a list of texts, each with the keys text and share",
+    ),
+]
+
+
 class Recover(Section):
     """Training of the pruned model on what the dense model predicts."""
 
     method: Literal["none", "lora", "full"] = "none"
     """`none`: the pruned model stays as slice wrote it; `full`: all weights are trained; `lora`: small matrices beside
     the linear maps are trained, and added to the weights in the end; needs `pip install 'libprune[lora]'`."""
-    text: str | Annotated[tuple[Share, ...], Field(min_length=1, strict=False)] | None = None
+    text: Texts | None = None
     """The text to train on, in the forms of `tokenize.text`, or a list of texts with shares; null: the documents that
     the calibration text is drawn from."""
     length: Annotated[int, Field(ge=2)] = 256
@@ -446,6 +463,8 @@ class Recover(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recover":
+        if self.text == ():
+            raise ValueError("recover.text lists no text; null trains on the documents of the calibration text")
         if isinstance(self.text, tuple) and abs(sum(one.share for one in self.text) - 1) > 1e-6:
             raise ValueError(f"the shares of recover.text make {sum(one.share for one in self.text):g}, not 1")
         if self.top_k is not None and self.hidden_states:

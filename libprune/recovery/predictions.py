@@ -67,7 +67,7 @@ class LiveTeacher:
     def predict(self, index: Tensor, inputs: Mapping[str, Tensor]) -> Taught:
         """What the dense model says of a batch, given the numbers of its sequences and its inputs."""
         with torch.no_grad():
-            said = self.model(**inputs, output_hidden_states=self.hidden)
+            said = self.model(**inputs, output_hidden_states=self.hidden, use_cache=False)
         return Taught(said.logits, said.hidden_states if self.hidden else ())
 
 

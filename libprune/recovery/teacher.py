@@ -1,5 +1,6 @@
 """The text that the pruned model is trained on, and what the dense model predicts on it, as artifacts."""
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 import typer
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from libprune.collection.calibration import place
 from libprune.collection.resumable import ROOMS, only_one, work_identity
@@ -27,7 +28,6 @@ from libprune.pipeline.terminal import gigabytes
 from libprune.recovery.losses import TopPredictions
 from libprune.recovery.predictions import (
     BYTES,
-    LiveTeacher,
     attention_mask,
     describe_teacher,
     model_inputs,
@@ -70,11 +70,11 @@ def teach_layout(layout: Layout, compute: Compute, params: Recover, tokenize: To
 def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: Recover, tokenize: Tokenize) -> None:
     config = load_config(require(layout.model, "prepare"))
     require_positions(config, architecture, {"recover.length": params.length})
+    judged, _ = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
     tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
     writer = SelfText(layout, architecture, tokenizer, compute.device, compute.dtype)
     text = draw_training(tokenize, params, tokenizer, config, architecture.head, writer.sample)
-    judged, _ = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
-    require_unseen(text.sequences, judged, text.names)
+    require_unseen(text, judged, tokenizer)
     meta = {"model": architecture.fingerprint, "held_out": text.held_out, "text": text.names, "sources": text.sources}
     write_tokens(layout.recovery_tokens, text.sequences, meta)
     writer.forget()
@@ -95,52 +95,87 @@ class _Storing:
 
     def run(self) -> None:
         """Store the predictions, file by file; those of an earlier run that was stopped are kept."""
-        world, layout, length, k = self.world, self.layout, self.sequences.length, self.params.top_k or 0
-        device = resolve_device(self.compute.device, world.local_rank)
-        dtype = resolve_dtype(self.compute.dtype, device)
-        positions = 1 if self.architecture.head == "sequence_classification" else length
-        at_once, size = sequences_at_once(positions, k), len(self.sequences) * positions * k * BYTES
-        about = {**self.origin, "top_k": k, "temperature": self.params.temperature}
-        about |= {"compute_dtype": str(dtype).removeprefix("torch.")}
-        work = layout.root.parent / ".work" / "teacher"
-        home = work / work_identity((*ROOMS, "recovery"), {**about, "device": device.type, "at_once": at_once})
-        with only_one(work.with_suffix(".lock")) if world.first else nullcontext():
-            if world.first:
-                each = f"{positions * k * BYTES:,} bytes a sequence, {k * BYTES:,} a position"
-                typer.echo(f"teacher: {gigabytes(size)} will be written to {layout.teacher}, {each}")
-                require_room({work: size}, "teacher", "store fewer predictions (recover.top_k), or none (null)")
-            model = place(load_model(layout.model, dtype), self.architecture, self.compute, world, device)
-            shards = -(-len(self.sequences) // at_once)
-            self._write(LiveTeacher(model, hidden=False), home, shards, at_once, about, device)
-            world.barrier()
-            if world.first:
-                with writing_folder(layout.teacher) as folder:
-                    for number in range(shards):
-                        shard_path(folder, number).hardlink_to(shard_path(home, number))
-                    describe_teacher(folder, about, at_once)
+        work = self.layout.root.parent / ".work" / "teacher"
+        with only_one(work.with_suffix(".lock")) if self.world.first else nullcontext():
+            self.world.barrier()
+            device = resolve_device(self.compute.device, self.world.local_rank)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dtype = resolve_dtype(self.compute.dtype, device)
+            about = {**self.origin, "top_k": self.params.top_k, "temperature": self.params.temperature}
+            about |= {"compute_dtype": str(dtype).removeprefix("torch.")}
+            ways = {"device": device.type, "at_once": self._at_once, "passes": self._passes}
+            home = work / work_identity((*ROOMS, "recovery"), about | ways)
+            if self.world.first:
+                self._announce(home)
+            self._write(home, device, dtype, about)
+            self.world.barrier()
+            if self.world.first:
+                self._finish(home, about)
                 remove(work)
-            world.barrier()
+            self.world.barrier()
 
-    def _write(
-        self, teacher: LiveTeacher, home: Path, shards: int, at_once: int, about: dict[str, Any], device: torch.device
-    ) -> None:
+    @property
+    def _k(self) -> int:
+        """Predictions of each position."""
+        assert self.params.top_k is not None, "only asked for where predictions are stored"
+        return self.params.top_k
+
+    @property
+    def _positions(self) -> int:
+        """Predicted positions of each sequence."""
+        return 1 if self.architecture.head == "sequence_classification" else self.sequences.length
+
+    @property
+    def _at_once(self) -> int:
+        """Sequences in a file."""
+        return sequences_at_once(self._positions, self._k)
+
+    @property
+    def _passes(self) -> int:
+        """Sequences in a forward pass."""
+        return max(1, self.compute.batch_tokens // self.sequences.length)
+
+    @property
+    def _shards(self) -> int:
+        """Number of files."""
+        return -(-len(self.sequences) // self._at_once)
+
+    def _announce(self, home: Path) -> None:
+        """Print what will be written; stop before any work if the disk is too full."""
+        each = self._positions * self._k * BYTES
+        size, there = each * len(self.sequences), sum(file.stat().st_size for file in home.glob("*.safetensors"))
+        typer.echo(
+            f"teacher: {gigabytes(size)} will be written to {self.layout.teacher}, {each:,} bytes a sequence, "
+            f"{self._k * BYTES:,} a position"
+        )
+        advice = "store fewer predictions (recover.top_k), or none (null)"
+        require_room({home: max(0, size - there)}, "teacher", advice)
+
+    def _write(self, home: Path, device: torch.device, dtype: torch.dtype, about: dict[str, Any]) -> None:
         """Write the files that this process has to; where the weights are shared out, all processes run all passes."""
-        world, passes = self.world, max(1, self.compute.batch_tokens // self.sequences.length)
-        mine = range(shards) if world.sharded else range(world.rank, shards, world.size)
-        with tqdm(total=len(mine), desc="teacher", unit="file", disable=not world.first) as bar:
-            for number in mine:
-                rows = self.sequences[number * at_once : (number + 1) * at_once]
-                if not shard_path(home, number).exists():
-                    parts = []
-                    for first in range(0, len(rows), passes):
-                        parts.append(self._top(teacher, rows[first : first + passes], device))
-                    if world.first or not world.sharded:
-                        write_predictions(shard_path(home, number), parts, about)
-                bar.update()
+        world = self.world
+        mine = range(self._shards) if world.sharded else range(world.rank, self._shards, world.size)
+        missing = [number for number in mine if not shard_path(home, number).exists()]
+        world.barrier()  # where the weights are shared out, all processes must miss the same
+        if not missing:
+            return
+        model = place(load_model(self.layout.model, dtype), self.architecture, self.compute, world, device)
+        for number in tqdm(missing, desc="teacher", unit="file", disable=not world.first):
+            rows = self.sequences[number * self._at_once : (number + 1) * self._at_once]
+            starts = range(0, len(rows), self._passes)
+            parts = [self._top(model, rows[start : start + self._passes], device) for start in starts]
+            if world.first or not world.sharded:
+                write_predictions(shard_path(home, number), parts, about)
 
-    def _top(self, teacher: LiveTeacher, rows: Sequences, device: torch.device) -> TopPredictions:
+    def _top(self, model: PreTrainedModel, rows: Sequences, device: torch.device) -> TopPredictions:
         mask = attention_mask(rows)
         inputs = model_inputs(rows.ids.to(device), None if mask is None else mask.to(device))
-        said = teacher.predict(rows.ids[:, 0], inputs).predictions
-        assert isinstance(said, torch.Tensor) and self.params.top_k is not None
-        return top_predictions(said, self.params.top_k, self.params.temperature)
+        with torch.no_grad():
+            return top_predictions(model(**inputs, use_cache=False).logits, self._k, self.params.temperature)
+
+    def _finish(self, home: Path, about: dict[str, Any]) -> None:
+        with writing_folder(self.layout.teacher) as folder:
+            for number in range(self._shards):
+                shutil.move(shard_path(home, number), shard_path(folder, number))
+            describe_teacher(folder, about, self._at_once)

@@ -23,7 +23,7 @@ from libprune.texts.source import (
     open_text,
     require_other_text,
 )
-from libprune.texts.windows import Windows, cut_windows, draw, split_documents, spread, training_windows, with_masks
+from libprune.texts.windows import Windows, cut_windows, draw, split_documents, spread, training_rows, with_masks
 
 MARGIN = 2
 """A stream is read until it gives twice the windows that are asked for, so that there is a choice to draw from."""
@@ -100,7 +100,7 @@ def draw_texts(
 
 def draw_training_windows(
     settings: Tokenize, tokenizer: PreTrainedTokenizerBase, head: HeadName, held_out: int, whole: bool
-) -> Drawn:
+) -> tuple[Drawn, Ids]:
     """Draw windows to train on from a text, and behind them those that are held out, which are the text's last.
 
     Args:
@@ -109,6 +109,9 @@ def draw_training_windows(
         head: head of the dense model.
         held_out: number of held-out windows.
         whole: whether all documents may be used; else those that calibration windows are drawn from.
+
+    Returns:
+        The windows, and the token ids ``[windows, length]`` of all windows that they were drawn from.
 
     Raises:
         SourceError: if the text cannot be read or holds too little.
@@ -172,20 +175,21 @@ class _Reader:
     def _open(self, source: TextSource) -> Text:
         return open_text(source, self._chat)
 
-    def training(self, held_out: int, whole: bool) -> Drawn:
+    def training(self, held_out: int, whole: bool) -> tuple[Drawn, Ids]:
         settings, text = self._settings, self._open(calibration_source(self._settings))
-        documents, part = self._training_documents(text, whole)
+        documents, part = self._training_documents(text, held_out, whole)
         available = self._cut(documents, settings.calibration_length)
-        chosen = training_windows(len(available.ids), settings.calibration_sequences, held_out, settings.seed)
+        number, count, name = len(available.ids), settings.calibration_sequences, text.source.name
+        chosen = training_rows(number, count, held_out, settings.seed, name, available.shortage)
         how = self._provenance(text, available, chosen, part) | {"seed": settings.seed}
-        return Drawn(self._asked(available.ids[chosen], settings.seed), how, documents)
+        return Drawn(self._asked(available.ids[chosen], settings.seed), how, documents), available.ids
 
-    def _training_documents(self, text: Text, whole: bool) -> tuple[list[str], str]:
+    def _training_documents(self, text: Text, held_out: int, whole: bool) -> tuple[list[str], str]:
         if whole or evaluation_source(self._settings) is not None:
-            return self._read_calibration(text, 0), "all documents"
+            return self._read_calibration(text, 0, held_out), "all documents"
         if text.source.streaming:
             skipped = len(self._read_evaluation(text))
-            return self._read_calibration(text, skipped), f"documents after the first {skipped}"
+            return self._read_calibration(text, skipped, held_out), f"documents after the first {skipped}"
         first, _ = split_documents(list(text.documents()), self._settings.evaluation_share)
         return first, f"the first {len(first)} documents"
 
@@ -212,12 +216,12 @@ class _Reader:
             self._evaluation(text, head, f"the first {len(head)} documents"),
         )
 
-    def _read_calibration(self, text: Text, skip: int) -> list[str]:
+    def _read_calibration(self, text: Text, skip: int, held_out: int = 0) -> list[str]:
         settings = self._settings
         if not text.source.streaming:
             return list(text.documents())
         documents = text.shuffled(skip, settings.seed)
-        return self._enough(documents, settings.calibration_sequences, settings.calibration_length)
+        return self._enough(documents, settings.calibration_sequences + held_out, settings.calibration_length)
 
     def _read_evaluation(self, text: Text) -> list[str]:
         settings, documents = self._settings, text.documents()

@@ -14,7 +14,7 @@ from libprune.models.tokens import Ids
 from libprune.pipeline.sections import Tokenize
 from libprune.texts.draw import Drawn, TextProvenance, require_disjoint, source_provenance
 from libprune.texts.source import SELF, TextSource, calibration_source, evaluation_source, open_text, require_other_text
-from libprune.texts.windows import at_random, evenly, training_windows
+from libprune.texts.windows import at_random, evenly, training_rows
 
 Example = tuple[str, int]
 """A document and its label, as the model numbers it."""
@@ -61,9 +61,11 @@ def draw_training_examples(
     Raises:
         SourceError: if the text cannot be read, has no label or too few documents.
     """
+    whole = whole or evaluation_source(settings) is not None
     rest = _read_whole(settings, config) if whole else _read_both(settings, config)[0]
     shuffled = np.random.default_rng(settings.seed).permutation(len(rest.examples))  # may be in the order of labels
-    chosen = shuffled[training_windows(len(shuffled), settings.calibration_sequences, held_out, settings.seed)]
+    number, count = len(shuffled), settings.calibration_sequences
+    chosen = shuffled[training_rows(number, count, held_out, settings.seed, settings.text)]
     return _drawn(rest, chosen, settings.calibration_length, tokenizer, {"seed": settings.seed})
 
 

@@ -21,6 +21,8 @@ SELF = "self"
 SHUFFLE_BUFFER = 10_000
 """Documents of a stream among which the next one is drawn; some 20 MB of web text."""
 
+_FIXED_DATE = "{% macro strftime_now(format) %}26 July 2024{% endmacro %}"
+"""Stands before a chat template, instead of the function that tells today's date."""
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -155,7 +157,7 @@ class Text:
         revision: the commit that it was read at; None for local files.
         rows: its documents, and its labels if they are wanted: a `datasets.Dataset`, or a `datasets.IterableDataset` if
             it is a stream.
-        chat: writes a conversation as text; None where conversations are refused.
+        chat: writes a conversation as text, and raises what it likes; None where conversations are refused.
     """
 
     source: TextSource
@@ -199,41 +201,52 @@ class Text:
             for row in rows:
                 if self._is_document(row[column]):
                     empty = False
-                    yield row[column] if self.chat is None or isinstance(row[column], str) else self.chat(row[column])
+                    yield self._written(row[column])
         if empty:
             raise SourceError(f"text {self.source.name!r} holds no document{where}")
+
+    def _written(self, value: Any) -> str:
+        if self.chat is None or isinstance(value, str):
+            return str(value)
+        try:
+            return self.chat(value)
+        except Exception as error:  # templates raise what they like
+            raise SourceError(
+                f"column {self.source.column!r} of text {self.source.name!r} holds a conversation that the chat "
+                f"template of the tokenizer cannot write: {first_line(error)}"
+            ) from error
 
     def _is_document(self, value: object) -> bool:
         if self.chat is not None and isinstance(value, list) and all(map(_is_message, value)):
             return bool(value)
         if value is not None and not isinstance(value, str):
             column, kind = self.source.column, type(value).__name__
-            raise SourceError(f"column {column!r} of text {self.source.name!r} holds {kind}, not text")
+            more = "" if self.chat is None else ", nor a conversation: a list of messages, each with role and content"
+            raise SourceError(f"column {column!r} of text {self.source.name!r} holds {kind}, not text{more}")
         return bool(value and value.strip())
 
 
 def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and {"role", "content"} <= value.keys()
+    """Whether a value is a message of a conversation; one that only calls tools has no content."""
+    if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
+        return False
+    return isinstance(value["role"], str) and isinstance(value["content"], str | list | None)
 
 
 def chat_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], str]:
     """A function that writes a conversation as text, by the chat template of a tokenizer.
 
     A conversation is a list of messages, each with a `role` and a `content`. Keys of a message that are null are left
-    out, since data sets add them to the messages that lack them.
-
-    Raises:
-        SourceError: when a conversation is written, if the tokenizer has no chat template or it refuses the messages.
+    out, since data sets add them to the messages that lack them. Templates that write today's date write a fixed one,
+    so that the text is the same on every day.
     """
 
     def write(messages: Any) -> str:
+        if tokenizer.chat_template is None:
+            raise ValueError("it has none; use a text without conversations")
         told = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        try:
-            return str(tokenizer.apply_chat_template(told, tokenize=False))
-        except Exception as error:  # templates raise what they like
-            raise SourceError(
-                f"the tokenizer's chat template cannot write a conversation: {first_line(error)}"
-            ) from error
+        template = _FIXED_DATE + tokenizer.get_chat_template()
+        return str(tokenizer.apply_chat_template(told, chat_template=template, tokenize=False))
 
     return write
 

@@ -1,5 +1,6 @@
 """The text that a pruned model is trained on: one text or several with shares, and never the text that judges it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from libprune.engine.errors import SourceError
 from libprune.engine.heads import HeadName
 from libprune.models.sequences import NO_TARGET, Sequences
+from libprune.models.tokens import Ids
 from libprune.pipeline.sections import Recover, Share, Tokenize
 from libprune.texts.draw import MOST_SHARED, Drawn, Sample, TextProvenance, draw_training_windows
 from libprune.texts.labels import draw_training_examples
 from libprune.texts.source import SELF
-from libprune.texts.windows import training_windows
+from libprune.texts.windows import training_rows
 
 RUN = 32
 """Number of tokens in a row that two texts do not share by chance."""
@@ -30,24 +32,28 @@ class TrainingText:
         sequences: those that are trained on, and behind them the held-out ones.
         held_out: number of held-out sequences.
         sources: how the sequences of each text were drawn.
+        rows: the token ids of all that the sequences were drawn from: a row for each document of a labelled text, cut
+            off where evaluation documents are; else rows in which the text goes on.
     """
 
     sequences: Sequences
     held_out: int
     sources: list[TextProvenance]
+    rows: list[Ids]
 
     @property
     def names(self) -> str:
         """The names of the texts, with their shares of the sequences if there are several."""
         if len(self.sources) == 1:
             return str(self.sources[0]["source"])
-        return ", ".join(f"{100 * one['share']:.0f} % {one['source']}" for one in self.sources)
+        return ", ".join(f"{100 * one['share']:.3g} % {one['source']}" for one in self.sources)
 
     def sentence(self) -> str:
         """A line for the terminal that says what was drawn."""
         number, length = len(self.sequences) - self.held_out, self.sequences.length
+        most = "" if self.sequences.lengths is None else "up to "
         return (
-            f"recovery: {number:,} sequences of up to {length:,} tokens to train on and {self.held_out:,} held out, "
+            f"recovery: {number:,} sequences of {most}{length:,} tokens to train on and {self.held_out:,} held out, "
             f"from {self.names}"
         )
 
@@ -61,6 +67,8 @@ def draw_training(
     sample: Sample,
 ) -> TrainingText:
     """Draw the sequences to train on.
+
+    Of one of several texts that gives too few sequences for its share, sequences are repeated.
 
     Args:
         settings: the calibration text, whose documents are the default, and the evaluation text, which is left out.
@@ -77,98 +85,105 @@ def draw_training(
     if head == "sequence_classification" and len(shares) > 1:
         raise SourceError("recover.text lists several texts, but a model that tells classes apart takes one; name one")
     wanted = -(-params.tokens // params.length)
-    drawn, held = [], []
-    for share in shares:
-        own = settings if params.text is None else settings.model_copy(update=_EVALUATION | _keys(share))
-        own = own.model_copy(
-            update={
-                "calibration_sequences": max(1, round(share.share * wanted)),
-                "calibration_length": params.length,
-                "seed": params.seed,
-            }
-        )
-        held.append(max(1, round(share.share * params.held_out)))
-        whole = params.text is not None  # a text of its own has no part that is left to evaluation
-        drawn.append(_draw(own, held[-1], whole, tokenizer, config, head, sample))
-    sequences = _joined([one.sequences for one in drawn], held)
-    sources = [one.provenance | {"share": share.share} for one, share in zip(drawn, shares, strict=True)]
-    return TrainingText(sequences, sum(held), sources)
+    counts, held = (_divided(number, shares) for number in (wanted, params.held_out))
+    draw = _Draw(tokenizer, config, head, sample)
+    parts = []
+    for share, count, held_out in zip(shares, counts, held, strict=True):
+        whole = not _is_calibration(share, settings)
+        sizes = {"calibration_sequences": count, "calibration_length": params.length, "seed": params.seed}
+        own = settings.model_copy(update=(_EVALUATION | _keys(share) if whole else {}) | sizes)
+        parts.append(draw.of(own, held_out, whole))
+    sequences = _joined([drawn.sequences for drawn, _ in parts], counts, held)
+    sources = [drawn.provenance | {"share": share.share} for (drawn, _), share in zip(parts, shares, strict=True)]
+    return TrainingText(sequences, sum(held), sources, [row for _, rows in parts for row in rows])
+
+
+def _divided(number: int, shares: Sequence[Share]) -> list[int]:
+    """A number divided by shares, so that the parts make the number; but each part is at least 1."""
+    ends = np.round(np.cumsum([0, *(one.share for one in shares)]) * number)
+    return np.diff(ends).clip(1).astype(int).tolist()
 
 
 def _keys(share: Share) -> dict[str, Any]:
     return share.model_dump(exclude={"share"})
 
 
-def _draw(
-    settings: Tokenize,
-    held_out: int,
-    whole: bool,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PreTrainedConfig,
-    head: HeadName,
-    sample: Sample,
-) -> Drawn:
-    if settings.text == SELF and head != "sequence_classification":
+def _is_calibration(share: Share, settings: Tokenize) -> bool:
+    """Whether a text is the calibration text, by its name and the other keys that are given."""
+    given = {key: value for key, value in _keys(share).items() if value is not None}
+    return all(value == getattr(settings, key) for key, value in given.items())
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Draws the sequences of one text for a model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    head: HeadName
+    sample: Sample
+
+    def of(self, settings: Tokenize, held_out: int, whole: bool) -> tuple[Drawn, list[Ids]]:
+        """The sequences, and the rows of all that they were drawn from, as in `TrainingText`."""
+        if self.head == "sequence_classification":
+            drawn = draw_training_examples(settings, self.tokenizer, self.config, held_out, whole)
+            cut = self.tokenizer(drawn.documents, truncation=True, max_length=settings.evaluation_length)
+            return drawn, list(map(np.array, cut["input_ids"]))
+        if settings.text == SELF:
+            return self._written(settings, held_out)
+        drawn, windows = draw_training_windows(settings, self.tokenizer, self.head, held_out, whole)
+        return drawn, [windows.flatten()]
+
+    def _written(self, settings: Tokenize, held_out: int) -> tuple[Drawn, list[Ids]]:
         count = settings.calibration_sequences
-        ids, how = sample(count + held_out, settings.calibration_length, settings.seed)
-        chosen = training_windows(count + held_out, count, held_out, settings.seed)
+        ids, how = self.sample(count + held_out, settings.calibration_length, settings.seed)
+        chosen = training_rows(len(ids), count, held_out, settings.seed, SELF)
         how |= {"source": SELF, "mode": "sampled", "seed": settings.seed}
-        return Drawn(Sequences(torch.from_numpy(ids[chosen])), how, [])
-    if head == "sequence_classification":
-        return draw_training_examples(settings, tokenizer, config, held_out, whole)
-    return draw_training_windows(settings, tokenizer, head, held_out, whole)
+        return Drawn(Sequences(torch.from_numpy(ids[chosen])), how, []), list(ids)
 
 
-def _joined(parts: list[Sequences], held: list[int]) -> Sequences:
-    """The sequences of all texts, those that are trained on before the held-out ones."""
+def _joined(parts: list[Sequences], counts: list[int], held: list[int]) -> Sequences:
+    """The sequences of all texts, those that are trained on, as many as asked for, before the held-out ones."""
     if len(parts) == 1:
         return parts[0]
-    split = [(part[: len(part) - number], part[len(part) - number :]) for part, number in zip(parts, held, strict=True)]
-    ordered = [part for group in zip(*split, strict=True) for part in group]
+    trained, last = [], []
+    for part, count, number in zip(parts, counts, held, strict=True):
+        given = len(part) - number
+        trained.append(part[torch.arange(count) % given])
+        last.append(part[given:])
+    ordered = [*trained, *last]
     targets = [part.targets for part in ordered if part.targets is not None]
     ids = torch.cat([part.ids for part in ordered])
     return Sequences(ids, torch.cat(targets) if targets else None)
 
 
-def require_unseen(training: Sequences, evaluation: Sequences, name: str) -> None:
+def require_unseen(text: TrainingText, evaluation: Sequences, tokenizer: PreTrainedTokenizerBase) -> None:
     """Stop if the text to train on holds the text that the result is judged on, under whatever name.
 
-    The tokens are compared, wherever the windows begin: a token of the evaluation text counts as seen if it lies in
-    a run of `RUN` tokens that the text to train on holds too.
+    All of the text is compared, not only the sequences that were drawn from it; without special tokens, which stand
+    around windows. A token of the evaluation text counts as seen if it lies in a run of `RUN` tokens that the text to
+    train on holds too, and a labelled document if it is there as a whole.
 
     Args:
-        training: all sequences to train on, the held-out ones included.
+        text: the text to train on.
         evaluation: the sequences that the models are evaluated on.
-        name: the name of the text to train on, for the message.
+        tokenizer: tokenizer of both.
 
     Raises:
         SourceError: if more than `MOST_SHARED` of the evaluation text was seen.
     """
-    shared = seen_share(training, evaluation)
+    special = np.array(tokenizer.all_special_ids)
+    rows, judged = ([row[~np.isin(row, special)] for row in rows] for rows in (text.rows, originals(evaluation)))
+    shared = seen_documents(rows, judged) if evaluation.lengths is not None else seen_share(rows, judged)
     if shared > MOST_SHARED:
         raise SourceError(
-            f"{100 * shared:.0f} % of the text that the models are evaluated on is in the text to train on ({name}); "
-            "name another recover.text or another tokenize.evaluation_text"
+            f"{100 * shared:.0f} % of the text that the models are evaluated on is in the text to train on "
+            f"({text.names}); name another tokenize.evaluation_text or another recover.text (null: the documents that "
+            "calibration sequences are drawn from)"
         )
 
 
-def seen_share(training: Sequences, evaluation: Sequences) -> float:
-    """The share of the evaluation tokens that lie in runs of `RUN` tokens which the training sequences hold too."""
-    rows = _originals(evaluation)
-    run = min(RUN, *(len(row) for row in rows))
-    wanted = [_runs(row, run) for row in rows]
-    known = np.unique(np.concatenate(wanted))
-    met = np.unique(np.concatenate([np.intersect1d(_runs(row, run), known) for row in _originals(training)]))
-    seen = 0
-    for row, hashes in zip(rows, wanted, strict=True):
-        inside = np.zeros(len(row), dtype=np.bool_)
-        for start in np.flatnonzero(np.isin(hashes, met)):
-            inside[start : start + run] = True
-        seen += int(inside.sum())
-    return seen / sum(map(len, rows))
-
-
-def _originals(sequences: Sequences) -> list[NDArray[np.int64]]:
+def originals(sequences: Sequences) -> list[Ids]:
     """The tokens of each sequence as they stand in the text: masked ones are uncovered."""
     ids, targets = sequences.ids, sequences.targets
     if targets is not None and targets.ndim == 2:
@@ -177,8 +192,40 @@ def _originals(sequences: Sequences) -> list[NDArray[np.int64]]:
     return [row[:length].numpy() for row, length in zip(ids, lengths, strict=True)]
 
 
-def _runs(row: NDArray[np.int64], run: int) -> NDArray[np.uint64]:
-    """A hash of every run of tokens of a sequence; none of a shorter sequence."""
+def seen_documents(rows: Sequence[Ids], judged: Sequence[Ids]) -> float:
+    """The share of the tokens of documents that lie in documents which are among other ones."""
+    known = {row.tobytes() for row in rows}
+    return sum(len(row) for row in judged if row.tobytes() in known) / max(1, sum(map(len, judged)))
+
+
+def seen_share(rows: Sequence[Ids], judged: Sequence[Ids]) -> float:
+    """The share of a text's tokens that lie in runs of tokens which another text holds too.
+
+    Runs that recur in the text itself count for nothing, unless all do: the instruction that stands before every
+    conversation is in any text of that kind.
+
+    Args:
+        rows: tokens of the other text.
+        judged: tokens of the text. A run is `RUN` tokens long, or as long as the longest row of either text if that is
+            shorter.
+    """
+    run = max(1, min(RUN, max(map(len, rows)), max(map(len, judged))))
+    runs = [hashes for row in judged if len(hashes := _runs(row, run))]
+    if not runs:
+        return 0.0
+    every, times = np.unique(np.concatenate(runs), return_counts=True)
+    counted = every[times == 1] if (times == 1).any() else every
+    seen = np.intersect1d(counted, np.concatenate([_runs(row, run) for row in rows]))
+    return sum(_inside(hashes, seen, run) for hashes in runs) / sum(_inside(hashes, counted, run) for hashes in runs)
+
+
+def _inside(hashes: NDArray[np.uint64], chosen: NDArray[np.uint64], run: int) -> int:
+    """The number of tokens of a row that lie in chosen runs."""
+    return int((np.convolve(np.isin(hashes, chosen), np.ones(run, dtype=np.int64)) > 0).sum())
+
+
+def _runs(row: Ids, run: int) -> NDArray[np.uint64]:
+    """A hash of every run of tokens of a row; none of a shorter row."""
     if len(row) < run:
         return np.zeros(0, dtype=np.uint64)
     factors = np.random.default_rng(0).integers(1, 1 << 63, run, dtype=np.uint64) | np.uint64(1)

@@ -32,6 +32,16 @@ class Windows:
     documents: int
     skipped: int
 
+    @property
+    def shortage(self) -> str:
+        """Part of a message about too few windows: how many documents gave none; empty if all gave some."""
+        if not self.skipped:
+            return ""
+        return (
+            f"; {self.skipped} of its {self.documents} documents are shorter than a window and were skipped "
+            "(tokenize.documents: joined would use them)"
+        )
+
 
 def split_documents(documents: list[str], evaluation_share: float) -> tuple[list[str], list[str]]:
     """Split documents into those for calibration and, at the end of the text, those for evaluation.
@@ -70,7 +80,7 @@ def cut_windows(
     if width < 1:
         raise SourceError(
             f"windows of {length} tokens have no room beside the {len(before) + len(after)} that the tokenizer puts "
-            "around every text; raise tokenize.calibration_length and tokenize.evaluation_length"
+            "around every text; raise tokenize.calibration_length, tokenize.evaluation_length or recover.length"
         )
     whole = [ids[: len(ids) // width * width] for ids in encoded]
     joined = np.fromiter(chain.from_iterable(whole), dtype=np.int64).reshape(-1, width)
@@ -137,23 +147,25 @@ def spread(available: Windows, count: int, what: str) -> Ids:
     return evenly(len(available.ids), count)
 
 
-def training_windows(available: int, count: int, held_out: int, seed: int) -> Ids:
-    """The indices of windows to train on, and behind them those of the held-out windows, which are the text's last.
+def training_rows(available: int, count: int, held_out: int, seed: int, name: str, shortage: str = "") -> Ids:
+    """The indices of sequences to train on, and behind them those of the held-out ones, which are the text's last.
 
     Args:
-        available: number of windows of the text.
-        count: most windows to train on; all but the held-out ones if there are no more.
-        held_out: number of held-out windows.
+        available: number of sequences of the text.
+        count: most sequences to train on; all but the held-out ones if there are no more.
+        held_out: number of held-out sequences.
         seed: seed of the choice.
+        name: the name of the text, for the message.
+        shortage: what else the message says of too few sequences.
 
     Raises:
-        SourceError: if the text has too few windows for both.
+        SourceError: if the text has too few sequences for both.
     """
     rest = available - held_out
     if rest < 1:
         raise SourceError(
-            f"the text to train on gives {available} windows, and {held_out} are held out to choose the best step; "
-            "use more text, a smaller recover.length or a smaller recover.held_out"
+            f"the text to train on, {name!r}, gives {available} sequences, of which {held_out} are held out to choose "
+            f"the best step{shortage}; use more text, or lower recover.held_out or recover.length"
         )
     return np.concatenate([at_random(rest, min(count, rest), seed), np.arange(rest, available)])
 
@@ -170,13 +182,8 @@ def evenly(available: int, count: int) -> Ids:
 
 def _require(available: Windows, count: int, what: str) -> None:
     number, length = available.ids.shape
-    if number >= count:
-        return
-    short = (
-        f"; {available.skipped} of its {available.documents} documents are shorter than a window and were skipped "
-        "(tokenize.documents: joined would use them)"
-    )
-    raise SourceError(
-        f"{what} needs {count} windows of {length} tokens, the text gives {number} ({number * length} tokens)"
-        f"{short if available.skipped else ''}; use more text, fewer or shorter windows"
-    )
+    if number < count:
+        raise SourceError(
+            f"{what} needs {count} windows of {length} tokens, the text gives {number} ({number * length} tokens)"
+            f"{available.shortage}; use more text, fewer or shorter windows"
+        )
