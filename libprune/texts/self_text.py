@@ -76,7 +76,9 @@ class SelfText:
             SourceError: if the model does not generate text.
         """
         if self._architecture.head != "causal_lm":
-            raise SourceError("this model does not write text; name a text in tokenize.text or recover.text instead of self")
+            raise SourceError(
+                "this model does not write text; name a text in tokenize.text or recover.text instead of self"
+            )
         step = min(count, self.at_once(length))
         label = "written text" if seed is not None else "evaluation text"
         how: dict[str, Any] = {"greedy": GREEDY, "temperature": TEMPERATURE, "top_k": TOP_K, "at_once": step}

@@ -92,6 +92,37 @@ def test_a_misspelled_part_of_a_mixed_criterion_is_refused_with_its_whole_place(
         load(data)
 
 
+def test_a_part_of_a_mixed_criterion_is_named_with_its_whole_place(load):
+    data = shipped()
+    data["score"]["weight_stats"]["entropy"] = "much"
+    with pytest.raises(ParamsError, match=r"yaml: score\.weight_stats\.entropy: Input should be a valid number$"):
+        load(data)
+
+
+def test_an_entry_of_a_list_is_named_with_its_number(load):
+    data = shipped()
+    data["evaluate"]["tasks"] = ["piqa", 3]
+    with pytest.raises(ParamsError, match=r"params\.yaml: evaluate\.tasks\[1\]: Input should be a valid string$"):
+        load(data)
+
+
+def test_the_types_that_were_tried_are_no_part_of_the_place(load):
+    data = shipped()
+    data["slice"]["damping"] = "much"
+    with pytest.raises(ParamsError, match=r"yaml: slice\.damping: .*number.*; slice\.damping: Input should be 'auto'$"):
+        load(data)
+
+
+def test_a_message_speaks_of_lists_and_keys_as_yaml_does(load):
+    data = shipped()
+    data["evaluate"]["tasks"] = 3
+    data["latency"] = "fast"
+    with pytest.raises(ParamsError) as error:
+        load(data)
+    assert "evaluate.tasks: Input should be a list" in str(error.value)
+    assert "latency: Input should be keys with values; the keys are tokens, batch, widths, rounds" in str(error.value)
+
+
 # Sections that need one another
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from libprune.engine.errors import ParamsError
-from libprune.pipeline.sections import Allocate, Score
+from libprune.pipeline.sections import Allocate, Recover, Score, Share
 from tests.support.params import PLACES, shipped, write_and_load
 
 
@@ -60,6 +60,25 @@ def test_a_value_of_another_type_is_refused_with_its_place(load, place):
         ("score.gradient_flow", {"snr": -0.1}),
         ("score.cooperative", {"connection": 0, "uniqueness": 0, "centrality": 0, "cooperation": 0}),
         ("slice.damping", 0),
+        ("recover.method", "qlora"),
+        ("recover.length", 1),
+        ("recover.tokens", 0),
+        ("recover.held_out", 0),
+        ("recover.batch_tokens", 0),
+        ("recover.temperature", 0),
+        ("recover.temperature", 101),
+        ("recover.cross_entropy", 1.1),
+        ("recover.hidden_states", -1),
+        ("recover.top_k", 0),
+        ("recover.optimizer", "sgd"),
+        ("recover.learning_rate", 0),
+        ("recover.warmup", 1),
+        ("recover.schedule", "step"),
+        ("recover.clip", -1),
+        ("recover.dtype", "float16"),
+        ("recover.lora_rank", 0),
+        ("recover.lora_targets", []),
+        ("recover.seed", -1),
         ("evaluate.rounds", 0),
     ],
 )
@@ -98,3 +117,76 @@ def test_criteria_are_listed_by_the_keys_that_apply():
     assert Score(criterion="taylor").expressions == {"criterion": "taylor"}
     assert Score(criterion="taylor", mlp="wanda").expressions == {"criterion": "taylor", "mlp": "wanda"}
     assert Score(attention="snip", mlp="wanda").expressions == {"attention": "snip", "mlp": "wanda"}
+
+
+# The text to train on
+
+
+def test_a_text_to_train_on_is_none_one_or_several_with_shares(load):
+    data = shipped()
+    assert load(data).recover.text is None
+    data["recover"]["text"] = "./chat.jsonl"
+    assert load(data).recover.text == "./chat.jsonl"
+    data["recover"]["text"] = [
+        {"text": "c4", "share": 0.75},
+        {"text": "chat.jsonl", "share": 0.25, "column": "messages", "streaming": False},
+    ]
+    texts = (Share(text="c4", share=0.75), Share(text="chat.jsonl", share=0.25, column="messages", streaming=False))
+    assert load(data).recover.text == texts
+    data["recover"]["text"] = [{"text": "owner/data", "share": 1, "config": "a", "revision": "b", "split": "dev"}]
+    assert load(data).recover.text == (Share(text="owner/data", share=1.0, config="a", revision="b", split="dev"),)
+
+
+KEYS = "text, share, config, revision, split, column, streaming"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (3, "recover.text: Input should be a text, or a list of texts, each with the keys text and share"),
+        ({"text": "a", "share": 1}, "recover.text: Input should be a text, or a list of texts, each with the keys"),
+        ([], "recover: recover.text lists no text; null trains on the documents of the calibration text"),
+        (["a"], f"recover.text[0]: Input should be keys with values; the keys are {KEYS}"),
+        ([{"text": "a", "share": 2}], "recover.text[0].share: Input should be less than or equal to 1"),
+        ([{"text": "a", "share": 0}], "recover.text[0].share: Input should be greater than 0"),
+        ([{"text": "a", "share": "50 %"}], "recover.text[0].share: Input should be a valid number"),
+        ([{"text": "a", "share": 0.5}, {"text": "b"}], "recover.text[1].share: Field required"),
+        ([{"share": 1}], "recover.text[0].text: Field required"),
+        ([{"text": 3, "share": 1}], "recover.text[0].text: Input should be a valid string"),
+        (
+            [{"text": "a", "share": 1, "colum": "b"}],
+            f"unknown key 'recover.text[0].colum'; did you mean 'column'? (known: {KEYS})",
+        ),
+        ([{"text": "a", "share": 0.5}], "recover: the shares of recover.text make 0.5, not 1"),
+        ([{"text": "a", "share": 0.7}, {"text": "b", "share": 0.7}], "the shares of recover.text make 1.4, not 1"),
+    ],
+    ids=str,
+)
+def test_a_wrong_text_to_train_on_is_refused_with_its_place_alone(load, text, message):
+    data = shipped()
+    data["recover"]["text"] = text
+    with pytest.raises(ParamsError) as error:
+        load(data)
+    assert message in str(error.value)
+    assert str(error.value).count("recover.text") == message.count("recover.text"), "nothing else is said"
+
+
+def test_shares_make_one_up_to_rounding():
+    third = 1 / 3
+    assert Recover(text=tuple(Share(text=name, share=third) for name in "abc")).text is not None
+    with pytest.raises(ValueError, match=r"make 0\.99, not 1"):
+        Recover(text=tuple(Share(text=name, share=0.33) for name in "abc"))
+
+
+def test_hidden_states_need_the_dense_model_and_not_its_stored_predictions(load):
+    data = shipped()
+    data["recover"] |= {"top_k": 8, "hidden_states": 1.0}
+    with pytest.raises(ParamsError, match=r"recover\.hidden_states needs the dense model itself; set recover\.top_k"):
+        load(data)
+    for key, value in (("top_k", None), ("hidden_states", 0.0)):
+        assert load(data | {"recover": data["recover"] | {key: value}})
+
+
+def test_the_learning_rate_is_the_methods_if_none_is_given():
+    assert [Recover(method=method).rate for method in ("none", "full", "lora")] == [1e-4, 1e-4, 1e-3]
+    assert Recover(method="lora", learning_rate=0.5).rate == 0.5

@@ -1,5 +1,6 @@
 """Windows drawn from texts: from disjoint documents in every form, and recorded as they were drawn."""
 
+import json
 import re
 from pathlib import Path
 
@@ -187,6 +188,23 @@ def test_a_few_recurring_headings_do_no_harm(run, project, tmp_path):
     calibration, evaluation = run(text=str(tmp_path / "t.txt"))
     assert len(calibration[0]) == 8
     assert len(evaluation[0]) == 4
+
+
+# Conversations
+
+
+def test_conversations_are_calibrated_and_evaluated_on(run, project, tmp_path):
+    """The template of the tiny model puts the contents of the messages one behind the other."""
+    for name, part in (("one", lines(project)[:200]), ("two", lines(project)[200:])):
+        chats = ([{"role": "user", "content": f"{line} "}, {"role": "assistant", "content": line}] for line in part)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{line} {line}" for line in part))
+    chosen = {"text": str(tmp_path / "one.jsonl"), "column": "messages"}
+    written = {"text": str(tmp_path / "one.txt")}
+    for more in ({}, {"evaluation_text": "two"}):
+        others = [{key: str(tmp_path / f"{name}.{kind}") for key, name in more.items()} for kind in ("jsonl", "txt")]
+        for (found, _), (expected, _) in zip(run(**chosen, **others[0]), run(**written, **others[1]), strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 # Text that the model writes

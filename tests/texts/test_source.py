@@ -11,6 +11,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError
 from libprune.pipeline.sections import Tokenize
@@ -18,11 +19,13 @@ from libprune.texts.source import (
     PRESETS,
     TextSource,
     calibration_source,
+    chat_writer,
     evaluation_source,
     open_text,
     require_other_text,
 )
 from tests.support.hub import REVISION, write_cached
+from tests.support.tiny import write_model
 
 DOCUMENTS = ["the cat sees a bird", "  never, and then: today", "a river", 'the "old" house']
 
@@ -164,6 +167,113 @@ def test_a_stream_reads_no_further_than_it_is_asked_to(tmp_path):
         next(documents)
     with pytest.raises(SourceError, match="texts' cannot be loaded"):
         open_text(source(tmp_path / "texts", streaming=False))
+
+
+# Conversations
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> PreTrainedTokenizerBase:
+    """Its template writes the keys of each message with their values."""
+    tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "model"))
+    tokenizer.chat_template = (
+        "{% for message in messages %}[{% for key in message %}{{ key }}:{{ message[key] }} {% endfor %}]{% endfor %}"
+    )
+    return tokenizer
+
+
+CHATS = [
+    [{"role": "user", "content": "a river"}, {"role": "assistant", "content": "never"}],
+    [],
+    [{"role": "assistant", "content": None, "name": "tool"}],
+]
+WRITTEN = ["[role:user content:a river ][role:assistant content:never ]", "[role:assistant name:tool ]"]
+
+
+def chats(path: Path, tokenizer: PreTrainedTokenizerBase, streaming: bool = False) -> list[str]:
+    return list(open_text(source(path, column="messages", streaming=streaming), chat_writer(tokenizer)).documents())
+
+
+def write_chats(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_are_written_by_the_chat_template_without_keys_that_are_null(tokenizer, tmp_path, streaming):
+    assert chats(write_chats(tmp_path / "t.jsonl", CHATS), tokenizer, streaming) == WRITTEN
+    pq.write_table(pa.table({"messages": [*CHATS, None]}), tmp_path / "t.parquet")
+    assert chats(tmp_path / "t.parquet", tokenizer, streaming) == WRITTEN
+
+
+def test_conversations_of_a_stream_come_in_a_seeded_order(tokenizer, tmp_path):
+    rows = [[{"role": "user", "content": str(number)}] for number in range(20)]
+    path = write_chats(tmp_path / "t.jsonl", rows)
+    text = open_text(source(path, column="messages", streaming=True), chat_writer(tokenizer))
+    found = list(text.shuffled(3, seed=0))
+    assert found != sorted(found)
+    assert sorted(found) == sorted(f"[role:user content:{number} ]" for number in range(3, 20))
+
+
+def test_a_text_without_conversations_is_read_as_it_is(tokenizer, tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"messages": text}) + "\n" for text in DOCUMENTS))
+    assert chats(tmp_path / "t.jsonl", tokenizer) == DOCUMENTS
+
+
+def test_a_template_that_writes_the_date_writes_the_same_on_every_day(tokenizer, tmp_path):
+    path = write_chats(tmp_path / "t.jsonl", CHATS[:1])
+    tokenizer.chat_template = "{%- set day = strftime_now('%d %B %Y') -%}{{ day }}: {{ messages[0]['content'] }}"
+    assert chats(path, tokenizer) == ["26 July 2024: a river"]
+    tokenizer.chat_template = "{% if strftime_now is defined %}{{ strftime_now('%H') }}{% endif %}"
+    assert chats(path, tokenizer) == ["26 July 2024"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"column 'messages' of text '.*t\.jsonl' holds a conversation .* cannot write: it has none; use a text"),
+        ("{{ raise_exception('roles must alternate') }}", "cannot write: roles must alternate$"),
+        ("{% for", "that the chat template of the tokenizer cannot write: "),
+        ("{{ messages[9].content.missing }}", "that the chat template of the tokenizer cannot write: "),
+    ],
+)
+def test_a_template_that_cannot_write_a_conversation_is_refused(tokenizer, tmp_path, template, message):
+    path = write_chats(tmp_path / "t.jsonl", CHATS[:1])
+    tokenizer.chat_template = template
+    with pytest.raises(SourceError, match=message):
+        chats(path, tokenizer)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["a", "b"],
+        [1],
+        [{"from": "human", "value": "a"}],
+        [{"role": "user"}],
+        [{"role": 1, "content": "a"}],
+        [{"role": "user", "content": 5}],
+        {"role": "user", "content": "a"},
+        5,
+    ],
+    ids=str,
+)
+def test_what_is_neither_text_nor_a_conversation_is_refused(tokenizer, tmp_path, row, streaming):
+    path = write_chats(tmp_path / "t.jsonl", [row])
+    with pytest.raises(
+        SourceError,
+        match=r"holds (list|dict|int), not text, nor a conversation: a list of messages, each with ",
+    ):
+        chats(path, tokenizer, streaming)
+
+
+def test_conversations_are_refused_where_documents_have_labels(tmp_path):
+    rows = [{"messages": CHATS[0], "label": 1}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labelled = calibration_source(Tokenize(text=str(tmp_path / "t.jsonl"), column="messages"), "label")
+    with pytest.raises(SourceError, match=r"column 'messages' of text .* holds list, not text$"):
+        list(open_text(labelled).examples())
 
 
 # The hub

@@ -9,7 +9,16 @@ from transformers import AutoTokenizer
 
 from libprune.engine.errors import SourceError
 from libprune.models.sequences import NO_TARGET
-from libprune.texts.windows import MASKED_SHARE, Windows, cut_windows, draw, split_documents, spread, with_masks
+from libprune.texts.windows import (
+    MASKED_SHARE,
+    Windows,
+    cut_windows,
+    draw,
+    split_documents,
+    spread,
+    training_rows,
+    with_masks,
+)
 from tests.support.models import FAMILIES, VOCAB
 from tests.support.tiny import WORDS, write_encoder, write_model
 
@@ -76,6 +85,20 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(choose):
 def test_too_little_text_says_how_many_documents_were_too_short(choose):
     with pytest.raises(SourceError, match=r"gives 20 .*; 30 of its 40 documents are shorter than a window .*joined"):
         choose(Windows(IDS, documents=40, skipped=30), 21)
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 60), st.integers(0, 99))
+def test_rows_to_train_on_are_drawn_without_the_last_ones_which_stand_behind_them(available, count, held_out, seed):
+    if held_out >= available:
+        with pytest.raises(SourceError, match=f"'t', gives {available} sequences, of which {held_out} .*; too bad; "):
+            training_rows(available, count, held_out, seed, "t", "; too bad")
+        return
+    rows = training_rows(available, count, held_out, seed, "t")
+    trained, last = rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+    assert last.tolist() == list(range(available - held_out, available))
+    assert len(trained) == min(count, available - held_out)
+    assert (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(training_rows(available, count, held_out, seed, "t"), rows)
 
 
 @pytest.fixture(scope="module")
