@@ -196,7 +196,7 @@ class _Checks(TrainerCallback):
         control.should_training_stop = control.should_training_stop or since >= self._patience
 
 
-def held_out_losses(history: Sequence[Mapping[str, float]]) -> dict[int, float]:
+def held_out_losses(history: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """The held-out loss by the step that it was measured after, nats."""
     return {int(entry["step"]): entry["eval_loss"] for entry in history if "eval_loss" in entry}
 
@@ -252,7 +252,7 @@ class Outcome:
     steps: int
     kept: int
     checkpoint: Path | None
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
