@@ -19,8 +19,8 @@ def test_every_seed_is_a_dot_and_every_interval_a_line(data):
     assert [label.get_text() for label in axes.get_yticklabels()] == [one.name for one in found]
     drawn = [tuple(line.get_xdata()) for line in axes.lines]
     for one in found:
-        assert tuple(one.ratios.values()) in drawn
-        assert (one.ratio.low, one.ratio.high) in drawn
+        assert tuple(one.before.ratios.values()) in drawn
+        assert (one.before.ratio.low, one.before.ratio.high) in drawn
     assert axes.get_xscale() == "log"
     (axes,) = draw_ratios(found[:2], found[0]).axes
     assert axes.get_xscale() == "linear"

@@ -18,7 +18,7 @@ def test_every_table_has_every_setting_and_run(tmp_path):
     assert by_name["same"]["to same"] == by_name["same"]["pruning, s"] == NOTHING
     assert (by_name["good"]["collecting, s"], by_name["good"]["pruning, s"]) == ("2.0", "6.0")
     settings = list(csv.DictReader(io.StringIO(settings_csv(data, found))))
-    assert [float(row["perplexity_ratio"]) for row in settings] == [one.ratio.mean for one in found]
+    assert [float(row["perplexity_ratio"]) for row in settings] == [one.before.ratio.mean for one in found]
     assert [row["pruning_seconds"] for row in settings if row["setting"] == "same"] == [""]
     runs = list(csv.DictReader(io.StringIO(runs_csv(data))))
     assert {(row["setting"], float(row["perplexity_ratio"])) for row in runs} == {
