@@ -9,15 +9,20 @@ and columns, which are few. The states of `adamw_bnb_8bit` are bytes, so half of
 float32 number each; the larger is counted."""
 
 
+CHECKPOINTS = 3
+"""Most checkpoints on the disk at once: the best, the last, and the one that is being written."""
+
+
 def training_bytes(trained: int, whole: int, params: Recover) -> int:
     """Bytes of the weights, of the gradients and of the optimizer states; without activations and the dense model.
 
     Args:
         trained: number of trained parameters.
-        whole: number of all parameters of the pruned model.
+        whole: number of all parameters of the pruned model, without the matrices of `lora`.
         params: method, type and optimizer.
     """
-    return _BYTES[params.dtype] * whole + _trained_bytes(params) * trained + _states(trained, params)
+    tensors = 2 if params.method == "lora" else 1  # the matrices of `lora` stand beside the weights, then gradients
+    return _BYTES[params.dtype] * whole + tensors * _trained_bytes(params) * trained + _states(trained, params)
 
 
 def checkpoint_bytes(trained: int, params: Recover) -> int:

@@ -1,5 +1,6 @@
 """The model that is trained: a pruned folder, with all of its weights or with small matrices beside its linear maps."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def prepare(student: PreTrainedModel, params: Recover) -> nn.Module:
     config = LoraConfig(r=rank, lora_alpha=params.lora_alpha or 2 * rank, target_modules=targets)
     torch.manual_seed(params.seed)  # one of the two matrices beside each map begins with random numbers
     try:
-        trained: nn.Module = get_peft_model(student, config)
+        with warnings.catch_warnings():  # of a name of transformers that peft still uses
+            warnings.simplefilter("ignore", FutureWarning)
+            trained: nn.Module = get_peft_model(student, config)
     except ValueError as error:
         raise LibpruneError(f"recover.lora_targets: {error}") from error
     return trained
