@@ -19,7 +19,7 @@ from libprune.experiments.summary import (
     reference_of,
     summarize,
 )
-from tests.support.compared import RATIOS, gathered, kept_sets
+from tests.support.compared import AFTER, RATIOS, gathered, kept_sets
 
 
 def test_settings_are_listed_by_the_geometric_mean_of_their_ratios(tmp_path):
@@ -72,3 +72,28 @@ def test_the_reference_is_the_named_one_or_the_best(tmp_path):
     data = gathered(tmp_path, RATIOS)
     found = summarize(data)
     assert reference_of(data, found).before.ratio.mean == min(one.before.ratio.mean for one in found)
+
+
+def test_settings_are_compared_after_recovery_only_if_every_run_has_that_figure(tmp_path):
+    every = summarize(gathered(tmp_path, RATIOS, after=AFTER))
+    assert every[0].name == "bad"
+    for one in every:
+        assert dict(one.after.ratios) == dict(enumerate(AFTER[one.name]))
+        assert dict(one.before.ratios) == dict(enumerate(RATIOS[one.name]))
+        assert one.compared is one.after
+    factor = compare_settings(every[-1], every[0]).factor
+    assert factor.mean == pytest.approx(every[-1].after.ratio.mean / every[0].after.ratio.mean)
+    some = summarize(gathered(tmp_path, RATIOS, after={"bad": AFTER["bad"]}))
+    assert some[-1].name == "bad"
+    assert [one.name for one in some if one.after] == ["bad"]
+    assert all(one.compared is one.before for one in some)
+
+
+def test_the_seconds_are_those_that_lead_to_the_compared_figure(tmp_path):
+    seconds = dict.fromkeys(RATIOS, 8.0)
+    for after, expected in ((None, 8.0), ({"bad": AFTER["bad"]}, 8.0), (AFTER, 12.0)):
+        found = summarize(gathered(tmp_path, RATIOS, seconds=seconds, after=after))
+        assert {one.seconds for one in found} == {expected}
+        assert {one.name for one in found if one.recovering} == set(after or ())
+    found = summarize(gathered(tmp_path, RATIOS, after=AFTER))
+    assert {one.seconds for one in found} == {None}
