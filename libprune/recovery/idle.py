@@ -15,8 +15,6 @@ NOTE = "recovery.json"
 """The file of the folder of the recovered model where there is none; a recovered model has its record instead."""
 COLUMNS = ("step", "tokens", "seconds", "loss", "held_out")
 """The columns of the learning curve."""
-Row = Mapping[str, int | float | None]
-"""A row of the learning curve, with the columns `COLUMNS`; None where nothing was measured."""
 
 
 def write_no_text(layout: Layout) -> None:
@@ -32,13 +30,13 @@ def write_no_model(layout: Layout) -> None:
         write_json(folder / NOTE, {"method": "none"})
 
 
-def write_figures(metrics: Path, figures: Mapping[str, Any], curve: Sequence[Row]) -> None:
+def write_figures(metrics: Path, figures: Mapping[str, Any], curve: Sequence[Mapping[str, float | int | None]]) -> None:
     """Write `recovery.json` and the learning curve as `learning_curve.csv`.
 
     Args:
         metrics: the folder of metrics.
         figures: the figures; none where nothing was trained.
-        curve: the rows of the learning curve.
+        curve: rows with the columns `COLUMNS`.
     """
     write_json(metrics / "recovery.json", figures)
     with writing(metrics / "learning_curve.csv") as partial, partial.open("w", newline="") as file:

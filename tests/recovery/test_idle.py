@@ -7,7 +7,7 @@ import pytest
 
 from libprune.pipeline.artifacts import read_table
 from libprune.pipeline.layout import Layout
-from libprune.recovery.idle import COLUMNS, NOTE, write_figures, write_no_model, write_no_text
+from libprune.recovery.idle import COLUMNS, write_figures, write_no_model, write_no_text
 
 
 def test_without_a_text_the_tokens_are_an_empty_table_and_no_prediction_is_stored(tmp_path):
@@ -25,8 +25,8 @@ def test_without_a_training_the_folder_of_the_recovered_model_holds_a_note_alone
     layout.recovered.mkdir()
     (layout.recovered / "model.safetensors").touch()
     write_no_model(layout)
-    assert [path.name for path in layout.recovered.iterdir()] == [NOTE]
-    assert json.loads((layout.recovered / NOTE).read_text()) == {"method": "none"}
+    assert [path.name for path in layout.recovered.iterdir()] == ["recovery.json"]
+    assert json.loads((layout.recovered / "recovery.json").read_text()) == {"method": "none"}
 
 
 @pytest.mark.parametrize("figures", [{}, {"tokens": 64, "held_out_after": 0.25}])
