@@ -420,7 +420,7 @@ class Recover(Section):
     top_k: Count | None = None
     """Largest predictions of the dense model that the teacher stage stores for each token, so that later trainings run
     no dense model; null: nothing is stored, and the dense model runs beside the trained one."""
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor"] = "adamw_torch"
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor"] = "adamw_torch_fused"
     """Optimizer, by its name in transformers; `adamw_bnb_8bit` needs the package bitsandbytes."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Largest learning rate; null: 1e-4 for `full`, 1e-3 for `lora`."""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,14 @@ def attention_mask(sequences: Sequences) -> Tensor | None:
     if sequences.lengths is None:
         return None
     return (torch.arange(sequences.length) < sequences.lengths[:, None]).long()
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A source of what the dense model predicts."""
+
+    def predict(self, index: Tensor, inputs: Mapping[str, Tensor]) -> Taught:
+        """What the dense model says of a batch, given the numbers of its sequences and its inputs."""
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from libprune.pipeline.sections import Compute, Recover
 from libprune.pipeline.terminal import gigabytes
 from libprune.recovery.curve import Recovery
 from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes
-from libprune.recovery.predictions import LiveTeacher, StoredTeacher
+from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher
 from libprune.recovery.student import finished_weights, load_student, prepare, trained_parameters
-from libprune.recovery.training import Outcome, Schedule, make_schedule, train
+from libprune.recovery.training import Outcome, Schedule, Training, make_schedule
 from libprune.results.folder import save_weights
 from libprune.results.proof import reference_logits, verify_folder
 from libprune.results.record import PROVENANCE, Record, read_record, versions, write_provenance
@@ -116,7 +116,7 @@ class _Run:
         }
         return work_identity((*ROOMS, "recovery"), facts)
 
-    def teacher(self) -> LiveTeacher | StoredTeacher:
+    def teacher(self) -> Teacher:
         """The dense model on its device, or its stored predictions."""
         if self.params.top_k is not None:
             origin = {"model": self.architecture.fingerprint, "tokens": self.text["tokens"]}
@@ -126,6 +126,20 @@ class _Run:
         compute = self.compute.model_copy(update={"gradient_checkpointing": False})
         placed = place(dense, self.architecture, compute, self.world, self.device)
         return LiveTeacher(placed, hidden=self.params.hidden_states > 0)
+
+    def training(self) -> Training:
+        """The training, with the teacher in memory."""
+        return Training(
+            teacher=self.teacher(),
+            sequences=self.sequences,
+            held_out=self.text["held_out"],
+            layers=self.record.plan.layers,
+            params=self.params,
+            schedule=self.schedule,
+            device=self.device,
+            dtype=self.dtype,
+            world=self.world,
+        )
 
     def recovery(self, outcome: Outcome, trained: int) -> Recovery:
         """What the training came to."""
@@ -158,26 +172,14 @@ def _set_up(layout: Layout, compute: Compute, params: Recover, world: World) -> 
 def _train(run: _Run, home: Path) -> tuple[Outcome, int]:
     """Train, and return what it came to and the number of trained parameters."""
     student = load_student(run.record, run.params)
+    whole = sum(parameter.numel() for parameter in student.parameters())
     if run.compute.gradient_checkpointing:
         recompute_layers(student, run.architecture)
     model = prepare(student, run.params)
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
-    whole = sum(parameter.numel() for parameter in student.parameters())
     if run.world.first:
         _announce(run, home, trained, whole)
-    outcome = train(
-        model,
-        run.teacher(),
-        run.sequences,
-        run.text["held_out"],
-        run.record.plan.layers,
-        run.params,
-        run.schedule,
-        run.device,
-        run.dtype,
-        run.world,
-        home,
-    )
+    outcome = run.training().run(model, home)
     return outcome, trained
 
 

@@ -127,7 +127,7 @@ class _Storing:
         """Write the files that this process has to; where the weights are shared out, all processes run all passes."""
         world, passes = self.world, max(1, self.compute.batch_tokens // self.sequences.length)
         mine = range(shards) if world.sharded else range(world.rank, shards, world.size)
-        with tqdm(total=len(mine) * at_once, desc="teacher", unit="seq", disable=not world.first) as bar:
+        with tqdm(total=len(mine), desc="teacher", unit="file", disable=not world.first) as bar:
             for number in mine:
                 rows = self.sequences[number * at_once : (number + 1) * at_once]
                 if not shard_path(home, number).exists():
@@ -136,7 +136,7 @@ class _Storing:
                         parts.append(self._top(teacher, rows[first : first + passes], device))
                     if world.first or not world.sharded:
                         write_predictions(shard_path(home, number), parts, about)
-                bar.update(at_once)
+                bar.update()
 
     def _top(self, teacher: LiveTeacher, rows: Sequences, device: torch.device) -> TopPredictions:
         mask = attention_mask(rows)

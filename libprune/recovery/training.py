@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from libprune.engine.errors import LibpruneError, ParamsError
 from libprune.models.parallel import World
@@ -22,7 +22,7 @@ from libprune.models.sequences import Sequences
 from libprune.pipeline.atomic import remove
 from libprune.pipeline.sections import Recover
 from libprune.recovery.losses import Taught, hidden_loss, prediction_loss
-from libprune.recovery.predictions import LiveTeacher, StoredTeacher, attention_mask, model_inputs
+from libprune.recovery.predictions import Teacher, attention_mask, model_inputs
 from libprune.recovery.student import WEIGHTS, read_weights, trained_parameters
 
 STATE = "trainer_state.json"
@@ -121,9 +121,7 @@ def training_order(available: int, wanted: int, seed: int) -> list[int]:
 class _Distiller(Trainer):
     """The Trainer with a teacher: its loss, and checkpoints that hold what is trained by the parameters' own names."""
 
-    def __init__(
-        self, teacher: LiveTeacher | StoredTeacher, params: Recover, layers: Sequence[int], **given: Any
-    ) -> None:
+    def __init__(self, teacher: Teacher, params: Recover, layers: Sequence[int], **given: Any) -> None:
         super().__init__(**given)
         self.model_accepts_loss_kwargs = False  # the loss of each pass is a mean, to be divided by their number
         self._teacher, self._recover, self._layers, self._began, self._spent = teacher, params, layers, 0.0, 0.0
@@ -183,13 +181,29 @@ class _Distiller(Trainer):
 
 
 class _Checks(TrainerCallback):
-    """Asks for a held-out check and a checkpoint at the steps of the schedule."""
+    """Asks for a held-out check and a checkpoint at the steps of the schedule, and ends where checks do not improve."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        self._schedule = schedule
+    def __init__(self, schedule: Schedule, patience: int) -> None:
+        self._schedule, self._patience = schedule, patience
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_evaluate = control.should_save = state.global_step in self._schedule.checks
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checked = held_out_losses(state.log_history)
+        steps = sorted(checked)
+        since = len(steps) - 1 - steps.index(best_step(checked))
+        control.should_training_stop = control.should_training_stop or since >= self._patience
+
+
+def held_out_losses(history: Sequence[Mapping[str, float]]) -> dict[int, float]:
+    """The held-out loss by the step that it was measured after, nats."""
+    return {int(entry["step"]): entry["eval_loss"] for entry in history if "eval_loss" in entry}
+
+
+def best_step(checked: Mapping[int, float]) -> int:
+    """The first step with the lowest held-out loss."""
+    return min(checked, key=lambda step: (checked[step], step))
 
 
 class _Progress(TrainerCallback):
@@ -241,60 +255,115 @@ class Outcome:
     history: list[dict[str, float]]
 
 
-def train(
-    model: nn.Module,
-    teacher: LiveTeacher | StoredTeacher,
-    sequences: Sequences,
-    held_out: int,
-    layers: Sequence[int],
-    params: Recover,
-    schedule: Schedule,
-    device: torch.device,
-    dtype: torch.dtype,
-    world: World,
-    home: Path,
-) -> Outcome:
-    """Train a model on what a teacher says, going on from the last checkpoint of an earlier run that was stopped.
+@dataclass(frozen=True)
+class Training:
+    """A training of a pruned model on what the dense model says.
 
-    Args:
-        model: the model, on the CPU, with the parameters that are to be trained.
+    Attributes:
         teacher: the dense model, or its stored predictions.
         sequences: those to train on, and behind them the held-out ones.
         held_out: number of held-out sequences.
         layers: index in the dense model of each layer of the trained one.
         params: the loss and the optimizer.
-        schedule: of `make_schedule`.
+        schedule: the steps, as `make_schedule` divides the tokens.
         device: where the model is trained.
         dtype: the type that passes are computed in.
         world: the processes; each takes its share of every step.
-        home: the folder of checkpoints, of this training alone.
-
-    Raises:
-        LibpruneError: if the loss is not finite.
     """
-    number = len(sequences) - held_out
-    order = training_order(number, schedule.steps * schedule.sequences, params.seed)
-    last = _last_checkpoint(home, world)
-    trainer = _Distiller(
-        teacher,
-        params,
-        layers,
-        model=model,
-        args=_arguments(model, params, schedule, device, dtype, world, home, fresh=last is None),
-        train_dataset=Rows(sequences, order),
-        eval_dataset=Rows(sequences, list(range(number, len(sequences)))),
-        callbacks=[
-            _Checks(schedule),
-            EarlyStoppingCallback(params.patience),
-            _Progress(schedule, sequences.length, world.first),
-        ],
-    )
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    checked = {int(entry["step"]): entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    kept = min(checked, key=lambda step: (checked[step], step))
-    steps = int(trainer.state.global_step)
-    return Outcome(steps, kept, home / f"checkpoint-{kept}" if kept else None, history)
+
+    teacher: Teacher
+    sequences: Sequences
+    held_out: int
+    layers: Sequence[int]
+    params: Recover
+    schedule: Schedule
+    device: torch.device
+    dtype: torch.dtype
+    world: World
+
+    def run(self, model: nn.Module, home: Path) -> Outcome:
+        """Train, going on from the last checkpoint of an earlier run that was stopped.
+
+        Args:
+            model: the model, on the CPU, with the parameters that are to be trained.
+            home: the folder of checkpoints, of this training alone.
+
+        Raises:
+            LibpruneError: if the loss is not finite.
+        """
+        number, schedule = len(self.sequences) - self.held_out, self.schedule
+        order = training_order(number, schedule.steps * schedule.sequences, self.params.seed)
+        last = _last_checkpoint(home, self.world)
+        trainer = _Distiller(
+            self.teacher,
+            self.params,
+            self.layers,
+            model=model,
+            args=self._arguments(home, fresh=last is None),
+            train_dataset=Rows(self.sequences, order),
+            eval_dataset=Rows(self.sequences, list(range(number, len(self.sequences)))),
+            callbacks=[
+                _Checks(schedule, self.params.patience),
+                _Progress(schedule, self.sequences.length, self.world.first),
+            ],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+        kept = best_step(held_out_losses(history))
+        checkpoint = home / f"checkpoint-{kept}" if kept else None
+        return Outcome(int(trainer.state.global_step), kept, checkpoint, history)
+
+    def _arguments(self, home: Path, fresh: bool) -> TrainingArguments:
+        params, schedule = self.params, self.schedule
+        never = 10**9  # the callback names the steps
+        return TrainingArguments(
+            output_dir=str(home),
+            max_steps=schedule.steps,
+            per_device_train_batch_size=schedule.at_once,
+            per_device_eval_batch_size=schedule.at_once,
+            gradient_accumulation_steps=schedule.passes,
+            optim=params.optimizer,
+            learning_rate=params.rate,
+            lr_scheduler_type=params.schedule,
+            warmup_steps=math.ceil(params.warmup * schedule.steps),
+            weight_decay=params.weight_decay,
+            adam_beta1=_BETAS[0],
+            adam_beta2=_BETAS[1],
+            max_grad_norm=params.clip,
+            bf16=self.dtype == torch.bfloat16,
+            fp16=self.dtype == torch.float16,
+            use_cpu=self.device.type == "cpu",
+            seed=params.seed,
+            eval_strategy="steps",
+            eval_steps=never,
+            eval_on_start=fresh,
+            save_strategy="steps",
+            save_steps=never,
+            save_total_limit=2,
+            metric_for_best_model="loss",
+            greater_is_better=False,
+            logging_steps=schedule.kept,
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=[],
+            ddp_backend="gloo" if self.world.size > 1 and self.device.type == "cpu" else None,
+            **self._sharding(),
+        )
+
+    def _sharding(self) -> dict[str, Any]:
+        """The arguments that share weights, gradients and optimizer states out over the processes (FSDP2).
+
+        Raises:
+            LibpruneError: on CPUs, for which accelerate has no FSDP.
+        """
+        if not self.world.sharded:
+            return {}
+        if self.device.type == "cpu":
+            raise LibpruneError("LIBPRUNE_SHARD shares a model that is trained over GPUs only; unset it for this stage")
+        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
 
 
 def _last_checkpoint(home: Path, world: World) -> Path | None:
@@ -309,64 +378,3 @@ def _last_checkpoint(home: Path, world: World) -> Path | None:
                 remove(path)
     world.barrier()
     return whole[max(whole)] if whole else None
-
-
-def _arguments(
-    model: nn.Module,
-    params: Recover,
-    schedule: Schedule,
-    device: torch.device,
-    dtype: torch.dtype,
-    world: World,
-    home: Path,
-    fresh: bool,
-) -> TrainingArguments:
-    never = 10**9  # the callback names the steps
-    return TrainingArguments(
-        output_dir=str(home),
-        max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.at_once,
-        per_device_eval_batch_size=schedule.at_once,
-        gradient_accumulation_steps=schedule.passes,
-        optim=params.optimizer,
-        learning_rate=params.rate,
-        lr_scheduler_type=params.schedule,
-        warmup_steps=math.ceil(params.warmup * schedule.steps),
-        weight_decay=params.weight_decay,
-        adam_beta1=_BETAS[0],
-        adam_beta2=_BETAS[1],
-        max_grad_norm=params.clip,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=device.type == "cpu",
-        seed=params.seed,
-        eval_strategy="steps",
-        eval_steps=never,
-        eval_on_start=fresh,
-        save_strategy="steps",
-        save_steps=never,
-        save_total_limit=2,
-        metric_for_best_model="loss",
-        greater_is_better=False,
-        logging_steps=schedule.kept,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=[],
-        ddp_backend="gloo" if world.size > 1 and device.type == "cpu" else None,
-        **_sharding(model, world, device),
-    )
-
-
-def _sharding(model: nn.Module, world: World, device: torch.device) -> dict[str, Any]:
-    """The arguments that share weights, gradients and optimizer states out over the processes (FSDP2).
-
-    Raises:
-        LibpruneError: on CPUs, for which accelerate has no FSDP.
-    """
-    if not world.sharded:
-        return {}
-    if device.type == "cpu":
-        raise LibpruneError("LIBPRUNE_SHARD shares a model that is trained over GPUs only; unset it for this stage")
-    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
