@@ -28,7 +28,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover
 from libprune.pipeline.terminal import gigabytes
 from libprune.recovery.curve import Recovery
-from libprune.recovery.memory import checkpoint_bytes, training_bytes
+from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes
 from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher
 from libprune.recovery.student import finished_weights, load_student, prepare, trained_parameters
 from libprune.recovery.training import Outcome, Schedule, Training, make_schedule
@@ -187,7 +187,7 @@ def _announce(run: _Run, home: Path, trained: int, whole: int) -> None:
     """Print what will be trained on what, and what it needs; stop before any work if the disk is too full."""
     schedule, length = run.schedule, run.sequences.length
     number = len(run.sequences) - run.text["held_out"]
-    step, scratch = schedule.sequences * length, checkpoint_bytes(trained, run.params)
+    step, scratch = schedule.sequences * length, CHECKPOINTS * checkpoint_bytes(trained, run.params)
     typer.echo(
         f"recover: {trained:,} of {whole:,} parameters, {schedule.steps:,} steps of {step:,} tokens "
         f"({schedule.steps * schedule.sequences / number:.1f} times the {number:,} sequences of {run.text['text']})"
@@ -195,9 +195,9 @@ def _announce(run: _Run, home: Path, trained: int, whole: int) -> None:
     memory = training_bytes(trained, whole, run.params) + run.dense_bytes
     typer.echo(
         f"recover: {gigabytes(memory)} of memory for weights, gradients, optimizer states and the dense model, beside "
-        f"the activations; up to {gigabytes(3 * scratch)} of checkpoints in {home.parent}"
+        f"the activations; up to {gigabytes(scratch)} of checkpoints in {home.parent}"
     )
-    require_room({home: 3 * scratch}, "recover", "free some, or train less (recover.method: lora)")
+    require_room({home: scratch}, "recover", "free some, or train less (recover.method: lora)")
 
 
 def write_recovered(folder: Path, record: Record, weights: Mapping[str, Tensor], recovery: Recovery) -> None:
