@@ -41,7 +41,7 @@ class Recovery:
     tokens: int
     seconds: float
     planned: int
-    curve: list[dict[str, float | None]]
+    curve: list[dict[str, float | int | None]]
 
     @staticmethod
     def of(
@@ -127,8 +127,8 @@ class Recovery:
         return lines
 
 
-def _curve(history: Sequence[Mapping[str, float]], tokens: int) -> list[dict[str, float | None]]:
-    rows: dict[int, dict[str, float | None]] = {}
+def _curve(history: Sequence[Mapping[str, float]], tokens: int) -> list[dict[str, float | int | None]]:
+    rows: dict[int, dict[str, float | int | None]] = {}
     for entry in history:
         step = int(entry["step"])
         row = rows.setdefault(step, dict.fromkeys(COLUMNS) | {"step": step, "tokens": step * tokens})

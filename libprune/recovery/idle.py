@@ -28,7 +28,7 @@ def write_no_model(layout: Layout) -> None:
         write_json(folder / NOTE, {"method": "none"})
 
 
-def write_figures(metrics: Path, figures: Mapping[str, Any], curve: Sequence[Mapping[str, float | None]]) -> None:
+def write_figures(metrics: Path, figures: Mapping[str, Any], curve: Sequence[Mapping[str, float | int | None]]) -> None:
     """Write `recovery.json` and the learning curve as `learning_curve.csv`.
 
     Args:

@@ -17,7 +17,7 @@ def draw_learning_curve(recovery: Mapping[str, Any]) -> Figure:
     curve, kept = recovery["curve"], recovery["step"]
     train, held_out = ([row for row in curve if row[name] is not None] for name in ("loss", "held_out"))
     tokens = [row["tokens"] for row in train]
-    axes.plot(tokens, [row["loss"] for row in train], ".-", color=BLUE, markersize=3, label="training, last steps")
+    axes.plot(tokens, [row["loss"] for row in train], ".-", color=BLUE, markersize=3, label="training sequences")
     tokens, losses = [row["tokens"] for row in held_out], [row["held_out"] for row in held_out]
     look: dict[str, Any] = {"color": ORANGE, "markeredgecolor": INK, "markersize": 7, "linestyle": "", "zorder": 3}
     axes.plot(tokens, losses, "D", label="held-out sequences", **look)
