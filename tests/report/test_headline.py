@@ -66,6 +66,8 @@ def test_the_loss_is_said_before_and_after_training_with_its_tokens_and_its_time
     assert summarize(changed(recovered=None)) == "\n".join(before)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.44, "0.4 seconds"), (60.0, "1.0 minutes"), (72_000.0, "1,200.0 minutes")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.44, "0.4 seconds"), (60.0, "1.0 minutes"), (72_000.0, "1,200.0 minutes")]
+)
 def test_a_time_is_said_in_seconds_or_minutes(seconds, text):
     assert duration(seconds) == text
