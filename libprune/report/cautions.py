@@ -108,7 +108,7 @@ def _recovery(result: Metrics) -> list[str]:
     if not recovered or not recovery:
         return []
     evaluation = result["protocol"]["text"]
-    if evaluation != "self" and evaluation in trained_texts(recovery):
+    if recovery["step"] and evaluation != "self" and evaluation in trained_texts(recovery):
         lines.append(
             f"Recovered and evaluated on parts of one text, {code(evaluation)}: a part of the gain is adaptation to "
             "this text, and elsewhere the gain may be smaller. Name another `tokenize.evaluation_text`, or train on "

@@ -240,7 +240,7 @@ def _against_dense(
 ) -> Finding:
     """Check that the logits are those of the masked dense model, if its weights are as they were."""
     if changers := _changers(record):
-        changed = f"{' and '.join(changers)} changed weights, and the changed ones are in {record.folder} only"
+        changed = f"{' and '.join(changers)} changed weights of {record.folder}"
         return Finding("note", "dense", f"not compared with {dense}: {changed}")
     if not (dense / "config.json").is_file():
         return Finding("fault", "dense", f"{dense} holds no config.json; name the dense model's folder")

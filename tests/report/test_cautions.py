@@ -42,7 +42,7 @@ WARNED = {
         trained(params=RECOVERY["params"] | {"text": MIXED}, text="50 % some text, 50 % other"),
         ["Name another `tokenize.evaluation_text`, or train on another text (`recover.text`)"],
     ),
-    "recovered in vain": (trained(step=0), ["No step of the recovery lowered the held-out loss"]),
+    "recovered in vain": (trained(step=0, text=SAME), ["No step of the recovery lowered the held-out loss"]),
     "recovered too long": (trained(step=20), ["rose again after step 20 of 40"]),
     "recovered to its harm": (trained() | HARMED, ["worse, × 1.400 after × 1.272"]),
 }
