@@ -9,10 +9,8 @@ import numpy as np
 
 from libprune.pipeline.artifacts import write_table
 from libprune.pipeline.atomic import write_json, writing, writing_folder
-from libprune.pipeline.layout import Layout
+from libprune.pipeline.layout import NOTE, Layout
 
-NOTE = "recovery.json"
-"""The file of the folder of the recovered model where there is none; a recovered model has its record instead."""
 Curve = list[dict[str, float | int | None]]
 """Rows of the learning curve, with the columns `COLUMNS`; a loss that was not measured at a step is None."""
 COLUMNS = ("step", "tokens", "seconds", "loss", "held_out")
