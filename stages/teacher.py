@@ -18,9 +18,19 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
             typer.echo("recover.method is none: no text to train on is drawn")
         return
 
+    from libprune.pipeline.sections import Recover
     from libprune.recovery.teacher import teach_layout
 
-    teach_layout(layout, settings.compute, settings.recover, settings.tokenize)
+    asked = Recover(  # no other key of the section changes the text or what is predicted on it
+        text=settings.recover.text,
+        length=settings.recover.length,
+        tokens=settings.recover.tokens,
+        held_out=settings.recover.held_out,
+        temperature=settings.recover.temperature,
+        top_k=settings.recover.top_k,
+        seed=settings.recover.seed,
+    )
+    teach_layout(layout, settings.compute, asked, settings.tokenize)
 
 
 app = stage.app(main)

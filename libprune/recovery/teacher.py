@@ -111,6 +111,8 @@ class _Storing:
                 require_room({work: size}, "teacher", "store fewer predictions (recover.top_k), or none (null)")
             model = place(load_model(layout.model, dtype), self.architecture, self.compute, world, device)
             shards = -(-len(self.sequences) // at_once)
+            if world.first and (there := len(list(home.glob("*.safetensors")))):
+                typer.echo(f"continues from a saved state: {there} of {shards} files are there")
             self._write(LiveTeacher(model, hidden=False), home, shards, at_once, about, device)
             world.barrier()
             if world.first:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from numpy.random import default_rng
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -294,6 +295,8 @@ class Training:
         number, schedule = len(self.sequences) - self.held_out, self.schedule
         order = training_order(number, schedule.steps * schedule.sequences, self.params.seed)
         last = _last_checkpoint(home, self.world)
+        if last is not None and self.world.first:
+            typer.echo(f"continues from a saved state: {last.name.split('-')[1]} of {schedule.steps} steps are done")
         trainer = _Distiller(
             self.teacher,
             self.params,

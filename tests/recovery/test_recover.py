@@ -52,6 +52,8 @@ def test_a_recovered_folder_is_a_pruned_folder_with_better_weights(tmp_path, qui
     assert {name: own[name].shape for name in own} == {name: other[name].shape for name in other}
     assert any(not torch.equal(own[name], other[name]) for name in own)
     made, before = read_provenance(layout.recovered), read_provenance(layout.pruned)
+    proof = made["recovery"].pop("proof")
+    assert proof["logit_difference"] <= 1e-4 * proof["logit_scale"]
     assert made["recovery"] == one.as_json()
     assert {key: made[key] for key in before if key != "files"} == {
         key: before[key] for key in before if key != "files"
@@ -103,7 +105,7 @@ def test_an_interrupted_recovery_goes_on_to_the_same_folder(tmp_path, quick_proo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recover, "write_recovered", interrupt)
+        patch.setattr(recover, "write_weights", interrupt)
         with pytest.raises(KeyboardInterrupt):
             recovered(layouts[1])
     assert not layouts[1].recovered.exists()
@@ -119,12 +121,12 @@ def test_other_params_do_not_go_on_from_a_checkpoint_that_is_not_theirs(tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recover, "write_recovered", interrupt)
+        patch.setattr(recover, "write_weights", interrupt)
         with pytest.raises(KeyboardInterrupt):
             recovered(layout)
     folders = set((tmp_path / ".work" / "recover").iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(recover, "write_recovered", interrupt)
+        patch.setattr(recover, "write_weights", interrupt)
         with pytest.raises(KeyboardInterrupt):
             recovered(layout, learning_rate=2e-3)
     assert len(set((tmp_path / ".work" / "recover").iterdir()) - folders) == 1
