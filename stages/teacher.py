@@ -21,7 +21,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.pipeline.sections import Recover
     from libprune.recovery.teacher import teach_layout
 
-    wanted = Recover(  # what only the training depends on is left out, so that another training does not come back here
+    asked = Recover(  # no other key of the section changes the text or what is predicted on it
         text=settings.recover.text,
         length=settings.recover.length,
         tokens=settings.recover.tokens,
@@ -30,7 +30,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         top_k=settings.recover.top_k,
         seed=settings.recover.seed,
     )
-    teach_layout(layout, settings.compute, wanted, settings.tokenize)
+    teach_layout(layout, settings.compute, asked, settings.tokenize)
 
 
 app = stage.app(main)

@@ -19,7 +19,10 @@ OUT = Path("report/compare")
 
 @app.callback()
 def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: AllCommits = False) -> None:
-    """Show DVC's experiments and the workspace as one table and one picture, the lowest perplexity first."""
+    """Show DVC's experiments and the workspace as one table and one picture, the lowest perplexity first.
+
+    The order is by the perplexity before recovery, unless every row has one after it.
+    """
     if context.invoked_subcommand is not None:
         return
     from libprune.engine.errors import LibpruneError

@@ -4,16 +4,22 @@ Tensors are counted exactly, by the statistics that collect them, on the meta de
 estimated; they are small beside the tensors unless the model is tiny.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from libprune.collection.accumulator import PENDING, ROWS, UNITS, Group, finished, state_bytes
-from libprune.engine.architecture import Architecture
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture, Map
+from libprune.models.compute import resolve_dtype
 from libprune.pipeline.methods import REPAIRS, allocation_reads, methods_that_read
 from libprune.pipeline.params import Params
-from libprune.pipeline.sections import Allocate
+from libprune.pipeline.sections import Allocate, Compute, Recover
+from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes
+from libprune.recovery.predictions import BYTES, sequences_at_once, shard_path
 from libprune.scoring.expression import criteria_of
 from libprune.scoring.score import component_columns
 from libprune.statistics.activations import activation_groups
@@ -31,6 +37,7 @@ _TENSOR, _SHARD = 76, 320
 _TOKEN_ID, _TOKEN_TEXT = 2.5, 72
 _CONFIG, _PROVENANCE, _EVALUATION, _EVALUATION_LAYER, _LATENCY = 1_400, 4_000, 3_000, 90, 1_500
 _REPORT = 1_100_000
+_ABOUT, _CURVE = 300, 30_000
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,16 @@ class Footprint:
         files: bytes by path below the folder of artifacts.
         settings: the params that decide the bytes, with their values.
         sums: bytes of the running sums, in memory or in `.work`; 0 for a stage that keeps hardly any.
+        training: bytes of memory that the training of a model takes, without activations; 0 for a stage without one.
+        checkpoints: the most bytes of its checkpoints in `.work`, until the stage ends.
     """
 
     stage: str
     files: Mapping[str, int]
     settings: str = ""
     sums: int = 0
+    training: int = 0
+    checkpoints: int = 0
 
     @property
     def written(self) -> int:
@@ -95,7 +106,7 @@ class Footprint:
 
 
 def footprints(architecture: Architecture, params: Params, stored: torch.dtype) -> list[Footprint]:
-    """Predict the files of all stages, in the order in which they run.
+    """Predict the files of all stages, in the order in which they run; training has rows only if it is asked for.
 
     Args:
         params: the params of the run.
@@ -107,6 +118,8 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
     rows = sum(architecture.units(part) for _, part in architecture.blocks())
     components = component_columns(criteria_of(architecture, params.score), params.score)
     scores = _units(architecture, numbers=2 + components, runs=3)
+    sliced = _slice(architecture, params, stored, _plan(scores))
+    trained = params.recover.method != "none"
     scored = ", ".join(f"score.{key}: {text}" for key, text in params.score.expressions.items())
     return [
         _prepare(architecture, stored),
@@ -120,7 +133,8 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
         _levels(architecture, params),
         _latency(params.allocate),
         Footprint("allocate", {"plan.parquet": _plan(scores).nbytes}, f"allocate.method: {params.allocate.method}"),
-        _slice(architecture, params, stored, _plan(scores)),
+        sliced,
+        *([_teacher(architecture, params.recover), _recover(architecture, params, sliced)] if trained else []),
         Footprint("evaluate", {"evaluation.json": _EVALUATION + _EVALUATION_LAYER * architecture.layers}),
         Footprint("report", {"../report": _REPORT}),
     ]
@@ -262,9 +276,7 @@ def _slice(architecture: Architecture, params: Params, stored: torch.dtype, plan
     """The pruned folder; the dense size stands for that of objectives that do not fix the number of parameters."""
     section, allocate = params.slice, params.allocate
     dtype = stored if section.dtype == "auto" else getattr(torch, section.dtype)
-    known = allocate.objective in {"parameters", "macs"} and allocate.ratio is not None
-    base = architecture.decoder_parameters if allocate.ratio_of == "decoder" else architecture.total_parameters
-    left = architecture.total_parameters - (round((allocate.ratio or 0) * base) if known else 0)
+    left = architecture.total_parameters - _removed(architecture, allocate)
     consumers = sum(len(architecture.consumers(*block)) for block in architecture.blocks())
     files = {
         "pruned/model.safetensors": _weights(architecture, left, dtype),
@@ -276,4 +288,80 @@ def _slice(architecture: Architecture, params: Params, stored: torch.dtype, plan
     }
     ratio = "null" if allocate.ratio is None else allocate.ratio
     asked = f"allocate.ratio: {ratio} of the {allocate.ratio_of}'s {allocate.objective}"
-    return Footprint("slice", files, f"{dtype_name(dtype)}, {'' if known else 'at most, '}{asked}")
+    at_most = "" if _foretold(allocate) else "at most, "
+    return Footprint("slice", files, f"{dtype_name(dtype)}, {at_most}{asked}")
+
+
+def _foretold(allocate: Allocate) -> bool:
+    """Whether the number of removed parameters follows from the params, at least about."""
+    return allocate.objective in {"parameters", "macs"} and allocate.ratio is not None
+
+
+def _removed(architecture: Architecture, allocate: Allocate) -> int:
+    """Number of parameters that slicing removes; 0 where it is not foretold."""
+    base = architecture.decoder_parameters if allocate.ratio_of == "decoder" else architecture.total_parameters
+    return round((allocate.ratio or 0) * base) if _foretold(allocate) else 0
+
+
+def _teacher(architecture: Architecture, recover: Recover) -> Footprint:
+    """The text to train on, at most, and the stored predictions."""
+    sequences, length = -(-recover.tokens // recover.length) + recover.held_out, recover.length
+    files = {
+        "tokens/recovery.parquet": _TABLE + _COLUMN + round(_TOKEN_ID * sequences * length),
+        "teacher/teacher.json": _ABOUT,
+    }
+    if recover.top_k is not None:
+        positions = 1 if architecture.head == "sequence_classification" else length
+        each = positions * min(recover.top_k, architecture.sizes["vocab"]) * BYTES
+        at_once = sequences_at_once(positions, recover.top_k)
+        for number, first in enumerate(range(0, sequences, at_once)):
+            size = min(at_once, sequences - first) * each + header_bytes(("log_probabilities", "ids"))
+            files[f"teacher/{shard_path(Path(), number)}"] = size
+    top_k = "null" if recover.top_k is None else recover.top_k
+    return Footprint("teacher", files, f"{sequences:,} × {length:,} tokens, recover.top_k: {top_k}")
+
+
+def _recover(architecture: Architecture, params: Params, sliced: Footprint) -> Footprint:
+    """The recovered folder, which holds what the pruned one does, and what its training takes."""
+    recover, allocate = params.recover, params.allocate
+    files = {name.replace("pruned/", "recovered/"): size for name, size in sliced.files.items()}
+    files["recovered/libprune.json"] += _CURVE
+    left = architecture.total_parameters - _removed(architecture, allocate)
+    trained = left if recover.method == "full" else _lora_parameters(architecture, recover, allocate)
+    computed = _compute_dtype(params.compute)
+    dense = 0 if recover.top_k is not None else architecture.total_parameters * computed.itemsize
+    teacher = "teacher stored" if recover.top_k is not None else f"teacher in {dtype_name(computed)}"
+    return Footprint(
+        "recover",
+        files,
+        f"{recover.method} in {recover.dtype}, {trained:,} trained, {teacher}",
+        training=training_bytes(trained, left, recover) + dense,
+        checkpoints=CHECKPOINTS * checkpoint_bytes(trained, recover),
+    )
+
+
+def _lora_parameters(architecture: Architecture, recover: Recover, allocate: Allocate) -> int:
+    """Number of parameters in the matrices beside the layers' maps, if all units of the pruned model are left alike.
+
+    The one or two maps that an encoder has behind its layers are left out.
+    """
+    prunable = sum(cost.unit_parameters(architecture, *b) * architecture.units(b[1]) for b in architecture.blocks())
+    share = 1 - _removed(architecture, allocate) / prunable
+    pruned = {shape.axis for shape in architecture.parts.values()}
+    sides = [side for one in architecture.maps if _targeted(one, recover) for side in (one.input, one.output)]
+    widths = (side.size(architecture.sizes) * (share if side.names & pruned else 1) for side in sides)
+    return round(recover.lora_rank * sum(widths))
+
+
+def _targeted(one: Map, recover: Recover) -> bool:
+    """Whether `lora` trains matrices beside a map, by the rules of peft."""
+    targets = recover.lora_targets
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, one.module) is not None
+    return any(f".{one.module}".endswith(f".{target}") for target in targets)
+
+
+def _compute_dtype(compute: Compute) -> torch.dtype:
+    """The type that passes are computed in, on this machine where the params leave it open."""
+    gpu = torch.cuda.is_available() if compute.device == "auto" else compute.device != "cpu"
+    return resolve_dtype(compute.dtype, torch.device("cuda" if gpu else "cpu"))

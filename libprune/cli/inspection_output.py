@@ -1,6 +1,6 @@
 """An inspection as text, aligned and at most 100 columns wide, and as data for other programs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -73,11 +73,17 @@ def _sum(name: str, count: int, total: int) -> Row:
     return name, "", "", f"{count:,}", f"{100 * count / total:.1f} %"
 
 
-def _stages(stages: Iterable[Footprint]) -> str:
+def _stages(stages: Sequence[Footprint]) -> str:
     rows: list[Row] = [("stage", "writes", "running sums", "with")]
     rows += [(s.stage, _bytes(s.written), _bytes(s.sums), s.settings) for s in stages]
     rows.append(("all", _bytes(sum(stage.written for stage in stages)), "", ""))
-    return _aligned(rows, right=(1, 2))
+    notes = (
+        f"{s.stage} takes {_bytes(s.training)} of memory, beside the activations, and up to {_bytes(s.checkpoints)} of "
+        "checkpoints"
+        for s in stages
+        if s.training
+    )
+    return "\n".join([_aligned(rows, right=(1, 2)), *notes])
 
 
 def _bytes(number: int) -> str:

@@ -19,19 +19,22 @@ def main() -> None:
 
 @app.command()
 def show(artifacts: stage.Root = stage.ROOT) -> None:
-    """Print the headline table, where the pruned model lies, and how to load it."""
+    """Print the headline table, where the final model lies, and how to load it."""
     from libprune.pipeline.artifacts import read_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.terminal import text_table
     from libprune.report.headline import HEADER, headline_rows
-    from libprune.report.programs import how_to_load
+    from libprune.report.programs import final_folder, how_to_load
 
     layout = Layout(artifacts)
     with stage.user_errors():
         result = read_json(layout.evaluation, "evaluate")
     typer.echo(text_table(headline_rows(result), HEADER))
-    load = how_to_load(str(layout.pruned), result["plan"]["shape"], result["model"]["head"])
-    typer.echo(f"\nmodel:  {layout.pruned}\nload:   {load}\nreport: report/report.html")
+    folder = final_folder(result, layout)
+    load = how_to_load(str(folder), result["plan"]["shape"], result["model"]["head"])
+    before = f"before: {layout.pruned} (before recovery; sizes and speed were measured on it)\n"
+    before = before if folder != layout.pruned else ""
+    typer.echo(f"\nmodel:  {folder}\n{before}load:   {load}\nreport: report/report.html")
 
 
 @app.command("params")
@@ -73,7 +76,7 @@ def inspect(
     typer.echo(json.dumps(as_data(inspection), indent=2) if as_json else as_text(inspection))
 
 
-Folder = Annotated[Path, typer.Argument(help="A folder that the slice stage has written.")]
+Folder = Annotated[Path, typer.Argument(help="A folder that the slice or the recover stage has written.")]
 TrustFolder = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the folder's modeling file, if its layers differ in width.")
 ]
@@ -85,7 +88,7 @@ DenseFolder = Annotated[
 
 @app.command()
 def check(folder: Folder, trust_remote_code: TrustFolder = False, dense: DenseFolder = None) -> None:
-    """Check that a pruned folder is as recorded, loads in a process without libprune, and generates."""
+    """Check that a pruned or recovered folder is as recorded, loads in a process without libprune, and generates."""
     from libprune.results.check import check_folder
 
     faults = 0

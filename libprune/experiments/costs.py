@@ -127,6 +127,11 @@ def pruning_stages(params: Params) -> tuple[str, ...]:
     return ("score", *measuring, "allocate", "slice")
 
 
+def recovering_stages(params: Params) -> tuple[str, ...]:
+    """The stages that train the pruned model under these params; none if it is not trained."""
+    return () if params.recover.method == "none" else ("teacher", "recover")
+
+
 def cost_of(names: Iterable[str], lock: str | None, costs: Costs) -> Cost | None:
     """The cost of these stages in the runs that made their results; None if the cost of one is not on record."""
     stages = lock_stages(lock)

@@ -28,6 +28,25 @@ _UNFINISHED = ("queued", "running", "failed")
 
 
 @dataclass(frozen=True)
+class Recovered:
+    """What training after pruning came to.
+
+    Attributes:
+        ratio: perplexity of the trained model divided by that of the dense model.
+        error: one standard error of the ratio, over paired windows.
+        tokens: tokens that were trained on.
+        seconds: time of the training.
+        parameters: number of trained parameters.
+    """
+
+    ratio: float
+    error: float
+    tokens: int
+    seconds: float
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Experiment:
     """The settings of an experiment and their results. Perplexities are on the evaluation windows."""
 
@@ -36,7 +55,7 @@ class Experiment:
     params: Mapping[str, Any]
     """Every param by its full name, such as `allocate.ratio`."""
     ratio: float
-    """Perplexity of the pruned model divided by that of the dense model."""
+    """Perplexity of the pruned model, before any recovery, divided by that of the dense model."""
     error: float
     """One standard error of the ratio, over paired windows."""
     dense: float
@@ -51,12 +70,20 @@ class Experiment:
     """Whether a `dvc.lock` says that the results were made with these params."""
     revision: str = ""
     """The commit, or `workspace`, that holds its `dvc.lock`; one of them if several are equal."""
+    recovered: Recovered | None = None
+    """The figures after recovery; None if the pruned model was not trained."""
 
     @property
     def label(self) -> str:
         """The first two names, and how many more there are."""
         more = len(self.names) - 2
         return " = ".join(self.names[:2]) + (f" (+{more})" if more > 0 else "")
+
+
+def compared_figures(rows: Sequence[Experiment]) -> Sequence[Experiment | Recovered]:
+    """The figures by which rows are compared: those after recovery if every row has them, else those before it."""
+    after = [row.recovered for row in rows if row.recovered is not None]
+    return after if len(after) == len(rows) else rows
 
 
 def gather_comparable(all_commits: bool = False) -> tuple[list[Experiment], dict[str, str]]:
@@ -110,7 +137,8 @@ def read_lock(revision: str) -> str | None:
 def gather(shown: Shown, lock_of: Callable[[str], str | None]) -> tuple[list[Experiment], dict[str, str]]:
     """Experiments with results, the lowest perplexity first, and by name why each other one has none.
 
-    Experiments that differ only in their names become one: after `dvc exp run` the workspace is the experiment itself.
+    The perplexity is the one before recovery, unless every experiment has one after it. Experiments that differ only in
+    their names become one: after `dvc exp run` the workspace is the experiment itself.
 
     Args:
         shown: what `show` returns.
@@ -126,7 +154,9 @@ def gather(shown: Shown, lock_of: Callable[[str], str | None]) -> tuple[list[Exp
         content = repr(replace(result, names=(), revision=""))
         names = [*(by_content[content].names if content in by_content else ()), name]
         by_content[content] = replace(result, names=tuple(sorted(names, key=lambda one: one == WORKSPACE)))
-    return sorted(by_content.values(), key=lambda row: row.ratio), left_out
+    rows = list(by_content.values())
+    order = sorted(zip(compared_figures(rows), rows, strict=True), key=lambda pair: pair[0].ratio)
+    return [row for _, row in order], left_out
 
 
 def _states(shown: Shown) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -149,8 +179,9 @@ def _result(name: str, state: Mapping[str, Any], lock_of: Callable[[str], str | 
         experiment = replace(_experiment(name, state["data"]), revision=state["rev"])
     except KeyError:
         return "no results in metrics/evaluation.json"
-    if not isfinite(experiment.ratio):
-        return f"perplexity {experiment.ratio}"
+    for figures in (experiment, experiment.recovered):
+        if figures is not None and not isfinite(figures.ratio):
+            return f"perplexity {figures.ratio}"
     lock = lock_of(state["rev"])
     if lock is None:
         return replace(experiment, proved=False)
@@ -168,6 +199,17 @@ def _experiment(name: str, data: Mapping[str, Any]) -> Experiment:
         removed=evaluation["pruned"]["decoder_share_removed"],
         prefill=evaluation["speed"]["prefill_ratio"],
         size=data["outs"].get("artifacts/pruned", {}).get("size"),
+        recovered=_recovered(evaluation["recovered"]) if "recovered" in evaluation else None,
+    )
+
+
+def _recovered(figures: Mapping[str, Any]) -> Recovered:
+    return Recovered(
+        ratio=figures["perplexity_ratio"]["value"],
+        error=figures["perplexity_ratio"]["se"],
+        tokens=figures["tokens"],
+        seconds=figures["seconds"],
+        parameters=figures["trained_parameters"],
     )
 
 

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from libprune.experiments.costs import collecting_stages, pruning_stages
+from libprune.experiments.costs import collecting_stages, pruning_stages, recovering_stages
 from libprune.experiments.results import Gathered
-from libprune.experiments.summary import Summary, compare_settings
-from libprune.experiments.table import EXPLAINED, correlation_text, interval_text, tabulate_settings, times
+from libprune.experiments.summary import Perplexity, Summary, compare_settings
+from libprune.experiments.table import correlation_text, explain_columns, interval_text, tabulate_settings, times
 from libprune.pipeline.params import Params
 from libprune.report.markdown import code, markdown_table, prose
 from libprune.scoring.criteria import find_criterion
@@ -26,7 +26,7 @@ def compose_guide(gathered: Gathered, summaries: Sequence[Summary]) -> str:
         "removed. Two settings count as different if their difference is larger than the noise of calibration seeds "
         "and evaluation windows, and cost the same if their times differ by a tenth or less.",
         markdown_table(*tabulate_settings(gathered, summaries)),
-        EXPLAINED,
+        explain_columns(summaries),
     ]
     for one in summaries:
         setting = gathered.setting(one.name)
@@ -35,9 +35,9 @@ def compose_guide(gathered: Gathered, summaries: Sequence[Summary]) -> str:
             ("criterion", _criterion(setting.params)),
             ("set", changes or "nothing: params.yaml as it is"),
             ("needs", ", ".join(collecting_stages(setting.params)) or "no collecting stage"),
-            ("then runs", ", ".join(pruning_stages(setting.params))),
+            ("then runs", ", ".join(pruning_stages(setting.params) + recovering_stages(setting.params))),
             ("costs", _costs(one)),
-            ("loses", _quality(one)),
+            *_quality(one),
             ("ranks units like measured losses", _ranks(one)),
         ]
         facts = "\n".join(f"- {what}: {text}" for what, text in rows)
@@ -59,15 +59,27 @@ def _criterion(params: Params) -> str:
 def _costs(one: Summary) -> str:
     said = [
         f"{what} {cost.seconds:,.1f} s, {cost.peak_memory_bytes / 1e6:,.0f} MB" if cost else f"{what} not on record"
-        for what, cost in (("collecting", one.collecting), ("pruning", one.pruning))
+        for what, cost in (
+            ("collecting", one.collecting),
+            ("pruning", one.pruning),
+            *([("recovering", one.recovering)] if one.after else []),
+        )
     ]
     return "; ".join(said)
 
 
-def _quality(one: Summary) -> str:
-    seeds = len(one.ratios)
+def _quality(one: Summary) -> list[tuple[str, str]]:
+    """What a setting loses; if it was trained, before recovery and after it."""
+    if one.after is None:
+        return [("loses", _loss(one.before))]
+    return [("loses before recovery", _loss(one.before)), ("loses after recovery", _loss(one.after))]
+
+
+def _loss(perplexity: Perplexity) -> str:
+    seeds = len(perplexity.ratios)
     over = f"{seeds} seeds" if seeds > 1 else "one seed"
-    return f"{interval_text(one.ratio)} the dense model's perplexity, {over}; ± {one.error:.3g} over the windows"
+    found = interval_text(perplexity.ratio)
+    return f"{found} the dense model's perplexity, {over}; ± {perplexity.error:.3g} over the windows"
 
 
 def _ranks(one: Summary) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.experiments.summary import Summary
-from libprune.report.canvas import BLUE, GREY, INK, WIDTH, Figure, LogLocator, NullFormatter, styled
+from libprune.experiments.summary import Perplexity, Summary
+from libprune.report.canvas import BLUE, GREY, INK, ORANGE, WIDTH, Axes, Figure, LogLocator, NullFormatter, styled
 
 _WIDE = 3.0
 """Ratio of largest to smallest from which the axis is logarithmic."""
@@ -18,21 +18,20 @@ _DECADES = 30.0
 def draw_ratios(summaries: Sequence[Summary], reference: Summary) -> Figure:
     """Draw the perplexity ratio of every setting: its seeds, their mean and interval.
 
-    The error over the evaluation windows is drawn below the interval. A line goes through the reference's mean.
+    The error over the evaluation windows is drawn below the interval. A line goes through the reference's mean. Where
+    a setting was trained after pruning, the ratio after recovery stands beside the one before it, in another colour.
     """
     figure = Figure(figsize=(WIDTH, 1.3 + 0.42 * len(summaries)), layout="constrained", facecolor="white")
     axes = figure.subplots()
     for place, one in enumerate(summaries):
-        values = list(one.ratios.values())
-        axes.plot(values, [place] * len(values), linestyle="none", marker="o", color=GREY, alpha=0.55, markersize=5)
-        if one.ratio.known:
-            axes.plot([one.ratio.low, one.ratio.high], [place, place], color=BLUE, linewidth=2, solid_capstyle="butt")
-        axes.plot([one.ratio.mean], [place], marker="|", color=BLUE, markersize=13, markeredgewidth=2)
-        axes.errorbar([one.ratio.mean], [place + 0.28], xerr=[one.error], color=GREY, capsize=2, linewidth=1)
-    axes.axvline(reference.ratio.mean, color=INK, linewidth=0.8, linestyle="--", zorder=0)
+        _draw_ratio(axes, place, one.before, BLUE)
+        if one.after:
+            _draw_ratio(axes, place, one.after, ORANGE)
+    axes.axvline(reference.compared.ratio.mean, color=INK, linewidth=0.8, linestyle="--", zorder=0)
     axes.set_yticks(range(len(summaries)), [one.name for one in summaries])
     axes.set_ylim(len(summaries) - 0.5, -0.5)
-    shown = [value for one in summaries for value in one.ratios.values()]
+    trained = any(one.after for one in summaries)
+    shown = [value for one in summaries for each in (one.before, one.after) if each for value in each.ratios.values()]
     if max(shown) > _WIDE * min(shown):
         axes.set_xscale("log")
         few = max(shown) < _DECADES * min(shown)
@@ -41,11 +40,21 @@ def draw_ratios(summaries: Sequence[Summary], reference: Summary) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", visible=True)
-    axes.set_xlabel("perplexity ÷ dense")
+    axes.set_xlabel("perplexity ÷ dense" + ("; blue: before recovery, orange: after it" if trained else ""))
+    colours = "colour" if trained else "blue"
     axes.set_title(
-        f"Seeds (dots), mean and 95 % interval (blue), ± error over windows (grey); dashed: {reference.name}"
+        f"Seeds (dots), mean and 95 % interval ({colours}), ± error over windows (grey); dashed: {reference.name}"
     )
     return figure
+
+
+def _draw_ratio(axes: Axes, place: int, perplexity: Perplexity, colour: str) -> None:
+    values, ratio = list(perplexity.ratios.values()), perplexity.ratio
+    axes.plot(values, [place] * len(values), linestyle="none", marker="o", color=GREY, alpha=0.55, markersize=5)
+    if ratio.known:
+        axes.plot([ratio.low, ratio.high], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
+    axes.plot([ratio.mean], [place], marker="|", color=colour, markersize=13, markeredgewidth=2)
+    axes.errorbar([ratio.mean], [place + 0.28], xerr=[perplexity.error], color=GREY, capsize=2, linewidth=1)
 
 
 @styled()

@@ -14,7 +14,7 @@ from libprune.experiments.pictures import draw_overlaps, draw_ratios
 from libprune.experiments.results import Gathered, cache_folder, gather_results
 from libprune.experiments.sentences import explain_results
 from libprune.experiments.summary import Summary, overlap_by_chance, overlap_matrix, reference_of, summarize
-from libprune.experiments.table import EXPLAINED, overlaps_csv, runs_csv, settings_csv, tabulate_settings
+from libprune.experiments.table import explain_columns, overlaps_csv, runs_csv, settings_csv, tabulate_settings
 from libprune.pipeline.atomic import writing
 from libprune.pipeline.terminal import text_table
 from libprune.report.canvas import png
@@ -106,7 +106,7 @@ def _markdown(gathered: Gathered, summaries: list[Summary], pictures: Iterable[s
         f"# {prose(comparison.title)}",
         *map(prose, explain_results(gathered, summaries)),
         markdown_table(*tabulate_settings(gathered, summaries)),
-        EXPLAINED,
+        explain_columns(summaries),
         *(f"![{_ALT[name]}]({name})" for name in pictures),
         "## Settings",
         markdown_table(changes, ("setting", "changes to params.yaml")),

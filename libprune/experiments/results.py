@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.tables import Columns, column
-from libprune.experiments.costs import Cost, Costs, collecting_stages, cost_of, lock_stages, pruning_stages
+from libprune.experiments.costs import (
+    Cost,
+    Costs,
+    collecting_stages,
+    cost_of,
+    lock_stages,
+    pruning_stages,
+    recovering_stages,
+)
 from libprune.experiments.dvc_experiments import Experiment
 from libprune.experiments.file import Comparison, Setting
 from libprune.experiments.runs import find_experiment
@@ -32,6 +40,7 @@ class Result:
         correlations: Spearman's correlation of importances and measured loss increases, by part; empty if unknown.
         collecting: the cost of the statistics that the setting reads; None if not on record.
         pruning: the cost of the stages from the scores to the pruned model; None if not on record.
+        recovering: the cost of training the pruned model; None if it is not trained, or the cost is not on record.
     """
 
     experiment: Experiment
@@ -39,6 +48,7 @@ class Result:
     correlations: Mapping[str, float]
     collecting: Cost | None
     pruning: Cost | None
+    recovering: Cost | None = None
 
 
 Results = dict[str, dict[int, Result]]
@@ -130,8 +140,11 @@ def _result(
             correlations = correlations_by_part(tables[SCORES], tables[ABLATION])
         else:
             notes.append(NOT_MEASURED)
-    read, cut = (cost_of(stages(setting.params), lock, costs) for stages in (collecting_stages, pruning_stages))
-    return Result(row, kept, correlations, read, cut), notes
+    read, cut, trained = (
+        cost_of(stages(setting.params), lock, costs)
+        for stages in (collecting_stages, pruning_stages, recovering_stages)
+    )
+    return Result(row, kept, correlations, read, cut, trained if row.recovered else None), notes
 
 
 PLAN, SCORES, ABLATION = "artifacts/plan.parquet", "artifacts/scores.parquet", "artifacts/ablation.parquet"

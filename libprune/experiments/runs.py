@@ -207,7 +207,8 @@ def workspace_kept(echo: Echo) -> Iterator[None]:
 
 def _tracked() -> list[Path]:
     """The files under git that an experiment changes."""
-    return [path for path in (PARAMS, LOCK, *sorted(Path("metrics").glob("*.json"))) if path.exists()]
+    figures = (path for ending in ("json", "csv") for path in sorted(Path("metrics").glob(f"*.{ending}")))
+    return [path for path in (PARAMS, LOCK, *figures) if path.exists()]
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -16,13 +16,15 @@ from libprune.experiments.summary import (
     reference_of,
 )
 from libprune.experiments.sweep_table import SAME_EVALUATION, SAME_SHARE
-from libprune.experiments.table import interval_text
+from libprune.experiments.table import interval_text, ordered_by
 
 
 def explain_results(gathered: Gathered, summaries: Sequence[Summary]) -> list[str]:
     """Explain a comparison in paragraphs: the verdict, how it was reached, overlaps, cautions, what is missing."""
+    trained = any(one.after for one in summaries)
     return [
-        " ".join([_best(summaries), *_differences(gathered, summaries)]),
+        " ".join([_best(summaries, trained), *_differences(gathered, summaries)]),
+        *([ordered_by(summaries)] if trained else []),
         *([_noise(gathered, summaries)] if len(summaries) > 1 else []),
         *_overlaps(gathered, summaries),
         *_cautions(summaries),
@@ -31,11 +33,13 @@ def explain_results(gathered: Gathered, summaries: Sequence[Summary]) -> list[st
     ]
 
 
-def _best(summaries: Sequence[Summary]) -> str:
-    best = summaries[0]
-    seeds = ", ".join(map(str, best.ratios))
-    over = f"over the calibration seeds {seeds}" if len(best.ratios) > 1 else f"with the calibration seed {seeds}"
-    return f"The lowest perplexity {over} is that of {best.name}: {interval_text(best.ratio)} the dense model's."
+def _best(summaries: Sequence[Summary], trained: bool) -> str:
+    best, figures = summaries[0], summaries[0].compared
+    seeds = ", ".join(map(str, figures.ratios))
+    over = f"over the calibration seeds {seeds}" if len(figures.ratios) > 1 else f"with the calibration seed {seeds}"
+    when = f" {'after' if best.compares_after else 'before'} recovery" if trained else ""
+    found = interval_text(figures.ratio)
+    return f"The lowest perplexity{when} {over} is that of {best.name}: {found} the dense model's."
 
 
 _SAID: dict[Kind, str] = {

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
-from libprune.experiments.dvc_experiments import Experiment
+from libprune.experiments.dvc_experiments import Experiment, Recovered
 from libprune.experiments.sweep_table import differing, setting
 from libprune.pipeline.atomic import writing
 from libprune.report.canvas import Axes, Figure, png, styled
@@ -23,7 +23,8 @@ def write_picture(target: Path, rows: Sequence[Experiment]) -> None:
     """Write a PNG: perplexity ratio ± one standard error, in one panel for each param with several numbers, or as bars.
 
     A row whose value is no number, such as `auto`, is a line across the panel. What is only measured differently
-    (`evaluate`) has no panel. The same rows give the same bytes.
+    (`evaluate`) has no panel. The ratio after recovery, where there is one, is a hollow mark or bar. The same rows give
+    the same bytes.
     """
     with styled(), writing(target) as partial:
         partial.write_bytes(png(draw_sweep(rows)))
@@ -45,7 +46,7 @@ def draw_sweep(rows: Sequence[Experiment]) -> Figure:
     for axes, name in zip(grid, shown, strict=False):
         _panel(axes, rows, name, names)
     for axes in grid[::columns]:
-        axes.set_ylabel(PERPLEXITY)
+        axes.set_ylabel(_label(rows))
     for axes in grid[len(shown) :]:
         axes.remove()
     if len(numeric) > PANELS:
@@ -86,17 +87,33 @@ def _panel(axes: Axes, every: Sequence[Experiment], name: str, names: Mapping[st
             linewidth=1,
             capsize=3,
         )
+        for row in members:
+            if row.recovered:
+                _draw_recovered(axes, row.params[name], row.recovered, colour, marker)
     if len(groups) > 1:
         title = ", ".join(names[key] for key in by)
         axes.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, title_fontsize=8)
     if _wide([float(row.params[name]) for row in rows]):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
-    if _wide([row.ratio for row in rows]):
+    if _wide(_ratios(rows)):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(name)
     axes.grid(alpha=0.3)
+
+
+def _draw_recovered(axes: Axes, place: float | int, run: Recovered, colour: str, marker: str) -> None:
+    axes.errorbar(place, run.ratio, run.error, color=colour, marker=marker, mfc="white", linewidth=1, capsize=3)
+
+
+def _label(rows: Iterable[Experiment]) -> str:
+    return f"{PERPLEXITY}; hollow: after recovery" if any(row.recovered for row in rows) else PERPLEXITY
+
+
+def _ratios(rows: Iterable[Experiment]) -> list[float]:
+    """All ratios that are drawn, before recovery and after it."""
+    return [figures.ratio for row in rows for figures in (row, row.recovered) if figures]
 
 
 def _groups(rows: Sequence[Experiment], names: Sequence[str]) -> dict[str, list[Experiment]]:
@@ -124,13 +141,22 @@ def _bars(axes: Axes, rows: Sequence[Experiment], names: Mapping[str, str]) -> N
         alpha=0.7,
         capsize=3,
     )
+    trained = {place: row.recovered for place, row in enumerate(rows) if row.recovered}
+    axes.barh(
+        list(trained),
+        [run.ratio - 1 for run in trained.values()],
+        left=1,
+        xerr=[run.error for run in trained.values()] if trained else None,
+        fill=False,
+        capsize=3,
+    )
     axes.set_yticks(places, [": ".join(filter(None, (row.label, _settings(row, names)))) for row in rows])
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
-    if _wide([row.ratio for row in rows]):
+    if _wide(_ratios(rows)):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(PERPLEXITY)
+    axes.set_xlabel(_label(rows))
     axes.grid(axis="x", alpha=0.3)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from math import hypot, isclose
 
-from libprune.experiments.dvc_experiments import Experiment
+from libprune.experiments.dvc_experiments import Experiment, Recovered, compared_figures
 from libprune.pipeline.terminal import Rows
 from libprune.report.markdown import markdown_table
 
@@ -37,31 +37,61 @@ def setting(row: Experiment, name: str) -> str:
 
 
 def tabulate_experiments(rows: Sequence[Experiment]) -> tuple[Rows, tuple[str, ...]]:
-    """Experiments as a table, rounded: its cells and its header."""
+    """Experiments as a table, rounded: its cells and its header. What recovery came to is left out if none has it."""
     names = differing(rows)
-    header = ("experiment", *names.values(), "decoder removed", "perplexity", "prefill", "size, MB")
-    return [(row.label, *(setting(row, name) for name in names), *_results(row)) for row in rows], header
+    trained = any(row.recovered for row in rows)
+    after = ("recovered", "trained") if trained else ()
+    header = ("experiment", *names.values(), "decoder removed", "perplexity", *after, "prefill", "size, MB")
+    return [(row.label, *(setting(row, name) for name in names), *_results(row, trained)) for row in rows], header
 
 
-def _results(row: Experiment) -> tuple[str, ...]:
+def _results(row: Experiment, trained: bool) -> tuple[str, ...]:
     return (
         f"{100 * row.removed:.2f} %",
-        f"× {row.ratio:.3f} ± {row.error:.3f}",
+        _ratio(row),
+        *(_recovery(row) if trained else ()),
         f"× {row.prefill:.2f}",
         "–" if row.size is None else f"{row.size / 1e6:,.1f}",
     )
 
 
+def _recovery(row: Experiment) -> tuple[str, str]:
+    run = row.recovered
+    if run is None:
+        return "–", "–"
+    return _ratio(run), f"{run.tokens:,} tokens, {run.parameters:,} parameters, {run.seconds:,.0f} s"
+
+
+def _ratio(figures: Experiment | Recovered) -> str:
+    return f"× {figures.ratio:.3f} ± {figures.error:.3f}"
+
+
+def recovered_columns(row: Experiment) -> dict[str, float]:
+    """What recovery came to, by the names of columns in CSV; empty if the pruned model was not trained."""
+    run = row.recovered
+    if run is None:
+        return {}
+    return {
+        "recovered_ratio": run.ratio,
+        "recovered_ratio_se": run.error,
+        "recovered_tokens": run.tokens,
+        "recovered_seconds": run.seconds,
+        "recovered_trained_parameters": run.parameters,
+    }
+
+
 def csv_text(rows: Sequence[Experiment]) -> str:
-    """Experiments as CSV, with the params' full names and unrounded figures."""
+    """Experiments as CSV, with the params' full names and unrounded figures; unknown ones are empty."""
     names = differing(rows)
     results = ("decoder_share_removed", "perplexity_ratio", "perplexity_ratio_se", "prefill_ratio", "bytes")
+    after = dict.fromkeys(name for row in rows for name in recovered_columns(row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("experiment", *names, *results))
+    writer.writerow(("experiment", *names, *results, *after))
     for row in rows:
         figures = (row.removed, row.ratio, row.error, row.prefill, row.size)
-        writer.writerow((row.label, *(setting(row, name) for name in names), *figures))
+        trained = (recovered_columns(row).get(name) for name in after)
+        writer.writerow((row.label, *(setting(row, name) for name in names), *figures, *trained))
     return text.getvalue()
 
 
@@ -85,14 +115,26 @@ def remarks(rows: Sequence[Experiment], left_out: Mapping[str, str]) -> list[str
         "Without a dvc.lock, which would say with which params the results were made",
         [row for row in rows if not row.proved],
     )
-    return [*_noise(rows), *_shares(rows), *unproved, *([f"Not in the table: {reasons}."] if left_out else [])]
+    absent = [f"Not in the table: {reasons}."] if left_out else []
+    return [*_order(rows), *_noise(rows), *_shares(rows), *unproved, *absent]
+
+
+def _order(rows: Sequence[Experiment]) -> list[str]:
+    """By which perplexity rows are ordered and judged, if some were trained after pruning."""
+    if not any(row.recovered for row in rows):
+        return []
+    if all(row.recovered for row in rows):
+        return ["The rows are ordered and judged by the perplexity after recovery."]
+    return ["The rows are ordered and judged by the perplexity before recovery, since not all of them were trained."]
 
 
 def _noise(rows: Sequence[Experiment]) -> list[str]:
     """Which rows are worse than the best by more than twice the standard error of the difference."""
     best, *others = rows
+    least, *figures = compared_figures(rows)
+    beyond = [one.ratio - least.ratio > 2 * hypot(one.error, least.error) for one in figures]
     same = [row for row in others if isclose(row.dense, best.dense, rel_tol=SAME_EVALUATION)]
-    worse = [row for row in same if row.ratio - best.ratio > 2 * hypot(row.error, best.error)]
+    worse = [row for row, clear in zip(others, beyond, strict=True) if clear and row in same]
     return [
         *_about(f"Worse than {best.label} by more than two standard errors of the difference", worse),
         *_about(f"Within two standard errors of {best.label}", [row for row in same if row not in worse]),

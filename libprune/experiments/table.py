@@ -10,7 +10,8 @@ from typing import Any
 from libprune.experiments.agreement import Interval
 from libprune.experiments.costs import Cost
 from libprune.experiments.results import Gathered
-from libprune.experiments.summary import Summary, compare_settings, overlap, overlap_matrix, reference_of
+from libprune.experiments.summary import Perplexity, Summary, compare_settings, overlap, overlap_matrix, reference_of
+from libprune.experiments.sweep_table import recovered_columns
 from libprune.pipeline.terminal import Rows
 
 NOTHING = "–"
@@ -36,15 +37,22 @@ def correlation_text(interval: Interval) -> str:
 
 
 def tabulate_settings(gathered: Gathered, summaries: Sequence[Summary]) -> tuple[Rows, tuple[str, ...]]:
-    """The settings of a comparison as a table: its cells and its header. Columns without a known value are left out."""
+    """The settings of a comparison as a table: its cells and its header. Columns without a known value are left out.
+
+    The perplexities before and after recovery have columns of their own; see `Summary.compared` for the factor.
+    """
     reference = reference_of(gathered, summaries)
     parts = list(dict.fromkeys(part for one in summaries for part in one.correlations))
     columns = {
         "setting": [one.name for one in summaries],
-        "seeds": [str(len(one.ratios)) for one in summaries],
+        "seeds": [str(len(one.before.ratios)) for one in summaries],
         "removed": [f"{100 * one.removed:.1f} %" for one in summaries],
-        "perplexity": [interval_text(one.ratio) for one in summaries],
-        "± windows": [f"{one.error:,.3f}" if one.ratio.mean < 100 else f"{one.error:,.0f}" for one in summaries],
+        "perplexity": [interval_text(one.before.ratio) for one in summaries],
+        "± windows": [_error(one.before) for one in summaries],
+        "recovered": [interval_text(one.after.ratio) if one.after else NOTHING for one in summaries],
+        "recovered, ± windows": [_error(one.after) for one in summaries],
+        "trained on, tokens": [_mean(run.tokens for run in one.recovered.values()) for one in summaries],
+        "trained parameters": [_mean(run.parameters for run in one.recovered.values()) for one in summaries],
         f"to {reference.name}": [_factor(one, reference) for one in summaries],
         "kept, by seed": [_number(one.seed_overlap) for one in summaries],
         f"kept, to {reference.name}": [
@@ -56,6 +64,7 @@ def tabulate_settings(gathered: Gathered, summaries: Sequence[Summary]) -> tuple
         },
         "collecting, s": [_seconds(one.collecting) for one in summaries],
         "pruning, s": [_seconds(one.pruning) for one in summaries],
+        "recovering, s": [_seconds(one.recovering) for one in summaries],
         "peak, MB": [_peak(one) for one in summaries],
     }  # fmt: skip
     shown = {name: cells for name, cells in columns.items() if any(cell != NOTHING for cell in cells)}
@@ -69,6 +78,37 @@ EXPLAINED = (
     "ranks: Spearman's correlation of importances and measured loss increases; collecting: the statistics that the "
     "setting reads; pruning: from the scores to the pruned model; peak: the most memory of one process of these."
 )
+
+
+def explain_columns(summaries: Sequence[Summary]) -> str:
+    """What the columns of the table say, in a paragraph; of recovery only where a setting has it."""
+    if not any(one.after for one in summaries):
+        return EXPLAINED
+    return (
+        f"{EXPLAINED} Perplexity is that of the pruned model before recovery; recovered: after it, likewise; trained: "
+        "mean over the seeds; recovering: drawing the text and training the pruned model. "
+        f"{ordered_by(summaries)}"
+    )
+
+
+def ordered_by(summaries: Sequence[Summary]) -> str:
+    """The sentence that says by which perplexity settings are ordered and compared, where some were trained."""
+    if summaries[0].compares_after:
+        return "The settings are ordered and compared by the perplexity after recovery."
+    return (
+        "The settings are ordered and compared by the perplexity before recovery, since not all of them were trained."
+    )
+
+
+def _error(perplexity: Perplexity | None) -> str:
+    if perplexity is None:
+        return NOTHING
+    return f"{perplexity.error:,.3f}" if perplexity.ratio.mean < 100 else f"{perplexity.error:,.0f}"
+
+
+def _mean(counts: Iterable[int]) -> str:
+    known = list(counts)
+    return f"{sum(known) / len(known):,.0f}" if known else NOTHING
 
 
 def _factor(one: Summary, reference: Summary) -> str:
@@ -89,7 +129,8 @@ def _seconds(cost: Cost | None) -> str:
 
 
 def _peak(one: Summary) -> str:
-    known = [cost.peak_memory_bytes for cost in (one.collecting, one.pruning) if cost is not None]
+    costs = (one.collecting, one.pruning, one.recovering)
+    known = [cost.peak_memory_bytes for cost in costs if cost is not None]
     return f"{max(known) / 1e6:,.0f}" if any(known) else NOTHING
 
 
@@ -103,10 +144,10 @@ def settings_csv(gathered: Gathered, summaries: Sequence[Summary]) -> str:
         row: dict[str, Any] = {
             "setting": one.name,
             "changes": json.dumps(dict(gathered.setting(one.name).changes)),
-            "seeds": len(one.ratios),
+            "seeds": len(one.before.ratios),
             "decoder_share_removed": one.removed,
-            **_ends("perplexity_ratio", one.ratio),
-            "perplexity_ratio_se_windows": one.error,
+            **_ends("perplexity_ratio", one.before.ratio),
+            "perplexity_ratio_se_windows": one.before.error,
             "reference": reference.name,
             **_ends("factor", to.factor if to else None),
             "difference": to.kind if to else None,
@@ -115,7 +156,11 @@ def settings_csv(gathered: Gathered, summaries: Sequence[Summary]) -> str:
         }
         for part in parts:
             row |= _ends(f"correlation_{part}", one.correlations.get(part))
-        rows.append(row | _cost("collecting", one.collecting) | _cost("pruning", one.pruning))
+        row |= _cost("collecting", one.collecting) | _cost("pruning", one.pruning)
+        if one.after:
+            row |= _ends("recovered_ratio", one.after.ratio)
+            row |= {"recovered_ratio_se_windows": one.after.error} | _cost("recovering", one.recovering)
+        rows.append(row)
     return _csv(rows)
 
 
@@ -139,6 +184,8 @@ def runs_csv(gathered: Gathered) -> str:
                     **{f"correlation_{part}": value for part, value in result.correlations.items()},
                     **_cost("collecting", result.collecting),
                     **_cost("pruning", result.pruning),
+                    **recovered_columns(one),
+                    **(_cost("recovering", result.recovering) if one.recovered else {}),
                 }
             )
     return _csv(rows)

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+NOTE = "recovery.json"
+"""The file of the folder of the recovered model where there is none; a recovered model has its record instead."""
+
 
 class Place:
     """An attribute of a `Layout`: a path below its root."""

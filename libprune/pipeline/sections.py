@@ -456,8 +456,9 @@ class Recover(Section):
     """Rank of the matrices that `lora` trains."""
     lora_alpha: Count | None = None
     """Scale of these matrices, divided by the rank; null: twice the rank."""
-    lora_targets: str | Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = "all-linear"
-    """Endings of the names of the linear maps beside which matrices are trained; `all-linear`: all but the head."""
+    lora_targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = "all-linear"
+    """Endings of the names of the linear maps beside which matrices are trained; `all-linear`: all of them, but not the
+    head that predicts tokens."""
     seed: Floor = 0
     """Seed of the choice and order of sequences, of dropout and of the matrices of `lora`."""
 

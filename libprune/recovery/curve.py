@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from libprune.pipeline.sections import Recover
-from libprune.recovery.idle import COLUMNS
+from libprune.recovery.idle import COLUMNS, Curve
 from libprune.recovery.training import Outcome, Schedule
 
 
@@ -26,7 +26,7 @@ class Recovery:
         tokens: tokens that were trained on up to the end.
         seconds: time of the training, the held-out checks included.
         planned: steps that were asked for.
-        curve: rows of the learning curve, with the columns `COLUMNS`; a loss that was not measured at a step is None.
+        curve: the learning curve.
     """
 
     params: dict[str, Any]
@@ -41,7 +41,7 @@ class Recovery:
     tokens: int
     seconds: float
     planned: int
-    curve: list[dict[str, float | None]]
+    curve: Curve
 
     @staticmethod
     def of(
@@ -127,8 +127,8 @@ class Recovery:
         return lines
 
 
-def _curve(history: Sequence[Mapping[str, float]], tokens: int) -> list[dict[str, float | None]]:
-    rows: dict[int, dict[str, float | None]] = {}
+def _curve(history: Sequence[Mapping[str, Any]], tokens: int) -> Curve:
+    rows: dict[int, dict[str, float | int | None]] = {}
     for entry in history:
         step = int(entry["step"])
         row = rows.setdefault(step, dict.fromkeys(COLUMNS) | {"step": step, "tokens": step * tokens})

@@ -1,7 +1,7 @@
 """The artifacts of the stages teacher and recover where nothing is trained, and the figures that recover writes."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ import numpy as np
 
 from libprune.pipeline.artifacts import write_table
 from libprune.pipeline.atomic import write_json, writing, writing_folder
-from libprune.pipeline.layout import Layout
+from libprune.pipeline.layout import NOTE, Layout
 
-NOTE = "recovery.json"
-"""The file of the folder of the recovered model where there is none; a recovered model has its record instead."""
+Curve = list[dict[str, float | int | None]]
+"""Rows of the learning curve, with the columns `COLUMNS`; a loss that was not measured at a step is None."""
 COLUMNS = ("step", "tokens", "seconds", "loss", "held_out")
 """The columns of the learning curve."""
 
@@ -30,13 +30,13 @@ def write_no_model(layout: Layout) -> None:
         write_json(folder / NOTE, {"method": "none"})
 
 
-def write_figures(metrics: Path, figures: Mapping[str, Any], curve: Sequence[Mapping[str, float | None]]) -> None:
+def write_figures(metrics: Path, figures: Mapping[str, Any], curve: Curve) -> None:
     """Write `recovery.json` and the learning curve as `learning_curve.csv`.
 
     Args:
         metrics: the folder of metrics.
         figures: the figures; none where nothing was trained.
-        curve: rows with the columns `COLUMNS`.
+        curve: the learning curve; without rows where nothing was trained.
     """
     write_json(metrics / "recovery.json", figures)
     with writing(metrics / "learning_curve.csv") as partial, partial.open("w", newline="") as file:

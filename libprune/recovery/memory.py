@@ -3,10 +3,8 @@
 from libprune.pipeline.sections import Recover
 
 _BYTES = {"float32": 4, "bfloat16": 2}
-_STATES = {"adamw_torch": 2.0, "adamw_torch_fused": 2.0, "adamw_bnb_8bit": 0.5, "adafactor": 0.0}
-"""Numbers that an optimizer keeps for each trained parameter, in the type of the weights; Adafactor keeps sums of rows
-and columns, which are few. The states of `adamw_bnb_8bit` are bytes, so half of a bfloat16 number and a quarter of a
-float32 number each; the larger is counted."""
+CHECKPOINTS = 3
+"""Most checkpoints on the disk at once: the best, the last, and the one that is being written."""
 
 
 def training_bytes(trained: int, whole: int, params: Recover) -> int:
@@ -14,10 +12,11 @@ def training_bytes(trained: int, whole: int, params: Recover) -> int:
 
     Args:
         trained: number of trained parameters.
-        whole: number of all parameters of the pruned model.
+        whole: number of all parameters of the pruned model, without the matrices of `lora`.
         params: method, type and optimizer.
     """
-    return _BYTES[params.dtype] * whole + _trained_bytes(params) * trained + _states(trained, params)
+    tensors = 2 if params.method == "lora" else 1  # the matrices of `lora` stand beside the weights, then gradients
+    return _BYTES[params.dtype] * whole + tensors * _trained_bytes(params) * trained + _states(trained, params)
 
 
 def checkpoint_bytes(trained: int, params: Recover) -> int:
@@ -31,4 +30,10 @@ def _trained_bytes(params: Recover) -> int:
 
 
 def _states(trained: int, params: Recover) -> int:
-    return int(_STATES[params.optimizer] * _trained_bytes(params) * trained)
+    """Bytes of the two moments of each trained parameter: in its own type, or a byte each for `adamw_bnb_8bit`.
+
+    Adafactor keeps sums of rows and columns instead, which are few.
+    """
+    if params.optimizer == "adafactor":
+        return 0
+    return 2 * trained * (1 if params.optimizer == "adamw_bnb_8bit" else _trained_bytes(params))

@@ -28,7 +28,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover
 from libprune.pipeline.terminal import gigabytes
 from libprune.recovery.curve import Recovery
-from libprune.recovery.memory import checkpoint_bytes, training_bytes
+from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes
 from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher
 from libprune.recovery.student import finished_weights, load_student, prepare, trained_parameters
 from libprune.recovery.training import Outcome, Schedule, Training, make_schedule
@@ -70,8 +70,10 @@ def recover_layout(layout: Layout, compute: Compute, params: Recover) -> Recover
             recovery = run.recovery(outcome, trained)
             with writing_folder(layout.recovered) as folder:
                 weights = finished_weights(run.record, params, outcome.checkpoint)
-                write_recovered(folder, run.record, weights, recovery)
-                run.prove(folder, weights)
+                write_weights(folder, run.record, weights)
+                proof = run.prove(folder, weights)
+                made = {key: value for key, value in run.record.provenance.items() if key != "files"}
+                write_provenance(folder, made | versions() | {"recovery": recovery.as_json() | {"proof": proof}})
             remove(work)
         world.barrier()
     return recovery
@@ -146,14 +148,20 @@ class _Run:
         number = len(self.sequences) - self.text["held_out"]
         return Recovery.of(outcome, self.params, self.schedule, number, self.sequences.length, self.text, trained)
 
-    def prove(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Check that the folder, loaded in a fresh process, computes what the pruned model does with these weights."""
+    def prove(self, folder: Path, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Check that the folder, loaded in a fresh process, computes what the pruned model does with these weights.
+
+        Returns:
+            The largest difference of a logit, and the largest logit.
+        """
         ids = self.sequences.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
         model = load_model(self.record.folder, torch.float32, trust_remote_code=self.record.remote)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name].to(self.record.dtype))
-        verify_folder(folder, ids, reference_logits(model, ids), self.record.remote, self.architecture.head)
+        expected, head = reference_logits(model, ids), self.architecture.head
+        proof = verify_folder(folder, ids, expected, self.record.remote, head)
+        return {"logit_difference": proof.difference, "logit_scale": proof.scale}
 
 
 def _set_up(layout: Layout, compute: Compute, params: Recover, world: World) -> _Run:
@@ -187,7 +195,7 @@ def _announce(run: _Run, home: Path, trained: int, whole: int) -> None:
     """Print what will be trained on what, and what it needs; stop before any work if the disk is too full."""
     schedule, length = run.schedule, run.sequences.length
     number = len(run.sequences) - run.text["held_out"]
-    step, scratch = schedule.sequences * length, checkpoint_bytes(trained, run.params)
+    step, scratch = schedule.sequences * length, CHECKPOINTS * checkpoint_bytes(trained, run.params)
     typer.echo(
         f"recover: {trained:,} of {whole:,} parameters, {schedule.steps:,} steps of {step:,} tokens "
         f"({schedule.steps * schedule.sequences / number:.1f} times the {number:,} sequences of {run.text['text']})"
@@ -195,24 +203,21 @@ def _announce(run: _Run, home: Path, trained: int, whole: int) -> None:
     memory = training_bytes(trained, whole, run.params) + run.dense_bytes
     typer.echo(
         f"recover: {gigabytes(memory)} of memory for weights, gradients, optimizer states and the dense model, beside "
-        f"the activations; up to {gigabytes(3 * scratch)} of checkpoints in {home.parent}"
+        f"the activations; up to {gigabytes(scratch)} of checkpoints in {home.parent}"
     )
-    require_room({home: 3 * scratch}, "recover", "free some, or train less (recover.method: lora)")
+    require_room({home: scratch}, "recover", "free some, or train less (recover.method: lora)")
 
 
-def write_recovered(folder: Path, record: Record, weights: Mapping[str, Tensor], recovery: Recovery) -> None:
-    """Write a recovered model into an empty folder: the pruned one with other weights.
+def write_weights(folder: Path, record: Record, weights: Mapping[str, Tensor]) -> None:
+    """Write a recovered model into an empty folder: the files of the pruned one with other weights, but no record.
 
     Args:
         folder: an existing, empty folder.
         record: the record of the pruned folder.
         weights: by the names of the parameters; they are stored in the type of the pruned ones.
-        recovery: what the training came to, for the folder's record.
     """
     for path in record.folder.iterdir():
         if path.name != PROVENANCE and ".safetensors" not in path.name:
             shutil.copyfile(path, folder / path.name)
     stored = {name: tensor.to(record.dtype) for name, tensor in weights.items()}
     save_weights(folder, None if record.remote else record.stock_model, stored)
-    made = {key: value for key, value in record.provenance.items() if key != "files"}
-    write_provenance(folder, made | versions() | {"recovery": recovery.as_json()})

@@ -47,8 +47,8 @@ def prepare(student: PreTrainedModel, params: Recover) -> nn.Module:
     config = LoraConfig(r=rank, lora_alpha=params.lora_alpha or 2 * rank, target_modules=targets)
     torch.manual_seed(params.seed)  # one of the two matrices beside each map begins with random numbers
     try:
-        with warnings.catch_warnings():  # of a name of transformers that peft still uses
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings():  # of names in transformers, and of maps that are stored as [in, out]
+            warnings.simplefilter("ignore")
             trained: nn.Module = get_peft_model(student, config)
     except ValueError as error:
         raise LibpruneError(f"recover.lora_targets: {error}") from error

@@ -144,13 +144,15 @@ class _Storing:
     def _announce(self, home: Path) -> None:
         """Print what will be written; stop before any work if the disk is too full."""
         each = self._positions * self._k * BYTES
-        size, there = each * len(self.sequences), sum(file.stat().st_size for file in home.glob("*.safetensors"))
+        size, files = each * len(self.sequences), list(home.glob("*.safetensors"))
         typer.echo(
             f"teacher: {gigabytes(size)} will be written to {self.layout.teacher}, {each:,} bytes a sequence, "
             f"{self._k * BYTES:,} a position"
         )
         advice = "store fewer predictions (recover.top_k), or none (null)"
-        require_room({home: max(0, size - there)}, "teacher", advice)
+        require_room({home: max(0, size - sum(file.stat().st_size for file in files))}, "teacher", advice)
+        if files:
+            typer.echo(f"continues from a saved state: {len(files)} of {self._shards} files are there")
 
     def _write(self, home: Path, device: torch.device, dtype: torch.dtype, about: dict[str, Any]) -> None:
         """Write the files that this process has to; where the weights are shared out, all processes run all passes."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from numpy.random import default_rng
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -196,7 +197,7 @@ class _Checks(TrainerCallback):
         control.should_training_stop = control.should_training_stop or since >= self._patience
 
 
-def held_out_losses(history: Sequence[Mapping[str, float]]) -> dict[int, float]:
+def held_out_losses(history: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """The held-out loss by the step that it was measured after, nats."""
     return {int(entry["step"]): entry["eval_loss"] for entry in history if "eval_loss" in entry}
 
@@ -252,7 +253,7 @@ class Outcome:
     steps: int
     kept: int
     checkpoint: Path | None
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,8 @@ class Training:
         number, schedule = len(self.sequences) - self.held_out, self.schedule
         order = training_order(number, schedule.steps * schedule.sequences, self.params.seed)
         last = _last_checkpoint(home, self.world)
+        if last is not None and self.world.first:
+            typer.echo(f"continues from a saved state: {last.name.split('-')[1]} of {schedule.steps} steps are done")
         trainer = _Distiller(
             self.teacher,
             self.params,

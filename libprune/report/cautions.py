@@ -2,6 +2,7 @@
 
 from libprune.report.headline import Metrics
 from libprune.report.markdown import code, prose
+from libprune.report.recovery_text import rose, trained_texts
 
 MUCH_WORSE = 2.0
 """Perplexity ratio from which the text that a model writes is visibly worse."""
@@ -26,15 +27,21 @@ def find_cautions(result: Metrics, calibration: str) -> list[str]:
         *_budget(result),
         *_speed(result["speed"]),
         *_repair(result["pruning"]["repair"]),
+        *_recovery(result),
     ]
 
 
 def _quality(result: Metrics) -> list[str]:
-    ratio, windows = result["perplexity_ratio"]["value"], result["protocol"]["windows"]
-    lines = []
+    recovered, windows, lines = result.get("recovered"), result["protocol"]["windows"], []
+    ratio = (recovered or result)["perplexity_ratio"]["value"]
     if not ratio < MUCH_WORSE:
+        after = " after recovery" if recovered else ""
+        advice = (
+            "train on more tokens (`recover.tokens`), or remove less" if recovered else "train it (`recover.method`)"
+        )
         lines.append(
-            f"Perplexity is {ratio:.2f} times the dense model's: expect visibly worse text, and fine-tune before use."
+            f"Perplexity is {ratio:.2f} times the dense model's{after}: expect visibly worse text, and {advice} "
+            "before use."
         )
     if windows < FEW_WINDOWS:
         lines.append(f"Perplexity is measured on {windows} window(s); raise `tokenize.evaluation_windows` to trust it.")
@@ -94,3 +101,33 @@ def _repair(errors: Metrics) -> list[str]:
         "On calibration sequences that it did not see, the repair does harm: it is fitted to too little text. Raise "
         "`tokenize.calibration_sequences` or `slice.damping`."
     ]
+
+
+def _recovery(result: Metrics) -> list[str]:
+    recovered, recovery, lines = result.get("recovered"), result.get("recovery"), []
+    if not recovered or not recovery:
+        return []
+    evaluation = result["protocol"]["text"]
+    if recovery["step"] and evaluation != "self" and evaluation in trained_texts(recovery):
+        lines.append(
+            f"Recovered and evaluated on parts of one text, {code(evaluation)}: a part of the gain is adaptation to "
+            "this text, and elsewhere the gain may be smaller. Name another `tokenize.evaluation_text`, or train on "
+            "another text (`recover.text`)."
+        )
+    if not recovery["step"]:
+        lines.append(
+            "No step of the recovery lowered the held-out loss, so that the recovered model has the weights of the "
+            "pruned one. Lower `recover.learning_rate`, or train on more text (`recover.text`)."
+        )
+    if rose(recovery):
+        lines.append(
+            f"The held-out loss rose again after step {recovery['step']:,} of {recovery['steps']:,}: the text is too "
+            "small or too narrow for more training. Name more text under `recover.text`."
+        )
+    before, after = (one["perplexity_ratio"]["value"] for one in (result, recovered))
+    if after > before:
+        lines.append(
+            f"Recovery made perplexity on the evaluation text worse, × {after:.3f} after × {before:.3f}: train on text "
+            "like that which the model is to be used on (`recover.text`), or use the pruned model."
+        )
+    return lines

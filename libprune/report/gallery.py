@@ -6,12 +6,21 @@ from typing import Any
 
 from libprune.engine.tables import Columns
 from libprune.pipeline.atomic import writing_folder
-from libprune.report import cut_pictures, gradient_pictures
+from libprune.report import cut_pictures, gradient_pictures, recovery_pictures
 from libprune.report.canvas import Figure, draw_note, png
 from libprune.report.gradient_text import Diagnosis, gradient_report
 from libprune.report.markdown import Picture
 
-NAMES = ("grad_dist", "grad_heatmap", "grad_comparison", "layer_variance", "sensitivity", "kept_share", "scores")
+NAMES = (
+    "grad_dist",
+    "grad_heatmap",
+    "grad_comparison",
+    "layer_variance",
+    "sensitivity",
+    "kept_share",
+    "scores",
+    "learning_curve",
+)
 """The names of all pictures; dvc.yaml lists them as plots."""
 TEXT = "gradient_report.txt"
 """The file beside the pictures that holds the gradients of every layer in numbers."""
@@ -88,6 +97,21 @@ def sensitivity_gallery(table: Columns) -> list[Picture]:
             cut_pictures.draw_sensitivity(table),
             "loss increase of removing each layer, its attention and its MLP",
             "Measured on calibration sequences, one removal at a time, without repair.",
+        )
+    ]
+
+
+def recovery_gallery(recovery: Mapping[str, Any] | None) -> list[Picture]:
+    """The picture of the training, from what it came to; none where nothing was trained."""
+    if recovery is None:
+        return []
+    return [
+        _picture(
+            "learning_curve",
+            recovery_pictures.draw_learning_curve(recovery),
+            "loss on trained and on held-out sequences over the tokens trained on",
+            "Line: mean over the steps since the point before. Diamonds: sequences of the text that are never "
+            "trained on. Dashed: the step with the lowest held-out loss, whose weights are the recovered model's.",
         )
     ]
 

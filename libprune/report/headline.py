@@ -26,27 +26,41 @@ def headline_rows(result: Metrics) -> Rows:
     Args:
         result: the content of `artifacts/evaluation.json`.
     """
-    dense, pruned, speed, ratio = result["dense"], result["pruned"], result["speed"], result["perplexity_ratio"]
+    dense, pruned, speed, recovered = result["dense"], result["pruned"], result["speed"], result.get("recovered")
+    after = [("perplexity, recovered", "", *_perplexity(recovered, recovered["perplexity_ratio"]))] if recovered else []
     return [
         (
             PERPLEXITY[result["model"]["head"]],
             f"{dense['perplexity']:.2f} ± {dense['perplexity_se']:.2f}",
-            f"{pruned['perplexity']:.2f} ± {pruned['perplexity_se']:.2f}",
-            f"× {ratio['value']:.3f} ± {ratio['se']:.3f}",
+            *_perplexity(pruned, result["perplexity_ratio"]),
         ),
+        *after,
         _count("decoder parameters", dense["decoder_parameters"], pruned["decoder_parameters"]),
         _count("all parameters", dense["total_parameters"], pruned["total_parameters"]),
         _count("weights, MB", dense["bytes"] / 1e6, pruned["bytes"] / 1e6),
         *(_count(name, dense[key], pruned[key]) for name, key in _CACHE.items() if dense[key]),
         *(_speed(name, dense, pruned, speed) for name in ("prefill", "decode") if dense[name]),
-        *(_accuracy(task, models["dense"], models["pruned"]) for task, models in result["tasks"].items()),
+        *(row for task, models in result["tasks"].items() for row in _accuracy(task, models)),
     ]
 
 
-def _accuracy(task: str, dense: Metrics, pruned: Metrics) -> tuple[str, ...]:
+def _perplexity(model: Metrics, ratio: Metrics) -> tuple[str, str]:
+    """The perplexity of a model, and its ratio to the dense model's."""
+    return f"{model['perplexity']:.2f} ± {model['perplexity_se']:.2f}", _ratio(ratio)
+
+
+def _ratio(ratio: Metrics) -> str:
+    return f"× {ratio['value']:.3f} ± {ratio['se']:.3f}"
+
+
+def _accuracy(task: str, models: Metrics) -> Rows:
+    """The rows of a task: the dense and the pruned model, and below them the recovered one if there is one."""
+    dense = models["dense"]
     metric = "acc_norm" if "acc_norm" in dense else "acc"
-    cells = (f"{100 * one[metric]:.1f} ± {100 * one[f'{metric}_se']:.1f}" for one in (dense, pruned))
-    return f"{task}, {metric}, %", *cells, f"{100 * (pruned[metric] - dense[metric]):+.1f}"
+    share = {name: f"{100 * one[metric]:.1f} ± {100 * one[f'{metric}_se']:.1f}" for name, one in models.items()}
+    change = {name: f"{100 * (one[metric] - dense[metric]):+.1f}" for name, one in models.items()}
+    rows: Rows = [(f"{task}, {metric}, %", share["dense"], share["pruned"], change["pruned"])]
+    return rows + [(f"{task}, recovered", "", share[name], change[name]) for name in models if name == "recovered"]
 
 
 def _count(name: str, dense: int | float, pruned: int | float) -> tuple[str, ...]:
@@ -66,17 +80,28 @@ def _speed_ratio(name: str, speed: Metrics) -> str:
 def summarize(result: Metrics) -> str:
     """Three lines of Markdown: how much smaller, faster and worse the model is, each with its uncertainty.
 
+    The loss is that of the pruned model and, behind it, that of the recovered one with what the recovery took.
+
     Args:
         result: the content of `artifacts/evaluation.json`.
     """
-    pruned, speed, ratio = result["pruned"], result["speed"], result["perplexity_ratio"]
+    pruned, speed, loss = result["pruned"], result["speed"], _ratio(result["perplexity_ratio"])
+    if recovered := result.get("recovered"):
+        made = result["recovery"]
+        took = f"training on {made['tokens']:,} tokens ({duration(made['seconds'])})"
+        loss = f"{loss} as pruned, {_ratio(recovered['perplexity_ratio'])} after {took}"
     faster = ", ".join(f"{name} {_speed_ratio(name, speed)}" for name in ("prefill", "decode") if pruned[name])
     return (
         f"- **Size:** {100 * pruned['decoder_share_removed']:.1f} % of the decoder's parameters are gone, "
         f"{100 * pruned['total_share_removed']:.1f} % of all (counted, exact).\n"
         f"- **Speed:** {faster}.\n"
-        f"- **Loss:** {PERPLEXITY[result['model']['head']]} × {ratio['value']:.3f} ± {ratio['se']:.3f}."
+        f"- **Loss:** {PERPLEXITY[result['model']['head']]} {loss}."
     )
+
+
+def duration(seconds: float) -> str:
+    """A time in words: seconds, or minutes from one minute on."""
+    return f"{seconds / 60:,.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
 
 
 def describe_protocol(protocol: Metrics) -> str:

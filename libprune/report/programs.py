@@ -1,4 +1,4 @@
-"""How to load a pruned model, and which programs take its shape.
+"""Where the final model lies, how to load it, and which programs take its shape.
 
 Transformers is tried whenever a model is made. What is said of the others is read from their code and their issues of
 November 2026, and not tried:
@@ -14,7 +14,10 @@ November 2026, and not tried:
   src/llama-quant.cpp: k-quants cut rows into blocks of 256.
 """
 
+from pathlib import Path
+
 from libprune.engine.heads import HEADS, HeadName
+from libprune.pipeline.layout import Layout
 from libprune.report.headline import Metrics
 from libprune.report.markdown import code, markdown_table
 
@@ -22,6 +25,16 @@ _KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` whose code in vLLM and in llama.cpp was read."""
 _BLOCK = 256
 """Number of weights in a block of llama.cpp's k-quants."""
+
+
+def final_folder(result: Metrics, layout: Layout) -> Path:
+    """Where the final model lies: the recovered one, or the pruned one if nothing was recovered.
+
+    Args:
+        result: the content of `artifacts/evaluation.json`.
+        layout: holds both models.
+    """
+    return layout.recovered if result.get("recovered") else layout.pruned
 
 
 def how_to_load(folder: str, shape: str, head: HeadName) -> str:
@@ -36,14 +49,14 @@ def how_to_load(folder: str, shape: str, head: HeadName) -> str:
     return f'{HEADS[head].auto_class}.from_pretrained("{folder}"{remote})'
 
 
-def describe_loading(result: Metrics, folder: str) -> list[str]:
-    """The section of the report on how to load the pruned model, and in which programs; paragraphs of Markdown.
+def describe_loading(result: Metrics, layout: Layout) -> list[str]:
+    """The section of the report on how to load the final model, and in which programs; paragraphs of Markdown.
 
     Args:
         result: the content of `artifacts/evaluation.json`.
-        folder: where the pruned model lies.
+        layout: holds the pruned model, and the recovered one if there is one.
     """
-    shape, proof = result["plan"]["shape"], result["pruning"]["proof"]
+    shape, folder = result["plan"]["shape"], str(final_folder(result, layout))
     head = result["model"]["head"]
     line, writes = how_to_load(folder, shape, head), head == "causal_lm"
     kind = {
@@ -55,11 +68,26 @@ def describe_loading(result: Metrics, folder: str) -> list[str]:
         "## How to load it",
         f"{code(folder)} has the shape `{shape}`: {kind}.",
         f"```python\nfrom transformers import {line.partition('.')[0]}\nmodel = {line}\n```",
-        f"A fresh process without libprune loaded it; its logits differ from the masked dense model's by "
-        f"{proof['logit_difference']:.1e} of {proof['logit_scale']:.1f}{', and it generates' if writes else ''}.",
+        _proof(result, layout, ", and it generates" if writes else ""),
         markdown_table(takers, ("program", "takes this shape", "remarks")).replace("---:", "---"),
         *_commands(folder, [program for program, verdict, _ in takers if verdict == _BY_CODE]),
     ]
+
+
+def _proof(result: Metrics, layout: Layout, generates: str) -> str:
+    """How it was shown that the model loads, and where the model before recovery lies."""
+    proof = result["pruning"]["proof"]
+    differ = f"{proof['logit_difference']:.1e} of {proof['logit_scale']:.1f}"
+    if not result.get("recovered"):
+        return (
+            "A fresh process without libprune loaded it; its logits differ from the masked dense model's by "
+            f"{differ}{generates}."
+        )
+    return (
+        f"A fresh process without libprune loaded it and computed what its trained weights say{generates}. The model "
+        f"before recovery lies in {code(str(layout.pruned))} and loads alike; its logits differ from the masked dense "
+        f"model's by {differ}."
+    )
 
 
 _BY_CODE = "yes, by its code; not tried"

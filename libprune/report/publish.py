@@ -5,7 +5,7 @@ from pathlib import Path
 from libprune.pipeline.artifacts import read_json, read_table, same_origin
 from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
-from libprune.report.gallery import cut_gallery, gradient_gallery, sensitivity_gallery, write_gallery
+from libprune.report.gallery import cut_gallery, gradient_gallery, recovery_gallery, sensitivity_gallery, write_gallery
 from libprune.report.markdown import Picture
 from libprune.report.page import html_page
 from libprune.report.provenance import gather_provenance
@@ -32,8 +32,9 @@ def publish_report(layout: Layout, folder: Path, project: Path) -> None:
     measured = _sensitivity(layout, meta["model"])
     provenance = gather_provenance(layout, meta["model"], project)
     pictures = gradient_gallery(rows) + measured + cut_gallery(plan, plan_meta)
+    pictures += recovery_gallery(result.get("recovery"))
     ratio = gradient_ratio(rows) if len(rows["layer_idx"]) else None
-    text = compose_report(result, str(layout.pruned), provenance, pictures, ratio)
+    text = compose_report(result, layout, provenance, pictures, ratio)
     images = {f"{PICTURES}/{picture.file}": picture.png for picture in pictures}
     page = html_page(text, f"Pruning report: {provenance.model}", images)
     write_gallery(folder / PICTURES, pictures, rows, meta.get("diagnosis", {}))

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.terminal import Rows
 from libprune.report.cautions import find_cautions
 from libprune.report.gradient_text import ratio_text
@@ -11,6 +12,7 @@ from libprune.report.headline import HEADER, Metrics, describe_protocol, headlin
 from libprune.report.markdown import Picture, code, markdown_table, picture_paragraphs
 from libprune.report.programs import describe_loading
 from libprune.report.provenance import Provenance
+from libprune.report.recovery_text import recovery_facts, training_end
 from libprune.statistics.gradient_health import verdict
 
 Section = list[str]
@@ -24,13 +26,13 @@ _NOT_SETTINGS = {"model", "tokens", "comparable"}
 
 
 def compose_report(
-    result: Metrics, folder: str, provenance: Provenance, pictures: Sequence[Picture], gradient_ratio: float | None
+    result: Metrics, layout: Layout, provenance: Provenance, pictures: Sequence[Picture], gradient_ratio: float | None
 ) -> str:
     """The whole report.
 
     Args:
         result: the content of `artifacts/evaluation.json`.
-        folder: where the pruned model lies.
+        layout: holds the pruned model, and the recovered one if there is one.
         provenance: of the result.
         pictures: those that lie in the folder `PICTURES` beside the report.
         gradient_ratio: largest over smallest mean |g| of the layers; None without gradients.
@@ -44,8 +46,9 @@ def compose_report(
         _gradients(result, gradient_ratio, pictures),
         _sensitivity(pictures),
         _repair(result["pruning"]["repair"]),
+        _recovery(result, pictures),
         _continuations(result),
-        describe_loading(result, folder),
+        describe_loading(result, layout),
         _provenance(result, provenance),
     ]
     return "\n\n".join(paragraph for section in sections for paragraph in section) + "\n"
@@ -54,7 +57,10 @@ def compose_report(
 def _opening(result: Metrics) -> Section:
     """The title, the summary, and the headline table with the protocol of its measurements."""
     table = markdown_table(headline_rows(result), HEADER)
-    return ["# Pruning report", summarize(result), table, describe_protocol(result["protocol"])]
+    protocol = describe_protocol(result["protocol"])
+    if result.get("recovered"):
+        protocol += " Sizes and speed are those of the pruned model, whose shape the recovered one has."
+    return ["# Pruning report", summarize(result), table, protocol]
 
 
 def _warnings(result: Metrics, calibration: str) -> Section:
@@ -70,7 +76,10 @@ def _shown(pictures: Sequence[Picture], *names: str) -> Section:
 
 def _request(result: Metrics, model: str) -> Section:
     """The share that was to be removed from the named model, and the methods that were chosen for it."""
-    plan = result["plan"]
+    plan, recovery = result["plan"], result.get("recovery")
+    trained = (
+        f"recovery {code(recovery['params']['method'])} on {recovery['params']['tokens']:,} tokens" if recovery else ""
+    )
     decided = "" if plan["ratio_asked"] is not None else ", as `retention` decided,"
     fusion = "" if plan["fusion"] == "none" else f"fusion {code(plan['fusion'])}, "
     worth = "" if plan["worth"] == "none" else f" with the worth of layers by {code(plan['worth'])}"
@@ -80,7 +89,7 @@ def _request(result: Metrics, model: str) -> Section:
         f"{code(model)}. "
         f"Criterion {code(plan['criterion'])} ({fusion}scaling {code(plan['scaling'])}), allocation "
         f"{code(plan['method'])}{worth}, "
-        f"repair {code(result['pruning']['slice']['repair'])}, no fine-tuning.",
+        f"repair {code(result['pruning']['slice']['repair'])}, {trained or 'no training afterwards'}.",
     ]
 
 
@@ -154,8 +163,21 @@ def _repair(errors: Metrics) -> Section:
     ]
 
 
+def _recovery(result: Metrics, pictures: Sequence[Picture]) -> Section:
+    """The training of the pruned model: its facts, its end, and its learning curve."""
+    recovery = result.get("recovery")
+    if not recovery:
+        return []
+    return [
+        "## How it was recovered",
+        _left_table(recovery_facts(recovery, result["pruned"]["total_parameters"]), ("what", "which")),
+        training_end(recovery),
+        *_shown(pictures, "learning_curve"),
+    ]
+
+
 def _continuations(result: Metrics) -> Section:
-    """Continuations of the same beginnings by both models, beside the text itself."""
+    """Continuations of the same beginnings by all models, beside the text itself."""
     shown = result["continuations"]
     if not shown:
         return []
@@ -170,11 +192,12 @@ def _continuations(result: Metrics) -> Section:
 
 def _continuation(one: Metrics, length: int) -> Section:
     names = {"prompt": "beginning", "text": "the text itself", "dense": "dense", "pruned": "pruned"}
+    agree = f"Dense and pruned agree in the first {one['agree']} of {length} tokens"
+    if "recovered" in one:
+        names["recovered"] = "recovered"
+        agree += f", dense and recovered in the first {one['agree_recovered']}"
     rows: Rows = [(label, code(_NEW_LINES.sub(" ↵ ", one[name].strip()))) for name, label in names.items()]
-    return [
-        _left_table(rows, ("", f"window {one['window']}")),
-        f"Dense and pruned agree in the first {one['agree']} of {length} tokens.",
-    ]
+    return [_left_table(rows, ("", f"window {one['window']}")), f"{agree}."]
 
 
 _NEW_LINES = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
@@ -197,11 +220,15 @@ def _provenance(result: Metrics, made: Provenance) -> Section:
     criterion = plan["criterion"]
     settings |= {f"{criterion}.{part}": weight for part, weight in plan.get(criterion, {}).items()}
     params: Rows = [(code(key), code(_value(value))) for key, value in settings.items()]
-    params += [(code(f"slice.{key}"), code(_value(value))) for key, value in result["pruning"]["slice"].items()]
+    recovery = result.get("recovery")
+    sections = {"slice": result["pruning"]["slice"], "recover": recovery["params"] if recovery else {}}
+    for section, given in sections.items():
+        params += [(code(f"{section}.{key}"), code(_value(value))) for key, value in given.items()]
+    named = "scoring, allocation, slicing and recovery" if recovery else "scoring, allocation and slicing"
     return [
         "## Provenance",
         _left_table(facts, ("what", "which")),
-        "Params of scoring, allocation and slicing, after presets:",
+        f"Params of {named}, after presets:",
         _left_table(params, ("param", "value")),
     ]
 

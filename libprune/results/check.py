@@ -1,7 +1,7 @@
-"""Whether a pruned folder is what it says: files as recorded, config and weights as planned, and a model that runs.
+"""Whether a pruned or recovered folder is what it says: files as recorded, weights as planned, a model that runs.
 
-The record is `libprune.json` and `plan.parquet`, which slice writes into the folder. The model itself is run as
-everyone else will run it: in a fresh process that cannot import libprune and has no network.
+The record is `libprune.json` and `plan.parquet`, which slice and recover write into the folder. The model itself is
+run as everyone else will run it: in a fresh process that cannot import libprune and has no network.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ _SEQUENCES, _LENGTH = 2, 32
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check: `ok`, a `fault`, or a `note` that something could not be checked."""
+    """The outcome of one check: `ok`, a `fault`, or a `note` on what a check cannot decide."""
 
     kind: Literal["ok", "fault", "note"]
     about: str
@@ -41,7 +41,7 @@ def check_folder(folder: Path, trust_remote_code: bool = False, dense: Path | No
     """Check a pruned folder, the cheap checks first; a model whose files are at fault is not run.
 
     Args:
-        folder: what slice wrote.
+        folder: what slice or recover wrote.
         trust_remote_code: run the folder's modeling file, which a model of the shape `per_layer` needs.
         dense: the dense model's folder, to compare the logits with those under the mask.
 
@@ -56,6 +56,7 @@ def check_folder(folder: Path, trust_remote_code: bool = False, dense: Path | No
 
 def _checks(folder: Path, trust_remote_code: bool, dense: Path | None) -> Iterator[Finding]:
     record = read_record(folder)
+    yield from _recovery(record)
     faulty = False
     for step in (_files, _content):
         for finding in step(record):
@@ -65,8 +66,17 @@ def _checks(folder: Path, trust_remote_code: bool, dense: Path | None) -> Iterat
         yield from _model(record, trust_remote_code, dense)
 
 
+def _recovery(record: Record) -> Iterator[Finding]:
+    """Say how a recovered model was trained."""
+    made = record.recovery
+    if made is not None:
+        how = f"trained ({made['params']['method']}) on {made['tokens']:,} tokens of {made['text']}"
+        loss = f"held-out loss {made['held_out_before']:.4f} before, {made['held_out_after']:.4f} after"
+        yield Finding("note", "recovery", f"{how}; the weights are those of step {made['step']:,}, {loss}")
+
+
 def _files(record: Record) -> Iterator[Finding]:
-    """Check that every file that slice wrote is there, with the recorded size and digest."""
+    """Check that every file that was written is there, with the recorded size and digest."""
     folder, provenance = record.folder, record.provenance
     if "files" not in provenance:
         yield Finding("note", "files", f"{PROVENANCE} records no digests; whether the files have changed is not known")
@@ -213,16 +223,24 @@ def _run(record: Record, computed: dict[str, Tensor]) -> Iterator[Finding]:
     yield Finding(kind, "generates", f"{number} tokens")
 
 
+def _changers(record: Record) -> list[str]:
+    """The params by which weights of the folder are others than those of the dense model."""
+    repair, made = record.provenance["slice"]["repair"], record.recovery
+    changers = [] if repair == "none" else [f"slice.repair: {repair}"]
+    if made is not None and made["step"]:
+        changers.append(f"training (recover.method: {made['params']['method']})")
+    return changers
+
+
 def _against_dense(
     record: Record,
     dense: Path,
     ids: Int[Tensor, "batch length"],
     logits: Float[Tensor, "..."],
 ) -> Finding:
-    """Check that the logits are those of the masked dense model, if slice left the weights as they were."""
-    repair = record.provenance["slice"]["repair"]
-    if repair != "none":
-        changed = f"slice.repair: {repair} changed weights, and the changed ones are in the pruned folder only"
+    """Check that the logits are those of the masked dense model, if its weights are as they were."""
+    if changers := _changers(record):
+        changed = f"{' and '.join(changers)} changed weights of {record.folder}"
         return Finding("note", "dense", f"not compared with {dense}: {changed}")
     if not (dense / "config.json").is_file():
         return Finding("fault", "dense", f"{dense} holds no config.json; name the dense model's folder")

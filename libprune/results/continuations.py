@@ -1,6 +1,7 @@
-"""Beginnings of text, each continued by the dense and by the pruned model."""
+"""Beginnings of text, each continued by the dense, the pruned and the recovered model."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,37 +14,62 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from libprune.models.tokens import Ids
 
 
-def continue_windows(
-    models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, windows: Ids, number: int, length: int
-) -> list[dict[str, Any]]:
-    """Let models continue the beginnings of some windows, spread over the text.
+@dataclass(frozen=True)
+class Beginnings:
+    """Beginnings of some windows, spread over the text.
+
+    Attributes:
+        windows: the number of each window.
+        prompts: token ids of their beginnings, ``[windows, length]``.
+        following: token ids of how the text itself goes on, ``[windows, length]``.
+    """
+
+    windows: Ids
+    prompts: Ids
+    following: Ids
+
+
+def choose_beginnings(windows: Ids, number: int, length: int) -> Beginnings:
+    """Choose beginnings of some windows.
 
     Args:
-        models: by name, on one device; one runs at a time.
-        tokenizer: the tokenizer of all models.
         windows: token ids, ``[windows, window length]``.
         number: the number of windows to take a beginning of; no window is taken twice.
         length: tokens of each beginning and of each continuation; at most half of a window.
+    """
+    number, length = min(number, len(windows)), min(length, windows.shape[1] // 2)
+    chosen = np.linspace(0, len(windows) - 1, number).round().astype(np.int64)
+    return Beginnings(chosen, windows[chosen, :length], windows[chosen, length : 2 * length])
+
+
+def show_continuations(
+    tokenizer: PreTrainedTokenizerBase, beginnings: Beginnings, written: Mapping[str, Ids]
+) -> list[dict[str, Any]]:
+    """Continuations as a reader would see them.
+
+    Args:
+        tokenizer: the tokenizer of all models.
+        beginnings: the beginnings that were continued.
+        written: by the name of a model the token ids that it wrote, ``[windows, length]``; the dense model is `dense`.
 
     Returns:
         For each window its number (`window`), its beginning (`prompt`), how the text itself goes on (`text`), the
-        continuation of each model by the model's name, and `agree`: the tokens from the first on that all models
-        have in common.
+        continuation of each model by the model's name, and the tokens from the first on that a model has in common with
+        the dense one: `agree` of `pruned`, and `agree_<name>` of another model.
     """
-    number, length = min(number, len(windows)), min(length, windows.shape[1] // 2)
-    if not number:
-        return []
-    chosen = np.linspace(0, len(windows) - 1, number).round().astype(np.int64)
-    prompts, truth = windows[chosen, :length], windows[chosen, length : 2 * length]
-    written = {name: decode_greedily(model, prompts, length) for name, model in models.items()}
     return [
         {
             "window": int(window),
-            "prompt": tokenizer.decode(prompts[row]),
-            **{name: _text(tokenizer, prompts[row], ids[row]) for name, ids in {"text": truth, **written}.items()},
-            "agree": common_prefix([ids[row] for ids in written.values()]),
+            "prompt": tokenizer.decode(prompt),
+            "text": _text(tokenizer, prompt, beginnings.following[row]),
+            **{name: _text(tokenizer, prompt, ids[row]) for name, ids in written.items()},
+            **{
+                "agree" if name == "pruned" else f"agree_{name}": common_prefix(written["dense"][row], ids[row])
+                for name, ids in written.items()
+                if name != "dense"
+            },
         }
-        for row, window in enumerate(chosen)
+        for row, (window, prompt) in enumerate(zip(beginnings.windows, beginnings.prompts, strict=True))
     ]
 
 
@@ -71,10 +97,9 @@ def decode_greedily(
     return continued
 
 
-def common_prefix(sequences: list[NDArray[np.int64]]) -> int:
-    """Length of the longest common prefix of sequences of one length."""
-    same = np.all(np.stack(sequences) == sequences[0], axis=0)
-    return int(np.cumprod(same).sum())
+def common_prefix(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    """Length of the longest common prefix of two sequences of one length."""
+    return int(np.cumprod(one == other).sum())
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, prompt: NDArray[np.int64], ids: NDArray[np.int64]) -> str:

@@ -19,7 +19,8 @@ from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.models.folder import sha256
-from libprune.pipeline.artifacts import read_json, read_table
+from libprune.pipeline.artifacts import read_json, read_table, require, same_origin
+from libprune.pipeline.layout import NOTE
 
 PLAN = "plan.parquet"
 """The file of a pruned folder that says which units are kept."""
@@ -62,6 +63,12 @@ class Record:
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
         return config
+
+    @property
+    def recovery(self) -> dict[str, Any] | None:
+        """What the training of the model came to; None if it was not trained."""
+        recovery: dict[str, Any] | None = self.provenance.get("recovery")
+        return recovery
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,9 +141,12 @@ def read_record(folder: Path) -> Record:
     """Read the record of a pruned folder.
 
     Raises:
-        ArtifactError: if slice did not write the folder.
+        ArtifactError: if neither slice nor recover has written a model into the folder.
     """
     path = folder / PROVENANCE
+    if (folder / NOTE).is_file():
+        pruned = folder.with_name("pruned")
+        raise ArtifactError(f"{folder} holds no model: recover.method is none; the pruned model lies in {pruned}")
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist: this is no folder that the slice stage has written")
     provenance = read_provenance(folder)
@@ -164,6 +174,24 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         ArtifactError: if the folder was not written by libprune.
     """
     return read_json(folder / PROVENANCE, "slice")
+
+
+def read_recovered(folder: Path, pruned: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read how a recovered model was made; None if nothing was recovered.
+
+    Args:
+        folder: what recover wrote.
+        pruned: how the pruned model was made.
+
+    Raises:
+        ArtifactError: if the folder is missing, or its model was recovered from another pruned model.
+    """
+    if (require(folder, "recover") / NOTE).is_file():
+        return None
+    made = read_json(folder / PROVENANCE, "recover")
+    for section in ("plan", "slice", "proof"):
+        same_origin(folder, made.get(section, {}), pruned[section])
+    return made
 
 
 def versions() -> dict[str, Any]:

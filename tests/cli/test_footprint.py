@@ -1,5 +1,6 @@
 """The predicted bytes of every file are those that the real stages write."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +9,21 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from libprune.cli.footprint import Table, footprints, header_bytes
+from libprune.cli.footprint import Table, _lora_parameters, footprints, header_bytes
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
+from libprune.engine.errors import LibpruneError
 from libprune.pipeline.artifacts import write_table
 from libprune.pipeline.params import Params, load_params
+from libprune.pipeline.sections import Allocate, Recover
+from libprune.recovery.student import prepare, trained_parameters
 from tests.support import tiny
-from tests.support.models import FAMILIES
+from tests.support.models import ENCODERS, FAMILIES
 
 PER_FILE = 4096
 """Bytes of headers and texts that a prediction may miss in each file, beside a tenth of the file."""
+CURVE = 30_000
+"""Bytes that the prediction of the record of a recovery may miss: how long its curve is, is not foretold."""
 
 
 STAGES = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
@@ -57,6 +63,62 @@ def test_every_file_of_the_stages_has_the_predicted_bytes(project):
     assert {name for name in expected if name.endswith((".safetensors", ".parquet"))} == real.keys()
     for name, size in real.items():
         assert abs(expected[name] - size) <= 0.1 * size + PER_FILE, name
+
+
+TRAINED = {"length": 8, "tokens": 128, "held_out": 2, "batch_tokens": 32, "checks": 2}
+
+
+def test_the_files_of_a_recovery_have_the_predicted_bytes(project, tmp_path):
+    project = shutil.copytree(project, tmp_path / "copy")
+    artifacts = project / "artifacts"
+    for top_k, stages in ((None, ["slice", "teacher", "recover"]), (3, ["teacher"])):
+        tiny.change_params(project, "recover", **TRAINED, method="full", top_k=top_k)
+        tiny.run_stages(project, stages)
+        made = [artifacts / "tokens/recovery.parquet", *artifacts.glob("teacher/*"), *artifacts.glob("recovered/*")]
+        real = {str(path.relative_to(artifacts)): path.stat().st_size for path in made}
+        expected = predicted(project)
+        assert {name for name in real if name.startswith(("tokens", "teacher"))} <= expected.keys()
+        for name in real.keys() & expected.keys():
+            bound = CURVE if name.endswith("libprune.json") else 0.1 * real[name] + PER_FILE
+            assert abs(expected[name] - real[name]) <= bound, name
+    tiny.change_params(project, "recover", method="none")
+    assert not any(name.startswith(("teacher", "recovered")) for name in predicted(project))
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # said by peft of GPT-2, which it sets right itself
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(ENCODERS)))
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.1\..*proj", ["down_proj", "1.self_attn.o_proj", "fc2"]])
+def test_the_matrices_of_lora_are_those_that_peft_makes(name, targets):
+    model = FAMILIES[name](0)
+    recover = Recover(method="lora", lora_rank=3, lora_targets=targets)
+    foretold = _lora_parameters(describe(model), recover, Allocate(ratio=None))
+    try:
+        trained = trained_parameters(prepare(model, recover))
+    except LibpruneError:  # no map has such a name
+        trained = {}
+    assert foretold == sum(parameter.numel() for parameter in trained.values())
+
+
+def test_training_is_predicted_from_what_pruning_leaves():
+    architecture = describe(FAMILIES["llama"](0))
+
+    def foretold(ratio: float | None, **recover: object):
+        sections = {"recover": recover, "allocate": {"ratio": ratio}, "compute": {"dtype": "float32"}}
+        base = Params.model_validate({"prepare": {"model": "m"}, "tokenize": {"text": "t"}, **sections})
+        return {stage.stage: stage for stage in footprints(architecture, base, torch.float32)}
+
+    total, left = (
+        architecture.total_parameters,
+        round(architecture.total_parameters - 0.5 * architecture.decoder_parameters),
+    )
+    assert not {"teacher", "recover"} & foretold(0.5).keys()
+    full = foretold(0.5, method="full")["recover"]
+    assert full.training == 4 * (4 * left + total)
+    assert full.checkpoints == 3 * 12 * left
+    assert foretold(0.5, method="full", top_k=4)["recover"].training == 16 * left
+    lora = [foretold(ratio, method="lora", lora_rank=2, top_k=4)["recover"] for ratio in (0.1, 0.25, 0.5)]
+    assert lora[0].checkpoints > lora[1].checkpoints > lora[2].checkpoints
+    assert lora[2].training == 4 * left + lora[2].checkpoints // 3 // 12 * 16  # weights, gradients and two states
 
 
 def test_the_tensors_of_the_shards_are_predicted_to_the_byte(project):

@@ -3,8 +3,11 @@
 import json
 import math
 
+import pytest
+
 from libprune.cli.inspection import inspect_model, params_for
 from libprune.cli.inspection_output import as_data, as_text
+from libprune.pipeline.terminal import gigabytes
 from tests.support.published import CONFIGS, write_config
 
 
@@ -34,3 +37,20 @@ def test_the_parts_and_what_lies_outside_them_make_the_total_in_text_and_data(tm
         assert f" {count:,} " in text
     assert [stage["written"] for stage in data["stages"]] == [sum(stage["files"].values()) for stage in data["stages"]]
     assert json.loads(json.dumps(data)) == data
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_has_rows_and_a_line_that_fit_a_hundred_columns(tmp_path, method):
+    smaller = {"num_hidden_layers": 2, "intermediate_size": 256, "torch_dtype": "bfloat16"}
+    write_config(tmp_path / "model", CONFIGS["Llama-3.1-8B"] | smaller)
+    params = params_for(str(tmp_path / "model"), None, False, None)
+    recover = params.recover.model_copy(update={"method": method, "dtype": "bfloat16"})
+    inspection = inspect_model(params.model_copy(update={"recover": recover}))
+    lines, data = as_text(inspection).splitlines(), as_data(inspection)
+    stage = next(one for one in data["stages"] if one["stage"] == "recover")
+    assert stage["training"] > 0
+    (line,) = (line for line in lines if line.startswith("recover takes"))
+    assert f"{gigabytes(stage['training'])} of memory" in line
+    assert f"{gigabytes(stage['checkpoints'])} of checkpoints" in line
+    assert [line.split()[0] for line in lines if line.startswith(("teacher ", "recover  "))] == ["teacher", "recover"]
+    assert max(map(len, lines)) <= 100

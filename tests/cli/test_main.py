@@ -12,7 +12,7 @@ from libprune.pipeline.terminal import text_table
 from libprune.report.headline import HEADER, headline_rows
 from libprune.report.programs import how_to_load
 from tests.support import tiny
-from tests.support.evaluated import EVALUATION, changed
+from tests.support.evaluated import EVALUATION, changed, trained
 
 
 def test_nothing_loads_weights(tmp_path, monkeypatch):
@@ -45,6 +45,20 @@ def test_a_result_is_shown_with_its_place_and_the_line_that_loads_it(tmp_path, s
     assert places.splitlines() == [
         f"model:  {tmp_path / 'pruned'}",
         f"load:   {how_to_load(str(tmp_path / 'pruned'), shape, 'causal_lm')}",
+        "report: report/report.html",
+    ]
+
+
+def test_of_a_recovered_result_both_folders_are_shown_and_the_recovered_one_is_loaded(tmp_path):
+    write_json(tmp_path / "evaluation.json", trained())
+    done = CliRunner().invoke(app, ["show", "--artifacts", str(tmp_path)])
+    assert done.exit_code == 0
+    table, _, places = done.output.partition("\n\n")
+    assert table == text_table(headline_rows(trained()), HEADER)
+    assert places.splitlines() == [
+        f"model:  {tmp_path / 'recovered'}",
+        f"before: {tmp_path / 'pruned'} (before recovery; sizes and speed were measured on it)",
+        f"load:   {how_to_load(str(tmp_path / 'recovered'), 'uniform', 'causal_lm')}",
         "report: report/report.html",
     ]
 

@@ -18,6 +18,7 @@ from libprune.experiments.costs import (
     printed_costs,
     pruning_stages,
     read_costs,
+    recovering_stages,
     total,
     write_costs,
 )
@@ -125,3 +126,9 @@ def test_only_stages_that_measure_for_the_method_are_counted(preset):
     settings = validate_params(DATA | {"preset": preset}, "")
     expected = {"search": ["levels"], "hgsp": ["sensitivity"]}.get(settings.allocate.method, [])
     assert pruning_stages(settings) == ("score", *expected, "allocate", "slice")
+
+
+def test_only_settings_that_train_have_stages_of_recovery():
+    assert recovering_stages(params()) == ()
+    for method in ("lora", "full"):
+        assert recovering_stages(params(recover={"method": method})) == ("teacher", "recover")

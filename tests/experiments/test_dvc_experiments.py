@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libprune.engine.errors import LibpruneError
-from libprune.experiments.dvc_experiments import gather, gather_comparable, outdated
+from libprune.experiments.dvc_experiments import Recovered, gather, gather_comparable, outdated
 from libprune.experiments.sweep_table import remarks
 from tests.support.swept import row
 
@@ -146,3 +146,34 @@ def test_without_dvc_the_error_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(LibpruneError, match=r"DVC cannot be run .* pip install dvc"):
         gather_comparable()
+
+
+def trained(*names: str) -> list:
+    """The recorded experiments, of which these have figures after recovery, the lower the higher it was before."""
+    shown = copy.deepcopy(RECORDED)
+    for commit in shown:
+        for state in (commit, *(one["revs"][0] for one in commit["experiments"] or [] if one["revs"])):
+            figures = ((state["data"] or {}).get("metrics") or {}).get("metrics/evaluation.json", {}).get("data")
+            if figures and state["data"]["params"]["params.yaml"]["data"]["score"]["criterion"] in names:
+                before = figures["perplexity_ratio"]["value"]
+                ratio = {"value": 1 / before, "se": 0.01}
+                figures["recovered"] = {"perplexity_ratio": ratio, "tokens": 9, "seconds": 1.5, "trained_parameters": 7}
+    return shown
+
+
+def test_rows_are_ordered_by_the_figure_after_recovery_only_if_all_have_one():
+    every = {one.params["score.criterion"] for one in gather(RECORDED, no_lock)[0]}
+    before = [one.label for one in gather(RECORDED, no_lock)[0]]
+    rows, _ = gather(trained(*every), no_lock)
+    assert [one.label for one in rows] == before[::-1]
+    assert [one.recovered for one in rows] == [Recovered(1 / one.ratio, 0.01, 9, 1.5, 7) for one in rows]
+    some, _ = gather(trained(rows[0].params["score.criterion"]), no_lock)
+    assert {one.recovered is None for one in some} == {True, False}
+    assert [one.label for one in some] == before
+
+
+def test_a_perplexity_after_recovery_that_is_not_finite_is_named():
+    shown = trained(RECORDED[1]["data"]["params"]["params.yaml"]["data"]["score"]["criterion"])
+    figures = shown[1]["data"]["metrics"]["metrics/evaluation.json"]["data"]
+    figures["recovered"]["perplexity_ratio"]["value"] = float("nan")
+    assert gather(shown, no_lock)[1]["master"] == "perplexity nan"

@@ -5,7 +5,7 @@ import re
 from libprune.experiments.guide import compose_guide
 from libprune.experiments.summary import summarize
 from libprune.scoring.criteria import CRITERIA
-from tests.support.compared import PRICED, gathered, priced
+from tests.support.compared import AFTER, PRICED, RATIOS, gathered, priced
 
 
 def sections(text: str) -> dict[str, str]:
@@ -53,3 +53,17 @@ def test_a_setting_that_costs_about_the_same_is_said_to(tmp_path):
     data = gathered(tmp_path, {"a": [1.2, 1.21], "b": [1.2, 1.21]}, seconds={"a": 100.0, "b": 105.0})
     found = sections(compose_guide(data, summarize(data)))
     assert "Not distinguishable from b (× 1.000, 105 s), which costs the same." in found["a"]
+
+
+def test_the_guide_shows_both_figures_and_weighs_what_leads_to_the_compared_one(tmp_path):
+    data = gathered(tmp_path, RATIOS, seconds=dict.fromkeys(RATIOS, 8.0), after=AFTER)
+    text = compose_guide(data, summarize(data))
+    found = sections(text)
+    assert "The settings are ordered and compared by the perplexity after recovery." in text
+    assert re.search(r"before bad \(× 1\.04\d, 12 s\), which loses less", found["good"])
+    assert "- loses before recovery: × 2.13" in found["bad"]
+    assert "- loses after recovery: × 1.100 (" in found["bad"]
+    assert "recovering 4.0 s, 2 MB" in found["bad"]
+    assert "- then runs: score, allocate, slice, teacher, recover\n" in found["bad"]
+    plain = gathered(tmp_path, RATIOS)
+    assert "recover" not in compose_guide(plain, summarize(plain))

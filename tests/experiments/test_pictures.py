@@ -5,7 +5,8 @@ import pytest
 
 from libprune.experiments.pictures import draw_overlaps, draw_ratios
 from libprune.experiments.summary import overlap_matrix, summarize
-from tests.support.compared import priced
+from libprune.report.canvas import BLUE, ORANGE
+from tests.support.compared import AFTER, RATIOS, gathered, priced
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,8 @@ def test_every_seed_is_a_dot_and_every_interval_a_line(data):
     assert [label.get_text() for label in axes.get_yticklabels()] == [one.name for one in found]
     drawn = [tuple(line.get_xdata()) for line in axes.lines]
     for one in found:
-        assert tuple(one.ratios.values()) in drawn
-        assert (one.ratio.low, one.ratio.high) in drawn
+        assert tuple(one.before.ratios.values()) in drawn
+        assert (one.before.ratio.low, one.before.ratio.high) in drawn
     assert axes.get_xscale() == "log"
     (axes,) = draw_ratios(found[:2], found[0]).axes
     assert axes.get_xscale() == "linear"
@@ -34,3 +35,15 @@ def test_the_heat_map_shows_every_overlap_and_what_chance_would_give(data):
     shown = [text.get_text() for text in axes.texts]
     assert shown == ["–" if np.isnan(value) else f"{value:.2f}" for value in matrix.flat]
     assert "by chance, 0.66" in bar.get_ylabel()
+
+
+def test_the_ratios_after_recovery_are_drawn_beside_those_before(tmp_path):
+    found = summarize(gathered(tmp_path, RATIOS, after={"bad": AFTER["bad"]}))
+    (axes,) = draw_ratios(found, found[0]).axes
+    drawn = {(tuple(line.get_xdata()), line.get_color()) for line in axes.lines}
+    for one in found:
+        assert ((one.before.ratio.low, one.before.ratio.high), BLUE) in drawn
+    bad = found[-1]
+    assert ((bad.after.ratio.low, bad.after.ratio.high), ORANGE) in drawn
+    assert sum(colour == ORANGE for _, colour in drawn) == 2
+    assert "orange: after it" in axes.get_xlabel()

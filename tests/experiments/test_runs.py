@@ -95,6 +95,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text("preset: best\n")
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics/slice.json").write_text("{}")
+    (tmp_path / "metrics/learning_curve.csv").write_text("step\n")
     return tmp_path
 
 
@@ -110,6 +111,7 @@ def test_params_lock_and_metrics_are_put_back_however_it_ends(folder, ends):
             (folder / "params.yaml").write_text("preset: fast\n")
             (folder / "dvc.lock").write_text("stages: {}\n")
             (folder / "metrics/slice.json").unlink()
+            (folder / "metrics/learning_curve.csv").write_text("step\n1\n")
             (folder / "metrics/evaluation.json").write_text("{}")
             if ends is not None:
                 raise ends

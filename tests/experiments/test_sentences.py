@@ -3,7 +3,7 @@
 from libprune.experiments.results import gather_results
 from libprune.experiments.sentences import explain_results
 from libprune.experiments.summary import compare_settings, summarize
-from tests.support.compared import RATIOS, comparison, experiment, gathered, kept_sets
+from tests.support.compared import AFTER, RATIOS, comparison, experiment, gathered, kept_sets
 
 
 def test_settings_without_a_common_seed_are_not_compared(tmp_path):
@@ -42,3 +42,20 @@ def test_other_windows_and_other_sizes_are_pointed_out(tmp_path):
     text = " ".join(explain_results(data, summarize(data)))
     assert "compare only roughly" in text
     assert "% of the decoder: a larger model" in text
+
+
+def test_the_words_say_on_which_figure_a_setting_is_the_best(tmp_path):
+    data = gathered(tmp_path, RATIOS, after=AFTER)
+    verdict, ordered, *_ = explain_results(data, summarize(data))
+    assert "The lowest perplexity after recovery over the calibration seeds 0, 1, 2 is that of bad: × 1.100" in verdict
+    assert ordered == "The settings are ordered and compared by the perplexity after recovery."
+    data = gathered(tmp_path, RATIOS, after={"bad": AFTER["bad"]})
+    verdict, ordered, *_ = explain_results(data, summarize(data))
+    assert (
+        f"The lowest perplexity before recovery over the calibration seeds 0, 1, 2 is that of {summarize(data)[0].name}"
+        in verdict
+    )
+    assert "bad × 1.76" in verdict
+    assert "before recovery, since not all of them were trained" in ordered
+    data = gathered(tmp_path, RATIOS)
+    assert "recover" not in " ".join(explain_results(data, summarize(data)))

@@ -59,3 +59,16 @@ def test_the_same_rows_give_the_same_picture(tmp_path):
         write_picture(tmp_path / f"{name}.png", swept(2))
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ratio_after_recovery_is_a_hollow_mark_or_bar():
+    rows = [row("a", 1.3, after=1.1, s__x=1), row("b", 1.5, s__x=2)]
+    (axes,) = draw_sweep(rows).axes
+    hollow = [part.lines[0] for part in axes.containers if part.lines[0].get_markerfacecolor() == "white"]
+    assert [tuple(line.get_ydata()) for line in hollow] == [(1.1,)]
+    assert "hollow: after recovery" in axes.get_ylabel()
+    (axes,) = draw_sweep([row("a", 1.3, after=1.1, s__x="p"), row("b", 1.5, s__x="q")]).axes
+    ends = {(bar.get_x() + bar.get_width(), bar.get_fill()) for bar in axes.patches}
+    assert ends == {(1.3, True), (1.5, True), (1.1, False)}
+    assert "hollow: after recovery" in axes.get_xlabel()
+    assert "recovery" not in draw_sweep(swept(0, words=1)).axes[0].get_xlabel()

@@ -90,3 +90,36 @@ def test_the_command_names_the_best_two_that_differ_in_params():
     again = Experiment(("again", "workspace"), {"s.x": 1}, 1.3, 0.01, 20.0, 0.2, 1.1, None)
     assert params_diff([row("best", s__x=1), again, row("next", s__x=2)]) == "dvc params diff best next"
     assert params_diff([row("best", s__x=1), again]) is None
+
+
+def test_the_figures_before_and_after_recovery_have_columns_of_their_own():
+    rows = [row("a", 1.3, after=1.1), row("b", 1.5)]
+    cells, header = tabulate_experiments(rows)
+    first, second = (dict(zip(header, line, strict=True)) for line in cells)
+    assert header.index("recovered") == header.index("perplexity") + 1
+    assert (first["perplexity"], first["recovered"]) == ("× 1.300 ± 0.010", "× 1.100 ± 0.005")
+    assert first["trained"] == "40,960 tokens, 113,274 parameters, 90 s"
+    assert (second["perplexity"], second["recovered"], second["trained"]) == ("× 1.500 ± 0.010", "–", "–")
+    one, other = csv.DictReader(io.StringIO(csv_text(rows)))
+    assert (float(one["perplexity_ratio"]), float(one["recovered_ratio"])) == (1.3, 1.1)
+    assert (float(one["recovered_tokens"]), float(one["recovered_trained_parameters"])) == (40_960, 113_274)
+    assert {value for name, value in other.items() if name.startswith("recovered")} == {""}
+
+
+def test_without_recovery_there_is_no_column_and_no_word_of_it():
+    rows = [row("a", 1.3), row("b", 1.5)]
+    assert not {"recovered", "trained"} & set(tabulate_experiments(rows)[1])
+    assert "recover" not in csv_text(rows) + markdown_text(rows, {})
+
+
+def test_rows_are_judged_by_the_figure_that_all_of_them_have():
+    """What is worse before recovery is not after it, and the other way round."""
+    every = [row("a", 1.9, after=1.1), row("b", 1.3, after=1.102), row("c", 1.3, after=1.5)]
+    said = remarks(every, {})
+    assert said[0] == "The rows are ordered and judged by the perplexity after recovery."
+    assert "Worse than a by more than two standard errors of the difference: c." in said
+    assert "Within two standard errors of a: b." in said
+    said = remarks([row("b", 1.3, after=1.2), row("a", 1.9, after=1.1), row("c", 1.305)], {})
+    assert said[0].startswith("The rows are ordered and judged by the perplexity before recovery, since not all")
+    assert "Worse than b by more than two standard errors of the difference: a." in said
+    assert "Within two standard errors of b: c." in said

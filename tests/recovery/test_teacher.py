@@ -215,13 +215,15 @@ def stop_after(run: Any, stopping: SimpleNamespace, files: int, **changes: Any) 
     stopping.after, stopping.written = 10**6, 0
 
 
-def test_a_stopped_stage_goes_on_without_computing_a_file_again(run, place, stopping):
+def test_a_stopped_stage_goes_on_without_computing_a_file_again(run, place, stopping, capsys):
     whole = tree(run(top_k=K).teacher)
     shutil.rmtree(place / "artifacts/teacher")
     stop_after(run, stopping, 5)
     assert not (place / "artifacts/teacher").exists()
+    capsys.readouterr()
     assert tree(run(top_k=K).teacher) == whole
     assert stopping.written == FILES - 5
+    assert f"continues from a saved state: 5 of {FILES} files are there" in capsys.readouterr().out
     assert [path.name for path in (place / ".work").iterdir()] == ["teacher.lock"]
 
 

@@ -3,17 +3,22 @@
 import pytest
 
 from libprune.report.cautions import find_cautions
-from tests.support.evaluated import EVALUATION, PROVENANCE, changed, report_of
+from tests.support.evaluated import EVALUATION, PROVENANCE, RECOVERY, changed, report_of, trained
 
 
 def test_a_good_result_has_no_warning():
-    assert find_cautions(EVALUATION, PROVENANCE.text) == []
-    assert "## Warnings" not in report_of(EVALUATION)
+    for result in (EVALUATION, trained()):
+        assert find_cautions(result, PROVENANCE.text) == []
+        assert "## Warnings" not in report_of(result)
 
 
 ADVICE = {"advice": ["1. mind `x.y` and <b>", "# second", "layers lose much"]}
 SLOW = {"decode_spread": [0.9, 1.1]}
 HARM = EVALUATION["pruning"] | {"repair": EVALUATION["pruning"]["repair"] | {"lost_held_out_after": 0.3}}
+WORSE = {"perplexity_ratio": {"value": 2.5, "se": 0.1}}
+STILL_WORSE = {"recovered": trained()["recovered"] | WORSE}
+HARMED = {"recovered": trained()["recovered"] | {"perplexity_ratio": {"value": 1.4, "se": 0.1}}}
+SAME, MIXED = "some text", [{"text": "some text", "share": 0.5}, {"text": "other", "share": 0.5}]
 WARNED = {
     "advice": (changed(plan={"diagnosis": ADVICE}), [r"1\. mind `x.y` and \<b\>", r"\# second", "Layers lose much."]),
     "worse": (changed(perplexity_ratio={"value": 2.5}), ["2.50 times"]),
@@ -30,6 +35,16 @@ WARNED = {
     "part gone": (changed(kept=[{"attention": 0, "mlp": 1}, {"attention": 1, "mlp": 1}]), ["any attention left: 0"]),
     "speed": (changed(speed=SLOW), ["decode speed"]),
     "repair": (EVALUATION | {"pruning": HARM}, ["does harm"]),
+    "much worse before recovery": (trained() | WORSE, []),
+    "much worse after recovery": (trained() | WORSE | STILL_WORSE, ["2.50 times the dense model's after reco"]),
+    "recovered on the evaluated text": (trained(text=SAME), ["parts of one text, `some text`: a part of the gain is"]),
+    "recovered on it and another": (
+        trained(params=RECOVERY["params"] | {"text": MIXED}, text="50 % some text, 50 % other"),
+        ["Name another `tokenize.evaluation_text`, or train on another text (`recover.text`)"],
+    ),
+    "recovered in vain": (trained(step=0, text=SAME), ["No step of the recovery lowered the held-out loss"]),
+    "recovered too long": (trained(step=20), ["rose again after step 20 of 40"]),
+    "recovered to its harm": (trained() | HARMED, ["worse, × 1.400 after × 1.272"]),
 }
 
 

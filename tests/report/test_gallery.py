@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import yaml
 
-from libprune.report.gallery import NAMES, cut_gallery, gradient_gallery, sensitivity_gallery
+from libprune.report.gallery import NAMES, cut_gallery, gradient_gallery, recovery_gallery, sensitivity_gallery
 from libprune.report.gradient_text import gradient_report
 from tests.support.closure import ROOT
+from tests.support.evaluated import RECOVERY
 from tests.support.tables import PLAN_META, gradient_rows, plan_rows, sensitivity_rows, shortened, without_layer
 
 GRADIENTS = {
@@ -39,6 +40,13 @@ def test_a_sensitivity_without_standard_errors_is_drawn():
     rows = sensitivity_rows(1)
     (picture,) = sensitivity_gallery(rows | {"standard_error": np.full(3, np.nan)})
     assert picture.png.startswith(b"\x89PNG")
+
+
+def test_a_training_is_drawn_and_where_there_was_none_nothing_is():
+    (picture,) = recovery_gallery(RECOVERY)
+    assert picture.name == "learning_curve"
+    assert picture.png.startswith(b"\x89PNG")
+    assert recovery_gallery(None) == []
 
 
 def test_tables_without_rows_give_no_picture_and_a_report_that_says_so():

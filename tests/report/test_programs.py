@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from libprune.report.programs import describe_loading
-from tests.support.evaluated import changed, report_of
+from libprune.report.programs import describe_loading, final_folder, how_to_load
+from tests.support.evaluated import EVALUATION, LAYOUT, changed, report_of, trained
 
 
 def takers(result: dict[str, Any]) -> dict[str, str]:
     """What the report says of each program."""
-    section = "\n\n".join(describe_loading(result, "out/pruned"))
+    section = "\n\n".join(describe_loading(result, LAYOUT))
     assert section in report_of(result)
     rows = re.findall(r"^\| (transformers|vLLM|llama\.cpp) \| (.*?) \|", section, re.MULTILINE)
     return {program: verdict.split(",")[0] for program, verdict in rows}
@@ -53,3 +53,13 @@ def test_widths_that_quantization_cannot_cut_into_blocks_are_said():
 def test_the_deleted_first_layer_of_a_uniform_result_does_not_hide_the_width_of_the_others():
     result = UNIFORM | {"kept": [{"attention": 0, "mlp": 0}, {"attention": 3, "mlp": 1280}]}
     assert "9 query heads, and 3 key-value heads" in report_of(result)
+
+
+def test_the_final_model_is_the_recovered_one_if_there_is_one_and_both_folders_are_named():
+    before, after = ("\n".join(describe_loading(result, LAYOUT)) for result in (EVALUATION, trained()))
+    assert how_to_load("out/pruned", "uniform", "causal_lm") in before
+    assert how_to_load("out/recovered", "uniform", "causal_lm") in after
+    assert "The model before recovery lies in `out/pruned`" in after
+    assert "out/recovered" not in before
+    assert final_folder(EVALUATION, LAYOUT) == LAYOUT.pruned
+    assert final_folder(trained(), LAYOUT) == LAYOUT.recovered

@@ -18,12 +18,12 @@ from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import Layout
 from libprune.report.gallery import NAMES
 from libprune.report.publish import publish_report
-from tests.support.evaluated import EVALUATION, changed
+from tests.support.evaluated import EVALUATION, changed, trained
 from tests.support.models import FAMILIES
 from tests.support.tables import gradient_rows, sensitivity_rows
 
 
-def write_artifacts(root: Path, measured: int) -> Layout:
+def write_artifacts(root: Path, measured: int, recovered: bool = False) -> Layout:
     """What the report reads, of a tiny model whose sensitivity is measured for some layers."""
     layout = Layout(root)
     architecture = replace(describe(FAMILIES["llama"](0)), fingerprint="cafe")
@@ -37,21 +37,21 @@ def write_artifacts(root: Path, measured: int) -> Layout:
     scores = np.random.default_rng(0).normal(size=len(rows["layer_idx"]))
     plan = EVALUATION["plan"] | {"model": "cafe"}
     write_table(layout.plan, rows | {"score": scores, "keep": scores > -1}, plan)
-    write_json(layout.evaluation, EVALUATION | {"plan": plan})
+    write_json(layout.evaluation, (trained() if recovered else EVALUATION) | {"plan": plan})
     write_table(layout.sensitivity, sensitivity_rows(measured), {"model": "cafe"})
     return layout
 
 
-@pytest.mark.parametrize("layers", [0, 2])
-def test_the_stage_writes_every_picture_that_the_text_shows_and_leaves_other_files(tmp_path, layers):
-    layout, folder = write_artifacts(tmp_path / "artifacts", layers), tmp_path / "report"
+@pytest.mark.parametrize(("layers", "recovered"), [(0, False), (2, False), (2, True)])
+def test_the_stage_writes_every_picture_that_the_text_shows_and_leaves_other_files(tmp_path, layers, recovered):
+    layout, folder = write_artifacts(tmp_path / "artifacts", layers, recovered), tmp_path / "report"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
     publish_report(layout, folder, tmp_path)
     text = (folder / "report.md").read_text()
     shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert all((folder / path).read_bytes().startswith(b"\x89PNG") for path in shown)
-    assert len(shown) == len(NAMES) - (not layers)
+    assert len(shown) == len(NAMES) - (not layers) - (not recovered)
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == len(shown)
     assert {path.stem for path in (folder / "gradient_analysis").glob("*.png")} == set(NAMES)
     assert "gradient ratio" in (folder / "gradient_analysis/gradient_report.txt").read_text()

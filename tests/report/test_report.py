@@ -12,7 +12,7 @@ from libprune.report.markdown import markdown_table
 from libprune.report.page import html_page
 from libprune.report.programs import how_to_load
 from libprune.report.report import compose_report
-from tests.support.evaluated import EVALUATION, PICTURES, PROVENANCE, changed, report_of
+from tests.support.evaluated import EVALUATION, LAYOUT, PICTURES, PROVENANCE, changed, report_of, trained
 from tests.support.page import SKELETON, TABLE, Page
 
 
@@ -42,7 +42,7 @@ def test_layers_that_keep_the_same_share_a_row():
 
 def test_every_picture_given_is_shown_once_and_no_other():
     for pictures in (PICTURES, PICTURES[:2], PICTURES[3:5], []):
-        shown = re.findall(r"!\[.*?\]\(gradient_analysis/(.*?)\.png\)", report_of(EVALUATION, pictures))
+        shown = re.findall(r"!\[.*?\]\(gradient_analysis/(.*?)\.png\)", report_of(trained(), pictures))
         assert sorted(shown) == sorted(picture.name for picture in pictures)
 
 
@@ -63,7 +63,25 @@ def test_provenance_names_model_texts_seed_versions_commit_and_params():
     )
     assert "| `gradient_flow.snr` | `0.25` |" in mixed
     assert "cooperative" not in mixed
-    assert "git commit" not in compose_report(EVALUATION, "x", replace(PROVENANCE, commit=None), [], None)
+    assert "git commit" not in compose_report(EVALUATION, LAYOUT, replace(PROVENANCE, commit=None), [], None)
+
+
+# Recovery
+
+
+def test_a_recovered_model_is_said_wherever_the_result_is():
+    text = report_of(trained())
+    assert "recovery `full` on 40,960 tokens." in text
+    assert markdown_table(headline_rows(trained()), HEADER) in text
+    assert "Sizes and speed are those of the pruned model" in text
+    assert how_to_load("out/recovered", "uniform", "causal_lm") in text
+    assert "| `recover.held_out` | `16` |" in text
+
+
+def test_without_recovery_the_report_speaks_of_none():
+    text = report_of(EVALUATION)
+    assert "no training afterwards" in text
+    assert "recover" not in text
 
 
 # Gradients
@@ -90,19 +108,21 @@ def test_a_fix_of_the_gradients_is_said_with_the_ratio_after_it():
 HARSH = st.text(st.sampled_from("ab<>&|`*_[]()!#-+.:/\\~\"'\n\t1é日ש"), max_size=24)
 
 
-@given(st.lists(HARSH, min_size=4, max_size=4))
+@given(st.lists(HARSH, min_size=4, max_size=5))
 def test_continuations_show_every_letter_of_models_and_text_and_nothing_of_it_is_markup(texts):
-    names = ("prompt", "text", "dense", "pruned")
-    entry = {"window": 7, **dict(zip(names, texts, strict=True)), "agree": 1}
+    names = ("prompt", "text", "dense", "pruned", "recovered")
+    entry = {"window": 7, **dict(zip(names, texts, strict=False)), "agree": 1, "agree_recovered": 2}
     report = report_of(changed(continuations=[entry]))
     text = report[report.index("## The same beginnings") : report.index("## How to load it")]
     page = Page(html_page(text, "t", {}))
-    rows = page.texts["tr"][-4:]
-    for row, label, shown in zip(rows, ("beginning", "the text itself", "dense", "pruned"), texts, strict=True):
+    rows = page.texts["tr"][-len(texts) :]
+    labels = ("beginning", "the text itself", "dense", "pruned", "recovered")[: len(texts)]
+    for row, label, shown in zip(rows, labels, texts, strict=True):
         lines = (" ".join(line.split()) for line in shown.strip().split("\n"))
         assert row.split() == f"{label} {' ↵ '.join(line for line in lines if line)}".split()
     assert {tag for tag, _ in page.tags} <= {*SKELETON, *TABLE, "h2", "code"}
     assert "agree in the first 1 of 2 tokens" in text
+    assert ("dense and recovered in the first 2." in text) is (len(texts) == 5)
 
 
 def test_without_continuations_the_report_does_not_speak_of_them():

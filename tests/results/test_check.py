@@ -17,12 +17,13 @@ from libprune.models.folder import WeightFiles
 from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
+from libprune.recovery.idle import write_no_model
 from libprune.results.check import Finding, check_folder
 from libprune.results.folder import MODELING_FILE, write_pruned
 from libprune.results.prune import prune
 from libprune.results.record import PLAN, PROVENANCE, read_provenance, write_provenance
 from tests.support.models import random_plan
-from tests.support.sliced import write_plan, write_project
+from tests.support.sliced import write_plan, write_project, write_trained
 
 WEIGHTS = "model.safetensors"
 
@@ -240,3 +241,42 @@ def test_a_folder_that_slice_did_not_write_is_refused_on_the_command_line(layout
     assert done.exit_code == 1
     assert done.output.count("\n") == 1
     assert str(layout.model / PROVENANCE) in done.output
+
+
+# Recovered models
+
+
+@pytest.mark.parametrize(
+    ("kind", "changers"), [("uniform", "training"), ("per_layer", "slice.repair: sequential and ")]
+)
+def test_a_recovered_folder_passes_and_says_what_it_was_trained_on(
+    request, layout, tmp_path, quick_proof, kind, changers
+):
+    pruned, folder = request.getfixturevalue(kind), tmp_path / "recovered"
+    write_trained(pruned, folder)
+    findings = list(check_folder(folder, trust_remote_code=True, dense=layout.model))
+    assert kinds(findings) == GOOD | {"recovery": "note", "dense": "note"}
+    said = {finding.about: finding.text for finding in findings}
+    assert "trained (full) on 40,960 tokens of another text" in said["recovery"]
+    assert "step 40, held-out loss 0.5000 before, 0.4000 after" in said["recovery"]
+    assert f"{changers}" in said["dense"]
+    assert "training (recover.method: full) changed weights" in said["dense"]
+    assert str(folder) in said["dense"]
+
+
+def test_where_no_step_was_kept_the_weights_are_compared_with_the_dense_model(layout, uniform, tmp_path, quick_proof):
+    folder = copy(uniform, tmp_path)
+    write_trained(uniform, tmp_path / "recovered")
+    recovery = read_provenance(tmp_path / "recovered")["recovery"] | {"step": 0}
+    edit_json(folder / PROVENANCE, lambda data: data.update(recovery=recovery))
+    assert kinds(list(check_folder(folder, dense=layout.model))) == GOOD | {"recovery": "note", "dense": "ok"}
+
+
+def test_a_folder_where_nothing_was_recovered_holds_no_model_and_says_so(tmp_path):
+    layout = Layout(tmp_path)
+    write_no_model(layout)
+    done = CliRunner().invoke(app, ["check", str(layout.recovered)])
+    assert done.exit_code == 1
+    assert done.output.count("\n") == 1
+    assert f"{layout.recovered} holds no model: recover.method is none" in done.output
+    assert str(layout.pruned) in done.output

@@ -1,6 +1,9 @@
-"""Evaluations: every figure of both models is what a direct count or measurement gives."""
+"""Evaluations: every figure of all models is what a direct count or measurement gives."""
 
+import json
+import shutil
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -10,22 +13,27 @@ from transformers import AutoModelForCausalLM
 
 from libprune.engine.errors import ArtifactError
 from libprune.engine.plan import Plan
+from libprune.models.folder import load_model
 from libprune.models.tokens import write_tokens
 from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Evaluate, Slice
+from libprune.recovery.idle import write_no_model
 from libprune.results.evaluate import evaluate_result, headline_metrics
 from libprune.results.prune import prune
+from libprune.results.record import PROVENANCE
+from tests.support.evaluated import RECOVERY
 from tests.support.models import random_plan
-from tests.support.sliced import random_windows, write_plan, write_project
+from tests.support.sliced import random_windows, write_plan, write_project, write_trained
 
 COMPUTE = Compute(device="cpu", dtype="float32")
 WINDOWS, LENGTH = 3, 16
+SHORT = Evaluate(prompt_tokens=8, decode_tokens=2, rounds=1, continuations=2, continuation_tokens=4)
 
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory, python) -> Layout:
-    """A project with a pruned model and evaluation windows."""
+    """A project with a pruned model, a recovered one, and evaluation windows."""
     layout = write_project(tmp_path_factory.mktemp("project"))
     architecture = read_architecture(layout)
     write_plan(layout.plan, architecture, random_plan(architecture, "uniform"), "uniform")
@@ -33,6 +41,7 @@ def layout(tmp_path_factory, python) -> Layout:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.executable", str(python))
         prune(layout, layout.pruned, COMPUTE, Slice(repair="none"))
+    write_trained(layout.pruned, layout.recovered)
     origin = {"model": architecture.fingerprint, "source": "made up"}
     write_tokens(layout.evaluation_tokens, random_windows(architecture, WINDOWS, LENGTH), origin)
     return layout
@@ -40,15 +49,14 @@ def layout(tmp_path_factory, python) -> Layout:
 
 @pytest.fixture(scope="module")
 def evaluation(layout) -> dict:
-    params = Evaluate(prompt_tokens=8, decode_tokens=2, rounds=1, continuations=2, continuation_tokens=4)
-    return evaluate_result(layout, COMPUTE, params)
+    return evaluate_result(layout, COMPUTE, SHORT)
 
 
 def folder_of(layout: Layout, name: str) -> Path:
-    return {"dense": layout.model, "pruned": layout.pruned}[name]
+    return {"dense": layout.model, "pruned": layout.pruned, "recovered": layout.recovered}[name]
 
 
-@pytest.mark.parametrize("name", ["dense", "pruned"])
+@pytest.mark.parametrize("name", ["dense", "pruned", "recovered"])
 def test_perplexity_is_that_of_transformers_own_loss(layout, evaluation, name):
     model = AutoModelForCausalLM.from_pretrained(folder_of(layout, name))
     ids = random_windows(read_architecture(layout), WINDOWS, LENGTH).ids
@@ -85,6 +93,9 @@ def test_shares_ratio_and_kept_units_follow_from_the_two_models_and_the_plan(lay
 def test_the_headline_is_a_part_of_the_whole(evaluation):
     headline = headline_metrics(evaluation)
     assert "tasks" not in headline
+    assert headline["recovered"] == evaluation["recovered"] | {
+        name: RECOVERY[name] for name in ("tokens", "seconds", "trained_parameters")
+    }
     for section in ("dense", "pruned", "perplexity_ratio", "speed"):
         assert headline[section].items() <= evaluation[section].items()
 
@@ -99,3 +110,76 @@ def test_a_pruned_model_of_another_plan_is_refused(layout):
             evaluate_result(layout, COMPUTE, Evaluate())
     finally:
         layout.plan.write_bytes(before)
+
+
+# With and without a recovered model
+
+
+def test_the_recovered_model_is_compared_with_the_dense_one_beside_the_pruned(evaluation):
+    recovered, dense = evaluation["recovered"], evaluation["dense"]
+    assert recovered["perplexity_ratio"]["value"] == pytest.approx(recovered["perplexity"] / dense["perplexity"])
+    assert recovered["perplexity"] != evaluation["pruned"]["perplexity"]
+    assert evaluation["recovery"] == RECOVERY
+    for entry in evaluation["continuations"]:
+        assert {"dense", "pruned", "recovered", "agree", "agree_recovered"} <= entry.keys()
+
+
+def test_the_figures_of_the_dense_and_the_pruned_model_do_not_depend_on_a_recovered_one(layout, evaluation, tmp_path):
+    alone = evaluate_result(idle(layout, tmp_path), COMPUTE, SHORT)
+    assert alone["recovered"] is alone["recovery"] is None
+    assert "recovered" not in headline_metrics(alone)
+    timed = {"prefill", "decode"}
+    for name in ("dense", "pruned"):
+        assert {k: v for k, v in alone[name].items() if k not in timed} == {
+            k: v for k, v in evaluation[name].items() if k not in timed
+        }
+    assert alone["perplexity_ratio"] == evaluation["perplexity_ratio"]
+    for mine, other in zip(alone["continuations"], evaluation["continuations"], strict=True):
+        assert mine == {key: value for key, value in other.items() if "recovered" not in key}
+
+
+def idle(layout: Layout, folder: Path) -> Layout:
+    """A copy of a layout in which nothing was recovered."""
+    copied = Layout(folder / "artifacts")
+    shutil.copytree(layout.root, copied.root)
+    shutil.rmtree(copied.recovered)
+    write_no_model(copied)
+    return copied
+
+
+def test_both_other_models_are_gone_before_the_recovered_one_is_loaded(layout, monkeypatch):
+    alive, before = WeakSet(), {}
+
+    def loaded(folder: Path, *given: object, **more: object) -> torch.nn.Module:
+        before[folder.name] = len(alive)
+        model = load_model(folder, *given, **more)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr("libprune.results.evaluate.load_model", loaded)
+    evaluate_result(layout, COMPUTE, SHORT)
+    assert before == {"model": 0, "pruned": 1, "recovered": 0}
+
+
+ORIGINS = {"plan": "shape", "slice": "repair", "proof": "logit_scale"}
+"""By a section of the record, a key of it."""
+
+
+@pytest.mark.parametrize("section", ORIGINS)
+def test_a_model_that_was_recovered_from_another_pruned_model_is_refused(layout, tmp_path, section):
+    """The model was pruned by another plan, repaired otherwise, or of other weights."""
+    changed = Layout(tmp_path / "artifacts")
+    shutil.copytree(layout.root, changed.root)
+    path = changed.recovered / PROVENANCE
+    made = json.loads(path.read_text())
+    made[section][ORIGINS[section]] = "other"
+    path.write_text(json.dumps(made))
+    with pytest.raises(ArtifactError, match=r"recovered belongs to .*'other'.*run `dvc repro` to make them agree"):
+        evaluate_result(changed, COMPUTE, SHORT)
+
+
+def test_without_a_folder_of_the_recovered_model_the_stage_is_named(layout, tmp_path):
+    copied = idle(layout, tmp_path)
+    shutil.rmtree(copied.recovered)
+    with pytest.raises(ArtifactError, match=r"recovered does not exist; run `dvc repro recover` first"):
+        evaluate_result(copied, COMPUTE, SHORT)

@@ -8,7 +8,8 @@ import pytest
 
 from libprune.engine.errors import ArtifactError
 from libprune.models.folder import WeightFiles
-from libprune.results.record import PLAN, Record, read_provenance, read_record, write_provenance
+from libprune.pipeline.layout import NOTE
+from libprune.results.record import PLAN, Record, read_provenance, read_record, read_recovered, write_provenance
 from tests.support.models import FAMILIES, random_plan, write_dense
 from tests.support.models import prune as pruned_of
 from tests.support.sliced import write_plan
@@ -61,3 +62,27 @@ def test_the_plan_of_a_folder_reads_back_and_its_remaining_layers_are_renumbered
     for index, layer in enumerate(plan.layers):
         for part in architecture.parts:
             np.testing.assert_array_equal(record.left.keep[index, part], plan.keep[layer, part])
+
+
+PRUNED = {"plan": {"shape": "uniform", "model": "m"}, "slice": {"repair": "none"}, "proof": {"logit_scale": 1.5}}
+
+
+def test_the_record_of_a_recovered_model_is_read_beside_that_of_its_pruned_model(tmp_path):
+    write_provenance(tmp_path, PRUNED | {"recovery": {"step": 3}})
+    made = read_recovered(tmp_path, PRUNED)
+    assert made == read_provenance(tmp_path)
+    assert read_record(tmp_path).recovery == {"step": 3}
+    with pytest.raises(ArtifactError, match="belongs to repair 'none', but the current repair is 'bias'"):
+        read_recovered(tmp_path, PRUNED | {"slice": {"repair": "bias"}})
+
+
+def test_a_folder_with_a_note_in_the_place_of_a_model_is_none(tmp_path):
+    (tmp_path / NOTE).write_text('{"method": "none"}')
+    assert read_recovered(tmp_path, PRUNED) is None
+    with pytest.raises(ArtifactError, match=r"holds no model: recover\.method is none"):
+        read_record(tmp_path)
+
+
+def test_a_pruned_model_was_not_trained(tmp_path):
+    write_provenance(tmp_path, PRUNED)
+    assert read_record(tmp_path).recovery is None

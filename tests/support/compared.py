@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from libprune.experiments.file import Comparison, ExperimentRun, read_comparison
 from libprune.experiments.results import ABLATION, PLAN, SCORES, Gathered, gather_results
 from libprune.pipeline.artifacts import write_table
 from tests.support.closure import ROOT
+from tests.support.swept import recovered
 
+UNREAD = ("gradients", "activations", "slice", "teacher", "recover")
+"""Stages of which a comparison reads nothing but the cost."""
 UNITS = 40
 """The number of units, all of one layer; the first eight are attention groups."""
 Ratios = Mapping[str, Sequence[float]]
@@ -26,6 +30,8 @@ PRICED: Ratios = {
     "twin": [1.205, 1.215, 1.21],
     "worst": [9.0, 9.5, 8.7],
 }
+AFTER: Ratios = {"good": [1.15, 1.16, 1.14], "same": [1.155, 1.17, 1.15], "bad": [1.10, 1.11, 1.09]}
+"""Ratios after recovery for the settings of `RATIOS`, which put the worst of them first."""
 SECONDS = {"cheap": 4.0, "dear": 100.0, "twin": 50.0, "worst": 60.0}
 """The seconds that each of the `PRICED` settings takes."""
 
@@ -77,7 +83,7 @@ def store(cache: Path, table: Mapping[str, np.ndarray]) -> str:
 def lock(**outs: str) -> str:
     """A dvc.lock whose stages have made these tables: hashes of `plan`, `scores` and `ablation`."""
     made = {"allocate": ("plan", PLAN), "score": ("scores", SCORES), "ablation": ("ablation", ABLATION)}
-    stages: dict[str, Any] = {name: {"cmd": name, "outs": []} for name in ("gradients", "activations", "slice")}
+    stages: dict[str, Any] = {name: {"cmd": name, "outs": []} for name in UNREAD}
     for stage, (name, path) in made.items():
         stages[stage] = {"cmd": stage, "outs": [{"path": path, "md5": outs[name]}] if name in outs else []}
     return yaml.safe_dump({"stages": stages})
@@ -89,24 +95,34 @@ def gathered(
     kept: Mapping[str, Sequence[np.ndarray]] | None = None,
     error: float = 0.01,
     seconds: Mapping[str, float] | None = None,
+    after: Ratios | None = None,
     **content: Any,
 ) -> Gathered:
-    """A comparison with these ratios by seed, kept sets, and seconds of collecting and of pruning by setting."""
-    settings = {name: {"score.seed": i, "score.criterion": "unit_fisher"} for i, name in enumerate(ratios)}
+    """A comparison with these ratios by seed, kept sets, and seconds of collecting and of pruning by setting.
+
+    Settings that have ratios after recovery, in `after`, train for as many seconds as they prune.
+    """
+    after = after or {}
+    settings: dict[str, dict[str, Any]] = {
+        name: {"score.seed": i, "score.criterion": "unit_fisher"} for i, name in enumerate(ratios)
+    }
+    for name in after:
+        settings[name]["recover.method"] = "full"
     content = {"settings": settings, "seeds": list(range(max(map(len, ratios.values()))))} | content
     made = comparison(folder, **content)
     rows, locks, costs = [], {}, {}
     for run in made.runs():
         if run.seed >= len(ratios[run.setting]):
             continue
-        rows.append(experiment(run, ratios[run.setting][run.seed], error))
+        row = experiment(run, ratios[run.setting][run.seed], error)
+        rows.append(replace(row, recovered=recovered(after[run.setting][run.seed])) if run.setting in after else row)
         hashes = {"plan": store(folder, unit_table(keep=kept[run.setting][run.seed]))} if kept else {}
         stages = yaml.safe_load(lock(**hashes))["stages"]
         for entry in stages.values():
             entry["run"] = run.experiment
         locks[run.experiment] = yaml.safe_dump({"stages": stages})
         if seconds and run.setting in seconds:
-            for stage in ("gradients", "score", "allocate", "slice"):
+            for stage in ("gradients", "score", "allocate", "slice", "teacher", "recover"):
                 costs[lock_digest(stages[stage])] = Cost(seconds[run.setting] / 4, 2_000_000)
     return gather_results(made, rows, {}, locks.get, folder, costs)
 

@@ -1,8 +1,11 @@
 """A made-up result, as evaluate writes it, and its report."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.sections import Recover
 from libprune.report.gallery import NAMES
 from libprune.report.markdown import Picture
 from libprune.report.provenance import Provenance
@@ -10,6 +13,8 @@ from libprune.report.report import compose_report
 
 PROVENANCE = Provenance("a|b `<model>`\nof mine", "llama", "some | *text*", 64, 128, 7, "0123abcd", changed=True)
 PICTURES = [Picture(name, f"alt of {name}", f"caption of {name}", b"png") for name in NAMES]
+"""All pictures, that of a training included."""
+LAYOUT = Layout(Path("out"))
 
 EVALUATION: dict[str, Any] = {
     "plan": {
@@ -73,6 +78,8 @@ EVALUATION: dict[str, Any] = {
     "units": {"attention": 3, "mlp": 1536},
     "kept": [{"attention": 3, "mlp": 1200}, {"attention": 2, "mlp": 1111}],
     "perplexity_ratio": {"value": 1.2715, "se": 0.0086},
+    "recovered": None,
+    "recovery": None,
     "tasks": {
         "piqa": {
             "dense": {"n": 1838.0, "acc": 0.68, "acc_se": 0.011, "acc_norm": 0.6714, "acc_norm_se": 0.01099},
@@ -103,14 +110,56 @@ EVALUATION: dict[str, Any] = {
 }
 
 
+RECOVERY: dict[str, Any] = {
+    "params": Recover(method="full", text="another text", tokens=40_960).model_dump(mode="json"),
+    "learning_rate": 1e-4,
+    "text": "another text",
+    "sequences": 100,
+    "length": 256,
+    "held_out": 16,
+    "trained_parameters": 113_281_344,
+    "steps": 40,
+    "step": 40,
+    "tokens": 40_960,
+    "seconds": 192.0,
+    "planned": 40,
+    "curve": [
+        {"step": 0, "tokens": 0, "seconds": 1.0, "loss": None, "held_out": 0.5},
+        {"step": 10, "tokens": 10_240, "seconds": 48.0, "loss": 0.45, "held_out": None},
+        {"step": 20, "tokens": 20_480, "seconds": 96.0, "loss": 0.4, "held_out": 0.4321},
+        {"step": 40, "tokens": 40_960, "seconds": 192.0, "loss": 0.3, "held_out": 0.4},
+    ],
+    "held_out_before": 0.5,
+    "held_out_after": 0.4,
+}
+"""A made-up training, as recover records it."""
+
+
+def trained(**changes: Any) -> dict[str, Any]:
+    """The evaluation with a recovered model, whose training differs from `RECOVERY` in some keys."""
+    result = changed(
+        recovered={
+            "perplexity": 23.456,
+            "perplexity_se": 0.333,
+            "perplexity_ratio": {"value": 1.1309, "se": 0.0061},
+        },
+        recovery=RECOVERY | changes,
+    )
+    result["tasks"]["piqa"]["recovered"] = {"acc": 0.65, "acc_se": 0.01, "acc_norm": 0.66, "acc_norm_se": 0.013}
+    result["tasks"]["winogrande"]["recovered"] = {"acc": 0.53, "acc_se": 0.014}
+    result["continuations"][0] |= {"recovered": "a riv", "agree_recovered": 2}
+    return result
+
+
 def changed(**sections: Any) -> dict[str, Any]:
     """The evaluation with some keys of some sections replaced."""
     result = copy.deepcopy(EVALUATION)
     for section, values in sections.items():
-        result[section] = result[section] | values if isinstance(values, dict) else values
+        both = isinstance(values, dict) and isinstance(result[section], dict)
+        result[section] = result[section] | values if both else values
     return result
 
 
 def report_of(result: dict[str, Any], pictures: list[Picture] = PICTURES, ratio: float | None = 12.34) -> str:
     """The report of a result."""
-    return compose_report(result, "out/pruned", PROVENANCE, pictures, ratio)
+    return compose_report(result, LAYOUT, PROVENANCE, pictures, ratio)

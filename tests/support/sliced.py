@@ -10,13 +10,18 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
 from libprune.engine.tables import unit_index
+from libprune.models.folder import load_model
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import write_tokens
 from libprune.pipeline.artifacts import read_architecture, write_table, write_units
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.shards import write_shard
+from libprune.recovery.curve import Recovery
+from libprune.recovery.recover import write_recovered
+from libprune.results.record import read_record
 from tests.support import tiny
 from tests.support.collected import activations
+from tests.support.evaluated import RECOVERY
 from tests.support.models import FAMILIES, random_plan, tokens
 
 
@@ -58,3 +63,14 @@ def write_collected(root: Path, name: str, kind: str) -> tuple[Layout, Plan]:
     meta = {"model": "here", "shape": "per_layer" if kind == "holes" else "uniform"}
     write_units(layout.plan, architecture, lambda *block: {"keep": plan.keep[block]}, meta)
     return layout, plan
+
+
+def write_trained(pruned: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """A folder as recover writes it, of a training that multiplied all weights by 1.1, and its weights."""
+    record = read_record(pruned)
+    model = load_model(pruned, torch.float32, trust_remote_code=record.remote)
+    weights = {name: 1.1 * parameter.detach() for name, parameter in model.named_parameters()}
+    made = {name: value for name, value in RECOVERY.items() if name not in {"held_out_before", "held_out_after"}}
+    folder.mkdir()
+    write_recovered(folder, record, weights, Recovery(**made))
+    return weights

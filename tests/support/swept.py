@@ -1,12 +1,36 @@
 """Made-up experiments as DVC would list them, for tables and pictures of sweeps."""
 
-from libprune.experiments.dvc_experiments import Experiment
+from dataclasses import replace
+
+from libprune.experiments.dvc_experiments import Experiment, Recovered
 
 
-def row(name: str, ratio: float = 1.2, error: float = 0.01, dense: float = 20.0, **params: object) -> Experiment:
-    """An experiment with these params; two underscores in a name stand for the dot."""
+def recovered(ratio: float, error: float = 0.005) -> Recovered:
+    """What a training came to, with this ratio."""
+    return Recovered(ratio, error, tokens=40_960, seconds=90.0, parameters=113_274)
+
+
+def row(
+    name: str,
+    ratio: float = 1.2,
+    error: float = 0.01,
+    dense: float = 20.0,
+    after: float | None = None,
+    **params: object,
+) -> Experiment:
+    """An experiment with these params; two underscores in a name stand for the dot.
+
+    Args:
+        name: its name.
+        ratio: before recovery.
+        error: of the ratio.
+        dense: the dense model's perplexity.
+        after: the ratio after recovery, if it was trained.
+        params: its params.
+    """
     named = {key.replace("__", "."): value for key, value in params.items()}
-    return Experiment((name,), named, ratio, error, dense, removed=0.2, prefill=1.1, size=1_000_000)
+    made = Experiment((name,), named, ratio, error, dense, removed=0.2, prefill=1.1, size=1_000_000)
+    return made if after is None else replace(made, recovered=recovered(after))
 
 
 def swept(numbers: int, words: int = 0) -> list[Experiment]:

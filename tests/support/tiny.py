@@ -101,6 +101,7 @@ def write_params(path: Path, model: str, text: str, **changes: dict) -> Path:
         "gradients": {"sequences": 6},
         "hessian": {"sequences": 6, "estimator": "fisher"},
         "levels": {"number": 3},
+        "recover": {"length": 16, "tokens": 256, "held_out": 4, "checks": 2, "batch_tokens": 64},
         "evaluate": {"prompt_tokens": 8, "decode_tokens": 2, "rounds": 2},
     }
     repository = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
@@ -121,7 +122,7 @@ def change_params(folder: Path, section: str, **values: object) -> None:
 def run_stages(folder: Path, stages: Sequence[str]) -> None:
     """Run stages of a project in this process; they read and write its params.yaml, artifacts and metrics."""
     for stage in stages:
-        metrics = [folder / "metrics"] if stage in {"allocate", "slice", "evaluate"} else []
+        metrics = [folder / "metrics"] if stage in {"allocate", "slice", "recover", "evaluate"} else []
         import_module(f"stages.{stage}").main(folder / "params.yaml", folder / "artifacts", *metrics)
 
 

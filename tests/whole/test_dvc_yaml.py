@@ -11,7 +11,7 @@ from libprune.pipeline.params import PRESETS, Params
 from tests.support.closure import ROOT, closure
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-SHELVES = ("statistics", "results", "recovery")
+SHELVES = ("statistics", "results")
 """Rooms from which each stage takes its own files."""
 COLLECTING = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "sensitivity")
 BEHIND = ("scoring", "allocation", "repair", "results", "report", "experiments", "masks", "networks", "cli")
@@ -65,7 +65,7 @@ def test_declared_code_covers_the_import_closure_and_nothing_idle(stage):
 
 
 def test_code_is_declared_in_few_lines():
-    assert sum(len(code(stage["deps"])) for stage in PIPELINE.values()) <= 110
+    assert sum(len(code(stage["deps"])) for stage in PIPELINE.values()) <= 130
 
 
 @pytest.mark.parametrize("stage", COLLECTING)

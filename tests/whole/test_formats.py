@@ -21,6 +21,7 @@ CHANGES = {
     "ablation": {"units": 4, "sequences": 2},
     "allocate": {"method": "search", "objective": "latency"},
     "latency": {"tokens": 4, "widths": 2, "rounds": 1},
+    "recover": {"method": "full", "top_k": 3},
 }
 """Settings with which as many tables as possible have rows."""
 
@@ -134,7 +135,45 @@ def test_json_files_have_exactly_the_documented_keys(run, section):
             assert documented.is_of(value, rows[key]["type"]), key
 
 
+@pytest.mark.parametrize("section", with_table("field"))
+def test_csv_files_have_exactly_the_documented_fields(run, section):
+    for path in files(run, section):
+        header, *rows = path.read_text().splitlines()
+        assert header.split(",") == [row["field"] for row in section.tables["field"]]
+        assert rows
+
+
 # What the document says in words
+
+
+def test_the_stored_predictions_are_as_documented(run):
+    about = json.loads((run / "artifacts/teacher/teacher.json").read_text())
+    _, _, text = documented.parquet(run / "artifacts/tokens/recovery.parquet")
+    paths = sorted((run / "artifacts/teacher").glob("predictions-*.safetensors"))
+    assert [path.name for path in paths] == [f"predictions-{number:05d}.safetensors" for number in range(len(paths))]
+    rows = 0
+    for path in paths:
+        tensors, meta = documented.shard(path)
+        assert meta == {key: value for key, value in about.items() if key != "at_once"}
+        (here, *shape) = tensors["ids"][1]
+        assert shape == [text["length"], about["top_k"]]
+        assert tensors == {"log_probabilities": ("F16", [here, *shape]), "ids": ("I32", [here, *shape])}
+        assert here == min(about["at_once"], text["sequences"] - rows)
+        rows += here
+    assert rows == text["sequences"]
+
+
+def test_what_a_training_leaves_behind_says_the_same_everywhere(run):
+    made = json.loads((run / "artifacts/recovered/libprune.json").read_text())
+    evaluation, recovery = json.loads((run / "artifacts/evaluation.json").read_text()), made["recovery"]
+    assert evaluation["recovery"] == recovery
+    figures = json.loads((run / "metrics/recovery.json").read_text())
+    assert figures.items() <= recovery.items()
+    trained = json.loads((run / "metrics/evaluation.json").read_text())["recovered"]
+    assert trained.items() <= (recovery | evaluation["recovered"]).items()
+    lines = (run / "metrics/learning_curve.csv").read_text().splitlines()[1:]
+    cells = [[None if cell == "" else float(cell) for cell in line.split(",")] for line in lines]
+    assert cells == [list(row.values()) for row in recovery["curve"]]
 
 
 def test_per_unit_tables_list_the_units_in_the_documented_order(run, architecture):

@@ -18,7 +18,8 @@ from tests.support import tiny
 from tests.support.closure import ROOT
 
 ORDER = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
-ORDER += ["score", "sensitivity", "levels", "latency", "allocate", "slice", "evaluate", "report"]
+ORDER += ["score", "sensitivity", "levels", "latency", "allocate", "slice"]
+ORDER += ["teacher", "recover", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
 
 
@@ -57,7 +58,7 @@ def stages() -> dict:
 
 
 def outputs(stage: dict) -> list[str]:
-    entries = [*stage.get("outs", []), *stage.get("metrics", [])]
+    entries = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 
@@ -73,7 +74,7 @@ def test_each_stage_needs_only_what_it_declares(tmp_path, sources, python):
     """Every stage runs in a folder that holds its declared code, inputs and params, and nothing else."""
     pipeline, made = stages(), tmp_path / "made"
     made.mkdir()
-    params = tiny.write_params(tmp_path / "params.yaml", **sources)
+    params = tiny.write_params(tmp_path / "params.yaml", **sources, recover={"method": "full"})
     for name in ORDER:
         stage, folder = pipeline[name], tmp_path / name
         for dep in stage["deps"]:
@@ -88,6 +89,8 @@ def test_each_stage_needs_only_what_it_declares(tmp_path, sources, python):
     evaluation = json.loads((made / "metrics/evaluation.json").read_text())
     assert evaluation["pruned"]["decoder_share_removed"] == pytest.approx(0.2, abs=0.02)
     assert evaluation["dense"]["perplexity"] > 1
+    assert evaluation["recovered"]["tokens"] == 256
+    assert evaluation["recovered"]["perplexity_ratio"] != evaluation["perplexity_ratio"]
     assert "from_pretrained" in (made / "report/report.md").read_text()
     assert "from_pretrained" in (made / "report/report.html").read_text()
 
@@ -146,7 +149,7 @@ def test_a_second_repro_runs_nothing(project):
 def test_another_criterion_reruns_from_score_and_switching_back_restores(project):
     before = metrics(project)
     change(project, "score", "criterion", "magnitude")
-    after = ["score", "levels", "allocate", "slice", "evaluate", "report"]
+    after = ["score", "levels", "allocate", "slice", "recover", "evaluate", "report"]
     assert stages_run(run(["dvc", "repro"], project)) == after
     assert metrics(project)["pruned"]["perplexity"] != before["pruned"]["perplexity"]
     assert "score.criterion" in run(["dvc", "params", "diff"], project).stdout
@@ -156,10 +159,14 @@ def test_another_criterion_reruns_from_score_and_switching_back_restores(project
 
 
 def test_per_layer_result_from_an_experiment(project):
-    """Another allocation, as users try one; the result has layers of different widths and loads."""
-    done = run(["dvc", "exp", "run", "-S", "allocate.method=global", "-S", "allocate.min_channels=0"], project)
-    assert stages_run(done) == ["sensitivity", "levels", "allocate", "slice", "evaluate", "report"]
-    assert (project / "artifacts/pruned/modeling_pruned.py").exists()
+    """Another allocation with a training, as users try one; the result has layers of different widths and loads."""
+    settings = ("allocate.method=global", "allocate.min_channels=0", "recover.method=full")
+    done = run(["dvc", "exp", "run", *(word for setting in settings for word in ("-S", setting))], project)
+    after = ["sensitivity", "levels", "allocate", "slice", "teacher", "recover", "evaluate", "report"]
+    assert stages_run(done) == after
+    for folder in ("pruned", "recovered"):
+        assert (project / "artifacts" / folder / "modeling_pruned.py").exists()
+    assert metrics(project)["recovered"]["perplexity"] != metrics(project)["pruned"]["perplexity"]
     assert "perplexity" in run(["dvc", "metrics", "diff"], project).stdout
     run(["git", "checkout", "-q", "."], project)
     run(["dvc", "checkout", "-q"], project)
@@ -167,7 +174,8 @@ def test_per_layer_result_from_an_experiment(project):
 
 def test_a_search_measures_levels_once_for_all_ratios(project):
     done = run(["dvc", "exp", "run", "-S", "preset=best", "-S", "allocate.evaluations=4"], project)
-    assert stages_run(done) == ["score", "sensitivity", "levels", "allocate", "slice", "evaluate", "report"]
+    after = ["score", "sensitivity", "levels", "allocate", "slice", "recover", "evaluate", "report"]
+    assert stages_run(done) == after
     assert json.loads((project / "metrics/allocation.json").read_text())["trials"] == 4
     change(project, "allocate", "ratio", 0.3)
     assert stages_run(run(["dvc", "repro", "--dry", "allocate"], project)) == ["allocate"]

@@ -17,6 +17,7 @@ FLOORS = [
     {"texts", "collection"},
     {"statistics", "scoring", "repair"},
     {"allocation", "results", "report"},
+    {"recovery"},
     {"experiments", "masks"},
     {"networks"},
     {"cli"},

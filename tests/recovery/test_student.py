@@ -1,0 +1,92 @@
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from libprune.engine.errors import LibpruneError
+from libprune.recovery.student import WEIGHTS, finished_weights, load_student, prepare, read_weights, trained_parameters
+from libprune.results.record import read_record
+from tests.support.models import tokens
+from tests.support.recovering import short, write_pruned_layout
+
+
+@pytest.fixture(scope="module", params=[("llama", "uniform"), ("gpt2", "holes")], ids=str)
+def record(request, tmp_path_factory):
+    """Tied and stock, and with layers of several widths and a modeling file."""
+    layout = write_pruned_layout(tmp_path_factory.mktemp("pruned"), *request.param)
+    return read_record(layout.pruned)
+
+
+def write_checkpoint(folder, model, scale: float = 0.1) -> None:
+    """Trained parameters that differ from the present ones."""
+    random = torch.Generator().manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    changed = {
+        name: parameter.detach() + scale * torch.randn(parameter.shape, generator=random)
+        for name, parameter in trained_parameters(model).items()
+    }
+    save_file(changed, folder / WEIGHTS)
+
+
+def test_all_parameters_are_trained_and_shared_ones_once(record):
+    student = load_student(record, short())
+    names = dict(student.named_parameters())
+    assert trained_parameters(prepare(student, short())).keys() == names.keys()
+
+
+def test_a_student_has_the_type_that_is_asked_for(record):
+    assert {p.dtype for p in load_student(record, short(dtype="bfloat16")).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_finished_weights_compute_what_the_trained_model_does(record, tmp_path, method):
+    params, ids = short(method=method), tokens()
+    trained = prepare(load_student(record, params), params).eval()
+    write_checkpoint(tmp_path, trained)
+    read_weights(trained, tmp_path)
+    with torch.no_grad():
+        before, expected = load_student(record, params)(ids).logits, trained(input_ids=ids).logits
+    weights = finished_weights(record, params, tmp_path)
+    student = load_student(record, params)
+    assert weights.keys() == dict(student.named_parameters()).keys()
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.copy_(weights[name])
+        torch.testing.assert_close(student(ids).logits, expected, rtol=1e-3, atol=1e-4)
+    assert (expected - before).abs().max() > 1e-2
+
+
+def test_without_a_checkpoint_the_weights_stay(record):
+    own = dict(load_student(record, short()).named_parameters())
+    weights = finished_weights(record, short(), None)
+    assert all(torch.equal(weights[name], parameter) for name, parameter in own.items())
+
+
+def test_lora_trains_matrices_beside_the_maps_that_are_named(record):
+    maps = [name for name, module in load_student(record, short()).named_modules() if name.endswith("_proj")]
+    ending = maps[0].rpartition(".")[2] if maps else "c_proj"
+    params = short(method="lora", lora_targets=[ending], lora_rank=2)
+    names = trained_parameters(prepare(load_student(record, params), params))
+    assert names
+    assert all(f".{ending}.lora_" in name for name in names)
+    assert {parameter.shape["lora_B" in name] for name, parameter in names.items()} == {2}
+
+
+def test_a_map_that_does_not_exist_is_named(record):
+    params = short(method="lora", lora_targets=["no_such_map"])
+    with pytest.raises(LibpruneError, match=r"recover\.lora_targets: .*no_such_map"):
+        prepare(load_student(record, params), params)
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(record, tmp_path):
+    params = short(method="lora")
+    write_checkpoint(tmp_path, prepare(load_student(record, short()), short()))
+    with pytest.raises(LibpruneError, match="does not fit the model that is trained"):
+        read_weights(prepare(load_student(record, params), params), tmp_path)
+
+
+def test_lora_without_its_package_says_how_to_install_it(record, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(LibpruneError, match=r"pip install 'libprune\[lora\]'"):
+        prepare(load_student(record, short()), short(method="lora"))
