@@ -95,6 +95,10 @@ SETTINGS = {
     "fast, 20 %, half cross-entropy": Setting("fast", 0.2, {"cross_entropy": 0.5}),
     "fast, 20 %, hidden states": Setting("fast", 0.2, {"hidden_states": 1.0}),
     "fast, 20 %, top 64 predictions": Setting("fast", 0.2, {"top_k": 64}),
+    "fast, 20 %, sequences of 1024": Setting("fast", 0.2, {"length": 1024, "held_out": 4}),
+    "balanced, 20 %, sequences of 1024, 123k tokens": Setting(
+        "balanced", 0.2, EPOCHS | {"length": 1024, "held_out": 4}
+    ),
     "fast, 20 %, 512 tokens a step": Setting("fast", 0.2, {"batch_tokens": 512}),
     "dense, cross-entropy": Setting(None, 0.0, {"cross_entropy": 1.0}),
     "functional, local, 20 %, full": Setting("fast", 0.2, {}, PER_LAYER),

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from torch.utils.checkpoint import checkpoint
 
 from libprune.models.sequences import NO_TARGET
 
@@ -78,8 +78,8 @@ def prediction_loss(
 ) -> Float[Tensor, ""]:
     """The mean loss over all positions with a target, nats: ``(1 - share)`` divergence and ``share`` cross-entropy.
 
-    The positions are worked through in parts, whose probabilities are computed a second time for the backward pass, so
-    that memory holds the logits once and not five times.
+    The positions are worked through in parts. The gradient of a part is computed at once and kept instead of its
+    probabilities, so that memory holds two tensors of the size of the logits and not five.
 
     Args:
         logits: of the trained model, ``[batch, length, vocab]`` or ``[batch, labels]``.
@@ -94,13 +94,38 @@ def prediction_loss(
     if 2 * int(counted.sum()) < len(wanted):  # of masked tokens few positions count; of next tokens nearly all
         chosen = counted.nonzero()[:, 0]
         rows, wanted, theirs, counted = rows[chosen], wanted[chosen], _rows(theirs, chosen), counted[chosen]
-    total = rows.new_zeros((), dtype=torch.float32)
-    size = max(1, _CHUNK // rows.shape[-1])
-    for number, part in enumerate(rows.split(size)):
-        here = slice(number * size, number * size + len(part))
-        given = (part, _rows(theirs, here), wanted[here], counted[here], temperature, share)
-        total = total + checkpoint(_part_loss, *given, use_reentrant=False)
+    total: Tensor = _InParts.apply(rows, theirs, wanted, counted, temperature, share)
     return total / counted.sum()
+
+
+class _InParts(torch.autograd.Function):
+    """The sum of `_part_loss` over parts of the rows, which keeps the gradient of each part and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, theirs: Tensor | TopPredictions, wanted: Tensor, counted: Tensor, *given: float
+    ) -> Tensor:
+        size, total, gradients = max(1, _CHUNK // rows.shape[-1]), torch.zeros((), device=rows.device), []
+        for first in range(0, len(rows), size):
+            here = slice(first, first + size)
+            with torch.enable_grad():
+                part = rows[here].detach().float().requires_grad_(ctx.needs_input_grad[0])
+                loss = _part_loss(part, _rows(theirs, here), wanted[here], counted[here], *given)
+            if ctx.needs_input_grad[0]:
+                gradients += [one.to(_kept(rows.dtype)) for one in torch.autograd.grad(loss, part)]
+            total = total + loss.detach()
+        ctx.gradients, ctx.dtype = gradients, rows.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = torch.cat([(outer * one).to(ctx.dtype) for one in ctx.gradients])
+        return gradient, None, None, None, None, None
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """The type that a gradient is kept in: float16 would lose it before the loss is scaled up."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _part_loss(
