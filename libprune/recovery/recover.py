@@ -71,9 +71,7 @@ def recover_layout(layout: Layout, compute: Compute, params: Recover) -> Recover
             with writing_folder(layout.recovered) as folder:
                 weights = finished_weights(run.record, params, outcome.checkpoint)
                 write_weights(folder, run.record, weights)
-                proof = run.prove(folder, weights)
-                made = {key: value for key, value in run.record.provenance.items() if key != "files"}
-                write_provenance(folder, made | versions() | {"recovery": recovery.as_json() | {"proof": proof}})
+                write_recovery(folder, run.record, recovery, run.prove(folder, weights))
             remove(work)
         world.barrier()
     return recovery
@@ -221,3 +219,16 @@ def write_weights(folder: Path, record: Record, weights: Mapping[str, Tensor]) -
             shutil.copyfile(path, folder / path.name)
     stored = {name: tensor.to(record.dtype) for name, tensor in weights.items()}
     save_weights(folder, None if record.remote else record.stock_model, stored)
+
+
+def write_recovery(folder: Path, record: Record, recovery: Recovery, proof: Mapping[str, float]) -> None:
+    """Write the record of a recovered folder: that of the pruned one, with what the training came to.
+
+    Args:
+        folder: the folder, with all of its other files.
+        record: the record of the pruned folder.
+        recovery: what the training came to.
+        proof: how far the reloaded logits differ, as `artifacts/recovered/libprune.json` has it.
+    """
+    made = {key: value for key, value in record.provenance.items() if key != "files"}
+    write_provenance(folder, made | versions() | {"recovery": recovery.as_json() | {"proof": dict(proof)}})

@@ -1,5 +1,6 @@
 """Training by transformers' Trainer: the loss, the held-out checks, checkpoints that are continued, and progress."""
 
+import importlib.util
 import json
 import math
 import time
@@ -290,8 +291,10 @@ class Training:
             home: the folder of checkpoints, of this training alone.
 
         Raises:
-            LibpruneError: if the loss is not finite.
+            LibpruneError: if the loss is not finite, or the optimizer needs a package that is not installed.
         """
+        if self.params.optimizer == "adamw_bnb_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise LibpruneError("recover.optimizer: adamw_bnb_8bit needs bitsandbytes; run `pip install bitsandbytes`")
         number, schedule = len(self.sequences) - self.held_out, self.schedule
         order = training_order(number, schedule.steps * schedule.sequences, self.params.seed)
         last = _last_checkpoint(home, self.world)

@@ -177,6 +177,11 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
         run(tmp_path, model=broken)
 
 
+def test_an_optimizer_without_its_package_says_what_to_install(tmp_path):
+    with pytest.raises(LibpruneError, match="pip install bitsandbytes"):
+        run(tmp_path, {"optimizer": "adamw_bnb_8bit"})
+
+
 def test_the_state_of_a_checkpoint_is_the_last_file_that_is_written(tmp_path):
     """So that a checkpoint with a readable state is whole."""
     outcome, _ = run(tmp_path)

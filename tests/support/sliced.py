@@ -17,7 +17,7 @@ from libprune.pipeline.artifacts import read_architecture, write_table, write_un
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.shards import write_shard
 from libprune.recovery.curve import Recovery
-from libprune.recovery.recover import write_recovered
+from libprune.recovery.recover import write_recovery, write_weights
 from libprune.results.record import read_record
 from tests.support import tiny
 from tests.support.collected import activations
@@ -72,5 +72,6 @@ def write_trained(pruned: Path, folder: Path) -> dict[str, torch.Tensor]:
     weights = {name: 1.1 * parameter.detach() for name, parameter in model.named_parameters()}
     made = {name: value for name, value in RECOVERY.items() if name not in {"held_out_before", "held_out_after"}}
     folder.mkdir()
-    write_recovered(folder, record, weights, Recovery(**made))
+    write_weights(folder, record, weights)
+    write_recovery(folder, record, Recovery(**made), {"logit_difference": 0.0, "logit_scale": 1.0})
     return weights
