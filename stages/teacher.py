@@ -22,6 +22,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.recovery.teacher import teach_layout
 
     asked = Recover(  # no other key of the section changes the text or what is predicted on it
+        teacher=settings.recover.teacher,
         text=settings.recover.text,
         length=settings.recover.length,
         tokens=settings.recover.tokens,

@@ -412,6 +412,9 @@ class Recover(Section):
     method: Literal["none", "lora", "full"] = "none"
     """`none`: the pruned model stays as slice wrote it; `full`: all weights are trained; `lora`: small matrices beside
     the linear maps are trained, and added to the weights in the end; needs `pip install 'libprune[lora]'`."""
+    teacher: str | None = None
+    """Another model to learn from, in the forms of `prepare.model`; it must have the same vocabulary. null: the dense
+    model. Where a model is pruned in several steps, the model that the first step began with."""
     text: Texts | None = None
     """The text to train on, in the forms of `tokenize.text`, or a list of texts with shares; null: the documents that
     the calibration text is drawn from."""
@@ -470,6 +473,10 @@ class Recover(Section):
             raise ValueError(f"the shares of recover.text make {sum(one.share for one in self.text):g}, not 1")
         if self.top_k is not None and self.hidden_states:
             raise ValueError("recover.hidden_states needs the dense model itself; set recover.top_k to null")
+        if self.teacher is not None and self.hidden_states:
+            raise ValueError(
+                "recover.hidden_states compares with the dense model's layers; set recover.teacher to null"
+            )
         return self
 
     @property

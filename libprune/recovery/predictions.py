@@ -48,6 +48,9 @@ def attention_mask(sequences: Sequences) -> Tensor | None:
 class Teacher(Protocol):
     """A source of what the dense model predicts."""
 
+    def held(self) -> int:
+        """Bytes of the weights that it holds in memory."""
+
     def predict(self, index: Tensor, inputs: Mapping[str, Tensor]) -> Taught:
         """What the dense model says of a batch, given the numbers of its sequences and its inputs."""
 
@@ -63,6 +66,10 @@ class LiveTeacher:
 
     model: PreTrainedModel
     hidden: bool
+
+    def held(self) -> int:
+        """Bytes of the model's weights."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
 
     def predict(self, index: Tensor, inputs: Mapping[str, Tensor]) -> Taught:
         """What the dense model says of a batch, given the numbers of its sequences and its inputs."""
@@ -85,6 +92,10 @@ class StoredTeacher:
     def __init__(self, folder: Path, origin: Mapping[str, Any]) -> None:
         self._folder, self._about = folder, read_json(require(folder, "teacher") / ABOUT, "teacher")
         same_origin(folder, self._about, origin)
+
+    def held(self) -> int:
+        """No bytes: predictions are read as they are asked for."""
+        return 0
 
     def predict(self, index: Tensor, inputs: Mapping[str, Tensor]) -> Taught:
         """What the dense model says of a batch, given the numbers of its sequences and its inputs."""

@@ -11,11 +11,8 @@ import torch
 import typer
 from torch import Tensor
 
-from libprune.collection.calibration import place
 from libprune.collection.resumable import ROOMS, only_one, work_identity
-from libprune.engine import cost
 from libprune.engine.architecture import Architecture
-from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import fingerprint, load_model
 from libprune.models.memory import recompute_layers, require_room
@@ -31,6 +28,7 @@ from libprune.recovery.curve import Recovery
 from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes
 from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher
 from libprune.recovery.student import finished_weights, load_student, prepare, trained_parameters
+from libprune.recovery.teacher_model import load_teacher, teacher_identity
 from libprune.recovery.training import Outcome, Schedule, Training, make_schedule
 from libprune.results.folder import save_weights
 from libprune.results.proof import reference_logits, verify_folder
@@ -94,18 +92,13 @@ class _Run:
     dtype: torch.dtype
 
     @property
-    def dense_bytes(self) -> int:
-        """Bytes of the dense model in the type that it is computed in; 0 if its predictions are stored."""
-        total = cost.size(self.architecture, Plan.dense(self.architecture)).total
-        return 0 if self.params.top_k is not None else total * self.dtype.itemsize
-
-    @property
     def identity(self) -> str:
         """A digest of what checkpoints depend on."""
         facts = {
             "params": self.params.model_dump(mode="json"),
             "pruned": fingerprint(self.record.folder),
             "model": self.architecture.fingerprint,
+            "teacher": teacher_identity(self.architecture, self.params),
             "tokens": self.text["tokens"],
             "compute_dtype": str(self.dtype),
             "checkpointing": self.compute.gradient_checkpointing,
@@ -120,12 +113,11 @@ class _Run:
         """The dense model on its device, or its stored predictions."""
         if self.params.top_k is not None:
             origin = {"model": self.architecture.fingerprint, "tokens": self.text["tokens"]}
+            origin |= {"teacher": teacher_identity(self.architecture, self.params)}
             origin |= {"top_k": self.params.top_k, "temperature": self.params.temperature}
             return StoredTeacher(require(self.layout.teacher, "teacher"), origin)
-        dense = load_model(require(self.layout.model, "prepare"), self.dtype)
-        compute = self.compute.model_copy(update={"gradient_checkpointing": False})
-        placed = place(dense, self.architecture, compute, self.world, self.device)
-        return LiveTeacher(placed, hidden=self.params.hidden_states > 0)
+        where = (self.layout, self.architecture, self.params, self.compute, self.world, self.device, self.dtype)
+        return LiveTeacher(load_teacher(*where), hidden=self.params.hidden_states > 0)
 
     def training(self) -> Training:
         """The training, with the teacher in memory."""
@@ -183,13 +175,13 @@ def _train(run: _Run, home: Path) -> tuple[Outcome, int]:
         recompute_layers(student, run.architecture)
     model = prepare(student, run.params)
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    training = run.training()
     if run.world.first:
-        _announce(run, home, trained, whole)
-    outcome = run.training().run(model, home)
-    return outcome, trained
+        _announce(run, home, trained, whole, training.teacher.held())
+    return training.run(model, home), trained
 
 
-def _announce(run: _Run, home: Path, trained: int, whole: int) -> None:
+def _announce(run: _Run, home: Path, trained: int, whole: int, teacher: int) -> None:
     """Print what will be trained on what, and what it needs; stop before any work if the disk is too full."""
     schedule, length = run.schedule, run.sequences.length
     number = len(run.sequences) - run.text["held_out"]
@@ -198,10 +190,11 @@ def _announce(run: _Run, home: Path, trained: int, whole: int) -> None:
         f"recover: {trained:,} of {whole:,} parameters, {schedule.steps:,} steps of {step:,} tokens "
         f"({schedule.steps * schedule.sequences / number:.1f} times the {number:,} sequences of {run.text['text']})"
     )
-    memory = training_bytes(trained, whole, run.params) + run.dense_bytes
+    memory = training_bytes(trained, whole, run.params) + teacher
+    beside = " and the model to learn from" if teacher else ""
     typer.echo(
-        f"recover: {gigabytes(memory)} of memory for weights, gradients, optimizer states and the dense model, beside "
-        f"the activations; up to {gigabytes(scratch)} of checkpoints in {home.parent}"
+        f"recover: {gigabytes(memory)} of memory for weights, gradients, optimizer states{beside}, without "
+        f"activations; up to {gigabytes(scratch)} of checkpoints in {home.parent}"
     )
     require_room({home: scratch}, "recover", "free some, or train less (recover.method: lora)")
 

@@ -11,11 +11,10 @@ import typer
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from libprune.collection.calibration import place
 from libprune.collection.resumable import ROOMS, only_one, work_identity
 from libprune.engine.architecture import Architecture
 from libprune.models.compute import resolve_device, resolve_dtype
-from libprune.models.folder import load_config, load_model, require_positions
+from libprune.models.folder import load_config, require_positions
 from libprune.models.memory import require_room
 from libprune.models.parallel import World, join_world
 from libprune.models.sequences import Sequences
@@ -36,6 +35,7 @@ from libprune.recovery.predictions import (
     top_predictions,
     write_predictions,
 )
+from libprune.recovery.teacher_model import load_teacher, teacher_identity
 from libprune.texts.self_text import SelfText
 from libprune.texts.training import draw_training, require_unseen
 
@@ -58,7 +58,8 @@ def teach_layout(layout: Layout, compute: Compute, params: Recover, tokenize: To
         _draw(layout, architecture, compute, params, tokenize)
     world.barrier()
     sequences, meta = read_tokens(layout.recovery_tokens, architecture.fingerprint, stage="teacher")
-    origin = {"model": architecture.fingerprint, "tokens": meta["tokens"]}
+    origin = {"model": architecture.fingerprint, "teacher": teacher_identity(architecture, params)}
+    origin |= {"tokens": meta["tokens"]}
     if params.top_k is None:
         if world.first:
             with writing_folder(layout.teacher) as folder:
@@ -162,7 +163,8 @@ class _Storing:
         world.barrier()  # where the weights are shared out, all processes must miss the same
         if not missing:
             return
-        model = place(load_model(self.layout.model, dtype), self.architecture, self.compute, world, device)
+        where = (self.layout, self.architecture, self.params, self.compute, world, device, dtype)
+        model = load_teacher(*where)
         for number in tqdm(missing, desc="teacher", unit="file", disable=not world.first):
             rows = self.sequences[number * self._at_once : (number + 1) * self._at_once]
             starts = range(0, len(rows), self._passes)

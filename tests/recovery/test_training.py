@@ -126,6 +126,9 @@ class Stopping:
     def __init__(self, calls: int) -> None:
         self._teacher, self._left = LiveTeacher(FAMILIES["llama"](0), hidden=False), calls
 
+    def held(self) -> int:
+        return self._teacher.held()
+
     def predict(self, index, inputs) -> Taught:
         self._left -= 1
         if self._left < 0:

@@ -1,0 +1,74 @@
+"""The model that the pruned one learns from: the dense model, or another one that `recover.teacher` names."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from libprune.collection.calibration import place
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
+from libprune.engine.errors import ParamsError, SourceError
+from libprune.models.folder import fingerprint, load_model, sha256
+from libprune.models.parallel import World
+from libprune.models.source import load_dense, resolve
+from libprune.pipeline.artifacts import require
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.sections import Compute, Prepare, Recover
+
+
+def load_teacher(
+    layout: Layout,
+    architecture: Architecture,
+    params: Recover,
+    compute: Compute,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """Load the model to learn from, in evaluation mode, and put it where it will run.
+
+    Args:
+        layout: holds the dense model.
+        architecture: the description of the dense model.
+        params: the name of another model, if one is named.
+        compute: whether weights visit the device one at a time.
+        world: whether weights are shared out over processes.
+        device: where the model runs.
+        dtype: the type that it computes in.
+
+    Raises:
+        LibpruneError: if the model cannot be loaded, or has another vocabulary than the dense model.
+    """
+    compute = compute.model_copy(update={"gradient_checkpointing": False})
+    if params.teacher is None:
+        return place(load_model(require(layout.model, "prepare"), dtype), architecture, compute, world, device)
+    try:
+        model, tokenizer = load_dense(_source(params.teacher, dtype))
+    except SourceError as error:
+        raise SourceError(str(error).replace("prepare.model", "recover.teacher")) from error
+    own = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
+    if tokenizer.get_vocab() != own.get_vocab():
+        raise ParamsError(
+            f"recover.teacher: {params.teacher} has another vocabulary ({len(tokenizer):,} tokens) than the model that "
+            f"is pruned ({len(own):,} tokens); their predictions cannot be compared"
+        )
+    return place(model, describe(model, accept=tuple(model.config.to_dict())), compute, world, device)
+
+
+def _source(name: str, dtype: torch.dtype) -> Prepare:
+    return Prepare.model_validate({"model": name, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def teacher_identity(architecture: Architecture, params: Recover) -> str:
+    """What tells the model to learn from apart: a digest of its files, or its name on the hub.
+
+    Raises:
+        SourceError: if a local file or folder, or a package, does not exist.
+    """
+    if params.teacher is None:
+        return architecture.fingerprint
+    path: Path | None = resolve(params.teacher)
+    if path is None:
+        return params.teacher
+    return fingerprint(path) if path.is_dir() else sha256(path)[:16]

@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+from libprune.engine.errors import ArtifactError, ParamsError, SourceError
+from libprune.models.parallel import World
+from libprune.pipeline.artifacts import read_architecture
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.params import load_params
+from libprune.recovery.recover import recover_layout
+from libprune.recovery.teacher import teach_layout
+from libprune.recovery.teacher_model import load_teacher, teacher_identity
+from tests.support import tiny
+from tests.support.recovering import CPU, short
+
+STAGES = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "score", "sensitivity", "levels")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A sliced tiny project, and beside it another model with the same vocabulary, whose predictions are sharper."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("project")
+    tiny.write_project(folder, [*STAGES, "latency", "allocate", "slice"])
+    other = tiny.write_model(folder / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {"model.norm.weight": 8 * torch.ones(48)}, other / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def load(layout: Layout, **changes):
+    architecture = read_architecture(layout)
+    device, dtype = torch.device("cpu"), torch.float32
+    return load_teacher(layout, architecture, short(**changes), CPU, World(), device, dtype)
+
+
+def test_the_dense_model_is_the_teacher_unless_another_is_named(project):
+    layout, ids = Layout(project / "artifacts"), torch.arange(2, 10)[None]
+    own, other = load(layout), load(layout, teacher=str(project / "other"))
+    assert not own.training
+    assert not other.training
+    with torch.no_grad():
+        assert (own(ids).logits - other(ids).logits).abs().max() > 1
+
+
+def test_the_identity_is_of_the_files(project, tmp_path):
+    architecture, other = read_architecture(Layout(project / "artifacts")), project / "other"
+    assert teacher_identity(architecture, short()) == architecture.fingerprint
+    first = teacher_identity(architecture, short(teacher=str(other)))
+    for path in other.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert teacher_identity(architecture, short(teacher=str(tmp_path))) == first
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + " ")
+    assert teacher_identity(architecture, short(teacher=str(tmp_path))) != first
+    assert teacher_identity(architecture, short(teacher="some/model")) == "some/model"
+
+
+def test_what_cannot_be_a_teacher_is_refused_with_the_key(project, tmp_path):
+    layout = Layout(project / "artifacts")
+    with pytest.raises(SourceError, match="no_such_folder/model does not exist"):
+        load(layout, teacher="./no_such_folder/model")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"recover\.teacher = .* cannot be loaded"):
+        load(layout, teacher=str(tmp_path))
+
+
+def test_another_vocabulary_is_refused(project, tmp_path):
+    from transformers import AutoTokenizer
+
+    other = tiny.write_model(tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["extra"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(
+        ParamsError, match=r"another vocabulary \(20 tokens\) than the model that is pruned \(19 tokens\)"
+    ):
+        load(Layout(project / "artifacts"), teacher=str(other))
+
+
+def test_predictions_of_one_teacher_do_not_serve_for_another(project, quick_proof):
+    layout, params = Layout(project / "artifacts"), load_params(project / "params.yaml")
+    asked = short(length=16, top_k=4, teacher=str(project / "other"))
+    teach_layout(layout, CPU, asked, params.tokenize)
+    recovery = recover_layout(layout, CPU, asked)
+    assert recovery is not None
+    assert recovery.before > 0.05  # far from what this model predicts, near to what its own dense model does
+    with pytest.raises(ArtifactError, match="belongs to teacher"):
+        recover_layout(layout, CPU, asked.model_copy(update={"teacher": None}))
