@@ -72,7 +72,7 @@ def test_another_vocabulary_is_refused(project, tmp_path):
     tokenizer.add_tokens(["extra"])
     tokenizer.save_pretrained(other)
     with pytest.raises(
-        ParamsError, match=r"another vocabulary \(20 tokens\) than the model that is pruned \(19 tokens\)"
+        ParamsError, match=r"another vocabulary .20 tokens. than .* .19 tokens."
     ):
         load(Layout(project / "artifacts"), teacher=str(other))
 
