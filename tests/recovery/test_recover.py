@@ -14,7 +14,7 @@ from libprune.recovery.curve import Recovery
 from libprune.recovery.recover import recover_layout
 from libprune.results.check import check_folder
 from libprune.results.record import read_provenance
-from tests.support.models import tokens
+from tests.support.models import FAMILIES, tokens
 from tests.support.processes import together
 from tests.support.recovering import CPU, short, write_pruned_layout
 from tests.support.tiny import write_model
@@ -163,7 +163,7 @@ def test_two_processes_train_as_one_does(tmp_path, python, quick_proof):
 def test_shared_weights_are_refused_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(recover, "join_world", lambda: recover.World(size=1, sharded=True))
     layout = write_pruned_layout(tmp_path / "artifacts", "llama", "uniform")
-    monkeypatch.setattr(recover, "place", lambda model, *_: model)
+    monkeypatch.setattr(recover, "load_teacher", lambda *_: FAMILIES["llama"](0))
     with pytest.raises(LibpruneError, match="over GPUs only"):
         recovered(layout)
 

@@ -102,6 +102,7 @@ def test_the_tokens_say_where_they_are_from(run, place, project, capsys):
     assert said in capsys.readouterr().out
     assert json.loads((layout.teacher / "teacher.json").read_text()) == {
         "model": read_architecture(layout).fingerprint,
+        "teacher": read_architecture(layout).fingerprint,
         "tokens": meta["tokens"],
         "top_k": None,
         "at_once": 0,
@@ -236,7 +237,7 @@ def test_a_stage_that_was_stopped_at_the_end_loads_no_model(run, stopping, monke
         with pytest.raises(KeyboardInterrupt):
             run(top_k=K)
     stopping.written = 0
-    monkeypatch.setattr(teacher, "load_model", fails)
+    monkeypatch.setattr(teacher, "load_teacher", fails)
     assert len(tree(run(top_k=K).teacher)) == FILES + 1
     assert stopping.written == 0
 
