@@ -71,9 +71,7 @@ def test_another_vocabulary_is_refused(project, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["extra"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(
-        ParamsError, match=r"another vocabulary .20 tokens. than .* .19 tokens."
-    ):
+    with pytest.raises(ParamsError, match=r"another vocabulary .20 tokens. than .* .19 tokens."):
         load(Layout(project / "artifacts"), teacher=str(other))
 
 

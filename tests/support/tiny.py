@@ -101,11 +101,13 @@ def write_params(path: Path, model: str, text: str, **changes: dict) -> Path:
         "gradients": {"sequences": 6},
         "hessian": {"sequences": 6, "estimator": "fisher"},
         "levels": {"number": 3},
+        "recover": {"method": "none"},
         "recover": {"length": 16, "tokens": 256, "held_out": 4, "checks": 2, "batch_tokens": 64},
         "evaluate": {"prompt_tokens": 8, "decode_tokens": 2, "rounds": 2},
     }
     repository = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
-    preset = {"preset": repository.pop("preset")}
+    preset = {"preset": "balanced"}
+    repository.pop("preset")
     merged = {name: section | params.get(name, {}) | changes.get(name, {}) for name, section in repository.items()}
     merged = preset | merged
     path.write_text(yaml.safe_dump(merged, sort_keys=False))
