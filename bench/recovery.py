@@ -82,9 +82,9 @@ SETTINGS = {
     "fast, 50 %, full": Setting("fast", 0.5),
     "balanced, 50 %, full": Setting("balanced", 0.5),
     "fast, 50 %, lora": Setting("fast", 0.5, {"method": "lora"}),
+    "fast, 20 %, lora, learning rate 2e-3": Setting("fast", 0.2, {"method": "lora", "learning_rate": 2e-3}),
     "fast, 20 %, full, learning rate 5e-5": Setting("fast", 0.2, {"learning_rate": 5e-5}),
     "fast, 20 %, full, learning rate 2e-4": Setting("fast", 0.2, {"learning_rate": 2e-4}),
-    "fast, 20 %, full, 20k tokens": Setting("fast", 0.2, {"tokens": 20_480}),
     "fast, 20 %, full, 123k tokens": Setting("fast", 0.2, EPOCHS),
     "balanced, 20 %, full, 123k tokens": Setting("balanced", 0.2, EPOCHS),
     "fast, 50 %, full, 123k tokens": Setting("fast", 0.5, EPOCHS),
@@ -217,8 +217,10 @@ def _ratio(dense: Losses, losses: Losses) -> dict[str, float]:
     return {"ratio": found.value, "se": found.error}
 
 
-def measure(work: Path, text: str, name: str, judge_of: dict[str, Judge], **judging: Any) -> dict[str, Any]:
-    """One row: the model before and after training."""
+def measure(
+    work: Path, text: str, name: str, tokens: int | None, judge_of: dict[str, Judge], **judging: Any
+) -> dict[str, Any]:
+    """One row: the model before and after training; `tokens` take the place of those of the setting."""
     setting = SETTINGS[name]
     source, params = pruned_layout(work, text, setting)
     layout = Layout(work / "run" / "artifacts")
@@ -226,14 +228,15 @@ def measure(work: Path, text: str, name: str, judge_of: dict[str, Judge], **judg
     (layout.root / "tokens").mkdir(parents=True)
     for path in ("model", "architecture.json", "pruned", "plan.parquet", "tokens/evaluation.parquet"):
         (layout.root / path).symlink_to((source.root / path).resolve())
-    recover, start = Recover(**({"method": "full"} | setting.recover)), time.perf_counter()
+    more = {} if tokens is None else {"tokens": tokens}
+    recover, start = Recover(**({"method": "full"} | setting.recover | more)), time.perf_counter()
     teach_layout(layout, Compute(), recover, Tokenize(**params["tokenize"]))
     recovery = recover_layout(layout, Compute(), recover)
     seconds = time.perf_counter() - start
     assert recovery is not None
     judge = judge_of.setdefault("judge", Judge(work, layout, **judging))
     figures = judge.rows({"before": source.pruned, "after": layout.recovered})
-    return {"setting": name, "seconds": seconds, **recovery.metrics(), **figures}
+    return {"setting": name, "asked_tokens": tokens, "seconds": seconds, **recovery.metrics(), **figures}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -264,6 +267,7 @@ def main(
     text: Path | None = None,
     other: Annotated[str, typer.Option(help="Another text that judges, as tokenize.text names one.")] = "",
     windows: int = 24,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on, instead of those of the settings.")] = None,
     questions: int = 0,
     show: Annotated[bool, typer.Option("--table", help="Only print what was measured.")] = False,
 ) -> None:
@@ -272,11 +276,11 @@ def main(
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if text is not None and not show:
         judges: dict[str, Judge] = {}
-        done = {row["setting"] for row in rows}
+        done = {(row["setting"], row["asked_tokens"]) for row in rows}
         for name in settings or SETTINGS:
-            if name not in done:
+            if (name, tokens) not in done:
                 judging = {"windows": windows, "other": other, "questions": questions}
-                rows.append(measure(work, str(text.resolve()), name, judges, **judging))
+                rows.append(measure(work, str(text.resolve()), name, tokens, judges, **judging))
                 with path.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(rows[-1], flush=True)
