@@ -4,7 +4,6 @@ Tensors are counted exactly, by the statistics that collect them, on the meta de
 estimated; they are small beside the tensors unless the model is tiny.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -356,9 +355,7 @@ def _lora_parameters(architecture: Architecture, recover: Recover, allocate: All
 def _targeted(one: Map, recover: Recover) -> bool:
     """Whether `lora` trains matrices beside a map, by the rules of peft."""
     targets = recover.lora_targets
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, one.module) is not None
-    return any(f".{one.module}".endswith(f".{target}") for target in targets)
+    return targets == "all-linear" or any(f".{one.module}".endswith(f".{target}") for target in targets)
 
 
 def _compute_dtype(compute: Compute) -> torch.dtype:

@@ -87,7 +87,7 @@ def test_the_files_of_a_recovery_have_the_predicted_bytes(project, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # said by peft of GPT-2, which it sets right itself
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(ENCODERS)))
-@pytest.mark.parametrize("targets", ["all-linear", r".*\.1\..*proj", ["down_proj", "1.self_attn.o_proj", "fc2"]])
+@pytest.mark.parametrize("targets", ["all-linear", ["down_proj", "1.self_attn.o_proj", "fc2"]])
 def test_the_matrices_of_lora_are_those_that_peft_makes(name, targets):
     model = FAMILIES[name](0)
     recover = Recover(method="lora", lora_rank=3, lora_targets=targets)

@@ -101,8 +101,7 @@ def write_params(path: Path, model: str, text: str, **changes: dict) -> Path:
         "gradients": {"sequences": 6},
         "hessian": {"sequences": 6, "estimator": "fisher"},
         "levels": {"number": 3},
-        "recover": {"method": "none"},
-        "recover": {"length": 16, "tokens": 256, "held_out": 4, "checks": 2, "batch_tokens": 64},
+        "recover": {"method": "none", "length": 16, "tokens": 256, "held_out": 4, "checks": 2, "batch_tokens": 64},
         "evaluate": {"prompt_tokens": 8, "decode_tokens": 2, "rounds": 2},
     }
     repository = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
