@@ -24,9 +24,9 @@ from libprune.experiments.costs import (
 )
 from libprune.pipeline import stage
 from libprune.pipeline.params import PRESETS, validate_params
-from tests.support.closure import ROOT
+from tests.support.params import untrained
 
-DATA = yaml.safe_load((ROOT / "params.yaml").read_text())
+DATA = untrained()
 LOCK = yaml.safe_dump({"stages": {name: {"cmd": name} for name in ("gradients", "score", "slice")}})
 LOG = """\
 Stage 'prepare' didn't change, skipping

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from libprune.allocation.search import RIVALS
 from libprune.engine.errors import ParamsError
 from libprune.pipeline.params import PRESETS, Params, load_params
-from tests.support.params import PLACES, SHIPPED, sections, shipped, write_and_load
+from tests.support.params import PLACES, SHIPPED, sections, shipped, untrained, write_and_load
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_message_speaks_of_lists_and_keys_as_yaml_does(load):
 
 
 def test_gram_matrices_in_bfloat16_are_refused_where_the_repair_needs_them(load):
-    data = shipped()
+    data = untrained()
     data["activations"]["storage_dtype"] = "bfloat16"
     for section, key, value in (
         ("slice", "repair", "local"),

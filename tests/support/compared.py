@@ -14,7 +14,7 @@ from libprune.experiments.dvc_experiments import Experiment
 from libprune.experiments.file import Comparison, ExperimentRun, read_comparison
 from libprune.experiments.results import ABLATION, PLAN, SCORES, Gathered, gather_results
 from libprune.pipeline.artifacts import write_table
-from tests.support.closure import ROOT
+from tests.support.params import untrained
 from tests.support.swept import recovered
 
 UNREAD = ("gradients", "activations", "slice", "teacher", "recover")
@@ -49,8 +49,10 @@ def write_comparison(folder: Path, **content: Any) -> Path:
 
 
 def comparison(folder: Path, **content: Any) -> Comparison:
-    """A comparison of two settings and three seeds, or of what is given instead, on the repository's params.yaml."""
-    return read_comparison(write_comparison(folder, **content), ROOT / "params.yaml")
+    """A comparison of two settings and three seeds, or of what is given instead, on params that do not train."""
+    params = folder / "untrained.yaml"
+    params.write_text(yaml.safe_dump(untrained(), sort_keys=False))
+    return read_comparison(write_comparison(folder, **content), params)
 
 
 def experiment(

@@ -1,6 +1,7 @@
 """The sections and keys of params.yaml, and the file that ships with the project."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
@@ -30,3 +31,9 @@ def write_and_load(path: Path, content: object) -> Params:
     """Write a text or the given content as a params file and read it."""
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     return load_params(path)
+
+
+def untrained() -> dict[str, Any]:
+    """The content of the shipped file with the preset `balanced`, and without training."""
+    data: dict[str, Any] = yaml.safe_load(SHIPPED.read_text())
+    return data | {"preset": "balanced", "recover": data["recover"] | {"method": "none"}}
