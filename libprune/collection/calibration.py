@@ -110,10 +110,7 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     chosen = (stored[-number:] if last else stored[:number]).shortest_first()
     world = join_world()
     require_equal_passes(chosen, world)
-    device = resolve_device(compute.device, world.local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dtype = resolve_dtype(compute.dtype, device)
+    device, dtype = own_device(compute, world)
     model = place(load_model(require(layout.model, "prepare"), dtype), architecture, compute, world, device)
     meta = {
         "model": architecture.fingerprint,
@@ -135,6 +132,18 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
         model=model,
         available=len(stored),
     )
+
+
+def own_device(compute: Compute, world: World) -> tuple[torch.device, torch.dtype]:
+    """The device of this process, which becomes the current one if it is a GPU, and the type that it computes in.
+
+    Raises:
+        LibpruneError: if the device cannot be used.
+    """
+    device = resolve_device(compute.device, world.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device, resolve_dtype(compute.dtype, device)
 
 
 def require_equal_passes(sequences: Sequences, world: World) -> None:

@@ -11,6 +11,8 @@ from libprune.pipeline.artifacts import write_table
 from libprune.pipeline.atomic import write_json, writing, writing_folder
 from libprune.pipeline.layout import NOTE, Layout
 
+ABOUT = "teacher.json"
+"""The file of the teacher's folder that says what the others hold."""
 Curve = list[dict[str, float | int | None]]
 """Rows of the learning curve, with the columns `COLUMNS`; a loss that was not measured at a step is None."""
 COLUMNS = ("step", "tokens", "seconds", "loss", "held_out")
@@ -21,7 +23,7 @@ def write_no_text(layout: Layout) -> None:
     """Write the artifacts of the teacher stage without a text."""
     write_table(layout.recovery_tokens, {"input_ids": np.zeros(0, dtype=np.int64)}, {"sequences": 0})
     with writing_folder(layout.teacher) as folder:
-        write_json(folder / "teacher.json", {"top_k": None})
+        write_json(folder / ABOUT, {"top_k": None})
 
 
 def write_no_model(layout: Layout) -> None:

@@ -17,10 +17,9 @@ from libprune.engine.errors import ArtifactError
 from libprune.models.sequences import Sequences
 from libprune.pipeline.artifacts import damage, decode_meta, encode_meta, read_json, require, same_origin
 from libprune.pipeline.atomic import writing
+from libprune.recovery.idle import ABOUT
 from libprune.recovery.losses import Taught, TopPredictions
 
-ABOUT = "teacher.json"
-"""The file of the teacher's folder that says what the others hold."""
 BYTES = 6
 """Bytes of one stored prediction: its token as int32, its log-probability as float16."""
 _SHARD = 1 << 26

@@ -11,9 +11,9 @@ import torch
 import typer
 from torch import Tensor
 
+from libprune.collection.calibration import own_device
 from libprune.collection.resumable import ROOMS, only_one, work_identity
 from libprune.engine.architecture import Architecture
-from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import fingerprint, load_model
 from libprune.models.memory import recompute_layers, require_room
 from libprune.models.parallel import World, join_world
@@ -28,7 +28,7 @@ from libprune.recovery.curve import Recovery
 from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes
 from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher
 from libprune.recovery.student import finished_weights, load_student, prepare, trained_parameters
-from libprune.recovery.teacher_model import load_teacher, teacher_identity
+from libprune.recovery.teacher_model import load_teacher, prediction_origin
 from libprune.recovery.training import Outcome, Schedule, Training, make_schedule
 from libprune.results.folder import save_weights
 from libprune.results.proof import reference_logits, verify_folder
@@ -92,14 +92,17 @@ class _Run:
     dtype: torch.dtype
 
     @property
+    def origin(self) -> dict[str, str]:
+        """What predictions to learn from are made from."""
+        return prediction_origin(self.architecture, self.params, self.text)
+
+    @property
     def identity(self) -> str:
         """A digest of what checkpoints depend on."""
         facts = {
             "params": self.params.model_dump(mode="json"),
             "pruned": fingerprint(self.record.folder),
-            "model": self.architecture.fingerprint,
-            "teacher": teacher_identity(self.architecture, self.params),
-            "tokens": self.text["tokens"],
+            **self.origin,
             "compute_dtype": str(self.dtype),
             "checkpointing": self.compute.gradient_checkpointing,
             "processes": self.world.size,
@@ -112,9 +115,7 @@ class _Run:
     def teacher(self) -> Teacher:
         """The dense model on its device, or its stored predictions."""
         if self.params.top_k is not None:
-            origin = {"model": self.architecture.fingerprint, "tokens": self.text["tokens"]}
-            origin |= {"teacher": teacher_identity(self.architecture, self.params)}
-            origin |= {"top_k": self.params.top_k, "temperature": self.params.temperature}
+            origin = self.origin | {"top_k": self.params.top_k, "temperature": self.params.temperature}
             return StoredTeacher(require(self.layout.teacher, "teacher"), origin)
         where = (self.layout, self.architecture, self.params, self.compute, self.world, self.device, self.dtype)
         return LiveTeacher(load_teacher(*where), hidden=self.params.hidden_states > 0)
@@ -159,10 +160,7 @@ def _set_up(layout: Layout, compute: Compute, params: Recover, world: World) -> 
     record = read_record(require(layout.pruned, "slice"))
     same_origin(layout.pruned, record.provenance["plan"], {"model": architecture.fingerprint})
     sequences, text = read_tokens(layout.recovery_tokens, architecture.fingerprint, stage="teacher")
-    device = resolve_device(compute.device, world.local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dtype = resolve_dtype(compute.dtype, device)
+    device, dtype = own_device(compute, world)
     schedule = make_schedule(params, compute.batch_tokens, sequences.length, world.size)
     return _Run(layout, architecture, record, sequences, text, schedule, compute, params, world, device, dtype)
 

@@ -11,9 +11,9 @@ import typer
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
+from libprune.collection.calibration import own_device
 from libprune.collection.resumable import ROOMS, only_one, work_identity
 from libprune.engine.architecture import Architecture
-from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_config, require_positions
 from libprune.models.memory import require_room
 from libprune.models.parallel import World, join_world
@@ -35,7 +35,7 @@ from libprune.recovery.predictions import (
     top_predictions,
     write_predictions,
 )
-from libprune.recovery.teacher_model import load_teacher, teacher_identity
+from libprune.recovery.teacher_model import load_teacher, prediction_origin
 from libprune.texts.self_text import SelfText
 from libprune.texts.training import draw_training, require_unseen
 
@@ -58,8 +58,7 @@ def teach_layout(layout: Layout, compute: Compute, params: Recover, tokenize: To
         _draw(layout, architecture, compute, params, tokenize)
     world.barrier()
     sequences, meta = read_tokens(layout.recovery_tokens, architecture.fingerprint, stage="teacher")
-    origin = {"model": architecture.fingerprint, "teacher": teacher_identity(architecture, params)}
-    origin |= {"tokens": meta["tokens"]}
+    origin = prediction_origin(architecture, params, meta)
     if params.top_k is None:
         if world.first:
             with writing_folder(layout.teacher) as folder:
@@ -99,10 +98,7 @@ class _Storing:
         work = self.layout.root.parent / ".work" / "teacher"
         with only_one(work.with_suffix(".lock")) if self.world.first else nullcontext():
             self.world.barrier()
-            device = resolve_device(self.compute.device, self.world.local_rank)
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            dtype = resolve_dtype(self.compute.dtype, device)
+            device, dtype = own_device(self.compute, self.world)
             about = {**self.origin, "top_k": self.params.top_k, "temperature": self.params.temperature}
             about |= {"compute_dtype": str(dtype).removeprefix("torch.")}
             ways = {"device": device.type, "at_once": self._at_once, "passes": self._passes}

@@ -1,6 +1,8 @@
 """The model that the pruned one learns from: the dense model, or another one that `recover.teacher` names."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
@@ -72,3 +74,18 @@ def teacher_identity(architecture: Architecture, params: Recover) -> str:
     if path is None:
         return params.teacher
     return fingerprint(path) if path.is_dir() else sha256(path)[:16]
+
+
+def prediction_origin(architecture: Architecture, params: Recover, tokens: Mapping[str, Any]) -> dict[str, str]:
+    """What predictions to learn from are made from: the dense model, the model to learn from, and the text.
+
+    Args:
+        architecture: the description of the dense model.
+        params: the name of another model to learn from, if one is named.
+        tokens: the metadata of the text to train on.
+
+    Raises:
+        SourceError: if a local file or folder, or a package, does not exist.
+    """
+    teacher = teacher_identity(architecture, params)
+    return {"model": architecture.fingerprint, "teacher": teacher, "tokens": tokens["tokens"]}

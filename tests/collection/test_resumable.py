@@ -1,7 +1,6 @@
 """The collecting stages as a whole: they go on where they were stopped, announce their bytes, and run in any way."""
 
 import ast
-import fcntl
 import os
 import shutil
 import subprocess
@@ -32,7 +31,7 @@ from tests.support import tiny
 from tests.support.closure import ROOT, closure
 from tests.support.measured import write_project
 from tests.support.models import FAMILIES
-from tests.support.processes import launch, together
+from tests.support.processes import launch, require_to_wait, together
 from tests.support.tiny import change_params
 
 STAGES = ("gradients", "hessian", "activations")
@@ -217,28 +216,7 @@ def test_a_value_that_is_not_finite_leaves_the_sums_before_it_usable(place, stop
 
 def test_a_second_run_waits_for_the_first(place, python):
     """As after DVC was killed and its stage went on."""
-    work = place / ".work"
-    work.mkdir()
-    with (work / "hessian.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("4711")
-        lock.flush()
-        second = subprocess.Popen(
-            [python, "-m", "stages.hessian", "--params", place / "params.yaml", "--artifacts", "artifacts"],
-            cwd=place,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for line in second.stderr:
-            if "waits for process 4711" in line:
-                break
-        assert second.poll() is None
-        assert not (place / "artifacts/hessian").exists()
-    _, errors = second.communicate(timeout=60)
-    assert second.returncode == 0, errors
-    assert (place / "artifacts/hessian/units.parquet").exists()
+    require_to_wait(python, place, "hessian", "hessian/units.parquet")
 
 
 def test_kills_at_random_moments(python):

@@ -1,10 +1,7 @@
 """The stage teacher: the text to train on, and what the dense model predicts there, stored so that it can go on."""
 
-import fcntl
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +21,10 @@ from libprune.recovery import predictions, teacher
 from libprune.recovery.predictions import StoredTeacher
 from tests.support import tiny
 from tests.support.caches import private_cache
-from tests.support.closure import ROOT, run_without_torch
+from tests.support.closure import run_without_torch
 from tests.support.files import tree
 from tests.support.models import FAMILIES
-from tests.support.processes import together
+from tests.support.processes import require_to_wait, together
 
 __all__ = ["private_cache"]
 
@@ -351,27 +348,5 @@ def test_two_processes_go_on_where_one_was_stopped(run, place, python, stopping)
 
 
 def test_a_second_run_waits_for_the_first(run, place, python):
-    work = place / ".work"
-    work.mkdir()
     tiny.change_params(place, "recover", top_k=K)
-    with (work / "teacher.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("4711")
-        lock.flush()
-        command = [python, "-m", "stages.teacher", "--params", place / "params.yaml", "--artifacts", "artifacts"]
-        second = subprocess.Popen(
-            command,
-            cwd=place,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for line in second.stderr:
-            if "waits for process 4711" in line:
-                break
-        assert second.poll() is None
-        assert not (place / "artifacts/teacher").exists()
-    _, errors = second.communicate(timeout=60)
-    assert second.returncode == 0, errors
-    assert (place / "artifacts/teacher/teacher.json").exists()
+    require_to_wait(python, place, "teacher", "teacher/teacher.json")

@@ -1,5 +1,6 @@
 """Programs that run in two processes, in the folder of a project."""
 
+import fcntl
 import os
 import socket
 import subprocess
@@ -43,3 +44,27 @@ def together(python: Path, place: Path, program: str, **environment: str) -> lis
     said = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     return [out for out, _ in said]
+
+
+def require_to_wait(python: Path, place: Path, stage: str, made: str) -> None:
+    """Check that a stage waits while another process holds its lock, and ends well afterwards.
+
+    `made` is a file that the stage writes, below the artifacts.
+    """
+    work = place / ".work"
+    work.mkdir()
+    with (work / f"{stage}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4711")
+        lock.flush()
+        command = [python, "-m", f"stages.{stage}", "--params", place / "params.yaml", "--artifacts", "artifacts"]
+        everything = os.environ | {"PYTHONPATH": str(ROOT)}
+        second = subprocess.Popen(command, cwd=place, env=everything, stderr=PIPE, stdout=subprocess.DEVNULL, text=True)
+        for line in second.stderr:
+            if "waits for process 4711" in line:
+                break
+        assert second.poll() is None
+        assert not (place / "artifacts" / stage).exists()
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, errors
+    assert (place / "artifacts" / made).exists()
