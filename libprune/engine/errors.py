@@ -44,6 +44,10 @@ class NetworkError(LibpruneError):
     """A network cannot be built as asked, or cannot run on what it is given."""
 
 
+class ExportError(LibpruneError):
+    """A model cannot be written for another program, or that program computes something else."""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """The known words nearest to `word`, as the end of a message: ``; did you mean 'kv'?``."""
     matches = get_close_matches(word, list(known), n=count, cutoff=0.5)

@@ -104,6 +104,26 @@ class ConfigKeys(_Strict):
         )
 
 
+class Gguf(_Strict):
+    """How llama.cpp names and stores a model of the family in a GGUF file."""
+
+    architecture: str
+    """The architecture in llama.cpp whose layers are all alike."""
+    per_layer: str | None = None
+    """The architecture in llama.cpp whose layers may differ in width, if there is one that computes the same."""
+    paired: list[str] = Field(default_factory=list)
+    """Modules of a layer whose output llama.cpp rotates in pairs of neighbours, where transformers rotates the first
+    half of a head with the second."""
+    shifted: bool = False
+    """Whether the norms multiply by 1 + weight; llama.cpp stores the sum."""
+    fixed: dict[str, list[Any]] = Field(default_factory=dict)
+    """Config keys that llama.cpp does not read, to the values that its code stands for."""
+    window: str | None = None
+    """The config key of a sliding window that llama.cpp does not read, so that it attends to all tokens."""
+    keys: dict[str, str] = Field(default_factory=dict)
+    """Metadata key without the architecture, to the config key that holds its value; for what other families lack."""
+
+
 class Family(_Strict):
     """The description of one architecture family."""
 
@@ -123,6 +143,8 @@ class Family(_Strict):
     cache: ExprText | None = None
     """What the KV cache holds per token and layer; none in models that read all tokens at once."""
     config: ConfigKeys
+    gguf: Gguf | None = None
+    """How llama.cpp stores models of the family; null where libprune writes no GGUF file of it."""
 
     @field_validator("parts")
     @classmethod

@@ -55,6 +55,10 @@ class Layout:
     """The global importance table."""
     plan = Place("plan.parquet")
     """The importance table with the decision."""
+    exported = Place("exported")
+    """The final model in the formats of other programs."""
+    export = Place("export.json")
+    """What these programs made of it."""
     evaluation = Place("evaluation.json")
     """Everything measured of the dense and the pruned model."""
     pruned = Place("pruned")

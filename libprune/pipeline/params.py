@@ -19,6 +19,7 @@ from libprune.pipeline.sections import (
     Allocate,
     Compute,
     Evaluate,
+    Export,
     Gradients,
     Hessian,
     Latency,
@@ -81,6 +82,7 @@ class Params(Section):
     slice: Slice = Slice()
     recover: Recover = Recover()
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
 
     @model_validator(mode="before")
     @classmethod

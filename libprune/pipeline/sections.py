@@ -506,3 +506,34 @@ class Evaluate(Section):
     """Questions of each task, from the first; null: all."""
     task_batch: Count = 8
     """Questions of one batch."""
+
+
+class Export(Section):
+    """The final model in the formats of other programs, each tried in the program itself where it is installed."""
+
+    formats: tuple[Literal["gguf", "onnx", "openvino", "transformers"], ...] = Field(default=(), strict=False)
+    """`gguf` for llama.cpp and what builds on it; `onnx` for ONNX Runtime; `openvino`; `transformers`: the model with
+    the channels of `pad_channels` as a folder. They need `pip install 'libprune[gguf,onnx,openvino]'`."""
+    gguf_types: Annotated[tuple[Literal["f32", "f16", "bf16", "q8_0"], ...], Field(min_length=1, strict=False)] = (
+        "f16",
+        "q8_0",
+    )
+    """Types of matrices in GGUF files, one file each; `llama-quantize` of llama.cpp makes smaller ones from f16."""
+    pad_channels: Count = 1
+    """Channels of zeros fill each MLP up to a multiple of this, such as 256; they change no result."""
+    speed: bool = True
+    """Time the dense and the pruned model alternately in each program."""
+    prompt_tokens: Count = 256
+    """Length of the prompt for prefill speed."""
+    decode_tokens: Count = 32
+    """Tokens generated for decode speed."""
+    rounds: Count = 5
+    """Timed rounds; dense and pruned alternate in each."""
+    threads: Count | None = None
+    """Threads that each program computes with; null: one a core."""
+
+    @model_validator(mode="after")
+    def _folder_is_padded(self) -> "Export":
+        if "transformers" in self.formats and self.pad_channels == 1:
+            raise ValueError("export.formats has transformers, which is the pruned folder itself; set pad_channels")
+        return self

@@ -2,7 +2,9 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,19 +46,37 @@ def compare_speed(
         decode_tokens: tokens decoded one by one after the prompt; 0 for models that do not write.
         rounds: timed rounds, after one that is not counted.
     """
+    dense_once = partial(_time_once, dense, prompt, decode_tokens)
+    pruned_once = partial(_time_once, pruned, prompt, decode_tokens)
+    return compare_timed(dense_once, pruned_once, prompt.shape[1], decode_tokens, rounds)
+
+
+Timed = Callable[[], tuple[float, float]]
+"""Runs one model once: seconds of prefill, and of decoding."""
+
+
+def compare_timed(dense: Timed, pruned: Timed, prompt_tokens: int, decode_tokens: int, rounds: int) -> SpeedComparison:
+    """Run both models alternately, in whatever program.
+
+    Args:
+        dense: runs the dense model.
+        pruned: runs the pruned model.
+        prompt_tokens: tokens of the prompt that both take.
+        decode_tokens: tokens that both write after it; 0 if they write none.
+        rounds: timed rounds, after one that is not counted.
+    """
     times: list[tuple[tuple[float, float], tuple[float, float]]] = []
     for index in range(rounds + 1):
         # Which model goes first alternates, so that a drift of the machine favours neither.
         first, second = (dense, pruned) if index % 2 else (pruned, dense)
-        one, two = _time_once(first, prompt, decode_tokens), _time_once(second, prompt, decode_tokens)
+        one, two = first(), second()
         times.append((one, two) if index % 2 else (two, one))
     counted = times[1:]
     prefill = [d[0] / p[0] for d, p in counted]
     decode = [d[1] / p[1] for d, p in counted if decode_tokens]
-    length = prompt.shape[1]
     speeds = [
         Speed(
-            length / statistics.median(pair[side][0] for pair in counted),
+            prompt_tokens / statistics.median(pair[side][0] for pair in counted),
             decode_tokens / statistics.median(pair[side][1] for pair in counted) if decode_tokens else None,
         )
         for side in (0, 1)

@@ -60,7 +60,7 @@ def write_collected(root: Path, name: str, kind: str) -> tuple[Layout, Plan]:
     sums = activations(model, 4, ids)
     for layer in range(architecture.layers):
         write_shard(layout.activations, layer, sums.finish(layer), {"model": "here", "tokens": "these"})
-    meta = {"model": "here", "shape": "per_layer" if kind == "holes" else "uniform"}
+    meta = {"model": "here", "shape": "per_layer" if kind in {"holes", "per_layer"} else "uniform"}
     write_units(layout.plan, architecture, lambda *block: {"keep": plan.keep[block]}, meta)
     return layout, plan
 

@@ -17,7 +17,7 @@ FLOORS = [
     {"texts", "collection"},
     {"statistics", "scoring", "repair"},
     {"allocation", "results", "report"},
-    {"recovery"},
+    {"recovery", "export"},
     {"experiments", "masks"},
     {"networks"},
     {"cli"},

@@ -1,0 +1,185 @@
+"""GGUF files, read back by the package gguf, and run by llama.cpp."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from libprune.engine.errors import ExportError
+from libprune.engine.family import families
+from libprune.export.comparison import compare
+from libprune.export.formats import ROUNDED, GgufFile
+from libprune.export.gguf_file import TYPES, cautions, llama3_factors, paired, stored_type, told_by, write_gguf
+from libprune.export.source import Source
+from libprune.results.record import Record
+from tests.support.exported import dense_source, texts, write_pruned
+
+DESCRIBED = [family for family in families().values() if family.gguf is not None]
+UNIFORM = ("llama", "llama_mha", "qwen2", "olmo2", "starcoder2", "gpt2")
+
+
+def written(path: Path, source: Source, kind: str) -> gguf.GGUFReader:
+    write_gguf(path, source, kind)
+    return gguf.GGUFReader(path)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "per_layer", "holes"])
+def test_every_tensor_and_key_is_read_back(tmp_path, kind):
+    layout, source = write_pruned(tmp_path, "llama", kind)
+    reader = written(tmp_path / "model.gguf", source, "f32")
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    name = "llama" if kind == "uniform" else "deci"
+    assert keys["general.architecture"] == name
+    assert keys[f"{name}.block_count"] == len(source.layers)
+    said = keys[f"{name}.feed_forward_length"], keys[f"{name}.attention.head_count"]
+    channels = [layer.channels or int(layer.heads > 0) for layer in source.layers]
+    heads = [layer.heads for layer in source.layers]
+    assert said == ((channels[0], heads[0]) if kind == "uniform" else (channels, heads))
+    assert keys[f"{name}.attention.layer_norm_rms_epsilon"] == pytest.approx(source.config.rms_norm_eps)
+    assert keys[f"{name}.rope.freq_base"] == source.config.rope_parameters["rope_theta"]
+    assert keys[f"{name}.attention.key_length"] == source.head_dim
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    layer = max(index for index, one in enumerate(source.layers) if one.channels and one.heads)
+    down = source.weights[f"model.layers.{layer}.mlp.down_proj.weight"]
+    assert np.array_equal(stored[f"blk.{layer}.ffn_down.weight"].reshape(down.shape), down.numpy())
+    zeros = [index for index, one in enumerate(source.layers) if one.heads and not one.channels]
+    for index in zeros:
+        assert not any(stored[f"blk.{index}.ffn_{part}.weight"].any() for part in ("gate", "up", "down"))
+    assert len(stored) == len(source.weights) + 4 * len(zeros)
+    assert bool(zeros) == (kind == "holes")
+    assert layout.pruned == source.folder
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_each_type_is_stored_as_the_package_gguf_makes_it(tmp_path, kind):
+    _, source = write_pruned(tmp_path, "llama", "uniform")
+    reader = written(tmp_path / "model.gguf", source, kind)
+    asked, file_type = TYPES[kind]
+    assert reader.fields["general.file_type"].contents() == file_type
+    embedding = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    stored = gguf.dequantize(embedding.data, embedding.tensor_type).reshape(tuple(reversed(embedding.shape)))
+    whole = source.weights["model.embed_tokens.weight"].float().numpy()
+    assert np.abs(stored - whole).max() <= {"f32": 0, "f16": 1e-3, "bf16": 1e-2, "q8_0": 1e-3}[kind]
+    kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+    assert kinds["output_norm.weight"] == gguf.GGMLQuantizationType.F32
+    # 30 numbers fill no block of 32
+    assert kinds["token_embd.weight"] == (gguf.GGMLQuantizationType.F16 if kind == "q8_0" else asked)
+    assert stored_type("blk.0.ffn_up.weight", (4, 64), asked) == asked
+
+
+@pytest.mark.parametrize("name", UNIFORM)
+def test_llama_cpp_computes_the_pruned_model(tmp_path, name):
+    _, source = write_pruned(tmp_path, name, "uniform")
+    _runs(tmp_path, source, "f32")
+
+
+@pytest.mark.parametrize("kind", ["per_layer", "holes", "shallow"])
+def test_llama_cpp_computes_layers_of_their_own_widths(tmp_path, kind):
+    _, source = write_pruned(tmp_path, "llama_mha", kind)
+    _runs(tmp_path, source, "f32")
+
+
+def test_llama_cpp_computes_rounded_weights(tmp_path):
+    layout, _ = write_pruned(tmp_path, "llama", "uniform")
+    _runs(tmp_path, dense_source(layout), "bf16", limit=ROUNDED)
+
+
+def _runs(folder: Path, source: Source, kind: str, limit: float = 1e-5) -> None:
+    form = GgufFile(kind, threads=1)
+    form.write(folder / "model.gguf", source)
+    with form.open(folder / "model.gguf", source, context=64) as program:
+        form.check(program, source, "abcd xyz a zebra mn")
+        agreement = compare(program, source, texts(), limit)
+    assert agreement.same_first == agreement.prompts
+    assert agreement.same_written == agreement.written
+
+
+def test_a_window_that_llama_cpp_ignores_is_told(tmp_path):
+    _, source = write_pruned(tmp_path, "mistral", "uniform")
+    (caution,) = cautions(source)
+    assert "llama.cpp attends to all of them" in caution
+    assert "more than 5 tokens" in caution
+    _, whole = write_pruned(tmp_path / "whole", "llama", "uniform")
+    assert cautions(whole) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("phi3", "uniform", "of which libprune writes no GGUF file.*convert_hf_to_gguf.py"),
+        ("bert", "uniform", "of which libprune writes no GGUF file; take gguf out"),
+        ("qwen2", "per_layer", "has one width for all of them; set allocate.shape to uniform"),
+    ],
+)
+def test_what_llama_cpp_cannot_hold_is_refused(tmp_path, name, kind, message):
+    _, source = write_pruned(tmp_path, name, kind)
+    with pytest.raises(ExportError, match=message):
+        write_gguf(tmp_path / "model.gguf", source, "f16")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_act", "gelu", "always computes silu"),
+        ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "of type 'dynamic'"),
+    ],
+)
+def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(tmp_path, key, value, message):
+    _, source = write_pruned(tmp_path, "llama", "uniform")
+    record = Record(source.folder, source.record.provenance)
+    record.config[key] = value
+    with pytest.raises(ExportError, match=message):
+        write_gguf(tmp_path / "model.gguf", Source(record), "f16")
+
+
+@pytest.mark.parametrize("family", DESCRIBED, ids=lambda family: family.family)
+def test_families_name_architectures_and_modules_that_exist(family):
+    told = family.gguf
+    names = set(gguf.MODEL_ARCH_NAMES.values())
+    assert {told.architecture, told.per_layer or told.architecture} <= names
+    modules = {path for part in family.parts.values() for path in part.modules}
+    assert set(told.paired) <= modules
+    keys = {*told.fixed, *told.keys.values(), *([told.window] if told.window else [])}
+    assert keys <= family.config.known
+
+
+def test_a_masked_language_model_has_no_gguf(tmp_path):
+    _, source = write_pruned(tmp_path, "bert", "uniform")
+    with pytest.raises(ExportError, match="BertForMaskedLM"):
+        told_by(source)
+
+
+@given(heads=st.integers(1, 4), half=st.integers(1, 4), width=st.integers(1, 3))
+def test_rows_that_rotate_together_become_neighbours(heads, half, width):
+    rows = torch.arange(heads * 2 * half * width).reshape(-1, width)
+    moved = paired(rows, heads)
+    assert sorted(moved.flatten().tolist()) == rows.flatten().tolist()
+    for head in range(heads):
+        own = slice(head * 2 * half, (head + 1) * 2 * half)
+        before, after = rows[own], moved[own]
+        for index in range(half):
+            assert torch.equal(after[2 * index], before[index])
+            assert torch.equal(after[2 * index + 1], before[index + half])
+
+
+@given(
+    factor=st.floats(1.5, 32),
+    low=st.floats(0.5, 2),
+    above=st.floats(0.5, 4),
+    whole=st.integers(32, 8192),
+    half=st.integers(2, 32),
+)
+def test_factors_of_llama_3_are_those_of_transformers(factor, low, above, whole, half):
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": factor, "low_freq_factor": low}
+    rope |= {"high_freq_factor": low + above, "original_max_position_embeddings": whole}
+    config = LlamaConfig(hidden_size=4 * half, num_attention_heads=2, head_dim=2 * half, rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 10000.0 ** (np.arange(0, 2 * half, 2) / (2 * half))
+    assert np.allclose(plain / llama3_factors(rope, 2 * half), scaled.numpy(), rtol=1e-5)

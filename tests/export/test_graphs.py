@@ -1,0 +1,73 @@
+"""Graphs against the models that they are made of; one that holds all: layers of their own widths, and one cache."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from libprune.engine.errors import ExportError
+from libprune.export import graphs
+from libprune.export.comparison import compare
+from libprune.export.formats import EXACT, GraphFolder
+from tests.support.exported import texts, write_pruned
+
+
+@pytest.fixture(scope="module", params=[("llama", "uniform"), ("llama", "per_layer")], ids=str)
+def exported(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graph")
+    _, source = write_pruned(folder, *request.param)
+    GraphFolder("onnx", 1).write(folder / "onnx", source)
+    return folder / "onnx", source
+
+
+def test_onnx_runtime_computes_the_pruned_model(exported):
+    folder, source = exported
+    with graphs.graph(folder, source, "onnx", threads=1) as program:
+        agreement = compare(program, source, texts(), EXACT)
+        prefill, decode = program.time(texts()[0, :8].tolist(), 3)
+        assert program.version.startswith("ONNX Runtime 1.")
+    assert agreement.difference < 1e-3
+    assert agreement.same_written == agreement.written == 12
+    assert prefill > 0 and decode > 0
+
+
+def test_a_graph_takes_any_length_in_steps_of_any_size(exported):
+    folder, source = exported
+    ids = texts()[0].tolist()
+    with graphs.graph(folder, source, "onnx", threads=1) as program:
+        whole = program._step(ids, 0, program._empty()).logits
+        first = program._step(ids[:5], 0, program._empty())
+        rest = program._step(ids[5:], 5, first.past_key_values).logits
+    assert torch.allclose(torch.cat([first.logits, rest], 1), whole, atol=1e-4)
+
+
+def test_a_layer_without_attention_is_refused_or_right(tmp_path):
+    _, source = write_pruned(tmp_path, "llama", "holes")
+    form = GraphFolder("onnx", 1)
+    try:
+        form.write(tmp_path / "onnx", source)
+    except ExportError as error:
+        assert "transformers cannot export" in str(error)
+        return
+    with form.open(tmp_path / "onnx", source, 64) as program:
+        assert compare(program, source, texts(), EXACT).same_first == 2
+
+
+def test_an_encoder_is_refused(tmp_path):
+    _, source = write_pruned(tmp_path, "bert", "uniform")
+    with pytest.raises(ExportError, match="predicts no next token"):
+        graphs.write_graph(tmp_path, source, "onnx")
+
+
+def test_what_is_not_installed_is_named_with_its_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(graphs, "find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"needs the package onnx and onnxscript: pip install 'libprune\[onnx\]'"):
+        graphs.require_packages("onnx")
+    assert graphs.missing("openvino") == (
+        "OpenVINO was not tried, because it is not installed: pip install 'libprune[openvino]'"
+    )
+    assert isinstance(tmp_path, Path)
+
+
+def test_every_format_has_its_packages_runtime_and_name():
+    assert graphs.CONFIGS.keys() == graphs.PACKAGES.keys() == graphs.RUNTIMES.keys() == graphs.NAMES.keys()
