@@ -24,11 +24,11 @@ def main(
         typer.echo("export.formats lists no format: nothing is exported")
         return
 
-    from libprune.export.export import as_json, export_layout
+    from libprune.export.export import export_layout
 
     with writing_folder(layout.exported) as folder:
         outcome = export_layout(layout, settings.export, folder)
-    write_json(layout.export, as_json(outcome))
+    write_json(layout.export, outcome.content())
     write_json(metrics / "export.json", outcome.metrics())
     for line in outcome.sentences(layout.exported):
         typer.echo(line)

@@ -114,6 +114,8 @@ class Gguf(_Strict):
     paired: list[str] = Field(default_factory=list)
     """Modules of a layer whose output llama.cpp rotates in pairs of neighbours, where transformers rotates the first
     half of a head with the second."""
+    square: bool = False
+    """Whether llama.cpp wants query heads that together are as wide as the hidden state."""
     shifted: bool = False
     """Whether the norms multiply by 1 + weight; llama.cpp stores the sum."""
     fixed: dict[str, list[Any]] = Field(default_factory=dict)

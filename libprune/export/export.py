@@ -83,12 +83,14 @@ class Outcome:
 
     Attributes:
         model: folder of the final model.
+        plan: how the plan of the model was made, as its record has it.
         text: the text that programs were compared on.
         notes: what is to be known of all files, in sentences.
         files: what was written.
     """
 
     model: str
+    plan: dict[str, Any]
     text: str
     notes: tuple[str, ...]
     files: tuple[Exported, ...]
@@ -98,6 +100,10 @@ class Outcome:
         yield from self.notes
         for one in self.files:
             yield from one.sentences(folder)
+
+    def content(self) -> dict[str, Any]:
+        """The content of `artifacts/export.json`."""
+        return asdict(self)
 
     def metrics(self) -> dict[str, Any]:
         """The content of `metrics/export.json`: sizes, agreement and speeds by format."""
@@ -144,7 +150,7 @@ def export_layout(layout: Layout, params: Export, folder: Path, scratch: Path = 
         run = _Run(source, dense, params, windows.ids, scratch / architecture.fingerprint)
         files += [run.export(form, folder) for form in formats]
         notes += dict.fromkeys(caution for form in formats for caution in form.cautions(source))
-    return Outcome(str(final), meta["source"], tuple(notes), tuple(files))
+    return Outcome(str(final), source.record.provenance["plan"], meta["source"], tuple(notes), tuple(files))
 
 
 def _padded(source: Source, multiple: int, folder: Path, ids: Int[Tensor, "texts length"]) -> tuple[Source, str]:
@@ -221,8 +227,3 @@ class _Run:
 def _bytes(path: Path) -> int:
     """Bytes of a file, or of all files of a folder."""
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
-
-
-def as_json(outcome: Outcome) -> dict[str, Any]:
-    """What was exported, as the content of `artifacts/export.json`."""
-    return asdict(outcome)

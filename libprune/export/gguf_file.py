@@ -86,6 +86,12 @@ def told_by(source: Source) -> Gguf:
             f"the layers of {source.folder} differ in width, and llama.cpp's architecture {told.architecture!r} has "
             "one width for all of them; set allocate.shape to uniform, or take gguf out of export.formats"
         )
+    if told.square and source.layers[0].heads * source.head_dim != config.hidden_size:
+        raise ExportError(
+            f"{source.folder} has {source.layers[0].heads} heads of {source.head_dim}, and llama.cpp's architecture "
+            f"{told.architecture!r} wants heads that are together as wide as the hidden state, {config.hidden_size}; "
+            "keep all attention groups (allocate.min_groups), or take gguf out of export.formats"
+        )
     return told
 
 

@@ -1,30 +1,23 @@
-"""Where the final model lies, how to load it, and which programs take its shape.
+"""Where the final model lies, how to load it, and what other programs make of it.
 
-Transformers is tried whenever a model is made. What is said of the others is read from their code and their issues of
-November 2026, and not tried:
-
-- vLLM, vllm/model_executor/models: `llama.py` (Mistral too) and `qwen3.py` read `head_dim` from the config, `qwen2.py`
-  has long divided the hidden size by the heads; `o_proj` and `down_proj` have biases only in `llama.py`. Each builds
-  all layers in the widths of one config; the devices of tensor parallelism must divide the query heads, and divide the
-  key-value heads or be a multiple of them. Widths by layer: issue 31454, pull request 36512.
-- llama.cpp, src/models: `llama.cpp` and `qwen3.cpp` shape the attention by heads times head size, `qwen2.cpp` by the
-  hidden size; biases of `o_proj` and `down_proj` only in `llama.cpp`. GGUF has `feed_forward_length`,
-  `attention.head_count` and `attention.head_count_kv` as one number or one a layer, but these three take the first
-  layer's for all; `deci.cpp` does not, and conversion/deci.py writes it from its own kind of config.
-  src/llama-quant.cpp: k-quants cut rows into blocks of 256.
+What a program is said to do was tried: in this run, by the export stage, or by bench/serving.py on results of the
+demo's model, with the versions that stand in `TRIED` and in docs/serving.md.
 """
 
 from pathlib import Path
 
+from libprune.engine.family import family_of
 from libprune.engine.heads import HEADS, HeadName
 from libprune.pipeline.layout import Layout
+from libprune.pipeline.terminal import Rows
 from libprune.report.headline import Metrics
 from libprune.report.markdown import code, markdown_table
 
-_KNOWN = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `model_type` whose code in vLLM and in llama.cpp was read."""
-_BLOCK = 256
-"""Number of weights in a block of llama.cpp's k-quants."""
+TRIED = {"vLLM": "0.32.0", "llama.cpp": "xllamacpp 2026.10.11549", "ONNX Runtime": "1.32.0"}
+"""Versions that results of the demo's model were tried in."""
+_IN_VLLM = ("llama", "mistral")
+"""Values of `model_type` that were tried in vLLM."""
+_Row = tuple[str, str, str]
 
 
 def final_folder(result: Metrics, layout: Layout) -> Path:
@@ -53,7 +46,7 @@ def describe_loading(result: Metrics, layout: Layout) -> list[str]:
     """The section of the report on how to load the final model, and in which programs; paragraphs of Markdown.
 
     Args:
-        result: the content of `artifacts/evaluation.json`.
+        result: the content of `artifacts/evaluation.json`, and under `exported` that of `artifacts/export.json`.
         layout: holds the pruned model, and the recovered one if there is one.
     """
     shape, folder = result["plan"]["shape"], str(final_folder(result, layout))
@@ -63,14 +56,15 @@ def describe_loading(result: Metrics, layout: Layout) -> list[str]:
         "uniform": "all layers alike, under a stock config and without code of its own",
         "per_layer": "layers of different widths, with a modeling file of a few lines inside",
     }[shape]
-    takers = [_transformers(result), _vllm(result), _llama_cpp(result)]
+    takers = [_transformers(result), *((_vllm(result), _llama_cpp(result), _onnx(result)) if writes else ())]
     return [
         "## How to load it",
         f"{code(folder)} has the shape `{shape}`: {kind}.",
         f"```python\nfrom transformers import {line.partition('.')[0]}\nmodel = {line}\n```",
         _proof(result, layout, ", and it generates" if writes else ""),
         markdown_table(takers, ("program", "takes this shape", "remarks")).replace("---:", "---"),
-        *_commands(folder, [program for program, verdict, _ in takers if verdict == _BY_CODE]),
+        *_commands(folder, shape, [program for program, verdict, _ in takers if verdict.startswith("yes")]),
+        *_exported(result, layout),
     ]
 
 
@@ -90,78 +84,99 @@ def _proof(result: Metrics, layout: Layout, generates: str) -> str:
     )
 
 
-_BY_CODE = "yes, by its code; not tried"
-_COMMANDS = {"vLLM": "vllm serve {0}", "llama.cpp": "python convert_hf_to_gguf.py {0} --outfile pruned.gguf"}
+def _commands(folder: str, shape: str, programs: list[str]) -> list[str]:
+    remote = "" if shape == "uniform" else " --trust-remote-code"
+    return [f"```\nvllm serve {folder}{remote}\n```"] if "vLLM" in programs else []
 
 
-def _commands(folder: str, programs: list[str]) -> list[str]:
-    lines = [_COMMANDS[program].format(folder) for program in programs]
-    return ["```\n" + "\n".join(lines) + "\n```"] if lines else []
-
-
-def _transformers(result: Metrics) -> tuple[str, str, str]:
+def _transformers(result: Metrics) -> _Row:
     version = result["pruning"]["versions"]["transformers"]
     if result["plan"]["shape"] == "uniform":
         more = "; KV cache and `generate` included" if result["model"]["head"] == "causal_lm" else ""
-        return "transformers", "yes, tried", f"with {code(version)}{more}"
+        return "transformers", "yes, tried", f"with {code(version)}{more}; its config says the same to versions 4 and 5"
     return "transformers", "yes, tried", f"with {code(version)}, 5.15 or later; only with `trust_remote_code=True`"
 
 
-def _vllm(result: Metrics) -> tuple[str, str, str]:
-    heads, groups, fits = _attention(result)
-    if result["plan"]["shape"] != "uniform":
-        return "vLLM", "no", "one width for all layers (issue 31454); use `allocate.shape: uniform`"
-    if result["model"]["type"] not in _KNOWN:
-        return "vLLM", "not known", _unread(result)
-    if result["model"]["type"] == "qwen2" and not fits:
-        return (
-            "vLLM",
-            "not known",
-            "older versions take the size of a head as hidden size / heads, which is not so here",
-        )
-    if result["model"]["biases"] and result["model"]["type"] != "llama":
-        return "vLLM", "not known", f"its code has no biases on the outputs of {_biased(result)}"
-    remark = (
-        f"tensor parallelism must divide {heads} query heads, and {groups} key-value heads or be a multiple of them"
+def _vllm(result: Metrics) -> _Row:
+    kind, shape = result["model"]["type"], result["plan"]["shape"]
+    if shape != "uniform" and any(layer.get("attention") == 0 < layer.get("mlp", 0) for layer in result["kept"]):
+        return "vLLM", "no", "it does not run layers without attention; set `allocate.min_groups` to 1"
+    if kind not in _IN_VLLM:
+        return "vLLM", "not tried", f"results of type {code(kind)} were not tried in it"
+    tried = f"such results were tried in {TRIED['vLLM']}"
+    if shape != "uniform":
+        return "vLLM", "yes", f"through its transformers backend, with `--trust-remote-code`; {tried}"
+    return "vLLM", "yes", f"{tried}{_devices(result)}"
+
+
+def _devices(result: Metrics) -> str:
+    """Over how many devices heads and channels can be divided, if the plan says it."""
+    sizes = result["plan"].get("tensor_parallel")
+    return f"; tensor parallelism over {' or '.join(map(str, sizes))} devices" if sizes else ""
+
+
+def _llama_cpp(result: Metrics) -> _Row:
+    if tried := _agreement(result, "gguf"):
+        return "llama.cpp", "yes, tried", tried
+    told = family_of(result["model"]["type"]).gguf
+    if told is None:
+        return "llama.cpp", "not tried", "libprune writes no GGUF file of this family; llama.cpp's own converter may"
+    if result["plan"]["shape"] != "uniform" and told.per_layer is None:
+        return "llama.cpp", "no", f"its architecture {code(told.architecture)} has one width for all layers"
+    name = told.architecture if result["plan"]["shape"] == "uniform" else told.per_layer
+    return (
+        "llama.cpp",
+        "yes",
+        f"as architecture {code(str(name))}: `export.formats: [gguf]` writes the file and tries it; tiny models of the "
+        f"family were tried in {TRIED['llama.cpp']}",
     )
-    return "vLLM", _BY_CODE, remark
 
 
-def _llama_cpp(result: Metrics) -> tuple[str, str, str]:
-    kind, (_, _, fits) = result["model"]["type"], _attention(result)
-    if result["plan"]["shape"] != "uniform":
-        return "llama.cpp", "no", f"architecture {code(kind)} has one width for all layers"
-    if kind not in _KNOWN:
-        return "llama.cpp", "not known", _unread(result)
-    if kind == "qwen2" and not fits:
-        return "llama.cpp", "no", "its Qwen2 wants as many numbers in all heads as in the hidden state"
-    if result["model"]["biases"] and kind != "llama":
-        return "llama.cpp", "no", f"its code has no biases on the outputs of {_biased(result)}"
-    channels = _kept(result, "mlp")
-    if channels % _BLOCK:
-        remark = (
-            f"k-quants cut rows into blocks of {_BLOCK}, which {channels} channels do not fill: `down_proj` is then "
-            f"stored in a larger type; `allocate.channel_multiple: {_BLOCK}` avoids that"
-        )
-        return "llama.cpp", _BY_CODE, remark
-    return "llama.cpp", _BY_CODE, f"{channels} channels fill the blocks of k-quants"
+def _onnx(result: Metrics) -> _Row:
+    if tried := _agreement(result, "onnx"):
+        return "ONNX Runtime", "yes, tried", tried
+    return "ONNX Runtime", "not tried", "`export.formats: [onnx]` writes the graph with a KV cache and tries it"
 
 
-def _attention(result: Metrics) -> tuple[int, int, bool]:
-    """Query heads, key-value heads, and whether all heads together are as wide as the hidden state."""
-    sizes, groups = result["model"]["sizes"], _kept(result, "attention")
-    heads = groups * sizes.get("q", 1)
-    return heads, groups, heads * sizes.get("d", 0) == sizes.get("model")
+def _agreement(result: Metrics, name: str) -> str | None:
+    """How near a program came to the model, if the export stage ran it."""
+    rows = [row for row in result.get("exported", ()) if row["format"].startswith(f"{name} ") and row["agreement"]]
+    if not rows:
+        return None
+    near = " and ".join(
+        f"{row['format'].partition(' ')[2]} diverges by {row['agreement']['divergence']:.1e} nats a token"
+        for row in rows
+    )
+    return f"in {code(rows[0]['program'])}: {near}"
 
 
-def _kept(result: Metrics, part: str) -> int:
-    """Units of a part that each remaining layer of a uniform result keeps."""
-    return max(layer.get(part, 0) for layer in result["kept"])
+def _exported(result: Metrics, layout: Layout) -> list[str]:
+    """The files for other programs, with size, agreement and speed beside the dense model."""
+    rows: Rows = [_file(row) for row in result.get("exported", ())]
+    if not rows:
+        return []
+    header = ("file", "MB", "of dense", "as Q4_K_M, MB", "of dense", "same tokens", "prefill", "decode")
+    skipped = dict.fromkeys(row["not_tried"] for row in result["exported"] if row["not_tried"])
+    return [
+        f"{code(str(layout.exported))} holds the model for other programs. Speeds are those of the pruned model over "
+        "the dense model's in the same program, timed alternately. `llama-quantize` of llama.cpp makes Q4_K_M from "
+        "f16; its size is computed.",
+        markdown_table(rows, header),
+        *skipped,
+        *(f"Note: {note}" for note in result.get("export_notes", ())),
+    ]
 
 
-def _biased(result: Metrics) -> str:
-    return " and ".join(result["model"]["biases"])
+def _file(row: Metrics) -> tuple[str, ...]:
+    agreement, speed = row["agreement"], row["speed"]
+    return (
+        code(row["file"]),
+        *_size(row["bytes"], row["dense_bytes"]),
+        *_size(row["quantised_bytes"], row["dense_quantised_bytes"]),
+        f"{agreement['same_written']} of {agreement['written']}" if agreement else "",
+        *(f"× {speed[f'{name}_ratio']:.2f}" if speed else "" for name in ("prefill", "decode")),
+    )
 
 
-def _unread(result: Metrics) -> str:
-    return f"its code for {code(result['model']['type'])} was not read; the config is a stock one"
+def _size(pruned: int | None, dense: int | None) -> tuple[str, str]:
+    return f"{pruned / 1e6:,.1f}" if pruned else "", f"× {pruned / dense:.3f}" if pruned and dense else ""

@@ -1,6 +1,8 @@
 """The files of the report, made from the artifacts: pictures, Markdown and HTML."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from libprune.pipeline.artifacts import read_json, read_table, same_origin
 from libprune.pipeline.atomic import writing
@@ -27,6 +29,7 @@ def publish_report(layout: Layout, folder: Path, project: Path) -> None:
     meta = result["plan"]
     plan, plan_meta = read_table(layout.plan, "allocate")
     same_origin(layout.evaluation, meta, plan_meta)
+    result = result | _exported(layout, plan_meta)
     rows, gradients = read_table(layout.gradients / "layers.parquet", "gradients")
     same_origin(layout.gradients, gradients, {"model": meta["model"]})
     measured = _sensitivity(layout, meta["model"])
@@ -41,6 +44,14 @@ def publish_report(layout: Layout, folder: Path, project: Path) -> None:
     for name, content in (("report.md", text), ("report.html", page)):
         with writing(folder / name) as partial:
             partial.write_text(content, encoding="utf-8")
+
+
+def _exported(layout: Layout, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The files for other programs and what is to be known of them; none if nothing was exported."""
+    outcome = read_json(layout.export, "export")
+    if outcome["files"]:
+        same_origin(layout.export, outcome["plan"], plan)
+    return {"exported": outcome["files"], "export_notes": outcome.get("notes", [])}
 
 
 def _sensitivity(layout: Layout, model: str) -> list[Picture]:

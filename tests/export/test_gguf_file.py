@@ -21,7 +21,9 @@ from libprune.results.record import Record
 from tests.support.exported import dense_source, texts, write_pruned
 
 DESCRIBED = [family for family in families().values() if family.gguf is not None]
-UNIFORM = ("llama", "llama_mha", "qwen2", "olmo2", "starcoder2", "gpt2")
+UNIFORM = ("llama", "mistral", "qwen3", "gemma2")
+CHANNELS = ("qwen2", "olmo2", "starcoder2", "gpt2")
+"""Families whose heads llama.cpp wants all."""
 
 
 def written(path: Path, source: Source, kind: str) -> gguf.GGUFReader:
@@ -73,9 +75,9 @@ def test_each_type_is_stored_as_the_package_gguf_makes_it(tmp_path, kind):
     assert stored_type("blk.0.ffn_up.weight", (4, 64), asked) == asked
 
 
-@pytest.mark.parametrize("name", UNIFORM)
+@pytest.mark.parametrize("name", [*UNIFORM, *CHANNELS])
 def test_llama_cpp_computes_the_pruned_model(tmp_path, name):
-    _, source = write_pruned(tmp_path, name, "uniform")
+    _, source = write_pruned(tmp_path, name, "channels" if name in CHANNELS else "uniform")
     _runs(tmp_path, source, "f32")
 
 
@@ -114,6 +116,7 @@ def test_a_window_that_llama_cpp_ignores_is_told(tmp_path):
     [
         ("phi3", "uniform", "of which libprune writes no GGUF file.*convert_hf_to_gguf.py"),
         ("bert", "uniform", "of which libprune writes no GGUF file; take gguf out"),
+        ("qwen2", "uniform", "wants heads that are together as wide as the hidden state, 36; keep all attention"),
         ("qwen2", "per_layer", "has one width for all of them; set allocate.shape to uniform"),
     ],
 )

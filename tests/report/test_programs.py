@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from libprune.report.programs import describe_loading, final_folder, how_to_load
+from libprune.report.programs import TRIED, describe_loading, final_folder, how_to_load
+from tests.support.closure import ROOT
 from tests.support.evaluated import EVALUATION, LAYOUT, changed, report_of, trained
 
 
@@ -13,46 +14,85 @@ def takers(result: dict[str, Any]) -> dict[str, str]:
     """What the report says of each program."""
     section = "\n\n".join(describe_loading(result, LAYOUT))
     assert section in report_of(result)
-    rows = re.findall(r"^\| (transformers|vLLM|llama\.cpp) \| (.*?) \|", section, re.MULTILINE)
+    rows = re.findall(r"^\| (transformers|vLLM|llama\.cpp|ONNX Runtime) \| (.*?) \|", section, re.MULTILINE)
     return {program: verdict.split(",")[0] for program, verdict in rows}
 
 
-UNIFORM = changed(plan={"shape": "uniform"}, kept=[{"attention": 3, "mlp": 1280}] * 2)
-FEWER_HEADS = [{"attention": 2, "mlp": 1280}] * 2
+UNIFORM = changed(plan={"shape": "uniform", "tensor_parallel": [1, 3]}, kept=[{"attention": 3, "mlp": 1280}] * 2)
+PER_LAYER = changed(plan={"shape": "per_layer"}, kept=[{"attention": 3, "mlp": 1280}, {"attention": 1, "mlp": 0}])
+HOLE = PER_LAYER | {"kept": [{"attention": 3, "mlp": 1280}, {"attention": 0, "mlp": 7}]}
 
 
-def of_type(name: str, kept: list[dict[str, int]] = UNIFORM["kept"], biases: tuple[str, ...] = ()) -> dict[str, Any]:
-    return UNIFORM | {"model": UNIFORM["model"] | {"type": name, "biases": list(biases)}, "kept": kept}
+def of_type(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    return result | {"model": result["model"] | {"type": name}}
 
 
 TAKERS = {
-    "a Llama": (of_type("llama"), "yes", "yes"),
-    "a Llama with fewer heads": (of_type("mistral", FEWER_HEADS), "yes", "yes"),
-    "a Llama with biases": (of_type("llama", biases=("mlp",)), "yes", "yes"),
-    "a Qwen2 with all heads": (of_type("qwen2"), "yes", "yes"),
-    "a Qwen2 with fewer heads": (of_type("qwen2", FEWER_HEADS), "not known", "no"),
-    "a Qwen3 with biases": (of_type("qwen3", FEWER_HEADS, ("attention",)), "not known", "no"),
-    "a model whose code was not read": (of_type("other"), "not known", "not known"),
-    "widths by layer": (changed(plan={"shape": "per_layer"}), "no", "no"),
+    "a Llama": (of_type("llama", UNIFORM), "yes", "yes"),
+    "a Llama with layers of their own widths": (of_type("llama", PER_LAYER), "yes", "yes"),
+    "a Llama with a layer without attention": (of_type("llama", HOLE), "no", "yes"),
+    "a Qwen2": (of_type("qwen2", UNIFORM), "not tried", "yes"),
+    "a Qwen2 with layers of their own widths": (of_type("qwen2", PER_LAYER), "not tried", "no"),
+    "a family without a GGUF file": (of_type("phi3", UNIFORM), "not tried", "not tried"),
 }
 
 
 @pytest.mark.parametrize("case", TAKERS)
-def test_programs_are_said_to_take_a_shape_only_where_their_code_says_so(case):
+def test_programs_are_said_to_take_what_was_tried(case):
     result, vllm, llama_cpp = TAKERS[case]
-    assert takers(result) == {"transformers": "yes", "vLLM": vllm, "llama.cpp": llama_cpp}
-    assert ("vllm serve out/pruned" in report_of(result)) is (vllm == "yes")
-    assert ("convert_hf_to_gguf.py out/pruned" in report_of(result)) is (llama_cpp == "yes")
+    said = {"transformers": "yes", "vLLM": vllm, "llama.cpp": llama_cpp, "ONNX Runtime": "not tried"}
+    assert takers(result) == said
+    remote = " --trust-remote-code" if result["plan"]["shape"] == "per_layer" else ""
+    assert (f"vllm serve out/pruned{remote}\n" in report_of(result)) is (vllm == "yes")
 
 
-def test_widths_that_quantization_cannot_cut_into_blocks_are_said():
-    assert "1200 channels do not fill" in report_of(UNIFORM | {"kept": [{"attention": 3, "mlp": 1200}] * 2})
-    assert "do not fill" not in report_of(UNIFORM)
+def test_devices_that_heads_and_channels_divide_over_are_said():
+    assert "tensor parallelism over 1 or 3 devices" in report_of(of_type("llama", UNIFORM))
 
 
-def test_the_deleted_first_layer_of_a_uniform_result_does_not_hide_the_width_of_the_others():
-    result = UNIFORM | {"kept": [{"attention": 0, "mlp": 0}, {"attention": 3, "mlp": 1280}]}
-    assert "9 query heads, and 3 key-value heads" in report_of(result)
+def test_an_encoder_has_no_programs_that_write():
+    encoder = UNIFORM | {"model": UNIFORM["model"] | {"type": "bert", "head": "masked_lm"}, "continuations": []}
+    assert takers(encoder) == {"transformers": "yes"}
+
+
+def test_versions_that_were_tried_are_in_the_document():
+    text = (ROOT / "docs/serving.md").read_text()
+    for program, version in TRIED.items():
+        assert program in text and version in text
+
+
+def test_exported_files_stand_with_size_agreement_and_speed():
+    result = of_type("llama", UNIFORM) | {"exported": [F16, ONNX], "export_notes": ["Zeros fill channels."]}
+    text = report_of(result)
+    assert takers(result)["llama.cpp"] == "yes"
+    assert takers(result)["ONNX Runtime"] == "not tried"
+    assert "f16 diverges by 1.0e-05 nats a token" in text
+    row = "| `model.f16.gguf` | 228.0 | × 0.841 | 94.0 | × 0.891 | 24 of 24 | × 1.20 | × 1.30 |"
+    assert row in re.sub(r" +", " ", text)
+    assert "ONNX Runtime was not tried, because it is not installed" in text
+    assert "Note: Zeros fill channels." in text
+
+
+NO_PROGRAM = {"program": None, "agreement": None, "speed": None, "dense_bytes": None, "dense_quantised_bytes": None}
+ONNX = NO_PROGRAM | {
+    "format": "onnx f32",
+    "file": "onnx",
+    "bytes": 453_000_000,
+    "quantised_bytes": None,
+    "not_tried": "ONNX Runtime was not tried, because it is not installed",
+}
+F16 = {
+    "format": "gguf f16",
+    "file": "model.f16.gguf",
+    "bytes": 228_000_000,
+    "quantised_bytes": 94_000_000,
+    "dense_bytes": 271_000_000,
+    "dense_quantised_bytes": 105_500_000,
+    "program": "llama.cpp 1",
+    "not_tried": None,
+    "agreement": {"divergence": 1e-5, "written": 24, "same_written": 24},
+    "speed": {"prefill_ratio": 1.2, "decode_ratio": 1.3},
+}
 
 
 def test_the_final_model_is_the_recovered_one_if_there_is_one_and_both_folders_are_named():

@@ -152,6 +152,12 @@ def _per_layer(architecture: Architecture, rng: np.random.Generator) -> Counts:
     return lambda layer, part: count[layer, part]
 
 
+def _channels(architecture: Architecture, rng: np.random.Generator) -> Counts:
+    """All attentions stay whole, and all MLPs lose as many channels."""
+    count = int(rng.integers(1, architecture.units("mlp")))
+    return lambda layer, part: count if part == "mlp" else architecture.units(part)
+
+
 def _holes(architecture: Architecture, rng: np.random.Generator) -> Counts:
     """The first attention, one MLP and, where it can be deleted, one whole layer are gone."""
     left = _per_layer(architecture, rng)
@@ -165,8 +171,14 @@ def _shallow(architecture: Architecture, rng: np.random.Generator) -> Counts:
     return lambda layer, part: 0 if layer == deleted else architecture.units(part)
 
 
-PLANS = {"uniform": _uniform, "per_layer": _per_layer, "holes": _holes, "shallow": _shallow}
-"""Kinds of plans, by name; `uniform` and `shallow` fit the stock config of a family."""
+PLANS = {
+    "uniform": _uniform,
+    "channels": _channels,
+    "per_layer": _per_layer,
+    "holes": _holes,
+    "shallow": _shallow,
+}
+"""Kinds of plans, by name; `uniform`, `channels` and `shallow` fit the stock config of a family."""
 
 
 def random_plan(architecture: Architecture, kind: str, seed: int = 0) -> Plan:
