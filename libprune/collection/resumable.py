@@ -213,7 +213,7 @@ def collecting(
         accumulator = Accumulator(groups, live if on_disk else None)
         count, length = items or len(run.sequences), tokens or run.sequences.length
         work = Collection(run, stage, accumulator, saved, count, size, length)
-        _mention_others(run, home)
+        mention_others(home, run.world)
         work.resume(home)
         try:
             yield work
@@ -289,11 +289,16 @@ def _kept(saved: SavedSums, stage: str) -> str:
     return f"; the sums of the first {sequences} sequences are kept: {stage}.sequences: {sequences} finishes with them"
 
 
-def _mention_others(run: Run, home: Path) -> None:
-    """Print the size of unfinished work with other settings, which is kept for a return to them."""
+def mention_others(home: Path, world: World) -> None:
+    """Print the size of unfinished work with other settings, which is kept for a return to them.
+
+    Args:
+        home: the folder of the work with the current settings, beside those with others.
+        world: the processes, of which the first one prints.
+    """
     others = [path for path in home.parent.glob("*") if path != home]
     size = sum(file.stat().st_size for path in others for file in path.rglob("*") if file.is_file())
-    if size and run.world.first:
+    if size and world.first:
         typer.echo(f"{gigabytes(size)} of unfinished work with other settings is in {home.parent}")
 
 

@@ -11,8 +11,9 @@ import torch
 import typer
 from torch import Tensor
 
+from libprune.collection.accumulator import discard
 from libprune.collection.calibration import own_device
-from libprune.collection.resumable import ROOMS, only_one, work_identity
+from libprune.collection.resumable import ROOMS, mention_others, only_one, work_identity
 from libprune.engine.architecture import Architecture
 from libprune.models.folder import fingerprint, load_model
 from libprune.models.memory import recompute_layers, require_room
@@ -40,8 +41,9 @@ _CHECKED_SEQUENCES, _CHECKED_LENGTH = 2, 64
 def recover_layout(layout: Layout, compute: Compute, params: Recover) -> Recovery | None:
     """Train the pruned model of a layout, write the recovered one and prove that it loads.
 
-    A training that was stopped goes on from its last checkpoint. The weights that are written are those of the step
-    with the lowest loss on the held-out sequences; where no step lowered it, they stay as slice wrote them.
+    A training that was stopped goes on from its last checkpoint; checkpoints of other settings are kept. The weights
+    that are written are those of the step with the lowest loss on the held-out sequences; where no step lowered it,
+    they stay as slice wrote them.
 
     Args:
         layout: holds the pruned model, the text to train on, and the dense model or its stored predictions; the
@@ -62,6 +64,10 @@ def recover_layout(layout: Layout, compute: Compute, params: Recover) -> Recover
         world.barrier()
         run = _set_up(layout, compute, params, world)
         home = work / run.identity
+        if world.first:
+            for left in work.glob(".discarded-*"):  # a process that was killed cannot clear up
+                remove(left)
+            mention_others(home, world)
         outcome, trained = _train(run, home)
         recovery = None
         if world.first:
@@ -70,7 +76,7 @@ def recover_layout(layout: Layout, compute: Compute, params: Recover) -> Recover
                 weights = finished_weights(run.record, params, outcome.checkpoint)
                 write_weights(folder, run.record, weights)
                 write_recovery(folder, run.record, recovery, run.prove(folder, weights))
-            remove(work)
+            discard(home)
         world.barrier()
     return recovery
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from libprune.engine.errors import LibpruneError, ParamsError
 from libprune.models.parallel import World
@@ -192,10 +192,8 @@ class _Checks(TrainerCallback):
         control.should_evaluate = control.should_save = state.global_step in self._schedule.checks
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        checked = held_out_losses(state.log_history)
-        steps = sorted(checked)
-        since = len(steps) - 1 - steps.index(best_step(checked))
-        control.should_training_stop = control.should_training_stop or since >= self._patience
+        if gave_up(state.log_history, self._patience):
+            control.should_training_stop = True
 
 
 def held_out_losses(history: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -206,6 +204,13 @@ def held_out_losses(history: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 def best_step(checked: Mapping[int, float]) -> int:
     """The first step with the lowest held-out loss."""
     return min(checked, key=lambda step: (checked[step], step))
+
+
+def gave_up(history: Sequence[Mapping[str, Any]], patience: int) -> bool:
+    """Whether so many checks in a row, up to the last one, were without a lower held-out loss."""
+    checked = held_out_losses(history)
+    steps = sorted(checked)
+    return len(steps) - 1 - steps.index(best_step(checked)) >= patience
 
 
 class _Progress(TrainerCallback):
@@ -295,11 +300,24 @@ class Training:
         """
         if self.params.optimizer == "adamw_bnb_8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise LibpruneError("recover.optimizer: adamw_bnb_8bit needs bitsandbytes; run `pip install bitsandbytes`")
+        last = _last_checkpoint(home, self.world)
+        state = None if last is None else TrainerState.load_from_json(str(last / STATE))
+        if state is not None and self.world.first:
+            typer.echo(f"continues from a saved state: {state.global_step} of {self.schedule.steps} steps are done")
+        if state is None or not self._ended(state):
+            state = self._train(model, home, last)
+        history = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+        kept = best_step(held_out_losses(history))
+        checkpoint = home / f"checkpoint-{kept}" if kept else None
+        return Outcome(int(state.global_step), kept, checkpoint, history)
+
+    def _ended(self, state: TrainerState) -> bool:
+        """Whether a training that was saved in this state had come to its end; the Trainer itself would go on."""
+        return state.global_step >= self.schedule.steps or gave_up(state.log_history, self.params.patience)
+
+    def _train(self, model: nn.Module, home: Path, last: Path | None) -> TrainerState:
         number, schedule = len(self.sequences) - self.held_out, self.schedule
         order = training_order(number, schedule.steps * schedule.sequences, self.params.seed)
-        last = _last_checkpoint(home, self.world)
-        if last is not None and self.world.first:
-            typer.echo(f"continues from a saved state: {last.name.split('-')[1]} of {schedule.steps} steps are done")
         trainer = _Distiller(
             self.teacher,
             self.params,
@@ -315,10 +333,7 @@ class Training:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-        kept = best_step(held_out_losses(history))
-        checkpoint = home / f"checkpoint-{kept}" if kept else None
-        return Outcome(int(trainer.state.global_step), kept, checkpoint, history)
+        return trainer.state
 
     def _arguments(self, home: Path, fresh: bool) -> TrainingArguments:
         params, schedule = self.params, self.schedule

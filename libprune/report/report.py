@@ -47,6 +47,7 @@ def compose_report(
         _sensitivity(pictures),
         _repair(result["pruning"]["repair"]),
         _recovery(result, pictures),
+        _draft(result),
         _continuations(result),
         describe_loading(result, layout),
         _provenance(result, provenance),
@@ -174,6 +175,44 @@ def _recovery(result: Metrics, pictures: Sequence[Picture]) -> Section:
         training_end(recovery),
         *_shown(pictures, "learning_curve"),
     ]
+
+
+def _draft(result: Metrics) -> Section:
+    """What the pruned and the recovered model are worth as drafts for the dense one, if they write."""
+    models = [(name, result[name]["draft"]) for name in ("pruned", "recovered") if result.get(name)]
+    drafts = [(name, draft) for name, draft in models if draft]
+    if not drafts:
+        return []
+    protocol = result["protocol"]
+    rows = [
+        (name, *(_percent(draft, key) for key in ("acceptance", "agreement")), f"{draft['step_ratio']:.2f}")
+        for name, draft in drafts
+    ]
+    header = ("draft", "tokens accepted", "same most likely token", "time of a step over the dense model's")
+    return [
+        "## As a draft for speculative decoding",
+        "A draft model writes some tokens one by one. The dense model then looks at them in one pass, and accepts "
+        "so many that the text follows its own distribution. Below, tokens are sampled at temperature 1. Shares are "
+        f"means over the positions of {protocol['windows']} windows of {protocol['length']} tokens of "
+        f"{code(protocol['text'])}; ± is one standard error over windows.",
+        markdown_table(rows, header),
+        " ".join(_draft_verdict(name, draft) for name, draft in drafts)
+        + " This takes the dense model's look at a draft to last as long as one of its steps.",
+    ]
+
+
+def _percent(draft: Metrics, key: str) -> str:
+    return f"{100 * draft[key]:.1f} ± {100 * draft[f'{key}_se']:.1f} %"
+
+
+def _draft_verdict(name: str, draft: Metrics) -> str:
+    """A sentence on whether speculative decoding with this draft is faster than the dense model alone."""
+    pays = "it pays" if draft["speedup"] > 1 else "it does not pay"
+    length = f"{draft['tokens']} tokens" if draft["tokens"] > 1 else "one token"
+    return (
+        f"With the {name} model as draft, decoding is expected to be × {draft['speedup']:.2f} as fast as by the dense "
+        f"model alone, in drafts of {length}, the best length: {pays}."
+    )
 
 
 def _continuations(result: Metrics) -> Section:

@@ -1,5 +1,6 @@
 """The dense, the pruned and the recovered model measured side by side, as metrics."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import with_biases
 from libprune.engine.errors import LibpruneError
-from libprune.engine.heads import HeadName
 from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_config, load_model, require_positions
@@ -23,6 +23,7 @@ from libprune.pipeline.artifacts import read_architecture, read_plan, require, s
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Evaluate
 from libprune.results.continuations import Beginnings, choose_beginnings, decode_greedily, show_continuations
+from libprune.results.draft import Overlap, draft_figures, window_overlaps
 from libprune.results.perplexity import Losses, accuracy, estimate_perplexity, estimate_ratio, label_hits, window_losses
 from libprune.results.record import read_provenance, read_recovered
 from libprune.results.speed import Speed, SpeedComparison, compare_speed
@@ -36,79 +37,84 @@ def evaluate_result(layout: Layout, compute: Compute, params: Evaluate) -> dict[
         The content of `artifacts/evaluation.json`, which is all that the report needs.
 
     Raises:
-        LibpruneError: if an artifact is missing or foreign.
+        LibpruneError: if an artifact is missing or foreign, or the params ask for what the model cannot do.
     """
+    run = _set_up(layout, compute, params)
+    measured, speed = run.measure_all()
+    written = {name: one.written for name, one in measured.items()}
+    tasks = measured["dense"].tasks
+    return {
+        **_facts(run),
+        **_figures(run, measured, speed),
+        "tasks": {task: {name: one.tasks[task] for name, one in measured.items()} for task in tasks},
+        "continuations": show_continuations(run.tokenizer, run.beginnings, written) if run.writes else [],
+        "speed": {name: value for name, value in asdict(speed).items() if name not in {"dense", "pruned"}},
+        "protocol": _protocol(run),
+    }
+
+
+def _set_up(layout: Layout, compute: Compute, params: Evaluate) -> "_Run":
+    """Read all artifacts but the models, and refuse what cannot be measured before anything is."""
     architecture = read_architecture(layout)
     plan, plan_meta = read_plan(layout, architecture)
     provenance = read_provenance(require(layout.pruned, "slice"))
     same_origin(layout.pruned, provenance["plan"], plan_meta)
     recovered = read_recovered(layout.recovered, provenance)
-    windows, tokens_meta = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
-    windows, config, writes = windows.shortest_first(), load_config(layout.model), architecture.head == "causal_lm"
-    prompt_tokens, decode_tokens = min(params.prompt_tokens, windows.ids.numel()), params.decode_tokens if writes else 0
-    require_positions(config, architecture, {"evaluate.prompt_tokens + decode_tokens": prompt_tokens + decode_tokens})
-    if params.tasks and not writes:
+    windows, meta = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
+    config, windows = load_config(layout.model), windows.shortest_first()
+    made = (architecture, config, plan, provenance, recovered)
+    run = _Run(layout, compute, params, *made, windows, meta["source"])
+    timed = {"evaluate.prompt_tokens + decode_tokens": run.prompt_tokens + run.decode_tokens}
+    require_positions(config, architecture, timed)
+    if params.tasks and not run.writes:
         raise LibpruneError("evaluate.tasks are questions to models that write; set it to [] for this one")
-    run = _Run(layout, architecture.head, windows, compute, params, remote=plan_meta["shape"] == "per_layer")
-    measured, speed = run.compare(prompt_tokens, decode_tokens)
-    if recovered is not None:
-        measured["recovered"] = run.measure("recovered", run.load(layout.recovered))
-
-    left, _ = with_biases(architecture, config, provenance["biases_added"])
-    losses = {name: one.losses for name, one in measured.items()}
-    written = {name: one.written for name, one in measured.items()}
-    return {
-        "plan": plan_meta,
-        "pruning": {name: provenance[name] for name in ("slice", "repair", "proof", "versions")},
-        "model": {
-            "type": config.model_type,
-            "head": architecture.head,
-            "sizes": dict(architecture.sizes),
-            "biases": [part for part in left.parts if _biased(left, part)],
-        },
-        "units": {part: architecture.units(part) for part in architecture.parts},
-        "kept": [{part: plan.kept(layer, part) for part in architecture.parts} for layer in range(architecture.layers)],
-        "dense": _one(architecture, Plan.dense(architecture), losses["dense"], speed.dense, run.dtype),
-        "pruned": _one(left, plan, losses["pruned"], speed.pruned, run.dtype) | _removed(architecture, left, plan),
-        "perplexity_ratio": _ratio(losses["dense"], losses["pruned"]),
-        "recovered": None if recovered is None else _recovered(losses["dense"], losses["recovered"]),
-        "recovery": None if recovered is None else recovered["recovery"],
-        "tasks": {task: {name: one.tasks[task] for name, one in measured.items()} for task in measured["dense"].tasks},
-        "continuations": show_continuations(run.tokenizer, run.beginnings, written) if writes else [],
-        "speed": {name: value for name, value in asdict(speed).items() if name not in {"dense", "pruned"}},
-        "protocol": {
-            "text": tokens_meta["source"],
-            "windows": len(windows),
-            "length": windows.ids.shape[1],
-            "prompt_tokens": prompt_tokens,
-            "decode_tokens": decode_tokens,
-            "rounds": params.rounds,
-            "continuation_tokens": run.beginnings.prompts.shape[1],
-            "dtype": str(run.dtype).removeprefix("torch."),
-            "device": str(run.device),
-        },
-    }
+    return run
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Measurements on one model: losses by window, accuracies by task, and the token ids of its continuations."""
+    """Measurements on one model.
+
+    Attributes:
+        losses: by window.
+        tasks: accuracies by task.
+        written: token ids of its continuations.
+        overlap: of its predictions with the dense model's; None of the dense model, and of models that do not write.
+    """
 
     losses: Losses
     tasks: dict[str, dict[str, float]]
     written: Ids
+    overlap: Overlap | None
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What all models are measured on, and where they run."""
+    """What all models are measured on, where they run, and how they were made."""
 
     layout: Layout
-    head: HeadName
-    windows: Sequences
     compute: Compute
     params: Evaluate
-    remote: bool
+    architecture: Architecture
+    config: PreTrainedConfig
+    plan: Plan
+    provenance: dict[str, Any]
+    recovered: dict[str, Any] | None
+    windows: Sequences
+    text: str
+
+    @property
+    def writes(self) -> bool:
+        """Whether the models write, and do not only read."""
+        return self.architecture.head == "causal_lm"
+
+    @property
+    def prompt_tokens(self) -> int:
+        return min(self.params.prompt_tokens, self.windows.ids.numel())
+
+    @property
+    def decode_tokens(self) -> int:
+        return self.params.decode_tokens if self.writes else 0
 
     @cached_property
     def device(self) -> torch.device:
@@ -129,34 +135,113 @@ class _Run:
 
     def load(self, folder: Path) -> PreTrainedModel:
         """Load a model on the device; the code of a folder runs only if its layers differ in width."""
-        remote = self.remote and folder != self.layout.model
+        remote = self.provenance["plan"]["shape"] == "per_layer" and folder != self.layout.model
         return load_model(folder, self.dtype, trust_remote_code=remote).to(self.device)
 
-    def compare(self, prompt_tokens: int, decode_tokens: int) -> tuple[dict[str, _Measured], SpeedComparison]:
-        """Measure the dense and the pruned model, and time them alternately; both are gone from memory afterwards."""
-        dense, pruned = self.load(self.layout.model), self.load(self.layout.pruned)
-        prompt = self.windows.ids.reshape(1, -1)[:, :prompt_tokens].to(self.device)
-        measured = {name: self.measure(name, model) for name, model in (("dense", dense), ("pruned", pruned))}
-        return measured, compare_speed(dense, pruned, prompt, decode_tokens, self.params.rounds)
+    def measure_all(self) -> tuple[dict[str, _Measured], SpeedComparison]:
+        """Measure all models, and time the dense and the pruned one alternately; at most two are in memory at once."""
+        dense = self.load(self.layout.model)
+        measured = {"dense": self.measure("dense", dense)}
+        pruned = self.load(self.layout.pruned)
+        measured["pruned"] = self.measure("pruned", pruned, beside=dense)
+        prompt = self.windows.ids.reshape(1, -1)[:, : self.prompt_tokens].to(self.device)
+        speed = compare_speed(dense, pruned, prompt, self.decode_tokens, self.params.rounds)
+        del pruned
+        if self.recovered is not None:
+            measured["recovered"] = self.measure("recovered", self.load(self.layout.recovered), beside=dense)
+        return measured, speed
 
-    def measure(self, name: str, model: PreTrainedModel) -> _Measured:
-        """Measure the losses of a model, its accuracies, and let it continue the beginnings."""
+    def measure(self, name: str, model: PreTrainedModel, beside: PreTrainedModel | None = None) -> _Measured:
+        """Measure the losses of a model and its accuracies, and let it continue the beginnings.
+
+        Args:
+            name: of the model, for progress bars.
+            model: on the device.
+            beside: the dense model, whose predictions those of the model are compared with.
+        """
         params, tokens, tasks = self.params, self.compute.batch_tokens, dict[str, dict[str, float]]()
         losses, beginnings = window_losses(model, self.windows, tokens, name), self.beginnings
         if params.tasks:
             given = (params.tasks, params.task_folder, params.task_limit, params.task_batch)
             tasks = zero_shot(model, self.tokenizer, *given)
-        if self.head == "sequence_classification":
+        if self.architecture.head == "sequence_classification":
             tasks = {"labels": accuracy(label_hits(model, self.windows, tokens, name))}
-        writes = self.head == "causal_lm" and len(beginnings.windows)
-        length = beginnings.prompts.shape[1]
-        written = decode_greedily(model, beginnings.prompts, length) if writes else np.zeros((0, length), np.int64)
-        return _Measured(losses, tasks, written)
+        length, overlap = beginnings.prompts.shape[1], None
+        written = np.zeros((0, length), np.int64)
+        if self.writes and len(beginnings.windows):
+            written = decode_greedily(model, beginnings.prompts, length)
+        if self.writes and beside is not None:
+            overlap = window_overlaps(beside, model, self.windows, tokens, f"dense and {name}")
+        return _Measured(losses, tasks, written, overlap)
 
 
-def _recovered(dense: Losses, recovered: Losses) -> dict[str, Any]:
-    """The figures of the recovered model; its size and its speed are those of the pruned one."""
-    return _perplexity(recovered) | {"perplexity_ratio": _ratio(dense, recovered)}
+def _facts(run: _Run) -> dict[str, Any]:
+    """How the models were made, and what is left of the dense one."""
+    architecture, provenance = run.architecture, run.provenance
+    left, recovered = _left(run), run.recovered
+    return {
+        "plan": provenance["plan"],
+        "pruning": {name: provenance[name] for name in ("slice", "repair", "proof", "versions")},
+        "recovery": None if recovered is None else recovered["recovery"],
+        "model": {
+            "type": run.config.model_type,
+            "head": architecture.head,
+            "sizes": dict(architecture.sizes),
+            "biases": [part for part in left.parts if _biased(left, part)],
+        },
+        "units": {part: architecture.units(part) for part in architecture.parts},
+        "kept": [
+            {part: run.plan.kept(layer, part) for part in architecture.parts} for layer in range(architecture.layers)
+        ],
+    }
+
+
+def _left(run: _Run) -> Architecture:
+    """The dense model's architecture with the biases that the repair has added."""
+    left, _ = with_biases(run.architecture, run.config, run.provenance["biases_added"])
+    return left
+
+
+def _protocol(run: _Run) -> dict[str, Any]:
+    """How the figures were measured."""
+    return {
+        "text": run.text,
+        "windows": len(run.windows),
+        "length": run.windows.length,
+        "prompt_tokens": run.prompt_tokens,
+        "decode_tokens": run.decode_tokens,
+        "rounds": run.params.rounds,
+        "continuation_tokens": run.beginnings.prompts.shape[1],
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "device": str(run.device),
+    }
+
+
+def _figures(run: _Run, measured: Mapping[str, _Measured], speed: SpeedComparison) -> dict[str, Any]:
+    """The figures of each model; size and speed of the recovered one are those of the pruned one."""
+    losses = {name: one.losses for name, one in measured.items()}
+    ratios = {name: _ratio(losses["dense"], other) for name, other in losses.items()}
+    drafts = {name: _draft(one, speed) for name, one in measured.items()}
+    whole, left = run.architecture, _left(run)
+    figures = {
+        "dense": _one(whole, Plan.dense(whole), losses["dense"], speed.dense, run.dtype),
+        "pruned": _one(left, run.plan, losses["pruned"], speed.pruned, run.dtype)
+        | _removed(whole, left, run.plan)
+        | {"draft": drafts["pruned"]},
+        "perplexity_ratio": ratios["pruned"],
+        "recovered": None,
+    }
+    if run.recovered is not None:
+        compared = {"perplexity_ratio": ratios["recovered"], "draft": drafts["recovered"]}
+        figures["recovered"] = _perplexity(losses["recovered"]) | compared
+    return figures
+
+
+def _draft(measured: _Measured, speed: SpeedComparison) -> dict[str, Any] | None:
+    """What a model is worth as a draft for the dense one; None of the dense model, and of models that do not write."""
+    if measured.overlap is None or speed.decode_ratio is None:
+        return None
+    return draft_figures(measured.overlap, 1 / speed.decode_ratio)
 
 
 def _perplexity(losses: Losses) -> dict[str, float]:
@@ -209,7 +294,7 @@ def headline_metrics(result: dict[str, Any]) -> dict[str, Any]:
     trained = {name: recovery[name] for name in ("tokens", "seconds", "trained_parameters")} if recovery else {}
     return {
         "dense": {name: result["dense"][name] for name in ("perplexity", "perplexity_se")},
-        "pruned": {name: result["pruned"][name] for name in ("perplexity", "perplexity_se", *shares)},
+        "pruned": {name: result["pruned"][name] for name in ("perplexity", "perplexity_se", *shares, "draft")},
         "perplexity_ratio": result["perplexity_ratio"],
         **({"recovered": recovered | trained} if recovered else {}),
         **({"tasks": result["tasks"]} if result["tasks"] else {}),

@@ -54,15 +54,20 @@ class Estimate:
     error: float
 
 
-def estimate_perplexity(losses: Losses) -> Estimate:
-    """exp(mean loss) over equally long windows, and its standard error by the delta method.
+def estimate_mean(values: Float[np.ndarray, " windows"]) -> Estimate:
+    """The mean over equally long windows, and its standard error.
 
     The windows are the independent samples, not the tokens in them.
     """
-    mean = float(losses.mean())
-    error = float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-    value = math.exp(mean) if mean < _LARGEST else math.inf
-    return Estimate(value, value * error)
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(float(values.mean()), error)
+
+
+def estimate_perplexity(losses: Losses) -> Estimate:
+    """exp(mean loss) over equally long windows, and its standard error by the delta method."""
+    mean = estimate_mean(losses)
+    value = math.exp(mean.value) if mean.value < _LARGEST else math.inf
+    return Estimate(value, value * mean.error)
 
 
 _LARGEST = math.log(sys.float_info.max)

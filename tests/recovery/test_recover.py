@@ -58,7 +58,7 @@ def test_a_recovered_folder_is_a_pruned_folder_with_better_weights(tmp_path, qui
     assert {key: made[key] for key in before if key != "files"} == {
         key: before[key] for key in before if key != "files"
     }
-    assert not (tmp_path / ".work" / "recover").exists()
+    assert list((tmp_path / ".work" / "recover").iterdir()) == []
 
 
 def test_matrices_of_lora_are_added_to_the_weights(tmp_path, quick_proof):
@@ -114,8 +114,10 @@ def test_an_interrupted_recovery_goes_on_to_the_same_folder(tmp_path, quick_proo
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_other_params_do_not_go_on_from_a_checkpoint_that_is_not_theirs(tmp_path, quick_proof, monkeypatch):
-    layout = write_pruned_layout(tmp_path / "artifacts", "llama", "uniform")
+def test_other_params_neither_go_on_from_a_checkpoint_that_is_not_theirs_nor_remove_it(
+    tmp_path, quick_proof, monkeypatch, capsys
+):
+    layout, work = write_pruned_layout(tmp_path / "artifacts", "llama", "uniform"), tmp_path / ".work" / "recover"
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -124,12 +126,24 @@ def test_other_params_do_not_go_on_from_a_checkpoint_that_is_not_theirs(tmp_path
         patch.setattr(recover, "write_weights", interrupt)
         with pytest.raises(KeyboardInterrupt):
             recovered(layout)
-    folders = set((tmp_path / ".work" / "recover").iterdir())
-    with monkeypatch.context() as patch:
-        patch.setattr(recover, "write_weights", interrupt)
+        (first,) = work.iterdir()
         with pytest.raises(KeyboardInterrupt):
             recovered(layout, learning_rate=2e-3)
-    assert len(set((tmp_path / ".work" / "recover").iterdir()) - folders) == 1
+    left = files(first)
+    assert any("checkpoint-16" in str(path) for path in left)
+    (second,) = set(work.iterdir()) - {first}
+    shutil.copytree(second, work / f".discarded-{second.name}")
+    capsys.readouterr()
+    recovered(layout, learning_rate=2e-3)
+    said = capsys.readouterr().out
+    assert f"of unfinished work with other settings is in {work}" in said
+    assert "16 of 16 steps are done" in said
+    assert list(work.iterdir()) == [first]
+    assert files(first) == left
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_layers_are_computed_again_to_the_same_result(tmp_path, quick_proof):

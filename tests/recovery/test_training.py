@@ -17,6 +17,7 @@ from libprune.recovery.training import (
     Rows,
     Training,
     best_step,
+    gave_up,
     held_out_losses,
     make_schedule,
     training_order,
@@ -148,6 +149,36 @@ def test_a_training_that_was_stopped_comes_to_the_same_weights(tmp_path, method,
     assert held_out_losses(outcome.history) == held_out_losses(whole.history)
     assert outcome.history[-1]["seconds"] > 0
     assert [entry["step"] for entry in outcome.history] == [entry["step"] for entry in whole.history]
+
+
+EARLY = {
+    "learning_rate": 0.02,
+    "patience": 1,
+    "clip": 0.0,
+    "schedule": "constant_with_warmup",
+    "warmup": 0.0,
+    "checks": 8,
+}
+"""A training whose held-out loss falls and rises again before the last check."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "end"), [({}, (16, 16)), (EARLY, (4, 6)), ({"learning_rate": 1.0, "patience": 2, "clip": 0.0}, (0, 8))]
+)
+def test_a_training_that_had_ended_is_not_trained_on(tmp_path, changes, end):
+    """Its process was killed behind the last checkpoint, before the weights were written."""
+    first, _ = run(tmp_path, changes)
+    assert (first.kept, first.steps) == end
+    again, _ = run(tmp_path, changes, teacher=Stopping(0))
+    assert again == first
+    assert again.checkpoint is None or (again.checkpoint / STATE).exists()
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.integers(1, 4))
+def test_a_training_gives_up_after_so_many_checks_without_a_lower_loss(losses, patience):
+    history = [{"step": 3 * number, "eval_loss": float(loss)} for number, loss in enumerate(losses)]
+    lower = [number for number, loss in enumerate(losses) if loss < min(losses[:number], default=6)]
+    assert gave_up([{"step": 1, "loss": 0.0}, *history], patience) is (len(losses) - 1 - lower[-1] >= patience)
 
 
 def test_a_checkpoint_that_is_half_written_is_left_behind(tmp_path):

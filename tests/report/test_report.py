@@ -84,6 +84,24 @@ def test_without_recovery_the_report_speaks_of_none():
     assert "recover" not in text
 
 
+# Drafts
+
+
+def test_the_report_says_whether_a_draft_pays():
+    text = report_of(trained())
+    assert "| pruned | 78.1 ± 0.3 % | 74.6 ± 0.5 % | 0.82 |" in text
+    assert "| recovered | 95.0 ± 0.3 % | 74.6 ± 0.5 % | 0.82 |" in text
+    assert "With the pruned model as draft, decoding is expected to be × 0.98 as fast" in text
+    assert "in drafts of one token, the best length: it does not pay." in text
+    assert "With the recovered model as draft, decoding is expected to be × 1.08 as fast" in text
+    assert "in drafts of 2 tokens, the best length: it pays." in text
+
+
+def test_of_a_model_that_does_not_write_the_report_speaks_of_no_draft():
+    assert "draft" in report_of(EVALUATION)
+    assert "draft" not in report_of(changed(pruned={"draft": None}))
+
+
 # Gradients
 
 

@@ -19,6 +19,7 @@ from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Evaluate, Slice
 from libprune.recovery.idle import write_no_model
+from libprune.results.draft import expected_speedup
 from libprune.results.evaluate import evaluate_result, headline_metrics
 from libprune.results.prune import prune
 from libprune.results.record import PROVENANCE
@@ -112,6 +113,22 @@ def test_a_pruned_model_of_another_plan_is_refused(layout):
         layout.plan.write_bytes(before)
 
 
+@pytest.mark.parametrize("name", ["pruned", "recovered"])
+def test_a_model_is_measured_as_a_draft_for_the_dense_one(layout, evaluation, name):
+    ids = random_windows(read_architecture(layout), WINDOWS, LENGTH).ids
+    with torch.no_grad():
+        p, q = (
+            AutoModelForCausalLM.from_pretrained(folder_of(layout, one))(input_ids=ids).logits.double().softmax(-1)
+            for one in ("dense", name)
+        )
+    draft, windows = evaluation[name]["draft"], torch.minimum(p, q).sum(-1).mean(1)
+    assert draft["acceptance"] == pytest.approx(float(windows.mean()), rel=1e-5)
+    assert draft["acceptance_se"] == pytest.approx(float(windows.std()) / WINDOWS**0.5, rel=1e-4)
+    assert draft["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert draft["step_ratio"] == 1 / evaluation["speed"]["decode_ratio"]
+    assert draft["speedup"] == expected_speedup(draft["acceptance"], draft["step_ratio"], draft["tokens"])
+
+
 # With and without a recovered model
 
 
@@ -128,11 +145,15 @@ def test_the_figures_of_the_dense_and_the_pruned_model_do_not_depend_on_a_recove
     alone = evaluate_result(idle(layout, tmp_path), COMPUTE, SHORT)
     assert alone["recovered"] is alone["recovery"] is None
     assert "recovered" not in headline_metrics(alone)
-    timed = {"prefill", "decode"}
+    timed = {"prefill", "decode", "draft"}
     for name in ("dense", "pruned"):
         assert {k: v for k, v in alone[name].items() if k not in timed} == {
             k: v for k, v in evaluation[name].items() if k not in timed
         }
+    measured = ("acceptance", "acceptance_se", "agreement", "agreement_se")
+    assert [alone["pruned"]["draft"][key] for key in measured] == [
+        evaluation["pruned"]["draft"][key] for key in measured
+    ]
     assert alone["perplexity_ratio"] == evaluation["perplexity_ratio"]
     for mine, other in zip(alone["continuations"], evaluation["continuations"], strict=True):
         assert mine == {key: value for key, value in other.items() if "recovered" not in key}
@@ -147,7 +168,7 @@ def idle(layout: Layout, folder: Path) -> Layout:
     return copied
 
 
-def test_both_other_models_are_gone_before_the_recovered_one_is_loaded(layout, monkeypatch):
+def test_no_more_than_two_models_are_in_memory_at_once(layout, monkeypatch):
     alive, before = WeakSet(), {}
 
     def loaded(folder: Path, *given: object, **more: object) -> torch.nn.Module:
@@ -158,7 +179,7 @@ def test_both_other_models_are_gone_before_the_recovered_one_is_loaded(layout, m
 
     monkeypatch.setattr("libprune.results.evaluate.load_model", loaded)
     evaluate_result(layout, COMPUTE, SHORT)
-    assert before == {"model": 0, "pruned": 1, "recovered": 0}
+    assert before == {"model": 0, "pruned": 1, "recovered": 1}
 
 
 ORIGINS = {"plan": "shape", "slice": "repair", "proof": "logit_scale"}

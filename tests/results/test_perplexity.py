@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from libprune.models.sequences import Sequences
-from libprune.results.perplexity import estimate_perplexity, estimate_ratio, window_losses
+from libprune.results.perplexity import estimate_mean, estimate_perplexity, estimate_ratio, window_losses
 from tests.support.collected import MODELS
 from tests.support.models import FAMILIES, tokens
 
@@ -69,6 +69,14 @@ def test_the_error_is_the_spread_of_perplexities_over_repeated_samples():
     estimates = [estimate_perplexity(sample) for sample in samples]
     spread = np.std([estimate.value for estimate in estimates])
     assert np.mean([estimate.error for estimate in estimates]) == pytest.approx(spread, rel=0.05)
+
+
+@given(losses)
+def test_a_mean_has_the_standard_error_of_its_windows(values):
+    found = estimate_mean(values)
+    assert found.value == pytest.approx(math.fsum(values) / len(values))
+    spread = math.sqrt(math.fsum((value - found.value) ** 2 for value in values) / (len(values) - 1))
+    assert found.error == pytest.approx(spread / math.sqrt(len(values)), abs=1e-12)
 
 
 @given(losses)

@@ -57,6 +57,15 @@ EVALUATION: dict[str, Any] = {
         "decoder_share_removed": 0.2,
         "total_share_removed": 0.1578,
         "macs_share_removed": 0.1581,
+        "draft": {
+            "acceptance": 0.7812,
+            "acceptance_se": 0.0034,
+            "agreement": 0.7456,
+            "agreement_se": 0.0052,
+            "step_ratio": 0.82,
+            "tokens": 1,
+            "speedup": 0.9787,
+        },
     },
     "pruning": {
         "slice": {"repair": "local"},
@@ -142,6 +151,7 @@ def trained(**changes: Any) -> dict[str, Any]:
             "perplexity": 23.456,
             "perplexity_se": 0.333,
             "perplexity_ratio": {"value": 1.1309, "se": 0.0061},
+            "draft": EVALUATION["pruned"]["draft"] | {"acceptance": 0.95, "tokens": 2, "speedup": 1.0805},
         },
         recovery=RECOVERY | changes,
     )

@@ -80,6 +80,7 @@ def test_every_stage_runs_and_the_result_is_what_it_says(name, shape, tmp_path, 
     assert found["model"]["head"] == KINDS[name]
     assert found["pruned"]["decoder_share_removed"] == pytest.approx(0.1, abs=0.02)
     assert found["dense"]["decode"] is None
+    assert found["pruned"]["draft"] is None
     assert found["pruned"]["cache_bytes"] == 0
     assert found["continuations"] == []
     assert ("labels" in found["tasks"]) is (name == "bert_classifier")
