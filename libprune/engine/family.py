@@ -116,6 +116,8 @@ class Gguf(_Strict):
     half of a head with the second."""
     square: bool = False
     """Whether llama.cpp wants query heads that together are as wide as the hidden state."""
+    unbiased: list[str] = Field(default_factory=list)
+    """Modules of a layer that have no bias in llama.cpp."""
     shifted: bool = False
     """Whether the norms multiply by 1 + weight; llama.cpp stores the sum."""
     fixed: dict[str, list[Any]] = Field(default_factory=dict)

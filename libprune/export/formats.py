@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ EXACT, ROUNDED = 1e-3, 5e-2
 of one that quantises them."""
 
 
+@runtime_checkable
 class Program(Protocol):
     """A model in another program."""
 
@@ -39,6 +40,7 @@ class Program(Protocol):
         """Seconds of prefill and of decoding."""
 
 
+@runtime_checkable
 class Format(Protocol):
     """One file or folder that a model is exported as."""
 

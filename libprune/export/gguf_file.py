@@ -86,6 +86,13 @@ def told_by(source: Source) -> Gguf:
             f"the layers of {source.folder} differ in width, and llama.cpp's architecture {told.architecture!r} has "
             "one width for all of them; set allocate.shape to uniform, or take gguf out of export.formats"
         )
+    for name in source.weights:
+        place = source.place(name)
+        if name.endswith(".bias") and place is not None and place.module in told.unbiased:
+            raise ExportError(
+                f"{source.folder} has {name}, and llama.cpp's architecture {told.architecture!r} has no such bias. "
+                "Take gguf out of export.formats"
+            )
     if told.square and source.layers[0].heads * source.head_dim != config.hidden_size:
         raise ExportError(
             f"{source.folder} has {source.layers[0].heads} heads of {source.head_dim}, and llama.cpp's architecture "

@@ -90,7 +90,7 @@ class LlamaCpp:
     @property
     def version(self) -> str:
         """The version of the package that brings llama.cpp."""
-        return f"{PACKAGE} {version(PACKAGE)}"
+        return f"llama.cpp ({PACKAGE} {version(PACKAGE)})"
 
     def predict(self, ids: Sequence[int], vocab: int) -> Tensor:
         """The logarithms of the probabilities of the next token after the given ones; ``[vocab]``, nats."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from libprune.engine.errors import ExportError
@@ -19,9 +19,10 @@ from libprune.export.gguf_file import TYPES, cautions, llama3_factors, paired, s
 from libprune.export.source import Source
 from libprune.results.record import Record
 from tests.support.exported import dense_source, texts, write_pruned
+from tests.support.models import FAMILIES, FFN, heads, tiny_model
 
 DESCRIBED = [family for family in families().values() if family.gguf is not None]
-UNIFORM = ("llama", "mistral", "qwen3", "gemma2")
+UNIFORM = ("llama", "mistral", "gemma2")
 CHANNELS = ("qwen2", "olmo2", "starcoder2", "gpt2")
 """Families whose heads llama.cpp wants all."""
 
@@ -87,6 +88,13 @@ def test_llama_cpp_computes_layers_of_their_own_widths(tmp_path, kind):
     _runs(tmp_path, source, "f32")
 
 
+def test_llama_cpp_computes_qwen3_with_norms_on_its_heads(tmp_path, monkeypatch):
+    plain = tiny_model(Qwen3Config, **FFN, **heads(26, 3, 3, 4), tie_word_embeddings=True)
+    monkeypatch.setitem(FAMILIES, "qwen3 without biases", plain)
+    _, source = write_pruned(tmp_path, "qwen3 without biases", "uniform")
+    _runs(tmp_path, source, "f32")
+
+
 def test_llama_cpp_computes_rounded_weights(tmp_path):
     layout, _ = write_pruned(tmp_path, "llama", "uniform")
     _runs(tmp_path, dense_source(layout), "bf16", limit=ROUNDED)
@@ -97,7 +105,7 @@ def _runs(folder: Path, source: Source, kind: str, limit: float = 1e-5) -> None:
     form.write(folder / "model.gguf", source)
     with form.open(folder / "model.gguf", source, context=64) as program:
         form.check(program, source, "abcd xyz a zebra mn")
-        agreement = compare(program, source, texts(), limit)
+        agreement = compare(program, source, texts(length=5 if cautions(source) else 24), limit)
     assert agreement.same_first == agreement.prompts
     assert agreement.same_written == agreement.written
 
@@ -116,6 +124,7 @@ def test_a_window_that_llama_cpp_ignores_is_told(tmp_path):
     [
         ("phi3", "uniform", "of which libprune writes no GGUF file.*convert_hf_to_gguf.py"),
         ("bert", "uniform", "of which libprune writes no GGUF file; take gguf out"),
+        ("qwen3", "uniform", r"has model\.layers\.0\.self_attn\.o_proj\.bias, and llama\.cpp's"),
         ("qwen2", "uniform", "wants heads that are together as wide as the hidden state, 36; keep all attention"),
         ("qwen2", "per_layer", "has one width for all of them; set allocate.shape to uniform"),
     ],
