@@ -34,7 +34,7 @@ from libprune.repair.repairs import local_repair
 from libprune.report.markdown import markdown_table
 from libprune.results.perplexity import estimate_perplexity, estimate_ratio, window_losses
 
-SAME = 0.0005
+SAME = 0.001
 """Shares removed that differ by less than this count as the same."""
 MULTIPLES = (1, 32, 64, 128, 256)
 METHODS = ("uniform", "global")
