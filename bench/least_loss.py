@@ -235,7 +235,8 @@ class Bench:
     def measure(self, name: str, ratio: float, setting: Setting) -> dict[str, Any]:
         """One row."""
         score, allocate, repair = setting
-        sections = Score(**score), Allocate(ratio=ratio, **allocate), Slice(**repair)
+        single = {"ratio": ratio, "channel_multiple": 1}  # equal shares
+        sections = Score(**score), Allocate(**single | allocate), Slice(**repair)
         start = time.perf_counter()
         plan, info = self.plan(*sections[:2])
         planned = time.perf_counter()

@@ -27,7 +27,8 @@ def main(work: Path = Path("/tmp/least"), ratio: float = 0.5, tokens: int = 8192
     """Measure the plans of all methods at both lengths."""
     bench = Bench(work, windows=2, sequences=0, questions=0)
     repair = local_repair(bench.layout, bench.architecture)
-    plans = {method: bench.plan(Score(), Allocate(ratio=ratio, method=method))[0] for method in METHODS}
+    params = {method: Allocate(ratio=ratio, method=method, channel_multiple=1) for method in METHODS}
+    plans = {method: bench.plan(Score(), one)[0] for method, one in params.items()}
     weights = {method: repair(plan) for method, plan in plans.items()}
     rows = []
     for layout in (bench.layout, bench.long):

@@ -59,7 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "unit_fisher, obs_fisher for mlp": {"criterion": "unit_fisher", "mlp": "obs_fisher"},
 }
 """By name the params of the score section."""
-ALLOCATE = {"method": "uniform", "split": "proportional"}
+ALLOCATE = {"method": "uniform", "split": "proportional", "channel_multiple": 1}
 REPAIRS = {"none": {"repair": "none"}, "local": {"repair": "local", "damping": 0.01}}
 """With one ridge for all; to choose it takes three times as long."""
 RATIO, REFERENCE = 0.2, "unit_fisher"

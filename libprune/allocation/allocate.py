@@ -7,6 +7,7 @@ from libprune.allocation.hgsp import above_floors
 from libprune.allocation.ladders import Ladders, build_ladders, plan_of
 from libprune.allocation.methods import Depth, Evidence
 from libprune.allocation.retention import wanted_removals, wanted_total
+from libprune.allocation.widths import WITHIN, fitting_multiples
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.cost import Prices
@@ -30,12 +31,40 @@ def base_of(prices: Prices, params: Allocate) -> int:
     return prices.decoder if params.ratio_of == "decoder" else prices.total
 
 
-def settle_ratio(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence) -> Allocate:
-    """The params with a ratio: as given, or where it is null what `retention` finds that the scores allow.
+def settle(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence = NO_EVIDENCE) -> Allocate:
+    """The params with numbers where they leave one open: the multiple of channels (`auto`), and the ratio (null).
+
+    `auto` is the largest multiple that the dense width is one of too, and at which the plan of the method, before a
+    search improves it, removes a share within one point of the one asked for. Where the ratio is null, the share is
+    compared with what is removed in single channels. 1 if there is none.
+
+    Args:
+        scores: the importance table.
+        params: budget, method and limits.
+        evidence: what else the method needs.
 
     Raises:
-        BudgetError: if they allow nothing to go.
+        BudgetError: if the ratio is null, and the scores allow nothing to go.
     """
+    if params.channel_multiple != "auto":
+        return _settle_ratio(architecture, scores, params, evidence)
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    single = settle(architecture, scores, params.model_copy(update={"channel_multiple": 1}), evidence)
+    for multiple in fitting_multiples(architecture):
+        coarse = params.model_copy(update={"channel_multiple": multiple})
+        try:
+            settled = _settle_ratio(architecture, scores, coarse, evidence)
+            ladders = _ladders(architecture, scores, settled, prices)
+            plan = descend(architecture, ladders, prices, settled, {**evidence, "scores": scores})
+        except BudgetError:
+            continue
+        if abs(prices.removed(plan) - target_of(prices, single)) <= WITHIN * base_of(prices, params):
+            return settled
+    return single
+
+
+def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence) -> Allocate:
+    """The params with a ratio: as given, or where it is null what `retention` finds that the scores allow."""
     if params.ratio is not None:
         return params
     prices = cost.prices(architecture, params.objective, evidence.get("latency"))
@@ -64,7 +93,7 @@ def allocate(
 
     Args:
         scores: the importance table, rows in the order of `libprune.engine.tables.unit_index`.
-        params: budget, method and limits.
+        params: budget, method and limits; what they leave open is settled first.
         evidence: what else the method needs.
         improve: goes on from the depths of the method; None to leave it there.
 
@@ -79,6 +108,7 @@ def allocate(
         )
     prices = cost.prices(architecture, params.objective, evidence.get("latency"))
     evidence = {**evidence, "scores": scores}
+    params = settle(architecture, scores, params, evidence)
     return descend(architecture, _ladders(architecture, scores, params, prices), prices, params, evidence, improve)
 
 
@@ -95,7 +125,7 @@ def descend(
     Args:
         ladders: the allowed removals.
         prices: what they save.
-        params: budget, method and limits.
+        params: budget, method and limits, settled.
         evidence: what else the method needs.
         improve: goes on from the depths of the method; None to leave it there.
 

@@ -1,16 +1,17 @@
 """The decision of a layout: from the scores and the params to the plan, its shape, and what is said of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from libprune.allocation.advice import advise, fixed_scores
-from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of, settle_ratio, target_of
+from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of, settle, target_of
 from libprune.allocation.block_worth import require_meaningful, with_worth
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.methods import Evidence
+from libprune.allocation.widths import explain_multiple, tensor_parallel_sizes
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.cost import Prices
@@ -25,13 +26,19 @@ from libprune.pipeline.sections import Allocate, Compute, Levels
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, the shape it is to be saved in, how it split the budget, its overlap with the plans of
-    the criterion's components, and the prices that the budget was counted in.
+    """A plan, and what it was decided by.
+
+    Attributes:
+        plan: which units stay.
+        shape: the shape that it is to be saved in.
+        params: the params with all that they had left open.
+        overlap: the plan's overlap with those of the criterion's components, by their names.
+        prices: what the budget was counted in.
     """
 
     plan: Plan
     shape: str
-    split: str
+    params: Allocate
     overlap: Mapping[str, float]
     prices: Prices
 
@@ -80,16 +87,16 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
         from libprune.allocation.search import Search  # needs transformers, which the other decisions do not
 
         search = Search(layout, scores, compute, levels, evidence)
-    settled = settle_ratio(scores.architecture, scores.table, asked, evidence)
-    decision = decide(scores, settled, evidence, search)
+    decision = decide(scores, asked, evidence, search)
+    settled = decision.params
     diagnosis = advise(fixed, decision.plan, settled)
-    result = summary(scores.architecture, decision, settled) | {"diagnosis": diagnosis}
+    result = summary(scores.architecture, decision) | {"diagnosis": diagnosis}
     if search is not None and (best := search.refined) is not None:
         result |= {"divergence": best.divergence, "divergence_of": dict(best.starts), "trials": best.evaluations}
     made = {
         "ratio_asked": asked.ratio,
         "shape": decision.shape,
-        "split": decision.split,
+        "tensor_parallel": result["tensor_parallel"],
         "kept_set_overlap": dict(decision.overlap),
         "diagnosis": diagnosis,
     }
@@ -98,8 +105,18 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
         scores.table | {"keep": decision.plan.column},
         {**scores.meta, **settled.model_dump(), **made},
         result,
-        (_removed(result, asked, settled, decision.shape), *(f"note: {text}" for text in diagnosis["advice"])),
+        tuple(_lines(scores.architecture, result, asked, decision)),
     )
+
+
+def _lines(architecture: Architecture, result: Mapping[str, Any], asked: Allocate, decision: Decision) -> Iterator[str]:
+    yield _removed(result, asked, decision.params, decision.shape)
+    if why := explain_multiple(architecture, asked, result["channel_multiple"], result["share_removed"]):
+        yield why
+    if result["tensor_parallel"] is not None:
+        sizes = ", ".join(map(str, result["tensor_parallel"]))
+        yield f"tensor parallelism: {sizes} (numbers of devices that heads and channels can be divided over)"
+    yield from (f"note: {text}" for text in result["diagnosis"]["advice"])
 
 
 def _removed(result: Mapping[str, Any], asked: Allocate, settled: Allocate, shape: str) -> str:
@@ -140,7 +157,7 @@ def _not_uniform(architecture: Architecture, plan: Plan) -> str | None:
 def decide(
     scores: Scores, params: Allocate, evidence: Evidence = NO_EVIDENCE, improve: Improve | None = None
 ) -> Decision:
-    """Check that the scores may be used as asked, allocate, and settle the shape.
+    """Check that the scores may be used as asked, settle what the params leave open, allocate, and settle the shape.
 
     Raises:
         LibpruneError: if the scores do not compare across layers and the method needs that, or the
@@ -156,13 +173,14 @@ def decide(
         table = table | {"score": table["importance"] / unit}
     if params.split == "auto":
         params = params.model_copy(update={"split": "importance" if comparable else "proportional"})
+    params = settle(architecture, table, params, evidence)
     plan = allocate(architecture, table, params, evidence, improve)
     components = [name for name in table if name in COMPARED_COMPONENTS and scores.meta["scaling"] == "none"]
     overlap = {}
     for name in components if len(components) > 1 else []:
         alone = table | {"importance": table[name], "score": table[name] / unit}
         overlap[name] = jaccard(plan.column, allocate(architecture, alone, params, evidence).column)
-    return Decision(plan, result_shape(architecture, plan, params), params.split, overlap, prices)
+    return Decision(plan, result_shape(architecture, plan, params), params, overlap, prices)
 
 
 COMPARED_COMPONENTS = ("taylor", "fisher")
@@ -199,9 +217,11 @@ def require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
         )
 
 
-def summary(architecture: Architecture, decision: Decision, params: Allocate) -> dict[str, Any]:
+def summary(architecture: Architecture, decision: Decision) -> dict[str, Any]:
     """The content of `metrics/allocation.json`."""
-    prices, parameters = decision.prices, cost.prices(architecture, "parameters").removed(decision.plan)
+    prices, params = decision.prices, decision.params
+    parameters = cost.prices(architecture, "parameters").removed(decision.plan)
+    uniform = decision.shape == "uniform"
     return {
         "objective": params.objective,
         "ratio": params.ratio,
@@ -211,5 +231,7 @@ def summary(architecture: Architecture, decision: Decision, params: Allocate) ->
         "removed_parameters": parameters,
         "decoder_share_removed": parameters / architecture.decoder_parameters,
         "total_share_removed": parameters / architecture.total_parameters,
+        "channel_multiple": params.channel_multiple,
+        "tensor_parallel": tensor_parallel_sizes(architecture, decision.plan) if uniform else None,
         "kept_set_overlap": dict(decision.overlap),
     }

@@ -33,7 +33,8 @@ Ladders = Mapping[Block, tuple[Step, ...]]
 
 
 def build_ladders(architecture: Architecture, scores: Columns, params: Allocate, prices: Prices) -> Ladders:
-    """The allowed removals of every block; ties break by unit."""
+    """The allowed removals of every block; ties break by unit. The multiple of channels is settled."""
+    assert params.channel_multiple != "auto"
     ladders: dict[Block, tuple[Step, ...]] = {}
     start = 0
     for layer, part in architecture.blocks():

@@ -32,13 +32,15 @@ def allocate_network(architecture: Architecture, scores: Columns, params: Alloca
 
     Args:
         scores: the importance table.
-        params: ratio, objective (`parameters` or `macs`), method, floors (`min_channels`), multiple.
+        params: ratio, objective (`parameters` or `macs`), method, floors (`min_channels`), multiple (`auto`: 1).
 
     Raises:
         BudgetError: if the ratio cannot be reached under the floors, or `retention` finds nothing to remove.
         LibpruneError: for a method or an objective that networks do not have.
     """
     _require_known(params)
+    if params.channel_multiple == "auto":
+        params = params.model_copy(update={"channel_multiple": 1})
     ladders = _ranked(architecture, scores, params)
     order = _order(architecture, ladders)
     if params.ratio is None:

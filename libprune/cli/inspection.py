@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from libprune.allocation.allocate import descend
+from libprune.allocation.allocate import descend, settle
 from libprune.allocation.decide import result_shape
-from libprune.allocation.ladders import build_ladders
+from libprune.allocation.ladders import Ladders, build_ladders
+from libprune.allocation.widths import tensor_parallel_sizes
 from libprune.cli.footprint import Footprint, dtype_name, footprints
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
@@ -41,6 +42,7 @@ class Shape:
         removed: the removed share of the decoder's parameters.
         weights: bytes of the weights.
         cache: bytes of the KV cache a token.
+        tensor_parallel: numbers of devices that it can be divided over.
         refused: why there is no such shape; the figures are then those of the dense model.
     """
 
@@ -52,6 +54,7 @@ class Shape:
     removed: float
     weights: int
     cache: int
+    tensor_parallel: Sequence[int]
     refused: str = ""
 
 
@@ -133,12 +136,16 @@ def uniform_shapes(architecture: Architecture, limits: Allocate, dtype: torch.dt
     settings = limits.model_copy(update=uniform | {"shape": "auto", "collapse_below": 0.0})
     prices = cost.prices(architecture, "parameters")
     equal = np.zeros(sum(architecture.units(part) for _, part in architecture.blocks()))
-    ladders = build_ladders(architecture, {"score": equal, "importance": equal}, settings, prices)
+    scores = {"score": equal, "importance": equal}
+    ladders: dict[int | str, Ladders] = {}
     shapes = []
     for ratio in RATIOS:
-        asked = settings.model_copy(update={"ratio": ratio})
+        asked = settle(architecture, scores, settings.model_copy(update={"ratio": ratio}))
+        multiple = asked.channel_multiple
+        if multiple not in ladders:
+            ladders[multiple] = build_ladders(architecture, scores, asked, prices)
         try:
-            plan = descend(architecture, ladders, prices, asked)
+            plan = descend(architecture, ladders[multiple], prices, asked)
             shapes.append(_shape(architecture, plan, ratio, result_shape(architecture, plan, asked), dtype))
         except BudgetError as error:
             shapes.append(_shape(architecture, Plan.dense(architecture), ratio, "uniform", dtype, str(error)))
@@ -158,5 +165,6 @@ def _shape(
         removed=1 - size.decoder / architecture.decoder_parameters,
         weights=size.total * dtype.itemsize,
         cache=size.cache * dtype.itemsize,
+        tensor_parallel=tensor_parallel_sizes(architecture, plan),
         refused=refused,
     )

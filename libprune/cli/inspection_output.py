@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from textwrap import fill
 from typing import Any
 
 from libprune.cli.footprint import Footprint
@@ -97,6 +98,7 @@ def _shapes(shapes: Iterable[Shape], parts: list[str]) -> str:
     header = ("remove", *parts, "decoder", "removed", "all", "weights", "cache a token", "loads")
     rows: list[Row] = [header]
     notes: list[str] = []
+    divided: dict[str, list[str]] = {}
     for shape in shapes:
         name = f"{100 * shape.ratio:.0f} %" if shape.ratio else "dense"
         if shape.refused:
@@ -106,8 +108,11 @@ def _shapes(shapes: Iterable[Shape], parts: list[str]) -> str:
         counts = f"{shape.decoder:,}", f"{100 * shape.removed:.1f} %", f"{shape.total:,}"
         loads = "stock" if shape.loads == "uniform" else "own code"
         rows.append((name, *kept, *counts, _bytes(shape.weights), _bytes(shape.cache), loads))
+        divided.setdefault(", ".join(map(str, shape.tensor_parallel)), []).append(name)
+    sizes = "; ".join(f"{', '.join(names)}: {devices}" for devices, names in divided.items())
+    parallel = fill(f"devices of tensor parallelism: {sizes}", 100)
     title = "uniform shapes: units kept in each layer, if the parts lose alike (allocate.split: proportional)"
-    return "\n".join([title, _aligned(rows, right=range(len(header) - 1)), *notes])
+    return "\n".join([title, _aligned(rows, right=range(len(header) - 1)), parallel, *notes])
 
 
 def _aligned(rows: list[Row], right: Iterable[int]) -> str:

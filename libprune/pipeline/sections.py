@@ -328,8 +328,10 @@ class Allocate(Section):
     """Attention groups that each layer keeps; 0 lets a whole attention go."""
     min_channels: Floor = 1
     """MLP channels that each layer keeps; 0 lets a whole MLP go."""
-    channel_multiple: Count = 1
-    """The kept channels of a pruned MLP are a multiple of this."""
+    channel_multiple: Count | Literal["auto"] = "auto"
+    """The kept channels of a pruned MLP are a multiple of this. `auto`: the largest of 256, 128, 64 and 32 (sizes of
+    blocks of quantized weights) that divides the dense width and at which the share removed lies within one point
+    (0.01) of the one asked for; 1 if there is none, and for networks that are not transformers."""
     freeze_first: Floor = 0
     """Layers at the input that keep everything."""
     freeze_last: Floor = 0

@@ -96,13 +96,14 @@ def _request(result: Metrics, model: str) -> Section:
 
 def _cut(result: Metrics, pictures: Sequence[Picture]) -> Section:
     """The removed shares, in all and layer by layer."""
-    pruned = result["pruned"]
+    pruned, multiple = result["pruned"], result["plan"]["channel_multiple"]
+    kept = f", of which a multiple of {multiple} stays" if multiple > 1 else ""
     return [
         "## What was cut",
         f"Removed {100 * pruned['decoder_share_removed']:.2f} % of the decoder's parameters, "
         f"{100 * pruned['total_share_removed']:.2f} % of all, and {100 * pruned['macs_share_removed']:.2f} % of the "
         "multiplications a token. Attention is cut in groups (a key-value head with its query heads), the MLP in "
-        "channels.",
+        f"channels{kept}.",
         *_shown(pictures, "kept_share"),
         _layers(result),
         *(

@@ -51,7 +51,7 @@ def test_the_ratio_counts_what_it_says(method, ratio_of):
     architecture = shape.architecture()
     params = Allocate(method=method, ratio=0.25, ratio_of=ratio_of)
     decision = decide(Scores(architecture, shape.table(np.arange(48.0)), META), params, shape.evidence(method))
-    told = summary(architecture, decision, params)
+    told = summary(architecture, decision)
     total = shape.decoder + 7 * shape.model
     assert told["target"] == round(0.25 * {"decoder": shape.decoder, "total": total}[ratio_of])
     assert told["decoder_share_removed"] == pytest.approx(told["removed_parameters"] / shape.decoder)
@@ -65,7 +65,7 @@ def test_a_budget_of_the_cache_is_met_by_groups_alone(method):
     architecture = shape.architecture()
     params = Allocate(method=method, ratio=0.25, objective="cache", shape="per_layer")
     decision = decide(Scores(architecture, shape.table(np.arange(48.0)), META), params, shape.evidence(method))
-    told = summary(architecture, decision, params)
+    told = summary(architecture, decision)
     assert told["objective"] == "cache"
     assert told["target"] == told["removed"] == 3 * 2 * shape.d
     assert told["removed_parameters"] == 3 * shape.group_cost == removed_parameters(shape, decision.plan)

@@ -65,7 +65,7 @@ def test_fused_scores_without_a_worth_are_refused_in_global_alone():
         assert decide(Scores(architecture, scores, META | {"fusion": fusion}), Allocate(method="global"))
     for method, evidence in (("uniform", {}), ("hgsp", {"evidence": SHAPE.evidence("hgsp")}), ("retention", {})):
         assert decide(Scores(architecture, scores, META), Allocate(method=method), **evidence)
-    assert decide(Scores(architecture, scores, META), RANKED).split == "importance"
+    assert decide(Scores(architecture, scores, META), RANKED).params.split == "importance"
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_scores_that_do_not_compare_are_refused_in_global_unless_scaled():
 def test_the_budget_is_split_by_importance_only_where_scores_compare(meta, split):
     shape = Shape()
     decision = decide(Scores(shape.architecture(), shape.table(np.arange(48.0)), META | meta), Allocate())
-    assert decision.split == split
+    assert decision.params.split == split
     plan = allocate(shape.architecture(), shape.table(np.arange(48.0)), Allocate(split=split))
     assert jaccard(decision.plan.column, plan.column) == 1
 
@@ -138,6 +138,20 @@ def test_the_stage_writes_the_scores_under_the_fix_and_both_ratios(project, caps
     assert all(f"note: {sentence}" in capsys.readouterr().out for sentence in metrics["diagnosis"]["advice"])
 
 
+def test_the_stage_says_which_multiple_it_chose_and_what_devices_divide(project, capsys):
+    for shape, sizes in (("per_layer", None), ("uniform", [1])):
+        method = {"per_layer": "global", "uniform": "uniform"}[shape]
+        plan, meta, metrics = allocated(project, gradient_fix="none", shape=shape, method=method)
+        assert (meta["channel_multiple"], meta["tensor_parallel"]) == (1, sizes)
+        assert (metrics["channel_multiple"], metrics["tensor_parallel"]) == (1, sizes)
+        lines = capsys.readouterr().out.splitlines()
+        width = plan.keep[0, "mlp"].size
+        assert f"keeps channels in no multiple: {width} is a multiple of none of 256, 128, 64 and 32" in lines
+        assert any(line.startswith("tensor parallelism: 1 (numbers") for line in lines) == (shape == "uniform")
+    allocated(project, shape="per_layer", method="hgsp", channel_multiple=2)
+    assert "channels in" not in capsys.readouterr().out
+
+
 def test_layers_that_collapse_are_gone_from_the_saved_model(project, quick_proof):
     collapse = {"collapse_below": 0.95, "allow_layer_removal": True, "ratio": 0.4}
     plan, _, metrics = allocated(project, gradient_fix="none", **collapse)
@@ -180,7 +194,7 @@ def test_the_budget_of_time_is_met_and_what_is_slow_goes_first(method):
     given = shape.evidence("search") | {"latency": lines}
     scores = shape.table(1.0 + np.random.default_rng(0).permutation(len(shape.unit_costs())))
     params = Allocate(method=method, ratio=0.25, objective="latency", shape="per_layer")
-    told = summary(architecture, decide(Scores(architecture, scores, META), params, given), params)
+    told = summary(architecture, decide(Scores(architecture, scores, META), params, given))
     assert told["target"] == round(0.25 * 4 * (6 * 6 + 24) * 1e6)
     assert told["share_removed"] == pytest.approx(0.25, abs=0.03)
 

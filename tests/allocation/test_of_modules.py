@@ -2,14 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from libprune.allocation.of_modules import MODULE_METHODS, OBJECTIVES, allocate_network
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import BudgetError, LibpruneError
+from libprune.engine.module_family import NetworkFamily
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, split_blocks, unit_index
 from libprune.pipeline.methods import METHODS
@@ -54,6 +57,16 @@ def test_the_budget_is_met_the_lowest_go_first_and_nothing_more_fits(name, metho
             lowest = np.flatnonzero(keep)[np.argmin(values[keep])]
             fewer = Plan({**plan.keep, block: keep & (np.arange(len(keep)) != lowest)})
             assert dense - amount(architecture, fewer, objective) > target
+
+
+def test_channels_of_networks_go_one_by_one_unless_a_multiple_is_given():
+    modules = {"0": "inputs -> hidden", "2": "hidden -> classes"}
+    network = nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 3))
+    family = NetworkFamily(family="net", prunable=["hidden"], modules=modules)
+    architecture = describe_module(network, family, torch.zeros(2, 5))
+    scores = scored(architecture, 0)
+    for limit, kept in (({}, 45), ({"channel_multiple": 32}, 64), ({"channel_multiple": 16}, 48)):
+        assert allocate_network(architecture, scores, Allocate(ratio=0.3, **limit)).kept(0, "hidden") == kept
 
 
 def test_the_methods_of_networks_are_those_whose_record_says_so():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from libprune.allocation.allocate import allocate, settle_ratio
+from libprune.allocation.allocate import allocate, settle
 from libprune.allocation.decide import decide, summary
 from libprune.allocation.retention import CONSERVATIVE, removable_units, retained_share
 from libprune.engine.errors import BudgetError, LibpruneError, ParamsError
@@ -78,13 +78,13 @@ def test_more_is_kept_the_further_an_error_is_carried_and_units_alike_lose_as_ma
 @given(st.integers(0, 99), st.sampled_from(sorted(CONSERVATIVE)))
 def test_without_a_ratio_every_block_loses_what_its_scores_allow(seed, network):
     scores, architecture = table(seed), SHAPE.architecture()
-    params = settle_ratio(architecture, scores, unfixed(network_type=network), {})
+    params = settle(architecture, scores, unfixed(network_type=network), {})
     decision = decide(Scores(architecture, scores, META), params)
     for block, importance in split_blocks(architecture, scores["importance"]):
         share = retained_share(importance, network)
         assert (~decision.plan.keep[block]).sum() == int(removable_units(importance, share))
         assert importance[decision.plan.keep[block]].sum() >= share * importance.sum() * (1 - 1e-9)
-    told = summary(architecture, decision, params)
+    told = summary(architecture, decision)
     assert told["ratio"] == pytest.approx(told["removed"] / SHAPE.decoder)
     assert told["target"] == told["removed"] == removed_parameters(SHAPE, decision.plan)
 
@@ -94,9 +94,9 @@ def test_without_a_ratio_every_block_loses_what_its_scores_allow(seed, network):
 def test_the_ratio_that_comes_out_respects_floors_multiples_and_frozen_layers(seed, groups, channels, multiple, first):
     limits = {"min_groups": groups, "min_channels": channels, "channel_multiple": multiple, "freeze_first": first}
     scores, architecture = table(seed), SHAPE.architecture()
-    free = settle_ratio(architecture, scores, unfixed(), {}).ratio
+    free = settle(architecture, scores, unfixed(), {}).ratio
     try:
-        params = settle_ratio(architecture, scores, unfixed(**limits), {})
+        params = settle(architecture, scores, unfixed(**limits), {})
     except BudgetError as error:
         assert "finds no block that can lose a unit" in str(error)
         return
@@ -109,8 +109,8 @@ def test_the_ratio_that_comes_out_respects_floors_multiples_and_frozen_layers(se
 
 
 def test_a_given_ratio_stays_and_other_methods_need_one(tmp_path):
-    params = unfixed().model_copy(update={"ratio": 0.25})
-    assert settle_ratio(SHAPE.architecture(), table(0), params, {}) is params
+    params = unfixed().model_copy(update={"ratio": 0.25, "channel_multiple": 1})
+    assert settle(SHAPE.architecture(), table(0), params, {}) is params
     path = write_params(tmp_path / "params.yaml", "m", "t", allocate={"ratio": None, "method": "global"})
     with pytest.raises(
         ParamsError, match=r"ratio: null leaves the ratio to allocate\.method: retention, not to global"

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from libprune.allocation.allocate import allocate
 from libprune.cli.inspection import RATIOS, inspect_model, params_for, uniform_shapes
 from libprune.cli.inspection_output import as_data
 from libprune.cli.main import app
@@ -42,6 +44,17 @@ def test_uniform_shapes_are_those_of_the_allocate_stage(tmp_path):
         assert (size.decoder, size.total, 4 * size.cache) == (shape.decoder, shape.total, shape.cache)
         assert shape.weights == 4 * size.total
         assert shape.kept["mlp"] % 4 == 0
+        assert shape.tensor_parallel == meta["tensor_parallel"]
+
+
+def test_each_share_has_the_multiple_that_auto_comes_to():
+    shape = Shape(layers=2, ffn=4096)
+    architecture = shape.architecture()
+    for found in uniform_shapes(architecture, Allocate(), torch.float32):
+        params = Allocate(ratio=found.ratio, split="proportional")
+        plan = allocate(architecture, shape.table(np.ones(len(shape.unit_costs()))), params)
+        assert {part: plan.kept(0, part) for part in architecture.parts} == found.kept
+        assert found.kept["mlp"] % 32 == 0
 
 
 def test_a_share_that_the_floors_forbid_is_shown_as_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -20,6 +21,7 @@ def test_a_published_config_alone_is_enough_and_fits_a_hundred_columns(tmp_path,
     assert f"{inspection.architecture.total_parameters:,}" in shown
     assert "stored as bfloat16" in shown
     assert "a stock config says 1, 2, 4, 8" in shown
+    assert re.search(r"^devices of tensor parallelism: dense.*: 1, 2, 4, 8, 16, 32", shown, re.MULTILINE)
     assert max(map(len, shown.splitlines())) <= 100
 
 

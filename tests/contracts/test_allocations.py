@@ -47,7 +47,7 @@ def assert_removed_as_asked(shape: Shape, decision: Decision, params: Allocate) 
     assert architecture.decoder_parameters == shape.decoder
     removed = removed_parameters(shape, decision.plan)
     assert removed == shape.decoder - cost.size(architecture, decision.plan).decoder
-    told = summary(architecture, decision, params)
+    told = summary(architecture, decision)
     assert told["removed"] == told["removed_parameters"] == removed
     assert told["decoder_share_removed"] == pytest.approx(removed / shape.decoder)
     assert told["target"] == round(params.ratio * shape.decoder)

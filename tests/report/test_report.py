@@ -34,6 +34,11 @@ def test_the_report_says_what_was_cut_what_it_cost_and_how_to_load_it(shape):
     assert ("trust_remote_code=True" in text) is (shape == "per_layer")
 
 
+def test_the_multiple_of_the_channels_is_named_where_there_is_one():
+    assert "the MLP in channels, of which a multiple of 32 stays." in report_of(changed(plan={"channel_multiple": 32}))
+    assert "the MLP in channels." in report_of(EVALUATION)
+
+
 def test_layers_that_keep_the_same_share_a_row():
     kept = [{"attention": 3, "mlp": n} for n in (9, 9, 9, 8, 9, 9)]
     rows = re.findall(r"^\| (\d.*?) \| 3 of 3 \| (\d) of 1,536", report_of(changed(kept=kept)), re.MULTILINE)

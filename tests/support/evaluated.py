@@ -28,6 +28,7 @@ EVALUATION: dict[str, Any] = {
         "ratio_of": "decoder",
         "objective": "macs",
         "shape": "uniform",
+        "channel_multiple": 1,
         "model": "0f0f",
         "minutes": None,
         "kept_set_overlap": {"taylor": 0.98765},

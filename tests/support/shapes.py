@@ -57,7 +57,8 @@ class Shape:
 
     def removable(self, params: Allocate) -> dict[str, int]:
         """Units of each part that one layer can lose at most."""
-        kept = -(-params.min_channels // params.channel_multiple) * params.channel_multiple
+        multiple = single(params).channel_multiple
+        kept = -(-params.min_channels // multiple) * multiple
         return {"attention": max(0, self.kv - params.min_groups), "mlp": max(0, self.ffn - kept)}
 
     def reachable(self, params: Allocate) -> int:
@@ -137,7 +138,12 @@ EQUAL_COSTS = Shape(q=1, d=1, gates=3)
 
 def ladders_of(architecture: Architecture, scores: Columns, params: Allocate) -> Ladders:
     """The ladders under the prices of the asked objective."""
-    return build_ladders(architecture, scores, params, prices(architecture, params.objective))
+    return build_ladders(architecture, scores, single(params), prices(architecture, params.objective))
+
+
+def single(params: Allocate) -> Allocate:
+    """The params with what `channel_multiple: auto` means for a shape of fewer than 32 channels."""
+    return params.model_copy(update={"channel_multiple": 1}) if params.channel_multiple == "auto" else params
 
 
 @st.composite

@@ -1,0 +1,77 @@
+"""Widths that other programs want: multiples that blocks of quantized weights fill, and counts that devices divide."""
+
+from libprune.engine.architecture import Architecture
+from libprune.engine.plan import Plan
+from libprune.pipeline.sections import Allocate
+
+MULTIPLES = (256, 128, 64, 32)
+"""Multiples of channels that `allocate.channel_multiple: auto` chooses from, the largest first.
+
+Blocks of llama.cpp's k-quants hold 256 weights, those of its other types 32; the Marlin kernels for four-bit weights
+take multiples of 128 inputs and 64 outputs; groups of 32 and 128 weights are usual elsewhere.
+"""
+WITHIN = 0.01
+"""How far the share removed at such a multiple may lie from the one asked for: one point."""
+
+
+def channel_parts(architecture: Architecture) -> list[str]:
+    """The parts of a language model whose units can go in multiples: not attention, nor what norms couple."""
+    parts = architecture.parts if architecture.layered else {}
+    return [part for part, shape in parts.items() if not architecture.grouped(part) and not shape.coupled]
+
+
+def fitting_multiples(architecture: Architecture) -> list[int]:
+    """The `MULTIPLES` that the dense model's channels are a multiple of, the largest first; a network has none."""
+    widths = [architecture.units(part) for part in channel_parts(architecture)]
+    return [multiple for multiple in MULTIPLES if widths and all(width % multiple == 0 for width in widths)]
+
+
+def tensor_parallel_sizes(architecture: Architecture, plan: Plan) -> list[int]:
+    """The numbers of devices that tensor parallelism can divide the model over, ascending.
+
+    They divide the query heads and the channels, and divide the key-value heads or are a multiple of them (vLLM,
+    vllm/model_executor/models/llama.py, which then gives devices copies of the heads).
+
+    Args:
+        plan: alike in all layers.
+    """
+    kept = {part: plan.kept(plan.layers[0], part) for part in architecture.parts}
+    groups = [count for part, count in kept.items() if architecture.grouped(part)]
+    channels = [count for part, count in kept.items() if not architecture.grouped(part)]
+    divided = [count * architecture.sizes.get("q", 1) for count in groups] + channels
+    return [
+        size
+        for size in range(1, min(divided) + 1)
+        if all(count % size == 0 for count in divided)
+        and all(count % size == 0 or size % count == 0 for count in groups)
+    ]
+
+
+def explain_multiple(architecture: Architecture, asked: Allocate, multiple: int, removed: float) -> str | None:
+    """A sentence on what `allocate.channel_multiple: auto` came to and why; None where nothing was to be chosen.
+
+    Args:
+        asked: the params, as they are written.
+        multiple: what was chosen.
+        removed: the share of the objective that the plan removes.
+    """
+    parts = channel_parts(architecture)
+    if asked.channel_multiple != "auto" or not parts:
+        return None
+    *larger, last = map(str, MULTIPLES)
+    known, width = f"{', '.join(larger)} and {last}", " and ".join(f"{architecture.units(part):,}" for part in parts)
+    if multiple > 1:
+        wanted = (
+            "single channels remove about as much" if asked.ratio is None else f"{100 * asked.ratio:g} % was asked for"
+        )
+        return (
+            f"keeps channels in multiples of {multiple}: the largest of {known} that {width} is a multiple of and that "
+            f"removes {100 * removed:.1f} % where {wanted} (within one point)"
+        )
+    if not fitting_multiples(architecture):
+        return f"keeps channels in no multiple: {width} is a multiple of none of {known}"
+    wanted = "what single channels remove" if asked.ratio is None else f"the {100 * asked.ratio:g} % asked for"
+    return (
+        f"keeps channels in no multiple: none of {known} that {width} is a multiple of comes within one point of "
+        f"{wanted}"
+    )
