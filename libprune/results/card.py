@@ -9,8 +9,8 @@ import yaml
 
 from libprune.engine.errors import ArtifactError
 from libprune.engine.heads import CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
+from libprune.models.dialect import STOP
 from libprune.models.origin import CARD, Origin
-from libprune.results.dialect import STOP
 from libprune.results.record import PROVENANCE, Record, read_provenance, read_record
 
 _TASKS = {
@@ -19,7 +19,7 @@ _TASKS = {
     SEQUENCE_CLASSIFICATION.name: "text-classification",
 }
 """The names of hubs for what a model does, by its head."""
-_FOLDERS = re.compile(r"(?<![^\s(])(?:package://|[~.]*/)\S*/(?=\S)")
+_FOLDERS = re.compile(r"(?<![^\s(])(?:package://|[~.]*/)(?:\S*/)?(?=\S)")
 """The folders in the path of a local file."""
 
 
@@ -108,6 +108,11 @@ def _loading(record: Record) -> Iterator[str]:
     else:
         versions = "5" if STOP.keys() & record.config.keys() else "4.57 and 5"
         yield f"All layers are alike, and the config is a stock one; transformers {versions} read it."
+        if record.config.get("attn_logit_softcapping") is not None:
+            yield (
+                'Pass `attn_implementation="eager"` in transformers 4, whose default leaves out the soft cap of the '
+                "attention."
+            )
 
 
 def _making(record: Record) -> Iterator[str]:

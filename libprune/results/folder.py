@@ -23,8 +23,8 @@ from libprune.engine.family import Family, Part, families
 from libprune.engine.heads import HEADS, Head
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import new_config
+from libprune.models.dialect import OWN_TYPE, STOP, tokenizer_settings, version_4
 from libprune.models.folder import load_config
-from libprune.results.dialect import OWN_TYPE, STOP, tokenizer_settings, version_4
 
 MODELING_FILE = "modeling_pruned.py"
 _TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")

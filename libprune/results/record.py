@@ -19,11 +19,11 @@ from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
+from libprune.models.dialect import OWN_TYPE, STOP
 from libprune.models.folder import sha256
 from libprune.models.origin import CARD
 from libprune.pipeline.artifacts import read_json, read_table, require, same_origin
 from libprune.pipeline.layout import NOTE
-from libprune.results.dialect import OWN_TYPE, STOP
 
 PLAN = "plan.parquet"
 """The file of a pruned folder that says which units are kept."""
