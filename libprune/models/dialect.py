@@ -20,6 +20,8 @@ _NESTED = ("full_attention", "sliding_attention")
 STOP: dict[str, Any] = {"pruned_heads": {"this config can only be read by transformers 5 or newer": []}}
 """A key that version 5 does not know, and whose entries version 4 takes for numbers: there this text is an error."""
 
+_OF_THE_READER = {"name_or_path", "is_local", "local_files_only"}
+"""What transformers notes down of how a tokenizer was read, not of the tokenizer."""
 OWN_TYPE = "pruned_"
 """What `model_type` begins with in a folder with a modeling file, so that no stock code takes the model for its own."""
 
@@ -75,7 +77,7 @@ def _doubled(rope: Rope) -> Rope:
 
 
 def _plain(rope: Mapping[str, Any]) -> Rope:
-    """The same without keys that say nothing: those of no value, and the older name of `rope_type`."""
+    """What remains without the keys that say nothing: those of no value, and the older name of `rope_type`."""
     return {
         key: _plain(value) if isinstance(value, Mapping) else value
         for key, value in rope.items()
@@ -88,9 +90,10 @@ def tokenizer_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         settings: as transformers 5 writes them. The generic class gets the name that both versions know, other classes
-            keep theirs, and further special tokens lie where version 4 looks for them.
+            keep theirs, and further special tokens lie where version 4 looks for them. How the tokenizer was read is
+            left out.
     """
-    said = {key: value for key, value in settings.items() if key != "name_or_path"}
+    said = {key: value for key, value in settings.items() if key not in _OF_THE_READER}
     if said.get("tokenizer_class") == "TokenizersBackend":
         said["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(said.get("extra_special_tokens"), list):

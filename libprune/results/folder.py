@@ -99,12 +99,11 @@ def pruned_config(
 ) -> dict[str, Any]:
     """The content of config.json for the shape that a plan leaves.
 
-    It names no path: the key `_name_or_path` is left out. A uniform one speaks to transformers 4 as well.
+    It does not say where the dense model lay. A uniform one speaks to transformers 4 as well.
     """
     sizes = _layer_sizes(architecture, plan, plan.layers[0]) if shape == "uniform" else dict(architecture.sizes)
     new = new_config(family, config, sizes, plan.layers)
-    data = new.to_dict()
-    data.pop("_name_or_path", None)
+    data = {key: value for key, value in new.to_dict().items() if not key.endswith("name_or_path")}
     if shape == "uniform":
         return data | {"architectures": config.architectures} | version_4(new)
     head = HEADS[architecture.head]

@@ -116,13 +116,17 @@ def test_a_config_that_stops_version_4_says_the_same_to_version_5():
 def test_tokenizers_of_the_generic_class_read_alike_under_its_older_name(tmp_path):
     write_model(tmp_path)
     path = tmp_path / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) | {"extra_special_tokens": ["<a>", "<b>"], "name_or_path": "/home/me/model"}
+    settings = json.loads(path.read_text()) | {
+        "extra_special_tokens": ["<a>", "<b>"],
+        "name_or_path": "/home/me/model",
+        "is_local": True,
+    }
     path.write_text(json.dumps(settings))
     newer = AutoTokenizer.from_pretrained(tmp_path)
     said = tokenizer_settings(settings)
     assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert said["additional_special_tokens"] == ["<a>", "<b>"]
-    assert not {"extra_special_tokens", "name_or_path"} & said.keys()
+    assert not {"extra_special_tokens", "name_or_path", "is_local"} & said.keys()
     path.write_text(json.dumps(said))
     older = AutoTokenizer.from_pretrained(tmp_path)
     text, chat = "the old cat<b> sees<eos>a bird", [{"role": "user", "content": "the cat"}]
