@@ -28,7 +28,7 @@ def collect(work: Path, length: int) -> Path:
     """Gradients on sequences of one length; everything else is linked from the other bench."""
     root = work / f"length-{length}"
     root.mkdir(exist_ok=True)
-    for name in ("model", "architecture.json", "weights.parquet"):
+    for name in ("model", "architecture.json", "origin.json", "weights.parquet"):
         if not (root / name).exists():
             (root / name).symlink_to((work / "artifacts" / name).resolve())
     params: dict[str, Any] = yaml.safe_load((work / "params.yaml").read_text())

@@ -164,7 +164,9 @@ def collect(work: Path, text: str, calibration: Calibration) -> None:
         params["score"] |= {"criterion": criterion}
         path, root = work / f"params_{criterion}.yaml", levelled(work, criterion)
         path.write_text(yaml.safe_dump(params))
-        _link(work / "artifacts", root, ("model", "architecture.json", "weights.parquet", "tokens", *SUMS))
+        _link(
+            work / "artifacts", root, ("model", "architecture.json", "origin.json", "weights.parquet", "tokens", *SUMS)
+        )
         for stage in ("score", "levels"):
             _run(stage, path, root, work / f"{stage}-{criterion}.done")
     params["tokenize"] |= {"calibration_sequences": calibration.long, "calibration_length": 1024}

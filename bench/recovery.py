@@ -46,6 +46,7 @@ TASKS = ("piqa_file", "arc_easy_file")
 COLLECTED: tuple[str, ...] = (
     "model",
     "architecture.json",
+    "origin.json",
     "weights.parquet",
     "tokens",
     "gradients",
@@ -158,7 +159,7 @@ def _write_dense(layout: Layout) -> None:
         return
     architecture = read_architecture(layout)
     plan = Plan.dense(architecture)
-    meta = {"model": architecture.fingerprint, "shape": "uniform"}
+    meta = {"model": architecture.fingerprint, "shape": "uniform", "criterion": "none", "method": "none"}
     write_units(layout.plan, architecture, lambda *block: {"keep": plan.keep[block]}, meta)
     with writing_folder(layout.pruned) as folder:
         prune(layout, folder, Compute(), Slice(repair="none"))

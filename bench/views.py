@@ -80,7 +80,7 @@ def collect(work: Path, text: Path, seed: int) -> Path:
     path = work / f"params-{seed}.yaml"
     path.write_text(yaml.safe_dump(params))
     _run("prepare", path, work / "dense", work / "prepare.done")
-    for name in ("model", "architecture.json", "weights.parquet"):
+    for name in ("model", "architecture.json", "origin.json", "weights.parquet"):
         if not (root / name).exists():
             (root / name).symlink_to((work / "dense" / name).resolve())
     for stage in COLLECTED:

@@ -53,6 +53,7 @@ _BOOKKEEPING = frozenset(
         "dtype",
         "use_cache",
         "auto_map",
+        "pruned_heads",
         "task_specific_params",
     }
 )

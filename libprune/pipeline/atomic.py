@@ -25,11 +25,21 @@ def writing(target: Path) -> Iterator[Path]:
     remove(partial)
     try:
         yield partial
+        _let_others_read(partial)
         if partial.is_dir():
             remove(target)
         partial.replace(target)
     finally:
         remove(partial)
+
+
+def _let_others_read(written: Path) -> None:
+    """Give files the mode that files usually get here: safetensors writes some that only their owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (written, *written.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
 
 
 @contextmanager

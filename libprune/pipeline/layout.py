@@ -27,6 +27,8 @@ class Layout:
     """The dense model, a Hugging Face folder."""
     architecture = Place("architecture.json")
     """Axes, sizes and parameters of the dense model."""
+    origin = Place("origin.json")
+    """Name, licence and place on the hub of the dense model."""
     weights = Place("weights.parquet")
     """Per-unit costs and weight norms."""
     calibration_tokens = Place("tokens/calibration.parquet")
@@ -61,6 +63,8 @@ class Layout:
     """What these programs made of it."""
     evaluation = Place("evaluation.json")
     """Everything measured of the dense and the pruned model."""
+    model_card = Place("model_card.md")
+    """The model card of the result, with the figures of the evaluation."""
     pruned = Place("pruned")
     """The pruned model, a Hugging Face folder."""
     recovered = Place("recovered")

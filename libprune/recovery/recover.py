@@ -31,6 +31,7 @@ from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher
 from libprune.recovery.student import finished_weights, load_student, prepare, trained_parameters
 from libprune.recovery.teacher_model import load_teacher, prediction_origin
 from libprune.recovery.training import Outcome, Schedule, Training, make_schedule
+from libprune.results.card import write_card
 from libprune.results.folder import save_weights
 from libprune.results.proof import reference_logits, verify_folder
 from libprune.results.record import PROVENANCE, Record, read_record, versions, write_provenance
@@ -219,7 +220,7 @@ def write_weights(folder: Path, record: Record, weights: Mapping[str, Tensor]) -
 
 
 def write_recovery(folder: Path, record: Record, recovery: Recovery, proof: Mapping[str, float]) -> None:
-    """Write the record of a recovered folder: that of the pruned one, with what the training came to.
+    """Write the record and the model card of a recovered folder: of the pruned one, with what the training came to.
 
     Args:
         folder: the folder, with all of its other files.
@@ -229,3 +230,4 @@ def write_recovery(folder: Path, record: Record, recovery: Recovery, proof: Mapp
     """
     made = {key: value for key, value in record.provenance.items() if key != "files"}
     write_provenance(folder, made | versions() | {"recovery": recovery.as_json() | {"proof": dict(proof)}})
+    write_card(folder)

@@ -111,7 +111,7 @@ def _content(record: Record) -> Iterator[Finding]:
 def _config(record: Record) -> Iterator[Finding]:
     """Check that the config says the widths that the plan leaves."""
     path, architecture, layers = record.folder / "config.json", record.architecture, len(record.left.layers)
-    family = family_of(record.config["model_type"])
+    family = family_of(record.stock_config.model_type)
     if architecture.layers != layers:
         said = f"{family.config.layers} = {architecture.layers}, but {PLAN} leaves {layers} layers"
         yield Finding("fault", "config", f"{path} says {said}")

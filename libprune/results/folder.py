@@ -4,6 +4,7 @@ Two shapes of result: `uniform`, every layer alike, in a stock config that every
 `per_layer`, any width in any layer, with a modeling file of a few lines beside the weights.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -22,10 +23,12 @@ from libprune.engine.family import Family, Part, families
 from libprune.engine.heads import HEADS, Head
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import new_config
+from libprune.models.dialect import OWN_TYPE, STOP, tokenizer_settings, version_4
 from libprune.models.folder import load_config
 
 MODELING_FILE = "modeling_pruned.py"
 _TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
+_TOKENIZER_SETTINGS = "tokenizer_config.json"
 _TOKENIZER_FILES = (
     "token",
     "vocab",
@@ -63,14 +66,17 @@ def write_pruned(
     config = config or load_config(dense)
     dtype = next(iter(state.values())).dtype
     pruned = pruned_config(family, config, architecture, plan, shape)
-    pruned["dtype"] = str(dtype).removeprefix("torch.")
+    pruned["dtype"] = pruned["torch_dtype"] = str(dtype).removeprefix("torch.")  # before and since version 4.56
     if "per_layer_config" in pruned:
         (folder / MODELING_FILE).write_text(_modeling_code(family, config, HEADS[architecture.head]))
-    stock = None if "per_layer_config" in pruned else without_weights(type(config).from_dict(dict(pruned)))
+    stock = None if "per_layer_config" in pruned else without_weights(type(config).from_dict(copy.deepcopy(pruned)))
     save_weights(folder, stock, state)
     (folder / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
     for path in dense.iterdir():
-        if path.name.startswith(_TOKENIZER_FILES):
+        if path.name == _TOKENIZER_SETTINGS:
+            settings = tokenizer_settings(json.loads(path.read_text()))
+            (folder / path.name).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        elif path.name.startswith(_TOKENIZER_FILES):
             shutil.copyfile(path, folder / path.name)
 
 
@@ -91,19 +97,21 @@ def save_weights(folder: Path, stock: PreTrainedModel | None, state: Mapping[str
 def pruned_config(
     family: Family, config: PreTrainedConfig, architecture: Architecture, plan: Plan, shape: str
 ) -> dict[str, Any]:
-    """The content of config.json for the shape that a plan leaves."""
+    """The content of config.json for the shape that a plan leaves.
+
+    It does not say where the dense model lay. A uniform one speaks to transformers 4 as well.
+    """
+    sizes = _layer_sizes(architecture, plan, plan.layers[0]) if shape == "uniform" else dict(architecture.sizes)
+    new = new_config(family, config, sizes, plan.layers)
+    data = {key: value for key, value in new.to_dict().items() if not key.endswith("name_or_path")}
     if shape == "uniform":
-        data = new_config(family, config, _layer_sizes(architecture, plan, plan.layers[0]), plan.layers).to_dict()
-        data["architectures"] = config.architectures
-        return data
-    data = new_config(family, config, dict(architecture.sizes), plan.layers).to_dict()
+        return data | {"architectures": config.architectures} | version_4(new)
     head = HEADS[architecture.head]
-    _, model_class, config_class = _stock_classes(config, head)
-    data["architectures"] = [f"Pruned{model_class}"]
-    data["auto_map"] = {
-        "AutoConfig": f"{Path(MODELING_FILE).stem}.Pruned{config_class}",
-        head.auto_class: f"{Path(MODELING_FILE).stem}.Pruned{model_class}",
-    }
+    stock = _stock_classes(family, config, head)
+    classes = {"AutoConfig": "config_class", "AutoModel": "base_class", head.auto_class: "model_class"}
+    data |= STOP | {"model_type": OWN_TYPE + data["model_type"], "architectures": [f"Pruned{stock['model_class']}"]}
+    data["num_hidden_layers"] = len(plan.layers)  # by this name, where the tokenizer's loader knows no family
+    data["auto_map"] = {auto: f"{Path(MODELING_FILE).stem}.Pruned{stock[name]}" for auto, name in classes.items()}
     data["per_layer_config"] = {
         str(index): _layer_overrides(family, architecture, plan, layer) for index, layer in enumerate(plan.layers)
     }
@@ -142,32 +150,31 @@ def _layer_overrides(family: Family, architecture: Architecture, plan: Plan, lay
     return {**overrides, "skip": skip} if skip else overrides
 
 
-def _stock_classes(config: PreTrainedConfig, head: Head) -> tuple[str, str, str]:
-    """Transformers' package, model class and config class of a config."""
-    return type(config).__module__.split(".")[-2], head.model_class(config), type(config).__name__
+def _stock_classes(family: Family, config: PreTrainedConfig, head: Head) -> dict[str, str]:
+    """The names in transformers' code of a config, its model with and without the head, a layer, and their package."""
+    model = without_weights(config)
+    return {
+        "package": type(config).__module__.split(".")[-2],
+        "config_class": type(config).__name__,
+        "model_class": head.model_class(config),
+        "base_class": type(model.base_model).__name__,
+        "layer_class": type(model.get_submodule(family.layers)[0]).__name__,
+    }
 
 
 def _modeling_code(family: Family, config: PreTrainedConfig, head: Head) -> str:
-    package, model_class, config_class = _stock_classes(config, head)
     parts = {
         name: (part.module, [path for path in part.modules if not f"{path}.".startswith(f"{part.module}.")])
         for name, part in family.parts.items()
     }
     return Template(_TEMPLATE.read_text()).substitute(
-        package=package,
-        model_class=model_class,
-        config_class=config_class,
+        **_stock_classes(family, config, head),
         auto_class=head.auto_class,
-        layer_class=_layer_class(family, config),
-        layers=family.layers,
+        own_type=OWN_TYPE + config.model_type,
+        layers=family.layers.partition(".")[2],
         parts=repr(parts),
         built_with=repr({key: getattr(config, key) for key in _unsaid_keys(family)}),
     )
-
-
-def _layer_class(family: Family, config: PreTrainedConfig) -> str:
-    model = without_weights(config)
-    return type(model.get_submodule(family.layers)[0]).__name__
 
 
 def _unsaid_parts(family: Family) -> list[Part]:

@@ -4,10 +4,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import added_biases, with_biases
 from libprune.engine.plan import Plan
@@ -15,11 +17,12 @@ from libprune.engine.surgery import slice_state
 from libprune.models.compute import named_dtype
 from libprune.models.folder import WeightFiles, load_config, load_model
 from libprune.models.tokens import read_tokens
-from libprune.pipeline.artifacts import read_architecture, read_plan, require, write_table
+from libprune.pipeline.artifacts import read_architecture, read_json, read_plan, require, write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
 from libprune.repair.least_squares import Fit, fit_table, mean_errors, new_parameters
+from libprune.results.card import write_card
 from libprune.results.folder import write_pruned
 from libprune.results.proof import masked_logits, verify_folder
 from libprune.results.record import versions, write_provenance
@@ -68,8 +71,18 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     write_table(folder / "repair.parquet", fit_table(fits), {"model": architecture.fingerprint})
     model = load_model(layout.model, torch.float32, config=config)
     proof, errors = _prove(layout, folder, model, architecture, plan, weights, meta["shape"]), mean_errors(fits)
-    made = {"plan": meta, "slice": params.model_dump(), "repair": errors, "biases_added": added, "proof": proof}
+    sizes = {"dense": cost.size(own, Plan.dense(own)), "pruned": cost.size(architecture, plan)}
+    made: dict[str, Any] = {
+        "origin": read_json(layout.origin, "prepare"),
+        "plan": meta,
+        "slice": params.model_dump(),
+        "repair": errors,
+        "biases_added": added,
+        "parameters": {name: {"all": size.total, "decoder": size.decoder} for name, size in sizes.items()},
+        "proof": proof,
+    }
     write_provenance(folder, made | versions())
+    write_card(folder)
     return proof | errors, fits
 
 

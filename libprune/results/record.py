@@ -1,5 +1,6 @@
 """The record of a pruned folder: how it was made, its config, and which units of the dense model it keeps."""
 
+import copy
 import json
 import platform
 from collections.abc import Mapping
@@ -18,13 +19,15 @@ from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
+from libprune.models.dialect import OWN_TYPE, STOP
 from libprune.models.folder import sha256
+from libprune.models.origin import CARD
 from libprune.pipeline.artifacts import read_json, read_table, require, same_origin
 from libprune.pipeline.layout import NOTE
 
 PLAN = "plan.parquet"
 """The file of a pruned folder that says which units are kept."""
-_OWN_CODE = {"per_layer_config", "auto_map"}
+_OWN_CODE = {"per_layer_config", "auto_map", *STOP}
 """Keys of a config that belong to the folder's own modeling file."""
 
 
@@ -101,8 +104,9 @@ class Record:
     @cached_property
     def stock_config(self) -> PreTrainedConfig:
         """The config without what only the folder's own code reads."""
-        data = {key: value for key, value in self.config.items() if key not in _OWN_CODE}
-        family_of(str(data.get("model_type")))
+        data = {key: value for key, value in copy.deepcopy(self.config).items() if key not in _OWN_CODE}
+        data["model_type"] = str(data.get("model_type")).removeprefix(OWN_TYPE)
+        family_of(data["model_type"])
         return CONFIG_MAPPING[data["model_type"]].from_dict(data)
 
     @cached_property
@@ -162,8 +166,9 @@ PROVENANCE = "libprune.json"
 
 
 def write_provenance(folder: Path, made: Mapping[str, Any]) -> None:
-    """Write how a pruned model was made, with size and digest of every file that lies in its folder."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    """Write how a pruned model was made, with size and digest of every file in its folder but the model card."""
+    paths = [path for path in sorted(folder.iterdir()) if path.name != CARD]
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     (folder / PROVENANCE).write_text(json.dumps({**made, "files": files}, indent=2) + "\n")
 
 

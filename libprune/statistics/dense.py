@@ -1,23 +1,24 @@
 """The dense model of a layout: loaded from its source, described, written, and its weights summed up by unit."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 from libprune.engine.describe import describe
 from libprune.models.folder import write_dense
+from libprune.models.origin import find_origin
 from libprune.models.source import load_dense
 from libprune.pipeline.artifacts import write_units
-from libprune.pipeline.atomic import writing
+from libprune.pipeline.atomic import write_json, writing
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Prepare
 from libprune.statistics.weights import weight_columns
 
 
 def prepare_layout(layout: Layout, section: Prepare) -> None:
-    """Load the dense model from its source, and write it as a plain folder with its description and per-unit weights.
+    """Load the dense model from its source; write it as a plain folder, its description, origin and per-unit weights.
 
     Args:
-        layout: all three are written into it.
+        layout: all four are written into it.
         section: the source of the model, and what the user vouches for.
 
     Raises:
@@ -28,5 +29,6 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     architecture = replace(described, fingerprint=write_dense(layout.model, model, tokenizer))
     with writing(layout.architecture) as path:
         path.write_text(architecture.to_json())
+    write_json(layout.origin, asdict(find_origin(section)))
     columns = partial(weight_columns, architecture, dict(model.named_parameters()))
     write_units(layout.weights, architecture, columns, {"model": architecture.fingerprint, "source": section.model})

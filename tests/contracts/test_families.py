@@ -21,7 +21,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from libprune.engine import cost
@@ -246,8 +246,22 @@ def test_the_config_names_the_class_that_is_loaded(pruned):
 
 @custom_only
 def test_a_per_layer_result_is_refused_without_its_own_code(pruned):
-    with pytest.raises(RuntimeError, match="is a per-layer attribute"):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
         load_model(pruned.folder, torch.float32)
+
+
+@custom_only
+def test_the_model_without_its_head_loads_by_itself(pruned):
+    base = AutoModel.from_pretrained(pruned.folder, dtype=torch.float32, trust_remote_code=True).eval()
+    with torch.no_grad():
+        expected = pruned.model(tokens(), output_hidden_states=True).hidden_states
+        found = base(tokens(), output_hidden_states=True)
+    assert torch.equal(found.last_hidden_state, expected[-1])
+    assert all(map(torch.equal, found.hidden_states, expected))
+    empty = AutoModel.from_config(base.config, trust_remote_code=True)
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (base, empty)]
+    assert shapes[0] == shapes[1]
+    assert type(pruned.model.base_model).__name__ in {cls.__name__ for cls in type(base).__mro__}
 
 
 def test_a_missing_part_is_refused_by_stock_code_too(dense, tmp_path):
@@ -256,7 +270,7 @@ def test_a_missing_part_is_refused_by_stock_code_too(dense, tmp_path):
     gone = {(0, "mlp"), (1, "attention")}
     plan = plan_of(architecture, lambda layer, part: 0 if (layer, part) in gone else architecture.units(part))
     pruned = prune(dense, plan, True, tmp_path)
-    with pytest.raises(RuntimeError, match="is a per-layer attribute"):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
         load_model(pruned.folder, torch.float32)
 
 

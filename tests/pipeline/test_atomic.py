@@ -61,6 +61,23 @@ def test_nothing_half_written_is_left_when_writing_fails(tmp_path, existing, fol
     assert target.exists() is existing
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_user_asks_of_new_files(tmp_path, mask, mode):
+    """Whatever the library that wrote them gave them."""
+    before = os.umask(mask)
+    try:
+        with writing_folder(tmp_path / "folder") as folder:
+            (folder / "inner").mkdir()
+            (folder / "inner" / "private").touch(0o600)
+        with writing(tmp_path / "file") as file:
+            file.touch(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "folder/inner/private").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "folder/inner").is_dir()
+
+
 def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(TypeError):

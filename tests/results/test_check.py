@@ -106,6 +106,14 @@ RESULTS: dict[str, tuple[dict[str, torch.Tensor], str, str]] = {
 """What a folder computes in place of ones, about what that is a fault, and its text; no folder can be made to do it."""
 
 
+def test_the_text_of_the_model_card_may_be_changed(uniform, tmp_path, quick_proof):
+    folder = copy(uniform, tmp_path)
+    (folder / "README.md").write_text("mine")
+    assert kinds(list(check_folder(folder))) == GOOD
+    (folder / "README.md").unlink()
+    assert kinds(list(check_folder(folder))) == GOOD
+
+
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_model_that_computes_nonsense_is_a_fault_and_so_is_the_wrong_dense_model(uniform, layout, monkeypatch, name):
     computed, about, text = RESULTS[name]

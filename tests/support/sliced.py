@@ -14,6 +14,7 @@ from libprune.models.folder import load_model
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import write_tokens
 from libprune.pipeline.artifacts import read_architecture, write_table, write_units
+from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.shards import write_shard
 from libprune.recovery.curve import Recovery
@@ -23,6 +24,9 @@ from tests.support import tiny
 from tests.support.collected import activations
 from tests.support.evaluated import RECOVERY
 from tests.support.models import FAMILIES, random_plan, tokens
+
+DECIDED = {"criterion": "taylor", "method": "uniform"}
+"""What a plan's metadata say of how it was made."""
 
 
 def write_project(folder: Path) -> Layout:
@@ -44,7 +48,7 @@ def random_windows(architecture: Architecture, number: int, length: int) -> Sequ
 def write_plan(path: Path, architecture: Architecture, plan: Plan, shape: str) -> None:
     """A plan as `plan.parquet`, with the metadata that slice reads."""
     keep = np.concatenate(list(plan.keep.values()))
-    meta = {"model": architecture.fingerprint, "shape": shape}
+    meta = {"model": architecture.fingerprint, "shape": shape, **DECIDED}
     write_table(path, unit_index(architecture) | {"keep": keep}, meta)
 
 
@@ -60,7 +64,8 @@ def write_collected(root: Path, name: str, kind: str) -> tuple[Layout, Plan]:
     sums = activations(model, 4, ids)
     for layer in range(architecture.layers):
         write_shard(layout.activations, layer, sums.finish(layer), {"model": "here", "tokens": "these"})
-    meta = {"model": "here", "shape": "per_layer" if kind in {"holes", "per_layer"} else "uniform"}
+    write_json(layout.origin, {"name": "tiny", "license": None, "base_model": None})
+    meta = {"model": "here", "shape": "per_layer" if kind in {"holes", "per_layer"} else "uniform", **DECIDED}
     write_units(layout.plan, architecture, lambda *block: {"keep": plan.keep[block]}, meta)
     return layout, plan
 

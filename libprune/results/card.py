@@ -1,0 +1,177 @@
+"""The model card of a pruned folder: what it is, how it was made and proved, and how to load it; as hubs show it."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from libprune.engine.errors import ArtifactError
+from libprune.engine.heads import CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
+from libprune.models.dialect import STOP
+from libprune.models.origin import CARD, Origin
+from libprune.results.record import PROVENANCE, Record, read_provenance, read_record
+
+_TASKS = {
+    CAUSAL_LM.name: "text-generation",
+    MASKED_LM.name: "fill-mask",
+    SEQUENCE_CLASSIFICATION.name: "text-classification",
+}
+"""The names of hubs for what a model does, by its head."""
+_FOLDERS = re.compile(r"(?<![^\s(])(?:package://|[~.]*/)(?:\S*/)?(?=\S)")
+"""The folders in the path of a local file."""
+
+
+def origin_of(folder: Path) -> Origin:
+    """The origin of a pruned or recovered model, from the record in its folder.
+
+    Raises:
+        ArtifactError: if the folder was not written by libprune, or by a version that did not record it.
+    """
+    provenance = read_provenance(folder)
+    if "origin" not in provenance:
+        raise ArtifactError(f"{folder / PROVENANCE} says nothing of the model's origin; run `dvc repro slice`")
+    return Origin.from_json(provenance["origin"])
+
+
+def write_card(folder: Path) -> None:
+    """Write the model card into a pruned or recovered folder, which has its record already.
+
+    The record has no digest of it, so that its text may be changed.
+    """
+    (folder / CARD).write_text(card_text(folder))
+
+
+def card_text(folder: Path, evaluation: Mapping[str, Any] | None = None) -> str:
+    """The model card of a pruned or recovered folder, in Markdown with the head that hubs read.
+
+    Args:
+        folder: the folder, with its record.
+        evaluation: the content of `artifacts/evaluation.json`, for a section with its figures.
+
+    Raises:
+        ArtifactError: if the record is missing or damaged, or an older version wrote it.
+    """
+    record, origin = read_record(folder), origin_of(folder)
+    sections = [*_opening(record, origin), *_loading(record), *_making(record), *_proof(record)]
+    sections += _figures(evaluation) if evaluation else []
+    return "\n\n".join([*sections, *_license(origin)]) + "\n"
+
+
+def _opening(record: Record, origin: Origin) -> Iterator[str]:
+    head = {
+        "base_model": origin.base_model,
+        "library_name": "transformers",
+        "license": origin.license,
+        "pipeline_tag": _TASKS[head_of(record.config["architectures"]).name],
+        "tags": ["libprune", "pruning"],
+    }
+    known = {key: value for key, value in head.items() if value is not None}
+    yield f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---"
+    yield f"# {origin.name}, pruned" + (" and trained" if record.recovery else "")
+    dense, pruned = (record.provenance["parameters"][name] for name in ("dense", "pruned"))
+    yield (
+        f"This is `{origin.base_model or origin.name}` without "
+        f"{100 * (1 - pruned['decoder'] / dense['decoder']):.1f} % of the parameters of its layers. Whole units were "
+        "removed by structured pruning: attention groups, each a key-value head with its query heads, and MLP "
+        "channels. So the matrices are smaller; none is sparse."
+    )
+    rows = [
+        ("parameters", f"{dense['all']:,}", f"{pruned['all']:,}"),
+        ("parameters of the layers", f"{dense['decoder']:,}", f"{pruned['decoder']:,}"),
+        ("layers", f"{len({layer for layer, _ in record.plan.keep}):,}", f"{len(record.plan.layers):,}"),
+    ]
+    for part in dict.fromkeys(part for _, part in record.plan.keep):
+        counts = sorted({record.plan.kept(layer, part) for layer in record.plan.layers})
+        units = next(len(keep) for (_, of), keep in record.plan.keep.items() if of == part)
+        kept = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+        rows.append((f"{part} units in a layer", f"{units:,}", kept))
+    yield _table(rows, ("", "dense", "pruned"))
+
+
+def _loading(record: Record) -> Iterator[str]:
+    loader = head_of(record.config["architectures"]).auto_class
+    remote = ", trust_remote_code=True" if record.remote else ""
+    yield "## How to load"
+    yield (
+        f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
+        'name = "."  # this folder, or its name on the hub\n'
+        f"model = {loader}.from_pretrained(name{remote})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(name{remote})\n```"
+    )
+    if record.remote:
+        yield (
+            "Layers differ in width, which `modeling_pruned.py` in this folder builds from transformers' own layers. "
+            "It needs transformers 5.15 or newer."
+        )
+    else:
+        versions = "5" if STOP.keys() & record.config.keys() else "4.57 and 5"
+        yield f"All layers are alike, and the config is a stock one; transformers {versions} read it."
+        if record.config.get("attn_logit_softcapping") is not None:
+            yield (
+                'Pass `attn_implementation="eager"` in transformers 4, whose default leaves out the soft cap of the '
+                "attention."
+            )
+
+
+def _making(record: Record) -> Iterator[str]:
+    made, plan, recovery = record.provenance, record.provenance["plan"], record.recovery
+    lines = [
+        f"- units ranked by the criterion `{plan['criterion']}`",
+        f"- shares of layers and parts by the allocation `{plan['method']}`",
+        f"- remaining weights fitted by the repair `{made['slice']['repair']}`",
+    ]
+    if recovery:
+        teacher = _without_folders(recovery["params"]["teacher"] or "the dense model")
+        lines.append(
+            f"- trained afterwards by the method `{recovery['params']['method']}` on {recovery['tokens']:,} tokens of "
+            f"{_without_folders(recovery['text'])}, to predict what {teacher} predicts; the loss on held-out sequences "
+            f"was {recovery['held_out_before']:.4f} before and {recovery['held_out_after']:.4f} after"
+        )
+    yield "## How it was made"
+    yield "\n".join(lines)
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    yield f"All settings are in `{PROVENANCE}`, the units that were kept in `plan.parquet`. Made with {versions}."
+
+
+def _proof(record: Record) -> Iterator[str]:
+    proof, recovery = record.provenance["proof"], record.recovery
+    other = "the dense model with the fitted weights, in which the removed units are masked"
+    if recovery:
+        proof, other = recovery["proof"], "the pruned model with the trained weights in memory"
+    yield "## How it was proved"
+    yield (
+        "The folder was loaded in a fresh process without libprune, and computed in float32 what is computed by "
+        f"{other}: logits differ by at most {proof['logit_difference']:.1e} of {proof['logit_scale']:.1f}. "
+        "`libprune check` shows whether its files are still the same."
+    )
+
+
+def _figures(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    names = {"dense": "dense", "pruned": "pruned", "recovered": "pruned and trained"}
+    models = {title: evaluation[name] for name, title in names.items() if evaluation[name]}
+    rows = [(name, f"{one['perplexity']:.2f} ± {one['perplexity_se']:.2f}") for name, one in models.items()]
+    protocol = evaluation["protocol"]
+    yield "## Figures"
+    yield _table(rows, ("model", "perplexity"))
+    yield (
+        f"On {protocol['windows']:,} windows of {protocol['length']:,} tokens of "
+        f"{_without_folders(protocol['text'])}, in {protocol['dtype']}, ± one standard error."
+    )
+
+
+def _license(origin: Origin) -> Iterator[str]:
+    yield "## Licence"
+    known = f", which is `{origin.license}`" if origin.license else ""
+    yield f"This model is derived from `{origin.base_model or origin.name}`, whose licence applies to it{known}."
+
+
+def _without_folders(text: str) -> str:
+    """A text with the names of local files in place of their paths."""
+    return _FOLDERS.sub("", text)
+
+
+def _table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])
