@@ -22,6 +22,7 @@ CHANGES = {
     "allocate": {"method": "search", "objective": "latency"},
     "latency": {"tokens": 4, "widths": 2, "rounds": 1},
     "recover": {"method": "full", "top_k": 3},
+    "export": {"formats": ["transformers"], "pad_channels": 8},
 }
 """Settings with which as many tables as possible have rows."""
 
