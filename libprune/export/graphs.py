@@ -77,6 +77,8 @@ def write_graph(folder: Path, source: Source, kind: str) -> None:
             asked = {"input_ids": sample, "attention_mask": torch.ones_like(sample)}
             step, inputs = decompose_for_generation(model, asked, multi_token_decode=True)["decode"]
             exported = AutoHfExporter.from_config(settings).export(step, inputs, settings)
+            if source.record.remote:
+                exported.config = None  # it would need the modeling file, which a graph does without
             exported.save_pretrained(folder)
         except Exception as error:  # of torch, onnx or openvino
             raise ExportError(f"transformers cannot export {source.folder} as {kind}: {first_line(error)}") from error

@@ -62,7 +62,7 @@ def test_a_program_that_computes_something_else_stops_with_its_figures(pruned):
 def test_a_divergence_is_that_of_the_two_distributions(pruned):
     source, model = pruned
     rows = texts(2)
-    agreement = compare(InTorch(model, temperature=1.5), source, rows, limit=10)
+    agreement = compare(InTorch(model, temperature=1.5), source, rows, limit=10.0)
     exact, changed = (
         torch.stack([InTorch(model, warm).predict(row[:12].tolist(), 0) for row in rows]) for warm in (1.0, 1.5)
     )

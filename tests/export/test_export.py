@@ -1,6 +1,7 @@
 """The stage export on a tiny project: files, what is said of them, and that nothing is left of a failure."""
 
 import json
+import shutil
 
 import pytest
 
@@ -10,26 +11,36 @@ from libprune.export.export import export_layout
 from libprune.export.gguf_file import write_gguf
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import write_tokens
-from libprune.pipeline.artifacts import write_json
-from libprune.pipeline.layout import NOTE
-from libprune.pipeline.sections import Export
+from libprune.pipeline.atomic import write_json
+from libprune.pipeline.layout import NOTE, Layout
+from libprune.pipeline.sections import Compute, Export, Slice
+from libprune.results.prune import prune
 from libprune.results.record import read_record
 from stages import export as stage
-from tests.support.exported import texts, write_pruned
-from tests.support.sliced import write_trained
+from tests.support.exported import texts, write_tokenizer
+from tests.support.sliced import write_collected, write_trained
 from tests.support.tiny import write_params
 
 
-def project(folder, trained=False):
-    """A pruned tiny model with evaluation windows, and a recovered one if asked for."""
-    layout, _ = write_pruned(folder, "llama", "uniform")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A pruned tiny model with evaluation windows, and nothing recovered."""
+    layout, _ = write_collected(tmp_path_factory.mktemp("made"), "llama", "uniform")
+    write_tokenizer(layout.model)
+    layout.pruned.mkdir()
+    prune(layout, layout.pruned, Compute(device="cpu", dtype="float32"), Slice(repair="none"))
     write_tokens(layout.evaluation_tokens, Sequences(texts(6, 24)), {"model": "here", "source": "some text"})
-    if trained:
-        write_trained(layout.pruned, layout.recovered)
-    else:
-        layout.recovered.mkdir()
-        write_json(layout.recovered / NOTE, {"method": "none"})
+    layout.recovered.mkdir()
+    write_json(layout.recovered / NOTE, {"method": "none"})
     return layout
+
+
+@pytest.fixture
+def layout(made, tmp_path):
+    """A copy of it, with an empty folder for files."""
+    shutil.copytree(made.root, tmp_path / "artifacts")
+    (tmp_path / "artifacts/exported").mkdir()
+    return Layout(tmp_path / "artifacts")
 
 
 PARAMS = Export(
@@ -37,9 +48,7 @@ PARAMS = Export(
 )
 
 
-def test_files_are_written_tried_and_timed(tmp_path):
-    layout = project(tmp_path)
-    layout.exported.mkdir()
+def test_files_are_written_tried_and_timed(layout, tmp_path):
     outcome = export_layout(layout, PARAMS, layout.exported, tmp_path / "scratch")
     folder, file = outcome.files
     assert (folder.format, file.format) == ("transformers", "gguf f16")
@@ -57,9 +66,9 @@ def test_files_are_written_tried_and_timed(tmp_path):
     json.dumps(outcome.content())
 
 
-def test_the_final_model_is_the_recovered_one(tmp_path):
-    layout = project(tmp_path, trained=True)
-    layout.exported.mkdir()
+def test_the_final_model_is_the_recovered_one(layout, tmp_path):
+    shutil.rmtree(layout.recovered)
+    write_trained(layout.pruned, layout.recovered)
     params = Export(formats=("gguf",), gguf_types=("f32",), speed=False)
     outcome = export_layout(layout, params, layout.exported, tmp_path / "scratch")
     assert outcome.model == str(layout.recovered)
@@ -67,9 +76,7 @@ def test_the_final_model_is_the_recovered_one(tmp_path):
     assert not (tmp_path / "scratch").exists()
 
 
-def test_without_the_program_the_file_is_written_and_said_to_be_untried(tmp_path, monkeypatch):
-    layout = project(tmp_path)
-    layout.exported.mkdir()
+def test_without_the_program_the_file_is_written_and_said_to_be_untried(layout, monkeypatch):
     monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
     outcome = export_layout(layout, Export(formats=("gguf",), gguf_types=("f16",)), layout.exported)
     (file,) = outcome.files
@@ -78,8 +85,7 @@ def test_without_the_program_the_file_is_written_and_said_to_be_untried(tmp_path
     assert (layout.exported / file.file).is_file()
 
 
-def test_the_stage_writes_what_the_report_reads_and_nothing_of_a_failure(tmp_path, monkeypatch):
-    layout = project(tmp_path)
+def test_the_stage_writes_what_the_report_reads_and_nothing_of_a_failure(layout, tmp_path, monkeypatch):
     chosen = {"formats": ["gguf"], "gguf_types": ["f32"], "speed": False}
     params = write_params(tmp_path / "params.yaml", "model", "text", export=chosen)
     stage.main(params, layout.root, tmp_path / "metrics")
@@ -98,8 +104,7 @@ def test_the_stage_writes_what_the_report_reads_and_nothing_of_a_failure(tmp_pat
     assert json.loads(layout.export.read_text()) == written
 
 
-def test_no_format_is_no_work(tmp_path):
-    layout = project(tmp_path)
+def test_no_format_is_no_work(layout, tmp_path):
     params = write_params(tmp_path / "params.yaml", "model", "text")
     stage.main(params, layout.root, tmp_path / "metrics")
     assert json.loads(layout.export.read_text()) == {"files": []}

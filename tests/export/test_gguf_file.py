@@ -13,12 +13,20 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from libprune.engine.errors import ExportError
 from libprune.engine.family import families
-from libprune.export.comparison import compare
-from libprune.export.formats import ROUNDED, GgufFile
-from libprune.export.gguf_file import TYPES, cautions, llama3_factors, paired, stored_type, told_by, write_gguf
+from libprune.export.formats import GgufFile
+from libprune.export.gguf_file import (
+    TYPES,
+    cautions,
+    llama3_factors,
+    paired,
+    stored_layers,
+    stored_type,
+    told_by,
+    write_gguf,
+)
 from libprune.export.source import Source
 from libprune.results.record import Record
-from tests.support.exported import dense_source, texts, write_pruned
+from tests.support.exported import distance, texts, write_pruned
 from tests.support.models import FAMILIES, FFN, heads, tiny_model
 
 DESCRIBED = [family for family in families().values() if family.gguf is not None]
@@ -34,16 +42,16 @@ def written(path: Path, source: Source, kind: str) -> gguf.GGUFReader:
 
 @pytest.mark.parametrize("kind", ["uniform", "per_layer", "holes"])
 def test_every_tensor_and_key_is_read_back(tmp_path, kind):
-    layout, source = write_pruned(tmp_path, "llama", kind)
+    _, source = write_pruned(tmp_path, "llama", kind)
     reader = written(tmp_path / "model.gguf", source, "f32")
     keys = {name: field.contents() for name, field in reader.fields.items()}
     name = "llama" if kind == "uniform" else "deci"
     assert keys["general.architecture"] == name
     assert keys[f"{name}.block_count"] == len(source.layers)
     said = keys[f"{name}.feed_forward_length"], keys[f"{name}.attention.head_count"]
-    channels = [layer.channels or int(layer.heads > 0) for layer in source.layers]
-    heads = [layer.heads for layer in source.layers]
-    assert said == ((channels[0], heads[0]) if kind == "uniform" else (channels, heads))
+    layers = stored_layers(source)
+    channels, queries = [layer.channels for layer in layers], [layer.heads for layer in layers]
+    assert said == ((channels[0], queries[0]) if kind == "uniform" else (channels, queries))
     assert keys[f"{name}.attention.layer_norm_rms_epsilon"] == pytest.approx(source.config.rms_norm_eps)
     assert keys[f"{name}.rope.freq_base"] == source.config.rope_parameters["rope_theta"]
     assert keys[f"{name}.attention.key_length"] == source.head_dim
@@ -51,12 +59,14 @@ def test_every_tensor_and_key_is_read_back(tmp_path, kind):
     layer = max(index for index, one in enumerate(source.layers) if one.channels and one.heads)
     down = source.weights[f"model.layers.{layer}.mlp.down_proj.weight"]
     assert np.array_equal(stored[f"blk.{layer}.ffn_down.weight"].reshape(down.shape), down.numpy())
-    zeros = [index for index, one in enumerate(source.layers) if one.heads and not one.channels]
-    for index in zeros:
-        assert not any(stored[f"blk.{index}.ffn_{part}.weight"].any() for part in ("gate", "up", "down"))
-    assert len(stored) == len(source.weights) + 4 * len(zeros)
-    assert bool(zeros) == (kind == "holes")
-    assert layout.pruned == source.folder
+    added = [(index, "ffn") for index, one in enumerate(layers) if one.channels > source.layers[index].channels]
+    added += [(index, "attn") for index, one in enumerate(layers) if one.heads > source.layers[index].heads]
+    for index, part in added:
+        maps = [name for name in stored if name.startswith(f"blk.{index}.{part}_") and "norm" not in name]
+        assert maps and not any(stored[name].any() for name in maps)
+    # A channel of zeros stands where only the MLP is gone, a head where the first layer has no attention.
+    assert added == ([(1, "ffn"), (0, "attn")] if kind == "holes" else [])
+    assert len(stored) == len(source.weights) + sum({"ffn": 4, "attn": 5}[part] for _, part in added)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -96,18 +106,15 @@ def test_llama_cpp_computes_qwen3_with_norms_on_its_heads(tmp_path, monkeypatch)
 
 
 def test_llama_cpp_computes_rounded_weights(tmp_path):
-    layout, _ = write_pruned(tmp_path, "llama", "uniform")
-    _runs(tmp_path, dense_source(layout), "bf16", limit=ROUNDED)
+    source, _ = write_pruned(tmp_path, "llama", "uniform")
+    _runs(tmp_path, source, "bf16", limit=0.2)
 
 
-def _runs(folder: Path, source: Source, kind: str, limit: float = 1e-5) -> None:
+def _runs(folder: Path, source: Source, kind: str, limit: float = 1e-2) -> None:
     form = GgufFile(kind, threads=1)
     form.write(folder / "model.gguf", source)
-    with form.open(folder / "model.gguf", source, context=64) as program:
-        form.check(program, source, "abcd xyz a zebra mn")
-        agreement = compare(program, source, texts(length=5 if cautions(source) else 24), limit)
-    assert agreement.same_first == agreement.prompts
-    assert agreement.same_written == agreement.written
+    ids = texts(length=4 if cautions(source) else 24)  # within the window, where llama.cpp knows none
+    assert distance(form, folder / "model.gguf", source, ids) < limit
 
 
 def test_a_window_that_llama_cpp_ignores_is_told(tmp_path):

@@ -2,22 +2,24 @@
 
 import pytest
 
+from libprune.engine.describe import describe
 from libprune.engine.errors import ExportError
 from libprune.export.source import Source
-from tests.support.exported import dense_source, write_pruned
+from tests.support.exported import write_pruned
+from tests.support.models import FAMILIES, random_plan
 
 
 @pytest.mark.parametrize(("name", "kind"), [("llama", "holes"), ("qwen3", "per_layer"), ("gpt2", "uniform")])
 def test_layers_are_those_that_the_plan_leaves(tmp_path, name, kind):
-    layout, source = write_pruned(tmp_path, name, kind)
-    plan, sizes = source.record.plan, source.record.architecture.sizes
+    whole, source = write_pruned(tmp_path, name, kind)
+    plan = random_plan(describe(FAMILIES[name](0)), kind)
+    sizes = source.record.architecture.sizes
     groups = [plan.kept(layer, "attention") for layer in plan.layers]
     assert [layer.groups for layer in source.layers] == groups
     assert [layer.heads for layer in source.layers] == [count * sizes.get("q", 1) for count in groups]
     assert [layer.channels for layer in source.layers] == [plan.kept(layer, "mlp") for layer in plan.layers]
     assert source.uniform == (kind == "uniform")
     assert source.head == "causal_lm"
-    whole = dense_source(layout)
     assert {layer.groups for layer in whole.layers} == {plan.keep[0, "attention"].size}
 
 

@@ -37,6 +37,7 @@ def write_artifacts(root: Path, measured: int, recovered: bool = False) -> Layou
     scores = np.random.default_rng(0).normal(size=len(rows["layer_idx"]))
     plan = EVALUATION["plan"] | {"model": "cafe"}
     write_table(layout.plan, rows | {"score": scores, "keep": scores > -1}, plan)
+    write_json(layout.export, {"files": []})
     write_json(layout.evaluation, (trained() if recovered else EVALUATION) | {"plan": plan})
     write_table(layout.sensitivity, sensitivity_rows(measured), {"model": "cafe"})
     return layout

@@ -4,15 +4,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from libprune.export.formats import Format
 from libprune.export.source import Source
-from libprune.pipeline.layout import Layout
-from libprune.pipeline.sections import Compute, Slice
-from libprune.results.prune import prune
-from libprune.results.record import Record, read_record
-from tests.support.models import VOCAB
-from tests.support.sliced import write_collected
+from libprune.models.folder import load_model
+from libprune.results.record import PROVENANCE, Record
+from tests.support.models import FAMILIES, VOCAB, prune, random_plan, write_dense
 
 _SPACE = "\u0120"
 """How byte-level tokenizers write a space."""
@@ -33,26 +32,40 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_pruned(root: Path, name: str, kind: str) -> tuple[Layout, Source]:
-    """A tiny model of a family and its pruned folder, without repair.
+def write_pruned(root: Path, name: str, kind: str) -> tuple[Source, Source]:
+    """A tiny model of a family, dense and pruned by a random plan.
 
     Args:
-        root: an existing folder.
+        root: a folder; the dense model comes to lie in `dense`, the pruned one in `pruned`.
         name: of `tests.support.models.FAMILIES`.
         kind: of plan, one of `tests.support.models.PLANS`.
     """
-    layout, _ = write_collected(root, name, kind)
-    write_tokenizer(layout.model)
-    layout.pruned.mkdir()
-    prune(layout, layout.pruned, Compute(device="cpu", dtype="float32"), Slice(repair="none"))
-    return layout, Source(read_record(layout.pruned))
+    dense = write_dense(FAMILIES[name](0), root / "dense")
+    write_tokenizer(dense.folder)
+    (root / "pruned").mkdir()
+    custom = kind in {"holes", "per_layer"}
+    prune(dense, random_plan(dense.architecture, kind), custom, root / "pruned")
+    (root / "pruned" / PROVENANCE).write_text("{}")
+    shapes = {"dense": "uniform", "pruned": "per_layer" if custom else "uniform"}
+    first, second = (Source(Record(root / name, {"plan": {"shape": shape}})) for name, shape in shapes.items())
+    return first, second
 
 
-def dense_source(layout: Layout) -> Source:
-    """The dense model of a layout."""
-    return Source(Record(layout.model, {"plan": {"shape": "uniform"}}))
-
-
-def texts(number: int = 2, length: int = 24) -> torch.Tensor:
+def texts(number: int = 2, length: int = 24) -> Tensor:
     """Random token ids that the tiny tokenizer can decode, the same in every call."""
     return torch.randint(2, VOCAB, (number, length), generator=torch.Generator().manual_seed(3))
+
+
+def predicted(source: Source, ids: Tensor) -> Tensor:
+    """The logarithms of the probabilities of each next token by the model itself; ``[texts, length, vocab]``."""
+    model = load_model(source.folder, torch.float32, trust_remote_code=source.record.remote)
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids).logits
+    return logits.log_softmax(-1)
+
+
+def distance(form: Format, path: Path, source: Source, ids: Tensor) -> float:
+    """Largest difference of a written file's predictions, in its program, to those of the model."""
+    with form.open(path, source, 64) as program:
+        own = torch.stack([program.predict(row.tolist(), source.config.vocab_size) for row in ids])
+    return float((own - predicted(source, ids)[:, -1]).abs().max())
