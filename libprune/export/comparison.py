@@ -48,7 +48,7 @@ class Agreement:
         )
 
 
-def choose_prompts(windows: Int[Tensor, "windows length"]) -> Int[Tensor, "prompts length"]:
+def choose_prompts(windows: Int[Tensor, "windows length"]) -> Int[Tensor, "prompts tokens"]:
     """Beginnings of evaluation windows, spread over the text, with room for the tokens that are written after them.
 
     Args:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from libprune.engine.errors import ExportError
+from libprune.export import comparison
 from libprune.export.comparison import LENGTH, WRITTEN, choose_prompts, compare, speed_sentence
 from libprune.models.folder import load_model
 from libprune.results.speed import Speed, SpeedComparison
@@ -35,6 +36,17 @@ class InTorch:
 
     def time(self, ids: Sequence[int], number: int) -> tuple[float, float]:
         return 1.0, 1.0
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """The model runs in this process; tests of the stage run it in a fresh one."""
+
+    def run(folder, ids, remote, head):
+        with torch.no_grad():
+            return {"logits": load_model(folder, torch.float32, trust_remote_code=remote)(input_ids=ids).logits}
+
+    monkeypatch.setattr(comparison, "reload", run)
 
 
 @pytest.fixture(scope="module")
