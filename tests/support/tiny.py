@@ -123,7 +123,7 @@ def change_params(folder: Path, section: str, **values: object) -> None:
 def run_stages(folder: Path, stages: Sequence[str]) -> None:
     """Run stages of a project in this process; they read and write its params.yaml, artifacts and metrics."""
     for stage in stages:
-        metrics = [folder / "metrics"] if stage in {"allocate", "slice", "recover", "evaluate"} else []
+        metrics = [folder / "metrics"] if stage in {"allocate", "slice", "recover", "export", "evaluate"} else []
         import_module(f"stages.{stage}").main(folder / "params.yaml", folder / "artifacts", *metrics)
 
 

@@ -19,7 +19,7 @@ from tests.support.closure import ROOT
 
 ORDER = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
 ORDER += ["score", "sensitivity", "levels", "latency", "allocate", "slice"]
-ORDER += ["teacher", "recover", "evaluate", "report"]
+ORDER += ["teacher", "recover", "export", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
 
 
@@ -149,7 +149,7 @@ def test_a_second_repro_runs_nothing(project):
 def test_another_criterion_reruns_from_score_and_switching_back_restores(project):
     before = metrics(project)
     change(project, "score", "criterion", "magnitude")
-    after = ["score", "levels", "allocate", "slice", "recover", "evaluate", "report"]
+    after = ["score", "levels", "allocate", "slice", "recover", "export", "evaluate", "report"]
     assert stages_run(run(["dvc", "repro"], project)) == after
     assert metrics(project)["pruned"]["perplexity"] != before["pruned"]["perplexity"]
     assert "score.criterion" in run(["dvc", "params", "diff"], project).stdout
@@ -162,7 +162,7 @@ def test_per_layer_result_from_an_experiment(project):
     """Another allocation with a training, as users try one; the result has layers of different widths and loads."""
     settings = ("allocate.method=global", "allocate.min_channels=0", "recover.method=full")
     done = run(["dvc", "exp", "run", *(word for setting in settings for word in ("-S", setting))], project)
-    after = ["sensitivity", "levels", "allocate", "slice", "teacher", "recover", "evaluate", "report"]
+    after = ["sensitivity", "levels", "allocate", "slice", "teacher", "recover", "export", "evaluate", "report"]
     assert stages_run(done) == after
     for folder in ("pruned", "recovered"):
         assert (project / "artifacts" / folder / "modeling_pruned.py").exists()
@@ -174,7 +174,7 @@ def test_per_layer_result_from_an_experiment(project):
 
 def test_a_search_measures_levels_once_for_all_ratios(project):
     done = run(["dvc", "exp", "run", "-S", "preset=best", "-S", "allocate.evaluations=4"], project)
-    after = ["score", "sensitivity", "levels", "allocate", "slice", "recover", "evaluate", "report"]
+    after = ["score", "sensitivity", "levels", "allocate", "slice", "recover", "export", "evaluate", "report"]
     assert stages_run(done) == after
     assert json.loads((project / "metrics/allocation.json").read_text())["trials"] == 4
     change(project, "allocate", "ratio", 0.3)
