@@ -30,7 +30,7 @@ from libprune.export.source import Source
 from libprune.report.markdown import markdown_table
 from libprune.results.record import PROVENANCE, Record, read_record
 
-WINDOWS, LENGTH, EVERY, WRITTEN, PROMPT, ROUNDS = 8, 512, 64, 48, 256, 3
+WINDOWS, LENGTH, EVERY, WRITTEN, PROMPT, ROUNDS = 8, 512, 256, 48, 256, 3
 """Windows of the text and their tokens; a token is predicted after each multiple of EVERY; tokens that are written and
 tokens of the prompt before them, also for speed."""
 
