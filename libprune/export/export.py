@@ -1,7 +1,6 @@
 """The final model of a layout in other formats, tried in the programs that read them."""
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -138,18 +137,18 @@ def export_layout(layout: Layout, params: Export, folder: Path, scratch: Path = 
     final = layout.pruned if (require(layout.recovered, "recover") / NOTE).is_file() else layout.recovered
     source, notes = Source(read_record(final)), []
     dense = Source(Record(require(layout.model, "prepare"), {"plan": {"shape": "uniform"}}))
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        if params.pad_channels > 1:
-            source, note = _padded(source, params.pad_channels, Path(place, "padded"), choose_prompts(windows.ids))
-            notes.append(note)
-        files = []
-        if "transformers" in params.formats:
-            shutil.copytree(source.folder, folder / "transformers")
-            program = f"transformers {version('transformers')}"
-            files.append(Exported("transformers", "transformers", _bytes(source.folder), program=program))
-        run = _Run(source, dense, params, windows.ids, scratch / architecture.fingerprint)
-        files += [run.export(form, folder) for form in formats]
-        notes += dict.fromkeys(caution for form in formats for caution in form.cautions(source))
+    files = []
+    if params.pad_channels > 1:
+        source, note = _padded(source, params.pad_channels, folder / "transformers", choose_prompts(windows.ids))
+        notes.append(note)
+    if "transformers" in params.formats:
+        program = f"transformers {version('transformers')}"
+        files.append(Exported("transformers", "transformers", _bytes(source.folder), program=program))
+    run = _Run(source, dense, params, windows.ids, scratch / architecture.fingerprint)
+    files += [run.export(form, folder) for form in formats]
+    notes += dict.fromkeys(caution for form in formats for caution in form.cautions(source))
+    if params.pad_channels > 1 and "transformers" not in params.formats:
+        shutil.rmtree(source.folder)
     return Outcome(str(final), source.record.provenance["plan"], meta["source"], tuple(notes), tuple(files))
 
 

@@ -53,10 +53,15 @@ def write_gguf(path: Path, source: Source, kind: str) -> None:
         write_vocabulary(writer, source.folder, source.config.vocab_size)
         for tensor, values in _tensors(source, told, name):
             stored = stored_type(tensor, values.shape, quantization)
-            writer.add_tensor(tensor, gguf.quantize(values, stored), raw_dtype=stored)
+            shape = gguf.quant_shape_to_byte_shape(values.shape, stored)
+            writer.add_tensor_info(tensor, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, values in _tensors(source, told, name):  # once more, so that one tensor at a time is in memory
+            stored = stored_type(tensor, values.shape, quantization)
+            _require_range(source, tensor, values, stored)
+            writer.write_tensor_data(gguf.quantize(values, stored))
     finally:
         writer.close()
 
@@ -125,6 +130,14 @@ def stored_type(name: str, shape: tuple[int, ...], asked: GGMLQuantizationType) 
     if len(shape) < 2 or name.startswith("position_embd"):
         return GGMLQuantizationType.F32
     return asked if shape[-1] % block == 0 else GGMLQuantizationType.F16
+
+
+def _require_range(source: Source, name: str, values: NDArray[np.float32], kind: GGMLQuantizationType) -> None:
+    if kind == GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
+        raise ExportError(
+            f"{name} of {source.folder} has weights beyond the range of float16 ({np.abs(values).max():.3g}); set "
+            "export.gguf_types to [bf16]"
+        )
 
 
 def _write_origin(writer: GGUFWriter, source: Source) -> None:

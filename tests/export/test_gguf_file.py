@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -167,6 +168,16 @@ def test_families_name_architectures_and_modules_that_exist(family):
     assert set(told.paired) <= modules
     keys = {*told.fixed, *told.keys.values(), *([told.window] if told.window else [])}
     assert keys <= family.config.known
+
+
+def test_weights_beyond_the_range_of_float16_are_refused_for_it_and_written_in_bfloat16(tmp_path):
+    _, source = write_pruned(tmp_path, "llama", "uniform")
+    state = load_file(source.folder / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(state, source.folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight of .*beyond the range of float16 \(1e\+05\)"):
+        write_gguf(tmp_path / "model.gguf", source, "f16")
+    assert written(tmp_path / "model.gguf", source, "bf16").tensors
 
 
 def test_a_masked_language_model_has_no_gguf(tmp_path):
