@@ -104,8 +104,14 @@ class Footprint:
         return sum(self.files.values())
 
 
+_GGUF = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
+"""Bytes of a weight in the types of GGUF files."""
+
+
 def footprints(architecture: Architecture, params: Params, stored: torch.dtype) -> list[Footprint]:
-    """Predict the files of all stages, in the order in which they run; training has rows only if it is asked for.
+    """Predict the files of all stages, in the order in which they run.
+
+    Training and export have rows only if they are asked for.
 
     Args:
         params: the params of the run.
@@ -119,6 +125,7 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
     scores = _units(architecture, numbers=2 + components, runs=3)
     sliced = _slice(architecture, params, stored, _plan(scores))
     trained = params.recover.method != "none"
+    exported = [_export(architecture, params, stored)] if params.export.formats else []
     scored = ", ".join(f"score.{key}: {text}" for key, text in params.score.expressions.items())
     return [
         _prepare(architecture, stored),
@@ -134,6 +141,7 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
         Footprint("allocate", {"plan.parquet": _plan(scores).nbytes}, f"allocate.method: {params.allocate.method}"),
         sliced,
         *([_teacher(architecture, params.recover), _recover(architecture, params, sliced)] if trained else []),
+        *exported,
         Footprint("evaluate", {"evaluation.json": _EVALUATION + _EVALUATION_LAYER * architecture.layers}),
         Footprint("report", {"../report": _REPORT}),
     ]
@@ -337,6 +345,20 @@ def _recover(architecture: Architecture, params: Params, sliced: Footprint) -> F
         training=training_bytes(trained, left, recover) + dense,
         checkpoints=CHECKPOINTS * checkpoint_bytes(trained, recover),
     )
+
+
+def _export(architecture: Architecture, params: Params, stored: torch.dtype) -> Footprint:
+    """The files for other programs; rows that fill no block, and channels of zeros, make them a little larger."""
+    export, left = params.export, architecture.total_parameters - _removed(architecture, params.allocate)
+    words = _TOKEN_TEXT * architecture.sizes["vocab"]
+    files: dict[str, int] = {}
+    for name in export.formats:
+        if name == "gguf":
+            files |= {f"exported/model.{kind}.gguf": round(left * _GGUF[kind]) + words for kind in export.gguf_types}
+        else:
+            width = stored.itemsize if name == "transformers" else torch.float32.itemsize
+            files[f"exported/{name}"] = left * width
+    return Footprint("export", files, f"export.formats: {', '.join(export.formats)}")
 
 
 def _lora_parameters(architecture: Architecture, recover: Recover, allocate: Allocate) -> int:

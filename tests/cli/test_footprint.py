@@ -85,6 +85,21 @@ def test_the_files_of_a_recovery_have_the_predicted_bytes(project, tmp_path):
     assert not any(name.startswith(("teacher", "recovered")) for name in predicted(project))
 
 
+def test_files_for_other_programs_are_foretold_by_their_types(project):
+    before = predicted(project).keys()
+    tiny.change_params(project, "export", formats=["gguf", "onnx"], gguf_types=["f16", "q8_0"])
+    sizes = predicted(project)
+    names = ["exported/model.f16.gguf", "exported/model.q8_0.gguf", "exported/onnx"]
+    assert sizes.keys() - before == set(names)
+    half, eighth, whole = (sizes[name] for name in names)
+    architecture = Architecture.from_json((project / "artifacts/architecture.json").read_text())
+    left = architecture.total_parameters - round(0.3 * architecture.decoder_parameters)
+    assert whole == 4 * left
+    assert half - eighth == pytest.approx((2 - 34 / 32) * left, abs=1)
+    assert half > 2 * left
+    tiny.change_params(project, "export", formats=[])
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # said by peft of GPT-2, which it sets right itself
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(ENCODERS)))
 @pytest.mark.parametrize("targets", ["all-linear", ["down_proj", "1.self_attn.o_proj", "fc2"]])
