@@ -12,7 +12,7 @@ from libprune.export import comparison
 from libprune.export.comparison import LENGTH, WRITTEN, choose_prompts, compare, speed_sentence
 from libprune.models.folder import load_model
 from libprune.results.speed import Speed, SpeedComparison
-from tests.support.exported import texts, write_pruned
+from tests.support.exported import run_here, texts, write_pruned
 
 
 @dataclass
@@ -40,13 +40,8 @@ class InTorch:
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    """The model runs in this process; tests of the stage run it in a fresh one."""
-
-    def run(folder, ids, remote, head):
-        with torch.no_grad():
-            return {"logits": load_model(folder, torch.float32, trust_remote_code=remote)(input_ids=ids).logits}
-
-    monkeypatch.setattr(comparison, "reload", run)
+    """The model runs in this process; a test of the stage runs it in a fresh one."""
+    monkeypatch.setattr(comparison, "reload", run_here)
 
 
 @pytest.fixture(scope="module")

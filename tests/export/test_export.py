@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from libprune.engine.errors import ExportError
-from libprune.export import llama_cpp
+from libprune.export import comparison, llama_cpp
 from libprune.export.export import export_layout
 from libprune.export.gguf_file import write_gguf
 from libprune.models.sequences import Sequences
@@ -17,7 +17,7 @@ from libprune.pipeline.sections import Compute, Export, Slice
 from libprune.results.prune import prune
 from libprune.results.record import read_record
 from stages import export as stage
-from tests.support.exported import texts, write_tokenizer
+from tests.support.exported import run_here, texts, write_tokenizer
 from tests.support.sliced import write_collected, write_trained
 from tests.support.tiny import write_params
 
@@ -66,7 +66,8 @@ def test_files_are_written_tried_and_timed(layout, tmp_path):
     json.dumps(outcome.content())
 
 
-def test_the_final_model_is_the_recovered_one(layout, tmp_path):
+def test_the_final_model_is_the_recovered_one(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "reload", run_here)
     shutil.rmtree(layout.recovered)
     write_trained(layout.pruned, layout.recovered)
     params = Export(formats=("gguf",), gguf_types=("f32",), speed=False)
@@ -86,6 +87,7 @@ def test_without_the_program_the_file_is_written_and_said_to_be_untried(layout, 
 
 
 def test_the_stage_writes_what_the_report_reads_and_nothing_of_a_failure(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "reload", run_here)
     chosen = {"formats": ["gguf"], "gguf_types": ["f32"], "speed": False}
     params = write_params(tmp_path / "params.yaml", "model", "text", export=chosen)
     stage.main(params, layout.root, tmp_path / "metrics")

@@ -64,6 +64,13 @@ def predicted(source: Source, ids: Tensor) -> Tensor:
     return logits.log_softmax(-1)
 
 
+def run_here(folder: Path, ids: Tensor, remote: bool, head: str) -> dict[str, Tensor]:
+    """The logits of a folder's model in this process, in place of `libprune.results.proof.reload`, which starts one."""
+    with torch.no_grad():
+        logits: Tensor = load_model(folder, torch.float32, trust_remote_code=remote)(input_ids=ids).logits
+    return {"logits": logits}
+
+
 def distance(form: Format, path: Path, source: Source, ids: Tensor) -> float:
     """Largest difference of a written file's predictions, in its program, to those of the model."""
     with form.open(path, source, 64) as program:
