@@ -67,7 +67,7 @@ import vllm
 asked = json.load(open(sys.argv[1]))
 if __name__ == "__main__":
     llm = LLM(asked["folder"], trust_remote_code=asked["remote"], dtype="float32", enforce_eager=True,
-              max_model_len=1024, enable_prefix_caching=False)
+              max_model_len=1024, enable_prefix_caching=False, gpu_memory_utilization=0.2)
     texts = [{"prompt_token_ids": text} for text in asked["texts"]]
     outs = llm.generate(texts, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0), use_tqdm=False)
     scores = [out.prompt_logprobs[place][text[place]].logprob
