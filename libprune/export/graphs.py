@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +24,8 @@ from libprune.engine.errors import ExportError, first_line
 from libprune.export.source import Source
 from libprune.models.folder import load_model
 
-CONFIGS = {"onnx": OnnxConfig, "openvino": OpenVINOConfig}
-"""Formats of graphs, with the settings that transformers has for them."""
+CONFIGS = {"onnx": partial(OnnxConfig, dynamic=True), "openvino": partial(OpenVINOConfig, dynamic=True, stateful=False)}
+"""Formats of graphs, with the settings of transformers for any lengths and a KV cache that goes in and comes out."""
 PACKAGES = {"onnx": ("onnx", "onnxscript"), "openvino": ("openvino",)}
 """The packages that writing a format needs."""
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
@@ -70,7 +71,7 @@ def write_graph(folder: Path, source: Source, kind: str) -> None:
     model = load_model(source.folder, torch.float32, trust_remote_code=source.record.remote)
     model.generation_config.eos_token_id = None  # the exporter writes some tokens, and must not end early
     sample = torch.arange(16).reshape(2, 8) % source.config.vocab_size
-    settings = CONFIGS[kind](dynamic=True)
+    settings = CONFIGS[kind]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -101,7 +102,7 @@ def graph(folder: Path, source: Source, kind: str, threads: int) -> Iterator["Gr
         options["session_options"] = onnxruntime.SessionOptions()
         options["session_options"].intra_op_num_threads = threads
     else:
-        options["config"] = {"INFERENCE_NUM_THREADS": threads}
+        options["config"] = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield Graph(ExportedModel.from_pretrained(folder, device="cpu", **options), source, kind)
