@@ -1,6 +1,5 @@
-"""Loading the dense model from a package, a file, a folder or the hub, and finding the sources of models and texts."""
+"""Loading the dense model from a package, a file, a folder or the hub."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from libprune.engine.errors import SourceError, first_line
 from libprune.engine.heads import CAUSAL_LM, head_of
 from libprune.pipeline.sections import Prepare
-
-_PACKAGE = "package://"
-_FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet"}
-
-
-def resolve(source: str) -> Path | None:
-    """The local path of a source, or None for a hub id.
-
-    `package://NAME/path` is a file inside an installed package, found without importing it.
-
-    Raises:
-        SourceError: if the package or the path does not exist.
-    """
-    if source.startswith(_PACKAGE):
-        return _package_file(source)
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if source.count("/") > 1 or source.startswith((".", "/", "~")) or path.suffix in _FILES:
-        raise SourceError(f"{source} does not exist (seen from {Path.cwd()})")
-    return None
-
-
-def _package_file(source: str) -> Path:
-    name, _, inside = source.removeprefix(_PACKAGE).partition("/")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise SourceError(f"{source}: no installed package is named {name!r}; install it with pip")
-    path = Path(spec.submodule_search_locations[0]) / inside
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*") if p.is_file())[:5] if path.parent.is_dir() else []
-        raise SourceError(f"{source}: package {name!r} has no such file; in that folder: {', '.join(beside) or 'none'}")
-    return path
+from libprune.pipeline.sources import resolve
+from libprune.pipeline.terminal import masked
 
 
 def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -65,7 +33,9 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         model, loading = head.loader.from_pretrained(name, dtype=dtype, output_loading_info=True, **where)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
+        raise SourceError(
+            f"prepare.model = {masked(params.model)!r} cannot be loaded: {masked(first_line(error))}"
+        ) from error
     _require_weights(params, model, sorted(loading["missing_keys"]))
     if "gguf_file" in where:
         _forget_quantization(model)
@@ -86,9 +56,10 @@ def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:
     """The name or path of the model for `from_pretrained`, and the other arguments that it needs."""
     path = resolve(params.model)
     where: dict[str, Any] = {"revision": params.revision, "trust_remote_code": params.trust_remote_code}
-    if path is None or path.is_dir():
-        return path or params.model, where
-    return path.parent, where | {"gguf_file": path.name}
+    if path is None:
+        return params.model, where
+    where |= {"local_files_only": True}
+    return (path, where) if path.is_dir() else (path.parent, where | {"gguf_file": path.name})
 
 
 def load_dense_config(params: Prepare) -> PreTrainedConfig:
@@ -102,7 +73,9 @@ def load_dense_config(params: Prepare) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
     except Exception as error:  # the config classes raise types of their own
-        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
+        raise SourceError(
+            f"prepare.model = {masked(params.model)!r} cannot be loaded: {masked(first_line(error))}"
+        ) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method

@@ -13,8 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from libprune.engine.errors import LibpruneError, SourceError, first_line, nearest
-from libprune.models.source import resolve
 from libprune.pipeline.sections import Tokenize
+from libprune.pipeline.sources import resolve
 
 SELF = "self"
 """The text that the dense model writes itself; see `libprune.texts.self_text`."""

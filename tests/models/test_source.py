@@ -1,4 +1,4 @@
-"""Models from where users have them, and how sources are found."""
+"""Models from where users have them."""
 
 import json
 import shutil
@@ -9,58 +9,9 @@ import torch
 
 from libprune.engine.errors import SourceError
 from libprune.models.folder import write_dense
-from libprune.models.source import load_dense, resolve
+from libprune.models.source import load_dense
 from libprune.pipeline.sections import Prepare
 from tests.support.tiny import write_model
-
-# Where things are
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch) -> Path:
-    """An installed package that must not be imported: its module raises."""
-    folder = tmp_path / "site" / "forbidden_to_import"
-    (folder / "data").mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise RuntimeError('imported')\n")
-    (folder / "data" / "text.txt").write_text("a\nb")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    return folder
-
-
-def test_a_file_inside_a_package_is_found_without_importing_it(package):
-    assert resolve("package://forbidden_to_import/data/text.txt") == package / "data" / "text.txt"
-
-
-def test_a_missing_package_is_named_with_what_to_do():
-    for source in ("package://no_such_package/file", "package:///file", "package://../etc/passwd"):
-        with pytest.raises(SourceError, match=r"no installed package is named '.*'; install it with pip"):
-            resolve(source)
-
-
-def test_a_missing_file_of_a_package_is_named_with_what_lies_beside_it(package):
-    with pytest.raises(SourceError, match=r"'forbidden_to_import' has no such file; in that folder: text\.txt$"):
-        resolve("package://forbidden_to_import/data/txet.txt")
-    with pytest.raises(SourceError, match=r"no such file; in that folder: none$"):
-        resolve("package://forbidden_to_import/nowhere/text.txt")
-
-
-def test_a_local_path_is_taken_as_it_is_and_must_exist(tmp_path, monkeypatch):
-    (tmp_path / "here.txt").write_text("x")
-    monkeypatch.chdir(tmp_path)
-    assert resolve("here.txt") == Path("here.txt")
-    assert resolve(str(tmp_path)) == tmp_path
-    for missing in ("./there", "/no/where", "a/b/c", "there.gguf", "there.jsonl", "~/no/such/file"):
-        with pytest.raises(SourceError, match=r"does not exist \(seen from "):
-            resolve(missing)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-3.1-8B", "wikitext"])
-def test_a_hub_id_is_left_to_the_hub(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert resolve(name) is None
-
-
-# Models
 
 
 @pytest.fixture(scope="module")
