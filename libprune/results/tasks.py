@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from libprune.engine.errors import LibpruneError, nearest
+from libprune.models.tokens import frame_of
 from libprune.pipeline.sources import resolve
 
 METRICS = ("acc", "acc_norm")
@@ -49,7 +50,8 @@ def zero_shot(
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise LibpruneError(f"evaluate.tasks: no task {unknown[0]!r}{nearest(unknown[0], manager.all_tasks)}")
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    begins = bool(frame_of(tokenizer).before)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=begins)
     results = simple_evaluate(
         model=harness, tasks=list(tasks), num_fewshot=0, limit=limit, task_manager=manager, log_samples=False
     )

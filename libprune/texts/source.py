@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from libprune.engine.errors import LibpruneError, SourceError, first_line, nearest
+from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Tokenize
 from libprune.pipeline.sources import resolve
 from libprune.pipeline.terminal import masked
@@ -23,6 +24,8 @@ SELF = "self"
 SHUFFLE_BUFFER = 10_000
 """Documents of a stream among which the next one is drawn; some 20 MB of web text."""
 
+_SHOWN = 60
+"""Characters of a text that are told."""
 _FIXED_DATE = "{% macro strftime_now(format) %}26 July 2024{% endmacro %}"
 """Stands before a chat template, instead of the function that tells today's date."""
 
@@ -177,6 +180,13 @@ class Text:
     files: list[str] | None = None
     chat: Callable[[Any], str] | None = None
 
+    def told(self, documents: list[str], tokens: int | None) -> str:
+        """What was read, in words: files, documents, their tokens if they were counted, and the first words."""
+        files = "" if self.files is None else f" in {len(self.files):,} file{'s' * (len(self.files) > 1)}"
+        counted = "" if tokens is None else f" of {tokens:,} tokens"
+        begin = " ".join(documents[0][:_SHOWN].split())
+        return f"read were {len(documents):,} documents{counted}{files}, which begin {begin!r}"
+
     def documents(self) -> Iterator[str]:
         """The documents that are not blank, in their order.
 
@@ -191,7 +201,9 @@ class Text:
         Raises:
             SourceError: if there is none, or one cannot be read or is not text.
         """
-        return ((document, row.get(self.source.label)) for row, document in self._read(self.rows, ""))
+        label = self.source.label
+        assert label is not None, "only asked for where labels are wanted"
+        return ((document, row.get(label)) for row, document in self._read(self.rows, ""))
 
     def shuffled(self, skip: int, seed: int) -> Iterator[str]:
         """The documents of a stream that are not blank, without the first `skip`, in a seeded order.
@@ -250,15 +262,17 @@ def chat_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], str]:
 
     A conversation is a list of messages, each with a `role` and a `content`. Keys of a message that are null are left
     out, since data sets add them to the messages that lack them. Templates that write today's date write a fixed one,
-    so that the text is the same on every day.
+    so that the text is the same on every day. The tokens that the tokenizer puts before any text are left out where the
+    template begins with them, for windows have them already.
     """
+    before = "".join(tokenizer.convert_ids_to_tokens(list(frame_of(tokenizer).before)))
 
     def write(messages: Any) -> str:
         if tokenizer.chat_template is None:
             raise ValueError("it has none; use a text without conversations")
         told = [{key: value for key, value in message.items() if value is not None} for message in messages]
         template = _FIXED_DATE + tokenizer.get_chat_template()
-        return str(tokenizer.apply_chat_template(told, chat_template=template, tokenize=False))
+        return str(tokenizer.apply_chat_template(told, chat_template=template, tokenize=False)).removeprefix(before)
 
     return write
 
