@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError, first_line
 from libprune.engine.heads import CAUSAL_LM, head_of
+from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Prepare
 from libprune.pipeline.sources import resolve
 from libprune.pipeline.terminal import masked
@@ -39,6 +41,7 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     _require_weights(params, model, sorted(loading["missing_keys"]))
     if "gguf_file" in where:
         _forget_quantization(model)
+        follow_gguf(tokenizer, Path(name) / where["gguf_file"])
     return model.eval(), tokenizer
 
 
@@ -92,6 +95,28 @@ def dense_dtype(params: Prepare, config: PreTrainedConfig) -> torch.dtype:
         asked: torch.dtype = getattr(torch, params.dtype)
         return asked
     return torch.float32 if "gguf_file" in _place(params)[1] else config.dtype or torch.float32
+
+
+def follow_gguf(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Let a tokenizer put around a text what the metadata of its GGUF file say, which transformers does not read.
+
+    Where they say nothing, llama.cpp puts the first token before a text if the tokenizer is one of SentencePiece.
+    """
+    fields = GGUFReader(path).fields
+
+    def said(key: str, usual: bool) -> bool:
+        field = fields.get(f"tokenizer.ggml.{key}")
+        return usual if field is None else bool(field.contents())
+
+    kind = fields.get("tokenizer.ggml.model")
+    begins = said("add_bos_token", kind is not None and kind.contents() == "llama")
+    for name, token, asked in (
+        ("add_bos_token", tokenizer.bos_token_id, begins),
+        ("add_eos_token", tokenizer.eos_token_id, said("add_eos_token", False)),
+    ):
+        frame = frame_of(tokenizer)
+        if asked != (token in (frame.before if name == "add_bos_token" else frame.after)):
+            setattr(tokenizer, name, asked)
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFWriter
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from libprune.engine.errors import SourceError
 from libprune.models.folder import write_dense
-from libprune.models.source import load_dense
+from libprune.models.source import follow_gguf, load_dense
+from libprune.models.tokens import Frame, frame_of
 from libprune.pipeline.sections import Prepare
 from tests.support.tiny import write_model
 
@@ -61,3 +66,31 @@ def test_a_quantized_model_is_refused_with_its_method(folder, tmp_path, method):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=rf"is quantized \({method}\); prune the unquantized model"):
         load_dense(Prepare(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "begins", "ends"),
+    [
+        ("gpt2", {}, False, False),
+        ("gpt2", {"add_bos_token": True}, True, False),
+        ("llama", {}, True, False),
+        ("llama", {"add_bos_token": False, "add_eos_token": True}, False, True),
+        ("llama", {"add_bos_token": True, "add_eos_token": True}, True, True),
+    ],
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_the_tokenizer_of_a_gguf_file_does_what_the_metadata_say(tmp_path, kind, said, begins, ends, before):
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model(kind)
+    for key, value in said.items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="<unk>"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, add_bos_token=before, **names)
+    follow_gguf(tokenizer, tmp_path / "m.gguf")
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert frame_of(one) == Frame((1,) * begins, (2,) * ends)
