@@ -198,7 +198,8 @@ def test_several_texts_are_named_with_their_shares(tokenizer, text, three):
     texts = tuple(Share(text=name, share=share) for name, share in zip(three, (0.125, 0.5, 0.375), strict=True))
     found = draw(tokenizer, settings(text), text=texts)
     assert found.names == f"12.5 % {three[0]}, 50 % {three[1]}, 37.5 % {three[2]}"
-    assert found.sentence().endswith(f"from {found.names}")
+    assert f"from {found.names}; read were " in found.sentence()
+    assert found.sentence().count("read were") == 3
     assert draw(tokenizer, settings(text)).names == str(text)
 
 
@@ -301,7 +302,7 @@ def test_windows_of_a_model_of_masked_tokens_are_framed_and_masked(framing, text
     masked = sequences.targets != NO_TARGET
     assert (masked.sum(1) == round(MASKED_SHARE * (LENGTH - 2))).all()
     assert (sequences.ids[masked] == framing.mask_token_id).all()
-    available = cut_windows(text.read_text().splitlines()[:280], framing, LENGTH, "joined", framed=True)
+    available = cut_windows(text.read_text().splitlines()[:280], framing, LENGTH, "joined")
     np.testing.assert_array_equal(np.stack(originals(sequences)), available.ids[found.sources[0]["windows"]])
 
 

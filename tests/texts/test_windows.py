@@ -43,7 +43,7 @@ def test_one_document_cannot_be_divided():
 
 
 IDS = np.arange(60).reshape(20, 3)
-AVAILABLE = Windows(IDS, documents=7, skipped=0)
+AVAILABLE = Windows(IDS, documents=7, skipped=0, tokens=62)
 
 
 @given(st.integers(1, 20), st.integers(0, 1000))
@@ -84,7 +84,7 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(choose):
 @pytest.mark.parametrize("choose", CHOICES)
 def test_too_little_text_says_how_many_documents_were_too_short(choose):
     with pytest.raises(SourceError, match=r"gives 20 .*; 30 of its 40 documents are shorter than a window .*joined"):
-        choose(Windows(IDS, documents=40, skipped=30), 21)
+        choose(Windows(IDS, documents=40, skipped=30, tokens=62), 21)
 
 
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 60), st.integers(0, 99))
@@ -137,6 +137,22 @@ def test_windows_of_documents_apart_are_those_of_each_document_by_itself(tokeniz
 def framing(tmp_path_factory):
     """A tokenizer that frames a text, and has a token for masks."""
     return AutoTokenizer.from_pretrained(write_encoder(tmp_path_factory.mktemp("encoder"), FAMILIES["bert"]))
+
+
+@given(texts, st.integers(3, 9), st.sampled_from(["joined", "apart"]))
+def test_each_window_carries_what_the_tokenizer_puts_around_a_text(framing, documents, length, mode):
+    found = cut_windows(documents, framing, length, mode)
+    encoded = framing(["\n\n".join(documents)] if mode == "joined" else documents, add_special_tokens=False)[
+        "input_ids"
+    ]
+    width = length - 2
+    expected = [
+        [framing.cls_token_id, *ids[start : start + width], framing.sep_token_id]
+        for ids in encoded
+        for start in range(0, len(ids) - width + 1, width)
+    ]
+    assert found.ids.tolist() == expected
+    assert found.tokens == sum(map(len, encoded))
 
 
 @given(length=st.integers(5, 40), number=st.integers(1, 5), seed=st.integers(0, 9))
