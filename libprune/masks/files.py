@@ -25,6 +25,7 @@ from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError, SourceError, first_line, missing_key
 from libprune.engine.heads import head_of
 from libprune.models.folder import WeightFiles, load_config
+from libprune.models.source import untied
 from libprune.pipeline.artifacts import read_json
 
 _ORIG, _MASK = "_orig", "_mask"
@@ -220,6 +221,8 @@ def _load(folder: Path, state: Mapping[str, Tensor]) -> PreTrainedModel:
     for what, names in (("lack", info["missing_keys"]), ("hold, for no parameter,", info["unexpected_keys"])):
         if names:
             raise SourceError(f"the weights of {folder} {what} {len(names)} tensors, the first {min(names)}")
+    if fault := untied(model):
+        raise SourceError(f"{folder} {fault}")
     require_equal_ties(model, state)
     loaded: PreTrainedModel = model.eval()
     return loaded

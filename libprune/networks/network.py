@@ -41,7 +41,7 @@ from libprune.results.module_folder import (
     sliced,
     stored,
 )
-from libprune.results.proof import TOLERANCE
+from libprune.results.proof import agrees
 from libprune.scoring.criteria import find_criterion
 from libprune.scoring.expression import named_criteria
 from libprune.scoring.fusion import READS_LOSSES
@@ -192,7 +192,7 @@ class Network:
     def _prove(self, whole: nn.Module, smaller: nn.Module, plan: Plan) -> dict[str, float]:
         inputs = self._samples[:_CHECKED].to(self._device).inputs
         differs, scale = self._compared(whole, smaller, plan, inputs)
-        if not differs <= TOLERANCE * scale and inputs.dtype != torch.float64:
+        if not agrees(differs, scale) and inputs.dtype != torch.float64:
             # Sums over fewer terms round otherwise, and a unit near its threshold may fire for that alone.
             exact = inputs.double() if inputs.is_floating_point() else inputs
             differs, scale = self._compared(copy.deepcopy(whole).double(), copy.deepcopy(smaller).double(), plan, exact)

@@ -22,7 +22,7 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 from libprune.models.folder import fingerprint, load_model, sha256
 from libprune.results.folder import MODELING_FILE, pruned_config
-from libprune.results.proof import TOLERANCE, reference_logits, reload
+from libprune.results.proof import TOLERANCE, agrees, reference_logits, reload
 from libprune.results.record import PLAN, PROVENANCE, Record, read_record
 
 _SEQUENCES, _LENGTH = 2, 32
@@ -210,7 +210,7 @@ def _run(record: Record, computed: dict[str, Tensor]) -> Iterator[Finding]:
     if not torch.isfinite(logits).all():
         broken = int((~torch.isfinite(logits)).sum())
         yield Finding("fault", "logits", f"{record.folder} computes {broken:,} of {logits.numel():,} logits not finite")
-    elif not difference <= TOLERANCE * scale:
+    elif not agrees(difference, scale):
         differ = f"differ by {difference:.3g} of {scale:.3g}, expected at most {TOLERANCE * scale:.3g}"
         yield Finding("fault", "logits", f"{record.folder}: with and without the KV cache they {differ}")
     else:
@@ -255,4 +255,4 @@ def _against_dense(
         wanted = reference_logits(model, ids)
     scale, difference = float(wanted.abs().max()), float((logits - wanted).abs().max())
     text = f"logits differ by {difference:.1e} of {scale:.1f} from those of {dense} under the plan's mask"
-    return Finding("ok" if difference <= TOLERANCE * scale else "fault", "dense", text)
+    return Finding("ok" if agrees(difference, scale) else "fault", "dense", text)
