@@ -59,6 +59,8 @@ def head_of(architectures: Sequence[str] | None) -> Head:
     Raises:
         FamilyError: for a head of another kind, such as question answering, whose weights would be lost.
     """
+    if isinstance(architectures, str) or not all(isinstance(name, str) for name in architectures or ()):
+        raise FamilyError(f"config key 'architectures' = {str(architectures)[:40]!r} is no list of names of classes")
     name = next(iter(architectures or ()), "")
     for head in HEADS.values():
         if head.ending and name.endswith(head.ending):

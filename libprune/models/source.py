@@ -1,15 +1,18 @@
 """Loading the dense model from a package, a file, a folder or the hub, and finding the sources of models and texts."""
 
 import importlib.util
+from collections.abc import Iterable, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from libprune.engine.errors import SourceError, first_line
+from libprune.engine.describe import without_weights
+from libprune.engine.errors import SourceError, naming
 from libprune.engine.heads import CAUSAL_LM, head_of
+from libprune.models.folder import require_content
 from libprune.pipeline.sections import Prepare
 
 _PACKAGE = "package://"
@@ -60,20 +63,46 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     if "gguf_file" in where:
         head, dtype = CAUSAL_LM, torch.float32 if dtype == "auto" else dtype
     else:
-        head = head_of(load_dense_config(params).architectures)
-    try:
-        model, loading = head.loader.from_pretrained(name, dtype=dtype, output_loading_info=True, **where)
+        config = load_dense_config(params)
+        head = head_of(config.architectures)
+        if isinstance(name, Path):
+            _require_safetensors(params, name)
+            _require_room(params, name, config)
+    with naming(f"the weights of prepare.model = {params.model!r} cannot be loaded"):
+        model, loading = head.loader.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **where
+        )
+    _require_shapes(params, loading["mismatched_keys"])
+    _require_weights(params, model, sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"]))
+    _require_numbers(params, model)
+    with naming(f"the tokenizer of prepare.model = {params.model!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
-    _require_weights(params, model, sorted(loading["missing_keys"]))
     if "gguf_file" in where:
         _forget_quantization(model)
     return model.eval(), tokenizer
 
 
-def _require_weights(params: Prepare, model: PreTrainedModel, missing: list[str]) -> None:
+def _require_shapes(params: Prepare, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Stop if tensors of the files have other shapes than the config says, which transformers then fills at random."""
+    for name, stored, expected in sorted(mismatched):
+        raise SourceError(
+            f"prepare.model = {params.model!r}: {name} has shape {list(stored)} in the files, but {list(expected)} by "
+            "its config.json; one of the two is of another model"
+        )
+
+
+_WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes of names that DataParallel and torch.compile leave, when their wrapper is saved and not the model in it."""
+
+
+def _require_weights(params: Prepare, model: PreTrainedModel, missing: list[str], unexpected: list[str]) -> None:
     """Stop if transformers has filled parameters with random numbers, because they are missing in the files."""
+    wrapper = next((p for p in _WRAPPERS for name in unexpected if name.startswith(p)), None)
+    if missing and wrapper is not None:
+        raise SourceError(
+            f"prepare.model = {params.model!r}: the names of its weights begin with {wrapper!r}, as {unexpected[0]!r}; "
+            "a wrapped model was saved. Take the prefix away, or save the model inside the wrapper"
+        )
     if missing:
         raise SourceError(
             f"prepare.model = {params.model!r} has no weights for {len(missing)} parameters of a "
@@ -82,9 +111,60 @@ def _require_weights(params: Prepare, model: PreTrainedModel, missing: list[str]
         )
 
 
+def _require_numbers(params: Prepare, model: PreTrainedModel) -> None:
+    """Stop if a weight is not finite, or all matrices are zero."""
+    largest = 0.0
+    for name, parameter in model.named_parameters():
+        reach = max(abs(float(end)) for end in torch.aminmax(parameter.detach()))
+        if not isfinite(reach):
+            broken = int((~torch.isfinite(parameter)).sum())
+            raise SourceError(
+                f"prepare.model = {params.model!r}: {broken:,} of {parameter.numel():,} values of {name} are not finite"
+            )
+        largest = max(largest, reach if parameter.dim() > 1 else 0.0)
+    if not largest:
+        raise SourceError(f"prepare.model = {params.model!r}: all matrices of its weights are zero")
+
+
+def _require_model(params: Prepare, path: Path) -> None:
+    """Stop by name at what is often given for a model: adapters, and pointers of Git LFS."""
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise SourceError(
+            f"prepare.model = {params.model!r} is a LoRA adapter, not a model; merge it into its base model first: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        )
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    for file in files:
+        if file.is_file() and file.suffix in {".gguf", ".safetensors", ".json", ".model", ".bin"}:
+            require_content(file)
+
+
+def _require_safetensors(params: Prepare, path: Path) -> None:
+    """Stop at a folder without safetensors files; those that pickle reads may run code, and are not read."""
+    if not any(path.glob("*.safetensors")):
+        pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+        what = f" but {pickles[0]}, a pickle, which may run code when it is read" if pickles else ""
+        raise SourceError(
+            f"prepare.model = {params.model!r} holds no .safetensors file{what}; write it again by save_pretrained"
+        )
+
+
+def _require_room(params: Prepare, path: Path, config: PreTrainedConfig) -> None:
+    """Stop if a config promises more parameters than the files have bytes, before memory is taken for them."""
+    held = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    promised = sum(parameter.numel() for parameter in without_weights(config, params.trust_remote_code).parameters())
+    if promised > held:
+        raise SourceError(
+            f"prepare.model = {params.model!r}: by its config.json it has {promised:,} parameters, but its "
+            f".safetensors files have only {held:,} bytes; one of the two is of another model"
+        )
+
+
 def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:
     """The name or path of the model for `from_pretrained`, and the other arguments that it needs."""
     path = resolve(params.model)
+    if path is not None:
+        _require_model(params, path)
     where: dict[str, Any] = {"revision": params.revision, "trust_remote_code": params.trust_remote_code}
     if path is None or path.is_dir():
         return path or params.model, where
@@ -99,10 +179,8 @@ def load_dense_config(params: Prepare) -> PreTrainedConfig:
             for the quantizer's package, or dequantise without being asked.
     """
     name, where = _place(params)
-    try:
+    with naming(f"the config of prepare.model = {params.model!r} cannot be loaded"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
-    except Exception as error:  # the config classes raise types of their own
-        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
