@@ -5,7 +5,6 @@
 
 import copy
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from libprune.engine.errors import LibpruneError, SourceError, missing_key, nami
 from libprune.engine.heads import head_of
 from libprune.models.folder import WeightFiles, load_config, open_tensors
 from libprune.pipeline.artifacts import read_json
+from libprune.pipeline.atomic import scratch_folder
 
 _ORIG, _MASK = "_orig", "_mask"
 
@@ -192,7 +192,7 @@ def _product(name: str, weight: Tensor, mask: Tensor, where: str) -> tuple[Tenso
 
 def _loaded_from(folder: Path, state: dict[str, Tensor]) -> PreTrainedModel:
     """The model of a folder with other weights, by whatever names transformers reads."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         shutil.copyfile(folder / "config.json", Path(scratch, "config.json"))
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, Path(scratch, "model.safetensors"))
         model = _load(Path(scratch), state)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from libprune.engine.describe import without_weights
 from libprune.engine.errors import SourceError, naming
 from libprune.engine.heads import CAUSAL_LM, head_of
 from libprune.models.folder import require_content
@@ -63,11 +62,9 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     if "gguf_file" in where:
         head, dtype = CAUSAL_LM, torch.float32 if dtype == "auto" else dtype
     else:
-        config = load_dense_config(params)
-        head = head_of(config.architectures)
+        head = head_of(load_dense_config(params).architectures)
         if isinstance(name, Path):
             _require_safetensors(params, name)
-            _require_room(params, name, config)
     with naming(f"the weights of prepare.model = {params.model!r} cannot be loaded"):
         model, loading = head.loader.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **where
@@ -146,17 +143,6 @@ def _require_safetensors(params: Prepare, path: Path) -> None:
         what = f" but {pickles[0]}, a pickle, which may run code when it is read" if pickles else ""
         raise SourceError(
             f"prepare.model = {params.model!r} holds no .safetensors file{what}; write it again by save_pretrained"
-        )
-
-
-def _require_room(params: Prepare, path: Path, config: PreTrainedConfig) -> None:
-    """Stop if a config promises more parameters than the files have bytes, before memory is taken for them."""
-    held = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    promised = sum(parameter.numel() for parameter in without_weights(config, params.trust_remote_code).parameters())
-    if promised > held:
-        raise SourceError(
-            f"prepare.model = {params.model!r}: by its config.json it has {promised:,} parameters, but its "
-            f".safetensors files have only {held:,} bytes; one of the two is of another model"
         )
 
 

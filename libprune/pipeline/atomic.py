@@ -6,6 +6,7 @@ Nothing is ever opened for writing in place: outputs may be hard links into a ca
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,13 @@ def writing_folder(target: Path) -> Iterator[Path]:
     with writing(target) as partial:
         partial.mkdir()
         yield partial
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """An empty folder for passing files, named by this process, so that it can be cleared away if that is killed."""
+    with tempfile.TemporaryDirectory(prefix=f"libprune-{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 def remove(path: Path) -> None:

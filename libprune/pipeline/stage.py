@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn, ParamSpec
 import typer
 
 from libprune.engine.errors import LibpruneError, MeansError, lacking
+from libprune.pipeline.locks import watch_dvc
 from libprune.pipeline.processes import end_with_dvc
 
 P = ParamSpec("P")
@@ -31,8 +32,9 @@ def app(main: Callable[P, None]) -> typer.Typer:
     @application.command(help=main.__doc__)
     @wraps(main)
     def command(*args: P.args, **kwargs: P.kwargs) -> None:
-        quiet()
         end_with_dvc()
+        watch_dvc()
+        quiet()
         with user_errors(), _summary(main.__module__.rpartition(".")[2]):
             main(*args, **kwargs)
 
