@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from libprune.engine.errors import SourceError
 from libprune.models.folder import write_dense
@@ -110,3 +111,59 @@ def test_a_quantized_model_is_refused_with_its_method(folder, tmp_path, method):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=rf"is quantized \({method}\); prune the unquantized model"):
         load_dense(Prepare(model=str(tmp_path)))
+
+
+def changed(folder: Path, target: Path, **tensors: torch.Tensor) -> str:
+    """A copy of the folder with other tensors in its weights; its name."""
+    shutil.copytree(folder, target)
+    path = target / "model.safetensors"
+    save_file(load_file(path) | {name.replace("__", "."): tensor for name, tensor in tensors.items()}, path)
+    return str(target)
+
+
+NORM = "model__norm__weight"
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(folder, tmp_path):
+    name = changed(folder, tmp_path / "a", **{NORM: torch.ones(7)})
+    with pytest.raises(
+        SourceError, match=r"model\.norm\.weight has shape \[7\] in the files, but \[48\] by its config"
+    ):
+        load_dense(Prepare(model=name))
+
+
+@pytest.mark.parametrize(("value", "count"), [(float("nan"), 48), (float("inf"), 48)])
+def test_weights_that_are_not_finite_are_named(folder, tmp_path, value, count):
+    name = changed(folder, tmp_path / "a", **{NORM: torch.full((48,), value)})
+    with pytest.raises(SourceError, match=rf"{count} of 48 values of model\.norm\.weight are not finite"):
+        load_dense(Prepare(model=name))
+
+
+def test_weights_that_are_all_zero_are_refused(folder, tmp_path):
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in load_file(folder / "model.safetensors").items()}
+    with pytest.raises(SourceError, match="all matrices of its weights are zero"):
+        load_dense(Prepare(model=changed(folder, tmp_path / "a", **zeros)))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_the_prefix_of_a_wrapper_is_named(folder, tmp_path, prefix):
+    target = Path(shutil.copytree(folder, tmp_path / "a"))
+    path = target / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(SourceError, match=f"begin with '{prefix}', as .*a wrapped model was saved"):
+        load_dense(Prepare(model=str(target)))
+
+
+def test_an_adapter_a_pointer_and_a_pickle_are_named_for_what_they_are(folder, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match="is a LoRA adapter, not a model; merge it into its base model first"):
+        load_dense(Prepare(model=str(tmp_path / "lora")))
+    target = Path(shutil.copytree(folder, tmp_path / "pointer"))
+    (target / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(SourceError, match=r"model\.safetensors is not the file but its Git LFS pointer"):
+        load_dense(Prepare(model=str(target)))
+    (target / "model.safetensors").rename(target / "pytorch_model.bin")
+    (target / "pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(SourceError, match=r"no \.safetensors file but pytorch_model\.bin, a pickle"):
+        load_dense(Prepare(model=str(target)))
