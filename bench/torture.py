@@ -145,7 +145,11 @@ def attack_masks(place: Path, rng: random.Random) -> list[str]:
 def attack_folder(place: Path, rng: random.Random) -> list[str]:
     """A damaged record of a pruned folder."""
     path = damaged_model(place) / "libprune.json"
-    record = {"plan": {"shape": "uniform", "model": "a" * 16}, "slice": {"repair": "none"}, "recovery": None}
+    record: dict[str, Any] = {
+        "plan": {"shape": "uniform", "model": "a" * 16},
+        "slice": {"repair": "none"},
+        "recovery": None,
+    }
     record["files"] = {"config.json": {"bytes": 1, "sha256": "0" * 64}}
     path.write_text(json.dumps(change(record, rng)))
     return ["check", str(place / "bad")]
