@@ -65,7 +65,7 @@ def new(
         done = create_project(folder, _changes(model, text, ratio, preset, settings))
     for line in done:
         typer.echo(line)
-    typer.echo(f"{folder / 'params.yaml'} says what will be done; change it as you like.\nnext:    cd {folder}; dvc repro")
+    typer.echo(f"{folder / 'params.yaml'} says what will be done; change it as you like.\nnext: cd {folder}; dvc repro")
 
 
 def update(

@@ -12,7 +12,8 @@ from libprune.engine.errors import ProjectError
 def environment() -> dict[str, str]:
     """The variables of a command, by which `python` is the Python that runs now, also where it is not activated."""
     own = str(Path(sys.executable).parent)
-    return os.environ | {"PATH": os.pathsep.join([own, os.environ.get("PATH", os.defpath)])}
+    path = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
+    return os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
 
 
 def dvc(folder: Path, *words: str) -> None:
@@ -21,7 +22,7 @@ def dvc(folder: Path, *words: str) -> None:
     Raises:
         ProjectError: with what DVC says, if it fails.
     """
-    _run(folder, [sys.executable, "-m", "dvc", *words])
+    _run(folder, [sys.executable, "-m", "dvc"], "dvc", words)
 
 
 def git(folder: Path, *words: str) -> None:
@@ -30,7 +31,7 @@ def git(folder: Path, *words: str) -> None:
     Raises:
         ProjectError: with what git says, if it fails.
     """
-    _run(folder, ["git", *words])
+    _run(folder, ["git"], "git", words)
 
 
 def has_git() -> bool:
@@ -44,8 +45,8 @@ def in_repository(folder: Path) -> bool:
     return has_git() and subprocess.run(command, capture_output=True, text=True).stdout.strip() == "true"
 
 
-def _run(folder: Path, command: list[str]) -> None:
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+def _run(folder: Path, program: list[str], name: str, words: tuple[str, ...]) -> None:
+    done = subprocess.run([*program, *words], cwd=folder, env=environment(), capture_output=True, text=True)
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
-        raise ProjectError(f"`{' '.join(command[-3:])}` in {folder} failed: {said}")
+        raise ProjectError(f"`{' '.join([name, *words])}` in {folder} failed: {said}")

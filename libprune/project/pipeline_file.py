@@ -33,7 +33,8 @@ def pipeline_text() -> str:
         command = stage["cmd"].replace("-m stages.", "-m libprune.stages.")
         stages[name] = stage | {"cmd": command, "deps": [links.get(dep, dep) for dep in stage["deps"]]}
     text = yaml.safe_dump(content | {"stages": stages}, sort_keys=False, width=120)
-    return f"# Pipeline {_digest(text)}, written by libprune {version('libprune')}. `libprune update` writes it anew.\n{text}"
+    own = f"written by libprune {version('libprune')}. `libprune update` writes it anew."
+    return f"# Pipeline {digest(text)}, {own}\n{text}"
 
 
 def is_current(text: str) -> bool:
@@ -44,7 +45,7 @@ def is_current(text: str) -> bool:
 def is_untouched(text: str) -> bool:
     """Whether a dvc.yaml is what some version of libprune wrote, to the letter."""
     first, _, rest = text.partition("\n")
-    return first.startswith(f"# Pipeline {_digest(rest)},")
+    return first.startswith(f"# Pipeline {digest(rest)},")
 
 
 def code_paths() -> dict[str, Path]:
@@ -65,5 +66,6 @@ def _installed(dep: str) -> Path:
     return beside if dep.startswith("libprune/") or beside.exists() else PACKAGE / dep
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """The first digits of the SHA-256 digest of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
