@@ -15,6 +15,7 @@ import typer
 from libprune.engine.errors import LibpruneError, MeansError, lacking
 from libprune.pipeline.locks import watch_dvc
 from libprune.pipeline.processes import end_with_dvc
+from libprune.pipeline.sources import require_own_code
 
 P = ParamSpec("P")
 
@@ -36,6 +37,7 @@ def app(main: Callable[P, None]) -> typer.Typer:
         watch_dvc()
         quiet()
         with user_errors(), _summary(main.__module__.rpartition(".")[2]):
+            require_own_code()
             main(*args, **kwargs)
 
     return application
