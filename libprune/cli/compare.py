@@ -49,7 +49,7 @@ def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: All
     if command:
         typer.echo(f"the two best, param by param: {command}")
     with stage.user_errors():
-        typer.echo(publish_beside(rows, left_out, Layout(stage.ROOT), out))
+        typer.echo(publish_beside(rows, Layout(stage.ROOT), out))
 
 
 @app.command()

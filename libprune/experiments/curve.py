@@ -1,6 +1,6 @@
 """The report of the workspace's result beside DVC's other experiments: the curve of perplexity against size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from libprune.experiments.dvc_experiments import WORKSPACE, Experiment, compared_figures
@@ -13,14 +13,13 @@ from libprune.report.publish import publish_report
 from libprune.report.report import PICTURES
 
 
-def publish_beside(rows: Sequence[Experiment], left_out: Mapping[str, str], layout: Layout, folder: Path) -> str:
+def publish_beside(rows: Sequence[Experiment], layout: Layout, folder: Path) -> str:
     """Write the workspace's report with the curve of all experiments, on which its own result is marked.
 
     The stage `report` does not read the experiments: it would give another page after each of them.
 
     Args:
         rows: the experiments with results, at least two.
-        left_out: why each other one has none.
         layout: the workspace's artifacts.
         folder: the folder of the report.
 
@@ -33,19 +32,16 @@ def publish_beside(rows: Sequence[Experiment], left_out: Mapping[str, str], layo
     chosen = next((row for row in rows if WORKSPACE in row.names), None)
     if chosen is None or not layout.evaluation.exists():
         return "no report with the curve of all: the workspace has no result of its params; run `dvc repro`"
-    beside, picture = describe_beside(rows, left_out, chosen)
+    beside, picture = describe_beside(rows, chosen)
     publish_report(layout, folder, Path(), beside, [picture])
     return f"report with the curve of all: {folder}/report.html"
 
 
-def describe_beside(
-    rows: Sequence[Experiment], left_out: Mapping[str, str], chosen: Experiment
-) -> tuple[list[str], Picture]:
+def describe_beside(rows: Sequence[Experiment], chosen: Experiment) -> tuple[list[str], Picture]:
     """A section of the report on all experiments, in paragraphs of Markdown, and the picture that it shows.
 
     Args:
         rows: the experiments with results, at least two.
-        left_out: why each other one has none.
         chosen: the one among them that the report is of.
     """
     cells, header = tabulate_experiments(rows)
@@ -62,7 +58,7 @@ def describe_beside(
         f"{len(rows)} experiments have results. This report is of {prose(chosen.label)}.",
         *picture_paragraphs(PICTURES, picture),
         markdown_table([_chosen_cells(row, shown) for row in cells], _chosen_cells(header, shown)),
-        *map(prose, remarks(rows, left_out)),
+        *map(prose, remarks(rows, {})),
     ], picture
 
 

@@ -21,7 +21,7 @@ ROWS = [replace(row("a", 1.2), size=9_000_000), replace(row("workspace", 1.3), s
 
 def test_the_report_of_the_workspace_is_written_with_the_curve_and_all_rows(tmp_path):
     layout, out = write_artifacts(tmp_path / "artifacts", 0), tmp_path / "out"
-    assert publish_beside(ROWS, {"c": "failed"}, layout, out) == f"report with the curve of all: {out}/report.html"
+    assert publish_beside(ROWS, layout, out) == f"report with the curve of all: {out}/report.html"
     text, html = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert text.index("## Beside the other experiments") < text.index("## What was asked")
     assert "3 experiments have results. This report is of workspace." in text
@@ -30,15 +30,14 @@ def test_the_report_of_the_workspace_is_written_with_the_curve_and_all_rows(tmp_
     page = Page(html)
     assert "experiment _<b>x</b> | y: 1.4 ± 0.01" in " ".join(page.texts["title"])
     assert any(cell.startswith("_<b>x</b> | y") for cell in page.texts["td"])
-    assert "c (failed)" in " ".join(page.texts["p"])
     assert "b" not in {tag for tag, _ in page.tags}
 
 
 def test_without_a_result_in_the_workspace_there_is_no_report_and_it_is_said(tmp_path):
     layout = write_artifacts(tmp_path / "artifacts", 0)
-    assert "run `dvc repro`" in publish_beside([ROWS[0], HARSH], {}, layout, tmp_path / "out")
+    assert "run `dvc repro`" in publish_beside([ROWS[0], HARSH], layout, tmp_path / "out")
     layout.evaluation.unlink()
-    assert "run `dvc repro`" in publish_beside(ROWS, {}, layout, tmp_path / "out")
+    assert "run `dvc repro`" in publish_beside(ROWS, layout, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -46,7 +45,7 @@ def test_a_workspace_with_half_of_its_artifacts_is_refused(tmp_path):
     layout = write_artifacts(tmp_path / "artifacts", 0)
     layout.plan.unlink()
     with pytest.raises(ArtifactError, match="run `dvc repro allocate`"):
-        publish_beside(ROWS, {}, layout, tmp_path / "out")
+        publish_beside(ROWS, layout, tmp_path / "out")
 
 
 def test_the_chosen_one_is_the_only_diamond_and_every_point_has_its_figures():
@@ -82,7 +81,7 @@ def test_the_line_joins_those_that_no_other_beats(points):
 
 
 def test_the_table_is_the_one_of_compare():
-    paragraphs, picture = describe_beside(ROWS, {}, ROWS[1])
+    paragraphs, picture = describe_beside(ROWS, ROWS[1])
     page = Page(html_page("\n\n".join(paragraphs), "t", {f"gradient_analysis/{picture.file}": picture.svg}))
     assert len(page.texts["tr"]) == 1 + len(ROWS)
     assert "± one standard error" in page.texts["em"][0]

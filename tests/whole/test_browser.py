@@ -38,7 +38,7 @@ CONTRASTS = f"""(() => {{ const luminance = {LUMINANCE};
 def page(tmp_path_factory) -> Path:
     """A report with every picture and table, long words, and words that look like scripts."""
     rows = swept(1, words=1)
-    beside, curve = describe_beside(rows, {"c": LONG}, rows[0])
+    beside, curve = describe_beside(rows, rows[0])
     plan = plan_rows(30, np.random.default_rng(0).normal(size=300))
     pictures = [*gradient_gallery(gradient_rows(30)), *cut_gallery(plan, PLAN_META), curve]
     pictures += sensitivity_gallery(sensitivity_rows(30)) + recovery_gallery(RECOVERY)
