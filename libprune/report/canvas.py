@@ -113,10 +113,16 @@ def set_title(axes: Axes, text: str, width: int = 64) -> None:
     axes.set_title("\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width)), fontsize=9.5)
 
 
-def layer_axis(axes: Axes, layers: Sequence[int] | NDArray[Any]) -> None:
-    """Number the layers along x, each where there is room, else at even distances; the lowest panel names the axis."""
+def layer_axis(axes: Axes, layers: Sequence[int] | NDArray[Any], most: int = 20) -> None:
+    """Number the layers along x, each where there is room, else at even distances; the lowest panel names the axis.
+
+    Args:
+        axes: the panel.
+        layers: the numbers of the layers.
+        most: the largest number of even distances that there is room for.
+    """
     axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     place = axes.get_subplotspec()
     axes.set_xlabel("layer" if place is not None and place.is_last_row() else "")
 

@@ -109,7 +109,7 @@ def draw_grad_heatmap(rows: Columns) -> Figure:
     marks += _hatch(axes, np.isnan(grid), layers, "...", "not in the table")
     if marks:
         figure.legend(handles=marks, loc="outside lower left", ncols=2)
-    layer_axis(axes, layers)
+    layer_axis(axes, layers, most=8)  # the names of the parameters leave half of the width
     axes.set_xlim(edges[0], edges[-1])
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
     axes.set_ylim(len(kinds) - 0.5, -0.5)

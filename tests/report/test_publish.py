@@ -14,7 +14,7 @@ from tests.support.reported import write_artifacts
 from tests.support.tables import gradient_rows
 
 
-@pytest.mark.parametrize(("layers", "recovered"), [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("layers", "recovered"), [(0, False), (2, True)])
 def test_the_stage_writes_every_picture_that_the_text_shows_and_leaves_other_files(tmp_path, layers, recovered):
     layout, folder = write_artifacts(tmp_path / "artifacts", layers, recovered), tmp_path / "report"
     folder.mkdir()
