@@ -46,10 +46,10 @@ def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: All
     command = params_diff(rows)
     typer.echo("\n".join([text_table(*tabulate_experiments(rows)), "", *remarks(rows, left_out)]))
     typer.echo(f"\nwritten: {out}/table.md, table.csv, perplexity.png")
-    if command:
-        typer.echo(f"the two best, param by param: {command}")
     with stage.user_errors():
         typer.echo(publish_beside(rows, Layout(stage.ROOT), out))
+    if command:
+        typer.echo(f"the two best, param by param: {command}")
 
 
 @app.command()

@@ -48,8 +48,8 @@ def trust(result: Metrics, calibration: str) -> str:
     if _same_text(protocol["text"], calibration):
         return "trust this for text like the one it was calibrated on, and measure it on yours before you use it"
     if not result["tasks"]:
-        return "trust this for such text, and measure your own tasks before you use it"
-    return "trust this for such text and the tasks below"
+        return "trust this for text like the evaluation text, and measure your own tasks before you use it"
+    return "trust this for text like the evaluation text, and for the tasks in the table"
 
 
 def _quality(result: Metrics) -> list[str]:

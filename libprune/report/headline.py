@@ -20,6 +20,8 @@ PERPLEXITY = {
     "sequence_classification": "perplexity of labels",
 }
 """Name of the measured perplexity by the head of the model."""
+_WIDEST = 300.0
+"""Half of the width of an interval, in nats, beyond which it says nothing."""
 _CACHE = {"KV cache, bytes a token": "cache_bytes"}
 
 
@@ -121,12 +123,12 @@ def ratio_interval(ratio: Metrics, windows: int) -> tuple[float, float]:
         windows: their number.
 
     Returns:
-        Its ends, in the unit of the ratio; not numbers where one window or an infinite ratio says nothing of them.
+        Its ends; not numbers where one window, an infinite ratio or an interval beyond all numbers says nothing.
     """
-    if windows < 2 or not math.isfinite(ratio["value"]) or not math.isfinite(ratio["se"]):
+    half = float(stdtrit(windows - 1, 0.975)) * ratio["se"] / ratio["value"]  # not a number for one window
+    if not (half < _WIDEST and math.isfinite(ratio["value"])):
         return math.nan, math.nan
-    factor = math.exp(float(stdtrit(windows - 1, 0.975)) * ratio["se"] / ratio["value"])
-    return ratio["value"] / factor, ratio["value"] * factor
+    return ratio["value"] / math.exp(half), ratio["value"] * math.exp(half)
 
 
 def duration(seconds: float) -> str:

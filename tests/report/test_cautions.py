@@ -59,7 +59,7 @@ def test_what_should_make_a_reader_careful_is_a_warning(case):
 
 
 TRUSTED = {
-    "the tasks below": EVALUATION,
+    "for the tasks in the table": EVALUATION,
     "measure your own tasks": EVALUATION | {"tasks": {}},
     "measure it on yours": changed(protocol={"text": PROVENANCE.text}),
     "on 2 window(s)": changed(protocol={"windows": 2, "text": PROVENANCE.text}),

@@ -49,7 +49,9 @@ def test_the_interval_of_a_ratio_is_that_of_student_and_holds_the_ratio():
     assert ratio_interval({"value": 1.25, "se": 0.05}, 1000)[1] < high
 
 
-@pytest.mark.parametrize(("windows", "ratio"), [(1, (1.2, math.nan)), (9, (math.inf, math.nan)), (9, (math.nan, 0.1))])
+@pytest.mark.parametrize(
+    ("windows", "ratio"), [(1, (1.2, math.nan)), (9, (math.inf, math.nan)), (9, (math.nan, 0.1)), (2, (1.2, 1e9))]
+)
 def test_an_interval_that_nothing_is_known_of_is_said_to_be_unknown(windows, ratio):
     given = changed(perplexity_ratio=dict(zip(("value", "se"), ratio, strict=True)), protocol={"windows": windows})
     assert "(interval unknown): **" in decision(given, "no")
