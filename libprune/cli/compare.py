@@ -21,15 +21,18 @@ OUT = Path("report/compare")
 def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: AllCommits = False) -> None:
     """Show DVC's experiments and the workspace as one table and one picture, the lowest perplexity first.
 
-    The order is by the perplexity before recovery, unless every row has one after it.
+    The order is by the perplexity before recovery, unless every row has one after it. The workspace's report is written
+    once more, with the curve of perplexity against size of all.
     """
     if context.invoked_subcommand is not None:
         return
     from libprune.engine.errors import LibpruneError
+    from libprune.experiments.curve import publish_beside
     from libprune.experiments.dvc_experiments import gather_comparable
     from libprune.experiments.sweep_picture import write_picture
     from libprune.experiments.sweep_table import csv_text, markdown_text, params_diff, remarks, tabulate_experiments
     from libprune.pipeline.atomic import writing
+    from libprune.pipeline.layout import Layout
     from libprune.pipeline.terminal import text_table
 
     with stage.user_errors():
@@ -43,6 +46,8 @@ def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: All
     command = params_diff(rows)
     typer.echo("\n".join([text_table(*tabulate_experiments(rows)), "", *remarks(rows, left_out)]))
     typer.echo(f"\nwritten: {out}/table.md, table.csv, perplexity.png")
+    with stage.user_errors():
+        typer.echo(publish_beside(rows, Layout(stage.ROOT), out))
     if command:
         typer.echo(f"the two best, param by param: {command}")
 

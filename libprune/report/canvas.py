@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,8 +40,12 @@ INK, GREY = "#222222", "#888888"
 """Colours of lines that mark a value, and of missing values."""
 
 WIDTH = 8.5
-"""Width of every picture, in inches."""
+"""Width of a picture that stands alone, in inches."""
+PAGE_WIDTH = 5.4
+"""Width of the pictures of the report, in inches: so narrow that their words can be read on a phone."""
 _DPI = 140
+PAGE_DPI = 220
+"""Pixels an inch that give pictures of both widths as many pixels."""
 _STYLE = {
     "font.family": ["DejaVu Sans"],  # ships with matplotlib
     "font.size": 9.0,
@@ -70,13 +75,13 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(panels: int, panel_height: float) -> tuple[Figure, list[Axes]]:
-    """A white page with panels below each other that share the x axis.
+    """A white page as wide as the report's, with panels below each other that share the x axis.
 
     Args:
         panels: number of panels.
         panel_height: height of each panel, in inches.
     """
-    figure = Figure(figsize=(WIDTH, panels * panel_height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(PAGE_WIDTH, panels * panel_height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(panels, 1, squeeze=False)[:, 0])
 
@@ -90,18 +95,34 @@ def draw_note(text: str) -> Figure:
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """The picture as a PNG file without date or program name: the same figure gives the same bytes."""
+def png(figure: Figure, dpi: int = _DPI) -> bytes:
+    """The picture as a PNG file without date or program name: the same figure gives the same bytes.
+
+    Args:
+        figure: the figure; it is drawn, and so laid out.
+        dpi: pixels an inch.
+    """
     buffer = io.BytesIO()
     with styled():
-        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def layer_axis(axes: Axes, layers: Sequence[int] | NDArray[Any]) -> None:
-    """Number the layers along x, each where there is room, else at even distances; the lowest panel names the axis."""
+def set_title(axes: Axes, text: str, width: int = 64) -> None:
+    """Give a panel a title in lines of so many letters, which fit a picture of the report."""
+    axes.set_title("\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width)), fontsize=9.5)
+
+
+def layer_axis(axes: Axes, layers: Sequence[int] | NDArray[Any], most: int = 20) -> None:
+    """Number the layers along x, each where there is room, else at even distances; the lowest panel names the axis.
+
+    Args:
+        axes: the panel.
+        layers: the numbers of the layers.
+        most: the largest number of even distances that there is room for.
+    """
     axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     place = axes.get_subplotspec()
     axes.set_xlabel("layer" if place is not None and place.is_last_row() else "")
 

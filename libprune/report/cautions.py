@@ -2,7 +2,7 @@
 
 from libprune.report.headline import Metrics
 from libprune.report.markdown import code, prose
-from libprune.report.recovery_text import rose, trained_texts
+from libprune.report.recovery import rose, trained_texts
 
 MUCH_WORSE = 2.0
 """Perplexity ratio from which the text that a model writes is visibly worse."""
@@ -29,6 +29,27 @@ def find_cautions(result: Metrics, calibration: str) -> list[str]:
         *_repair(result["pruning"]["repair"]),
         *_recovery(result),
     ]
+
+
+def trust(result: Metrics, calibration: str) -> str:
+    """Whether to trust a result, as the end of a sentence in Markdown: the gravest that is known against it.
+
+    Args:
+        result: the content of `artifacts/evaluation.json`.
+        calibration: the name of the calibration text, as in `libprune.report.provenance.Provenance`.
+    """
+    ratio, protocol = (result.get("recovered") or result)["perplexity_ratio"]["value"], result["protocol"]
+    if not ratio < MUCH_WORSE:
+        return "do not use it as it is, its text is visibly worse"
+    if protocol["text"] == "self":
+        return "do not decide by this yet, since perplexity was measured on text of the dense model's own"
+    if protocol["windows"] < FEW_WINDOWS:
+        return f"do not decide by this yet, since perplexity was measured on {protocol['windows']} window(s) only"
+    if _same_text(protocol["text"], calibration):
+        return "trust this for text like the one it was calibrated on, and measure it on yours before you use it"
+    if not result["tasks"]:
+        return "trust this for text like the evaluation text, and measure your own tasks before you use it"
+    return "trust this for text like the evaluation text, and for the tasks in the table"
 
 
 def _quality(result: Metrics) -> list[str]:
@@ -59,9 +80,13 @@ def _quality(result: Metrics) -> list[str]:
     return lines
 
 
+def _same_text(evaluation: str, calibration: str) -> bool:
+    """Whether the evaluation text, by its name, is a part of the calibration text that the user has named."""
+    return evaluation != "self" and (evaluation == calibration or calibration.startswith(f"{evaluation}, "))
+
+
 def _domain(evaluation: str, calibration: str) -> list[str]:
-    same = evaluation == calibration or calibration.startswith(f"{evaluation}, ")
-    if not same or evaluation == "self":
+    if not _same_text(evaluation, calibration):
         return []
     return [
         f"Calibrated and evaluated on parts of one text, {code(calibration)}: what was kept is what such text needs, "

@@ -17,6 +17,7 @@ from libprune.report.canvas import (
     layer_axis,
     linear_below,
     new_figure,
+    set_title,
     styled,
     value_scale,
     whole_numbers,
@@ -40,14 +41,14 @@ def _units(part: str) -> str:
 
 @styled()
 def draw_kept_share(plan: Columns, meta: Mapping[str, Any]) -> Figure:
-    """Draw the kept and the removed share of the units of every layer, one panel a part.
+    """Draw the kept and the removed share of the units of every layer, one panel for each part that loses some.
 
     Args:
-        plan: rows of the plan, at least one.
+        plan: rows of the plan, at least one of them removed.
         meta: the plan's metadata; its `ratio` is drawn as a line.
     """
-    parts = list(dict.fromkeys(plan["group_type"]))
-    figure, panels = new_figure(len(parts), 2.6)
+    parts = list(dict.fromkeys(plan["group_type"][~plan["keep"]]))
+    figure, panels = new_figure(len(parts), 2.1)
     for axes, part in zip(panels, parts, strict=True):
         here = plan["group_type"] == part
         layers, layer = np.unique(plan["layer_idx"][here], return_inverse=True)
@@ -62,8 +63,10 @@ def draw_kept_share(plan: Columns, meta: Mapping[str, Any]) -> Figure:
         layer_axis(axes, layers)
         axes.set_ylim(0, 100)
         axes.set_ylabel(f"{_units(part)}, %")
-        axes.set_title(f"{_kept_text(part, int(kept.sum()), int(units.sum()))}; {_between(share)}")
-    figure.legend(handles=[*panels[0].containers, *panels[0].lines], loc="outside lower center", ncols=3)
+        set_title(axes, f"{_kept_text(part, int(kept.sum()), int(units.sum()))}; {_between(share)}")
+    figure.legend(
+        handles=[*panels[0].containers, *panels[0].lines], loc="outside lower center", ncols=3, columnspacing=1.0
+    )
     return figure
 
 
@@ -86,14 +89,14 @@ def draw_scores(plan: Columns, meta: Mapping[str, Any]) -> Figure:
     """
     name = meta.get("rank_by", "score")
     parts = list(dict.fromkeys(plan["group_type"]))
-    figure, panels = new_figure(len(parts), 2.6)
+    figure, panels = new_figure(len(parts), 2.1)
     for axes, part in zip(panels, parts, strict=True):
         here = (plan["group_type"] == part) & np.isfinite(plan[name])
         values, keep = plan[name][here], plan["keep"][here]
         cuts = _cuts(plan["layer_idx"][here], values, keep)
         _score_panel(axes, values, keep, cuts)
         axes.set_ylabel(_units(part))
-        axes.set_title(_cut_text(part, keep, cuts))
+        set_title(axes, _cut_text(part, keep, cuts))
     panels[-1].set_xlabel(f"{name} of a unit by {meta.get('criterion', 'the criterion')} (higher: worth more)")
     handles = [Patch(color=BLUE, label="kept"), Patch(label="removed", **_REMOVED), Patch(label="cuts", **_BAND)]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
@@ -109,8 +112,8 @@ def _cuts(layers: NDArray[np.int64], values: NDArray[np.float64], keep: NDArray[
 def _score_panel(axes: Axes, values: NDArray[np.float64], keep: NDArray[np.bool_], cuts: NDArray[np.float64]) -> None:
     edges = _edges(values)
     kept, removed = (np.histogram(values[chosen], edges)[0] for chosen in (keep, ~keep))
-    axes.bar(edges[:-1], kept, np.diff(edges), align="edge", color=BLUE)
-    axes.bar(edges[:-1], removed, np.diff(edges), bottom=kept, align="edge", **_REMOVED)
+    axes.bar(edges[:-1], kept, np.diff(edges), align="edge", color=BLUE, label="kept")
+    axes.bar(edges[:-1], removed, np.diff(edges), bottom=kept, align="edge", label="removed", **_REMOVED)
     if len(cuts):
         axes.axvspan(cuts.min(), cuts.max(), zorder=0, **_BAND)
         for cut in (cuts.min(), cuts.max()):
@@ -147,7 +150,7 @@ def draw_sensitivity(table: Columns) -> Figure:
     Args:
         table: rows of the sensitivity table, at least one; `loss_increase` and `standard_error` in nats per token.
     """
-    figure, (axes,) = new_figure(1, 3.8)
+    figure, (axes,) = new_figure(1, 3.2)
     increase, error = table["loss_increase"], table["standard_error"]
     for removed, (label, color, marker, shift) in _REMOVALS.items():
         here = table["removed"] == removed
@@ -158,7 +161,7 @@ def draw_sensitivity(table: Columns) -> Figure:
     value_scale(axes, increase, "y")
     layer_axis(axes, table["layer_idx"])
     axes.set_ylabel("loss increase, nats per token\n(bars: ± one standard error)")
-    axes.set_title(_most_and_least(table))
+    set_title(axes, _most_and_least(table))
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 

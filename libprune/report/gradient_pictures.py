@@ -23,6 +23,7 @@ from libprune.report.canvas import (
     Patch,
     layer_axis,
     new_figure,
+    set_title,
     styled,
 )
 from libprune.report.gradient_text import batch_means, grouped_mean, layer_summary, ratio_text
@@ -37,7 +38,7 @@ _BATCH_LOOKS = tuple(zip((BLUE, ORANGE, GREEN, PURPLE, SKY), "os^Dv", strict=Tru
 @styled()
 def draw_grad_dist(rows: Columns) -> Figure:
     """Draw mean |g| of every parameter in every batch, one box a layer; zeros are marked at the lower edge."""
-    figure, (axes,) = new_figure(1, 4.2)
+    figure, (axes,) = new_figure(1, 3.4)
     means, ratio = gradient_by_layer(rows), gradient_ratio(rows)
     layers = means["layer_idx"]
     values = [rows["mean_abs"][rows["layer_idx"] == layer] for layer in layers]
@@ -63,7 +64,7 @@ def draw_grad_dist(rows: Columns) -> Figure:
         if np.isfinite(ratio)
         else "at least one layer has none, the ratio is infinite"
     )
-    axes.set_title(f"Gradients by layer: {seen} ({verdict(ratio)})")
+    set_title(axes, f"Gradients by layer: {seen} ({verdict(ratio)})")
     axes.legend()
     return figure
 
@@ -94,7 +95,7 @@ def draw_grad_heatmap(rows: Columns) -> Figure:
     kinds, kind = _kinds(rows)
     layers, layer = np.unique(rows["layer_idx"], return_inverse=True)
     grid = grouped_mean(kind, layer, rows["mean_abs"])
-    figure, (axes,) = new_figure(1, max(3.4, 1.6 + 0.3 * len(kinds)))
+    figure, (axes,) = new_figure(1, max(3.0, 1.6 + 0.2 * len(kinds)))
     positive = np.ma.masked_invalid(np.where(grid > 0, grid, np.nan))
     edges = np.append(layers - 0.5, layers[-1] + 0.5)
     title = "Mean |g| by parameter type and layer: no gradient anywhere"
@@ -108,12 +109,12 @@ def draw_grad_heatmap(rows: Columns) -> Figure:
     marks += _hatch(axes, np.isnan(grid), layers, "...", "not in the table")
     if marks:
         figure.legend(handles=marks, loc="outside lower left", ncols=2)
-    layer_axis(axes, layers)
+    layer_axis(axes, layers, most=8)  # the names of the parameters leave half of the width
     axes.set_xlim(edges[0], edges[-1])
-    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     axes.grid(visible=False)
-    axes.set_title(title)
+    set_title(axes, title, 50)
     return figure
 
 
@@ -141,7 +142,7 @@ def _hatch(axes: Axes, cells: NDArray[np.bool_], layers: NDArray[np.int64], hatc
 @styled()
 def draw_grad_comparison(rows: Columns) -> Figure:
     """Draw mean |g| by layer in each of the first five batches."""
-    figure, (axes,) = new_figure(1, 3.8)
+    figure, (axes,) = new_figure(1, 3.2)
     layers, every = np.unique(rows["layer_idx"]), batch_means(rows)
     means = every[:, :FIRST_BATCHES]
     for number, (color, marker) in zip(range(means.shape[1]), _BATCH_LOOKS, strict=False):
@@ -150,10 +151,11 @@ def draw_grad_comparison(rows: Columns) -> Figure:
     _mark_zeros(axes, layers[(means == 0).any(axis=1)], "no gradient in some batch")
     layer_axis(axes, layers)
     axes.set_ylabel(f"mean |g| of the layer\n({_UNIT})")
-    axes.set_title(
-        f"Mean |g| by layer in the first {means.shape[1]} of {every.shape[1]} batches{_largest_factor(means, layers)}"
+    set_title(
+        axes,
+        f"Mean |g| by layer in the first {means.shape[1]} of {every.shape[1]} batches{_largest_factor(means, layers)}",
     )
-    axes.legend(ncols=FIRST_BATCHES)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -168,28 +170,28 @@ def _largest_factor(means: NDArray[np.float64], layers: NDArray[np.int64]) -> st
 
 @styled()
 def draw_layer_variance(rows: Columns) -> Figure:
-    """Draw the spread of gradients inside a layer and their coefficient of variation over batches (`layer_summary`)."""
-    figure, (inside, over) = new_figure(2, 2.9)
+    """Draw the spread of gradients inside a layer and their coefficient of variation over batches (`layer_summary`).
+
+    The variation has no panel where there is one batch or no gradient.
+    """
     table = layer_summary(rows)
     layers, std, variation = table["layer_idx"], table["std"], table["variation"]
+    measured = np.isfinite(variation)
+    figure, (inside, *below) = new_figure(2 if measured.any() else 1, 2.5)
     _positive_line(inside, layers, std, color=BLUE, marker="o", label="standard deviation inside parameters")
     _positive_line(inside, layers, table["mean_abs"], color=ORANGE, marker="s", label="mean |g|")
     _magnitudes(inside, std)
     _mark_zeros(inside, layers[std == 0], "no spread")
     inside.set_ylabel(f"{_UNIT}")
-    inside.set_title(f"Spread of the gradient inside a layer: {_range_text(std, layers, '{:.1e}')}")
-    inside.legend(ncols=3)
-    over.bar(layers, np.where(np.isfinite(variation), 100 * variation, 0), width=0.7, color=BLUE)
-    over.set_ylim(bottom=0)
-    over.set_ylabel("coefficient of variation, %")
-    measured = np.isfinite(variation)
-    if measured.any():
+    set_title(inside, f"Spread of the gradient inside a layer: {_range_text(std, layers, '{:.1e}')}")
+    inside.legend()
+    for over in below:
+        over.bar(layers, np.where(measured, 100 * variation, 0), width=0.7, color=BLUE)
+        over.set_ylim(bottom=0)
+        over.set_ylabel("coefficient of variation, %")
         seen = _range_text(100 * variation[measured], layers[measured], "{:.1f} %")
-    else:
-        seen = "none to show, there is one batch or no gradient"
-        over.set_yticks([])
-    over.set_title(f"Variation of the layer's mean |g| over batches: {seen}")
-    for axes in (inside, over):
+        set_title(over, f"Variation of the layer's mean |g| over batches: {seen}")
+    for axes in (inside, *below):
         layer_axis(axes, layers)
     return figure
 

@@ -1,7 +1,10 @@
-"""What a result costs and gains in numbers: the headline table, and its summary in sentences."""
+"""What a result costs and gains in numbers: the headline table, and one sentence to decide by."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from scipy.special import stdtrit
 
 from libprune.pipeline.terminal import Rows
 from libprune.report.markdown import code
@@ -17,6 +20,8 @@ PERPLEXITY = {
     "sequence_classification": "perplexity of labels",
 }
 """Name of the measured perplexity by the head of the model."""
+_WIDEST = 300.0
+"""Half of the width of an interval, in nats, beyond which it says nothing."""
 _CACHE = {"KV cache, bytes a token": "cache_bytes"}
 
 
@@ -77,26 +82,53 @@ def _speed_ratio(name: str, speed: Metrics) -> str:
     return f"× {speed[f'{name}_ratio']:.2f} ({least:.2f} to {most:.2f})"
 
 
-def summarize(result: Metrics) -> str:
-    """Three lines of Markdown: how much smaller, faster and worse the model is, each with its uncertainty.
+def decision(result: Metrics, verdict: str) -> str:
+    """One sentence of Markdown: how much smaller and faster the model is, what it costs, and whether to trust it.
 
-    The loss is that of the pruned model and, behind it, that of the recovered one with what the recovery took.
+    The cost is that of the recovered model where there is one.
 
     Args:
         result: the content of `artifacts/evaluation.json`.
+        verdict: the end of the sentence, in Markdown.
     """
-    pruned, speed, loss = result["pruned"], result["speed"], _ratio(result["perplexity_ratio"])
-    if recovered := result.get("recovered"):
-        made = result["recovery"]
-        took = f"training on {made['tokens']:,} tokens ({duration(made['seconds'])})"
-        loss = f"{loss} as pruned, {_ratio(recovered['perplexity_ratio'])} after {took}"
-    faster = ", ".join(f"{name} {_speed_ratio(name, speed)}" for name in ("prefill", "decode") if pruned[name])
-    return (
-        f"- **Size:** {100 * pruned['decoder_share_removed']:.1f} % of the decoder's parameters are gone, "
-        f"{100 * pruned['total_share_removed']:.1f} % of all (counted, exact).\n"
-        f"- **Speed:** {faster}.\n"
-        f"- **Loss:** {PERPLEXITY[result['model']['head']]} {loss}."
+    dense, pruned, speed, recovered = result["dense"], result["pruned"], result["speed"], result.get("recovered")
+    ratio = (recovered or result)["perplexity_ratio"]
+    low, high = ratio_interval(ratio, result["protocol"]["windows"])
+    sure = f"95 % interval {low:.3f} to {high:.3f}" if math.isfinite(low) else "interval unknown"
+    faster = " and ".join(
+        f"× {speed[f'{name}_ratio']:.2f} ({least:.2f} to {most:.2f}) in {name}"
+        for name in ("prefill", "decode")
+        if pruned[name]
+        for least, most in [speed[f"{name}_spread"]]
     )
+    after = " after training" if recovered else ""
+    return (
+        f"Without {100 * pruned['decoder_share_removed']:.1f} % of the decoder's parameters "
+        f"({100 * pruned['total_share_removed']:.1f} % of all) it takes {_megabytes(pruned['bytes'])} MB instead of "
+        f"{_megabytes(dense['bytes'])}, and beside the dense model its speed is {faster}, its "
+        f"{PERPLEXITY[result['model']['head']]}{after} × {ratio['value']:.3f} ({sure}): **{verdict}**."
+    )
+
+
+def _megabytes(size: int) -> str:
+    """Bytes in MB, with at least three digits."""
+    return f"{size / 1e6:,.0f}" if size >= 1e8 else f"{size / 1e6:.3g}"
+
+
+def ratio_interval(ratio: Metrics, windows: int) -> tuple[float, float]:
+    """The 95 % interval of a ratio of perplexities: Student's t on the mean difference of the log-losses.
+
+    Args:
+        ratio: `value`, and by the delta method `se`, one standard error over the paired windows.
+        windows: their number.
+
+    Returns:
+        Its ends; not numbers where one window, an infinite ratio or an interval beyond all numbers says nothing.
+    """
+    half = float(stdtrit(windows - 1, 0.975)) * ratio["se"] / ratio["value"]  # not a number for one window
+    if not (half < _WIDEST and math.isfinite(ratio["value"])):
+        return math.nan, math.nan
+    return ratio["value"] / math.exp(half), ratio["value"] * math.exp(half)
 
 
 def duration(seconds: float) -> str:

@@ -18,12 +18,14 @@ class Picture:
         alt: a description for readers who cannot see it.
         caption: what exactly is drawn.
         png: the content of the file.
+        svg: the picture as an element of HTML.
     """
 
     name: str
     alt: str
     caption: str
     png: bytes
+    svg: str
 
     @property
     def file(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from libprune.pipeline.artifacts import read_architecture, read_table, same_origin
+from libprune.pipeline.artifacts import read_architecture, read_json, read_table, same_origin
 from libprune.pipeline.layout import Layout
 
 _INPUTS = ("params.yaml", "dvc.yaml", "libprune", "stages")
@@ -17,6 +17,7 @@ class Provenance:
     """How a result was made, beyond what `evaluation.json` says.
 
     Attributes:
+        name: the name of the model, without a path.
         model: the model as `prepare.model` names it.
         family: the family that describes it.
         text: the calibration text as `tokenize.text` names it, then data set, config, split and commit of a hub text.
@@ -27,6 +28,7 @@ class Provenance:
         changed: whether params, pipeline or code differ from that commit.
     """
 
+    name: str
     model: str
     family: str
     text: str
@@ -60,7 +62,8 @@ def gather_provenance(layout: Layout, model: str, project: Path) -> Provenance:
     drawn = {name: tokens[name] for name in ("sequences", "length", "seed")}
     commit, changed = project_state(project)
     text = _text(tokens)
-    return Provenance(weights["source"], architecture.family, text, **drawn, commit=commit, changed=changed)
+    name = read_json(layout.origin, "prepare")["name"]
+    return Provenance(name, weights["source"], architecture.family, text, **drawn, commit=commit, changed=changed)
 
 
 def _text(tokens: Mapping[str, Any]) -> str:

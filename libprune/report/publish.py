@@ -1,6 +1,6 @@
 """The files of the report, made from the artifacts: pictures, Markdown and HTML."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,21 @@ from libprune.report.gallery import cut_gallery, gradient_gallery, recovery_gall
 from libprune.report.markdown import Picture
 from libprune.report.page import html_page
 from libprune.report.provenance import gather_provenance
-from libprune.report.report import PICTURES, compose_report
+from libprune.report.report import PICTURES, compose_report, report_title
 from libprune.statistics.gradient_health import gradient_ratio
 
 
-def publish_report(layout: Layout, folder: Path, project: Path) -> None:
+def publish_report(
+    layout: Layout, folder: Path, project: Path, beside: Sequence[str] = (), drawn: Sequence[Picture] = ()
+) -> None:
     """Write `report.md`, `report.html` and the folder of pictures, each whole or not at all.
 
     Args:
+        layout: holds the artifacts.
         folder: the folder of the report; other files in it stay.
         project: a folder of the project, whose commit the report names.
+        beside: a section on how the result stands beside others, in paragraphs of Markdown.
+        drawn: the pictures that this section shows.
 
     Raises:
         ArtifactError: if an artifact is missing, damaged, or was made from another model, text or plan.
@@ -35,11 +40,11 @@ def publish_report(layout: Layout, folder: Path, project: Path) -> None:
     measured = _sensitivity(layout, meta["model"])
     provenance = gather_provenance(layout, meta["model"], project)
     pictures = gradient_gallery(rows) + measured + cut_gallery(plan, plan_meta)
-    pictures += recovery_gallery(result.get("recovery"))
+    pictures += recovery_gallery(result.get("recovery")) + list(drawn)
     ratio = gradient_ratio(rows) if len(rows["layer_idx"]) else None
-    text = compose_report(result, layout, provenance, pictures, ratio)
-    images = {f"{PICTURES}/{picture.file}": picture.png for picture in pictures}
-    page = html_page(text, f"Pruning report: {provenance.model}", images)
+    text = compose_report(result, layout, provenance, pictures, ratio, beside)
+    elements = {f"{PICTURES}/{picture.file}": picture.svg for picture in pictures}
+    page = html_page(text, report_title(result, provenance), elements)
     write_gallery(folder / PICTURES, pictures, rows, meta.get("diagnosis", {}))
     for name, content in (("report.md", text), ("report.html", page)):
         with writing(folder / name) as partial:

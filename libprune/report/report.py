@@ -6,13 +6,13 @@ from itertools import groupby
 
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.terminal import Rows
-from libprune.report.cautions import find_cautions
+from libprune.report.cautions import find_cautions, trust
 from libprune.report.gradient_text import ratio_text
-from libprune.report.headline import HEADER, Metrics, describe_protocol, headline_rows, summarize
-from libprune.report.markdown import Picture, code, markdown_table, picture_paragraphs
+from libprune.report.headline import HEADER, Metrics, decision, describe_protocol, headline_rows
+from libprune.report.markdown import Picture, code, markdown_table, picture_paragraphs, prose
 from libprune.report.programs import describe_loading
 from libprune.report.provenance import Provenance
-from libprune.report.recovery_text import recovery_facts, training_end
+from libprune.report.recovery import recovery_facts, training_end
 from libprune.statistics.gradient_health import verdict
 
 Section = list[str]
@@ -26,7 +26,12 @@ _NOT_SETTINGS = {"model", "tokens", "comparable"}
 
 
 def compose_report(
-    result: Metrics, layout: Layout, provenance: Provenance, pictures: Sequence[Picture], gradient_ratio: float | None
+    result: Metrics,
+    layout: Layout,
+    provenance: Provenance,
+    pictures: Sequence[Picture],
+    gradient_ratio: float | None,
+    beside: Sequence[str] = (),
 ) -> str:
     """The whole report.
 
@@ -36,10 +41,12 @@ def compose_report(
         provenance: of the result.
         pictures: those that lie in the folder `PICTURES` beside the report.
         gradient_ratio: largest over smallest mean |g| of the layers; None without gradients.
+        beside: a section on how the result stands beside others, in paragraphs of Markdown.
     """
     sections = [
-        _opening(result),
+        _opening(result, provenance),
         _warnings(result, provenance.text),
+        beside,
         _request(result, provenance.model),
         _cut(result, pictures),
         _scores(pictures),
@@ -55,13 +62,19 @@ def compose_report(
     return "\n\n".join(paragraph for section in sections for paragraph in section) + "\n"
 
 
-def _opening(result: Metrics) -> Section:
-    """The title, the summary, and the headline table with the protocol of its measurements."""
+def report_title(result: Metrics, made: Provenance) -> str:
+    """The title of the report: the model and what was done to it."""
+    return f"{made.name}, pruned" + (" and trained" if result.get("recovered") else "")
+
+
+def _opening(result: Metrics, made: Provenance) -> Section:
+    """The title, the sentence to decide by, and the headline table with the protocol of its measurements."""
     table = markdown_table(headline_rows(result), HEADER)
     protocol = describe_protocol(result["protocol"])
     if result.get("recovered"):
         protocol += " Sizes and speed are those of the pruned model, whose shape the recovered one has."
-    return ["# Pruning report", summarize(result), table, protocol]
+    sentence = decision(result, trust(result, made.text))
+    return [f"# {prose(report_title(result, made))}", sentence, table, protocol]
 
 
 def _warnings(result: Metrics, calibration: str) -> Section:
@@ -91,6 +104,7 @@ def _request(result: Metrics, model: str) -> Section:
         f"Criterion {code(plan['criterion'])} ({fusion}scaling {code(plan['scaling'])}), allocation "
         f"{code(plan['method'])}{worth}, "
         f"repair {code(result['pruning']['slice']['repair'])}, {trained or 'no training afterwards'}.",
+        "After more experiments `libprune compare` writes this report with the curve of perplexity against size.",
     ]
 
 

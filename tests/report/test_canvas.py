@@ -10,18 +10,21 @@ import numpy as np
 
 from libprune.report.canvas import png
 from libprune.report.cut_pictures import draw_kept_share, draw_sensitivity
-from libprune.report.gradient_pictures import draw_grad_comparison
+from libprune.report.gradient_pictures import draw_grad_comparison, draw_grad_heatmap
 from tests.support.closure import ROOT
 from tests.support.tables import PLAN_META, gradient_rows, plan_rows, sensitivity_rows
 
 
 def test_eighty_layers_have_room_for_their_numbers():
-    for figure in (draw_grad_comparison(gradient_rows(80)), draw_kept_share(plan_rows(80, np.arange(9.0)), PLAN_META)):
+    rows = gradient_rows(80)
+    named = rows | {"parameter": np.array([f"{name}.of.a.long.name" for name in rows["parameter"]], dtype=object)}
+    cut = draw_kept_share(plan_rows(80, np.arange(9.0)), PLAN_META)
+    for figure, least in ((draw_grad_comparison(rows), 8), (cut, 8), (draw_grad_heatmap(named), 4)):
         png(figure)
-        for axes in figure.axes:
+        for axes in (one for one in figure.axes if one.get_label() != "<colorbar>"):
             labels = [tick for tick in axes.get_xticklabels() if tick.get_text()]
             boxes = [label.get_window_extent() for label in labels]
-            assert len(boxes) >= 8
+            assert len(boxes) >= least
             assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from libprune.report.cautions import find_cautions
+from libprune.report.cautions import find_cautions, trust
 from tests.support.evaluated import EVALUATION, PROVENANCE, RECOVERY, changed, report_of, trained
 
 
@@ -56,3 +56,25 @@ def test_what_should_make_a_reader_careful_is_a_warning(case):
     for line, words in zip(lines, expected, strict=True):
         assert words in line
         assert f"- {line}\n" in report_of(result)
+
+
+TRUSTED = {
+    "for the tasks in the table": EVALUATION,
+    "measure your own tasks": EVALUATION | {"tasks": {}},
+    "measure it on yours": changed(protocol={"text": PROVENANCE.text}),
+    "on 2 window(s)": changed(protocol={"windows": 2, "text": PROVENANCE.text}),
+    "text of the dense model's own": changed(protocol={"windows": 2, "text": "self"}),
+    "do not use it": changed(perplexity_ratio={"value": 2.5}, protocol={"windows": 2}),
+    "its text is visibly worse": changed(perplexity_ratio={"value": float("nan")}),
+}
+
+
+@pytest.mark.parametrize("words", TRUSTED)
+def test_the_verdict_is_the_gravest_that_is_known(words):
+    assert words in trust(TRUSTED[words], PROVENANCE.text)
+    assert f"**{trust(TRUSTED[words], PROVENANCE.text)}**" in report_of(TRUSTED[words])
+
+
+def test_the_verdict_of_a_recovered_model_is_of_its_own_perplexity():
+    assert trust(trained() | WORSE, PROVENANCE.text) == trust(trained(), PROVENANCE.text)
+    assert "do not use it" in trust(trained() | STILL_WORSE, PROVENANCE.text)

@@ -11,7 +11,7 @@ from tests.support.tables import PLAN_META, plan_rows, sensitivity_rows
 
 
 def test_the_bars_of_the_kept_share_are_the_plans():
-    plan = plan_rows(3, np.random.default_rng(0).normal(size=30))
+    plan = plan_rows(3, np.random.default_rng(0).normal(size=30), removed=0.5)
     figure = draw_kept_share(plan, PLAN_META)
     for axes, part in zip(figure.axes, ("attention", "mlp"), strict=True):
         for layer, (kept, removed) in enumerate(zip(*axes.containers, strict=True)):

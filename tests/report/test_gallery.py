@@ -11,17 +11,24 @@ from tests.support.evaluated import RECOVERY
 from tests.support.tables import PLAN_META, gradient_rows, plan_rows, sensitivity_rows, shortened, without_layer
 
 GRADIENTS = {
-    "one layer, one batch": gradient_rows(1, batches=1),
-    "a layer without gradient and a missing parameter": shortened(without_layer(gradient_rows(3))),
-    "no gradient at all": without_layer(gradient_rows(1)),
+    "one layer, one batch": (gradient_rows(1, batches=1), ["grad_dist", "grad_heatmap", "layer_variance"]),
+    "a layer without gradient and a missing parameter": (
+        shortened(without_layer(gradient_rows(3))),
+        ["grad_dist", "grad_heatmap", "grad_comparison", "layer_variance"],
+    ),
+    "no gradient at all": (without_layer(gradient_rows(1)), []),
 }
 
 
 @pytest.mark.parametrize("kind", GRADIENTS)
-def test_every_table_of_gradients_is_drawn(kind):
-    pictures = gradient_gallery(GRADIENTS[kind])
-    assert [picture.name for picture in pictures] == ["grad_dist", "grad_heatmap", "grad_comparison", "layer_variance"]
-    assert all(picture.png.startswith(b"\x89PNG") and picture.caption for picture in pictures)
+def test_gradients_are_drawn_in_the_pictures_that_have_something_to_show(kind):
+    rows, names = GRADIENTS[kind]
+    pictures = gradient_gallery(rows)
+    assert [picture.name for picture in pictures] == names
+    for picture in pictures:
+        assert picture.png.startswith(b"\x89PNG")
+        assert picture.svg.startswith("<svg ")
+        assert picture.caption
 
 
 SCORES = {
@@ -34,6 +41,16 @@ SCORES = {
 def test_every_table_of_scores_is_drawn(kind):
     values, layers = SCORES[kind]
     assert [picture.name for picture in cut_gallery(plan_rows(layers, values), PLAN_META)] == ["kept_share", "scores"]
+
+
+def test_a_plan_that_cuts_nothing_has_no_picture_and_a_part_that_loses_none_no_panel():
+    plan = plan_rows(2, np.arange(20.0))
+    assert cut_gallery(plan | {"keep": np.full(20, True)}, PLAN_META) == []
+    only_mlp = plan["keep"] | (plan["group_type"] == "attention")
+    kept, scores = cut_gallery(plan | {"keep": only_mlp}, PLAN_META)
+    assert "attention groups, %" not in kept.svg
+    assert "MLP channels, %" in kept.svg
+    assert "attention groups" in scores.svg
 
 
 def test_a_sensitivity_without_standard_errors_is_drawn():

@@ -1,9 +1,11 @@
-"""The headline and its summary hold the measured numbers."""
+"""The headline and the sentence to decide by hold the measured numbers."""
+
+import math
 
 import pytest
 
 from libprune.pipeline.terminal import text_table
-from libprune.report.headline import HEADER, PERPLEXITY, duration, headline_rows, summarize
+from libprune.report.headline import HEADER, PERPLEXITY, decision, duration, headline_rows, ratio_interval
 from tests.support.evaluated import EVALUATION, changed, trained
 
 
@@ -21,13 +23,38 @@ def test_the_headline_holds_the_measured_numbers():
     assert rows["winogrande, acc, %"] == ("51.0 ± 1.4", "52.0 ± 1.4", "+1.0")
 
 
-def test_the_summary_has_size_speed_and_loss_each_with_its_uncertainty():
-    size, speed, loss = summarize(EVALUATION).split("\n")
-    assert "20.0 %" in size
-    assert "exact" in size
-    assert "× 1.20 (1.11 to 1.29)" in speed
-    assert "× 1.22 (1.15 to 1.26)" in speed
-    assert "× 1.272 ± 0.009" in loss
+def test_one_sentence_has_share_size_speed_and_cost_each_with_its_uncertainty_and_the_verdict():
+    assert decision(EVALUATION, "trust it") == (
+        "Without 20.0 % of the decoder's parameters (15.8 % of all) it takes 227 MB instead of 269, and beside the "
+        "dense model its speed is × 1.20 (1.11 to 1.29) in prefill and × 1.22 (1.15 to 1.26) in decode, its perplexity "
+        "× 1.272 (95 % interval 1.254 to 1.289): **trust it**."
+    )
+
+
+def test_the_sentence_of_a_small_model_that_does_not_write_names_what_there_is():
+    small = changed(pruned={"bytes": 1_234_567, "decode": 0}, dense={"bytes": 45_678_901}, model={"head": "masked_lm"})
+    said = decision(small, "trust it")
+    for words in (
+        "it takes 1.23 MB instead of 45.7,",
+        "(1.11 to 1.29) in prefill, its perplexity of masked tokens × 1.272",
+    ):
+        assert words in said
+    assert "decode" not in said.replace("decoder", "")
+
+
+def test_the_interval_of_a_ratio_is_that_of_student_and_holds_the_ratio():
+    low, high = ratio_interval({"value": 1.25, "se": 0.05}, 16)
+    assert math.log(high / 1.25) == pytest.approx(2.1314 * 0.04, rel=1e-4)  # the 97.5 % quantile at 15 degrees
+    assert low * high == pytest.approx(1.25**2)
+    assert ratio_interval({"value": 1.25, "se": 0.05}, 1000)[1] < high
+
+
+@pytest.mark.parametrize(
+    ("windows", "ratio"), [(1, (1.2, math.nan)), (9, (math.inf, math.nan)), (9, (math.nan, 0.1)), (2, (1.2, 1e9))]
+)
+def test_an_interval_that_nothing_is_known_of_is_said_to_be_unknown(windows, ratio):
+    given = changed(perplexity_ratio=dict(zip(("value", "se"), ratio, strict=True)), protocol={"windows": windows})
+    assert "(interval unknown): **" in decision(given, "no")
 
 
 # With a recovered model
@@ -57,13 +84,10 @@ def test_the_table_fits_eighty_columns_with_a_recovered_model_and_without(head):
         assert max(map(len, table.split("\n"))) <= 80
 
 
-def test_the_loss_is_said_before_and_after_training_with_its_tokens_and_its_time():
-    before, after = (summarize(result).split("\n") for result in (EVALUATION, trained()))
-    assert after[:2] == before[:2]
-    for words in ("× 1.272 ± 0.009 as pruned", "× 1.131 ± 0.006 after training", "40,960 tokens (3.2 minutes)"):
-        assert words in after[2]
-    assert "train" not in before[2]
-    assert summarize(changed(recovered=None)) == "\n".join(before)
+def test_the_sentence_of_a_recovered_model_has_its_perplexity():
+    said = decision(trained(), "trust it")
+    assert "its perplexity after training × 1.131 (95 % interval 1.118 to 1.144)" in said
+    assert said.partition("perplexity")[0] == decision(EVALUATION, "trust it").partition("perplexity")[0]
 
 
 @pytest.mark.parametrize(

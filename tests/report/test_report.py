@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.report.headline import HEADER, headline_rows, summarize
+from libprune.report.cautions import trust
+from libprune.report.headline import HEADER, decision, headline_rows
 from libprune.report.markdown import markdown_table
 from libprune.report.page import html_page
 from libprune.report.programs import how_to_load
@@ -20,7 +21,8 @@ from tests.support.page import SKELETON, TABLE, Page
 def test_the_report_says_what_was_cut_what_it_cost_and_how_to_load_it(shape):
     text = report_of(changed(plan={"shape": shape}))
     assert markdown_table(headline_rows(EVALUATION), HEADER) in text
-    assert summarize(EVALUATION) in text
+    assert decision(EVALUATION, trust(EVALUATION, PROVENANCE.text)) in text
+    assert text.startswith(r"# \<b\>my\</b\> \*model\*, pruned" + "\n\n")
     for words in ("Remove 20.0 %", "20.00 %", "15.78 %", "15.81 %", "`taylor_2nd`", "`global`", "`local`", "0.9877"):
         assert words in text
     assert "24 windows of 1024 tokens of `some text`" in text
@@ -77,6 +79,7 @@ def test_provenance_names_model_texts_seed_versions_commit_and_params():
 def test_a_recovered_model_is_said_wherever_the_result_is():
     text = report_of(trained())
     assert "recovery `full` on 40,960 tokens." in text
+    assert text.partition("\n")[0].endswith(", pruned and trained")
     assert markdown_table(headline_rows(trained()), HEADER) in text
     assert "Sizes and speed are those of the pruned model" in text
     assert how_to_load("out/recovered", "uniform", "causal_lm") in text

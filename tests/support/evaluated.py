@@ -11,8 +11,10 @@ from libprune.report.markdown import Picture
 from libprune.report.provenance import Provenance
 from libprune.report.report import compose_report
 
-PROVENANCE = Provenance("a|b `<model>`\nof mine", "llama", "some | *text*", 64, 128, 7, "0123abcd", changed=True)
-PICTURES = [Picture(name, f"alt of {name}", f"caption of {name}", b"png") for name in NAMES]
+PROVENANCE = Provenance(
+    "<b>my</b> *model*", "a|b `<model>`\nof mine", "llama", "some | *text*", 64, 128, 7, "0123abcd", changed=True
+)
+PICTURES = [Picture(name, f"alt of {name}", f"caption of {name}", b"png", f"<svg>{name}</svg>") for name in NAMES]
 """All pictures, that of a training included."""
 LAYOUT = Layout(Path("out"))
 

@@ -4,8 +4,8 @@ from libprune.report.canvas import Figure
 
 
 def titles(figure: Figure) -> list[str]:
-    """The titles of its panels."""
-    return [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
+    """The titles of its panels, each in one line."""
+    return [" ".join(axes.get_title(loc="left").split()) for axes in figure.axes if axes.get_title(loc="left")]
 
 
 def legend(figure: Figure) -> list[str]:

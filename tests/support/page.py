@@ -28,7 +28,7 @@ class Page(HTMLParser):
             self.texts[tag][-1] += data
 
 
-SKELETON = {"html", "head", "meta", "title", "style", "body", "p"}
+SKELETON = {"html", "head", "meta", "title", "style", "body", "p", "script"}
 
 
-TABLE = {"table", "thead", "tbody", "tr", "th", "td"}
+TABLE = {"div", "table", "thead", "tbody", "tr", "th", "td"}
