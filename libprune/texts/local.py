@@ -10,7 +10,6 @@ import gzip
 import io
 import json
 import lzma
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,13 +24,33 @@ Row = dict[str, Any]
 """The values of a document by column."""
 
 
+LONGEST = 1 << 24
+"""The most characters of a document. A file of a few kilobytes may unpack to one that the memory cannot hold."""
+_WHOLE = 1 << 28
+"""The most characters of a file that is read at once."""
+
+
+def _bounded(file: io.TextIOBase) -> Iterator[str]:
+    """The lines of a file, each with its end.
+
+    Raises:
+        ValueError: if one is too long, of which no more than `LONGEST` characters are read.
+    """
+    number = 0
+    while line := file.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise ValueError(f"line {number} has more than {LONGEST:,} characters; cut it into several lines")
+        yield line
+
+
 def _lines(file: io.TextIOBase) -> Iterator[Row]:
-    for line in file:
+    for line in _bounded(file):
         yield {"text": line.rstrip("\n")}
 
 
 def _json_lines(file: io.TextIOBase) -> Iterator[Row]:
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(_bounded(file), 1):
         if line.strip():
             try:
                 value = json.loads(line)
@@ -42,7 +61,9 @@ def _json_lines(file: io.TextIOBase) -> Iterator[Row]:
 
 def _json(file: io.TextIOBase) -> Iterator[Row]:
     """One list of objects, or objects one after the other."""
-    text, end = file.read(), 0
+    text, end = file.read(_WHOLE + 1), 0
+    if len(text) > _WHOLE:
+        raise ValueError(f"it has more than {_WHOLE:,} characters; write one object a line, as .jsonl")
     while rest := text[end:].lstrip():
         end = len(text) - len(rest)
         value, end = json.JSONDecoder().raw_decode(text, end)
@@ -57,8 +78,8 @@ def _object(value: object, where: str) -> Row:
 
 
 def _table(file: io.TextIOBase, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)
-    rows = csv.reader(file, delimiter=delimiter, strict=True)
+    csv.field_size_limit(LONGEST)
+    rows = csv.reader(_bounded(file), delimiter=delimiter, strict=True)
     names = next(rows, [])
     for row in rows:
         if row and len(row) != len(names):

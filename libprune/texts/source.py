@@ -17,7 +17,7 @@ from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Tokenize
 from libprune.pipeline.sources import resolve
 from libprune.pipeline.terminal import masked
-from libprune.texts.local import Row, read_rows, text_files
+from libprune.texts.local import LONGEST, Row, read_rows, text_files
 
 SELF = "self"
 """The text that the dense model writes itself; see `libprune.texts.self_text`."""
@@ -247,6 +247,11 @@ class Text:
             column, kind = self.source.column, type(value).__name__
             more = "" if self.chat is None else ", nor a conversation: a list of messages, each with role and content"
             raise SourceError(f"column {column!r} of text {self.source.name!r} holds {kind}, not text{more}")
+        if value is not None and len(value) > LONGEST:
+            raise SourceError(
+                f"text {self.source.name!r} holds a document of {len(value):,} characters, which begins "
+                f"{value[:_SHOWN]!r}; cut documents to {LONGEST:,} characters or fewer"
+            )
         return bool(value and value.strip())
 
 

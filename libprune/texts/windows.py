@@ -1,5 +1,6 @@
 """Token windows for calibration and evaluation, from disjoint documents."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -16,6 +17,8 @@ Documents = Literal["joined", "apart"]
 """Whether windows run over the ends of documents (`joined`), or are cut from each document alone (`apart`)."""
 
 _SEPARATOR = "\n\n"
+_PIECE = 1 << 20
+"""Characters that are tokenized at once: the memory of a tokenizer grows with them, by some hundred bytes each."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,30 @@ def cut_windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, length
     frame = frame_of(tokenizer)
     width = frame.room(length)
     texts = [_SEPARATOR.join(documents)] if mode == "joined" else documents
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = [_encode(tokenizer, text) for text in texts]
     whole = [ids[: len(ids) // width * width] for ids in encoded]
     joined = np.fromiter(chain.from_iterable(whole), dtype=np.int64).reshape(-1, width)
     skipped = sum(not ids for ids in whole) if mode == "apart" else 0
     return Windows(frame.around(joined), len(documents), skipped, sum(map(len, encoded)))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a text, without those that stand around it."""
+    ids: list[int] = []
+    for piece in pieces(text):
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text in parts of at most `_PIECE` characters, each cut before the end of a document, or else before a space."""
+    start = 0
+    while len(text) - start > _PIECE:
+        ends = (text.rfind(mark, start + 1, start + _PIECE) for mark in (_SEPARATOR, " "))
+        end = next((place for place in ends if place > 0), start + _PIECE)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def with_masks(ids: Ids, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sequences:

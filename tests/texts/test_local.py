@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libprune.engine.errors import SourceError
+from libprune.texts import local
 from libprune.texts.local import read_rows, text_files
 
 DOCUMENTS = ["the cat sees a bird", "  never, and then: today", "caf\u00e9\tand", 'the "old" house']
@@ -185,6 +187,21 @@ def test_what_cannot_be_read_is_told_with_the_file_and_the_place(tmp_path, name,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=rf"{name} cannot be read as .*: .*{message}"):
         texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["t.txt.gz", "t.jsonl.gz", "t.csv.gz", "t.tsv.gz", "t.json.gz"])
+def test_a_small_file_that_unpacks_to_a_huge_line_is_refused_soon(tmp_path, name, monkeypatch):
+    """No more of it is read than a document may have."""
+    monkeypatch.setattr(local, "LONGEST", 1 << 16)
+    monkeypatch.setattr(local, "_WHOLE", 1 << 16)
+    with gzip.open(tmp_path / name, "wb") as file:
+        for _ in range(64):
+            file.write(b"a" * (1 << 20))
+    tracemalloc.start()
+    with pytest.raises(SourceError, match=rf"{name} cannot be read as .*more than 65,536 characters"):
+        texts(tmp_path / name)
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
 
 
 def test_a_pointer_of_git_lfs_is_not_the_text(tmp_path):

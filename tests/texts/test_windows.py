@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from libprune.engine.errors import SourceError
 from libprune.models.sequences import NO_TARGET
+from libprune.texts import windows
 from libprune.texts.windows import (
     MASKED_SHARE,
     Windows,
@@ -131,6 +132,17 @@ def test_windows_of_documents_apart_are_those_of_each_document_by_itself(tokeniz
     np.testing.assert_array_equal(found.ids, np.concatenate(alone))
     assert found.documents == len(documents)
     assert found.skipped == sum(len(ids_of(document)) < length for document in documents)
+
+
+@given(texts, st.integers(1, 9), st.integers(8, 60), st.sampled_from(["joined", "apart"]))
+def test_windows_do_not_depend_on_the_pieces_that_are_tokenized_at_once(tokenizer, documents, length, size, mode):
+    whole = cut_windows(documents, tokenizer, length, mode)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "_PIECE", size)
+        cut = list(windows.pieces("\n\n".join(documents)))
+        assert "".join(cut) == "\n\n".join(documents)
+        assert all(0 < len(piece) <= size for piece in cut)
+        np.testing.assert_array_equal(cut_windows(documents, tokenizer, length, mode).ids, whole.ids)
 
 
 @pytest.fixture(scope="module")
