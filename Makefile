@@ -20,9 +20,8 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(SETUP) ## prune a real language model by 20 % and print what it cost
-	$(BIN)/libprune clean > /dev/null
-	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
-	$(BIN)/libprune show
+	@$(BIN)/libprune clean > /dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m libprune.experiments.dvc_output repro
 
 demo-lenet: $(SETUP) ## train and prune LeNet by every criterion
 	$(BIN)/python -m examples.lenet

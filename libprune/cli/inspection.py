@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from libprune.allocation.allocate import descend, settle
 from libprune.allocation.decide import result_shape
@@ -22,8 +23,10 @@ from libprune.engine.errors import BudgetError
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.models.source import dense_dtype, load_dense_config
+from libprune.pipeline.artifacts import read_architecture, read_json, require
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import Params, load_params
-from libprune.pipeline.sections import Allocate
+from libprune.pipeline.sections import Allocate, Prepare
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 """Shares of the decoder's parameters that the shown uniform shapes remove."""
@@ -86,10 +89,7 @@ def inspect_model(params: Params) -> Inspection:
         SourceError: if the model cannot be found, or is quantized.
         FamilyError: if it is not wholly described by a family file.
     """
-    config = load_dense_config(params.prepare)
-    family_of(config.model_type)
-    model = without_weights(config, params.prepare.trust_remote_code)
-    architecture, stored = describe(model, accept=params.prepare.accept_config), dense_dtype(params.prepare, config)
+    model, architecture, stored = _described(params.prepare)
     smaller = stored if params.slice.dtype == "auto" else getattr(torch, params.slice.dtype)
     dense = _shape(architecture, Plan.dense(architecture), 0.0, "uniform", stored)
     shapes = [dense, *uniform_shapes(architecture, params.allocate, smaller)]
@@ -101,6 +101,31 @@ def inspect_model(params: Params) -> Inspection:
         shapes=shapes,
         stages=footprints(architecture, params, stored),
     )
+
+
+def _described(section: Prepare) -> tuple[PreTrainedModel, Architecture, torch.dtype]:
+    """The dense model on the meta device, its description, and its storage type."""
+    config = load_dense_config(section)
+    family_of(config.model_type)
+    model = without_weights(config, section.trust_remote_code)
+    return model, describe(model, accept=section.accept_config), dense_dtype(section, config)
+
+
+def dense_architecture(params: Params, layout: Layout, described: bool) -> tuple[Architecture, torch.dtype]:
+    """The description of the dense model, and its storage type.
+
+    Args:
+        layout: the artifacts.
+        described: read the description that the prepare stage has written, which takes no model.
+
+    Raises:
+        LibpruneError: if it cannot be had.
+    """
+    if described:
+        config = read_json(require(layout.model, "prepare") / "config.json", "prepare")
+        return read_architecture(layout), getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    _, architecture, stored = _described(params.prepare)
+    return architecture, stored
 
 
 def params_for(model: str, revision: str | None, trust_remote_code: bool, file: Path | None) -> Params:

@@ -85,6 +85,7 @@ def running(root: Path, began_before: float = inf) -> list[int]:
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             words = [Path(word).name for word in process.cmdline()[:4]]
+            words = words[2:] if words[1:2] == ["-c"] else words  # a program in a word, then the name that it goes by
             of_dvc = "dvc" in words[:3] and "daemon" not in words  # a daemon asks for news of DVC, and runs nothing
             called = of_dvc and process.cwd() is not None and Path(process.cwd()).is_relative_to(root.resolve())
             stage = "DVC_STAGE" in (variables := process.environ()) and variables.get("DVC_ROOT") == str(root.resolve())

@@ -3,12 +3,11 @@
 import os
 import resource
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, NoReturn, ParamSpec
+from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
@@ -35,7 +34,7 @@ def app(main: Callable[P, None]) -> typer.Typer:
         end_with_dvc()
         watch_dvc()
         quiet()
-        with user_errors(), _summary(main.__module__.rpartition(".")[2]):
+        with user_errors(), _told(main.__module__.rpartition(".")[2], kwargs):
             main(*args, **kwargs)
 
     return application
@@ -84,13 +83,14 @@ def _mendable(error: Exception) -> str | None:
     return None
 
 
-@contextmanager
-def _summary(name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
+def _told(name: str, options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """The context in which a stage is told of; empty in all processes of a stage but the first."""
+    if not first_process():
+        return nullcontext()
+    from libprune.pipeline.story import telling
+
     stage = name if name != "__main__" else Path(sys.argv[0]).stem
-    if first_process():
-        typer.echo(f"{stage}: {time.perf_counter() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB")
+    return telling(stage, options.get("params", PARAMS), options.get("artifacts", ROOT), peak_memory)
 
 
 def first_process() -> bool:
@@ -110,4 +110,4 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "10")
+    os.environ["TQDM_DISABLE"] = "1"  # those of libprune say that they are to be shown
