@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
 
@@ -21,6 +22,7 @@ ParamsFile = Annotated[Path, typer.Option("--params", help="The params file; its
 Root = Annotated[Path, typer.Option("--artifacts", help="The folder of all artifacts.")]
 MetricsFolder = Annotated[Path, typer.Option("--metrics", help="The folder of metrics.")]
 
+_Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the details, which otherwise go to logs/.")]
 PARAMS, ROOT, METRICS = Path("params.yaml"), Path("artifacts"), Path("metrics")
 
 
@@ -28,15 +30,25 @@ def app(main: Callable[P, None]) -> typer.Typer:
     """A one-command app around a stage's main function; its docstring is the help."""
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-    @application.command(help=main.__doc__)
     @wraps(main)
     def command(*args: P.args, **kwargs: P.kwargs) -> None:
+        verbose = kwargs.pop("verbose", False)
         end_with_dvc()
         watch_dvc()
         quiet()
+        if verbose:
+            from libprune.pipeline.terminal import VERBOSE
+
+            os.environ[VERBOSE] = "1"
         with user_errors(), _told(main.__module__.rpartition(".")[2], kwargs):
             main(*args, **kwargs)
 
+    option = Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=_Verbose)
+    command.__signature__ = signature(main).replace(  # type: ignore[attr-defined]
+        parameters=[*signature(main).parameters.values(), option]
+    )
+    command.__annotations__ = main.__annotations__ | {"verbose": _Verbose}
+    application.command(help=main.__doc__)(command)
     return application
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from libprune.engine.errors import ArtifactError
 from libprune.pipeline import stage
+from libprune.pipeline.terminal import VERBOSE
 
 
 def main(artifacts: stage.Root = stage.ROOT, number: int = 1) -> None:
@@ -54,6 +55,13 @@ def test_an_error_that_the_user_can_mend_is_one_line_and_another_is_raised(run):
     done = run("--artifacts", "nowhere")
     assert (done.exit_code, done.stdout, done.stderr) == (1, "test_stage: at work\n", "error: nowhere is not there\n")
     assert isinstance(run("--number", "0").exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("flag", ["-v", "--verbose"])
+def test_the_details_can_be_asked_for(run, flag, monkeypatch):
+    monkeypatch.setenv(VERBOSE, "")
+    assert run(flag).exit_code == 0
+    assert os.environ[VERBOSE] == "1"
 
 
 def test_the_peak_memory_is_in_bytes_and_no_less_than_what_is_held_now():
