@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from libprune.engine.errors import LibpruneError
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.methods import allocation_reads
 from libprune.pipeline.params import Params, load_params
@@ -133,7 +134,7 @@ class _Run:
         if not done:
             self._announce(ahead, params, artifacts)
         self._state |= {"done": [*done, stage], "ahead": ahead}
-        write_json(self._path, self._state)
+        remember(self._path, self._state)
         return f"{len(done) + 1}/{len(done) + len(ahead)}"
 
     def _announce(self, stages: list[str], params: Path, artifacts: Path) -> None:
@@ -152,7 +153,7 @@ class _Run:
         """Remember what a stage took, for the next forecast; of one that went on from a saved state it is unknown."""
         if not continued() and (work := self._state["work"].get(stage)):
             costs = read_memory(self._home / COSTS)
-            write_json(self._home / COSTS, costs | {stage: {"seconds": seconds, "work": work, "memory": memory}})
+            remember(self._home / COSTS, costs | {stage: {"seconds": seconds, "work": work, "memory": memory}})
 
 
 def memory_of(folder: Path) -> Path | None:
@@ -160,6 +161,12 @@ def memory_of(folder: Path) -> Path | None:
     here = folder.resolve()
     root = next((place for place in (here, *here.parents) if (place / ".dvc/tmp").is_dir()), None)
     return None if root is None else root / ".dvc/tmp" / MEMORY
+
+
+def remember(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what runs remember; where that cannot be done it is forgotten, since no stage may fail for it."""
+    with suppress(LibpruneError, OSError):
+        write_json(path, content)
 
 
 def read_memory(path: Path) -> dict[str, Any]:
@@ -206,7 +213,7 @@ def earlier_result(
     others = [one for one in runs_kept if one["figures"] != dict(figures)]
     if keep:
         entry = {"figures": dict(figures), "params": now}
-        write_json(home / RESULTS, {"results": [*others[-1:], entry]})
+        remember(home / RESULTS, {"results": [*others[-1:], entry]})
     if not others:
         return None
     then = others[-1]["params"]
@@ -232,6 +239,8 @@ def stages_ahead(stage: str, done: list[str], words: list[str]) -> set[str]:
         done: stages that have run.
         words: of DVC's command line, which may name targets.
     """
+    if not Path("dvc.yaml").exists():
+        return {stage}
     graph = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
     lock = Path("dvc.lock")
     locked = (yaml.safe_load(lock.read_text()) or {}).get("stages", {}) if lock.exists() else {}

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from libprune.engine.describe import describe
 from libprune.pipeline import story
 from libprune.pipeline.params import Params
-from libprune.pipeline.story import STEPS, earlier_result, memory_of, read_memory, stages_ahead, telling, working
+from libprune.pipeline.story import (
+    STEPS,
+    earlier_result,
+    memory_of,
+    read_memory,
+    remember,
+    stages_ahead,
+    telling,
+    working,
+)
 from libprune.pipeline.terminal import CONTINUES, logging_to, say
 from tests.support import tiny
 from tests.support.closure import ROOT
@@ -187,6 +196,12 @@ def test_the_time_of_a_stage_that_went_on_from_a_saved_state_is_not_kept(project
 def test_what_cannot_be_read_is_as_if_it_had_never_been_written(content, tmp_path):
     (tmp_path / "x.json").write_text(content)
     assert read_memory(tmp_path / "x.json") == read_memory(tmp_path / "gone.json") == {}
+
+
+def test_what_cannot_be_written_is_forgotten(tmp_path):
+    (tmp_path / "a").write_text("a file")
+    remember(tmp_path / "a/x.json", {})
+    assert stages_ahead("score", [], []) >= {"score"}
 
 
 def test_the_memory_is_found_from_any_folder_of_the_project(tmp_path):
