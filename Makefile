@@ -20,6 +20,7 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(SETUP) ## prune a real language model by 20 % and print what it cost
+	@git rev-parse --git-dir > /dev/null 2>&1 || git init --quiet
 	@$(BIN)/libprune clean > /dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m libprune.experiments.dvc_output repro
 

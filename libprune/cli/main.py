@@ -5,16 +5,31 @@ from typing import Annotated
 
 import typer
 
+import libprune
 from libprune.cli import compare as compare_cli
 from libprune.cli import masks as masks_cli
+from libprune.cli import projects
 from libprune.pipeline import stage
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"libprune {libprune.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
-    """Structured pruning of language models. The pipeline itself runs with `dvc repro`."""
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Structured pruning of language models: `prune` does all at once, `new` makes a project for `dvc repro`."""
+
+
+app.command()(projects.prune)
+app.command()(projects.new)
+app.command()(projects.update)
 
 
 @app.command()

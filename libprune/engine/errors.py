@@ -52,6 +52,10 @@ class ExportError(LibpruneError):
     """A model cannot be written for another program, or that program computes something else."""
 
 
+class ProjectError(LibpruneError):
+    """A project cannot be made or run: its folder is taken, or git or DVC refuse."""
+
+
 class MeansError(LibpruneError):
     """The machine has not what a step needs: space, permission, memory, threads. Nothing finished is lost by it."""
 

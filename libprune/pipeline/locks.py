@@ -84,15 +84,23 @@ def running(root: Path, began_before: float = inf) -> list[int]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            words = [Path(word).name for word in process.cmdline()[:4]]
-            words = words[2:] if words[1:2] == ["-c"] else words  # a program in a word, then the name that it goes by
-            of_dvc = "dvc" in words[:3] and "daemon" not in words  # a daemon asks for news of DVC, and runs nothing
+            of_dvc = "dvc" in _words(process) and not any(map(_asks_for_news, (process, *process.children())))
             called = of_dvc and process.cwd() is not None and Path(process.cwd()).is_relative_to(root.resolve())
             stage = "DVC_STAGE" in (variables := process.environ()) and variables.get("DVC_ROOT") == str(root.resolve())
             others = process.pid != os.getpid() and process.create_time() < began_before
             if (called or stage) and others and runs(process.pid):
                 found.append(process.pid)
     return found
+
+
+def _words(process: psutil.Process) -> list[str]:
+    words = [Path(word).name for word in process.cmdline()[:4]]
+    return words[2:] if words[1:2] == ["-c"] else words[:3]  # a program in a word, then the name that it goes by
+
+
+def _asks_for_news(process: psutil.Process) -> bool:
+    """Whether it is the daemon that DVC leaves behind for its own purposes; a fork of DVC waits for it."""
+    return "daemon" in process.cmdline()[:4]
 
 
 def leftovers(root: Path) -> Iterator[Path]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from libprune.engine.errors import SourceError
+from libprune.engine.errors import ProjectError, SourceError
 from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.terminal import masked
 
@@ -82,6 +82,23 @@ def link_sources(folder: Path, sources: Mapping[str, tuple[str, str | None]]) ->
         link.symlink_to(target)
         found[name] = target
     return found
+
+
+def require_own_code(links: Path = Path("artifacts/code")) -> None:
+    """Stop where the links of a project lead to the code of another environment: DVC would take it for what runs.
+
+    Args:
+        links: the folder of the links to the installed code; a folder that is not a project of its own has none.
+
+    Raises:
+        ProjectError: naming both places, and how to go on.
+    """
+    link, own = links / "engine", Path(__file__).parents[1]
+    if link.is_symlink() and link.resolve().parent != own.resolve():
+        raise ProjectError(
+            f"{links} leads to {link.resolve().parent}, but the libprune that runs lies in {own}; run "
+            "`dvc repro --force --single-item code` and then `dvc repro`"
+        )
 
 
 _NOTE = "This source is no local file or folder.\n"

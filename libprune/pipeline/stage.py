@@ -36,12 +36,16 @@ def app(main: Callable[P, None]) -> typer.Typer:
         end_with_dvc()
         watch_dvc()
         quiet()
-        if verbose:
-            from libprune.pipeline.terminal import VERBOSE
+        # these import tqdm, which reads once whether bars are to be shown
+        from libprune.pipeline.sources import require_own_code
+        from libprune.pipeline.terminal import VERBOSE
 
+        if verbose:
             os.environ[VERBOSE] = "1"
-        with user_errors(), _told(main.__module__.rpartition(".")[2], kwargs):
-            main(*args, **kwargs)
+        with user_errors():
+            require_own_code()
+            with _told(main.__module__.rpartition(".")[2], kwargs):
+                main(*args, **kwargs)
 
     option = Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=_Verbose)
     command.__signature__ = signature(main).replace(  # type: ignore[attr-defined]

@@ -113,10 +113,14 @@ def test_half_written_files_of_the_dead_are_left_over_and_those_of_the_living_ar
     assert [path.exists() for path in (*left, *kept, *other)] == [False, False, True, True, True, True]
 
 
+FORK = "import os, sys; child = os.fork(); os.wait() if child else os.execv(sys.executable, sys.argv[1:])"
+
+
 @pytest.mark.parametrize("called", ["repro", "daemon"])
-def test_a_command_of_dvc_counts_and_its_daemon_that_asks_for_news_does_not(tmp_path, called):
-    (tmp_path / "dvc").write_text("print(1, flush=True); input()")
-    command = [sys.executable, "dvc", called]
+def test_a_command_of_dvc_counts_and_its_daemon_and_the_fork_that_waits_for_it_do_not(tmp_path, called):
+    (tmp_path / "dvc").write_text(FORK)
+    (tmp_path / "__main__.py").write_text("print(1, flush=True); input()")
+    command = [sys.executable, "dvc", sys.executable, "__main__.py", called]
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), **PIPES) as process:
         process.stdout.readline()
         assert running(tmp_path) == ([process.pid] if called == "repro" else [])

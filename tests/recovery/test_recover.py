@@ -174,7 +174,7 @@ def test_two_processes_train_as_one_does(tmp_path, python, quick_proof):
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
 
 
-def test_shared_weights_are_refused_on_a_cpu(tmp_path, monkeypatch):
+def test_shared_weights_are_refused_on_a_cpu(tmp_path, quick_proof, monkeypatch):
     monkeypatch.setattr(recover, "join_world", lambda: recover.World(size=1, sharded=True))
     layout = write_pruned_layout(tmp_path / "artifacts", "llama", "uniform")
     monkeypatch.setattr(recover, "load_teacher", lambda *_: FAMILIES["llama"](0))
@@ -182,7 +182,7 @@ def test_shared_weights_are_refused_on_a_cpu(tmp_path, monkeypatch):
         recovered(layout)
 
 
-def test_what_is_missing_is_named_with_its_stage(tmp_path):
+def test_what_is_missing_is_named_with_its_stage(tmp_path, quick_proof):
     layout = write_pruned_layout(tmp_path / "artifacts", "llama", "uniform")
     layout.recovery_tokens.unlink()
     with pytest.raises(ArtifactError, match="run `dvc repro teacher` first"):

@@ -46,7 +46,7 @@ with socket.socket(socket.AF_UNIX) as connection:
 """
 
 SERVER = """
-import json, os, runpy, select, signal, socket, sys
+import atexit, gc, json, os, runpy, select, signal, socket, sys, threading
 import datasets, torch, transformers.models.llama.modeling_llama
 sys.path[:] = [path for path in sys.path if path and path != sys.argv[1]]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
@@ -54,6 +54,7 @@ assert "libprune" not in sys.modules
 listening = socket.socket(socket.AF_UNIX)
 listening.bind(sys.argv[2])
 listening.listen()
+gc.freeze()  # so that forks do not copy what they only look through for garbage
 print("ready", flush=True)
 signal.signal(signal.SIGCHLD, lambda *_: os.waitpid(-1, os.WNOHANG))  # and so their CPU time is counted
 while True:
@@ -82,15 +83,42 @@ os.environ.update(environment)
 sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in environment
 sys.executable = sys.argv[3]
 sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and arguments[0] != "-I"]
-if arguments[0] == "-I":
-    sys.argv = arguments[1:2] + arguments[3:]
-    exec(arguments[2], {"__name__": "__main__"})
-elif arguments[0] == "-m":
-    sys.argv = arguments[1:]
-    sys.path.insert(0, folder)
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-else:
-    sys.argv = arguments
-    sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
-    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def run():
+    if arguments[0] == "-I":
+        sys.argv = arguments[1:2] + arguments[3:]
+        exec(arguments[2], {"__name__": "__main__"})
+    elif arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        sys.path.insert(0, folder)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+# A process ends as Python ends it, but does not take apart all that is loaded: this takes longer than most programs.
+status = 0
+try:
+    run()
+except SystemExit as end:
+    status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    if not isinstance(end.code, int | None):
+        print(end.code, file=sys.stderr)
+except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException:
+    sys.excepthook(*sys.exc_info())
+    status = 1
+threading._shutdown()
+atexit._run_exitfuncs()
+try:
+    sys.stdout.flush()
+    sys.stderr.flush()
+except OSError:
+    status = 120  # as Python says that nobody reads what it prints
+os._exit(status & 255)
 """

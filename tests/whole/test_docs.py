@@ -5,14 +5,18 @@ import re
 
 import pytest
 
+from tests.support import tiny
 from tests.support.closure import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md"), ROOT / "README.md"])
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if ">>> " in path.read_text()], ids=lambda path: path.stem)
-def test_examples_give_what_the_document_says(path):
-    found = doctest.testfile(str(path), module_relative=False, encoding="utf-8")
+def test_examples_give_what_the_document_says(path, tmp_path, monkeypatch, quick_proof):
+    """They run in an empty folder; `model` is a tiny model, and `text` a text."""
+    monkeypatch.chdir(tmp_path)
+    model, text = tiny.write_model(tmp_path / "model"), tiny.write_text(tmp_path / "text.txt", documents=1000)
+    found = doctest.testfile(str(path), module_relative=False, encoding="utf-8", globs={"model": model, "text": text})
     assert found.failed == 0
     assert found.attempted > 0
 

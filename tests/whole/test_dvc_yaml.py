@@ -14,8 +14,9 @@ PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SHELVES = ("statistics", "results")
 """Rooms from which each stage takes its own files."""
 COLLECTING = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "sensitivity")
-BEHIND = ("scoring", "allocation", "repair", "results", "report", "experiments", "masks", "networks", "cli")
-HEAVY = ("torch", "transformers", "datasets", "pyarrow", "pydantic")
+BEHIND = ("scoring", "allocation", "repair", "results", "report", "experiments", "masks", "networks", "project", "cli")
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "pydantic", "tqdm")
+"""Not loaded for a help text; tqdm reads once, when it is loaded, whether the libraries' bars are to be shown."""
 
 
 SECTIONS = [name for name in Params.model_fields if name != "preset"]
@@ -94,8 +95,10 @@ def test_params_file_lists_every_param():
 
 
 def test_packages_do_nothing_at_import():
-    assert (ROOT / "libprune/__init__.py").read_text() == ""
     assert (ROOT / "stages/__init__.py").read_text() == ""
+    program = "import sys, libprune; print([name for name in sys.modules if name.startswith('libprune.')])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_libprune_does_not_know_dvc():

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from libprune.pipeline.processes import runs
+from libprune.project.create import create_project
 from tests.support import tiny
 from tests.support.closure import ROOT
 
@@ -38,8 +39,8 @@ def environment(folder: Path) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | settings
 
 
-def run(command: list[str], cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=cwd, env=environment(cwd), capture_output=True, text=True, check=False)
+def run(command: list[str], cwd: Path, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=cwd, env=environment(cwd) | more, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -128,7 +129,7 @@ def commit(folder: Path) -> None:
 def stages_run(done: subprocess.CompletedProcess[str]) -> list[str]:
     """The stages that really ran, in an order that respects the pipeline."""
     found = {line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")}
-    return [name for name in ORDER if name in found]
+    return [name for name in ("code", *ORDER) if name in found]
 
 
 def change(folder: Path, section: str, key: str, value: object) -> None:
@@ -140,6 +141,42 @@ def change(folder: Path, section: str, key: str, value: object) -> None:
 
 def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics/evaluation.json").read_text())
+
+
+BUILT = ["LICENSE", "README.md", "pyproject.toml", "setup.py", "dvc.yaml", "params.yaml", "libprune", "stages"]
+MEASURED = ("artifacts/evaluation.json", "artifacts/model_card.md", "report/")
+"""Outputs with seconds or a commit in them."""
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of all outputs that depend on nothing but code, params and sources."""
+    outs = [
+        out for stage in yaml.safe_load((folder / "dvc.lock").read_text())["stages"].values() for out in stage["outs"]
+    ]
+    return {out["path"]: out["md5"] for out in outs if not out["path"].startswith((*MEASURED, "metrics/"))}
+
+
+def test_a_project_on_the_built_package_gives_the_same_artifacts_and_notices_an_upgrade(project, tmp_path, python):
+    """What pip would install is built, and runs where no repository is."""
+    source, folder = tmp_path / "source", tmp_path / "mine"
+    for path in BUILT:
+        copy(path, ROOT, source)
+    run([sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")], source)
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    changes = {
+        f"{section}.{key}": value
+        for section, keys in params.items()
+        if section != "preset"
+        for key, value in keys.items()
+    }
+    create_project(folder, changes)
+    link(python, folder)
+    done = run(["dvc", "repro"], folder, PYTHONPATH=str(tmp_path / "build/lib"))
+    assert stages_run(done) == ["code", *ORDER]
+    assert {path: digest for path, digest in digests(folder).items() if "/code/" not in path} == digests(project)
+    with (tmp_path / "build/lib/libprune/scoring/score.py").open("a") as file:
+        file.write("# newer\n")
+    assert stages_run(run(["dvc", "repro", "--dry"], folder))[:2] == ["code", "score"]
 
 
 def test_a_second_repro_runs_nothing(project):

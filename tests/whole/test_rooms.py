@@ -19,7 +19,7 @@ FLOORS = [
     {"allocation", "results", "report"},
     {"recovery", "export"},
     {"experiments", "masks"},
-    {"networks"},
+    {"networks", "project"},
     {"cli"},
 ]
 """A room imports from floors below its own, and from itself."""

@@ -1,0 +1,52 @@
+"""Commands of DVC and git, run in a project with the Python and the programs of this environment."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from libprune.engine.errors import ProjectError
+
+
+def environment() -> dict[str, str]:
+    """The variables of a command, by which `python` is the Python that runs now, also where it is not activated."""
+    own = str(Path(sys.executable).parent)
+    path = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
+    return os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
+
+
+def dvc(folder: Path, *words: str) -> None:
+    """Run a command of DVC that takes a moment.
+
+    Raises:
+        ProjectError: with what DVC says, if it fails.
+    """
+    _run(folder, [sys.executable, "-m", "dvc"], "dvc", words)
+
+
+def git(folder: Path, *words: str) -> None:
+    """Run a command of git.
+
+    Raises:
+        ProjectError: with what git says, if it fails.
+    """
+    _run(folder, ["git"], "git", words)
+
+
+def has_git() -> bool:
+    """Whether git is installed."""
+    return shutil.which("git") is not None
+
+
+def in_repository(folder: Path) -> bool:
+    """Whether a folder lies in the working tree of a git repository."""
+    command = ["git", "-C", str(folder), "rev-parse", "--is-inside-work-tree"]
+    return has_git() and subprocess.run(command, capture_output=True, text=True).stdout.strip() == "true"
+
+
+def _run(folder: Path, program: list[str], name: str, words: tuple[str, ...]) -> None:
+    done = subprocess.run([*program, *words], cwd=folder, env=environment(), capture_output=True, text=True)
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise ProjectError(f"`{' '.join([name, *words])}` in {folder} failed: {said}")

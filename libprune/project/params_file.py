@@ -1,0 +1,129 @@
+"""The params.yaml of a project: that of the repository with values of its own; comments and order stay."""
+
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ruamel.yaml import YAML
+
+from libprune.engine.errors import ParamsError, SourceError, missing_key
+from libprune.pipeline.params import validate_params
+from libprune.pipeline.sources import resolve
+from libprune.project.pipeline_file import TEMPLATES
+
+_OF_THE_DEMO = {"preset": "balanced", "recover.method": "none"}
+"""Values for a project where those of the repository serve its demo."""
+_SOURCES = ("prepare.model", "tokenize.text", "tokenize.evaluation_text", "recover.teacher", "recover.text")
+_WIDTH = 1 << 16
+
+
+def params_text(changes: Mapping[str, Any]) -> str:
+    """The text of the params.yaml of a project.
+
+    Args:
+        changes: values by key, such as `allocate.ratio`; all others have their defaults.
+
+    Raises:
+        ParamsError: if there is no such key, or the params are not valid.
+    """
+    text = changed(_defaults(), changes)
+    validate_params(yaml.safe_load(text), "params.yaml")
+    return text
+
+
+def changed(text: str, changes: Mapping[str, Any]) -> str:
+    """The text of a params file with other values, its comments and its order as they were.
+
+    Raises:
+        ParamsError: if there is no such key.
+    """
+    round_trip = _yaml()
+    content = round_trip.load(text)
+    for key, value in changes.items():
+        *sections, leaf = key.split(".")
+        inner = content
+        for part in (*sections, leaf):
+            if not isinstance(inner, Mapping) or part not in inner:
+                known = [*inner] if isinstance(inner, Mapping) else []
+                raise ParamsError(missing_key(part, known, f"--set {key}: params.yaml"))
+            inner = inner if part is leaf else inner[part]
+        inner[leaf] = value
+    return _dump(round_trip, content)
+
+
+def completed(text: str) -> str:
+    """The text of a params file with the keys that it lacks, at their defaults."""
+    round_trip = _yaml()
+    content, template = round_trip.load(text), round_trip.load(_defaults())
+    for section, default in template.items():
+        if section not in content:
+            content[section] = default
+        elif isinstance(default, Mapping) and isinstance(content[section], Mapping):
+            for place, (key, value) in enumerate(default.items()):
+                if key not in content[section]:
+                    content[section].insert(place, key, value)
+    return _dump(round_trip, content)
+
+
+def settings(words: Iterable[str]) -> dict[str, Any]:
+    """Values by key from words of the command line, such as `allocate.ratio=0.3`; a value is written as in YAML.
+
+    Raises:
+        ParamsError: naming a word that is not of this form.
+    """
+    found = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.strip():
+            raise ParamsError(f"--set {word!r}: write KEY=VALUE, for example --set allocate.ratio=0.3")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ParamsError(f"--set {word!r}: {value!r} is not a value of YAML; write text in quotes") from error
+    return found
+
+
+def placed(changes: Mapping[str, Any], project: Path | None = None) -> dict[str, Any]:
+    """Values by key, in which paths are those that a project finds: in it relative to it, elsewhere absolute.
+
+    Args:
+        changes: values by key; paths are seen from the current folder.
+        project: the folder of the project; None if all paths are to be absolute.
+
+    Raises:
+        SourceError: if a model or a text is given as a path that does not exist.
+    """
+    found = dict(changes)
+    for key in set(_SOURCES) & found.keys():
+        if not isinstance(found[key], str):
+            continue
+        try:
+            path = resolve(found[key])
+        except SourceError as error:
+            raise SourceError(f"{key}: {error}") from error
+        if path is not None and not found[key].startswith("package://"):
+            path = path.absolute()
+            inside = project is not None and path.is_relative_to(project.absolute())
+            found[key] = str(path.relative_to(project.absolute()) if project is not None and inside else path)
+    return found
+
+
+def _defaults() -> str:
+    return changed((TEMPLATES / "params.yaml").read_text(), _OF_THE_DEMO)
+
+
+def _yaml() -> YAML:
+    round_trip = YAML()
+    round_trip.width, round_trip.preserve_quotes = _WIDTH, True
+    round_trip.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return round_trip
+
+
+def _dump(round_trip: YAML, content: Any) -> str:
+    text = io.StringIO()
+    round_trip.dump(content, text)
+    return text.getvalue()

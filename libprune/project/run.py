@@ -1,0 +1,84 @@
+"""A model pruned by one call: in a project of its own in the user's cache, which keeps the statistics."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from libprune.engine.errors import ProjectError
+from libprune.pipeline.artifacts import read_json
+from libprune.pipeline.atomic import writing, writing_folder
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.locks import mend_lock, running
+from libprune.project.commands import environment
+from libprune.project.create import create_project, update_project
+from libprune.project.params_file import params_text, placed
+from libprune.report.programs import final_folder
+
+
+def project_of(model: str) -> Path:
+    """The folder in the user's cache with the project of a model; it need not exist.
+
+    Args:
+        model: a path that exists, a hub id, or a file of a package.
+    """
+    name = "".join(c if c.isalnum() or c in "-._" else "-" for c in Path(model).name)
+    return user_cache_path("libprune") / "projects" / f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+
+
+def set_up(changes: Mapping[str, Any]) -> Path:
+    """Make the project of a model, or give the one that there is other params; return its folder.
+
+    Args:
+        changes: values of params by key, with `prepare.model` and `tokenize.text` among them.
+
+    Raises:
+        LibpruneError: if the params are not valid, or the project is in use.
+    """
+    changes = placed(changes)
+    project = project_of(changes["prepare.model"])
+    if not project.exists():
+        create_project(project, changes, scm=False)
+        return project
+    if others := running(project):
+        raise ProjectError(f"{project} is in use by process {others[0]}; wait until it has ended")
+    mend_lock(project)
+    text = params_text(changes)
+    with writing(project / "params.yaml") as partial:
+        partial.write_text(text)
+    update_project(project)
+    return project
+
+
+def run(project: Path) -> None:
+    """Run what is not up to date in a project; what DVC and the stages print goes to the terminal.
+
+    Raises:
+        ProjectError: if a stage has failed; it has said why.
+    """
+    code = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=project, env=environment()).returncode
+    if code:
+        raise ProjectError(f"`dvc repro` in {project} ended with {code}; what was finished is kept")
+
+
+def hand_out(project: Path, out: Path) -> Path:
+    """Copy the final model, the report and the params of a project; return the folder of the model.
+
+    Args:
+        project: the folder of the project, all of whose stages have run.
+        out: the folder that is made.
+    """
+    layout = Layout(project / "artifacts")
+    final = final_folder(read_json(layout.evaluation, "evaluate"), layout)
+    with writing_folder(out.absolute()) as partial:
+        shutil.copytree(final, partial / "model")
+        shutil.copytree(project / "report", partial / "report")
+        shutil.copyfile(project / "params.yaml", partial / "params.yaml")
+        if read_json(layout.export, "export")["files"]:
+            shutil.copytree(layout.exported, partial / "exported")
+    return out / "model"

@@ -1,0 +1,48 @@
+"""What `libprune new`, `prune` and `update` take and say; the project itself is tested elsewhere."""
+
+import pytest
+from typer.testing import CliRunner
+
+import libprune
+from libprune.cli.main import app
+from libprune.pipeline.params import load_params
+
+RUNNER = CliRunner()
+
+
+def test_the_version_is_that_of_the_package():
+    assert RUNNER.invoke(app, ["--version"]).output == f"libprune {libprune.__version__}\n"
+
+
+def test_options_become_params_and_the_next_command_is_said(tmp_path):
+    folder = tmp_path / "mine"
+    words = ["--model", "org/model", "--text", "org/text", "--ratio", "0.3", "--preset", "fast"]
+    done = RUNNER.invoke(app, ["new", str(folder), *words, "--set", "score.criterion=wanda"])
+    assert done.exit_code == 0, done.output
+    assert f"next: cd {folder}; dvc repro" in done.output
+    params = load_params(folder / "params.yaml")
+    assert (params.preset, params.allocate.ratio, params.score.criterion) == ("fast", 0.3, "wanda")
+    assert RUNNER.invoke(app, ["update", str(folder)]).output == "nothing to update\n"
+
+
+@pytest.mark.parametrize("word", ["ratio", "allocate.ratoi=0.3", "allocate.ratio=a", "preset=fst"])
+def test_a_wrong_setting_is_one_line(tmp_path, word):
+    done = RUNNER.invoke(app, ["new", str(tmp_path / "mine"), "--model", "org/m", "--text", "org/t", "--set", word])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_exists_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = RUNNER.invoke(app, ["prune", "org/model", str(tmp_path), "--text", "org/text"])
+    assert done.exit_code == 1
+    assert "exists; name a folder that does not" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_number_is_told_with_the_option():
+    done = RUNNER.invoke(app, ["prune", "m", "o", "--text", "t", "--ratio", "30%"])
+    assert done.exit_code == 2
+    assert "--ratio" in done.stderr

@@ -1,0 +1,106 @@
+"""Params of a project: those of the repository with other values, and comments where they were."""
+
+import re
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+
+from libprune.engine.errors import ParamsError, SourceError
+from libprune.pipeline.params import Params, validate_params
+from libprune.project.params_file import changed, completed, params_text, placed, settings
+from tests.support.closure import ROOT
+
+REPOSITORY = (ROOT / "params.yaml").read_text()
+KEYS = [
+    f"{section}.{key}" for section, keys in yaml.safe_load(REPOSITORY).items() if section != "preset" for key in keys
+]
+
+
+def comments(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.lstrip().startswith("#")]
+
+
+def test_comments_and_all_other_values_stay():
+    text = params_text({"prepare.model": "org/model", "tokenize.text": "a: b # c", "export.formats": ["gguf"]})
+    assert comments(text) == comments(REPOSITORY)
+    expected = yaml.safe_load(REPOSITORY)
+    expected["prepare"]["model"], expected["tokenize"]["text"] = "org/model", "a: b # c"
+    expected["export"]["formats"], expected["preset"] = ["gguf"], "balanced"
+    expected["recover"]["method"] = "none"
+    assert yaml.safe_load(text) == expected
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats(allow_nan=False) | st.text()
+
+
+@effort(max_examples=10)
+@given(values=st.dictionaries(st.sampled_from(KEYS), SCALARS | st.lists(SCALARS), max_size=4))
+def test_any_value_is_read_as_it_was_set(values):
+    content = yaml.safe_load(changed(REPOSITORY, values))
+    for key, value in values.items():
+        section, leaf = key.split(".")
+        assert content[section][leaf] == value
+    assert comments(changed(REPOSITORY, values)) == comments(REPOSITORY)
+
+
+def test_without_changes_a_project_has_the_defaults_of_the_code():
+    given = {"prepare.model": "org/model", "tokenize.text": "org/text"}
+    plain = Params.model_validate({"prepare": {"model": "org/model"}, "tokenize": {"text": "org/text"}})
+    assert validate_params(yaml.safe_load(params_text(given)), "here") == plain
+
+
+@pytest.mark.parametrize("key", ["allocate.ratoi", "allocat.ratio", "preset.x", "allocate.ratio.x", "x"])
+def test_an_unknown_key_is_refused(key):
+    with pytest.raises(ParamsError, match=re.escape(f"--set {key}")):
+        params_text({key: 1})
+
+
+def test_a_value_out_of_range_is_refused():
+    with pytest.raises(ParamsError, match=r"allocate\.ratio"):
+        params_text({"allocate.ratio": 1.5})
+
+
+@effort(max_examples=6)
+@given(section=st.sampled_from([key.partition(".")[0] for key in KEYS]), key=st.sampled_from(KEYS))
+def test_keys_that_a_file_lacks_come_back_and_no_value_is_lost(section, key):
+    content = yaml.safe_load(params_text({"allocate.ratio": 0.35}))
+    del content[key.partition(".")[0]][key.partition(".")[2]]
+    content.pop(section)
+    completed_content = yaml.safe_load(completed(yaml.safe_dump(content)))
+    expected = yaml.safe_load(params_text({} if section == "allocate" else {"allocate.ratio": 0.35}))
+    if key == "allocate.ratio":
+        expected["allocate"]["ratio"] = 0.2
+    assert completed_content == expected
+
+
+def test_a_file_that_lacks_nothing_stays_to_the_letter():
+    text = params_text({"allocate.ratio": 0.35})
+    assert completed(text) == text
+
+
+def test_settings_are_values_of_yaml():
+    words = ["allocate.ratio=0.3", "export.formats=[gguf, onnx]", "allocate.minutes=null", "prepare.model=a=b"]
+    values = [0.3, ["gguf", "onnx"], None, "a=b"]
+    assert [*settings(words).values()] == values
+
+
+@pytest.mark.parametrize("word", ["allocate.ratio", "=3", "a=[", "a={b: "])
+def test_a_setting_that_is_none_is_named(word):
+    with pytest.raises(ParamsError, match=re.escape(repr(word))):
+        settings([word])
+
+
+def test_paths_are_those_that_the_project_finds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("text.txt", "project/own.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("words")
+    values = {"tokenize.text": "text.txt", "tokenize.evaluation_text": "project/own.txt", "prepare.model": "org/model"}
+    inside = placed(values, tmp_path / "project")
+    assert inside == values | {"tokenize.text": str(tmp_path / "text.txt"), "tokenize.evaluation_text": "own.txt"}
+    assert placed(values)["tokenize.evaluation_text"] == str(tmp_path / "project/own.txt")
+    with pytest.raises(SourceError, match=r"tokenize\.text: \./gone\.txt does not exist"):
+        placed({"tokenize.text": "./gone.txt"})
