@@ -20,10 +20,9 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(SETUP) ## prune a real language model by 20 % and print what it cost
-	git rev-parse --git-dir > /dev/null 2>&1 || git init --quiet
-	$(BIN)/libprune clean > /dev/null
-	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
-	$(BIN)/libprune show
+	@git rev-parse --git-dir > /dev/null 2>&1 || git init --quiet
+	@$(BIN)/libprune clean > /dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m libprune.project.dvc_output repro
 
 demo-lenet: $(SETUP) ## train and prune LeNet by every criterion
 	$(BIN)/python -m examples.lenet

@@ -9,19 +9,18 @@ def main(
     metrics: stage.MetricsFolder = stage.METRICS,
 ) -> None:
     """Write the final model as GGUF, ONNX or OpenVINO, and try it in the real program beside the dense one."""
-    import typer
-
     from libprune.pipeline.atomic import write_json, writing_folder
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import note, say
 
     layout, settings = Layout(artifacts), load_params(params)
     if not settings.export.formats:
-        with writing_folder(layout.exported):
-            pass
+        with writing_folder(layout.exported) as folder:
+            write_json(folder / "nothing.json", {"formats": []})  # DVC warns of empty folders
         write_json(layout.export, {"files": []})
         write_json(metrics / "export.json", {})
-        typer.echo("export.formats lists no format: nothing is exported")
+        note("export.formats lists no format: nothing is exported")
         return
 
     from libprune.export.export import export_layout
@@ -31,7 +30,7 @@ def main(
     write_json(layout.export, outcome.content())
     write_json(metrics / "export.json", outcome.metrics())
     for line in outcome.sentences(layout.exported):
-        typer.echo(line)
+        say(line)
 
 
 app = stage.app(main)

@@ -5,11 +5,10 @@ from libprune.pipeline import stage
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Estimate the diagonal of the Hessian of every weight that a unit owns."""
-    import typer
-
     from libprune.pipeline.atomic import write_json, writing_folder
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import note
 
     layout, settings = Layout(artifacts), load_params(params)
     section = settings.hessian
@@ -17,7 +16,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         if stage.first_process():
             with writing_folder(layout.hessian) as folder:
                 write_json(folder / "nothing.json", {"estimator": "none"})  # DVC warns of empty folders
-            typer.echo("hessian.estimator is none: nothing collected")
+            note("hessian.estimator is none: nothing collected")
         return
 
     from libprune.collection.summary import print_units

@@ -5,24 +5,23 @@ from libprune.pipeline import stage
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Time layers of several widths and fit a line to each part."""
-    import typer
-
     from libprune.pipeline.artifacts import read_architecture
     from libprune.pipeline.atomic import write_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import note, say
 
     layout, settings = Layout(artifacts), load_params(params)
     architecture = read_architecture(layout)
     if settings.allocate.objective != "latency":
         write_json(layout.latency, {"model": architecture.fingerprint})
-        typer.echo(f"allocate.objective is {settings.allocate.objective}: nothing is timed")
+        note(f"allocate.objective is {settings.allocate.objective}: nothing is timed")
         return
 
     from libprune.statistics.latency import measure_latency
 
     for line in measure_latency(layout, settings.compute.device, settings.compute.dtype, settings.latency):
-        typer.echo(line)
+        say(line)
 
 
 app = stage.app(main)

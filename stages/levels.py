@@ -5,12 +5,11 @@ from libprune.pipeline import stage
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Measure what it costs to take one block to a level, for every block and level."""
-    import typer
-
     from libprune.pipeline.artifacts import read_architecture, write_table
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.methods import allocation_reads
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import note
     from libprune.statistics.levels import empty_table, measure_levels, print_levels
 
     layout, settings = Layout(artifacts), load_params(params)
@@ -18,7 +17,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     if "levels" not in allocation_reads(settings.allocate.method):
         if stage.first_process():
             write_table(layout.levels, empty_table(), {"model": architecture.fingerprint, "levels": 0})
-            typer.echo(f"allocate.method is {settings.allocate.method}: no level is measured")
+            note(f"allocate.method is {settings.allocate.method}: no level is measured")
         return
 
     from libprune.repair.repairs import inputs_identity, local_repair

@@ -9,10 +9,9 @@ def main(
     metrics: stage.MetricsFolder = stage.METRICS,
 ) -> None:
     """Train the pruned model, keep the best step, write it as a folder and prove that it loads."""
-    import typer
-
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import note, say
     from libprune.recovery.idle import write_figures, write_no_model
 
     layout, settings = Layout(artifacts), load_params(params)
@@ -20,7 +19,7 @@ def main(
         if stage.first_process():
             write_no_model(layout)
             write_figures(metrics, {}, [])
-            typer.echo("recover.method is none: the pruned model is not trained")
+            note("recover.method is none: the pruned model is not trained")
         return
 
     from libprune.recovery.recover import recover_layout
@@ -29,8 +28,8 @@ def main(
     if recovery is not None:
         write_figures(metrics, recovery.metrics(), recovery.curve)
         for line in recovery.sentences():
-            typer.echo(line)
-        typer.echo(f"{layout.recovered} loads in a fresh process without libprune")
+            say(line)
+        say(f"{layout.recovered} loads in a fresh process without libprune")
 
 
 app = stage.app(main)

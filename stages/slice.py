@@ -9,11 +9,10 @@ def main(
     metrics: stage.MetricsFolder = stage.METRICS,
 ) -> None:
     """Repair, slice and write the pruned model, reload it in a fresh process and compare its logits."""
-    import typer
-
     from libprune.pipeline.atomic import write_json, writing_folder
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import say
     from libprune.repair.repairs import print_fits
     from libprune.results.prune import prune
 
@@ -22,7 +21,7 @@ def main(
         result, fits = prune(layout, folder, settings.compute, settings.slice)
     print_fits(fits)
     write_json(metrics / "slice.json", result)
-    typer.echo(
+    say(
         f"{layout.pruned} loads in a fresh process without libprune; logits differ from the masked dense model's "
         f"by {result['logit_difference']:.1e} of {result['logit_scale']:.1f}"
     )

@@ -5,12 +5,11 @@ from libprune.pipeline import stage
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Link to the local sources, so that DVC notices when what lies there has changed."""
-    import typer
-
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
     from libprune.pipeline.sections import MOST_TEXTS
     from libprune.pipeline.sources import link_sources
+    from libprune.pipeline.terminal import note
 
     settings = load_params(params)
     given = settings.recover.text
@@ -25,7 +24,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
         "tasks": ("evaluate.task_folder", settings.evaluate.task_folder),
     }
     for name, path in link_sources(Layout(artifacts).sources, named).items():
-        typer.echo(f"{named[name][0]}: {path}")
+        note(f"{named[name][0]}: {path}")
 
 
 app = stage.app(main)

@@ -5,17 +5,16 @@ from libprune.pipeline import stage
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Draw the text to train on, and store the dense model's predictions if `recover.top_k` asks for them."""
-    import typer
-
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import note
     from libprune.recovery.idle import write_no_text
 
     layout, settings = Layout(artifacts), load_params(params)
     if settings.recover.method == "none":
         if stage.first_process():
             write_no_text(layout)
-            typer.echo("recover.method is none: no text to train on is drawn")
+            note("recover.method is none: no text to train on is drawn")
         return
 
     from libprune.pipeline.sections import Recover

@@ -5,15 +5,16 @@ from libprune.pipeline import stage
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Draw calibration sequences and evaluation windows from the texts and tokenize them."""
-    import typer
-
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import note, say
     from libprune.texts.tokenize import tokenize_layout
 
     layout, settings = Layout(artifacts), load_params(params)
     for line in tokenize_layout(layout, settings.tokenize, settings.compute.device, settings.compute.dtype):
-        typer.echo(line)
+        said, _, read = line.partition("; read were ")
+        say(said)
+        note(f"read were {read}")
 
 
 app = stage.app(main)

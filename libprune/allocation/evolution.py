@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from libprune.allocation.knapsack import fill
@@ -28,6 +27,7 @@ from libprune.engine.plan import Plan
 from libprune.models.layers import replaced
 from libprune.models.sequences import Sequences
 from libprune.pipeline.sections import Allocate
+from libprune.pipeline.terminal import Bar
 from libprune.statistics.divergence import Divergence
 from libprune.statistics.losses import Prefix
 
@@ -131,7 +131,7 @@ def refine(
     least = first = measure(best)
     measured = {method: first}
     tried = 0
-    with tqdm(total=params.evaluations, desc="search", unit="plan") as bar:
+    with Bar(total=params.evaluations, desc="search", unit="plan") as bar:
         while tried < params.evaluations and time.monotonic() < end:
             if tried < len(others):
                 method, trial = others[tried]
@@ -142,7 +142,7 @@ def refine(
             tried += 1
             if divergence < least:
                 best, least = dict(trial), divergence
-            bar.set_postfix_str(f"divergence {first:.4f} to {least:.4f}")
+            bar.set_postfix_str(f"divergence {first:.4f} to {least:.4f}", refresh=False)
             bar.update()
     return Refined(best, least, measured, tried)
 

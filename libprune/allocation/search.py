@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import typer
-
 from libprune.allocation.evolution import Judge, Refined, refine
 from libprune.allocation.knapsack import fill
 from libprune.allocation.ladders import Ladders, spent
@@ -15,6 +13,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import METHODS, RIVALS
 from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate, Compute, Levels
+from libprune.pipeline.terminal import say
 from libprune.repair.repairs import inputs_identity, local_repair
 from libprune.statistics.levels import order_digest, unit_orders
 
@@ -62,7 +61,7 @@ class Search:
         curves = self._evidence["levels"]
         self.refined = refine(judge, architecture, ladders, curves, starts, target, params, trials)
         of_starts = ", ".join(f"{method} {divergence:.4f}" for method, divergence in self.refined.starts.items())
-        typer.echo(f"{self.refined.evaluations} trials: divergence {of_starts}; best {self.refined.divergence:.4f}")
+        say(f"{self.refined.evaluations} trials: divergence {of_starts}; best {self.refined.divergence:.4f}")
         return dict(self.refined.depth)
 
 

@@ -335,7 +335,7 @@ def _recover(architecture: Architecture, params: Params, sliced: Footprint) -> F
     files["recovered/libprune.json"] += _CURVE
     left = architecture.total_parameters - _removed(architecture, allocate)
     trained = left if recover.method == "full" else _lora_parameters(architecture, recover, allocate)
-    computed = _compute_dtype(params.compute)
+    computed = compute_dtype(params.compute)
     dense = 0 if recover.top_k is not None else architecture.total_parameters * computed.itemsize
     teacher = "teacher stored" if recover.top_k is not None else f"teacher in {dtype_name(computed)}"
     return Footprint(
@@ -380,7 +380,7 @@ def _targeted(one: Map, recover: Recover) -> bool:
     return targets == "all-linear" or any(f".{one.module}".endswith(f".{target}") for target in targets)
 
 
-def _compute_dtype(compute: Compute) -> torch.dtype:
+def compute_dtype(compute: Compute) -> torch.dtype:
     """The type that passes are computed in, on this machine where the params leave it open."""
     gpu = torch.cuda.is_available() if compute.device == "auto" else compute.device != "cpu"
     return resolve_dtype(compute.dtype, torch.device("cuda" if gpu else "cpu"))

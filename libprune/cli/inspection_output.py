@@ -19,7 +19,7 @@ def as_text(inspection: Inspection) -> str:
     """The inspection for readers: the model, its parameters, the bytes that stages write, and uniform shapes."""
     architecture = inspection.architecture
     shown = [_what(inspection), _parameters(architecture), _stages(inspection.stages)]
-    return "\n\n".join([*shown, _shapes(inspection.shapes, list(architecture.parts))])
+    return "\n\n".join([*shown, _shapes(inspection.shapes, list(architecture.parts), inspection.division)])
 
 
 def _what(inspection: Inspection) -> str:
@@ -94,24 +94,26 @@ def _bytes(number: int) -> str:
     return gigabytes(number) if number >= 1e6 else f"{number / 1e3:,.1f} kB"
 
 
-def _shapes(shapes: Iterable[Shape], parts: list[str]) -> str:
-    header = ("remove", *parts, "decoder", "removed", "all", "weights", "cache a token", "loads")
+def _shapes(shapes: Sequence[Shape], parts: list[str], division: str) -> str:
+    least = ("least from",) if any(shape.spared for shape in shapes) else ()
+    header = ("remove", *least, *parts, "removed", "all", "weights", "cache a token", "loads")
     rows: list[Row] = [header]
     notes: list[str] = []
     divided: dict[str, list[str]] = {}
     for shape in shapes:
-        name = f"{100 * shape.ratio:.0f} %" if shape.ratio else "dense"
+        name = f"{100 * shape.ratio:.3g} %" if shape.ratio else "dense"
         if shape.refused:
             notes.append(f"{name}: nor this" if notes else f"{name}: {shape.refused}")  # larger shares, same reason
             continue
         kept = (f"{shape.kept[part]:,}" for part in parts)
-        counts = f"{shape.decoder:,}", f"{100 * shape.removed:.1f} %", f"{shape.total:,}"
+        counts = f"{100 * shape.removed:.1f} %", f"{shape.total:,}"
         loads = "stock" if shape.loads == "uniform" else "own code"
-        rows.append((name, *kept, *counts, _bytes(shape.weights), _bytes(shape.cache), loads))
-        divided.setdefault(", ".join(map(str, shape.tensor_parallel)), []).append(name)
+        spared = (shape.spared,) if least else ()
+        rows.append((name, *spared, *kept, *counts, _bytes(shape.weights), _bytes(shape.cache), loads))
+        divided.setdefault(", ".join(map(str, shape.tensor_parallel)), []).append(f"{name} {shape.spared}".strip())
     sizes = "; ".join(f"{', '.join(names)}: {devices}" for devices, names in divided.items())
     parallel = fill(f"devices of tensor parallelism: {sizes}", 100)
-    title = "uniform shapes: units kept in each layer, if the parts lose alike (allocate.split: proportional)"
+    title = fill(f"uniform shapes: units kept in each layer, {division}", 100)
     return "\n".join([title, _aligned(rows, right=range(len(header) - 1)), parallel, *notes])
 
 
@@ -156,6 +158,7 @@ def as_data(inspection: Inspection) -> dict[str, Any]:
             for parameter in architecture.parameters
         ],
         "shapes": [asdict(shape) for shape in inspection.shapes],
+        "division": inspection.division,
         "stages": [asdict(stage) | {"written": stage.written} for stage in inspection.stages],
     }
 

@@ -37,21 +37,14 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
     """Print the headline table, where the final model lies, and how to load it."""
     from libprune.pipeline.artifacts import damage, read_json
     from libprune.pipeline.layout import Layout
-    from libprune.pipeline.terminal import text_table
-    from libprune.report.headline import HEADER, headline_rows
-    from libprune.report.programs import final_folder, how_to_load
+    from libprune.report.programs import closing
 
     layout = Layout(artifacts)
     with stage.user_errors():
         result = read_json(layout.evaluation, "evaluate")
         with damage(layout.evaluation, "evaluate"):
-            table = text_table(headline_rows(result), HEADER)
-            folder = final_folder(result, layout)
-            load = how_to_load(str(folder), result["plan"]["shape"], result["model"]["head"])
-    typer.echo(table)
-    before = f"before: {layout.pruned} (before recovery; sizes and speed were measured on it)\n"
-    before = before if folder != layout.pruned else ""
-    typer.echo(f"\nmodel:  {folder}\n{before}load:   {load}\nreport: report/report.html")
+            lines = closing(result, layout, Path("report"))
+    typer.echo("\n".join(lines))
 
 
 @app.command("params")

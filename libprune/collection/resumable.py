@@ -16,7 +16,6 @@ import torch
 import transformers
 import typer
 from torch import Tensor
-from tqdm import tqdm
 
 from libprune.collection.accumulator import (
     PENDING,
@@ -39,7 +38,7 @@ from libprune.models.parallel import World
 from libprune.pipeline.artifacts import damage, write_table
 from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.shards import write_shard
-from libprune.pipeline.terminal import gigabytes
+from libprune.pipeline.terminal import Bar, gigabytes, note, say
 
 ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
 """Per-unit columns of a block, from the layer's tensors, the weights, the layer and the part."""
@@ -154,11 +153,11 @@ class Collection(Generic[Items]):
             world.barrier()
             self.saved.keep_only(done, items)
             if world.first:
-                typer.echo(f"continues from a saved state: {items} of {self.items} are done")
+                say(f"continues from a saved state: {items} of {self.items} are done")
 
     def _bar(self) -> Any:
         total, done = self.items * self.tokens, self._seen() * self.tokens
-        return tqdm(
+        return Bar(
             total=total,
             initial=done,
             desc=self.stage,
@@ -299,7 +298,7 @@ def mention_others(home: Path, world: World) -> None:
     others = [path for path in home.parent.glob("*") if path != home]
     size = sum(file.stat().st_size for path in others for file in path.rglob("*") if file.is_file())
     if size and world.first:
-        typer.echo(f"{gigabytes(size)} of unfinished work with other settings is in {home.parent}")
+        note(f"{gigabytes(size)} of unfinished work with other settings is in {home.parent}")
 
 
 def _announce(run: Run, stage: str, target: Path, home: Path, groups: Sequence[Group], on_disk: bool) -> None:
@@ -309,7 +308,7 @@ def _announce(run: Run, stage: str, target: Path, home: Path, groups: Sequence[G
     there = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
     if run.world.first and (run.architecture.layered or scratch + stored >= _WORTH_SAYING):
         where = "files mapped from disk" if on_disk else "memory"
-        typer.echo(
+        note(
             f"{stage}: {gigabytes(stored)} will be written to {target}; sums of {gigabytes(states)} in {where}, "
             f"up to {gigabytes(scratch)} of scratch in {run.work}"
         )

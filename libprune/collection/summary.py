@@ -4,21 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import typer
 from safetensors import safe_open
 
 from libprune.engine.tables import Columns
+from libprune.pipeline.terminal import note
 
 
 def print_units(units: Columns, names: Sequence[str], folder: Path) -> None:
     """Print the means of per-unit columns by layer and part, and the first tensors of the shards."""
     parts = list(dict.fromkeys(units["group_type"]))
     heads = [(name, part) for name in names for part in parts]
-    typer.echo(f"{'layer':>5}" + "".join(f"{f'{name} {part}':>32}" for name, part in heads))
+    note(f"{'layer':>5}" + "".join(f"{f'{name} {part}':>32}" for name, part in heads))
     for layer in np.unique(units["layer_idx"]):
         here = units["layer_idx"] == layer
         values = [units[name][here & (units["group_type"] == part)].mean() for name, part in heads]
-        typer.echo(f"{layer:>5}" + "".join(f"{value:>32.3e}" for value in values))
+        note(f"{layer:>5}" + "".join(f"{value:>32.3e}" for value in values))
     print_keys(folder)
 
 
@@ -28,4 +28,4 @@ def print_keys(folder: Path) -> None:
     for path in sorted(folder.glob("layer-*.safetensors")):
         with safe_open(path, framework="np") as file:
             keys += file.keys()
-    typer.echo(f"{len(keys)} tensors, the first: {', '.join(keys[:3])}")
+    note(f"{len(keys)} tensors, the first: {', '.join(keys[:3])}")

@@ -21,6 +21,7 @@ from libprune.pipeline.artifacts import read_architecture, require
 from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import NOTE, Layout
 from libprune.pipeline.sections import Export
+from libprune.pipeline.terminal import Bar
 from libprune.results.proof import reload, verify_folder
 from libprune.results.record import Record, read_record
 from libprune.results.speed import SpeedComparison, compare_timed
@@ -219,7 +220,9 @@ class _Run:
         number = self.params.decode_tokens
         with form.open(path, self.dense, self.context) as dense:
             once, other = (partial(one.time, self.prompt, number) for one in (dense, program))
-            speed = compare_timed(once, other, len(self.prompt), number, self.params.rounds)
+            rounds = self.params.rounds
+            with Bar(total=rounds + 1, desc=f"export: speed of {form.file}", unit="round") as bar:
+                speed = compare_timed(once, other, len(self.prompt), number, rounds, bar.update)
         return {"dense_bytes": _bytes(path), "dense_quantised_bytes": form.quantised_bytes(path), "speed": speed}
 
 

@@ -1,16 +1,17 @@
 """The device, the precision and the losses of a model that is run, and checks of both."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.models.sequences import NO_TARGET, Sequences
+from libprune.pipeline.terminal import Bar
 
 PATIENCE = 3.0
 """Seconds of work that show no progress bar."""
@@ -57,16 +58,19 @@ def _cpu_flags() -> set[str]:
     return set(next(lines, "").split())
 
 
-def passes_with_bar(sequences: Sequences, batch_tokens: int, device: torch.device, label: str) -> Iterator[Sequences]:
+def passes_with_bar(
+    sequences: Sequences, batch_tokens: int, device: torch.device, label: str | Bar
+) -> Iterator[Sequences]:
     """The passes over all sequences, on the device, with a progress bar; each holds sequences of one length.
 
     Args:
         sequences: all sequences.
         batch_tokens: the most tokens in a pass, which holds at least one sequence.
         device: the device that the sequences are moved to.
-        label: text of the progress bar.
+        label: text of the progress bar; or a bar of more than these passes, which goes on by one a sequence.
     """
-    with tqdm(total=len(sequences), desc=label, unit="seq") as bar:
+    shown = nullcontext(label) if isinstance(label, Bar) else Bar(total=len(sequences), desc=label, unit="seq")
+    with shown as bar:
         for batch in sequences.passes(max(1, batch_tokens // sequences.ids.shape[1])):
             yield batch.to(device)
             bar.update(len(batch))

@@ -94,7 +94,8 @@ def running(root: Path, began_before: float = inf) -> list[int]:
 
 
 def _words(process: psutil.Process) -> list[str]:
-    return [Path(word).name for word in process.cmdline()[:3]]
+    words = [Path(word).name for word in process.cmdline()[:4]]
+    return words[2:] if words[1:2] == ["-c"] else words[:3]  # a program in a word, then the name that it goes by
 
 
 def _asks_for_news(process: psutil.Process) -> bool:

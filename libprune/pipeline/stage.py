@@ -3,19 +3,18 @@
 import os
 import resource
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, NoReturn, ParamSpec
+from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
 from libprune.engine.errors import LibpruneError, MeansError, lacking
 from libprune.pipeline.locks import watch_dvc
 from libprune.pipeline.processes import end_with_dvc
-from libprune.pipeline.sources import require_own_code
 
 P = ParamSpec("P")
 
@@ -23,6 +22,7 @@ ParamsFile = Annotated[Path, typer.Option("--params", help="The params file; its
 Root = Annotated[Path, typer.Option("--artifacts", help="The folder of all artifacts.")]
 MetricsFolder = Annotated[Path, typer.Option("--metrics", help="The folder of metrics.")]
 
+_Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the details, which otherwise go to logs/.")]
 PARAMS, ROOT, METRICS = Path("params.yaml"), Path("artifacts"), Path("metrics")
 
 
@@ -30,16 +30,29 @@ def app(main: Callable[P, None]) -> typer.Typer:
     """A one-command app around a stage's main function; its docstring is the help."""
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-    @application.command(help=main.__doc__)
     @wraps(main)
     def command(*args: P.args, **kwargs: P.kwargs) -> None:
+        verbose = kwargs.pop("verbose", False)
         end_with_dvc()
         watch_dvc()
         quiet()
-        with user_errors(), _summary(main.__module__.rpartition(".")[2]):
-            require_own_code()
-            main(*args, **kwargs)
+        # these import tqdm, which reads once whether bars are to be shown
+        from libprune.pipeline.sources import require_own_code
+        from libprune.pipeline.terminal import VERBOSE
 
+        if verbose:
+            os.environ[VERBOSE] = "1"
+        with user_errors():
+            require_own_code()
+            with _told(main.__module__.rpartition(".")[2], kwargs):
+                main(*args, **kwargs)
+
+    option = Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=_Verbose)
+    command.__signature__ = signature(main).replace(  # type: ignore[attr-defined]
+        parameters=[*signature(main).parameters.values(), option]
+    )
+    command.__annotations__ = main.__annotations__ | {"verbose": _Verbose}
+    application.command(help=main.__doc__)(command)
     return application
 
 
@@ -86,13 +99,14 @@ def _mendable(error: Exception) -> str | None:
     return None
 
 
-@contextmanager
-def _summary(name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
+def _told(name: str, options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """The context in which a stage is told of; empty in all processes of a stage but the first."""
+    if not first_process():
+        return nullcontext()
+    from libprune.pipeline.story import telling
+
     stage = name if name != "__main__" else Path(sys.argv[0]).stem
-    if first_process():
-        typer.echo(f"{stage}: {time.perf_counter() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB")
+    return telling(stage, options.get("params", PARAMS), options.get("artifacts", ROOT), peak_memory)
 
 
 def first_process() -> bool:
@@ -112,4 +126,4 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "10")
+    os.environ["TQDM_DISABLE"] = "1"  # those of libprune say that they are to be shown

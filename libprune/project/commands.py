@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from libprune.engine.errors import ProjectError
+from libprune.project.dvc_output import explain_dvc
 
 
 def environment() -> dict[str, str]:
@@ -20,7 +21,7 @@ def dvc(folder: Path, *words: str) -> None:
     """Run a command of DVC that takes a moment.
 
     Raises:
-        ProjectError: with what DVC says, if it fails.
+        ProjectError: with the cure if it fails in a known way, or with what DVC says.
     """
     _run(folder, [sys.executable, "-m", "dvc"], "dvc", words)
 
@@ -48,5 +49,6 @@ def in_repository(folder: Path) -> bool:
 def _run(folder: Path, program: list[str], name: str, words: tuple[str, ...]) -> None:
     done = subprocess.run([*program, *words], cwd=folder, env=environment(), capture_output=True, text=True)
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise ProjectError(f"`{' '.join([name, *words])}` in {folder} failed: {said}")
+        said = done.stderr or done.stdout
+        cure = explain_dvc(said) or " ".join(said.split())
+        raise ProjectError(f"`{' '.join([name, *words])}` in {folder} failed: {cure}")

@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from libprune.pipeline.artifacts import read_json
 from libprune.pipeline.atomic import writing, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.locks import mend_lock, running
-from libprune.project.commands import environment
+from libprune.project.commands import dvc, environment
 from libprune.project.create import create_project, update_project
+from libprune.project.dvc_output import quiet_dvc
 from libprune.project.params_file import params_text, placed
 from libprune.report.programs import final_folder
 
@@ -59,10 +59,11 @@ def run(project: Path) -> None:
     """Run what is not up to date in a project; what DVC and the stages print goes to the terminal.
 
     Raises:
-        ProjectError: if a stage has failed; it has said why.
+        ProjectError: if a stage has failed, which has said why, or DVC cannot work in the project.
     """
-    code = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=project, env=environment()).returncode
+    code = subprocess.run(quiet_dvc(["repro"]), cwd=project, env=environment()).returncode
     if code:
+        dvc(project, "status")  # which fails with the cure, if it is not the stage that failed
         raise ProjectError(f"`dvc repro` in {project} ended with {code}; what was finished is kept")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 
 from libprune.collection.accumulator import discard
@@ -24,7 +23,7 @@ from libprune.pipeline.artifacts import read_architecture, require, same_origin
 from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover
-from libprune.pipeline.terminal import gigabytes
+from libprune.pipeline.terminal import gigabytes, note
 from libprune.recovery.curve import Recovery
 from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes
 from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher
@@ -191,13 +190,13 @@ def _announce(run: _Run, home: Path, trained: int, whole: int, teacher: int) -> 
     schedule, length = run.schedule, run.sequences.length
     number = len(run.sequences) - run.text["held_out"]
     step, scratch = schedule.sequences * length, CHECKPOINTS * checkpoint_bytes(trained, run.params)
-    typer.echo(
+    note(
         f"recover: {trained:,} of {whole:,} parameters, {schedule.steps:,} steps of {step:,} tokens "
         f"({schedule.steps * schedule.sequences / number:.1f} times the {number:,} sequences of {run.text['text']})"
     )
     memory = training_bytes(trained, whole, run.params) + teacher
     beside = " and the model to learn from" if teacher else ""
-    typer.echo(
+    note(
         f"recover: {gigabytes(memory)} of memory for weights, gradients, optimizer states{beside}, without "
         f"activations; up to {gigabytes(scratch)} of checkpoints in {home.parent}"
     )

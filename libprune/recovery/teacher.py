@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from libprune.collection.calibration import own_device
@@ -23,7 +21,7 @@ from libprune.pipeline.artifacts import read_architecture, require
 from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover, Tokenize
-from libprune.pipeline.terminal import gigabytes
+from libprune.pipeline.terminal import Bar, gigabytes, note, say
 from libprune.recovery.losses import TopPredictions
 from libprune.recovery.predictions import (
     BYTES,
@@ -79,7 +77,7 @@ def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: 
     meta = {"model": architecture.fingerprint, "held_out": text.held_out, "text": text.names, "sources": text.sources}
     write_tokens(layout.recovery_tokens, text.sequences, meta)
     writer.forget()
-    typer.echo(text.sentence())
+    say(text.sentence())
 
 
 @dataclass(frozen=True)
@@ -143,14 +141,14 @@ class _Storing:
         """Print what will be written; stop before any work if the disk is too full."""
         each = self._positions * self._k * BYTES
         size, files = each * len(self.sequences), list(home.glob("*.safetensors"))
-        typer.echo(
+        note(
             f"teacher: {gigabytes(size)} will be written to {self.layout.teacher}, {each:,} bytes a sequence, "
             f"{self._k * BYTES:,} a position"
         )
         advice = "store fewer predictions (recover.top_k), or none (null)"
         require_room({home: max(0, size - sum(file.stat().st_size for file in files))}, "teacher", advice)
         if files:
-            typer.echo(f"continues from a saved state: {len(files)} of {self._shards} files are there")
+            say(f"continues from a saved state: {len(files)} of {self._shards} files are there")
 
     def _write(self, home: Path, device: torch.device, dtype: torch.dtype, about: dict[str, Any]) -> None:
         """Write the files that this process has to; where the weights are shared out, all processes run all passes."""
@@ -162,7 +160,7 @@ class _Storing:
             return
         where = (self.layout, self.architecture, self.params, self.compute, world, device, dtype)
         model = load_teacher(*where)
-        for number in tqdm(missing, desc="teacher", unit="file", disable=not world.first):
+        for number in Bar(missing, desc="teacher", unit="file", disable=not world.first):
             rows = self.sequences[number * self._at_once : (number + 1) * self._at_once]
             starts = range(0, len(rows), self._passes)
             parts = [self._top(model, rows[start : start + self._passes], device) for start in starts]

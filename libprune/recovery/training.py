@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from numpy.random import default_rng
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from libprune.engine.errors import LibpruneError, ParamsError
@@ -23,6 +21,7 @@ from libprune.models.parallel import World
 from libprune.models.sequences import Sequences
 from libprune.pipeline.atomic import remove
 from libprune.pipeline.sections import Recover
+from libprune.pipeline.terminal import Bar, say
 from libprune.recovery.losses import Taught, hidden_loss, prediction_loss
 from libprune.recovery.predictions import Teacher, attention_mask, model_inputs
 from libprune.recovery.student import WEIGHTS, read_weights, trained_parameters
@@ -222,7 +221,7 @@ class _Progress(TrainerCallback):
         self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._bar = tqdm(
+        self._bar = Bar(
             total=self._steps * self._tokens,
             initial=state.global_step * self._tokens,
             desc="recover",
@@ -239,7 +238,7 @@ class _Progress(TrainerCallback):
             if name in logs:
                 self._figures[shown] = f"{logs[name]:.4f}"
         if self._bar is not None:
-            self._bar.set_postfix(self._figures)
+            self._bar.set_postfix(self._figures, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.close()
@@ -303,7 +302,7 @@ class Training:
         last = _last_checkpoint(home, self.world)
         state = None if last is None else TrainerState.load_from_json(str(last / STATE))
         if state is not None and self.world.first:
-            typer.echo(f"continues from a saved state: {state.global_step} of {self.schedule.steps} steps are done")
+            say(f"continues from a saved state: {state.global_step} of {self.schedule.steps} steps are done")
         if state is None or not self._ended(state):
             state = self._train(model, home, last)
         history = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]

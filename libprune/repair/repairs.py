@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from libprune.collection.calibration import require_own_weights, set_up
 from libprune.collection.resumable import sums_identity
@@ -24,6 +22,7 @@ from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.pipeline.shards import GRAM, HELD_OUT, read_meta, read_tensor
+from libprune.pipeline.terminal import Bar, note
 from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
 from libprune.repair.sequential import SequentialRepair, split_batches
 
@@ -35,7 +34,14 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
     """Fit every pruned consumer to what the dense model gives it, from the cached Gram matrices."""
     inputs = inputs_of(layout, architecture, params.fisher_share > 0)
     damping = None if params.damping == "auto" else params.damping
-    return repair_local(architecture, plan, WeightFiles(layout.model).__getitem__, inputs, damping, params.fisher_share)
+    weights, number = WeightFiles(layout.model), sum(1 for _ in pruned_consumers(architecture, plan))
+    with Bar(total=number, desc="repair", unit="map") as bar:
+
+        def read(consumer: Map) -> Inputs:
+            bar.update()
+            return inputs(consumer)
+
+        return repair_local(architecture, plan, weights.__getitem__, read, damping, params.fisher_share)
 
 
 def local_repair(layout: Layout, architecture: Architecture) -> Callable[[Plan], dict[str, Tensor]]:
@@ -118,7 +124,7 @@ def sequential_fits(
     identity = {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
     folder = run.work / "slice" / sums_identity(run, identity, ("repair",))
     fits = []
-    for layer in tqdm(range(architecture.layers), desc="repair", unit="layer"):
+    for layer in Bar(range(architecture.layers), desc="repair", unit="layer"):
         path = folder / f"layer-{layer:03d}.safetensors"
         saved = _load(path, architecture) if path.exists() else None
         fitted = repair.step(layer, None if saved is None else new_parameters(saved))
@@ -162,9 +168,9 @@ def print_fits(fits: Sequence[Fit]) -> None:
     """
     if not fits:
         return
-    typer.echo(f"{'repaired map':<36}{'damping':>9}{'lost, %':>9}{'repaired':>10}{'held out':>10}{'repaired':>10}")
+    note(f"{'repaired map':<36}{'damping':>9}{'lost, %':>9}{'repaired':>10}{'held out':>10}{'repaired':>10}")
     for fit in fits:
         values = [100 * value for value in (fit.before, fit.after, fit.held_out_before, fit.held_out_after)]
         numbers = "".join(f"{value:>{width}.2f}" for value, width in zip(values, (9, 10, 10, 10), strict=True))
         mark = "  + producers" if fit.producers else ""
-        typer.echo(f"{fit.consumer.module:<36}{fit.damping:>9.0e}{numbers}{mark}")
+        note(f"{fit.consumer.module:<36}{fit.damping:>9.0e}{numbers}{mark}")

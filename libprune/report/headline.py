@@ -69,11 +69,18 @@ def _accuracy(task: str, models: Metrics) -> Rows:
 
 
 def _count(name: str, dense: int | float, pruned: int | float) -> tuple[str, ...]:
-    return name, f"{dense:,.0f}", f"{pruned:,.0f}", f"{100 * (pruned / dense - 1):+.1f} %"
+    return name, digits(dense), digits(pruned), f"{100 * (pruned / dense - 1):+.1f} %"
+
+
+def digits(number: int | float) -> str:
+    """A positive number as text, with all digits of a whole number and at least three of another."""
+    if isinstance(number, int) or number >= 100:
+        return f"{number:,.0f}"
+    return f"{number:.{max(0, 2 - math.floor(math.log10(number)))}f}" if number > 0 else "0"
 
 
 def _speed(name: str, dense: Metrics, pruned: Metrics, speed: Metrics) -> tuple[str, ...]:
-    return f"{name}, tokens/s", f"{dense[name]:,.0f}", f"{pruned[name]:,.0f}", _speed_ratio(name, speed)
+    return f"{name}, tokens/s", digits(dense[name]), digits(pruned[name]), _speed_ratio(name, speed)
 
 
 def _speed_ratio(name: str, speed: Metrics) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from libprune.engine.family import family_of
 from libprune.engine.heads import HEADS, HeadName
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.terminal import Rows
-from libprune.report.headline import Metrics
+from libprune.pipeline.story import Earlier, earlier_result
+from libprune.pipeline.terminal import Rows, text_table
+from libprune.report.headline import HEADER, PERPLEXITY, Metrics, headline_rows
 from libprune.report.markdown import code, markdown_table
 
 TRIED = {"vLLM": "0.32.0", "llama.cpp": "xllamacpp 2026.10.11549", "ONNX Runtime": "1.32.0"}
@@ -40,6 +41,67 @@ def how_to_load(folder: str, shape: str, head: HeadName) -> str:
     """
     remote = "" if shape == "uniform" else ", trust_remote_code=True"
     return f'{HEADS[head].auto_class}.from_pretrained("{folder}"{remote})'
+
+
+def figures(result: Metrics) -> dict[str, float]:
+    """The figures that results are compared by: the final model's perplexity, size and speed over the dense model's.
+
+    Args:
+        result: the content of `artifacts/evaluation.json`.
+    """
+    final, dense, pruned, speed = result.get("recovered") or result, result["dense"], result["pruned"], result["speed"]
+    found = {
+        PERPLEXITY[result["model"]["head"]]: final["perplexity_ratio"]["value"],
+        "decoder parameters": pruned["decoder_parameters"] / dense["decoder_parameters"],
+        "prefill": speed["prefill_ratio"],
+        "decode": speed["decode_ratio"],
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def closing(result: Metrics, layout: Layout, report: Path, keep: bool = False) -> list[str]:
+    """What is shown of a result: the headline table, what changed, where everything lies, and what to do next.
+
+    Args:
+        result: the content of `artifacts/evaluation.json`.
+        layout: holds the models.
+        report: the folder of the report.
+        keep: remember the result, so that a later one is compared with it.
+    """
+    folder, plan, earlier = final_folder(result, layout), result["plan"], earlier_result(figures(result), keep=keep)
+    ratio = min(0.9, (plan["ratio"] or 0.2) + 0.1)
+    repository = any((place / ".git").exists() for place in (Path.cwd(), *Path.cwd().parents))
+    again = f"dvc exp run -S allocate.ratio={ratio:.2g}" if repository else "dvc repro, with another allocate.ratio"
+    lines = ["", *text_table(headline_rows(result), HEADER).split("\n"), ""]
+    if earlier is not None:
+        lines += [*changes(figures(result), earlier), ""]
+    lines.append(f"model:  {folder}")
+    if folder != layout.pruned:
+        lines.append(f"before: {layout.pruned} (before recovery; sizes and speed were measured on it)")
+    return [
+        *lines,
+        f"load:   {how_to_load(str(folder), plan['shape'], result['model']['head'])}",
+        f"report: {report / 'report.html'}",
+        f"next:   {again} (what was measured is kept)",
+    ]
+
+
+_SHOWN = 4
+"""Params whose change is named."""
+
+
+def changes(now: dict[str, float], earlier: Earlier) -> list[str]:
+    """What changed since the last result, in two lines: the params, then the figures over the dense model's.
+
+    Args:
+        now: the figures of the present result.
+        earlier: the last result.
+    """
+    named = [f"{key} {then} → {after}" for key, (then, after) in earlier.changed.items()]
+    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+    params = f"{', '.join(named[:_SHOWN])}{more}" if named else "same params"
+    moved = [f"{name} × {then:.3f} → {now[name]:.3f}" for name, then in earlier.figures.items() if name in now]
+    return [f"since the last result ({params}):", f"  {', '.join(moved)}"]
 
 
 def describe_loading(result: Metrics, layout: Layout) -> list[str]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from libprune.models.compute import passes_with_bar
 from libprune.models.sequences import Sequences
+from libprune.pipeline.terminal import Bar
 from libprune.results.perplexity import estimate_mean
 
 LONGEST = 16
@@ -38,7 +39,7 @@ class Overlap:
 
 
 def window_overlaps(
-    dense: PreTrainedModel, draft: PreTrainedModel, windows: Sequences, batch_tokens: int, label: str
+    dense: PreTrainedModel, draft: PreTrainedModel, windows: Sequences, batch_tokens: int, label: str | Bar
 ) -> Overlap:
     """Compare the predictions of two models at each position of the windows; each runs once over all of them.
 
@@ -47,7 +48,7 @@ def window_overlaps(
         draft: a model with the same vocabulary, on the same device.
         windows: the evaluation windows.
         batch_tokens: the most tokens in a pass.
-        label: text of the progress bar.
+        label: text of the progress bar, or a bar of more than these passes.
     """
     accepted, agreed, device = list[Tensor](), list[Tensor](), next(dense.parameters()).device
     with torch.no_grad():

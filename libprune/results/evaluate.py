@@ -22,6 +22,7 @@ from libprune.models.tokens import Ids, read_tokens
 from libprune.pipeline.artifacts import read_architecture, read_plan, require, same_origin
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Evaluate
+from libprune.pipeline.terminal import Bar
 from libprune.results.continuations import Beginnings, choose_beginnings, decode_greedily, show_continuations
 from libprune.results.draft import Overlap, draft_figures, window_overlaps
 from libprune.results.perplexity import Losses, accuracy, estimate_perplexity, estimate_ratio, label_hits, window_losses
@@ -140,38 +141,53 @@ class _Run:
 
     def measure_all(self) -> tuple[dict[str, _Measured], SpeedComparison]:
         """Measure all models, and time the dense and the pruned one alternately; at most two are in memory at once."""
-        dense = self.load(self.layout.model)
-        measured = {"dense": self.measure("dense", dense)}
-        pruned = self.load(self.layout.pruned)
-        measured["pruned"] = self.measure("pruned", pruned, beside=dense)
-        prompt = self.windows.ids.reshape(1, -1)[:, : self.prompt_tokens].to(self.device)
-        speed = compare_speed(dense, pruned, prompt, self.decode_tokens, self.params.rounds)
-        del pruned
-        if self.recovered is not None:
-            measured["recovered"] = self.measure("recovered", self.load(self.layout.recovered), beside=dense)
+        with Bar(total=self.steps, desc="evaluate", unit="step") as bar:
+            dense = self.load(self.layout.model)
+            measured = {"dense": self.measure("dense", dense, bar)}
+            pruned = self.load(self.layout.pruned)
+            measured["pruned"] = self.measure("pruned", pruned, bar, beside=dense)
+            bar.set_description("evaluate: speed", refresh=False)
+            prompt = self.windows.ids.reshape(1, -1)[:, : self.prompt_tokens].to(self.device)
+            speed = compare_speed(dense, pruned, prompt, self.decode_tokens, self.params.rounds, bar.update)
+            del pruned
+            if self.recovered is not None:
+                measured["recovered"] = self.measure("recovered", self.load(self.layout.recovered), bar, beside=dense)
         return measured, speed
 
-    def measure(self, name: str, model: PreTrainedModel, beside: PreTrainedModel | None = None) -> _Measured:
+    @property
+    def steps(self) -> int:
+        """How often the progress bar moves: a window that one model reads, or that two are compared on; a round of
+        timing; and the continuations of a model.
+        """
+        others, windows = 1 + (self.recovered is not None), len(self.windows)
+        reading = 1 + (self.architecture.head == "sequence_classification")
+        writing = self.writes and len(self.beginnings.windows) > 0
+        return (1 + others) * (reading * windows + writing) + self.writes * others * windows + self.params.rounds + 1
+
+    def measure(self, name: str, model: PreTrainedModel, bar: Bar, beside: PreTrainedModel | None = None) -> _Measured:
         """Measure the losses of a model and its accuracies, and let it continue the beginnings.
 
         Args:
-            name: of the model, for progress bars.
+            name: of the model.
             model: on the device.
+            bar: goes on with every window, and with the continuations.
             beside: the dense model, whose predictions those of the model are compared with.
         """
         params, tokens, tasks = self.params, self.compute.batch_tokens, dict[str, dict[str, float]]()
-        losses, beginnings = window_losses(model, self.windows, tokens, name), self.beginnings
+        bar.set_description(f"evaluate: {name}", refresh=False)
+        losses, beginnings = window_losses(model, self.windows, tokens, bar), self.beginnings
         if params.tasks:
             given = (params.tasks, params.task_folder, params.task_limit, params.task_batch)
             tasks = zero_shot(model, self.tokenizer, *given)
         if self.architecture.head == "sequence_classification":
-            tasks = {"labels": accuracy(label_hits(model, self.windows, tokens, name))}
+            tasks = {"labels": accuracy(label_hits(model, self.windows, tokens, bar))}
         length, overlap = beginnings.prompts.shape[1], None
         written = np.zeros((0, length), np.int64)
         if self.writes and len(beginnings.windows):
             written = decode_greedily(model, beginnings.prompts, length)
+            bar.update()
         if self.writes and beside is not None:
-            overlap = window_overlaps(beside, model, self.windows, tokens, f"dense and {name}")
+            overlap = window_overlaps(beside, model, self.windows, tokens, bar)
         return _Measured(losses, tasks, written, overlap)
 
 

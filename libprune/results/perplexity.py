@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from libprune.models.compute import passes_with_bar, sequence_losses
 from libprune.models.sequences import Sequences
+from libprune.pipeline.terminal import Bar
 
 Losses = Float[np.ndarray, " windows"]
 """Mean loss of each evaluation window, in nats."""
@@ -18,7 +19,7 @@ Hits = Bool[np.ndarray, " windows"]
 """Whether the most likely label of each sequence is the right one."""
 
 
-def window_losses(model: PreTrainedModel, windows: Sequences, batch_tokens: int, label: str) -> Losses:
+def window_losses(model: PreTrainedModel, windows: Sequences, batch_tokens: int, label: str | Bar) -> Losses:
     """Mean negative log-likelihood of the targets of each evaluation window, in nats; ``[windows]``."""
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -29,7 +30,7 @@ def window_losses(model: PreTrainedModel, windows: Sequences, batch_tokens: int,
     return torch.cat(losses).numpy()
 
 
-def label_hits(model: PreTrainedModel, windows: Sequences, batch_tokens: int, label: str) -> Hits:
+def label_hits(model: PreTrainedModel, windows: Sequences, batch_tokens: int, label: str | Bar) -> Hits:
     """Whether the label that the model finds most likely is the right one, for each sequence; ``[windows]``."""
     device = next(model.parameters()).device
     with torch.no_grad():

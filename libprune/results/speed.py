@@ -35,7 +35,12 @@ class SpeedComparison:
 
 
 def compare_speed(
-    dense: PreTrainedModel, pruned: PreTrainedModel, prompt: Tensor, decode_tokens: int, rounds: int
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    prompt: Tensor,
+    decode_tokens: int,
+    rounds: int,
+    after: Callable[[], object] = lambda: None,
 ) -> SpeedComparison:
     """Time prefill and decoding of both models.
 
@@ -45,17 +50,25 @@ def compare_speed(
         prompt: token ids ``[1, length]``, on the models' device.
         decode_tokens: tokens decoded one by one after the prompt; 0 for models that do not write.
         rounds: timed rounds, after one that is not counted.
+        after: called after each round.
     """
     dense_once = partial(_time_once, dense, prompt, decode_tokens)
     pruned_once = partial(_time_once, pruned, prompt, decode_tokens)
-    return compare_timed(dense_once, pruned_once, prompt.shape[1], decode_tokens, rounds)
+    return compare_timed(dense_once, pruned_once, prompt.shape[1], decode_tokens, rounds, after)
 
 
 Timed = Callable[[], tuple[float, float]]
 """Runs one model once: seconds of prefill, and of decoding."""
 
 
-def compare_timed(dense: Timed, pruned: Timed, prompt_tokens: int, decode_tokens: int, rounds: int) -> SpeedComparison:
+def compare_timed(
+    dense: Timed,
+    pruned: Timed,
+    prompt_tokens: int,
+    decode_tokens: int,
+    rounds: int,
+    after: Callable[[], object] = lambda: None,
+) -> SpeedComparison:
     """Run both models alternately, in whatever program.
 
     Args:
@@ -64,6 +77,7 @@ def compare_timed(dense: Timed, pruned: Timed, prompt_tokens: int, decode_tokens
         prompt_tokens: tokens of the prompt that both take.
         decode_tokens: tokens that both write after it; 0 if they write none.
         rounds: timed rounds, after one that is not counted.
+        after: called after each round.
     """
     times: list[tuple[tuple[float, float], tuple[float, float]]] = []
     for index in range(rounds + 1):
@@ -71,6 +85,7 @@ def compare_timed(dense: Timed, pruned: Timed, prompt_tokens: int, decode_tokens
         first, second = (dense, pruned) if index % 2 else (pruned, dense)
         one, two = first(), second()
         times.append((one, two) if index % 2 else (two, one))
+        after()
     counted = times[1:]
     prefill = [d[0] / p[0] for d, p in counted]
     decode = [d[1] / p[1] for d, p in counted if decode_tokens]

@@ -3,7 +3,6 @@
 from dataclasses import asdict
 
 import numpy as np
-from tqdm import tqdm
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.surgery import oriented
@@ -14,6 +13,7 @@ from libprune.pipeline.artifacts import require
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.pipeline.shards import GRAM, read_tensor
+from libprune.pipeline.terminal import Bar
 from libprune.scoring.correlation import unit_graph
 from libprune.scoring.obs import obs_removal
 
@@ -31,7 +31,7 @@ def read_gram_columns(layout: Layout, architecture: Architecture, params: Score,
     """
     weights = WeightFiles(require(layout.model, "prepare"))
     errors, shares = [], []
-    for layer, part in tqdm(list(architecture.blocks()), desc="score", unit="block", delay=PATIENCE):
+    for layer, part in Bar(list(architecture.blocks()), desc="score", unit="block", delay=PATIENCE):
         consumers = architecture.consumers(layer, part)
         units = architecture.units(part)
         error, share = np.zeros(units), np.zeros(units)
@@ -66,7 +66,7 @@ def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> 
     """
     weights = WeightFiles(require(layout.model, "prepare"))
     columns: dict[str, list[Values]] = {}
-    for layer, part in tqdm(list(architecture.blocks()), desc="score", unit="block", delay=PATIENCE):
+    for layer, part in Bar(list(architecture.blocks()), desc="score", unit="block", delay=PATIENCE):
         graphs = []
         for consumer in architecture.consumers(layer, part):
             name = consumer.module + GRAM

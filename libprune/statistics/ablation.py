@@ -1,7 +1,6 @@
 """The loss increase of masking single units: which units are drawn, the measurement, and the table of them."""
 
 import numpy as np
-import typer
 from jaxtyping import Float
 from numpy.typing import NDArray
 
@@ -11,6 +10,7 @@ from libprune.engine.tables import Columns, mean_columns
 from libprune.pipeline.artifacts import write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Ablation, Compute
+from libprune.pipeline.terminal import note, say
 
 Unit = tuple[int, str, int]
 """Layer, part, and the unit's number in it."""
@@ -93,7 +93,7 @@ def measure_ablation(layout: Layout, compute: Compute, section: Ablation) -> tup
     run = set_up(layout, compute, section.sequences, last=True)
     units = sample_units(run.architecture, section.units, section.seed)
     if run.world.first and len(units) < section.units:
-        typer.echo(f"ablation.units is {section.units}, the model has {len(units)} units: all are measured")
+        say(f"ablation.units is {section.units}, the model has {len(units)} units: all are measured")
     sample = {"units": len(units), "seed": section.seed}
     with measuring(run, "ablation", layout.ablation, unit_plans(run.architecture, units), sample) as losses:
         if losses is None:
@@ -106,9 +106,9 @@ def measure_ablation(layout: Layout, compute: Compute, section: Ablation) -> tup
 def print_ablation(table: Columns, loss: float) -> None:
     """Print the mean loss increase by layer and part, and the dense loss that it adds to."""
     parts = list(dict.fromkeys(table["group_type"]))
-    typer.echo(f"{'layer':>5}" + "".join(f"{f'loss_increase {part}':>32}" for part in parts))
+    note(f"{'layer':>5}" + "".join(f"{f'loss_increase {part}':>32}" for part in parts))
     for layer in np.unique(table["layer_idx"]):
         chosen = [(table["layer_idx"] == layer) & (table["group_type"] == part) for part in parts]
         means = [f"{table['loss_increase'][rows].mean():.3e}" if rows.any() else "-" for rows in chosen]
-        typer.echo(f"{layer:>5}" + "".join(f"{mean:>32}" for mean in means))
-    typer.echo(f"{len(table['layer_idx'])} units measured; dense loss {loss:.4f} nats per token")
+        note(f"{layer:>5}" + "".join(f"{mean:>32}" for mean in means))
+    say(f"{len(table['layer_idx'])} units measured; dense loss {loss:.4f} nats per token")

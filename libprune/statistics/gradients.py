@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import typer
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -26,6 +25,7 @@ from libprune.models.compute import require_finite, sequence_losses
 from libprune.models.sequences import Pass
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Gradients
+from libprune.pipeline.terminal import note, say
 from libprune.statistics.gradient_health import gradient_ratio, verdict
 
 
@@ -311,10 +311,10 @@ _TEXT = {"group_type", "parameter"}
 def print_gradients(rows: Columns, folder: Path) -> None:
     """Print the mean |g| by layer and part, the first keys, the gradient ratio and its verdict."""
     parts = list(dict.fromkeys(rows["group_type"]))
-    typer.echo(f"{'layer':>5}" + "".join(f"{f'mean |g| {part}':>22}" for part in parts))
+    note(f"{'layer':>5}" + "".join(f"{f'mean |g| {part}':>22}" for part in parts))
     for layer in np.unique(rows["layer_idx"]):
         means = [rows["mean_abs"][(rows["layer_idx"] == layer) & (rows["group_type"] == part)].mean() for part in parts]
-        typer.echo(f"{layer:>5}" + "".join(f"{mean:>22.3e}" for mean in means))
+        note(f"{layer:>5}" + "".join(f"{mean:>22.3e}" for mean in means))
     print_keys(folder)
     ratio = gradient_ratio(rows)
-    typer.echo(f"gradient ratio between layers: {ratio:,.1f} ({verdict(ratio)})")
+    say(f"gradient ratio between layers: {ratio:,.1f} ({verdict(ratio)})")

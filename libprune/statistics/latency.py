@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from libprune.engine.architecture import Architecture
@@ -25,6 +24,7 @@ from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Latency
+from libprune.pipeline.terminal import Bar
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def time_layers(
         layers[-1].set_input_embeddings(nothing.get_input_embeddings())  # one copy is enough
     ids = torch.zeros((params.batch, params.tokens), dtype=torch.long, device=device)
     rounds = []
-    for _ in tqdm(range(params.rounds + 1), desc="latency", unit="round"):
+    for _ in Bar(range(params.rounds + 1), desc="latency", unit="round"):
         head = _seconds(rest, ids, **({"logits_to_keep": 1} if architecture.head == "causal_lm" else {}))
         rounds.append([_seconds(nothing, ids), head, *(_seconds(layer, ids) for layer in layers)])
     empty, outside, *seconds = (statistics.median(times) for times in zip(*rounds[1:], strict=True))

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import typer
 from jaxtyping import Float
 from numpy.typing import NDArray
 
@@ -15,6 +14,7 @@ from libprune.engine.tables import Columns, mean_columns, split_blocks
 from libprune.pipeline.artifacts import read_table, same_origin, write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Levels
+from libprune.pipeline.terminal import note
 
 Level = tuple[int, str, int]
 """Layer, part, and how many of its units are removed."""
@@ -125,8 +125,8 @@ def print_levels(architecture: Architecture, table: Columns) -> None:
     for part in architecture.parts:
         rows = table["group_type"] == part
         counts = np.unique(table["removed"][rows])
-        typer.echo(f"divergence, nats / 1000, without so many {part} units of {architecture.units(part)}")
-        typer.echo(f"{'layer':>5}" + "".join(f"{count:>9}" for count in counts))
+        note(f"divergence, nats / 1000, without so many {part} units of {architecture.units(part)}")
+        note(f"{'layer':>5}" + "".join(f"{count:>9}" for count in counts))
         for layer in np.unique(table["layer_idx"]):
             values = 1000 * table["divergence"][rows & (table["layer_idx"] == layer)]
-            typer.echo(f"{layer:>5}" + "".join(f"{value:>9.2f}" for value in values))
+            note(f"{layer:>5}" + "".join(f"{value:>9.2f}" for value in values))

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import typer
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,7 +30,7 @@ from libprune.engine.surgery import hooked, masked
 from libprune.models.compute import require_finite, sequence_losses
 from libprune.models.layers import copy_output, layers_of, replaced, skipped
 from libprune.models.sequences import Sequences
-from libprune.pipeline.terminal import gigabytes
+from libprune.pipeline.terminal import gigabytes, note
 
 LOSSES = "losses"
 """The name of `SequenceLosses` among the statistics."""
@@ -219,4 +218,4 @@ def _announce_states(run: Calibration, layers: set[int]) -> None:
     width, each = run.architecture.sizes["model"], next(run.model.parameters()).element_size()
     size = len(layers - {0}) * run.sequences.tokens * width * each
     if run.world.first:
-        typer.echo(f"states before {len(layers)} layers are kept in {gigabytes(size)} of memory")
+        note(f"states before {len(layers)} layers are kept in {gigabytes(size)} of memory")

@@ -1,7 +1,6 @@
 """The loss increase of removing whole layers, attentions and MLPs, by which hierarchical allocation weighs units."""
 
 import numpy as np
-import typer
 from jaxtyping import Float
 from numpy.typing import NDArray
 
@@ -11,6 +10,7 @@ from libprune.engine.tables import Columns, mean_columns
 from libprune.pipeline.artifacts import write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Sensitivity
+from libprune.pipeline.terminal import note
 
 LAYER = "layer"
 """The name of the removal of all parts of a layer in the table."""
@@ -90,8 +90,8 @@ def increases_of(table: Columns) -> dict[str, NDArray[np.float64]]:
 def print_sensitivity(table: Columns, loss: float) -> None:
     """Print the loss increases by layer, and the dense loss that they add to."""
     increases = increases_of(table)
-    typer.echo("loss increase, nats per token, without")
-    typer.echo(f"{'layer':>5}" + "".join(f"{f'the {kind}':>16}" for kind in increases))
+    note("loss increase, nats per token, without")
+    note(f"{'layer':>5}" + "".join(f"{f'the {kind}':>16}" for kind in increases))
     for layer, values in enumerate(zip(*increases.values(), strict=True)):
-        typer.echo(f"{layer:>5}" + "".join(f"{value:>16.4f}" for value in values))
-    typer.echo(f"dense loss {loss:.4f} nats per token")
+        note(f"{layer:>5}" + "".join(f"{value:>16.4f}" for value in values))
+    note(f"dense loss {loss:.4f} nats per token")

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -32,6 +31,7 @@ from libprune.models.tokens import Frame, Ids, frame_of
 from libprune.pipeline.artifacts import require
 from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.layout import Layout
+from libprune.pipeline.terminal import Bar
 
 GREEDY = 4
 """Number of most likely tokens behind the first, random one; LLM-QAT takes three to five."""
@@ -88,7 +88,7 @@ class SelfText:
         which = {"model": self._architecture.fingerprint, "device": str(self._device), "length": length, "seed": seed}
         saved = self._work / hashlib.sha256(json.dumps(which | how).encode()).hexdigest()[:16]
         batches = []
-        with tqdm(total=count * length, desc=label, unit="tok") as bar:
+        with Bar(total=count * length, desc=label, unit="tok") as bar:
             for first in range(0, count, step):
                 number = min(step, count - first)
                 path = saved / f"{first}-{number}.npy"

@@ -1,6 +1,7 @@
 """An inspection agrees with the model's weights and with the real allocation."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from libprune.allocation.allocate import allocate
-from libprune.cli.inspection import RATIOS, inspect_model, params_for, uniform_shapes
+from libprune.cli.inspection import RATIOS, _division, divisions_of, inspect_model, params_for, uniform_shapes
 from libprune.cli.inspection_output import as_data
 from libprune.cli.main import app
 from libprune.engine import cost
@@ -105,3 +106,50 @@ def test_a_model_that_is_not_there_or_not_dense_is_refused_in_one_line(tmp_path)
         assert done.exit_code == 1
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
+
+
+# Where the scores divide the budget between the parts
+
+
+def test_the_asked_ratio_has_a_shape_too():
+    architecture = Shape(layers=2, ffn=4096).architecture()
+    ratios = [shape.ratio for shape in uniform_shapes(architecture, Allocate(ratio=0.25), torch.float32)]
+    assert ratios == sorted({*RATIOS, 0.25})
+
+
+def test_without_scores_the_ends_are_shown_and_with_them_the_shape_that_allocate_gives(tmp_path):
+    """The criterion compares between parts, so that the division follows from its scores."""
+    changes = {"gradients": {"sequences": 6}, "score": {"criterion": "unit_fisher"}, "allocate": {"method": "uniform"}}
+    tiny.write_project(tmp_path, ["prepare", "tokenize"], **changes)
+    layout = Layout(tmp_path / "artifacts")
+    params = params_for(str(tmp_path / "model"), None, False, tmp_path / "params.yaml")
+    before = inspect_model(params, layout)
+    assert before.division == "at the ends between which the scores will choose"
+    ends = {shape.spared: shape for shape in before.shapes if shape.ratio == 0.2}
+    assert ends.keys() == {"attention", "mlp"}
+    assert ends["attention"].kept["attention"] > ends["mlp"].kept["attention"]
+    assert ends["attention"].kept["mlp"] < ends["mlp"].kept["mlp"]
+
+    tiny.run_stages(tmp_path, ["gradients", "hessian", "activations", "ablation", "score", "sensitivity", "allocate"])
+    after = inspect_model(params, layout)
+    assert after.division == "divided between the parts by the scores of the last run"
+    (shape,) = (shape for shape in after.shapes if shape.ratio == 0.2)
+    architecture = read_architecture(layout)
+    plan, _ = read_plan(layout, architecture)
+    assert shape.kept == {part: plan.kept(0, part) for part in architecture.parts}
+    for part, kept in shape.kept.items():
+        least, most = sorted(end.kept[part] for end in ends.values())
+        assert least <= kept <= most
+
+    other = inspect_model(params_for(str(tmp_path / "model"), None, False, None), Layout(tmp_path / "gone"))
+    assert other.division == before.division, "of another run nothing is known"
+
+
+def test_a_method_that_gives_each_layer_its_own_widths_is_said_to():
+    params = Params.model_validate(
+        {"prepare": {"model": "m"}, "tokenize": {"text": "t"}, "allocate": {"method": "global"}}
+    )
+    assert "allocate.method: global gives each layer widths of its own" in _division(None, params.allocate)
+    assert divisions_of(Shape().architecture(), params, Layout(Path("gone"))) is not None
+    apart = params.model_copy(update={"allocate": params.allocate.model_copy(update={"split": "proportional"})})
+    assert divisions_of(Shape().architecture(), apart, Layout(Path("gone"))) is None

@@ -1,18 +1,17 @@
 """The `libprune` command: what it prints, and how it ends."""
 
 import json
+from pathlib import Path
 
-import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from libprune.cli.main import app
 from libprune.pipeline.atomic import write_json
-from libprune.pipeline.terminal import text_table
-from libprune.report.headline import HEADER, headline_rows
-from libprune.report.programs import how_to_load
+from libprune.pipeline.layout import Layout
+from libprune.report.programs import closing
 from tests.support import tiny
-from tests.support.evaluated import EVALUATION, changed, trained
+from tests.support.evaluated import EVALUATION
 
 
 def test_nothing_loads_weights(tmp_path, monkeypatch):
@@ -35,32 +34,12 @@ def test_a_valid_params_file_is_confirmed_and_a_wrong_key_is_named(tmp_path):
     assert "unknown key 'score.criterium'; did you mean 'criterion'?" in done.stderr
 
 
-@pytest.mark.parametrize("shape", ["uniform", "per_layer"])
-def test_a_result_is_shown_with_its_place_and_the_line_that_loads_it(tmp_path, shape):
-    write_json(tmp_path / "evaluation.json", changed(plan={"shape": shape}))
+def test_a_result_is_shown_as_the_last_stage_of_a_run_shows_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "evaluation.json", EVALUATION)
     done = CliRunner().invoke(app, ["show", "--artifacts", str(tmp_path)])
     assert done.exit_code == 0
-    table, _, places = done.output.partition("\n\n")
-    assert table == text_table(headline_rows(EVALUATION), HEADER)
-    assert places.splitlines() == [
-        f"model:  {tmp_path / 'pruned'}",
-        f"load:   {how_to_load(str(tmp_path / 'pruned'), shape, 'causal_lm')}",
-        "report: report/report.html",
-    ]
-
-
-def test_of_a_recovered_result_both_folders_are_shown_and_the_recovered_one_is_loaded(tmp_path):
-    write_json(tmp_path / "evaluation.json", trained())
-    done = CliRunner().invoke(app, ["show", "--artifacts", str(tmp_path)])
-    assert done.exit_code == 0
-    table, _, places = done.output.partition("\n\n")
-    assert table == text_table(headline_rows(trained()), HEADER)
-    assert places.splitlines() == [
-        f"model:  {tmp_path / 'recovered'}",
-        f"before: {tmp_path / 'pruned'} (before recovery; sizes and speed were measured on it)",
-        f"load:   {how_to_load(str(tmp_path / 'recovered'), 'uniform', 'causal_lm')}",
-        "report: report/report.html",
-    ]
+    assert done.output.splitlines() == closing(EVALUATION, Layout(tmp_path), Path("report"))
 
 
 def test_without_a_result_the_stage_to_run_is_named(tmp_path):

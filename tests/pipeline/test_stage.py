@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from libprune.engine.errors import ArtifactError
 from libprune.pipeline import stage
+from libprune.pipeline.terminal import VERBOSE
 
 
 def main(artifacts: stage.Root = stage.ROOT, number: int = 1) -> None:
@@ -20,11 +21,12 @@ def main(artifacts: stage.Root = stage.ROOT, number: int = 1) -> None:
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Runs the command as no stage of DVC; the settings of libraries are undone afterwards."""
+def run(monkeypatch, tmp_path):
+    """Runs the command as no stage of DVC, in an empty folder; the settings of libraries are undone afterwards."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_STAGE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_MININTERVAL"):
+    for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         monkeypatch.setenv(name, os.environ.get(name, "1"))
     return lambda *words: CliRunner().invoke(stage.app(main), words)
 
@@ -35,9 +37,9 @@ def test_the_help_is_the_docstring_of_the_stage(run):
 
 def test_a_stage_ends_with_its_name_time_and_memory(run):
     done = run()
-    printed, summary = done.stdout.splitlines()
-    assert (done.exit_code, printed) == (0, "1.0")
+    begins, printed, summary = done.stdout.splitlines()
     name, _, rest = summary.partition(": ")
+    assert (done.exit_code, begins, printed) == (0, f"{name}: at work", "1.0")
     assert name == __name__.rpartition(".")[2]
     assert " s, peak memory " in rest
     assert rest.endswith(" MB")
@@ -51,8 +53,15 @@ def test_of_several_processes_only_the_first_says_how_long_it_took(run, monkeypa
 
 def test_an_error_that_the_user_can_mend_is_one_line_and_another_is_raised(run):
     done = run("--artifacts", "nowhere")
-    assert (done.exit_code, done.stdout, done.stderr) == (1, "", "error: nowhere is not there\n")
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "test_stage: at work\n", "error: nowhere is not there\n")
     assert isinstance(run("--number", "0").exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("flag", ["-v", "--verbose"])
+def test_the_details_can_be_asked_for(run, flag, monkeypatch):
+    monkeypatch.setenv(VERBOSE, "")
+    assert run(flag).exit_code == 0
+    assert os.environ[VERBOSE] == "1"
 
 
 def test_the_peak_memory_is_in_bytes_and_no_less_than_what_is_held_now():

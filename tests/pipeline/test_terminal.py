@@ -1,10 +1,31 @@
-"""Text for the terminal: tables hold every cell, and sizes are rounded to what can be read."""
+"""Text for the terminal: tables hold every cell, sizes are rounded to what can be read, and a stage shows its way."""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.pipeline.terminal import gigabytes, masked, text_table
+from libprune.pipeline import terminal
+from libprune.pipeline.terminal import (
+    VERBOSE,
+    Bar,
+    at_the_end,
+    continued,
+    gigabytes,
+    logging_to,
+    masked,
+    note,
+    say,
+    say_last,
+    text_table,
+    ticking,
+)
+from tests.support.closure import ROOT
 
 CELLS = st.text(st.characters(codec="ascii", categories=["L", "N"]), max_size=6)
 
@@ -46,3 +67,108 @@ def test_bytes_are_said_in_gigabytes_from_one_on(size, text):
 )
 def test_what_is_secret_in_an_address_is_masked(address, shown):
     assert masked(address) == shown
+
+
+# What a stage shows
+
+
+def test_details_go_to_the_log_of_a_stage_and_are_printed_without_one_or_if_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv(VERBOSE, raising=False)
+    with logging_to(tmp_path / "logs/score.log"):
+        note("a detail")
+        say("a line")
+        monkeypatch.setenv(VERBOSE, "1")
+        note("shown")
+    note("outside")
+    assert capsys.readouterr().out == "a line\nshown\noutside\n"
+    assert (tmp_path / "logs/score.log").read_text() == "a detail\na line\nshown\n"
+
+
+def test_a_log_that_cannot_be_written_stops_no_stage_and_loses_no_line(tmp_path, capsys):
+    (tmp_path / "logs").write_text("a file")
+    with logging_to(tmp_path / "logs/score.log"):
+        note("a detail")
+    assert capsys.readouterr().out == "a detail\n"
+
+
+def test_lines_for_the_end_wait_for_it_in_a_stage(tmp_path, capsys):
+    with logging_to(tmp_path / "x.log"):
+        at_the_end("last")
+        say("first")
+        say_last()
+        say_last()
+    at_the_end("at once")
+    assert capsys.readouterr().out == "first\nlast\nat once\n"
+
+
+def test_a_stage_that_goes_on_from_a_saved_state_is_known_until_the_next_stage(tmp_path):
+    with logging_to(tmp_path / "x.log"):
+        say(f"{terminal.CONTINUES}: 2 of 3 are done")
+        assert continued()
+    with logging_to(tmp_path / "x.log"):
+        assert not continued()
+
+
+@pytest.fixture
+def stderr(monkeypatch, capsys) -> Callable[[], str]:
+    """Reads what was written to the stream of errors, which is no terminal; a line is due every tenth of a second."""
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.1)
+    monkeypatch.setattr(terminal, "_TICK_SECONDS", 0.02)
+    return lambda: str(capsys.readouterr().err)
+
+
+def test_in_a_file_a_bar_is_a_line_now_and_then_without_carriage_returns(stderr):
+    with Bar(total=1000, desc="gradients", unit="tok") as bar:
+        for _ in range(5):
+            time.sleep(0.07)
+            bar.set_postfix(loss=0.5, refresh=False)
+            bar.update(200)
+    written = stderr()
+    lines = written.splitlines()
+    assert 1 <= len(lines) <= 4
+    assert "\r" not in written
+    assert all(re.fullmatch(r"gradients: \d+ %, [\d,]+ of 1,000 tok, 00:0\d, 00:0\d left, loss=0\.5", x) for x in lines)
+
+
+def test_a_bar_that_ends_soon_or_belongs_to_another_process_leaves_no_line(stderr):
+    for _ in Bar(range(3), desc="short"):
+        pass
+    with Bar(total=3, disable=True) as bar:
+        time.sleep(0.15)
+        bar.update(3)
+    assert stderr() == ""
+
+
+def test_a_stretch_without_a_bar_is_not_silent(stderr):
+    with ticking("slice"):
+        time.sleep(0.35)
+    lines = stderr().splitlines()
+    assert 1 <= len(lines) <= 4
+    assert all(re.fullmatch(r"slice: 00:0\d", line) for line in lines)
+
+
+ON_A_TERMINAL = """
+import time
+from libprune.pipeline.terminal import Bar, say, ticking
+with ticking("slice"):
+    time.sleep(1.1)
+    say("a line")
+    with Bar(total=4, desc="repair", unit="map") as bar:
+        for _ in range(4):
+            time.sleep(0.3)
+            bar.update()
+    say("the end")
+"""
+
+
+def test_on_a_terminal_the_bar_moves_in_place_and_vanishes_and_lines_stand_alone():
+    """In a pseudo-terminal without a size, as those of programs are."""
+    program = f"import os, pty, sys; sys.exit(pty.spawn([sys.executable, '-c', {ON_A_TERMINAL!r}]))"
+    nowhere = subprocess.DEVNULL
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdin=nowhere, capture_output=True)
+    assert done.returncode == 0, done.stdout
+    printed = done.stdout.decode()
+    left = [re.split(r"\r(?:\x1b\[K)?", line.removesuffix("\r"))[-1].strip() for line in printed.split("\n")]
+    assert left == ["a line", "the end", ""], "what is left of each line once it has been overwritten"
+    assert "slice: 00:01" in printed
+    assert re.search(r"repair:  (50|75)%", printed)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from libprune.pipeline.terminal import text_table
-from libprune.report.headline import HEADER, PERPLEXITY, decision, duration, headline_rows, ratio_interval
+from libprune.report.headline import HEADER, PERPLEXITY, decision, digits, duration, headline_rows, ratio_interval
 from tests.support.evaluated import EVALUATION, changed, trained
 
 
@@ -18,6 +18,7 @@ def test_the_headline_holds_the_measured_numbers():
     assert rows["KV cache, bytes a token"] == ("23,040", "15,360", "-33.3 %")
     assert rows["prefill, tokens/s"][:2] == ("1,234", "1,481")
     assert "1.20" in rows["prefill, tokens/s"][2]
+    assert rows["decode, tokens/s"][:2] == ("56.7", "68.9")
     assert rows["decode, tokens/s"][2] == "× 1.22 (1.15 to 1.26)"
     assert rows["piqa, acc_norm, %"] == ("67.1 ± 1.1", "61.0 ± 1.1", "-6.1")
     assert rows["winogrande, acc, %"] == ("51.0 ± 1.4", "52.0 ± 1.4", "+1.0")
@@ -95,3 +96,11 @@ def test_the_sentence_of_a_recovered_model_has_its_perplexity():
 )
 def test_a_time_is_said_in_seconds_or_minutes(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(14.26, "14.3"), (1.04, "1.04"), (0.2081, "0.208"), (1234.5, "1,234"), (7, "7"), (99.97, "100.0"), (0.0, "0")],
+)
+def test_a_measured_number_has_at_least_three_digits(number, text):
+    assert digits(number) == text

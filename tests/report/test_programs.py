@@ -1,11 +1,23 @@
 """Programs are said to take a shape only where their code says so."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from libprune.report.programs import TRIED, describe_loading, final_folder, how_to_load
+from libprune.pipeline.story import Earlier
+from libprune.pipeline.terminal import text_table
+from libprune.report.headline import HEADER, headline_rows
+from libprune.report.programs import (
+    TRIED,
+    changes,
+    closing,
+    describe_loading,
+    figures,
+    final_folder,
+    how_to_load,
+)
 from tests.support.closure import ROOT
 from tests.support.evaluated import EVALUATION, LAYOUT, changed, report_of, trained
 
@@ -105,3 +117,63 @@ def test_the_final_model_is_the_recovered_one_if_there_is_one_and_both_folders_a
     assert "out/recovered" not in before
     assert final_folder(EVALUATION, LAYOUT) == LAYOUT.pruned
     assert final_folder(trained(), LAYOUT) == LAYOUT.recovered
+
+
+# What is shown at the end of a run
+
+
+def shown(result: dict[str, Any]) -> tuple[str, list[str]]:
+    """The table, and the lines below it."""
+    _, *lines = closing(result, LAYOUT, Path("report"))
+    end = lines.index("")
+    return "\n".join(lines[:end]), lines[end + 1 :]
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per_layer"])
+def test_a_result_is_shown_with_its_place_the_line_that_loads_it_and_what_to_do_next(shape, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table, places = shown(changed(plan={"shape": shape}))
+    assert table == text_table(headline_rows(EVALUATION), HEADER)
+    assert places == [
+        "model:  out/pruned",
+        f"load:   {how_to_load('out/pruned', shape, 'causal_lm')}",
+        "report: report/report.html",
+        "next:   dvc repro, with another allocate.ratio (what was measured is kept)",
+    ]
+    (tmp_path / ".git").mkdir()
+    assert shown(EVALUATION)[1][-1] == "next:   dvc exp run -S allocate.ratio=0.3 (what was measured is kept)"
+
+
+def test_of_a_recovered_result_both_folders_are_shown_and_the_recovered_one_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table, places = shown(trained())
+    assert table == text_table(headline_rows(trained()), HEADER)
+    assert places[:3] == [
+        "model:  out/recovered",
+        "before: out/pruned (before recovery; sizes and speed were measured on it)",
+        f"load:   {how_to_load('out/recovered', 'uniform', 'causal_lm')}",
+    ]
+
+
+def test_a_second_result_is_shown_with_what_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".dvc/tmp").mkdir(parents=True)
+    first = closing(EVALUATION, LAYOUT, Path("report"), keep=True)
+    assert not any("since" in line for line in first)
+    second = closing(trained(), LAYOUT, Path("report"), keep=True)
+    line = next(number for number, text in enumerate(second) if text.startswith("since the last result"))
+    assert "perplexity × 1.272 → 1.131" in second[line + 1]
+    assert closing(trained(), LAYOUT, Path("report")) == second, "libprune show shows the same"
+
+
+def test_of_many_changed_params_some_are_named_and_the_others_counted():
+    earlier = Earlier({"perplexity": 1.5, "gone": 2.0}, {f"a.{number}": (number, None) for number in range(6)})
+    params, moved = changes({"perplexity": 1.25, "new": 1.0}, earlier)
+    assert params == "since the last result (a.0 0 → None, a.1 1 → None, a.2 2 → None, a.3 3 → None and 2 more):"
+    assert moved == "  perplexity × 1.500 → 1.250"
+
+
+def test_the_figures_are_those_of_the_final_model():
+    assert figures(EVALUATION)["perplexity"] == 1.2715
+    assert figures(trained())["perplexity"] == 1.1309
+    assert "decode" not in figures(changed(speed={"decode_ratio": None}))

@@ -15,7 +15,8 @@ SHELVES = ("statistics", "results")
 """Rooms from which each stage takes its own files."""
 COLLECTING = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "sensitivity")
 BEHIND = ("scoring", "allocation", "repair", "results", "report", "experiments", "masks", "networks", "project", "cli")
-HEAVY = ("torch", "transformers", "datasets", "pyarrow", "pydantic")
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "pydantic", "tqdm")
+"""Not loaded for a help text; tqdm reads once, when it is loaded, whether the libraries' bars are to be shown."""
 
 
 SECTIONS = [name for name in Params.model_fields if name != "preset"]

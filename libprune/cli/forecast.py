@@ -1,0 +1,251 @@
+"""What a run will do and take, told before it: stages, minutes, memory and disk, by arithmetic and one measurement.
+
+The work of a stage is counted in floating point operations, from the shapes and the params. Seconds follow from the
+last run of the same stage in this project, in proportion to the work, or else from a short measured product of
+matrices. `docs/inspect.md` gives the formulas and how near they came.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from libprune.cli.footprint import Footprint, compute_dtype, footprints
+from libprune.cli.inspection import dense_architecture
+from libprune.engine import cost
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.params import Params, load_params
+from libprune.pipeline.story import read_memory
+from libprune.pipeline.terminal import gigabytes, masked
+from libprune.statistics.levels import choose_levels
+from libprune.statistics.sensitivity import removals
+
+_STARTUP_SECONDS = 4.0
+"""Measured: what a stage takes before and after its work, to load libraries and to write."""
+_FORWARD = 0.7
+"""Measured: the time of a pass without gradients, over that of as many operations in passes with gradients."""
+_GRAM = 2.5
+"""Measured: the time of an operation of a Gram matrix, in float32, over one of the model's own, in bfloat16."""
+_DECODED = 50
+"""Measured: the time of a token that is decoded alone, in tokens of a prompt."""
+_DESCRIBED, _SOLVED = 28_000, 90
+"""Measured: operations to describe a parameter of the dense model, and to fit a map, times its kept inputs cubed."""
+_LIBRARIES = 350_000_000
+"""Measured: bytes that Python and the libraries hold."""
+_MATRICES, _SECONDS = (1024, 2048, 2048), 0.3
+"""Sizes of the measured product, and how long it is repeated."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the stages of a run are expected to take.
+
+    Attributes:
+        work: floating point operations by stage.
+        seconds: by stage; export is left out, whose programs are not known beforehand.
+        recorded: stages whose time follows from an earlier run.
+        memory: the most bytes that a process is expected to hold, and the stage that does.
+        disk: the most bytes on the disk at once, beyond what is there.
+    """
+
+    work: Mapping[str, float]
+    seconds: Mapping[str, float]
+    recorded: frozenset[str]
+    memory: tuple[int, str]
+    disk: int
+
+
+def forecast(
+    architecture: Architecture,
+    params: Params,
+    stored: torch.dtype,
+    stages: Sequence[str],
+    costs: Mapping[str, Any],
+    rate: float,
+) -> Forecast:
+    """Estimate what some stages of a run take.
+
+    Args:
+        stored: storage type of the dense model.
+        stages: those that will run.
+        costs: by stage, `seconds`, `work` and `memory` of its last run.
+        rate: floating point operations a second.
+    """
+    work = {stage: amount for stage, amount in works(architecture, params).items() if stage in stages}
+    known = {stage: costs[stage] for stage in work if costs.get(stage, {}).get("work")}
+    seconds = {stage: _STARTUP_SECONDS + amount / rate for stage, amount in work.items()}
+    seconds |= {stage: one["seconds"] * work[stage] / one["work"] for stage, one in known.items()}
+    written = footprints(architecture, params, stored)
+    held = {name: size for name, size in memory(architecture, params, stored, written).items() if name in stages}
+    most = max(held, key=held.__getitem__, default="report")
+    chosen = [stage for stage in written if stage.stage in stages]
+    scratch = max((max(2 * stage.sums, stage.checkpoints) for stage in chosen), default=0)
+    disk = sum(stage.written for stage in chosen) + scratch
+    return Forecast(work, seconds, frozenset(known), (held.get(most, _LIBRARIES), most), disk)
+
+
+def works(architecture: Architecture, params: Params) -> dict[str, float]:
+    """Floating point operations of each stage, in those of a pass with gradients; 1 for those that take next to none.
+
+    A multiply-accumulate is two operations, and a backward pass is two forward passes.
+    """
+    tokens, forward = params.tokenize, 2.0 * cost.size(architecture, Plan.dense(architecture)).macs
+    passed, length = _FORWARD * forward, tokens.calibration_length
+
+    def sequences(asked: int | None) -> int:
+        return min(asked or tokens.calibration_sequences, tokens.calibration_sequences)
+
+    widths = _widths(architecture)
+    gram = _GRAM * sum(float(width) ** 2 for width in widths)
+    fits = _SOLVED * (1 - (params.allocate.ratio or 0)) ** 3 * sum(float(width) ** 3 for width in widths)
+    rows = len(choose_levels(architecture, params.levels.number))
+    levels = sequences(params.levels.sequences) * length * passed
+    recover, evaluate = params.recover, params.evaluate
+    number = (1 + evaluate.rounds) * 2 * (evaluate.prompt_tokens + _DECODED * evaluate.decode_tokens)
+    models = 2 if recover.method == "none" else 3
+    number += models * evaluate.continuation_tokens * (_DECODED + evaluate.continuations)
+    number += (3 * models - 2) * tokens.evaluation_windows * tokens.evaluation_length
+    checked = (recover.checks + 1) * recover.held_out * recover.length
+    taught = 0 if recover.top_k is not None else passed
+    repaired = {"none": 0.0, "bias": 0.0, "local": fits}.get(
+        params.slice.repair, fits + (2 * passed + gram) * sequences(params.slice.sequences) * length
+    )
+    draws = {"fisher": 3.0}.get(params.hessian.estimator, 3.0 * (1 + params.hessian.probes))
+    return {
+        "prepare": float(_DESCRIBED * architecture.total_parameters),
+        "tokenize": 1.0,
+        "gradients": 3 * forward * sequences(params.gradients.sequences) * length,
+        "hessian": draws * forward * sequences(params.hessian.sequences) * length,
+        "activations": (passed + gram) * sequences(params.activations.sequences) * length,
+        "ablation": params.ablation.units * sequences(params.ablation.sequences) * length * passed / 2,
+        "score": 1.0,
+        "sensitivity": len(removals(architecture)) * sequences(params.sensitivity.sequences) * length * passed / 2,
+        "levels": rows * (levels / 2 + fits / max(1, len(widths))),
+        "latency": float(params.latency.rounds * params.latency.widths * params.latency.tokens) * passed,
+        "allocate": params.allocate.evaluations * (levels + fits) + 1,
+        "slice": repaired + 1,
+        "teacher": 1.0 if recover.top_k is None else recover.tokens * passed,
+        "recover": recover.tokens * (3 * forward + taught) + checked * (passed + taught),
+        "evaluate": number * passed,
+        "report": 1.0,
+    }
+
+
+def _widths(architecture: Architecture) -> list[int]:
+    """Numbers of inputs of all maps that read prunable units."""
+    consumers = (one for block in architecture.blocks() for one in architecture.consumers(*block))
+    return [one.input.size(architecture.sizes) for one in consumers]
+
+
+def memory(
+    architecture: Architecture, params: Params, stored: torch.dtype, written: Sequence[Footprint]
+) -> dict[str, int]:
+    """Bytes that the process of each large stage holds at most: weights, sums, logits and activations."""
+    total, computed = architecture.total_parameters, compute_dtype(params.compute)
+    weights, dense = total * computed.itemsize, total * stored.itemsize
+    batch = max(params.compute.batch_tokens, params.tokenize.calibration_length)
+    logits = batch * architecture.sizes.get("vocab", 0) * 4
+    layer = batch * (16 * architecture.sizes["model"] + 8 * max(_widths(architecture))) * computed.itemsize
+    kept = layer * (1 if params.compute.gradient_checkpointing else architecture.layers)
+    if params.compute.offload != "none":
+        weights //= architecture.layers
+    sums = {stage.stage: stage.sums for stage in written}
+    trained = {stage.stage: stage.training for stage in written}
+    held = {
+        "prepare": round(2.4 * dense),
+        "gradients": 2 * weights + sums["gradients"] + 4 * logits + kept,
+        "hessian": 2 * weights + sums["hessian"] + 4 * logits + kept,
+        "activations": weights + sums["activations"] + round(2.5 * logits) + layer,
+        **dict.fromkeys(("ablation", "sensitivity", "levels", "allocate"), 2 * weights + 4 * logits),
+        "slice": 3 * dense,
+        "recover": trained.get("recover", 0) + round(4.5 * logits) + kept,
+        "export": 3 * dense,
+        "evaluate": 2 * weights + 4 * logits + layer,
+    }
+    return {stage: size + _LIBRARIES for stage, size in held.items()}
+
+
+def measured_rate(params: Params) -> float:
+    """Floating point operations a second of a product of matrices in the type and on the device that passes use."""
+    gpu = torch.cuda.is_available() if params.compute.device == "auto" else params.compute.device != "cpu"
+    rows, inner, columns = _MATRICES
+    options: dict[str, Any] = {"device": "cuda" if gpu else "cpu", "dtype": compute_dtype(params.compute)}
+    one, two = torch.ones(rows, inner, **options), torch.ones(columns, inner, **options)
+
+    def product() -> float:
+        return float(torch.nn.functional.linear(one, two)[0, 0])  # reading a number waits for the device
+
+    product()
+    start, times = time.perf_counter(), 0
+    while time.perf_counter() - start < _SECONDS:
+        product()
+        times += 1
+    return times * 2.0 * rows * inner * columns / (time.perf_counter() - start)
+
+
+def lines(architecture: Architecture, params: Params, found: Forecast, stages: Sequence[str], root: Path) -> list[str]:
+    """The forecast in lines for the terminal.
+
+    Args:
+        stages: those that will run.
+        root: the folder that is written to.
+    """
+    ratio, size = params.allocate.ratio, architecture.total_parameters / 1e6
+    share = "the share that the scores allow" if ratio is None else f"{100 * ratio:g} %"
+    of = {"decoder": "the decoder", "total": "the whole model"}[params.allocate.ratio_of]
+    what = {"parameters": "parameters", "macs": "operations", "cache": "KV cache", "latency": "time"}
+    asked = f"{share} of the {what[params.allocate.objective]} of {of}"
+    seconds = sum(found.seconds.values())
+    free, whole = shutil.disk_usage(root).free, psutil.virtual_memory().total
+    gone = [stage for stage in found.seconds if stage in found.recorded]
+    basis = "from earlier runs here" if len(gone) == len(found.seconds) else "from a measured product of matrices"
+    if 0 < len(gone) < len(found.seconds):
+        basis = "from earlier runs here and a measured product of matrices"
+    late = "; the export comes on top" if "export" in stages else ""
+    return [
+        f"{masked(Path(params.prepare.model).name)}: {size:,.1f} million parameters; {asked} will go",
+        f"{len(stages)} stages will run: {', '.join(stages)}",
+        f"time:   about {_time(seconds)}, an estimate {basis}{late}",
+        f"memory: about {gigabytes(found.memory[0])} in {found.memory[1]}, of {gigabytes(whole)} in this machine",
+        f"disk:   up to {gigabytes(found.disk)}, where {gigabytes(free)} are free",
+    ]
+
+
+def _time(seconds: float) -> str:
+    """A time in words; from an hour on in hours."""
+    if seconds < 60:
+        return "a minute" if seconds > 30 else "half a minute"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def main(words: Sequence[str]) -> None:
+    """Print the forecast for a run as JSON: `lines` to be shown, and the `work` of each stage.
+
+    Args:
+        words: the params file, the folder of artifacts, the file of recorded costs, and the stages that will run.
+    """
+    file, artifacts, costs, *stages = words
+    try:
+        params = load_params(Path(file))
+        architecture, stored = dense_architecture(params, Layout(Path(artifacts)), described="prepare" not in stages)
+        record = read_memory(Path(costs))
+        found = forecast(architecture, params, stored, stages, record, measured_rate(params))
+        told = lines(architecture, params, found, stages, Path())
+    except LibpruneError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1) from None
+    print(json.dumps({"lines": told, "work": found.work}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

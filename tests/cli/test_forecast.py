@@ -1,0 +1,145 @@
+"""What a run is told to take: it grows with the work, follows earlier runs, and came near to a measured run."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from libprune.cli.footprint import footprints
+from libprune.cli.forecast import forecast, lines, main, measured_rate, memory, works
+from libprune.engine.describe import describe, without_weights
+from libprune.pipeline.params import Params
+from libprune.pipeline.story import STEPS, working
+from tests.support import tiny
+from tests.support.models import FAMILIES
+from tests.support.params import SHIPPED, load_params
+
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+    architectures=["LlamaForCausalLM"],
+)
+"""The config of the demo's model."""
+DEMO_RATE = 130e9
+"""Operations a second of the measured product in bfloat16, on the two cores that the times below were measured on."""
+DEMO_SECONDS = {"prepare": 29, "gradients": 82, "slice": 34, "recover": 357, "evaluate": 108}
+"""Seconds of stages of the demo that no other work disturbed much."""
+DEMO_MEMORY = {
+    "prepare": 1.69e9,
+    "gradients": 3.24e9,
+    "activations": 1.83e9,
+    "slice": 1.85e9,
+    "recover": 4.54e9,
+    "evaluate": 1.65e9,
+}
+"""Peak memory of stages of the demo, in bytes."""
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The description of the demo's model, and the params that ship with the project, in bfloat16."""
+    params = load_params(SHIPPED)
+    compute = params.compute.model_copy(update={"dtype": "bfloat16", "device": "cpu"})
+    return describe(without_weights(SMOLLM2)), params.model_copy(update={"compute": compute})
+
+
+def test_the_demo_takes_about_what_was_measured(demo):
+    found = forecast(*demo, torch.float32, working(demo[1]), {}, DEMO_RATE)
+    for stage, seconds in DEMO_SECONDS.items():
+        assert found.seconds[stage] == pytest.approx(seconds, rel=0.35), stage
+    assert 10 * 60 < sum(found.seconds.values()) < 17 * 60, "13 minutes were measured"
+    assert 5e9 < found.disk < 8e9
+    assert found.memory[1] == "recover"
+
+
+def test_the_memory_of_each_stage_of_the_demo_is_about_what_was_measured(demo):
+    found = memory(*demo, torch.float32, footprints(*demo, torch.float32))
+    for stage, size in DEMO_MEMORY.items():
+        assert found[stage] == pytest.approx(size, rel=0.15), stage
+
+
+def with_changes(params: Params, section: str, **values: object) -> Params:
+    return params.model_copy(update={section: getattr(params, section).model_copy(update=values)})
+
+
+GROWS = [
+    ("gradients", "gradients", {"sequences": 32}, {"sequences": 64}),
+    ("activations", "activations", {"sequences": 32}, {"sequences": 64}),
+    ("hessian", "hessian", {"estimator": "hutchinson", "probes": 1}, {"estimator": "hutchinson", "probes": 4}),
+    ("ablation", "ablation", {"units": 10}, {"units": 20}),
+    ("levels", "levels", {"number": 2}, {"number": 8}),
+    ("allocate", "allocate", {"evaluations": 0}, {"evaluations": 8}),
+    ("slice", "slice", {"repair": "none"}, {"repair": "local"}),
+    ("slice", "slice", {"repair": "local"}, {"repair": "sequential"}),
+    ("teacher", "recover", {"top_k": None}, {"top_k": 8}),
+    ("recover", "recover", {"top_k": 8}, {"top_k": None}),
+    ("recover", "recover", {"tokens": 1000}, {"tokens": 9000}),
+    ("evaluate", "evaluate", {"rounds": 2}, {"rounds": 9}),
+]
+
+
+@pytest.mark.parametrize(("stage", "section", "less", "more"), GROWS)
+def test_the_work_grows_with_what_is_asked_for(demo, stage, section, less, more):
+    architecture, params = demo
+    small, large = (works(architecture, with_changes(params, section, **values)) for values in (less, more))
+    assert small[stage] < large[stage]
+    others = {name for name in small if small[name] != large[name]} - {stage}
+    assert others <= {"levels", "allocate", "slice", "teacher", "recover"}
+
+
+def test_every_stage_but_the_export_has_its_work_for_every_family(demo):
+    for make in FAMILIES.values():
+        found = works(describe(make(0)), demo[1])
+        assert found.keys() == STEPS.keys() - {"export"}
+        assert all(amount >= 0 for amount in found.values())
+
+
+def test_a_stage_that_has_run_here_takes_as_long_again_in_proportion_to_its_work(demo):
+    architecture, params = demo
+    work = works(architecture, params)["gradients"]
+    costs = {"gradients": {"seconds": 50.0, "work": work / 2, "memory": 1}, "prepare": {}, "score": {"seconds": 1}}
+    found = forecast(architecture, params, torch.float32, ["gradients", "prepare", "score"], costs, 1e11)
+    assert found.seconds["gradients"] == pytest.approx(100.0)
+    assert found.recorded == {"gradients"}
+    assert found.seconds.keys() == {"gradients", "prepare", "score"}
+
+
+def test_the_lines_say_what_will_happen_and_that_it_is_an_estimate(demo, tmp_path):
+    architecture, params = demo
+    stages = working(with_changes(params, "export", formats=("gguf",)))
+    found = forecast(architecture, params, torch.float32, stages, {}, DEMO_RATE)
+    said = lines(architecture, params, found, stages, tmp_path)
+    assert "134.5 million parameters; 20 % of the parameters of the decoder will go" in said[0]
+    assert said[1] == f"{len(stages)} stages will run: {', '.join(stages)}"
+    assert "minutes, an estimate from a measured product of matrices; the export comes on top" in said[2]
+    assert [line.partition(":")[0] for line in said[2:]] == ["time", "memory", "disk"]
+
+
+def test_the_program_answers_for_a_model_before_and_after_prepare(tmp_path, capsys):
+    tiny.write_project(tmp_path, [])
+    words = [str(tmp_path / name) for name in ("params.yaml", "artifacts", "costs.json")]
+    main([*words, "prepare", "gradients"])
+    before = json.loads(capsys.readouterr().out)
+    assert before["work"].keys() == {"prepare", "gradients"}
+    tiny.run_stages(tmp_path, ["prepare"])
+    capsys.readouterr()
+    main([*words, "gradients"])
+    assert json.loads(capsys.readouterr().out)["work"] == {"gradients": before["work"]["gradients"]}
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
+    path = tiny.write_params(tmp_path / "params.yaml", str(tmp_path / "gone"), "text")
+    with pytest.raises(SystemExit) as end:
+        main([str(path), str(tmp_path), "costs.json", "prepare"])
+    assert end.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_rate_is_that_of_this_machine(demo):
+    assert 1e8 < measured_rate(with_changes(demo[1], "compute", dtype="float32")) < 1e15
