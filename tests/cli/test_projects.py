@@ -4,6 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 import libprune
+from libprune.cli import projects
 from libprune.cli.main import app
 from libprune.pipeline.params import load_params
 
@@ -40,6 +41,11 @@ def test_a_folder_that_exists_is_refused_before_anything_runs(tmp_path, monkeypa
     assert done.exit_code == 1
     assert "exists; name a folder that does not" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands_are_those_of_this_module():
+    callbacks = {command.callback for command in app.registered_commands}
+    assert {projects.prune, projects.new, projects.update} <= callbacks
 
 
 def test_a_wrong_number_is_told_with_the_option():
