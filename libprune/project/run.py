@@ -70,6 +70,8 @@ def run(project: Path) -> None:
 def hand_out(project: Path, out: Path) -> Path:
     """Copy the final model, the report and the params of a project; return the folder of the model.
 
+    The report then names the folders as they are called beside it.
+
     Args:
         project: the folder of the project, all of whose stages have run.
         out: the folder that is made.
@@ -79,6 +81,9 @@ def hand_out(project: Path, out: Path) -> Path:
     with writing_folder(out.absolute()) as partial:
         shutil.copytree(final, partial / "model")
         shutil.copytree(project / "report", partial / "report")
+        for text in partial.glob("report/report.*"):
+            named = text.read_text().replace(str(Path("artifacts", final.name)), "model")
+            text.write_text(named.replace(str(Path("artifacts/exported")), "exported"))
         shutil.copyfile(project / "params.yaml", partial / "params.yaml")
         if read_json(layout.export, "export")["files"]:
             shutil.copytree(layout.exported, partial / "exported")

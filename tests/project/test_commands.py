@@ -23,7 +23,7 @@ def test_what_git_refuses_is_told_with_its_words(tmp_path):
 
 
 def test_what_dvc_refuses_is_told_with_its_words(tmp_path):
-    with pytest.raises(ProjectError, match=r"`dvc status` in .* failed: ERROR"):
+    with pytest.raises(ProjectError, match=r"`dvc status` in .* failed: this folder is no project of DVC"):
         dvc(tmp_path, "status")
 
 

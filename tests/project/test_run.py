@@ -66,6 +66,7 @@ def result(project: Path, recovered: bool, files: list) -> Layout:
     for folder in (layout.pruned, layout.recovered, layout.exported, project / "report"):
         folder.mkdir(parents=True)
         (folder / "what").write_text(folder.name)
+    (project / "report/report.md").write_text("artifacts/pruned artifacts/recovered artifacts/exported")
     layout.evaluation.write_text(json.dumps({"recovered": {"tokens": 1} if recovered else None}))
     layout.export.write_text(json.dumps({"files": files}))
     (project / "params.yaml").write_text("preset: fast\n")
@@ -77,5 +78,7 @@ def test_the_final_model_the_report_and_the_params_are_handed_out(tmp_path, reco
     result(tmp_path / "project", recovered, files)
     assert hand_out(tmp_path / "project", tmp_path / "out") == tmp_path / "out/model"
     assert (tmp_path / "out/model/what").read_text() == ("recovered" if recovered else "pruned")
+    report = (tmp_path / "out/report/report.md").read_text()
+    assert report == ("artifacts/pruned model exported" if recovered else "model artifacts/recovered exported")
     names = {"model", "report", "params.yaml"} | ({"exported"} if files else set())
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
