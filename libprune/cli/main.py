@@ -41,11 +41,11 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
 
 @app.command("params")
 def validate(params: stage.ParamsFile = stage.PARAMS) -> None:
-    """Validate the params file without running anything."""
-    from libprune.pipeline.params import load_params
+    """Find every mistake in the params that can be known before anything runs."""
+    from libprune.foresight.foresee import foresee
 
     with stage.user_errors():
-        load_params(params)
+        foresee(params)
     typer.echo(f"{params} is valid")
 
 

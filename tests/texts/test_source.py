@@ -17,15 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError
 from libprune.pipeline.sections import Tokenize
-from libprune.texts.source import (
-    PRESETS,
-    TextSource,
-    calibration_source,
-    chat_writer,
-    evaluation_source,
-    open_text,
-    require_other_text,
-)
+from libprune.texts.chosen import PRESETS, TextSource, calibration_source, evaluation_source, require_other_text
+from libprune.texts.source import chat_writer, open_text
 from tests.support.hub import REVISION, write_cached
 from tests.support.tiny import write_model
 

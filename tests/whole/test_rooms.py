@@ -18,7 +18,7 @@ FLOORS = [
     {"statistics", "scoring", "repair"},
     {"allocation", "results", "report"},
     {"recovery", "export"},
-    {"experiments", "masks"},
+    {"experiments", "masks", "foresight"},
     {"networks"},
     {"cli"},
 ]
