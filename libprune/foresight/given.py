@@ -1,7 +1,7 @@
 """What is given and lies here: models, texts, folders of tasks. Of texts the beginning is read, of models no weight."""
 
 import json
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ ROWS = 10_000
 """Rows of a text that are looked at for a column; where more follow, a column may still come."""
 WHOLE = 1 << 25
 """Bytes of a file that is only read as a whole, and is looked at."""
+_UNTOLD = (None, type(None))
 _NOTHING = {"none", "null", "nil", "~"}
 
 
@@ -44,13 +45,19 @@ def given_faults(params: Params) -> Iterator[Fault]:
         yield from _fits(params, config)
     yield from _texts(params, None if config is None else _ending(config))
     if params.evaluate.task_folder is not None:
-        yield from refused(("evaluate", "task_folder"), _require_folder, params.evaluate.task_folder)
+        yield from _refused("evaluate.task_folder", _require_folder, params.evaluate.task_folder)
+
+
+def _refused(key: str, check: Callable[..., object], *args: object) -> Iterator[Fault]:
+    """The fault that a check raises, under the name of its key."""
+    for fault in refused(tuple(key.split(".")), check, *args):
+        yield Fault(f"{key}: {fault.text}", fault.place)
 
 
 def _require_folder(folder: str) -> None:
     path = resolve(folder)
     if path is None or not path.is_dir():
-        raise SourceError(f"evaluate.task_folder = {folder!r} is not a folder")
+        raise SourceError(f"{folder!r} is not a folder")
 
 
 def _nothing(params: Params) -> Iterator[Fault]:
@@ -243,27 +250,24 @@ def _text(where: tuple[str, str], source: TextSource, settings: Tokenize, hub_ke
                 (section, prefix + name),
             )
     column = f"{prefix}column" if getattr(settings, f"{prefix}column") else key
-    yield from refused((section, column), _require_columns, f"{section}.{column}", source, files)
+    yield from _refused(f"{section}.{column}", _require_columns, source, files)
 
 
-def _require_columns(key: str, source: TextSource, files: list[str]) -> None:
+def _require_columns(source: TextSource, files: list[str]) -> None:
     """Stop if a text has no rows, or certainly lacks a column, or holds no text in it."""
     if source.label == source.column:
         raise SourceError(
-            f"{key}: column {source.column!r} of text {source.name!r} holds the documents; name another "
-            "tokenize.label_column"
+            f"column {source.column!r} of text {source.name!r} holds the documents; name another tokenize.label_column"
         )
     wanted = [column for column in (source.column, source.label) if column is not None]
     columns, whole = _columns(files, wanted)
     if whole and not columns:
-        raise SourceError(f"{key}: text {source.name!r} holds no document")
+        raise SourceError(f"text {source.name!r} holds no document")
     for column in wanted:
         if whole and column not in columns:
-            raise SourceError(
-                f"{key}: text {source.name!r} has no column {column!r}; it has {', '.join(map(str, columns))}"
-            )
-    if (kind := columns.get(source.column)) not in (None, str, list, type(None)):
-        raise SourceError(f"{key}: column {source.column!r} of text {source.name!r} holds {kind.__name__}, not text")
+            raise SourceError(f"text {source.name!r} has no column {column!r}; it has {', '.join(map(str, columns))}")
+    if (kind := columns.get(source.column)) not in (*_UNTOLD, str, list):
+        raise SourceError(f"column {source.column!r} of text {source.name!r} holds {kind.__name__}, not text")
 
 
 def _columns(files: list[str], wanted: list[str]) -> tuple[dict[str, type | None], bool]:
@@ -281,8 +285,8 @@ def _columns(files: list[str], wanted: list[str]) -> tuple[dict[str, type | None
     rows = read_rows(files)
     for row in islice(rows, ROWS):
         for name, value in row.items():
-            if found.get(name) in (None, type(None)):
+            if found.get(name) in _UNTOLD:
                 found[name] = type(value)
-        if found.keys() >= set(wanted):
+        if all(found.get(name) not in _UNTOLD for name in wanted):
             return found, True
     return found, next(rows, None) is None

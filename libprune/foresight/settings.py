@@ -61,9 +61,9 @@ def _criteria(params: Params) -> Iterator[Fault]:
     if any(unreadable.values()):
         return
     weights = {part: parse_criteria(text, score.fusion, key) for part, (key, text) in asked.items()}
-    for part, own in weights.items():
-        yield from _switched_off(params, asked[part][0], list(own))
-        yield from refused(("score", asked[part][0]), require_scaling, {part: own}, score)
+    for key, own in {asked[part][0]: own for part, own in weights.items()}.items():
+        yield from _switched_off(params, key, list(own))
+        yield from refused(("score", key), require_scaling, {key: own}, score)
     yield from _allocation(params, foretold(weights, score))
 
 
