@@ -73,6 +73,23 @@ def test_a_copy_of_the_project_finds_what_git_does_not_track_in_the_project(tmp_
     assert resolve("t.txt").read_text() == "y"
 
 
+def test_a_copy_takes_a_folder_of_the_project_of_which_git_tracks_a_part(tmp_path, monkeypatch):
+    project, copy = tmp_path / "project", tmp_path / "project" / ".dvc" / "tmp" / "copy"
+    for folder in (project / "sub" / "model", copy / "sub" / "model", copy / ".dvc"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(copy / "sub")
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    for folder in (project, copy):
+        (folder / "sub" / "model" / "config.json").write_text("{}")
+    assert resolve("model") == Path("model"), "what git tracks is that of the copy"
+    (project / "sub" / "model" / "weights").write_text("untracked")
+    assert resolve("model") == project / "sub" / "model"
+    (copy / "sub" / "model" / "weights").write_text("x")
+    assert resolve("model") == Path("model")
+    monkeypatch.chdir(project / "sub")
+    assert resolve("./model") == Path("model")
+
+
 @pytest.mark.parametrize("address", ["https://me:secret@host/t.txt", "https://host/a/t.txt?api_key=secret&b=1"])
 def test_what_is_secret_in_an_address_is_not_told(address):
     with pytest.raises(SourceError) as caught:
