@@ -20,6 +20,7 @@ def main() -> None:
 @app.command()
 def show(artifacts: stage.Root = stage.ROOT) -> None:
     """Print the headline table, where the final model lies, and how to load it."""
+    from libprune.cli.current import require_current
     from libprune.pipeline.artifacts import damage, read_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.terminal import text_table
@@ -28,6 +29,7 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
 
     layout = Layout(artifacts)
     with stage.user_errors():
+        require_current(layout)
         result = read_json(layout.evaluation, "evaluate")
         with damage(layout.evaluation, "evaluate"):
             table = text_table(headline_rows(result), HEADER)
