@@ -119,7 +119,8 @@ def _read_model(model: str, trusted: bool) -> Config | None:
 
 def _ending(config: Config) -> str:
     """The name of the class that the model was saved from."""
-    return str(next(iter(config.get("architectures") or ()), ""))
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 def _fits(params: Params, config: Config) -> Iterator[Fault]:

@@ -113,8 +113,8 @@ def _meant(model: type[BaseModel], place: Place, error: Mapping[str, Any]) -> li
 
 
 def name_of(place: Place) -> str:
-    """A place as it is written in texts, such as `recover.text[0].share`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    """A place as it is written in texts, such as `recover.text[0].share`; of a long key the beginning."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part[:60]}" for part in place).removeprefix(".")
 
 
 def _told(model: type[BaseModel], place: Place, tried: Sequence[Mapping[str, Any]]) -> list[Fault]:
@@ -215,6 +215,8 @@ def written(value: Any) -> str:
     return plain if float(plain) == value else re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))
 
 
+_LONGEST = 40
+"""Characters of a text that may stand for a number."""
 _LETTERS = {"k": 10**3, "m": 10**6, "g": 10**9}
 
 
@@ -236,7 +238,7 @@ def _readings(value: Any, share: bool) -> Iterator[tuple[Any, str]]:
             yield bool(value), ""
     elif isinstance(value, str):
         text = value.strip()
-        quoted = isinstance(_read(text), int | float)
+        quoted = len(text) <= _LONGEST and isinstance(_read(text), int | float)
         for number in numbers_in(text):
             yield number, " without quotes" if quoted else ""
         if quoted and isinstance(_read(text), bool):
@@ -251,12 +253,14 @@ def _read(text: str) -> Any:
     """A text as YAML would read it without quotes; None if it would not."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # of a date that there is not
         return None
 
 
 def numbers_in(text: str) -> Iterator[int | float]:
     """The numbers that a text may stand for as people write them: `1e-3`, `30 %`, `0,3`, `1,000`, `40k`, `1/3`."""
+    if len(text) > _LONGEST:
+        return
     compact = re.sub(r"(?<=\d)[\s_'’](?=\d{3})", "", text)
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", compact):
         yield int(compact.replace(",", ""))

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from libprune.engine.errors import SourceError
+from libprune.engine.errors import SourceError, cause
 from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.terminal import masked
 
@@ -27,12 +27,15 @@ def resolve(source: str) -> Path | None:
     """
     if source.startswith(_PACKAGE):
         return _package_file(source)
-    given = Path(source).expanduser()
-    original = _in_project(given)
-    if original is not None and original.exists() and not _as_much(given, original):
-        return original
-    if given.exists():
-        return given
+    try:
+        given = Path(source).expanduser()
+        original = _in_project(given)
+        if original is not None and original.exists() and not _as_much(given, original):
+            return original
+        if given.exists():
+            return given
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home folder that there is not
+        raise SourceError(f"{masked(source[:200])} cannot be looked for: {cause(error)}") from error
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or given.suffix in _FILES:
         raise SourceError(f"{masked(source)} does not exist (seen from {Path.cwd()})")
     return None

@@ -46,6 +46,12 @@ def test_a_local_path_is_taken_as_it_is_and_must_exist(tmp_path, monkeypatch):
             resolve(missing)
 
 
+@pytest.mark.parametrize("source", ["~no_such_user/model", "a" * 5000, "./" + "a" * 300])
+def test_a_path_that_no_system_takes_is_refused(source):
+    with pytest.raises(SourceError, match=r"cannot be looked for: "):
+        resolve(source)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-3.1-8B", "wikitext"])
 def test_a_hub_id_is_left_to_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
