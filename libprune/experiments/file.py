@@ -10,11 +10,11 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from libprune.engine.errors import LibpruneError, ParamsError, nearest
+from libprune.engine.errors import ParamsError, nearest
 from libprune.engine.yaml_file import read_yaml
+from libprune.foresight.settings import setting_faults
 from libprune.pipeline.params import Params, validate_params
 from libprune.pipeline.sections import Floor, Section
-from libprune.scoring.expression import named_criteria
 
 Data = Mapping[str, Any]
 """The content of a params file: sections of keys, and `preset`."""
@@ -214,10 +214,8 @@ def read_setting(name: str, changes: Mapping[str, Any], data: Data, seed: int, p
         if key not in known:
             raise ParamsError(f"{where}: unknown param {key!r}{nearest(key, known)}")
     valid = validate_params(with_changes(data, {**changes, SEED: seed}), where)
-    try:
-        named_criteria(valid.score)
-    except LibpruneError as error:
-        raise ParamsError(f"{where}: {error}") from error
+    if faults := tuple(dict.fromkeys(f"{where}: {fault.text}" for fault in setting_faults(valid))):
+        raise ParamsError("; ".join(faults), faults)
     return Setting(name, changes, valid)
 
 

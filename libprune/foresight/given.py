@@ -199,10 +199,12 @@ def _texts(params: Params, kind: str | None) -> Iterator[Fault]:
     used: dict[tuple[str, ...], list[Fault]] = {}
     if settings.text != SELF:
         source = calibration_source(settings, label)
-        used["tokenize", "text"] = list(_text(("tokenize", ""), source, settings, ("config", "revision", "split")))
+        keys = ["config", "revision", "split"]
+        keys += ["evaluation_config", "evaluation_split"] if settings.evaluation_text is None else []
+        used["tokenize", "text"] = list(_text(("tokenize", ""), source, settings, keys))
     if settings.evaluation_text not in (None, SELF) and (other := evaluation_source(settings, label)) is not None:
-        keys = ("config", "split")
-        used["tokenize", "evaluation_text"] = list(_text(("tokenize", "evaluation_"), other, settings, keys))
+        place = ("tokenize", "evaluation_")
+        used["tokenize", "evaluation_text"] = list(_text(place, other, settings, ["config", "split"]))
         if not any(used.values()) and settings.text != SELF:
             yield from refused(("tokenize", "evaluation_text"), require_other_text, source, other)
     yield from (fault for faults in used.values() for fault in faults)

@@ -42,7 +42,7 @@ def resolve(source: str) -> Path | None:
 
 
 def _in_project(given: Path) -> Path | None:
-    """The same path in the project of which DVC runs a copy here; None if this is the project itself."""
+    """A path in the project of which DVC runs a copy here; None if this is the project itself."""
     told, here = os.environ.get(_PROJECT), Path.cwd()
     if not told or given.is_absolute():
         return None

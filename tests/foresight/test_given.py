@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from libprune.foresight import given as foresight
 from libprune.foresight.given import given_faults
@@ -180,6 +182,8 @@ def test_conversations_are_text(told, tmp_path):
 def test_keys_of_the_hub_are_found_on_a_text_that_lies_here(told):
     found = told(tokenize={"split": "train", "config": "en"})
     assert [fault.partition(" ")[0] for fault in found] == ["tokenize.config", "tokenize.split"]
+    (fault,) = told(tokenize={"evaluation_split": "test"})
+    assert fault.startswith("tokenize.evaluation_split is for data sets of the hub")
     assert told(tokenize={"evaluation_split": "test", "evaluation_text": "owner/text"}) == []
 
 
@@ -195,3 +199,22 @@ def test_labels_are_looked_for_where_the_model_tells_classes_apart(told, tmp_pat
     (fault,) = told(**asked)
     assert "has no column 'label'; it has text, stars" in fault
     assert told(**asked | {"tokenize": {"text": "rows.csv", "label_column": "stars"}}) == []
+
+
+JSON = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just([1]) | st.just({"a": 1})
+KEYS = ("model_type", "architectures", "quantization_config", "auto_map", "num_hidden_layers", "n_positions", "n_layer")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(KEYS), JSON), st.sampled_from(["llama", "gpt2", "bert", None]))
+def test_a_config_of_any_content_is_told_or_let_alone(told, tmp_path, config, kind):
+    known = {} if kind is None else {"model_type": kind, "architectures": ["AForSequenceClassification"]}
+    told(prepare={"model": write_config(tmp_path / "m", **known | config)}, export={"formats": ["gguf"]})
+
+
+def test_a_config_that_is_no_json_is_told(told, tmp_path):
+    folder = Path(write_config(tmp_path / "m"))
+    for content in (b"[1]", b"{", b"\xff", b"3"):
+        (folder / "config.json").write_bytes(content)
+        (fault,) = told(prepare={"model": str(folder)})
+        assert fault.startswith("prepare.model: ") and "config.json cannot be read" in fault

@@ -18,7 +18,8 @@ FLOORS = [
     {"statistics", "scoring", "repair"},
     {"allocation", "results", "report"},
     {"recovery", "export"},
-    {"experiments", "masks", "foresight"},
+    {"foresight"},
+    {"experiments", "masks"},
     {"networks"},
     {"cli"},
 ]
