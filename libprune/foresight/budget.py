@@ -1,4 +1,4 @@
-"""Whether the share can be removed, by the description of a model that lies here; no weight is read."""
+"""What the description of a model that lies here forbids: the share, and biases that its config cannot say."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,16 +20,19 @@ a layer are channels, of which all but one may go."""
 
 
 def budget_faults(params: Params) -> Iterator[Fault]:
-    """The fault of a share that cannot be removed from this model; none of the hub's, of which nothing is known.
+    """The faults of a share that cannot be removed from this model, and of a repair that it cannot hold.
 
-    The model is described only where the settings ask for what some model cannot give, since that takes seconds.
+    The model is described only where the settings ask for what some model cannot give, since that takes seconds. Of a
+    model of the hub nothing is known.
     """
-    allocate = params.allocate
-    if allocate.ratio is None or allocate.objective == "latency" or not _strained(allocate):
+    allocate, biases = params.allocate, params.slice.repair == "bias"
+    counted = allocate.ratio is not None and allocate.objective != "latency" and _strained(allocate)
+    if not counted and not biases:
         return
     if resolve(params.prepare.model) is None:
         return
     from libprune.engine.describe import describe, without_weights
+    from libprune.engine.stock_config import bias_key
     from libprune.models.source import load_dense_config
 
     try:
@@ -39,20 +42,36 @@ def budget_faults(params: Params) -> Iterator[Fault]:
     except LibpruneError as error:
         yield Fault(f"prepare.model: {error}", ("prepare", "model"))
         return
+    names = {parameter.name for parameter in architecture.parameters}
+    if biases and not any(
+        bias_key(architecture.family, config, part)
+        or all(consumer.bias in names for consumer in architecture.consumers(0, part))
+        for part in architecture.parts
+    ):
+        yield Fault(
+            "slice.repair: bias needs a bias on the maps that read what is removed, and the config of this "
+            f"{config.model_type} model cannot say one; choose slice.repair: local or sequential",
+            ("slice", "repair"),
+        )
     try:
-        removable(architecture, allocate)
+        if counted:
+            removable(architecture, allocate)
     except LibpruneError as error:
         told = str(error).replace("global removes", f"{allocate.method} removes")  # which is no more
         yield Fault(told, ("allocate", "ratio" if isinstance(error, BudgetError) else "method"))
 
 
 def _strained(allocate: Allocate) -> bool:
-    """Whether there may be a model of which this cannot be removed."""
-    return (allocate.ratio or 0) > SAFE or any(getattr(allocate, key) != value for key, value in _USUAL.items())
+    """Whether there may be a model of which this cannot be removed; its layers are taken to be at least twice as much
+    as those that are frozen and as what lies outside of them.
+    """
+    frozen = allocate.freeze_first + allocate.freeze_last
+    demand = (allocate.ratio or 0) * (2 if allocate.ratio_of == "total" else 1) * (2 if frozen else 1)
+    return demand > SAFE or frozen > 2 or any(getattr(allocate, key) != value for key, value in _USUAL.items())
 
 
-_LIMITS = ("min_groups", "min_channels", "channel_multiple", "freeze_first", "freeze_last", "allow_layer_removal")
-_USUAL = {key: getattr(Allocate(), key) for key in (*_LIMITS, "objective", "ratio_of", "collapse_below")}
+_LIMITS = ("objective", "min_groups", "min_channels", "channel_multiple", "collapse_below")
+_USUAL = {key: getattr(Allocate(), key) for key in _LIMITS}
 
 
 def removable(architecture: Architecture, params: Allocate) -> Plan:

@@ -11,6 +11,7 @@ from libprune.foresight.budget import SAFE, budget_faults, removable
 from libprune.pipeline.methods import METHODS
 from libprune.pipeline.params import validate_params
 from libprune.pipeline.sections import Allocate
+from tests.support.models import FAMILIES
 from tests.support.params import untrained
 from tests.support.shapes import Shape
 from tests.support.tiny import write_model
@@ -73,9 +74,9 @@ def test_what_is_not_looked_at_can_be_removed(kv):
     removable(shape.architecture(), Allocate(ratio=SAFE))
 
 
-def told(model: str, **allocation: object) -> list[str]:
+def told(model: str, repair: str = "none", **allocation: object) -> list[str]:
     data = untrained()
-    data["prepare"]["model"] = model
+    data["prepare"]["model"], data["slice"]["repair"] = model, repair
     data["allocate"] |= {"method": "uniform"} | allocation
     return [fault.text for fault in budget_faults(validate_params(data, ""))]
 
@@ -87,5 +88,10 @@ def test_a_model_that_lies_here_is_described_where_the_share_is_much(tmp_path):
     (fault,) = told(model, ratio=0.45, min_channels=40, method="search")
     assert "search removes at most 0." in fault
     assert told(model, ratio=0.6) == []
+    assert told(model, "bias") == [], "the config of a Llama can say biases"
+    other = FAMILIES["phi3"](0)
+    other.save_pretrained(tmp_path / "other")
+    (fault,) = told(str(tmp_path / "other"), "bias")
+    assert "slice.repair: bias needs a bias on the maps" in fault
     assert told("owner/model", ratio=0.9) == []
     assert told(model, ratio=0.9, objective="latency") == []
