@@ -141,7 +141,8 @@ def _fits(params: Params, config: Config) -> Iterator[Fault]:
             f"{'' if writes else f' that is a {name}'}; take it out",
             ("export", "formats"),
         )
-    if isinstance(params.recover.text, tuple) and name.endswith("ForSequenceClassification"):
+    listed = params.recover.method != "none" and isinstance(params.recover.text, tuple)
+    if listed and name.endswith("ForSequenceClassification"):
         yield Fault(
             "recover.text lists several texts, but a model that tells classes apart takes one; name one",
             ("recover", "text"),
@@ -170,18 +171,19 @@ def _positions(params: Params, family: Family, config: Config) -> Iterator[Fault
         return
     lengths = {f"tokenize.{key}": getattr(params.tokenize, key) for key in ("calibration_length", "evaluation_length")}
     if family.cache is not None:
-        timed = params.evaluate.prompt_tokens + params.evaluate.decode_tokens
+        text = params.tokenize.evaluation_windows * params.tokenize.evaluation_length
+        timed = min(params.evaluate.prompt_tokens, text) + params.evaluate.decode_tokens
         lengths["evaluate.prompt_tokens + evaluate.decode_tokens"] = timed
     if params.recover.method != "none":
         lengths["recover.length"] = params.recover.length
     if params.allocate.objective == "latency":
         lengths["latency.tokens"] = params.latency.tokens
     for what, length in lengths.items():
-        if length > limits[0]:
+        if length > (limit := max(limits)):
             section, _, key = what.split(" ")[0].partition(".")
             yield Fault(
-                f"{what} = {length}, but this {config['model_type']} model has learned positions for {limits[0]} "
-                f"tokens; lower it to {limits[0]} or less",
+                f"{what} = {length}, but this {config['model_type']} model has learned positions for {limit} "
+                f"tokens; lower it to {limit} or less",
                 (section, key),
             )
 
