@@ -198,18 +198,18 @@ def _texts(params: Params, kind: str | None) -> Iterator[Fault]:
     label = None
     if kind is not None and kind.endswith("ForSequenceClassification"):
         label = settings.label_column or "label"
-    used: dict[tuple[str, ...], list[Fault]] = {}
+    faults: list[Fault] = []
+    source = other = None
     if settings.text != SELF:
         source = calibration_source(settings, label)
         keys = ["config", "revision", "split"]
         keys += ["evaluation_config", "evaluation_split"] if settings.evaluation_text is None else []
-        used["tokenize", "text"] = list(_text(("tokenize", ""), source, settings, keys))
+        faults += _text(("tokenize", ""), source, settings, keys)
     if settings.evaluation_text not in (None, SELF) and (other := evaluation_source(settings, label)) is not None:
-        place = ("tokenize", "evaluation_")
-        used["tokenize", "evaluation_text"] = list(_text(place, other, settings, ["config", "split"]))
-        if not any(used.values()) and settings.text != SELF:
-            yield from refused(("tokenize", "evaluation_text"), require_other_text, source, other)
-    yield from (fault for faults in used.values() for fault in faults)
+        faults += _text(("tokenize", "evaluation_"), other, settings, ["config", "split"])
+    if source is not None and other is not None and not faults:
+        faults += refused(("tokenize", "evaluation_text"), require_other_text, source, other)
+    yield from faults
     if params.recover.method != "none":
         yield from _training(params.recover, settings, label)
 
