@@ -35,12 +35,14 @@ app.command()(projects.update)
 @app.command()
 def show(artifacts: stage.Root = stage.ROOT) -> None:
     """Print the headline table, where the final model lies, and how to load it."""
+    from libprune.cli.current import require_current
     from libprune.pipeline.artifacts import damage, read_json
     from libprune.pipeline.layout import Layout
     from libprune.report.programs import closing
 
     layout = Layout(artifacts)
     with stage.user_errors():
+        require_current(layout)
         result = read_json(layout.evaluation, "evaluate")
         with damage(layout.evaluation, "evaluate"):
             lines = closing(result, layout, Path("report"))
@@ -49,11 +51,11 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
 
 @app.command("params")
 def validate(params: stage.ParamsFile = stage.PARAMS) -> None:
-    """Validate the params file without running anything."""
-    from libprune.pipeline.params import load_params
+    """Find every mistake in the params that can be known before anything runs."""
+    from libprune.foresight.foresee import foresee
 
     with stage.user_errors():
-        load_params(params)
+        foresee(params)
     typer.echo(f"{params} is valid")
 
 

@@ -25,7 +25,15 @@ class NotExpressibleError(LibpruneError):
 
 
 class ParamsError(LibpruneError):
-    """params.yaml holds an unknown key or a value out of range."""
+    """params.yaml holds an unknown key, a value out of range, or what cannot be carried out.
+
+    Attributes:
+        faults: every fault in a sentence of its own, if there are several.
+    """
+
+    def __init__(self, message: str, faults: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.faults = faults or (message,)
 
 
 class ArtifactError(LibpruneError):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, ParamsError, SourceError, missing_key, naming
 from libprune.engine.heads import head_of
+from libprune.models.given import require_content
 from libprune.pipeline.artifacts import read_json
 from libprune.pipeline.atomic import writing_folder
 
@@ -72,22 +73,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-_POINTER = b"version https://git-lfs"
-
-
-def require_content(path: Path) -> None:
-    """Stop where a file is only the pointer to its content that Git LFS leaves in a clone without its files.
-
-    Raises:
-        SourceError: naming the file, and the command that fetches its content.
-    """
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise SourceError(
-                f"{path} is not the file but its Git LFS pointer; run `git lfs pull` in its repository, or download it"
-            )
 
 
 def fingerprint(folder: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from libprune.allocation.decide import require_comparable
+from libprune.allocation.block_worth import require_comparable
 from libprune.allocation.of_modules import allocate_network
 from libprune.collection.calibration import HELD_OUT_EVERY, Run
 from libprune.engine.describe_module import describe_module

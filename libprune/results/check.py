@@ -185,7 +185,7 @@ def _model(record: Record, trust_remote_code: bool, dense: Path | None) -> Itera
     """Run the model, if its code may run, and check what it computes."""
     if record.remote and not trust_remote_code:
         code = f"the code in {record.folder / MODELING_FILE} must run; read it, then pass --trust-remote-code"
-        yield Finding("fault", "loads", f"not tried: its layers differ in width, so that {code}")
+        yield Finding("note", "loads", f"not tried: its layers differ in width, so that {code}")
         return
     vocab, seed = record.architecture.sizes["vocab"], torch.Generator().manual_seed(0)
     ids = torch.randint(vocab, (_SEQUENCES, _LENGTH), generator=seed)

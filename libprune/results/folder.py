@@ -23,7 +23,7 @@ from libprune.engine.family import Family, Part, families
 from libprune.engine.heads import HEADS, Head
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import new_config
-from libprune.models.dialect import OWN_TYPE, STOP, tokenizer_settings, version_4
+from libprune.models.dialect import OPEN, OWN_TYPE, STOP, only_with_code, tokenizer_settings, version_4
 from libprune.models.folder import load_config
 
 MODELING_FILE = "modeling_pruned.py"
@@ -109,7 +109,8 @@ def pruned_config(
     head = HEADS[architecture.head]
     stock = _stock_classes(family, config, head)
     classes = {"AutoConfig": "config_class", "AutoModel": "base_class", head.auto_class: "model_class"}
-    data |= STOP | {"model_type": OWN_TYPE + data["model_type"], "architectures": [f"Pruned{stock['model_class']}"]}
+    data |= STOP | only_with_code(config)
+    data |= {"model_type": OWN_TYPE + data["model_type"], "architectures": [f"Pruned{stock['model_class']}"]}
     data["num_hidden_layers"] = len(plan.layers)  # by this name, where the tokenizer's loader knows no family
     data["auto_map"] = {auto: f"{Path(MODELING_FILE).stem}.Pruned{stock[name]}" for auto, name in classes.items()}
     data["per_layer_config"] = {
@@ -171,6 +172,7 @@ def _modeling_code(family: Family, config: PreTrainedConfig, head: Head) -> str:
         **_stock_classes(family, config, head),
         auto_class=head.auto_class,
         own_type=OWN_TYPE + config.model_type,
+        open=repr(OPEN),
         layers=family.layers.partition(".")[2],
         parts=repr(parts),
         built_with=repr({key: getattr(config, key) for key in _unsaid_keys(family)}),

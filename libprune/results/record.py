@@ -19,7 +19,7 @@ from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
-from libprune.models.dialect import OWN_TYPE, STOP
+from libprune.models.dialect import OPEN, OWN_TYPE, STOP
 from libprune.models.folder import sha256
 from libprune.models.origin import CARD
 from libprune.pipeline.artifacts import read_json, read_table, require, same_origin
@@ -104,7 +104,9 @@ class Record:
     @cached_property
     def stock_config(self) -> PreTrainedConfig:
         """The config without what only the folder's own code reads."""
-        data = {key: value for key, value in copy.deepcopy(self.config).items() if key not in _OWN_CODE}
+        data = {
+            key: value for key, value in copy.deepcopy(self.config).items() if key not in _OWN_CODE and value != OPEN
+        }
         data["model_type"] = str(data.get("model_type")).removeprefix(OWN_TYPE)
         family_of(data["model_type"])
         return CONFIG_MAPPING[data["model_type"]].from_dict(data)
