@@ -118,7 +118,7 @@ def params_for(model: str, revision: str | None, trust_remote_code: bool, file: 
     source = {"model": model, "revision": revision, "trust_remote_code": trust_remote_code}
     usual = Path("params.yaml")
     if file is None and not usual.exists():
-        return Params.model_validate({"prepare": source, "tokenize": {"text": ""}})
+        return Params.model_validate({"prepare": source, "tokenize": {"text": "self"}})
     params = load_params(file or usual)
     return params.model_copy(update={"prepare": params.prepare.model_copy(update=source)})
 

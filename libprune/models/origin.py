@@ -9,9 +9,9 @@ from gguf import GGUFReader
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from libprune.models.source import resolve
 from libprune.pipeline.artifacts import read_json
 from libprune.pipeline.sections import Prepare
+from libprune.pipeline.sources import resolve
 
 CARD = "README.md"
 """The model card of a model folder."""

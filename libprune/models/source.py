@@ -1,49 +1,19 @@
-"""Loading the dense model from a package, a file, a folder or the hub, and finding the sources of models and texts."""
+"""Loading the dense model from a package, a file, a folder or the hub."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError, first_line
 from libprune.engine.heads import CAUSAL_LM, head_of
+from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Prepare
-
-_PACKAGE = "package://"
-_FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet"}
-
-
-def resolve(source: str) -> Path | None:
-    """The local path of a source, or None for a hub id.
-
-    `package://NAME/path` is a file inside an installed package, found without importing it.
-
-    Raises:
-        SourceError: if the package or the path does not exist.
-    """
-    if source.startswith(_PACKAGE):
-        return _package_file(source)
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if source.count("/") > 1 or source.startswith((".", "/", "~")) or path.suffix in _FILES:
-        raise SourceError(f"{source} does not exist (seen from {Path.cwd()})")
-    return None
-
-
-def _package_file(source: str) -> Path:
-    name, _, inside = source.removeprefix(_PACKAGE).partition("/")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise SourceError(f"{source}: no installed package is named {name!r}; install it with pip")
-    path = Path(spec.submodule_search_locations[0]) / inside
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*") if p.is_file())[:5] if path.parent.is_dir() else []
-        raise SourceError(f"{source}: package {name!r} has no such file; in that folder: {', '.join(beside) or 'none'}")
-    return path
+from libprune.pipeline.sources import resolve
+from libprune.pipeline.terminal import masked
 
 
 def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -65,10 +35,13 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         model, loading = head.loader.from_pretrained(name, dtype=dtype, output_loading_info=True, **where)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
+        raise SourceError(
+            f"prepare.model = {masked(params.model)!r} cannot be loaded: {masked(first_line(error))}"
+        ) from error
     _require_weights(params, model, sorted(loading["missing_keys"]))
     if "gguf_file" in where:
         _forget_quantization(model)
+        follow_gguf(tokenizer, Path(name) / where["gguf_file"])
     return model.eval(), tokenizer
 
 
@@ -86,9 +59,10 @@ def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:
     """The name or path of the model for `from_pretrained`, and the other arguments that it needs."""
     path = resolve(params.model)
     where: dict[str, Any] = {"revision": params.revision, "trust_remote_code": params.trust_remote_code}
-    if path is None or path.is_dir():
-        return path or params.model, where
-    return path.parent, where | {"gguf_file": path.name}
+    if path is None:
+        return params.model, where
+    where |= {"local_files_only": True}
+    return (path, where) if path.is_dir() else (path.parent, where | {"gguf_file": path.name})
 
 
 def load_dense_config(params: Prepare) -> PreTrainedConfig:
@@ -102,7 +76,9 @@ def load_dense_config(params: Prepare) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
     except Exception as error:  # the config classes raise types of their own
-        raise SourceError(f"prepare.model = {params.model!r} cannot be loaded: {first_line(error)}") from error
+        raise SourceError(
+            f"prepare.model = {masked(params.model)!r} cannot be loaded: {masked(first_line(error))}"
+        ) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -119,6 +95,28 @@ def dense_dtype(params: Prepare, config: PreTrainedConfig) -> torch.dtype:
         asked: torch.dtype = getattr(torch, params.dtype)
         return asked
     return torch.float32 if "gguf_file" in _place(params)[1] else config.dtype or torch.float32
+
+
+def follow_gguf(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Let a tokenizer put around a text what the metadata of its GGUF file say, which transformers does not read.
+
+    Where they say nothing, llama.cpp puts the first token before a text if the tokenizer is one of SentencePiece.
+    """
+    fields = GGUFReader(path).fields
+
+    def said(key: str, usual: bool) -> bool:
+        field = fields.get(f"tokenizer.ggml.{key}")
+        return usual if field is None else bool(field.contents())
+
+    kind = fields.get("tokenizer.ggml.model")
+    begins = said("add_bos_token", kind is not None and kind.contents() == "llama")
+    for name, token, asked in (
+        ("add_bos_token", tokenizer.bos_token_id, begins),
+        ("add_eos_token", tokenizer.eos_token_id, said("add_eos_token", False)),
+    ):
+        frame = frame_of(tokenizer)
+        if asked != (token in (frame.before if name == "add_bos_token" else frame.after)):
+            setattr(tokenizer, name, asked)
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

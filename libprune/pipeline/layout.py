@@ -23,6 +23,8 @@ class Layout:
 
     root: Path = Path("artifacts")
 
+    sources = Place("sources")
+    """Links to the local files and folders that models and texts are read from."""
     model = Place("model")
     """The dense model, a Hugging Face folder."""
     architecture = Place("architecture.json")

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from libprune.pipeline.terminal import masked
+
 Count = Annotated[int, Field(ge=1)]
 Floor = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -21,6 +23,22 @@ def _threshold(value: float | str) -> float | str:
     return value
 
 
+MOST_TEXTS = 8
+"""The most texts that `recover.text` lists; dvc.yaml has a link for each."""
+
+
+def _source(value: str) -> str:
+    if not value.strip():
+        raise ValueError("names no source; null is none, and the folder that libprune runs in is ./")
+    scheme, found, _ = value.partition("://")
+    if found and scheme != "package":
+        raise ValueError(f"{masked(value)} is an address; download it, and name the local file or folder")
+    return value
+
+
+Source = Annotated[str, AfterValidator(_source)]
+
+
 Threshold = Annotated[float | str, AfterValidator(_threshold)]
 
 
@@ -33,7 +51,7 @@ class Section(BaseModel):
 class Prepare(Section):
     """The source of the dense model."""
 
-    model: str
+    model: Source
     """`package://NAME/path/file.gguf`, a local folder, a local GGUF file, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit, for a hub id."""
@@ -48,9 +66,9 @@ class Prepare(Section):
 class Tokenize(Section):
     """The texts that statistics are collected on, and those that the models are evaluated on."""
 
-    text: str
-    """`package://NAME/path`, a local file or folder (txt, jsonl, csv, parquet), a hub data set id, one of its presets
-    `wikitext2`, `ptb`, `c4`, `fineweb-edu`, or `self`: sampled from the dense model."""
+    text: Source
+    """`package://NAME/path`, a local file or folder (txt, json, jsonl, csv, tsv, parquet), a hub data set id, one of
+    the presets `wikitext2`, `ptb`, `c4`, `fineweb-edu`, or `self`: sampled from the dense model."""
     config: str | None = None
     """Configuration of a hub data set; null: the preset's, or the only one."""
     revision: str | None = None
@@ -63,7 +81,7 @@ class Tokenize(Section):
     """Read only as many documents as the windows need; null: only of `c4` and `fineweb-edu`."""
     documents: Literal["joined", "apart"] = "joined"
     """`joined`: by an empty line, windows cross their borders; `apart`: every window lies within one document."""
-    evaluation_text: str | None = None
+    evaluation_text: Source | None = None
     """Another text for evaluation, in the forms of `text`; null: the held-out split of `text`, or a share of it."""
     evaluation_config: str | None = None
     """Configuration of the evaluation text; null: the preset's, or that of `text` if it is the same data set."""
@@ -375,7 +393,7 @@ class Slice(Section):
 class Share(Section):
     """One of several texts that a model is trained on, and its share of the sequences."""
 
-    text: str
+    text: Source
     """A text in one of the forms of `tokenize.text`."""
     share: Annotated[float, Field(gt=0, le=1)]
     """Share of all sequences that are drawn from this text; the shares of all texts make 1."""
@@ -399,7 +417,8 @@ def _kind(value: Any) -> str | None:
 
 
 Texts = Annotated[
-    Annotated[str, Tag("name")] | Annotated[tuple[Share, ...], Field(strict=False), Tag("list")],
+    Annotated[Source, Tag("name")]
+    | Annotated[tuple[Share, ...], Field(strict=False, max_length=MOST_TEXTS), Tag("list")],
     Discriminator(
         _kind,
         custom_error_type="text",
@@ -414,7 +433,7 @@ class Recover(Section):
     method: Literal["none", "lora", "full"] = "none"
     """`none`: the pruned model stays as slice wrote it; `full`: all weights are trained; `lora`: small matrices beside
     the linear maps are trained, and added to the weights in the end; needs `pip install 'libprune[lora]'`."""
-    teacher: str | None = None
+    teacher: Source | None = None
     """Another model to learn from, in the forms of `prepare.model`; it must have the same vocabulary. null: the dense
     model. Where a model is pruned in several steps, the model that the first step began with."""
     text: Texts | None = None
@@ -502,7 +521,7 @@ class Evaluate(Section):
     """Tokens of each such beginning and of each continuation; at most half of an evaluation window."""
     tasks: tuple[str, ...] = Field(default=(), strict=False)
     """Zero-shot tasks of lm-evaluation-harness, such as `piqa`; needs `pip install 'libprune[tasks]'`."""
-    task_folder: str | None = None
+    task_folder: Source | None = None
     """Folder of YAML files of further tasks, such as tasks on local data."""
     task_limit: Count | None = None
     """Questions of each task, from the first; null: all."""

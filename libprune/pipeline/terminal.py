@@ -1,4 +1,6 @@
-"""Text for the terminal: tables, and numbers of bytes."""
+"""Text for the terminal: tables, numbers of bytes, and addresses without what is secret in them."""
+
+import re
 
 Rows = list[tuple[str, ...]]
 """Rows of a table; each cell is a text."""
@@ -18,3 +20,13 @@ def text_table(rows: Rows, header: tuple[str, ...]) -> str:
 def gigabytes(size: int) -> str:
     """A number of bytes as text, in GB or MB."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def masked(address: str) -> str:
+    """An address, or a text that holds one, without the name, password or token that it may carry."""
+    for secret in (
+        r"(?<=://)[^/\s@]*(?=@)",
+        r"(?<=[?&])[^=&\s]*(?:token|key|secret|password|signature)[^=&\s]*=[^&\s]*",
+    ):
+        address = re.sub(secret, "***", address, flags=re.IGNORECASE)
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_***", address)

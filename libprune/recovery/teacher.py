@@ -18,7 +18,7 @@ from libprune.models.folder import load_config, require_positions
 from libprune.models.memory import require_room
 from libprune.models.parallel import World, join_world
 from libprune.models.sequences import Sequences
-from libprune.models.tokens import read_tokens, write_tokens
+from libprune.models.tokens import read_tokens, require_known, write_tokens
 from libprune.pipeline.artifacts import read_architecture, require
 from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.layout import Layout
@@ -75,6 +75,7 @@ def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: 
     writer = SelfText(layout, architecture, tokenizer, compute.device, compute.dtype)
     text = draw_training(tokenize, params, tokenizer, config, architecture.head, writer.sample)
     require_unseen(text, judged, tokenizer)
+    require_known(text.sequences, architecture.sizes["vocab"], tokenizer)
     meta = {"model": architecture.fingerprint, "held_out": text.held_out, "text": text.names, "sources": text.sources}
     write_tokens(layout.recovery_tokens, text.sequences, meta)
     writer.forget()

@@ -13,10 +13,11 @@ from libprune.engine.describe import describe
 from libprune.engine.errors import ParamsError, SourceError
 from libprune.models.folder import fingerprint, load_model, sha256
 from libprune.models.parallel import World
-from libprune.models.source import load_dense, resolve
+from libprune.models.source import load_dense
 from libprune.pipeline.artifacts import require
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Prepare, Recover
+from libprune.pipeline.sources import resolve
 
 
 def load_teacher(

@@ -1,11 +1,12 @@
 """Zero-shot accuracy, by lm-evaluation-harness (an optional dependency)."""
 
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from libprune.engine.errors import LibpruneError, nearest
+from libprune.models.tokens import frame_of
+from libprune.pipeline.sources import resolve
 
 METRICS = ("acc", "acc_norm")
 
@@ -42,13 +43,15 @@ def zero_shot(
         raise LibpruneError(
             f"evaluate.tasks needs lm-evaluation-harness ({error}); install it with: pip install 'libprune[tasks]'"
         ) from error
-    if folder is not None and not Path(folder).is_dir():
+    path = None if folder is None else resolve(folder)
+    if folder is not None and (path is None or not path.is_dir()):
         raise LibpruneError(f"evaluate.task_folder = {folder!r} is not a folder")
-    manager = TaskManager(include_path=folder)
+    manager = TaskManager(include_path=None if path is None else str(path))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise LibpruneError(f"evaluate.tasks: no task {unknown[0]!r}{nearest(unknown[0], manager.all_tasks)}")
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    begins = bool(frame_of(tokenizer).before)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=begins)
     results = simple_evaluate(
         model=harness, tasks=list(tasks), num_fewshot=0, limit=limit, task_manager=manager, log_samples=False
     )

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from libprune.engine.errors import SourceError
 from libprune.engine.heads import HeadName
 from libprune.models.sequences import Sequences
-from libprune.models.tokens import Ids
+from libprune.models.tokens import Ids, frame_of
 from libprune.pipeline.sections import Tokenize
 from libprune.texts.source import (
     SELF,
@@ -48,11 +48,13 @@ class Drawn:
         sequences: the windows.
         provenance: how they were drawn.
         documents: the documents that they were cut from; empty if the model wrote them.
+        read: what was read, in words; empty if the model wrote them.
     """
 
     sequences: Sequences
     provenance: TextProvenance
     documents: list[str]
+    read: str = ""
 
     def sentence(self, what: str) -> str:
         """A line for the terminal that says what was drawn; `what` is `calibration` or `evaluation`."""
@@ -60,7 +62,7 @@ class Drawn:
         if how["mode"] == "labelled":
             return (
                 f"{what}: {number:,} labelled documents of up to {length:,} tokens ({self.sequences.tokens:,} tokens), "
-                f"{how['cut']:,} of them cut off, of {how['documents']:,}: {how['source']}, {how['part']}"
+                f"{how['cut']:,} of them cut off, of {how['documents']:,}: {how['source']}, {how['part']}; {self.read}"
             )
         drawn = f"{what}: {number:,} windows of {length:,} tokens"
         if how["mode"] == "sampled":
@@ -68,7 +70,7 @@ class Drawn:
         skipped = f", {how['skipped']:,} of them shorter than a window" if how["skipped"] else ""
         return (
             f"{drawn} ({number * length:,} tokens), of {how['available']:,} in {how['documents']:,} documents"
-            f"{skipped}: {how['source']}, {how['part']}"
+            f"{skipped}: {how['source']}, {how['part']}; {self.read}"
         )
 
 
@@ -81,8 +83,7 @@ def draw_texts(
         settings: the texts, and the number and length of windows.
         tokenizer: tokenizer of the dense model.
         sample: writes sequences, for the text `self`.
-        head: head of the dense model: `causal_lm`, or `masked_lm` for windows in the tokenizer's frame with masked
-            tokens.
+        head: head of the dense model: `causal_lm`, or `masked_lm` for windows with masked tokens.
 
     Raises:
         SourceError: if a text cannot be read, holds too little, or is in large part the other one.
@@ -182,7 +183,8 @@ class _Reader:
         number, count, name = len(available.ids), settings.calibration_sequences, text.source.name
         chosen = training_rows(number, count, held_out, settings.seed, name, available.shortage)
         how = self._provenance(text, available, chosen, part) | {"seed": settings.seed}
-        return Drawn(self._asked(available.ids[chosen], settings.seed), how, documents), available.ids
+        read = text.told(documents, available.tokens)
+        return Drawn(self._asked(available.ids[chosen], settings.seed), how, documents, read), available.ids
 
     def _training_documents(self, text: Text, held_out: int, whole: bool) -> tuple[list[str], str]:
         if whole or evaluation_source(self._settings) is not None:
@@ -240,20 +242,22 @@ class _Reader:
         return read
 
     def _cut(self, documents: list[str], length: int) -> Windows:
-        return cut_windows(documents, self._tokenizer, length, self._settings.documents, framed=self._masks)
+        return cut_windows(documents, self._tokenizer, length, self._settings.documents)
 
     def _calibration(self, text: Text, documents: list[str], part: str) -> Drawn:
         settings = self._settings
         available = self._cut(documents, settings.calibration_length)
         chosen = draw(available, settings.calibration_sequences, settings.seed, "calibration")
         how = self._provenance(text, available, chosen, part) | {"seed": settings.seed}
-        return Drawn(self._asked(available.ids[chosen], settings.seed), how, documents)
+        read = text.told(documents, available.tokens)
+        return Drawn(self._asked(available.ids[chosen], settings.seed), how, documents, read)
 
     def _evaluation(self, text: Text, documents: list[str], part: str) -> Drawn:
         available = self._cut(documents, self._settings.evaluation_length)
         chosen = spread(available, self._settings.evaluation_windows, "evaluation")
         how = self._provenance(text, available, chosen, part)
-        return Drawn(self._asked(available.ids[chosen], EVALUATION_SEED), how, documents)
+        read = text.told(documents, available.tokens)
+        return Drawn(self._asked(available.ids[chosen], EVALUATION_SEED), how, documents, read)
 
     def _asked(self, ids: Ids, seed: int) -> Sequences:
         return with_masks(ids, self._tokenizer, seed) if self._masks else Sequences(torch.from_numpy(ids))
@@ -267,6 +271,7 @@ class _Reader:
             "skipped": available.skipped,
             "available": len(available.ids),
             "windows": chosen.tolist(),
+            "frame": frame_of(self._tokenizer).record(self._tokenizer),
         }
 
 

@@ -10,10 +10,18 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError
 from libprune.models.sequences import Sequences
-from libprune.models.tokens import Ids
+from libprune.models.tokens import Ids, frame_of
 from libprune.pipeline.sections import Tokenize
 from libprune.texts.draw import Drawn, TextProvenance, require_disjoint, source_provenance
-from libprune.texts.source import SELF, TextSource, calibration_source, evaluation_source, open_text, require_other_text
+from libprune.texts.source import (
+    SELF,
+    Text,
+    TextSource,
+    calibration_source,
+    evaluation_source,
+    open_text,
+    require_other_text,
+)
 from libprune.texts.windows import at_random, evenly, training_rows
 
 Example = tuple[str, int]
@@ -74,6 +82,7 @@ class _Part:
     """Labelled documents of a text, and where they come from."""
 
     examples: Sequence[Example]
+    text: Text
     where: TextProvenance
 
 
@@ -81,7 +90,7 @@ def _read_whole(settings: Tokenize, config: PreTrainedConfig) -> _Part:
     """All documents of the calibration text."""
     source = calibration_source(settings, settings.label_column or "label")
     _require_labels(source, settings.text)
-    return _part(*_read(source, config), source, "all documents")
+    return _part(*_read(source, config), "all documents")
 
 
 def _read_both(settings: Tokenize, config: PreTrainedConfig) -> tuple[_Part, _Part]:
@@ -91,13 +100,13 @@ def _read_both(settings: Tokenize, config: PreTrainedConfig) -> tuple[_Part, _Pa
     _require_labels(source, settings.text, settings.evaluation_text)
     if other is not None:
         require_other_text(source, other)
-        return _read_whole(settings, config), _part(*_read(other, config), other, "all documents")
-    examples, revision = _read(source, config)
+        return _read_whole(settings, config), _part(*_read(other, config), "all documents")
+    examples, text = _read(source, config)
     rows = _evenly(len(examples), max(1, round(len(examples) * settings.evaluation_share)))
     held_out, rest = [examples[i] for i in rows], [examples[i] for i in np.delete(np.arange(len(examples)), rows)]
     return (
-        _part(rest, revision, source, f"{len(rest)} documents"),
-        _part(held_out, revision, source, f"{len(held_out)} documents at even distances"),
+        _part(rest, text, f"{len(rest)} documents"),
+        _part(held_out, text, f"{len(held_out)} documents at even distances"),
     )
 
 
@@ -107,14 +116,15 @@ def _require_labels(source: TextSource, *names: str | None) -> None:
         raise SourceError(f"the text {names[0]!r} {what}; a model that tells classes apart needs a labelled text")
 
 
-def _part(examples: Sequence[Example], revision: str | None, source: TextSource, part: str) -> _Part:
-    return _Part(examples, source_provenance(source, revision) | {"label_column": source.label, "part": part})
+def _part(examples: Sequence[Example], text: Text, part: str) -> _Part:
+    where = source_provenance(text.source, text.revision) | {"label_column": text.source.label, "part": part}
+    return _Part(examples, text, where)
 
 
-def _read(source: TextSource, config: PreTrainedConfig) -> tuple[list[Example], str | None]:
-    """Read the examples of a text, and the commit that it was read at."""
+def _read(source: TextSource, config: PreTrainedConfig) -> tuple[list[Example], Text]:
+    """Read the examples of a text."""
     text = open_text(source)
-    return [(document, _label(value, config, source)) for document, value in text.examples()], text.revision
+    return [(document, _label(value, config, source)) for document, value in text.examples()], text
 
 
 def _label(value: Any, config: PreTrainedConfig, source: TextSource) -> int:
@@ -161,6 +171,8 @@ def _drawn(part: _Part, chosen: Ids, length: int, tokenizer: PreTrainedTokenizer
         "cut": sum(len(row) == length for row in rows),
         "available": len(part.examples),
         "windows": chosen.tolist(),
+        "frame": frame_of(tokenizer).record(tokenizer),
     }
     sequences = Sequences(ids, targets, torch.tensor([len(row) for row in rows]))
-    return Drawn(sequences, how, [document for document, _ in part.examples])
+    documents = [document for document, _ in part.examples]
+    return Drawn(sequences, how, documents, part.text.told(documents, None))

@@ -28,7 +28,7 @@ from libprune.engine.errors import SourceError
 from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_model
-from libprune.models.tokens import Ids
+from libprune.models.tokens import Frame, Ids, frame_of
 from libprune.pipeline.artifacts import require
 from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.layout import Layout
@@ -59,7 +59,7 @@ class SelfText:
         self._work = layout.root.parent / ".work" / "self"
 
     def sample(self, count: int, length: int, seed: int | None) -> tuple[Ids, dict[str, Any]]:
-        """Write sequences of ordinary tokens, without the tokenizer's special tokens.
+        """Write sequences of ordinary tokens, in those that the tokenizer puts around a text.
 
         The same arguments give the same sequences on the same machine. Every batch is saved, so that a run that was
         stopped continues after its last batch.
@@ -73,16 +73,18 @@ class SelfText:
             Token ids ``[count, length]``, and their provenance.
 
         Raises:
-            SourceError: if the model does not generate text.
+            SourceError: if the model does not generate text, or `length` leaves no room for any.
         """
         if self._architecture.head != "causal_lm":
             raise SourceError(
                 "this model does not write text; name a text in tokenize.text or recover.text instead of self"
             )
+        frame = frame_of(self._tokenizer)
+        frame.room(length)
         step = min(count, self.at_once(length))
         label = "written text" if seed is not None else "evaluation text"
         how: dict[str, Any] = {"greedy": GREEDY, "temperature": TEMPERATURE, "top_k": TOP_K, "at_once": step}
-        how |= {"compute_dtype": str(self._dtype).removeprefix("torch.")}
+        how |= {"compute_dtype": str(self._dtype).removeprefix("torch."), "frame": frame.record(self._tokenizer)}
         which = {"model": self._architecture.fingerprint, "device": str(self._device), "length": length, "seed": seed}
         saved = self._work / hashlib.sha256(json.dumps(which | how).encode()).hexdigest()[:16]
         batches = []
@@ -93,7 +95,7 @@ class SelfText:
                 if path.exists():
                     bar.update(number * length)
                 else:
-                    _save(path, self._batch(number, length, _key(seed, first), bar))
+                    _save(path, self._batch(frame, number, length, _key(seed, first), bar))
                 batches.append(np.load(path))
         return np.concatenate(batches), how
 
@@ -106,16 +108,18 @@ class SelfText:
         size = cost.size(self._architecture, Plan.dense(self._architecture))
         return max(1, size.total // max(1, size.cache * length))
 
-    def _batch(self, count: int, length: int, key: int, bar: Any) -> Ids:
-        greedy = min(GREEDY, length - 1)
+    def _batch(self, frame: Frame, count: int, length: int, key: int, bar: Any) -> Ids:
+        width = frame.room(length)
+        greedy = min(GREEDY, width - 1)
         start = np.random.default_rng(key).choice(self._ordinary, size=(count, 1))
         with _seeded(key, self._device), torch.inference_mode():
-            ids = torch.from_numpy(start).to(self._device)
-            ids = self._go_on(ids, greedy, bar)
-            if length > 1 + greedy:
-                ids = self._go_on(ids, length - 1 - greedy, bar, do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
-        bar.update(count)
-        return ids.cpu().numpy()
+            ids = torch.from_numpy(Frame(frame.before, ()).around(start)).to(self._device)
+            if greedy:
+                ids = self._go_on(ids, greedy, bar)
+            if width > 1 + greedy:
+                ids = self._go_on(ids, width - 1 - greedy, bar, do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
+        bar.update(count * (length - width + 1))
+        return Frame((), frame.after).around(ids.cpu().numpy())
 
     def _go_on(self, ids: Int[Tensor, "batch start"], count: int, bar: Any, **how: Any) -> Int[Tensor, "batch end"]:
         how |= {"max_new_tokens": count, "suppress_tokens": self._others}

@@ -1,6 +1,6 @@
-"""Reading texts from presets and data sets of the hub, local files and installed packages.
+"""Reading texts from presets and data sets of the hub, local files and installed packages, whole or as a stream.
 
-All of them are read by `datasets.load_dataset`, whole or as a stream.
+Those of the hub are read by `datasets.load_dataset`, local files by `libprune.texts.local`.
 """
 
 import re
@@ -13,17 +13,21 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from libprune.engine.errors import LibpruneError, SourceError, first_line, nearest
-from libprune.models.source import resolve
+from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Tokenize
+from libprune.pipeline.sources import resolve
+from libprune.pipeline.terminal import masked
+from libprune.texts.local import Row, read_rows, text_files
 
 SELF = "self"
 """The text that the dense model writes itself; see `libprune.texts.self_text`."""
 SHUFFLE_BUFFER = 10_000
 """Documents of a stream among which the next one is drawn; some 20 MB of web text."""
 
+_SHOWN = 60
+"""Characters of a text that are told."""
 _FIXED_DATE = "{% macro strftime_now(format) %}26 July 2024{% endmacro %}"
 """Stands before a chat template, instead of the function that tells today's date."""
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,15 @@ class TextSource:
     streaming: bool
     label: str | None = None
 
+    @property
+    def path(self) -> Path | None:
+        """The local file or folder; None of the hub.
+
+        Raises:
+            SourceError: if a package or path does not exist.
+        """
+        return None if self.name in PRESETS else resolve(self.data_set)
+
 
 def calibration_source(settings: Tokenize, label: str | None = None) -> TextSource:
     """The source of the calibration text, with the given label column; keys of the params win over the preset's."""
@@ -106,7 +119,7 @@ def evaluation_source(settings: Tokenize, label: str | None = None) -> TextSourc
     name = settings.evaluation_text or settings.text
     preset = PRESETS.get(name, Preset(name))
     split = settings.evaluation_split or preset.held_out
-    if settings.evaluation_text is None and (split is None or resolve(preset.data_set) is not None):
+    if settings.evaluation_text is None and (split is None or calibration_source(settings).path is not None):
         return None
     if name == settings.text:
         source = calibration_source(settings, label)
@@ -128,7 +141,7 @@ def require_other_text(calibration: TextSource, evaluation: TextSource) -> None:
     Raises:
         SourceError: if both name one file, or overlapping splits of one data set.
     """
-    path, other = resolve(calibration.data_set), resolve(evaluation.data_set)
+    path, other = calibration.path, evaluation.path
     if path and other:
         same = path.samefile(other)
     else:
@@ -155,15 +168,24 @@ class Text:
     Attributes:
         source: the split that was opened.
         revision: the commit that it was read at; None for local files.
-        rows: its documents, and its labels if they are wanted: a `datasets.Dataset`, or a `datasets.IterableDataset` if
-            it is a stream.
+        rows: its documents, and its labels if they are wanted, by column; a `datasets.IterableDataset` if it is a
+            stream.
+        files: the local files that it is read from; None of the hub.
         chat: writes a conversation as text, and raises what it likes; None where conversations are refused.
     """
 
     source: TextSource
     revision: str | None
     rows: Any
+    files: list[str] | None = None
     chat: Callable[[Any], str] | None = None
+
+    def told(self, documents: list[str], tokens: int | None) -> str:
+        """What was read, in words: files, documents, their tokens if they were counted, and the first words."""
+        files = "" if self.files is None else f" in {len(self.files):,} file{'s' * (len(self.files) > 1)}"
+        counted = "" if tokens is None else f" of {tokens:,} tokens"
+        begin = " ".join(documents[0][:_SHOWN].split())
+        return f"read were {len(documents):,} documents{counted}{files}, which begin {begin!r}"
 
     def documents(self) -> Iterator[str]:
         """The documents that are not blank, in their order.
@@ -171,7 +193,7 @@ class Text:
         Raises:
             SourceError: if there is none, or one cannot be read or is not text.
         """
-        return self._read(self.rows, "")
+        return (document for _, document in self._read(self.rows, ""))
 
     def examples(self) -> Iterator[tuple[str, Any]]:
         """The documents that are not blank, in their order, each with the value in the label column.
@@ -179,8 +201,9 @@ class Text:
         Raises:
             SourceError: if there is none, or one cannot be read or is not text.
         """
-        rows = self.rows.filter(self._is_document, input_columns=self.source.column)
-        yield from zip(self._read(rows, ""), rows[self.source.label], strict=True)
+        label = self.source.label
+        assert label is not None, "only asked for where labels are wanted"
+        return ((document, row.get(label)) for row, document in self._read(self.rows, ""))
 
     def shuffled(self, skip: int, seed: int) -> Iterator[str]:
         """The documents of a stream that are not blank, without the first `skip`, in a seeded order.
@@ -191,17 +214,18 @@ class Text:
         Raises:
             SourceError: if there is none, or one cannot be read or is not text.
         """
-        rows = self.rows.filter(self._is_document, input_columns=self.source.column)
-        rows = rows.skip(skip) if skip else rows
-        return self._read(rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), f" after the first {skip}")
+        rows = self.rows.filter(lambda row: self._is_document(row.get(self.source.column)))
+        rows = (rows.skip(skip) if skip else rows).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        return (document for _, document in self._read(rows, f" after the first {skip}"))
 
-    def _read(self, rows: Iterable[Any], where: str) -> Iterator[str]:
+    def _read(self, rows: Iterable[Row], where: str) -> Iterator[tuple[Row, str]]:
+        """The rows that hold a document, each with this document."""
         column, empty = self.source.column, True
         with _naming(self.source):
             for row in rows:
-                if self._is_document(row[column]):
+                if self._is_document(row.get(column)):
                     empty = False
-                    yield self._written(row[column])
+                    yield row, self._written(row[column])
         if empty:
             raise SourceError(f"text {self.source.name!r} holds no document{where}")
 
@@ -238,23 +262,23 @@ def chat_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], str]:
 
     A conversation is a list of messages, each with a `role` and a `content`. Keys of a message that are null are left
     out, since data sets add them to the messages that lack them. Templates that write today's date write a fixed one,
-    so that the text is the same on every day.
+    so that the text is the same on every day. The tokens that the tokenizer puts before any text are left out where the
+    template begins with them, for windows have them already.
     """
+    before = "".join(tokenizer.convert_ids_to_tokens(list(frame_of(tokenizer).before)))
 
     def write(messages: Any) -> str:
         if tokenizer.chat_template is None:
             raise ValueError("it has none; use a text without conversations")
         told = [{key: value for key, value in message.items() if value is not None} for message in messages]
         template = _FIXED_DATE + tokenizer.get_chat_template()
-        return str(tokenizer.apply_chat_template(told, chat_template=template, tokenize=False))
+        return str(tokenizer.apply_chat_template(told, chat_template=template, tokenize=False)).removeprefix(before)
 
     return write
 
 
 def open_text(source: TextSource, chat: Callable[[Any], str] | None = None) -> Text:
     """Find a text and, unless it is a stream, load it.
-
-    A local file with an unknown suffix is read as text, one document for each line.
 
     Args:
         source: the split to open.
@@ -263,44 +287,74 @@ def open_text(source: TextSource, chat: Callable[[Any], str] | None = None) -> T
     Raises:
         SourceError: if the text cannot be read or lacks a column, or one column is named for both text and labels.
     """
-    from datasets import load_dataset, load_dataset_builder
-
-    path, revision = resolve(source.data_set), None
+    path, revision, files = source.path, None, None
     with _naming(source):
         if path is None:
-            revision = load_dataset_builder(source.data_set, source.config, revision=source.revision).hash
-            _require_revision(source, revision)
-            what: dict[str, Any] = {"path": source.data_set, "name": source.config, "revision": revision}
-            rows = load_dataset(**what, split=source.split, streaming=source.streaming)
+            revision, rows = _from_hub(source)
+            columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them before its first row
         else:
-            builder, files = _builder(path)
-            rows = load_dataset(builder, data_files=files, split="train", streaming=source.streaming)
-        columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them before its first row
+            files = [str(file) for file in text_files(path)]
+            rows = _from_files(files, source.streaming)
+            columns = _columns(rows, source)
     if not columns:
         raise SourceError(f"text {source.name!r} holds no document")
     if source.label == source.column:
         raise SourceError(
             f"column {source.column!r} of text {source.name!r} holds the documents; name another tokenize.label_column"
         )
-    wanted = [column for column in (source.column, source.label) if column is not None]
-    for column in wanted:
+    for column in _wanted(source):
         if column not in columns:
             raise SourceError(f"text {source.name!r} has no column {column!r}; it has {', '.join(columns)}")
-    return Text(source, revision, rows.select_columns(wanted), chat)
+    return Text(source, revision, rows if path else rows.select_columns(_wanted(source)), files, chat)
+
+
+def _wanted(source: TextSource) -> list[str]:
+    return [column for column in (source.column, source.label) if column is not None]
+
+
+def _from_hub(source: TextSource) -> tuple[str, Any]:
+    """A split of a data set of the hub, and the commit that it was read at."""
+    from datasets import load_dataset, load_dataset_builder
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if source.data_set in _PACKAGED_DATASETS_MODULES:
+        raise SourceError(f"text {source.name!r} is a format, not a text; name a file, a folder or a data set")
+    revision = load_dataset_builder(source.data_set, source.config, revision=source.revision).hash
+    _require_revision(source, revision)
+    what: dict[str, Any] = {"path": source.data_set, "name": source.config, "revision": revision}
+    return revision, load_dataset(**what, split=source.split, streaming=source.streaming)
+
+
+def _from_files(files: list[str], streaming: bool) -> Any:
+    from datasets import IterableDataset
+
+    return IterableDataset.from_generator(read_rows, gen_kwargs={"files": files}) if streaming else _Rows(files)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of local files, read anew whenever they are gone through."""
+
+    files: list[str]
+
+    def __iter__(self) -> Iterator[Row]:
+        return read_rows(self.files)
+
+
+def _columns(rows: Iterable[Row], source: TextSource) -> list[str]:
+    """The columns of rows, up to the first row by which all that are wanted have come up."""
+    found: dict[str, None] = {}
+    for row in rows:
+        found |= dict.fromkeys(row)
+        if found.keys() >= set(_wanted(source)):
+            break
+    return list(found)
 
 
 def _require_revision(source: TextSource, cached: str) -> None:
     """Stop if the cache holds another commit than the one asked for, and the hub cannot be reached."""
     if re.fullmatch("[0-9a-f]{40}", source.revision or "") and cached != source.revision:
         raise SourceError(f"text {source.name!r} is only there at revision {cached}, not at {source.revision}")
-
-
-def _builder(path: Path) -> tuple[str, list[str]]:
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    kinds = {_BUILDERS.get(file.suffix, "text") for file in files}
-    if len(kinds) != 1:
-        raise SourceError(f"text {str(path)!r} holds files of {len(kinds)} kinds: {', '.join(sorted(kinds)) or 'none'}")
-    return kinds.pop(), [str(file) for file in files]
 
 
 @contextmanager
@@ -311,5 +365,5 @@ def _naming(source: TextSource) -> Iterator[None]:
     except LibpruneError:
         raise
     except Exception as error:
-        hint = nearest(source.name, [*PRESETS, SELF]) if resolve(source.data_set) is None else ""
-        raise SourceError(f"text {source.name!r} cannot be loaded: {first_line(error)}{hint}") from error
+        hint = nearest(source.name, [*PRESETS, SELF]) if source.path is None else ""
+        raise SourceError(f"text {source.name!r} cannot be loaded: {masked(first_line(error))}{hint}") from error

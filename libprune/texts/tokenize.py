@@ -3,7 +3,7 @@
 from transformers import AutoTokenizer
 
 from libprune.models.folder import load_config, require_positions
-from libprune.models.tokens import write_tokens
+from libprune.models.tokens import require_known, write_tokens
 from libprune.pipeline.artifacts import read_architecture, require
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Tokenize
@@ -38,6 +38,8 @@ def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -
         calibration, evaluation = draw_examples(params, tokenizer, config)
     else:
         calibration, evaluation = draw_texts(params, tokenizer, writer.sample, architecture.head)
+    for drawn in (calibration, evaluation):
+        require_known(drawn.sequences, architecture.sizes["vocab"], tokenizer)
     for path, drawn in ((layout.calibration_tokens, calibration), (layout.evaluation_tokens, evaluation)):
         write_tokens(path, drawn.sequences, {"model": architecture.fingerprint} | drawn.provenance)
     writer.forget()

@@ -34,12 +34,14 @@ class TrainingText:
         sources: how the sequences of each text were drawn.
         rows: the token ids of all that the sequences were drawn from: a row for each document of a labelled text, cut
             off where evaluation documents are; else rows in which the text goes on.
+        read: what was read of each text, in words.
     """
 
     sequences: Sequences
     held_out: int
     sources: list[TextProvenance]
     rows: list[Ids]
+    read: list[str]
 
     @property
     def names(self) -> str:
@@ -54,7 +56,7 @@ class TrainingText:
         most = "" if self.sequences.lengths is None else "up to "
         return (
             f"recovery: {number:,} sequences of {most}{length:,} tokens to train on and {self.held_out:,} held out, "
-            f"from {self.names}"
+            f"from {'; '.join([self.names, *self.read])}"
         )
 
 
@@ -95,7 +97,8 @@ def draw_training(
         parts.append(draw.of(own, held_out, whole))
     sequences = _joined([drawn.sequences for drawn, _ in parts], counts, held)
     sources = [drawn.provenance | {"share": share.share} for (drawn, _), share in zip(parts, shares, strict=True)]
-    return TrainingText(sequences, sum(held), sources, [row for _, rows in parts for row in rows])
+    read = [drawn.read for drawn, _ in parts if drawn.read]
+    return TrainingText(sequences, sum(held), sources, [row for _, rows in parts for row in rows], read)
 
 
 def _divided(number: int, shares: Sequence[Share]) -> list[int]:

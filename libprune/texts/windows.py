@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError
 from libprune.models.sequences import NO_TARGET, Sequences
-from libprune.models.tokens import Ids
+from libprune.models.tokens import Ids, frame_of
 
 Documents = Literal["joined", "apart"]
 """Whether windows run over the ends of documents (`joined`), or are cut from each document alone (`apart`)."""
@@ -26,11 +26,13 @@ class Windows:
         ids: token ids, ``[windows, length]``, in the text's order.
         documents: number of documents that the windows were cut from.
         skipped: number of documents that are shorter than a window and gave none; 0 if documents are joined.
+        tokens: number of tokens of all documents.
     """
 
     ids: Ids
     documents: int
     skipped: int
+    tokens: int
 
     @property
     def shortage(self) -> str:
@@ -58,43 +60,26 @@ def split_documents(documents: list[str], evaluation_share: float) -> tuple[list
     return documents[:cut], documents[cut:]
 
 
-def cut_windows(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, mode: Documents, framed: bool = False
-) -> Windows:
-    """Cut documents into consecutive whole windows, tokenized without special tokens.
+def cut_windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, mode: Documents) -> Windows:
+    """Cut documents into consecutive whole windows, each in the tokens that the tokenizer puts around a text.
 
     Args:
         documents: at least one document.
         tokenizer: tokenizer of the model.
-        length: tokens of a window.
+        length: tokens of a window, those around the text included.
         mode: `joined` cuts all documents together, with an empty line between them; `apart` cuts each by itself.
-        framed: whether each window begins and ends with the tokens that the tokenizer puts around a text, as in BERT.
 
     Raises:
         SourceError: if the tokens around a text fill a window.
     """
+    frame = frame_of(tokenizer)
+    width = frame.room(length)
     texts = [_SEPARATOR.join(documents)] if mode == "joined" else documents
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    before, after = _frame(tokenizer) if framed else ([], [])
-    width = length - len(before) - len(after)
-    if width < 1:
-        raise SourceError(
-            f"windows of {length} tokens have no room beside the {len(before) + len(after)} that the tokenizer puts "
-            "around every text; raise tokenize.calibration_length, tokenize.evaluation_length or recover.length"
-        )
     whole = [ids[: len(ids) // width * width] for ids in encoded]
     joined = np.fromiter(chain.from_iterable(whole), dtype=np.int64).reshape(-1, width)
     skipped = sum(not ids for ids in whole) if mode == "apart" else 0
-    around = (np.tile(np.array(ids, dtype=np.int64), (len(joined), 1)) for ids in (before, after))
-    return Windows(np.concatenate([next(around), joined, next(around)], axis=1), len(documents), skipped)
-
-
-def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids of the tokens that a tokenizer puts before and after a text."""
-    inner: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-    return whole[:start], whole[start + len(inner) :]
+    return Windows(frame.around(joined), len(documents), skipped, sum(map(len, encoded)))
 
 
 def with_masks(ids: Ids, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sequences:
@@ -113,8 +98,8 @@ def with_masks(ids: Ids, tokenizer: PreTrainedTokenizerBase, seed: int) -> Seque
     """
     if tokenizer.mask_token_id is None:
         raise SourceError("the model predicts masked tokens, but its tokenizer has no mask token")
-    before, after = _frame(tokenizer)
-    inner = np.arange(len(before), ids.shape[1] - len(after))
+    frame = frame_of(tokenizer)
+    inner = np.arange(len(frame.before), ids.shape[1] - len(frame.after))
     number = max(1, round(MASKED_SHARE * len(inner)))
     order = np.random.default_rng(seed).random((len(ids), len(inner))).argsort(1)
     chosen = np.zeros(ids.shape, dtype=bool)

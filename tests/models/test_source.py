@@ -1,4 +1,4 @@
-"""Models from where users have them, and how sources are found."""
+"""Models from where users have them."""
 
 import json
 import shutil
@@ -6,61 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFWriter
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from libprune.engine.errors import SourceError
 from libprune.models.folder import write_dense
-from libprune.models.source import load_dense, resolve
+from libprune.models.source import follow_gguf, load_dense
+from libprune.models.tokens import Frame, frame_of
 from libprune.pipeline.sections import Prepare
 from tests.support.tiny import write_model
-
-# Where things are
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch) -> Path:
-    """An installed package that must not be imported: its module raises."""
-    folder = tmp_path / "site" / "forbidden_to_import"
-    (folder / "data").mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise RuntimeError('imported')\n")
-    (folder / "data" / "text.txt").write_text("a\nb")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    return folder
-
-
-def test_a_file_inside_a_package_is_found_without_importing_it(package):
-    assert resolve("package://forbidden_to_import/data/text.txt") == package / "data" / "text.txt"
-
-
-def test_a_missing_package_is_named_with_what_to_do():
-    for source in ("package://no_such_package/file", "package:///file", "package://../etc/passwd"):
-        with pytest.raises(SourceError, match=r"no installed package is named '.*'; install it with pip"):
-            resolve(source)
-
-
-def test_a_missing_file_of_a_package_is_named_with_what_lies_beside_it(package):
-    with pytest.raises(SourceError, match=r"'forbidden_to_import' has no such file; in that folder: text\.txt$"):
-        resolve("package://forbidden_to_import/data/txet.txt")
-    with pytest.raises(SourceError, match=r"no such file; in that folder: none$"):
-        resolve("package://forbidden_to_import/nowhere/text.txt")
-
-
-def test_a_local_path_is_taken_as_it_is_and_must_exist(tmp_path, monkeypatch):
-    (tmp_path / "here.txt").write_text("x")
-    monkeypatch.chdir(tmp_path)
-    assert resolve("here.txt") == Path("here.txt")
-    assert resolve(str(tmp_path)) == tmp_path
-    for missing in ("./there", "/no/where", "a/b/c", "there.gguf", "there.jsonl", "~/no/such/file"):
-        with pytest.raises(SourceError, match=r"does not exist \(seen from "):
-            resolve(missing)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-3.1-8B", "wikitext"])
-def test_a_hub_id_is_left_to_the_hub(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert resolve(name) is None
-
-
-# Models
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +66,31 @@ def test_a_quantized_model_is_refused_with_its_method(folder, tmp_path, method):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=rf"is quantized \({method}\); prune the unquantized model"):
         load_dense(Prepare(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "begins", "ends"),
+    [
+        ("gpt2", {}, False, False),
+        ("gpt2", {"add_bos_token": True}, True, False),
+        ("llama", {}, True, False),
+        ("llama", {"add_bos_token": False, "add_eos_token": True}, False, True),
+        ("llama", {"add_bos_token": True, "add_eos_token": True}, True, True),
+    ],
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_the_tokenizer_of_a_gguf_file_does_what_the_metadata_say(tmp_path, kind, said, begins, ends, before):
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model(kind)
+    for key, value in said.items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="<unk>"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, add_bos_token=before, **names)
+    follow_gguf(tokenizer, tmp_path / "m.gguf")
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert frame_of(one) == Frame((1,) * begins, (2,) * ends)

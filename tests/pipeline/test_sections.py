@@ -190,3 +190,24 @@ def test_hidden_states_need_the_dense_model_and_not_its_stored_predictions(load)
 def test_the_learning_rate_is_the_methods_if_none_is_given():
     assert [Recover(method=method).rate for method in ("none", "full", "lora")] == [1e-4, 1e-4, 1e-3]
     assert Recover(method="lora", learning_rate=0.5).rate == 0.5
+
+
+@pytest.mark.parametrize("key", ["prepare.model", "tokenize.text", "tokenize.evaluation_text", "recover.teacher"])
+def test_a_source_is_neither_empty_nor_an_address(load, key):
+    section, name = key.split(".")
+    for value, message in (
+        (" ", f"{key}: names no source; null is none, and the folder that libprune runs in is ./"),
+        ("https://me:pass@host/t.txt", f"{key}: https://***@host/t.txt is an address; download it"),
+    ):
+        data = shipped()
+        data[section][name] = value
+        with pytest.raises(ParamsError, match=re.escape(message)) as caught:
+            load(data)
+        assert "pass" not in str(caught.value)
+
+
+def test_at_most_as_many_texts_are_listed_as_dvc_watches(load):
+    data = shipped()
+    data["recover"]["text"] = [{"text": "a", "share": 1 / 9}] * 9
+    with pytest.raises(ParamsError, match=r"recover\.text: .*at most 8"):
+        load(data)

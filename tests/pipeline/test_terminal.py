@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.pipeline.terminal import gigabytes, text_table
+from libprune.pipeline.terminal import gigabytes, masked, text_table
 
 CELLS = st.text(st.characters(codec="ascii", categories=["L", "N"]), max_size=6)
 
@@ -31,3 +31,18 @@ def test_tables_hold_every_cell_in_columns(rows):
 )
 def test_bytes_are_said_in_gigabytes_from_one_on(size, text):
     assert gigabytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://me:pass@host/a?b=1", "https://***@host/a?b=1"),
+        ("no s3://key@bucket/t.txt and ftp://u:p@h", "no s3://***@bucket/t.txt and ftp://***@h"),
+        ("https://h/t?X-Amz-Signature=abc&b=1&auth_token=x", "https://h/t?***&b=1&***"),
+        ("hf_abcdefghijklmnopqrst of me", "hf_*** of me"),
+        ("package://name/a@b", "package://name/a@b"),
+        ("owner/hf_text", "owner/hf_text"),
+    ],
+)
+def test_what_is_secret_in_an_address_is_masked(address, shown):
+    assert masked(address) == shown

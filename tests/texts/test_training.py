@@ -301,7 +301,7 @@ def test_windows_of_a_model_of_masked_tokens_are_framed_and_masked(framing, text
     masked = sequences.targets != NO_TARGET
     assert (masked.sum(1) == round(MASKED_SHARE * (LENGTH - 2))).all()
     assert (sequences.ids[masked] == framing.mask_token_id).all()
-    available = cut_windows(text.read_text().splitlines()[:280], framing, LENGTH, "joined", framed=True)
+    available = cut_windows(text.read_text().splitlines()[:280], framing, LENGTH, "joined")
     np.testing.assert_array_equal(np.stack(originals(sequences)), available.ids[found.sources[0]["windows"]])
 
 

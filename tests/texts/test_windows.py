@@ -43,7 +43,7 @@ def test_one_document_cannot_be_divided():
 
 
 IDS = np.arange(60).reshape(20, 3)
-AVAILABLE = Windows(IDS, documents=7, skipped=0)
+AVAILABLE = Windows(IDS, documents=7, skipped=0, tokens=62)
 
 
 @given(st.integers(1, 20), st.integers(0, 1000))
@@ -84,7 +84,7 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(choose):
 @pytest.mark.parametrize("choose", CHOICES)
 def test_too_little_text_says_how_many_documents_were_too_short(choose):
     with pytest.raises(SourceError, match=r"gives 20 .*; 30 of its 40 documents are shorter than a window .*joined"):
-        choose(Windows(IDS, documents=40, skipped=30), 21)
+        choose(Windows(IDS, documents=40, skipped=30, tokens=62), 21)
 
 
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 60), st.integers(0, 99))

@@ -17,7 +17,7 @@ from libprune.pipeline.processes import runs
 from tests.support import tiny
 from tests.support.closure import ROOT
 
-ORDER = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
+ORDER = ["sources", "prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
 ORDER += ["score", "sensitivity", "levels", "latency", "allocate", "slice"]
 ORDER += ["teacher", "recover", "export", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]

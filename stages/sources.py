@@ -1,0 +1,33 @@
+"""sources: links to the local files and folders that models and texts are read from, which DVC watches."""
+
+from libprune.pipeline import stage
+
+
+def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
+    """Link to the local sources, so that DVC notices when what lies there has changed."""
+    import typer
+
+    from libprune.pipeline.layout import Layout
+    from libprune.pipeline.params import load_params
+    from libprune.pipeline.sections import MOST_TEXTS
+    from libprune.pipeline.sources import link_sources
+
+    settings = load_params(params)
+    given = settings.recover.text
+    texts: list[str | None] = [given] if isinstance(given, str) else [share.text for share in given or ()]
+    texts += [None] * (MOST_TEXTS - len(texts))
+    named = {
+        "model": ("prepare.model", settings.prepare.model),
+        "text": ("tokenize.text", settings.tokenize.text),
+        "evaluation": ("tokenize.evaluation_text", settings.tokenize.evaluation_text),
+        "teacher": ("recover.teacher", settings.recover.teacher),
+        **{f"recovery-{number}": ("recover.text", text) for number, text in enumerate(texts, 1)},
+        "tasks": ("evaluate.task_folder", settings.evaluate.task_folder),
+    }
+    for name, path in link_sources(Layout(artifacts).sources, named).items():
+        typer.echo(f"{named[name][0]}: {path}")
+
+
+app = stage.app(main)
+if __name__ == "__main__":
+    app()
