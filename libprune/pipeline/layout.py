@@ -23,6 +23,11 @@ class Layout:
 
     root: Path = Path("artifacts")
 
+    @property
+    def digests(self) -> Path:
+        """The file that keeps the digests of files that were read, outside of the artifacts."""
+        return self.root.parent / ".work" / "digests.json"
+
     model = Place("model")
     """The dense model, a Hugging Face folder."""
     architecture = Place("architecture.json")
