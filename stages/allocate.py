@@ -16,13 +16,14 @@ def main(
     from libprune.pipeline.atomic import write_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import printable
 
     layout, settings = Layout(artifacts), load_params(params)
     outcome = decide_layout(layout, settings.allocate, settings.compute, settings.levels)
     write_table(layout.plan, outcome.table, outcome.meta)
     write_json(metrics / "allocation.json", outcome.summary)
     for line in outcome.lines:
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 app = stage.app(main)

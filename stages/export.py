@@ -12,8 +12,10 @@ def main(
     import typer
 
     from libprune.pipeline.atomic import write_json, writing_folder
+    from libprune.pipeline.digests import sealed
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import printable
 
     layout, settings = Layout(artifacts), load_params(params)
     if not settings.export.formats:
@@ -28,10 +30,10 @@ def main(
 
     with writing_folder(layout.exported) as folder:
         outcome = export_layout(layout, settings.export, folder)
-    write_json(layout.export, outcome.content())
+    write_json(layout.export, sealed(outcome.content()))
     write_json(metrics / "export.json", outcome.metrics())
     for line in outcome.sentences(layout.exported):
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 app = stage.app(main)

@@ -11,6 +11,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.pipeline.atomic import write_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import printable
 
     layout, settings = Layout(artifacts), load_params(params)
     architecture = read_architecture(layout)
@@ -22,7 +23,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.statistics.latency import measure_latency
 
     for line in measure_latency(layout, settings.compute.device, settings.compute.dtype, settings.latency):
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 app = stage.app(main)

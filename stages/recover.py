@@ -13,6 +13,7 @@ def main(
 
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import printable
     from libprune.recovery.idle import write_figures, write_no_model
 
     layout, settings = Layout(artifacts), load_params(params)
@@ -29,7 +30,7 @@ def main(
     if recovery is not None:
         write_figures(metrics, recovery.metrics(), recovery.curve)
         for line in recovery.sentences():
-            typer.echo(line)
+            typer.echo(printable(line))
         typer.echo(f"{layout.recovered} loads in a fresh process without libprune")
 
 

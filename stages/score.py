@@ -10,13 +10,14 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.pipeline.artifacts import write_table
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import printable
     from libprune.scoring.score import fusion_lines, score_layout
 
     layout = Layout(artifacts)
     scores, meta = score_layout(layout, load_params(params).score)
     write_table(layout.scores, scores, meta)
     for line in fusion_lines(meta):
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 app = stage.app(main)

@@ -9,11 +9,12 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.terminal import printable
     from libprune.texts.tokenize import tokenize_layout
 
     layout, settings = Layout(artifacts), load_params(params)
     for line in tokenize_layout(layout, settings.tokenize, settings.compute.device, settings.compute.dtype):
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 app = stage.app(main)

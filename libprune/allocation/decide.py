@@ -17,7 +17,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.cost import Prices
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.plan import Plan, jaccard
-from libprune.engine.tables import Columns
+from libprune.engine.tables import Columns, join_blocks
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import METHODS
 from libprune.pipeline.scores import Scores, read_scores
@@ -102,7 +102,7 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
     }
     return Outcome(
         decision,
-        scores.table | {"keep": decision.plan.column},
+        scores.table | {"keep": join_blocks(scores.architecture, decision.plan.keep)},
         {**scores.meta, **settled.model_dump(), **made},
         result,
         tuple(_lines(scores.architecture, result, asked, decision)),

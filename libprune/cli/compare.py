@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from libprune.pipeline import stage
+from libprune.pipeline.terminal import printable
 
 app = typer.Typer(add_completion=False, invoke_without_command=True, pretty_exceptions_enable=False)
 
@@ -41,7 +42,7 @@ def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: All
                 partial.write_text(text)
         write_picture(out / "perplexity.png", rows)
     command = params_diff(rows)
-    typer.echo("\n".join([text_table(*tabulate_experiments(rows)), "", *remarks(rows, left_out)]))
+    typer.echo("\n".join([text_table(*tabulate_experiments(rows)), "", *map(printable, remarks(rows, left_out))]))
     typer.echo(f"\nwritten: {out}/table.md, table.csv, perplexity.png")
     if command:
         typer.echo(f"the two best, param by param: {command}")
@@ -67,10 +68,10 @@ def run(file: File, out: Out = OUT, guide: Guide = None) -> None:
             raise SystemExit(130) from None
         typer.echo("")
         try:
-            typer.echo(write_comparison(gather_now(comparison, out, failed=failed), out, guide))
+            typer.echo(printable(write_comparison(gather_now(comparison, out, failed=failed), out, guide)))
         finally:
             for name, reason in failed.items():
-                typer.echo(f"failed: {name}: {reason}", err=True)
+                typer.echo(printable(f"failed: {name}: {reason}"), err=True)
     if failed:
         raise SystemExit(1)
 
@@ -83,4 +84,4 @@ def gather_only(file: File, out: Out = OUT, all_commits: AllCommits = False, gui
 
     with stage.user_errors():
         comparison = read_comparison(file)
-        typer.echo(write_comparison(gather_now(comparison, out, all_commits), out, guide))
+        typer.echo(printable(write_comparison(gather_now(comparison, out, all_commits), out, guide)))

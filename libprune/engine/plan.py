@@ -48,13 +48,16 @@ class Plan:
 
     @property
     def column(self) -> NDArray[np.bool_]:
-        """Whether each unit is kept, in the order of per-unit tables, ``[units of all blocks]``."""
-        return np.concatenate(list(self.keep.values()))
+        """Whether each unit is kept, by layer and name of the part, ``[units of all blocks]``."""
+        return np.concatenate([keep for _, keep in sorted(self.keep.items())])
 
     @property
     def digest(self) -> str:
-        """Digest of the kept units, by which results name this plan."""
-        return hashlib.sha256(b"".join(keep.tobytes() for keep in self.keep.values())).hexdigest()[:16]
+        """Digest of the kept units of every block, by which results name this plan."""
+        digest = hashlib.sha256()
+        for block, keep in sorted(self.keep.items()):
+            digest.update(f"{block} {len(keep)} ".encode() + keep.tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def uniform(self) -> bool:

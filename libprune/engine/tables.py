@@ -1,6 +1,6 @@
 """Per-unit tables: the order of their rows, their columns as numbers, and the rows of each block."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ def split_blocks(architecture: Architecture, values: NDArray[Any]) -> Iterator[t
         stop = start + architecture.units(part)
         yield (layer, part), values[start:stop]
         start = stop
+
+
+def join_blocks(architecture: Architecture, arrays: Mapping[Block, NDArray[Any]]) -> NDArray[Any]:
+    """Join the blocks' own arrays into a per-unit column, in the order of `unit_index`."""
+    return np.concatenate([arrays[block] for block in architecture.blocks()])
 
 
 def mean_columns(name: str, values: Float[np.ndarray, "rows sequences"]) -> Columns:

@@ -18,14 +18,14 @@ from libprune.engine.family import families
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import bias_key
 from libprune.engine.surgery import slice_state
-from libprune.engine.tables import unit_index
+from libprune.engine.tables import join_blocks, unit_index
 from libprune.masks.contributions import language_contributions
 from libprune.masks.decision import Decision, settle
 from libprune.masks.files import Masked, Model, fresh
 from libprune.models.folder import fingerprint, load_model
 from libprune.pipeline.artifacts import write_table
 from libprune.results.folder import pruned_config, write_pruned
-from libprune.results.proof import TOLERANCE, masked_logits, reference_logits, verify_folder
+from libprune.results.proof import agrees, masked_logits, reference_logits, verify_folder
 from libprune.results.record import PLAN, versions, write_provenance
 
 _SEQUENCES, _LENGTH = 2, 32
@@ -130,7 +130,7 @@ class LanguageExtraction(Extraction[PreTrainedModel]):
         """
         self._write(folder, source)
         meta = {"model": fingerprint(source), "shape": self.shape}
-        write_table(folder / PLAN, unit_index(self.own) | {"keep": self.plan.column}, meta)
+        write_table(folder / PLAN, unit_index(self.own) | {"keep": join_blocks(self.own, self.plan.keep)}, meta)
         proof = self._prove(folder)
         made: dict[str, Any] = {
             "plan": meta,
@@ -151,7 +151,7 @@ class LanguageExtraction(Extraction[PreTrainedModel]):
         model = fresh(type(self.masked.model), self.config)
         removed = masked_logits(model, self.architecture, self.plan, self.weights, ids)
         difference, scale = float((removed - expected).abs().max()), float(expected.abs().max())
-        if not difference <= TOLERANCE * scale:
+        if not agrees(difference, scale):
             raise LibpruneError(
                 f"without the wholly masked units the logits differ by {difference:.3g} of {scale:.3g}. This is a "
                 "defect of libprune; please report the model and its masks"

@@ -24,7 +24,8 @@ from transformers.initialization import no_init_weights
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError, SourceError, first_line, missing_key
 from libprune.engine.heads import head_of
-from libprune.models.folder import WeightFiles, load_config
+from libprune.models.folder import WeightFiles, load_config, require_own_files
+from libprune.models.source import untied
 from libprune.pipeline.artifacts import read_json
 
 _ORIG, _MASK = "_orig", "_mask"
@@ -135,6 +136,7 @@ def read_masked(folder: Path, masks: Path | None = None) -> Masked:
     """
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder} holds no config.json; name the folder of a Hugging Face model")
+    require_own_files(folder)
     _require_described(folder)
     files = WeightFiles(folder)
     pairs = [name for name in files if name.endswith((_ORIG, _MASK))]
@@ -213,13 +215,15 @@ def _load(folder: Path, state: Mapping[str, Tensor]) -> PreTrainedModel:
     loader = head_of(read_json(folder / "config.json", "prepare").get("architectures")).loader
     try:
         model, info = loader.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # transformers raises types of its own
         raise SourceError(f"{folder} cannot be loaded: {first_line(error)}") from error
     for what, names in (("lack", info["missing_keys"]), ("hold, for no parameter,", info["unexpected_keys"])):
         if names:
             raise SourceError(f"the weights of {folder} {what} {len(names)} tensors, the first {min(names)}")
+    if fault := untied(model):
+        raise SourceError(f"{folder} {fault}")
     require_equal_ties(model, state)
     loaded: PreTrainedModel = model.eval()
     return loaded

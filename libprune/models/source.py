@@ -1,5 +1,7 @@
 """Loading the dense model from a package, a file, a folder or the hub."""
 
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from libprune.engine.errors import SourceError, first_line
 from libprune.engine.heads import CAUSAL_LM, head_of
+from libprune.models.folder import require_own_files
 from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Prepare
 from libprune.pipeline.sources import resolve
@@ -23,36 +26,135 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     the model can be saved again.
 
     Raises:
-        SourceError: if the model cannot be found or read, lacks weights, or is quantized.
+        SourceError: if the model cannot be found or read, is quantized, or its weights are not those of its config.
     """
     name, where = _place(params)
+    if isinstance(name, Path) and name.is_dir():
+        require_own_files(name)
     dtype: Any = params.dtype if params.dtype == "auto" else getattr(torch, params.dtype)
     if "gguf_file" in where:
         head, dtype = CAUSAL_LM, torch.float32 if dtype == "auto" else dtype
     else:
         head = head_of(load_dense_config(params).architectures)
     try:
-        model, loading = head.loader.from_pretrained(name, dtype=dtype, output_loading_info=True, **where)
+        how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below
+        model, loading = head.loader.from_pretrained(name, **how, **where)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SourceError(
             f"prepare.model = {masked(params.model)!r} cannot be loaded: {masked(first_line(error))}"
         ) from error
-    _require_weights(params, model, sorted(loading["missing_keys"]))
+    _require_weights(params, model, loading)
     if "gguf_file" in where:
         _forget_quantization(model)
         follow_gguf(tokenizer, Path(name) / where["gguf_file"])
     return model.eval(), tokenizer
 
 
-def _require_weights(params: Prepare, model: PreTrainedModel, missing: list[str]) -> None:
-    """Stop if transformers has filled parameters with random numbers, because they are missing in the files."""
-    if missing:
-        raise SourceError(
-            f"prepare.model = {params.model!r} has no weights for {len(missing)} parameters of a "
-            f"{type(model).__name__}, the first {missing[0]!r}; name the class that they were saved from under "
-            "architectures in its config.json"
-        )
+_WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
+"""What the names of tensors begin with, if the wrapper of a model was saved in its place."""
+_OF_OTHER_HEADS = re.compile(r"(^|\.)pooler\.|^cls\.seq_relationship\.|\.(inv_freq|position_ids|masked_bias)$")
+"""Tensors of published checkpoints that belong to heads of other kinds, or that the code of a model works out."""
+
+
+def _require_weights(params: Prepare, model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
+    """Stop unless the files hold the weights that the config asks for, all of them and no others.
+
+    transformers fills what is missing with random numbers, and leaves out what it knows no place for.
+
+    Args:
+        params: name the model.
+        model: as it was loaded.
+        loading: what `from_pretrained` says of names.
+    """
+    missing = sorted(loading["missing_keys"])
+    unexpected = sorted(name for name in loading["unexpected_keys"] if not _OF_OTHER_HEADS.search(name))
+    fault = (
+        _wrapped(unexpected)
+        or _differing(loading["mismatched_keys"])
+        or _missing(model, missing)
+        or _unexpected(model, unexpected)
+        or untied(model)
+        or _worthless(model)
+    )
+    if fault:
+        raise SourceError(f"prepare.model = {params.model!r} {fault}")
+
+
+def _wrapped(unexpected: list[str]) -> str:
+    for prefix, wrapper in _WRAPPERS.items():
+        if unexpected and all(name.startswith(prefix) for name in unexpected):
+            return (
+                f"holds tensors whose names begin with {prefix!r}, which {wrapper} adds; take it off the "
+                f"{len(unexpected)} names, or save the model inside the wrapper"
+            )
+    return ""
+
+
+def _differing(mismatched: Collection[tuple[str, Any, Any]]) -> str:
+    if not mismatched:
+        return ""
+    name, stored, asked = min(mismatched)
+    return (
+        f"holds {len(mismatched)} tensors of other shapes than its config.json asks for, the first {name!r}: it is "
+        f"{list(stored)}, expected {list(asked)}"
+    )
+
+
+def _missing(model: PreTrainedModel, missing: list[str]) -> str:
+    if not missing:
+        return ""
+    lacks = f"has no weights for {len(missing)} parameters of a {type(model).__name__}, the first {missing[0]!r}"
+    first = min(_layer(name) for name in missing)
+    last_layers = {name for name, _ in model.named_parameters() if _layer(name) >= first}
+    if first >= 0 and last_layers == set(missing):
+        return f"{lacks}; {_counted(model)}"
+    return f"{lacks}; name the class that they were saved from under architectures in its config.json"
+
+
+def _unexpected(model: PreTrainedModel, unexpected: list[str]) -> str:
+    if not unexpected:
+        return ""
+    kind, number = type(model).__name__, len(unexpected)
+    holds = f"holds {number} tensors that a {kind} of its config.json has no place for, the first {unexpected[0]!r}"
+    known = max((_layer(name) for name, _ in model.named_parameters()), default=-1)
+    if all(_layer(name) > known for name in unexpected):
+        return f"{holds}; {_counted(model)}"
+    return f"{holds}; remove them, or name the class that they were saved from under architectures in its config.json"
+
+
+def _layer(name: str) -> int:
+    """The number in the name of a parameter, which is that of its layer; -1 if there is none."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _counted(model: PreTrainedModel) -> str:
+    return f"its config.json says {model.config.num_hidden_layers} layers, make the number fit the files"
+
+
+def untied(model: PreTrainedModel) -> str:
+    """What is wrong with a loaded model that has a head of its own, though its config says that it is the embedding.
+
+    Programs differ in which of the two they take. Empty if nothing is wrong.
+    """
+    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter(name) is not model.get_parameter(source):
+            return (
+                f"holds {name!r} with other values than {source!r}, but its config.json says tie_word_embeddings: "
+                "true, by which the two are one; set it to false, or remove the tensor"
+            )
+    return ""
+
+
+def _worthless(model: PreTrainedModel) -> str:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            broken = int((~torch.isfinite(parameter)).sum())
+            return f"holds {name!r}, in which {broken:,} of {parameter.numel():,} values are not finite"
+        if parameter.ndim > 1 and not parameter.any():
+            return f"holds {name!r}, in which all {parameter.numel():,} values are zero"
+    return ""
 
 
 def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:

@@ -24,8 +24,8 @@ from libprune.models.folder import WeightFiles
 from libprune.models.identity import digest, loss_signature
 from libprune.models.parallel import World
 from libprune.models.samples import Samples
-from libprune.pipeline.artifacts import read_json, write_units
-from libprune.pipeline.atomic import remove, writing, writing_folder
+from libprune.pipeline.artifacts import read_json, write_architecture, write_units
+from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Activations, Allocate, Compute, Gradients, Hessian, Score
 from libprune.pipeline.shards import read_meta
@@ -41,7 +41,7 @@ from libprune.results.module_folder import (
     sliced,
     stored,
 )
-from libprune.results.proof import TOLERANCE
+from libprune.results.proof import agrees
 from libprune.scoring.criteria import find_criterion
 from libprune.scoring.expression import named_criteria
 from libprune.scoring.fusion import READS_LOSSES
@@ -192,7 +192,7 @@ class Network:
     def _prove(self, whole: nn.Module, smaller: nn.Module, plan: Plan) -> dict[str, float]:
         inputs = self._samples[:_CHECKED].to(self._device).inputs
         differs, scale = self._compared(whole, smaller, plan, inputs)
-        if not differs <= TOLERANCE * scale and inputs.dtype != torch.float64:
+        if not agrees(differs, scale) and inputs.dtype != torch.float64:
             # Sums over fewer terms round otherwise, and a unit near its threshold may fire for that alone.
             exact = inputs.double() if inputs.is_floating_point() else inputs
             differs, scale = self._compared(copy.deepcopy(whole).double(), copy.deepcopy(smaller).double(), plan, exact)
@@ -222,8 +222,7 @@ class Network:
             )
         for path in there:
             remove(path)
-        with writing(layout.architecture) as path:
-            path.write_text(self.architecture.to_json())
+        write_architecture(layout, self.architecture)
         with writing_folder(layout.model) as folder:
             save_file({name: tensor.contiguous() for name, tensor in stored(self._network).items()}, folder / WEIGHTS)
         columns = partial(weight_columns, self.architecture, dict(self._network.named_parameters()))

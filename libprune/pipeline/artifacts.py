@@ -1,5 +1,6 @@
 """Reading and writing artifacts: JSON and Parquet, with the digests of the model and the text they were made from."""
 
+import hashlib
 import json
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -16,7 +18,8 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, check_rows, column, split_blocks, unit_index
-from libprune.pipeline.atomic import writing
+from libprune.pipeline.atomic import write_json, writing
+from libprune.pipeline.digests import SEAL, ChangedError, require_digest, sealed, text_digest, unsealed
 from libprune.pipeline.layout import Layout
 
 _KEY = "libprune"
@@ -30,7 +33,7 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     """
     with damage(path, stage):
         content: dict[str, Any] = json.loads(require(path, stage).read_text())
-    return content
+        return unsealed(path, content) if isinstance(content, dict) else content
 
 
 @contextmanager
@@ -38,6 +41,8 @@ def damage(path: Path, stage: str) -> Iterator[None]:
     """Turn the errors of a file that cannot be decoded into an ArtifactError that says what to do."""
     try:
         yield
+    except ChangedError as error:
+        raise ArtifactError(f"{error}; delete it and run `dvc repro {stage}`") from error
     except LibpruneError:
         raise
     except Exception as error:  # pyarrow, safetensors and json each raise several types of their own
@@ -57,13 +62,18 @@ def require(path: Path, stage: str) -> Path:
     return path
 
 
-def encode_meta(meta: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata as one sorted JSON text under one key: safetensors orders several keys at random."""
-    return {_KEY: json.dumps(meta, sort_keys=True)}
+def encode_meta(meta: Mapping[str, Any], seal: Any = None) -> dict[str, str]:
+    """Metadata as one sorted JSON text under one key: safetensors orders several keys at random.
+
+    Args:
+        meta: the metadata.
+        seal: digests of the content of the file, if it has any.
+    """
+    return {_KEY: json.dumps({**meta, **({} if seal is None else {SEAL: seal})}, sort_keys=True)}
 
 
-def decode_meta(path: Path, raw: Mapping[str, str] | None, stage: str) -> dict[str, Any]:
-    """The metadata that `encode_meta` put into the header of a file.
+def decode_meta(path: Path, raw: Mapping[str, str] | None, stage: str) -> tuple[dict[str, Any], Any]:
+    """The metadata and the digests that `encode_meta` put into the header of a file; None if it has no digests.
 
     Raises:
         ArtifactError: if the file was not written by libprune.
@@ -71,13 +81,14 @@ def decode_meta(path: Path, raw: Mapping[str, str] | None, stage: str) -> dict[s
     if not raw or _KEY not in raw:
         raise ArtifactError(f"{path} carries no libprune metadata; delete it and run `dvc repro {stage}`")
     meta: dict[str, Any] = json.loads(raw[_KEY])
-    return meta
+    return meta, meta.pop(SEAL, None)
 
 
 def write_table(target: Path, columns: Columns, meta: Mapping[str, Any]) -> None:
     """Write a Parquet table with its metadata, whole or not at all."""
     arrays = {name: pa.array(list(v)) if v.ndim > 1 else pa.array(v) for name, v in columns.items()}
-    table = pa.table(arrays).replace_schema_metadata(encode_meta(meta))
+    table = pa.table(arrays)
+    table = table.replace_schema_metadata(encode_meta(meta, _content_digest(table, meta)))
     with writing(target) as partial:
         pq.write_table(table, partial, write_page_checksum=True)
 
@@ -91,9 +102,24 @@ def read_table(path: Path, stage: str) -> tuple[Columns, dict[str, Any]]:
     with damage(path, stage), pq.ParquetFile(require(path, stage), page_checksum_verification=True) as file:
         table = file.read()
         raw = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        meta = decode_meta(path, raw, stage)
+        meta, seal = decode_meta(path, raw, stage)
         _require_one_schema(file, table)
+        require_digest(path, seal, _content_digest(table, meta))
         return {name: table[name].to_numpy() for name in table.column_names}, meta
+
+
+def _content_digest(table: pa.Table, meta: Mapping[str, Any]) -> str:
+    """The digest of the names, types and values of a table, and of its metadata."""
+    digest = hashlib.sha256(text_digest(meta).encode())
+    for name, chunks in zip(table.column_names, table.columns, strict=True):
+        rows = pa.types.is_list(chunks.type)
+        flat = pc.list_flatten(chunks) if rows else chunks
+        digest.update(f"{name} {'rows of ' if rows else ''}{flat.type} {len(chunks)} {len(flat)} ".encode())
+        if rows:
+            digest.update(pc.list_value_length(chunks).to_numpy().tobytes())
+        values = flat.to_numpy()
+        digest.update(json.dumps(values.tolist()).encode() if values.dtype == object else values.tobytes())
+    return digest.hexdigest()
 
 
 def _require_one_schema(file: pq.ParquetFile, table: pa.Table) -> None:
@@ -126,6 +152,11 @@ def same_origin(path: Path, meta: Mapping[str, Any], expected: Mapping[str, Any]
             )
 
 
+def write_architecture(layout: Layout, architecture: Architecture) -> None:
+    """Write the solved description of the dense model, whole or not at all."""
+    write_json(layout.architecture, sealed(json.loads(architecture.to_json())))
+
+
 def read_architecture(layout: Layout) -> Architecture:
     """The solved description of the dense model.
 
@@ -134,7 +165,9 @@ def read_architecture(layout: Layout) -> Architecture:
     """
     path = require(layout.architecture, "prepare")
     try:
-        return Architecture.from_json(path.read_text())
+        return Architecture.from_json(json.dumps(unsealed(path, json.loads(path.read_text()))))
+    except ChangedError as error:
+        raise ArtifactError(f"{error}; run `dvc repro prepare`") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{path} is no description that this version of libprune reads ({error!r}); run the prepare stage again"

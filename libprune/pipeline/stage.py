@@ -14,6 +14,7 @@ import typer
 
 from libprune.engine.errors import LibpruneError
 from libprune.pipeline.processes import end_with_dvc
+from libprune.pipeline.terminal import printable
 
 P = ParamSpec("P")
 
@@ -45,7 +46,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except LibpruneError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(printable(f"error: {' '.join(str(error).split())}"), err=True)
         raise SystemExit(1) from None
 
 

@@ -1,13 +1,24 @@
-"""Text for the terminal: tables, numbers of bytes, and addresses without what is secret in them."""
+"""Text for the terminal: tables, numbers of bytes, and text from elsewhere, without control codes and secrets."""
 
 import re
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 Rows = list[tuple[str, ...]]
 """Rows of a table; each cell is a text."""
 
 
+def printable(text: str) -> str:
+    """A text whose control characters, but for line ends and tabs, are shown by their numbers.
+
+    Names and texts from elsewhere could otherwise move the cursor, change the title or write to the clipboard of a
+    terminal, or turn the direction of what follows.
+    """
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def text_table(rows: Rows, header: tuple[str, ...]) -> str:
-    """A table for the terminal, the first column left and the others right aligned."""
+    """A table for the terminal, the first column left and the others right aligned; control characters are shown."""
+    header, rows = tuple(map(printable, header)), [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = []
     for row in [header, *rows]:

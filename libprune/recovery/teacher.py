@@ -14,16 +14,16 @@ from transformers import AutoTokenizer, PreTrainedModel
 from libprune.collection.calibration import own_device
 from libprune.collection.resumable import ROOMS, only_one, work_identity
 from libprune.engine.architecture import Architecture
-from libprune.models.folder import load_config, require_positions
+from libprune.models.folder import load_config, own_model, require_positions
 from libprune.models.memory import require_room
 from libprune.models.parallel import World, join_world
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens, require_known, write_tokens
-from libprune.pipeline.artifacts import read_architecture, require
+from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover, Tokenize
-from libprune.pipeline.terminal import gigabytes
+from libprune.pipeline.terminal import gigabytes, printable
 from libprune.recovery.losses import TopPredictions
 from libprune.recovery.predictions import (
     BYTES,
@@ -68,10 +68,10 @@ def teach_layout(layout: Layout, compute: Compute, params: Recover, tokenize: To
 
 
 def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: Recover, tokenize: Tokenize) -> None:
-    config = load_config(require(layout.model, "prepare"))
+    config = load_config(own_model(layout, architecture))
     require_positions(config, architecture, {"recover.length": params.length})
     judged, _ = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
-    tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True, trust_remote_code=False)
     writer = SelfText(layout, architecture, tokenizer, compute.device, compute.dtype)
     text = draw_training(tokenize, params, tokenizer, config, architecture.head, writer.sample)
     require_unseen(text, judged, tokenizer)
@@ -79,7 +79,7 @@ def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: 
     meta = {"model": architecture.fingerprint, "held_out": text.held_out, "text": text.names, "sources": text.sources}
     write_tokens(layout.recovery_tokens, text.sequences, meta)
     writer.forget()
-    typer.echo(text.sentence())
+    typer.echo(printable(text.sentence()))
 
 
 @dataclass(frozen=True)

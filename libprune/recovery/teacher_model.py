@@ -11,10 +11,10 @@ from libprune.collection.calibration import place
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.errors import ParamsError, SourceError
-from libprune.models.folder import fingerprint, load_model, sha256
+from libprune.models.folder import fingerprint, load_model, own_model
 from libprune.models.parallel import World
 from libprune.models.source import load_dense
-from libprune.pipeline.artifacts import require
+from libprune.pipeline.digests import sha256
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Prepare, Recover
 from libprune.pipeline.sources import resolve
@@ -45,12 +45,12 @@ def load_teacher(
     """
     compute = compute.model_copy(update={"gradient_checkpointing": False})
     if params.teacher is None:
-        return place(load_model(require(layout.model, "prepare"), dtype), architecture, compute, world, device)
+        return place(load_model(own_model(layout, architecture), dtype), architecture, compute, world, device)
     try:
         model, tokenizer = load_dense(_source(params.teacher, dtype))
     except SourceError as error:
         raise SourceError(str(error).replace("prepare.model", "recover.teacher")) from error
-    own = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
+    own = AutoTokenizer.from_pretrained(own_model(layout, architecture), local_files_only=True, trust_remote_code=False)
     if tokenizer.get_vocab() != own.get_vocab():
         raise ParamsError(
             f"recover.teacher: {params.teacher} has another vocabulary ({len(tokenizer):,} tokens) than the model that "

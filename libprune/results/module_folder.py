@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,11 +17,11 @@ from libprune.engine.axes import Expr
 from libprune.engine.errors import ArtifactError, LibpruneError, first_line, missing_key
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import CONVOLUTIONS, slice_parameter
-from libprune.engine.tables import unit_index
+from libprune.engine.tables import join_blocks, unit_index
 from libprune.pipeline.artifacts import damage, require, write_table
 from libprune.pipeline.atomic import writing_folder
 from libprune.repair.least_squares import Fit, fit_table, mean_errors
-from libprune.results.proof import TOLERANCE
+from libprune.results.proof import agrees
 from libprune.results.record import PLAN, PROVENANCE, read_provenance, versions, write_provenance
 
 WEIGHTS = "model.safetensors"
@@ -193,7 +192,7 @@ def require_alike(difference: float, scale: float, family: str, what: str) -> No
     Raises:
         LibpruneError: with both numbers.
     """
-    if not difference <= TOLERANCE * scale:
+    if not agrees(difference, scale):
         raise LibpruneError(
             f"{what} by {difference:.3g} of {scale:.3g}: family {family!r} describes a module wrongly, or the network "
             "works out something from a width that the family's `attributes` do not name"
@@ -238,7 +237,7 @@ class Pruned:
         if folder.exists():
             raise LibpruneError(f"{folder} exists; name a folder that does not")
         meta = {"model": self.dense.fingerprint, "plan": self.plan.digest}
-        keep = np.concatenate([self.plan.keep[block] for block in self.dense.blocks()])
+        keep = join_blocks(self.dense, self.plan.keep)
         with writing_folder(folder) as partial_folder:
             tensors = {name: tensor.contiguous() for name, tensor in stored(self.network).items()}
             save_file(tensors, partial_folder / WEIGHTS)

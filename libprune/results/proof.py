@@ -3,6 +3,7 @@
 The process cannot import libprune, has no network, and reads nothing but the folder.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -63,10 +64,15 @@ class Verification:
     difference: float
     scale: float
 
-    @property
-    def relative(self) -> float:
-        """The difference divided by the scale."""
-        return self.difference / self.scale
+
+def agrees(difference: float, scale: float) -> bool:
+    """Whether outputs are finite and lie within `TOLERANCE` of those expected.
+
+    Args:
+        difference: largest absolute difference of an output.
+        scale: largest absolute output that is expected.
+    """
+    return math.isfinite(scale) and difference <= TOLERANCE * scale
 
 
 def verify_folder(
@@ -75,7 +81,6 @@ def verify_folder(
     expected: Float[Tensor, "..."],
     remote: bool,
     head: HeadName,
-    tolerance: float = TOLERANCE,
 ) -> Verification:
     """Load a folder in a fresh process and compare its float32 logits.
 
@@ -85,7 +90,6 @@ def verify_folder(
         expected: the masked (and repaired) dense model's logits, float32.
         remote: whether the folder's own modeling file has to be trusted.
         head: the model's head.
-        tolerance: largest relative difference allowed.
 
     Raises:
         LibpruneError: if it does not load, does not generate, or computes something else.
@@ -95,13 +99,13 @@ def verify_folder(
         float((computed[name] - expected).abs().max()) for name in ("logits", "cached") if name in computed
     )
     result = Verification(difference, float(expected.abs().max()))
-    if not result.relative <= tolerance:
+    if not agrees(result.difference, result.scale):
         raise LibpruneError(
-            f"the pruned model in {folder} loads but computes something else: logits differ by {difference:.3g} "
+            f"the model in {folder} loads but computes something else: logits differ by {difference:.3g} "
             f"of {result.scale:.3g} from what is expected of it. This is a defect of libprune; please report the plan"
         )
     if "generated" in computed and computed["generated"].shape[1] < 1:
-        raise LibpruneError(f"the pruned model in {folder} loads but generates nothing")
+        raise LibpruneError(f"the model in {folder} loads but generates nothing")
     return result
 
 
@@ -138,7 +142,7 @@ def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: H
         )
         if done.returncode != 0:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise LibpruneError(f"the pruned model in {folder} does not load in a fresh process: {last}")
+            raise LibpruneError(f"the model in {folder} does not load in a fresh process: {last}")
         return {name: tensor.clone() for name, tensor in load_file(result).items()}
 
 

@@ -25,6 +25,18 @@ def test_a_digest_names_the_decision_and_not_the_record():
     assert Plan(keep).digest != Plan(keep | {(0, "a"): np.array([False, True])}).digest
 
 
+def test_the_order_of_the_blocks_in_memory_says_nothing():
+    keep = {(layer, part): np.arange(3) < layer + len(part) - 1 for layer in (0, 1) for part in ("a", "mm")}
+    one, other = Plan(keep), Plan(dict(reversed(keep.items())))
+    assert one.digest == other.digest
+    assert one.column.tolist() == other.column.tolist()
+    swapped = Plan({block: keep[1 - block[0], block[1]] for block in keep})
+    assert swapped.digest != one.digest
+    assert Plan({(0, "a"): np.array([True]), (1, "a"): np.array([True, False])}).digest != (
+        Plan({(0, "a"): np.array([True, True]), (1, "a"): np.array([False])}).digest
+    ), "units of another block"
+
+
 def test_without_removes_also_these_units_and_leaves_the_plan_as_it_was():
     plan = Plan({(0, "a"): np.array([True, False, True]), (0, "m"): np.array([True])})
     for units, left in ((0, [False, False, True]), (np.array([0, 2]), [False] * 3), (slice(None), [False] * 3)):

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 
 from libprune.engine.errors import ArtifactError
-from libprune.engine.tables import check_rows, column, layers_and_parts, mean_columns, numbers, split_blocks, unit_index
+from libprune.engine.tables import (
+    check_rows,
+    column,
+    join_blocks,
+    layers_and_parts,
+    mean_columns,
+    numbers,
+    split_blocks,
+    unit_index,
+)
 from tests.support.shapes import shapes
 
 
@@ -15,7 +24,9 @@ from tests.support.shapes import shapes
 def test_a_column_is_cut_into_the_blocks_that_it_was_made_of(shape):
     architecture = shape.architecture()
     index = unit_index(architecture)
-    for (layer, part), rows in split_blocks(architecture, np.arange(len(index["layer_idx"]))):
+    rows_of = dict(split_blocks(architecture, np.arange(len(index["layer_idx"]))))
+    assert join_blocks(architecture, dict(reversed(rows_of.items()))).tolist() == list(range(len(index["layer_idx"])))
+    for (layer, part), rows in rows_of.items():
         assert set(index["layer_idx"][rows]) == {layer}
         assert set(index["group_type"][rows]) == {part}
         assert index["group_idx"][rows].tolist() == list(range(architecture.units(part)))

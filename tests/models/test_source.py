@@ -1,12 +1,16 @@
 """Models from where users have them."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -16,6 +20,7 @@ from libprune.models.folder import write_dense
 from libprune.models.source import follow_gguf, load_dense
 from libprune.models.tokens import Frame, frame_of
 from libprune.pipeline.sections import Prepare
+from tests.support.models import FAMILIES
 from tests.support.tiny import write_model
 
 
@@ -94,3 +99,105 @@ def test_the_tokenizer_of_a_gguf_file_does_what_the_metadata_say(tmp_path, kind,
     tokenizer.save_pretrained(tmp_path)
     for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         assert frame_of(one) == Frame((1,) * begins, (2,) * ends)
+
+
+# Weights that are not those of the config
+
+
+Edit = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
+
+
+def edited(tmp_path: Path, edit: Edit, family: str = "llama") -> str:
+    """The error of loading a model of a family whose weights and config were changed."""
+    write_model(tmp_path)
+    FAMILIES[family](0).save_pretrained(tmp_path)
+    weights, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    edit(weights, config)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError) as caught:
+        load_dense(Prepare(model=str(tmp_path)))
+    assert "\n" not in str(caught.value)
+    assert f"prepare.model = {str(tmp_path)!r} " in str(caught.value)
+    return str(caught.value)
+
+
+def layers(change: int) -> Edit:
+    def edit(weights: dict, config: dict) -> None:
+        key = next(name for name in ("num_hidden_layers", "n_layer") if name in config)
+        config[key] += change
+        for name in ("layer_types", "no_rope_layers"):  # one entry a layer
+            if config.get(name):
+                config[name] = (config[name] * 2)[: config[key]]
+
+    return edit
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_or_fewer_layers_in_the_files_than_in_the_config_are_refused(tmp_path, family):
+    number = FAMILIES[family](0).config.num_hidden_layers
+    said = edited(tmp_path, layers(-1), family)
+    assert re.search(rf"no place for, the first '.*\.{number - 1}\..*'; its config.json says {number - 1} layers", said)
+    said = edited(tmp_path, layers(1), family)
+    assert re.search(rf"no weights for .* the first '.*\.{number}\..*'; its config.json says {number + 1} layers", said)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_that_says_tied_while_the_file_holds_another_head_is_refused(tmp_path, family):
+    model = FAMILIES[family](0)
+    if not model._tied_weights_keys:
+        pytest.skip("a classifier's head is no embedding")
+    head, embedding = next(iter(model._tied_weights_keys.items()))
+
+    def edit(weights: dict, config: dict) -> None:
+        config["tie_word_embeddings"] = True
+        weights[head] = model.get_parameter(embedding).detach() + 1
+
+    assert "tie_word_embeddings: true, by which the two are one" in edited(tmp_path, edit, family)
+
+
+def renamed(prefix: str) -> Edit:
+    def edit(weights: dict, config: dict) -> None:
+        for name in list(weights):
+            weights[prefix + name] = weights.pop(name)
+
+    return edit
+
+
+def filled(name: str, value: float, entries: int | None = None) -> Edit:
+    def edit(weights: dict, config: dict) -> None:
+        weights[name].view(-1)[:entries] = value
+
+    return edit
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (renamed("module."), r"begin with 'module\.', which DataParallel adds"),
+        (renamed("_orig_mod."), r"begin with '_orig_mod\.', which torch\.compile adds"),
+        (filled(UP, torch.nan, 3), rf"'{UP}', in which 3 of [\d,]+ values are not finite"),
+        (filled(UP, -torch.inf, 1), rf"'{UP}', in which 1 of [\d,]+ values are not finite"),
+        (filled(UP, 0.0), rf"'{UP}', in which all [\d,]+ values are zero"),
+        (lambda weights, config: weights.pop(UP), rf"no weights for 1 parameters of a LlamaForCausalLM.*'{UP}'"),
+        (lambda weights, config: weights.update(other=torch.ones(2)), "holds 1 tensors .* no place for.*'other'"),
+        (
+            lambda weights, config: weights.update({UP: weights[UP][:-1].clone()}),
+            rf"holds 1 tensors of other shapes.*'{UP}': it is \[\d+, \d+\], expected",
+        ),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_named(tmp_path, edit, message):
+    assert re.search(message, edited(tmp_path, edit))
+
+
+def test_tensors_of_other_heads_in_published_checkpoints_are_left_out(tmp_path):
+    write_model(tmp_path)
+    FAMILIES["bert"](0).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    others = ("bert.pooler.dense.weight", "cls.seq_relationship.bias", "bert.embeddings.position_ids")
+    save_file(weights | {name: torch.ones(2) for name in others}, tmp_path / "model.safetensors")
+    load_dense(Prepare(model=str(tmp_path)))

@@ -1,13 +1,14 @@
 """Proofs of folders: a fresh process computes a model's logits, and everything else is refused with its reason."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from libprune.engine.errors import LibpruneError
-from libprune.results.proof import reference_logits, reload, verify_folder
+from libprune.results.proof import agrees, reference_logits, reload, verify_folder
 from tests.support.models import FAMILIES, tokens
 
 IDS = tokens(2, 8)
@@ -28,7 +29,23 @@ def test_a_fresh_process_computes_the_models_own_logits(tmp_path, quick_proof, f
     expected = reference_logits(model, IDS)
     result = verify_folder(tmp_path, IDS, expected, remote=False, head=head)
     assert result.scale == float(expected.abs().max())
-    assert result.relative == result.difference / result.scale <= 1e-6
+    assert result.difference <= 1e-6 * result.scale
+
+
+@pytest.mark.parametrize(
+    ("difference", "scale", "agree"),
+    [
+        (1e-4, 1.0, True),
+        (1.1e-4, 1.0, False),
+        (0.0, 0.0, True),
+        (math.inf, math.inf, False),
+        (0.0, math.inf, False),
+        (math.nan, 1.0, False),
+        (0.0, math.nan, False),
+    ],
+)
+def test_only_finite_outputs_within_the_tolerance_agree(difference, scale, agree):
+    assert agrees(difference, scale) == agree
 
 
 def test_a_model_that_writes_is_run_in_one_pass_and_with_the_cache_and_generates(saved, quick_proof):

@@ -130,7 +130,7 @@ def test_shards_have_exactly_the_documented_tensors(run, section, architecture):
 def test_json_files_have_exactly_the_documented_keys(run, section):
     rows = {row["key"]: row for row in section.tables["key"]}
     for path in files(run, section):
-        found = list(documented.leaves(section.tables["key"], json.loads(path.read_text())))
+        found = list(documented.leaves(section.tables["key"], documented.content(path.read_text())))
         assert documented.required(list(rows.values()), "key") <= {key for key, _ in found} <= rows.keys()
         for key, value in found:
             assert documented.is_of(value, rows[key]["type"]), key
