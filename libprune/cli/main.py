@@ -20,7 +20,7 @@ def main() -> None:
 @app.command()
 def show(artifacts: stage.Root = stage.ROOT) -> None:
     """Print the headline table, where the final model lies, and how to load it."""
-    from libprune.pipeline.artifacts import read_json
+    from libprune.pipeline.artifacts import damage, read_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.terminal import text_table
     from libprune.report.headline import HEADER, headline_rows
@@ -29,9 +29,11 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
     layout = Layout(artifacts)
     with stage.user_errors():
         result = read_json(layout.evaluation, "evaluate")
-    typer.echo(text_table(headline_rows(result), HEADER))
-    folder = final_folder(result, layout)
-    load = how_to_load(str(folder), result["plan"]["shape"], result["model"]["head"])
+        with damage(layout.evaluation, "evaluate"):
+            table = text_table(headline_rows(result), HEADER)
+            folder = final_folder(result, layout)
+            load = how_to_load(str(folder), result["plan"]["shape"], result["model"]["head"])
+    typer.echo(table)
     before = f"before: {layout.pruned} (before recovery; sizes and speed were measured on it)\n"
     before = before if folder != layout.pruned else ""
     typer.echo(f"\nmodel:  {folder}\n{before}load:   {load}\nreport: report/report.html")
@@ -94,11 +96,31 @@ def check(folder: Folder, trust_remote_code: TrustFolder = False, dense: DenseFo
     from libprune.results.check import check_folder
 
     faults = 0
-    for finding in check_folder(folder, trust_remote_code, dense):
-        typer.echo(printable(f"{finding.kind:<6} {finding.about:<10} {finding.text}"))
-        faults += finding.kind == "fault"
+    with stage.user_errors():
+        for finding in check_folder(folder, trust_remote_code, dense):
+            typer.echo(printable(f"{finding.kind:<6} {finding.about:<10} {finding.text}"))
+            faults += finding.kind == "fault"
     if faults:
         raise SystemExit(1)
+
+
+What = Annotated[list[str] | None, typer.Argument(help="Any of leftovers, work, datasets, dvc; none: only say.")]
+
+
+@app.command()
+def clean(what: What = None) -> None:
+    """Say how much of what is no longer needed lies here and in the caches, and remove what is named.
+
+    DVC's lock file is mended, too, if a kill has left it unreadable.
+    """
+    from libprune.cli.cleaning import clean as lines_of
+    from libprune.pipeline.locks import mend_lock
+
+    with stage.user_errors():
+        for path in mend_lock(Path()):
+            typer.echo(f"{path}: unreadable since a kill, removed")
+        for line in lines_of(Path(), what or []):
+            typer.echo(line)
 
 
 app.add_typer(compare_cli.app, name="compare")

@@ -12,10 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
-from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError
-from libprune.engine.family import Family, Part, family_of
+from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
+from libprune.engine.family import Family, Part, described_by, family_of
 from libprune.engine.heads import SEQUENCE_CLASSIFICATION, Head, head_of
-from libprune.engine.stock_config import bias_key, check_config, expressible
+from libprune.engine.stock_config import bias_key, check_config, expressible, require_sizes
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
 """Modules that store the weight of a map as ``[input, output]``."""
@@ -36,6 +36,7 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
     family, head = family_of(model.config.model_type), head_of([type(model).__name__])
     _require_head(family, head, model)
     check_config(family, model.config, accept)
+    require_sizes(family, model.config)
     parameters, maps = _walk(model, family, head)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     equations = _config_equations(family, model.config) + tensor_equations(parameters, shapes)
@@ -59,8 +60,17 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
 
 
 def without_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a config on the meta device: modules and shapes alone."""
-    with torch.device("meta"):
+    """The model of a config on the meta device: modules and shapes alone.
+
+    Raises:
+        FamilyError: for sizes that no model has, or a config that transformers can make no model of.
+    """
+    if family := described_by(config.model_type):
+        require_sizes(family, config)
+    with (
+        naming(f"transformers can make no model of this {config.model_type} config", FamilyError),
+        torch.device("meta"),
+    ):
         loader = head_of(config.architectures).loader
         model: PreTrainedModel = loader.from_config(config, trust_remote_code=trust_remote_code)
     return model

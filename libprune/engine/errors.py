@@ -1,6 +1,10 @@
 """Errors that a user can cause, and the help that goes into their messages."""
 
-from collections.abc import Iterable
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -48,6 +52,10 @@ class ExportError(LibpruneError):
     """A model cannot be written for another program, or that program computes something else."""
 
 
+class MeansError(LibpruneError):
+    """The machine has not what a step needs: space, permission, memory, threads. Nothing finished is lost by it."""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """The known words nearest to `word`, as the end of a message: ``; did you mean 'kv'?``."""
     matches = get_close_matches(word, list(known), n=count, cutoff=0.5)
@@ -61,6 +69,86 @@ def missing_key(key: str, known: Iterable[str], where: str) -> str:
     return f"{where} has no entry {key!r}; it holds {len(names)} entries (first: {first}){nearest(key, names)}"
 
 
-def first_line(error: Exception) -> str:
-    """The first line of what another library's error says, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+_LONGEST = 400
+"""Characters of a message of another library that are shown."""
+_PACKAGES = ("sentencepiece", "protobuf", "tiktoken", "blobfile")
+"""Packages that transformers asks for by their names."""
+_ERRNO = re.compile(r"(?:os error |\[Errno )(\d+)")
+_NO_MEMORY = re.compile(r"(?:can't|cannot|unable to) allocate|out of memory|bad_alloc|std::length_error", re.IGNORECASE)
+_NO_THREADS = re.compile(r"can't start new thread|Resource temporarily unavailable|pthread_create", re.IGNORECASE)
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def cause(error: BaseException) -> str:
+    """What another library's error says, on one line: the innermost cause, after what the outermost makes of it.
+
+    The innermost has the place (a byte, a line, a key); what the outermost says alone is often that something failed.
+    """
+    chain = _chain(error)
+    outer, inner = _said(chain[0]), _said(chain[-1])
+    needed = " ".join(str(e).lower() for e in chain if isinstance(e, ImportError))
+    known = next((word for word in _PACKAGES if word in needed), None)
+    missing = f"; it needs a package: pip install {known}" if known else ""
+    return (outer if inner in outer else f"{outer.rstrip('.')}: {inner}") + missing
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, the innermost last."""
+    chain = [error]
+    while True:
+        last = chain[-1]
+        inner = last.__cause__ or (None if last.__suppress_context__ else last.__context__)
+        if inner is None or inner in chain:
+            return chain
+        chain.append(inner)
+
+
+def _said(error: BaseException) -> str:
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    plain = isinstance(error, ValueError | OSError | RuntimeError) and " " in text
+    return text if plain else f"{kind}: {text}" if text else kind
+
+
+@contextmanager
+def naming(what: str, kind: type[LibpruneError] = SourceError) -> Iterator[None]:
+    """Inside the context, turn whatever another library raises into one error that says what failed, and why.
+
+    It belongs around calls of libraries that read what users give: they raise types of their own, and panics.
+
+    Args:
+        what: the beginning of the message, such as ``model.safetensors cannot be read``.
+        kind: the error to raise. What the machine lacks is a `MeansError` instead.
+    """
+    try:
+        yield
+    except LibpruneError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
+            raise
+        if (lacks := lacking(error)) is not None:
+            raise MeansError(f"{what}: {lacks}") from error
+        raise kind(f"{what}: {cause(error)}") from error
+
+
+def lacking(error: BaseException) -> str | None:
+    """What the machine lacks, if that is what an error comes from: space, permission, memory or threads; else None."""
+    for inner in reversed(_chain(error)):
+        text, number = " ".join(str(inner).split()), getattr(inner, "errno", None)
+        found = _ERRNO.search(text)
+        number = number or (int(found[1]) if found else None)
+        named = getattr(inner, "filename", None)
+        where = f"{named}: " if named is not None and not isinstance(named, int) else ""
+        if number in _NO_SPACE:
+            return f"{where}{os.strerror(number)}"
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{where}{os.strerror(number)}"
+        if number in (errno.EMFILE, errno.ENFILE):
+            return f"{where}{os.strerror(number)}; raise the limit by `ulimit -n`"
+        if number == errno.ENOMEM or isinstance(inner, MemoryError) or _NO_MEMORY.search(text):
+            asked = text[:_LONGEST] or "no more could be had"
+            return f"not enough memory ({asked}); lower compute.batch_tokens, or free some"
+        if number == errno.EAGAIN or _NO_THREADS.search(text):
+            return "no more threads or processes can be started; set OMP_NUM_THREADS lower, or raise `ulimit -u`"
+    return None

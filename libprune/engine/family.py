@@ -9,12 +9,12 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from libprune.engine.axes import Expr, LinearMap, parse_expr, parse_map
-from libprune.engine.errors import FamilyError, nearest
+from libprune.engine.errors import FamilyError, cause, nearest
 from libprune.engine.heads import HeadName
+from libprune.engine.yaml_file import read_yaml
 
 FOLDER = Path(__file__).parents[1] / "families"
 
@@ -174,9 +174,14 @@ def load_family(path: Path) -> Family:
         FamilyError: if the file is not valid, with the place.
     """
     try:
-        return Family.model_validate(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, ValueError) as error:
-        raise FamilyError(f"family file {path.name}: {error}") from error
+        return Family.model_validate(read_yaml(path))
+    except ValueError as error:  # of pydantic, or of read_yaml
+        raise FamilyError(f"family file {path}: {cause(error)}") from error
+
+
+def described_by(model_type: str) -> Family | None:
+    """The family that describes a `model_type`; None if there is none."""
+    return next((family for family in families().values() if model_type in family.model_types), None)
 
 
 def family_of(model_type: str) -> Family:

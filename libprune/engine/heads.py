@@ -1,6 +1,5 @@
 """What a model is for, as transformers says it by the class of its head: the next token, masked tokens, a label."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -53,13 +52,17 @@ SEQUENCE_CLASSIFICATION = Head(
 HEADS = {head.name: head for head in (MASKED_LM, SEQUENCE_CLASSIFICATION, CAUSAL_LM)}
 
 
-def head_of(architectures: Sequence[str] | None) -> Head:
-    """The head that a config's `architectures` names; a causal one if it names none or one of another ending.
+def head_of(architectures: object) -> Head:
+    """The head that a config's `architectures` names, whatever stands there; a causal one for none or another ending.
 
     Raises:
-        FamilyError: for a head of another kind, such as question answering, whose weights would be lost.
+        FamilyError: for what is no list of names, or a head of another kind, such as question answering, whose weights
+            would be lost.
     """
-    name = next(iter(architectures or ()), "")
+    given = () if architectures is None else architectures
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+        raise FamilyError(f"config key 'architectures' = {str(architectures)[:40]!r} is no list of names of classes")
+    name = next(iter(given), "")
     for head in HEADS.values():
         if head.ending and name.endswith(head.ending):
             return head

@@ -17,9 +17,9 @@ def bias_key(family: str, config: PreTrainedConfig, part: str) -> str | None:
 def check_config(family: Family, config: PreTrainedConfig, accept: tuple[str, ...] = ()) -> None:
     """Refuse config keys and values that the family file does not speak of."""
     for key, advice in _NOT_DENSE.items():
-        if key in config.to_dict():
+        if config.to_dict().get(key) is not None:
             raise FamilyError(f"this {config.model_type} model has {key!r} in its config: {advice}")
-    known = family.config.known | set(accept) | PreTrainedConfig().to_dict().keys() | _BOOKKEEPING
+    known = family.config.known | set(accept) | PreTrainedConfig().to_dict().keys() | _BOOKKEEPING | _NOT_DENSE.keys()
     values = config.to_dict()
     unknown = [key for key in values if key not in known]
     if unknown:
@@ -42,6 +42,37 @@ _NOT_DENSE = {
 }
 
 
+_LAYERS, _SIZE = 2_000, 1_000_000
+"""The most layers, and the largest size, that a config is believed; more would take hours to describe."""
+
+
+def require_sizes(family: Family, config: PreTrainedConfig) -> None:
+    """Stop where a config gives a size that is none, or is larger than that of any model.
+
+    Raises:
+        FamilyError: naming the key, and what it says.
+    """
+    limits = dict.fromkeys(family.config.sizes, _SIZE) | {family.config.layers: _LAYERS}
+    for key, limit in limits.items():
+        value = getattr(config, key, None)
+        given = [] if value is None else value if isinstance(value, list) else [value]
+        for size in given:
+            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= limit:
+                raise FamilyError(
+                    f"config key {key!r} = {str(size)[:40]!r} is no size of a {config.model_type} model; it is a whole "
+                    f"number from 1 to {limit:,}"
+                )
+
+
+_TRANSFORMERS_4 = """
+torchscript use_bfloat16 tf_legacy_loss tie_encoder_decoder finetuning_task num_labels tokenizer_class prefix
+decoder_start_token_id cross_attention_hidden_size max_length min_length do_sample early_stopping num_beams
+num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+"""
+"""Keys that transformers 4 wrote into configs of every class; no size depends on them."""
 _BOOKKEEPING = frozenset(
     {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "tie_word_embeddings"}
     | {
@@ -55,7 +86,12 @@ _BOOKKEEPING = frozenset(
         "auto_map",
         "pruned_heads",
         "task_specific_params",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_commit_hash",
     }
+    | frozenset(_TRANSFORMERS_4.split())
 )
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from libprune.engine.errors import LibpruneError, ParamsError, nearest
 from libprune.engine.yaml_file import read_yaml
-from libprune.pipeline.params import Params, validate_params
+from libprune.pipeline.params import Params, problems, validate_params
 from libprune.pipeline.sections import Floor, Section
 from libprune.scoring.expression import named_criteria
 
@@ -23,6 +24,9 @@ SEED = "tokenize.seed"
 
 _NAME = r"^[A-Za-z0-9]([A-Za-z0-9_+-]|\.(?=[A-Za-z0-9]))*$"
 """Pattern of a setting's name, which becomes part of the names of git references and folders."""
+
+_MOST = 10_000
+"""Runs of a comparison."""
 
 FullName = Annotated[str, Field(pattern=r"^[a-z_0-9.]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -52,6 +56,9 @@ class ComparisonFile(Section):
             raise ValueError("give either settings or a grid")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {list(self.seeds)} names one twice")
+        number = len(self.seeds) * (len(self.settings) or prod(map(len, self.grid.values())))
+        if number > _MOST:
+            raise ValueError(f"it asks for {number:,} runs; a comparison has at most {_MOST:,}")
         if [key for key, values in self.grid.items() if not values]:
             raise ValueError("grid: a param has no values")
         return self
@@ -188,8 +195,7 @@ def read_file(path: Path) -> ComparisonFile:
     try:
         return ComparisonFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        problems = "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())
-        raise ParamsError(f"{path}: {problems}") from error
+        raise ParamsError(f"{path}: {problems(error, _explain)}") from error
 
 
 def read_setting(name: str, changes: Mapping[str, Any], data: Data, seed: int, path: Path) -> Setting:

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.exporters import AutoHfExporter, ExportedModel, OnnxConfig, OpenVINOConfig
 from transformers.exporters.utils import decompose_for_generation
 
-from libprune.engine.errors import ExportError, first_line
+from libprune.engine.errors import ExportError, cause
 from libprune.export.source import Source
 from libprune.models.folder import load_model
 
@@ -82,7 +82,7 @@ def write_graph(folder: Path, source: Source, kind: str) -> None:
                 exported.config = None  # it would need the modeling file, which a graph does without
             exported.save_pretrained(folder)
         except Exception as error:  # of torch, onnx or openvino
-            raise ExportError(f"transformers cannot export {source.folder} as {kind}: {first_line(error)}") from error
+            raise ExportError(f"transformers cannot export {source.folder} as {kind}: {cause(error)}") from error
 
 
 @contextmanager

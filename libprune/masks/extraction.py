@@ -1,7 +1,6 @@
 """Removing wholly masked units for real: from a masked model to a smaller one, and the proof that both are alike."""
 
 import copy
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ from libprune.masks.decision import Decision, settle
 from libprune.masks.files import Masked, Model, fresh
 from libprune.models.folder import fingerprint, load_model
 from libprune.pipeline.artifacts import write_table
+from libprune.pipeline.atomic import scratch_folder
 from libprune.results.folder import pruned_config, write_pruned
 from libprune.results.proof import agrees, masked_logits, reference_logits, verify_folder
 from libprune.results.record import PLAN, versions, write_provenance
@@ -104,7 +104,7 @@ class LanguageExtraction(Extraction[PreTrainedModel]):
 
     def smaller(self) -> PreTrainedModel:
         """The smaller model, in the stored type and evaluation mode; of the shape `per_layer` with code of its own."""
-        with tempfile.TemporaryDirectory() as scratch:
+        with scratch_folder() as scratch:
             folder, nothing = Path(scratch, "pruned"), Path(scratch, "nothing")
             folder.mkdir()
             nothing.mkdir()

@@ -5,7 +5,6 @@
 
 import copy
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -22,11 +20,12 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from libprune.engine.describe import describe, without_weights
-from libprune.engine.errors import ArtifactError, LibpruneError, SourceError, first_line, missing_key
+from libprune.engine.errors import LibpruneError, SourceError, missing_key, naming
 from libprune.engine.heads import head_of
-from libprune.models.folder import WeightFiles, load_config, require_own_files
+from libprune.models.folder import WeightFiles, load_config, open_tensors, require_own_files
 from libprune.models.source import untied
 from libprune.pipeline.artifacts import read_json
+from libprune.pipeline.atomic import scratch_folder
 
 _ORIG, _MASK = "_orig", "_mask"
 
@@ -152,10 +151,7 @@ def read_masked(folder: Path, masks: Path | None = None) -> Masked:
 
 def _require_described(folder: Path) -> None:
     """Refuse by its config what no family describes, or is no dense model, before any weight is read."""
-    try:
-        config = load_config(folder)
-    except Exception as error:  # the config classes raise types of their own
-        raise SourceError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
+    config = load_config(folder)
     describe(without_weights(config), accept=tuple(config.to_dict()))
 
 
@@ -198,7 +194,7 @@ def _product(name: str, weight: Tensor, mask: Tensor, where: str) -> tuple[Tenso
 
 def _loaded_from(folder: Path, state: dict[str, Tensor]) -> PreTrainedModel:
     """The model of a folder with other weights, by whatever names transformers reads."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         shutil.copyfile(folder / "config.json", Path(scratch, "config.json"))
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, Path(scratch, "model.safetensors"))
         model = _load(Path(scratch), state)
@@ -213,12 +209,10 @@ def _load(folder: Path, state: Mapping[str, Tensor]) -> PreTrainedModel:
         state: what the files hold.
     """
     loader = head_of(read_json(folder / "config.json", "prepare").get("architectures")).loader
-    try:
+    with naming(f"{folder} cannot be loaded"):
         model, info = loader.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # transformers raises types of its own
-        raise SourceError(f"{folder} cannot be loaded: {first_line(error)}") from error
     for what, names in (("lack", info["missing_keys"]), ("hold, for no parameter,", info["unexpected_keys"])):
         if names:
             raise SourceError(f"the weights of {folder} {what} {len(names)} tensors, the first {min(names)}")
@@ -253,17 +247,14 @@ def _multiply(model: PreTrainedModel, path: Path) -> dict[str, Tensor]:
 
 def _masks_in(path: Path) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Name, mask and, where there is one, own weight of every entry of a file of masks."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            for name in names:
-                if not name.endswith((_ORIG, _MASK)) or name.removesuffix(_ORIG) + _MASK not in {*names, name + _MASK}:
-                    raise LibpruneError(f"{path} holds {name}; only X_mask, and X_orig beside it, are masks of X")
-            for key in (name.removesuffix(_MASK) for name in names if name.endswith(_MASK)):
-                orig = file.get_tensor(key + _ORIG) if key + _ORIG in names else None
-                yield key, file.get_tensor(key + _MASK), orig
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} cannot be read as safetensors: {error}") from error
+    with open_tensors(path) as file:
+        names = list(file.keys())
+        for name in names:
+            if not name.endswith((_ORIG, _MASK)) or name.removesuffix(_ORIG) + _MASK not in {*names, name + _MASK}:
+                raise LibpruneError(f"{path} holds {name}; only X_mask, and X_orig beside it, are masks of X")
+        for key in (name.removesuffix(_MASK) for name in names if name.endswith(_MASK)):
+            orig = file.get_tensor(key + _ORIG) if key + _ORIG in names else None
+            yield key, file.get_tensor(key + _MASK), orig
 
 
 def ties(model: nn.Module) -> list[list[str]]:

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from libprune.engine.errors import ArtifactError, SourceError, first_line, missing_key
+from libprune.engine.errors import ArtifactError, SourceError, cause, missing_key
 from libprune.masks.files import Masked, loaded, multiplied, ties, without_masks
+from libprune.models.folder import read_tensors
 
 INPUTS = "inputs"
 """Name of the tensor in a file of inputs."""
@@ -30,13 +29,7 @@ def read_network(path: Path, factory: str) -> Masked[nn.Module]:
     Raises:
         LibpruneError: if the file, or the factory, is none, or they do not fit each other.
     """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read as safetensors: {first_line(error)}; write it by "
-            "safetensors.torch.save_file(network.state_dict(), path)"
-        ) from error
+    tensors = read_tensors(path)
     clean = without_masks(_made_by(factory))
     known = clean.state_dict()
     state, masks = multiplied(tensors, str(path), known.keys())
@@ -63,7 +56,7 @@ def _made_by(factory: str) -> nn.Module:
         make: Callable[[], object] = getattr(importlib.import_module(path), name)
         network = make()
     except Exception as error:  # the user's code raises what it likes
-        raise SourceError(f"{factory} makes no network: {type(error).__name__}: {first_line(error)}") from error
+        raise SourceError(f"{factory} makes no network: {cause(error)}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
     if not isinstance(network, nn.Module):
@@ -77,10 +70,7 @@ def read_inputs(path: Path) -> Tensor:
     Raises:
         LibpruneError: if it is none.
     """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} cannot be read as safetensors: {first_line(error)}") from error
+    tensors = read_tensors(path)
     if list(tensors) != [INPUTS]:
         raise ArtifactError(f"{path} holds {', '.join(tensors) or 'nothing'}; write one tensor named {INPUTS!r}")
     return tensors[INPUTS]
@@ -98,7 +88,7 @@ def require_takes(network: nn.Module, inputs: Tensor) -> None:
     except Exception as error:  # the network's own code raises what it likes
         raise SourceError(
             f"{type(network).__name__} does not run on inputs of shape {list(inputs.shape)} and type "
-            f"{str(inputs.dtype).removeprefix('torch.')}: {first_line(error)}. Write inputs that it takes to a file, "
+            f"{str(inputs.dtype).removeprefix('torch.')}: {cause(error)}. Write inputs that it takes to a file, "
             "and name that with --inputs"
         ) from error
 

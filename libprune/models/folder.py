@@ -1,7 +1,9 @@
 """Hugging Face model folders: reading and loading them, their fingerprint, and writing that of the dense model."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -10,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.errors import ArtifactError, ParamsError, SourceError, missing_key
+from libprune.engine.errors import ArtifactError, ParamsError, SourceError, missing_key, naming
 from libprune.engine.heads import head_of
 from libprune.pipeline.artifacts import read_json, require
 from libprune.pipeline.atomic import writing_folder
@@ -22,13 +24,14 @@ class WeightFiles(Mapping[str, Tensor]):
     """The tensors of a model folder by name, read from its safetensors files one at a time.
 
     Raises:
-        ArtifactError: if the folder holds no safetensors file; on access, if it holds no tensor of that name.
+        ArtifactError: if the folder holds no safetensors file, or one that cannot be read; on access, if it holds no
+            tensor of that name.
     """
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
+            with open_tensors(path) as file:
                 self._files |= dict.fromkeys(file.keys(), path)
         if not self._files:
             raise ArtifactError(f"{folder} holds no .safetensors file; a model folder needs one")
@@ -37,7 +40,7 @@ class WeightFiles(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files:
             raise ArtifactError(missing_key(name, self._files, f"the weights in {self._folder}"))
-        with safe_open(self._files[name], framework="pt") as file:
+        with open_tensors(self._files[name]) as file:
             return file.get_tensor(name)
 
     def __contains__(self, name: object) -> bool:
@@ -52,6 +55,45 @@ class WeightFiles(Mapping[str, Tensor]):
 
 _OF_A_MODEL = {".json", ".safetensors", ".jinja", ".model", ".txt", ".py"}
 """Endings of the files by which a model and its tokenizer are loaded."""
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, as `safe_open` does.
+
+    Raises:
+        ArtifactError: if it cannot be read, with the reason; inside the context, too.
+    """
+    with naming(f"{path} cannot be read as safetensors", ArtifactError):
+        require_content(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ArtifactError: if it cannot be read, with the reason.
+    """
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+_POINTER = b"version https://git-lfs"
+
+
+def require_content(path: Path) -> None:
+    """Stop where a file is only the pointer to its content that Git LFS leaves in a clone without its files.
+
+    Raises:
+        SourceError: naming the file, and the command that fetches its content.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise SourceError(
+                f"{path} is not the file but its Git LFS pointer; run `git lfs pull` in its repository, or download it"
+            )
 
 
 def fingerprint(folder: Path, known: KnownDigests | None = None) -> str:
@@ -97,11 +139,15 @@ def load_model(
         dtype: dtype of the parameters.
         trust_remote_code: whether the folder's own modeling file may be run.
         config: a config in place of the folder's own.
+
+    Raises:
+        ArtifactError: if it cannot be loaded, with the reason.
     """
     architectures = read_json(folder / "config.json", "slice").get("architectures")
-    model: PreTrainedModel = head_of(architectures).loader.from_pretrained(
-        folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
-    )
+    with naming(f"the model in {folder} cannot be loaded", ArtifactError):
+        model: PreTrainedModel = head_of(architectures).loader.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     return model.eval()
 
 
@@ -123,8 +169,14 @@ def require_own_files(folder: Path) -> None:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """Load the config of a local model folder."""
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    """Load the config of a local model folder.
+
+    Raises:
+        SourceError: if it is none, with the reason.
+    """
+    with naming(f"{folder / 'config.json'} cannot be read", SourceError):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return config
 
 
 def require_positions(config: PreTrainedConfig, architecture: Architecture, lengths: Mapping[str, int]) -> None:

@@ -9,6 +9,7 @@ from gguf import GGUFReader
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from libprune.engine.errors import naming
 from libprune.pipeline.artifacts import read_json
 from libprune.pipeline.sections import Prepare
 from libprune.pipeline.sources import resolve
@@ -85,7 +86,8 @@ def _license(card: Path | None) -> str | None:
 
 def _of_gguf(path: Path) -> Origin:
     """The origin that the metadata of a GGUF file tell, under the name of the file."""
-    fields = GGUFReader(path).fields
+    with naming(f"{path} cannot be read as GGUF"):
+        fields = GGUFReader(path).fields
 
     def said(key: str) -> str | None:
         return str(fields[key].contents()) if key in fields else None

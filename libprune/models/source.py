@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from libprune.engine.errors import SourceError, first_line
+from libprune.engine.errors import SourceError, naming
 from libprune.engine.heads import CAUSAL_LM, head_of
-from libprune.models.folder import require_own_files
+from libprune.models.folder import require_content, require_own_files
 from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Prepare
 from libprune.pipeline.sources import resolve
@@ -36,15 +35,14 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         head, dtype = CAUSAL_LM, torch.float32 if dtype == "auto" else dtype
     else:
         head = head_of(load_dense_config(params).architectures)
-    try:
-        how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below
-        model, loading = head.loader.from_pretrained(name, **how, **where)
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SourceError(
-            f"prepare.model = {masked(params.model)!r} cannot be loaded: {masked(first_line(error))}"
-        ) from error
+        if isinstance(name, Path):
+            _require_safetensors(params, name)
+    how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below
+    with naming(f"the weights of prepare.model = {masked(params.model)!r} cannot be loaded"):
+        model, loading = head.loader.from_pretrained(name, use_safetensors=True, **how, **where)
     _require_weights(params, model, loading)
+    with naming(f"the tokenizer of prepare.model = {masked(params.model)!r} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
     if "gguf_file" in where:
         _forget_quantization(model)
         follow_gguf(tokenizer, Path(name) / where["gguf_file"])
@@ -157,9 +155,34 @@ def _worthless(model: PreTrainedModel) -> str:
     return ""
 
 
+def _require_model(params: Prepare, path: Path) -> None:
+    """Stop by name at what is often given for a model: adapters, and pointers of Git LFS."""
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise SourceError(
+            f"prepare.model = {params.model!r} is a LoRA adapter, not a model; merge it into its base model first: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        )
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    for file in files:
+        if file.is_file() and file.suffix in {".gguf", ".safetensors", ".json", ".model", ".bin"}:
+            require_content(file)
+
+
+def _require_safetensors(params: Prepare, path: Path) -> None:
+    """Stop at a folder without safetensors files; those that pickle reads may run code, and are not read."""
+    if not any(path.glob("*.safetensors")):
+        pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+        what = f" but {pickles[0]}, a pickle, which may run code when it is read" if pickles else ""
+        raise SourceError(
+            f"prepare.model = {params.model!r} holds no .safetensors file{what}; write it again by save_pretrained"
+        )
+
+
 def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:
     """The name or path of the model for `from_pretrained`, and the other arguments that it needs."""
     path = resolve(params.model)
+    if path is not None:
+        _require_model(params, path)
     where: dict[str, Any] = {"revision": params.revision, "trust_remote_code": params.trust_remote_code}
     if path is None:
         return params.model, where
@@ -175,12 +198,8 @@ def load_dense_config(params: Prepare) -> PreTrainedConfig:
             for the quantizer's package, or dequantise without being asked.
     """
     name, where = _place(params)
-    try:
+    with naming(f"the config of prepare.model = {params.model!r} cannot be loaded"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
-    except Exception as error:  # the config classes raise types of their own
-        raise SourceError(
-            f"prepare.model = {masked(params.model)!r} cannot be loaded: {masked(first_line(error))}"
-        ) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method

@@ -6,31 +6,60 @@ Nothing is ever opened for writing in place: outputs may be hard links into a ca
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from libprune.engine.errors import LibpruneError, MeansError, lacking
 from libprune.pipeline.processes import runs
 
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A path to write a file or a folder at; it replaces `target` when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """A path to write a file or a folder at; it replaces `target` when the block ends without an error.
+
+    Raises:
+        MeansError: where space, permission or memory lack, naming the target, and the bytes that are free.
+    """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with _partial(target, partial):
+            yield partial
+    except LibpruneError:
+        raise
+    except Exception as error:
+        if (lacks := lacking(error)) is None:
+            raise
+        raise MeansError(f"{target} cannot be written: {lacks}{_free(target)}") from error
+
+
+@contextmanager
+def _partial(target: Path, partial: Path) -> Iterator[None]:
+    """Replace the target by what the block writes at another path; leave nothing there otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{target.name}.*.partial"):
         if not runs(int(left.name.split(".")[-2])):  # a process that was killed cannot clear up
             remove(left)
     remove(partial)
     try:
-        yield partial
+        yield
         _let_others_read(partial)
         if partial.is_dir():
             remove(target)
         partial.replace(target)
     finally:
         remove(partial)
+
+
+def _free(target: Path) -> str:
+    """The bytes that are free where the target is to lie, as a part of a sentence; nothing if that cannot be asked."""
+    folder = next(path for path in target.absolute().parents if path.is_dir())
+    try:
+        return f" ({shutil.disk_usage(folder).free:,} bytes are free in {folder})"
+    except OSError:
+        return ""
 
 
 def _let_others_read(written: Path) -> None:
@@ -48,6 +77,13 @@ def writing_folder(target: Path) -> Iterator[Path]:
     with writing(target) as partial:
         partial.mkdir()
         yield partial
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """An empty folder for passing files, named by this process, so that it can be cleared away if that is killed."""
+    with tempfile.TemporaryDirectory(prefix=f"libprune-{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 def remove(path: Path) -> None:

@@ -4,6 +4,7 @@ Every stage validates the whole file, so that a typing error in a late section d
 after minutes of collecting.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -157,8 +158,23 @@ def validate_params(data: Any, where: str) -> Params:
     try:
         return Params.model_validate(data)
     except ValidationError as error:
-        problems = "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in error.errors())
-        raise ParamsError(f"{where}: {problems}") from error
+        raise ParamsError(f"{where}: {problems(error, _explain)}") from error
+
+
+_SHOWN = 10
+"""Problems of a file that are told."""
+
+
+def problems(error: ValidationError, explain: Callable[[tuple[int | str, ...], str, str], str]) -> str:
+    """What is wrong with a file, in one line; of many faults only the first.
+
+    Args:
+        error: of pydantic.
+        explain: makes a text of the place, the type and the message of a fault.
+    """
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    told = "; ".join(explain(e["loc"], e["type"], e["msg"]) for e in found[:_SHOWN])
+    return told + (f"; and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else "")
 
 
 _PLAIN = {"tuple_type": "Input should be a list"}

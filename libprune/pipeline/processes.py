@@ -1,13 +1,25 @@
-"""Whether a process still runs, and the end of a stage whose DVC has ended."""
+"""Whether a process still runs, and the end of processes whose parent has ended: stages of DVC, and those of stages."""
 
+import json
 import os
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import psutil
 
 _POLL_SECONDS = 0.5
+
+END_WITH_PARENT = """
+import os, threading
+threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+"""
+"""The beginning of a Python program that `run_bound` starts: it ends when its input does."""
 
 
 def runs(pid: int) -> bool:
@@ -18,16 +30,57 @@ def runs(pid: int) -> bool:
         return False
 
 
+def run_bound(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program that begins with `END_WITH_PARENT` to its end, which comes soon after that of this process.
+
+    Args:
+        command: the program and its arguments.
+        options: those of `subprocess.run`.
+
+    Returns:
+        The ended process, with its output as text.
+    """
+    read, write = os.pipe()  # which closes with this process, however that ends
+    try:
+        return subprocess.run(command, stdin=read, capture_output=True, text=True, check=False, **options)
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+@cache
+def dvc_of() -> psutil.Process | None:
+    """The DVC that started this process, whatever stands between them; None if none did.
+
+    Where that DVC has ended, it is the process that the system has made the parent of its orphans.
+    """
+    if (stage := os.environ.get("DVC_STAGE")) is None:
+        return None
+    return next((process for process in psutil.Process().parents() if not _is_of(stage, process)), None)
+
+
 def end_with_dvc() -> None:
     """Kill this process soon after the DVC that started it has ended; without a DVC, do nothing.
 
-    A stage that runs on alone could mix its output with that of a second run.
+    A stage that runs on alone could mix its output with that of a second run. If DVC has ended while this process
+    began, so does this process.
     """
-    if (stage := os.environ.get("DVC_STAGE")) is None:
+    if (dvc := dvc_of()) is None:
         return
-    dvc = next((process for process in psutil.Process().parents() if not _is_of(stage, process)), None)
-    if dvc is not None:
-        threading.Thread(target=_end_with, args=(dvc,), daemon=True).start()
+    if _adopts(dvc):
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=_end_with, args=(dvc,), daemon=True).start()
+
+
+def _adopts(process: psutil.Process) -> bool:
+    """Whether a process has become the parent of this one by the end of DVC, which then holds no lock any more."""
+    if process.pid != 1 and process.name() != "systemd":
+        return False
+    try:
+        locks = json.loads(Path(os.environ["DVC_ROOT"], ".dvc/tmp/rwlock").read_text())
+        return not any(runs(holder["pid"]) for holder in locks["write"].values())
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def _is_of(stage: str, process: psutil.Process) -> bool:

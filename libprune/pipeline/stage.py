@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
-from libprune.engine.errors import LibpruneError
+from libprune.engine.errors import LibpruneError, MeansError, lacking
+from libprune.pipeline.locks import watch_dvc
 from libprune.pipeline.processes import end_with_dvc
 from libprune.pipeline.terminal import printable
 
@@ -32,22 +33,51 @@ def app(main: Callable[P, None]) -> typer.Typer:
     @application.command(help=main.__doc__)
     @wraps(main)
     def command(*args: P.args, **kwargs: P.kwargs) -> None:
-        quiet()
         end_with_dvc()
+        watch_dvc()
+        quiet()
         with user_errors(), _summary(main.__module__.rpartition(".")[2]):
             main(*args, **kwargs)
 
     return application
 
 
+TRACEBACK = "LIBPRUNE_TRACEBACK"
+"""Environment variable that, if it is set, shows where in the code an error arose."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print an error that the user can mend as one line, and exit with 1."""
+    """Print what the user can mend as one line, and exit with 1, or with 130 after an interruption.
+
+    That is an error of the user's input, a file that the system refuses, and a lack of space, memory or threads.
+    Whatever else is raised is a defect of the code, and passes.
+    """
     try:
         yield
-    except LibpruneError as error:
-        typer.echo(printable(f"error: {' '.join(str(error).split())}"), err=True)
-        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        _end("stopped; what was finished is kept, unfinished work is saved in .work, and the same command goes on", 130)
+    except Exception as error:
+        if (said := _mendable(error)) is None or os.environ.get(TRACEBACK):
+            raise
+        _end(f"error: {said}", 1)
+
+
+def _end(line: str, code: int) -> NoReturn:
+    typer.echo(" ".join(printable(line).split()), err=True)
+    raise SystemExit(code) from None
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to tell the user of an error; None for a defect of the code."""
+    if isinstance(error, LibpruneError) and not isinstance(error, MeansError):
+        return str(error)
+    lacks = str(error) if isinstance(error, MeansError) else lacking(error)
+    if lacks is not None:
+        return f"{lacks}. What was finished is kept; the same command goes on when this is mended"
+    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, BrokenPipeError):
+        return f"{error.filename}: {error.strerror}"
+    return None
 
 
 @contextmanager

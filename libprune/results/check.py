@@ -16,7 +16,7 @@ from torch import Tensor
 
 from libprune.engine import cost
 from libprune.engine.describe import describe
-from libprune.engine.errors import LibpruneError
+from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
@@ -51,7 +51,8 @@ def check_folder(folder: Path, trust_remote_code: bool = False, dense: Path | No
         The findings as they are made.
     """
     try:
-        yield from _checks(folder, trust_remote_code, dense)
+        with naming(f"{folder} cannot be checked", ArtifactError):
+            yield from _checks(folder, trust_remote_code, dense)
     except LibpruneError as error:
         yield Finding("fault", "folder", str(error))
 

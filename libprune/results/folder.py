@@ -21,7 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from libprune.engine.architecture import Architecture
 from libprune.engine.axes import LinearMap, parse_expr
 from libprune.engine.describe import without_weights
-from libprune.engine.errors import SourceError, first_line
+from libprune.engine.errors import SourceError, cause
 from libprune.engine.family import Family, Part, families
 from libprune.engine.heads import HEADS, Head
 from libprune.engine.plan import Plan
@@ -90,7 +90,7 @@ def _save_tokenizer(dense: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(dense, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizer classes raise types of their own
-        raise SourceError(f"the tokenizer in {dense} cannot be loaded: {first_line(error)}") from error
+        raise SourceError(f"the tokenizer in {dense} cannot be loaded: {cause(error)}") from error
     tokenizer.save_pretrained(folder)
     path = folder / TOKENIZER_CONFIG_FILE
     settings = tokenizer_settings(json.loads(path.read_text()))

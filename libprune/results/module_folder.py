@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture, Block
 from libprune.engine.axes import Expr
-from libprune.engine.errors import ArtifactError, LibpruneError, first_line, missing_key
+from libprune.engine.errors import ArtifactError, LibpruneError, cause, missing_key
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import CONVOLUTIONS, slice_parameter
 from libprune.engine.tables import join_blocks, unit_index
@@ -169,7 +169,7 @@ def difference(network: nn.Module, inputs: Tensor, expected: Tensor) -> tuple[fl
         given = outputs(network, inputs)
     except RuntimeError as error:
         raise LibpruneError(
-            f"the sliced network does not run: {first_line(error)}; it works out something from a width that the "
+            f"the sliced network does not run: {cause(error)}; it works out something from a width that the "
             "family's `attributes` do not name, or stores something of that width that its `modules` do not"
         ) from error
     if given.shape != expected.shape:

@@ -5,9 +5,7 @@ The process cannot import libprune, has no network, and reads nothing but the fo
 
 import math
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,15 @@ from libprune.engine.errors import LibpruneError
 from libprune.engine.heads import HEADS, HeadName
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
+from libprune.pipeline.atomic import scratch_folder
+from libprune.pipeline.processes import END_WITH_PARENT, run_bound
 
 TOLERANCE = 1e-4
 """How far outputs may differ in float32, of the largest one."""
 
-_SCRIPT = """
+_SCRIPT = (
+    END_WITH_PARENT
+    + """
 import sys
 sys.modules["libprune"] = None
 folder, remote, loader, tokens, result = sys.argv[1:]
@@ -50,6 +52,7 @@ with torch.no_grad():
         computed["generated"] = new[:, prompt.shape[1] :].contiguous()
 save_file(computed, result)
 """
+)
 
 
 @dataclass(frozen=True)
@@ -126,20 +129,13 @@ def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: H
     Raises:
         LibpruneError: if it does not load or run, with the last line of what Python says.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         tokens, result = Path(scratch, "tokens.safetensors"), Path(scratch, "result.safetensors")
         save_file({"ids": ids.contiguous()}, tokens)
         how = ["remote" if remote else "stock", HEADS[head].auto_class]
         command = [sys.executable, "-I", "-c", _SCRIPT, str(folder.resolve()), *how]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
-        done = subprocess.run(
-            [*command, str(tokens), str(result)],
-            capture_output=True,
-            text=True,
-            cwd=scratch,
-            env=environment,
-            check=False,
-        )
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
+        done = run_bound([*command, str(tokens), str(result)], cwd=scratch, env=environment)
         if done.returncode != 0:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
             raise LibpruneError(f"the model in {folder} does not load in a fresh process: {last}")

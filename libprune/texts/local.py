@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from libprune.engine.errors import LibpruneError, SourceError, first_line
+from libprune.engine.errors import LibpruneError, SourceError, cause
 
 Row = dict[str, Any]
 """The values of a document by column."""
@@ -160,7 +160,7 @@ def read_rows(files: Sequence[str]) -> Iterator[Row]:
             raise
         except Exception as error:  # each library has types of its own
             hint = "; files are read as UTF-8" if isinstance(error, UnicodeError) else ""
-            raise SourceError(f"{name} cannot be read as {_kind(Path(name))}: {first_line(error)}{hint}") from error
+            raise SourceError(f"{name} cannot be read as {_kind(Path(name))}: {cause(error)}{hint}") from error
 
 
 def _rows(path: Path) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from libprune.engine.errors import LibpruneError, SourceError, first_line, nearest
+from libprune.engine.errors import LibpruneError, SourceError, cause, nearest
 from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Tokenize
 from libprune.pipeline.sources import resolve
@@ -237,7 +237,7 @@ class Text:
         except Exception as error:  # templates raise what they like
             raise SourceError(
                 f"column {self.source.column!r} of text {self.source.name!r} holds a conversation that the chat "
-                f"template of the tokenizer cannot write: {first_line(error)}"
+                f"template of the tokenizer cannot write: {cause(error)}"
             ) from error
 
     def _is_document(self, value: object) -> bool:
@@ -366,4 +366,4 @@ def _naming(source: TextSource) -> Iterator[None]:
         raise
     except Exception as error:
         hint = nearest(source.name, [*PRESETS, SELF]) if source.path is None else ""
-        raise SourceError(f"text {source.name!r} cannot be loaded: {masked(first_line(error))}{hint}") from error
+        raise SourceError(f"text {source.name!r} cannot be loaded: {masked(cause(error))}{hint}") from error

@@ -33,3 +33,9 @@ def test_the_stock_class_of_a_config_has_the_ending_of_its_head(name):
     head = HEADS[name]
     assert head.loader is getattr(transformers, head.auto_class)
     assert head_of([head.model_class(transformers.BertConfig(is_decoder=True))]) in (head, CAUSAL_LM)
+
+
+@pytest.mark.parametrize("architectures", [3, "LlamaForCausalLM", [3], {"a": 1}, True])
+def test_what_is_no_list_of_names_is_refused(architectures):
+    with pytest.raises(FamilyError, match="is no list of names of classes"):
+        head_of(architectures)

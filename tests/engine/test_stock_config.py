@@ -8,7 +8,7 @@ from transformers import GPT2Config, PreTrainedConfig
 from libprune.engine.describe import describe
 from libprune.engine.errors import FamilyError, NotExpressibleError
 from libprune.engine.family import Family, family_of
-from libprune.engine.stock_config import check_config, new_config
+from libprune.engine.stock_config import check_config, new_config, require_sizes
 from tests.support.models import FAMILIES
 
 
@@ -80,3 +80,19 @@ def test_entries_of_deleted_layers_leave_per_layer_lists():
     written = new_config(family_of("qwen2"), config, dict(sizes), (0, 3))
     assert written.layer_types == ["full_attention", "sliding_attention"]
     assert written.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("key", ["intermediate_size", "num_hidden_layers", "vocab_size"])
+@pytest.mark.parametrize("value", [0, -3, 10**9, 10**24, "40", 1.5, True])
+def test_a_size_that_no_model_has_is_refused_before_a_model_is_made_of_it(llama, key, value):
+    config = llama.config
+    object.__setattr__(config, key, value)
+    with pytest.raises(FamilyError, match=f"config key '{key}' = .* is no size of a llama model"):
+        require_sizes(family_of("llama"), config)
+
+
+def test_what_transformers_itself_writes_passes(llama):
+    for key, value in (("_attn_implementation_autoset", True), ("quantization_config", None), ("torchscript", False)):
+        setattr(llama.config, key, value)
+    check_config(family_of("llama"), llama.config)
+    require_sizes(family_of("llama"), llama.config)

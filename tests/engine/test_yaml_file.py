@@ -19,6 +19,15 @@ def test_a_mapping_is_read(tmp_path):
         (b"a: [1\n", "is not valid YAML"),
         (b"- 1\n", "holds list, not sections of keys"),
         (b"", "holds nothing, not sections of keys"),
+        (b"a:\n  - 2024-13-45\n", "line 2: '2024-13-45' cannot be read as timestamp: month must be in 1..12"),
+        (b"a: !!float x\n", "line 1: 'x' cannot be read as float: could not convert"),
+        (b"a: !!python/object:os.system {}\n", "could not determine a constructor"),
+        (b"a: " + b"9" * 5000, "line 1: '9+' cannot be read as int: Exceeds the limit"),
+        (b"a: 1\nb: " + b"[" * 3000, "is not valid YAML: what begins in or before line 2 nests too deep"),
+        (b"? [a, b]\n: 1\n", "the key in line 1 is no single word"),
+        (b"a: &a [*a]\n", "it holds more than 20,000 entries, counting what is repeated by reference"),
+        (b"a: &a [x, x, x]\nb: &b [*a, *a, *a]\nc: [" + b"*b, " * 3000 + b"]\n", "more than 20,000 entries"),
+        (b"#" * (1 << 20) + b"\na: 1\n", "a.yaml has 1,048,582 bytes; a file of settings has at most 1,048,576"),
         (b"a: \xff\n", "is not UTF-8 text: byte 3 is 0xff"),
     ],
 )
@@ -26,6 +35,11 @@ def test_what_is_no_mapping_of_keys_is_refused(content, message, tmp_path):
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(ParamsError, match=message):
         read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_folder_is_told(tmp_path):
+    with pytest.raises(ParamsError, match="cannot be read: Is a directory"):
+        read_yaml(tmp_path)
 
 
 def test_a_missing_file_is_told(tmp_path):

@@ -201,3 +201,18 @@ def test_tensors_of_other_heads_in_published_checkpoints_are_left_out(tmp_path):
     others = ("bert.pooler.dense.weight", "cls.seq_relationship.bias", "bert.embeddings.position_ids")
     save_file(weights | {name: torch.ones(2) for name in others}, tmp_path / "model.safetensors")
     load_dense(Prepare(model=str(tmp_path)))
+
+
+def test_an_adapter_a_pointer_and_a_pickle_are_named_for_what_they_are(folder, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match="is a LoRA adapter, not a model; merge it into its base model first"):
+        load_dense(Prepare(model=str(tmp_path / "lora")))
+    target = Path(shutil.copytree(folder, tmp_path / "pointer"))
+    (target / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(SourceError, match=r"model\.safetensors is not the file but its Git LFS pointer"):
+        load_dense(Prepare(model=str(target)))
+    (target / "model.safetensors").rename(target / "pytorch_model.bin")
+    (target / "pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(SourceError, match=r"no \.safetensors file but pytorch_model\.bin, a pickle"):
+        load_dense(Prepare(model=str(target)))

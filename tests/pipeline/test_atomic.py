@@ -1,6 +1,7 @@
 """Files and folders are written whole or not at all, and never through a hard link."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -141,3 +142,21 @@ def test_a_symbolic_link_is_replaced_and_what_it_points_to_stays(tmp_path, folde
     write_old_and_new(link, folder)
     assert not link.is_symlink()
     assert tree(kept.parent) == before
+
+
+def test_where_space_lacks_the_target_is_named_with_what_is_free_and_nothing_is_left(tmp_path):
+    program = (
+        "import resource, sys; from pathlib import Path; from libprune.pipeline.atomic import writing\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "from libprune.engine.errors import MeansError\n"
+        "try:\n"
+        "    with writing(Path('a.bin')) as partial:\n"
+        "        partial.write_bytes(bytes(2000))\n"
+        "except MeansError as error:\n"
+        "    print(error)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"a\.bin cannot be written: File too large \([\d,]+ bytes are free in .*\)\n", done.stdout)
+    assert not list(tmp_path.iterdir())

@@ -1,12 +1,14 @@
 """A process of a stage ends with the DVC that started it, whatever stands between them."""
 
+import os
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
-from libprune.pipeline.processes import runs
+from libprune.pipeline.processes import END_WITH_PARENT, run_bound, runs
 
 STAGE = """
 import os, time
@@ -27,6 +29,17 @@ BETWEEN = {
 }
 
 
+RUN = END_WITH_PARENT + "import time; time.sleep(60)"
+
+
+def ends(pid: int) -> bool:
+    """Whether a process ends within some seconds."""
+    deadline = time.monotonic() + 20
+    while runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not runs(pid)
+
+
 @pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
 def test_a_stage_ends_with_its_dvc(between):
     command = [sys.executable, "-c", DVC, *between, sys.executable, "-c", STAGE]
@@ -36,10 +49,35 @@ def test_a_stage_ends_with_its_dvc(between):
         time.sleep(1)
         assert runs(stage)
         dvc.kill()
-    deadline = time.monotonic() + 20
-    while runs(stage) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not runs(stage)
+    assert ends(stage)
+
+
+def test_a_stage_whose_dvc_ended_before_it_began_ends_too(tmp_path):
+    """The system has made another process its parent, which would never end."""
+    program = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(1)\n" + STAGE
+    command = [sys.executable, "-c", DVC, sys.executable, "-c", program]
+    environment = os.environ | {"DVC_ROOT": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as dvc:
+        stage = int(dvc.stdout.readline())
+        dvc.kill()
+    assert ends(stage)
+
+
+def test_a_program_that_a_stage_runs_ends_with_the_stage():
+    stage = f"import sys; from libprune.pipeline.processes import run_bound; run_bound([sys.executable, '-c', {RUN!r}])"
+    with subprocess.Popen([sys.executable, "-c", stage]) as running:
+        deadline = time.monotonic() + 20
+        while not (inner := psutil.Process(running.pid).children()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert runs(inner[0].pid)
+        running.kill()
+    assert ends(inner[0].pid)
+
+
+def test_a_program_that_is_bound_gives_its_output_and_its_status():
+    done = run_bound([sys.executable, "-c", END_WITH_PARENT + "import sys; print('done'); sys.exit(3)"])
+    assert (done.stdout, done.returncode) == ("done\n", 3)
 
 
 def test_what_no_dvc_started_goes_on(monkeypatch):

@@ -274,7 +274,6 @@ def test_a_stage_ends_with_its_dvc_and_the_next_repro_goes_on(project, python):
     while runs(stage) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not runs(stage)
-    (project / ".dvc/tmp/rwlock").unlink(missing_ok=True)
     link(python, project)
     done = run(["dvc", "repro", "gradients"], project)
     assert "continues from a saved state" in done.stdout

@@ -1,0 +1,113 @@
+"""After a kill nothing is left that stops the next run, and nothing of a run that goes on is touched."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from libprune.pipeline.locks import clear_up, leftovers, running
+from libprune.pipeline.processes import runs
+from tests.support.closure import ROOT
+
+STAGE = """
+import sys, time
+from libprune.pipeline.locks import watch_dvc
+from libprune.pipeline.processes import end_with_dvc
+end_with_dvc()
+watch_dvc()
+print("began", flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def dvc(project: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "dvc", *words]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": tempfile.gettempdir()}
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A project of DVC with one stage that takes a minute."""
+    subprocess.run(dvc(tmp_path, "init", "--no-scm", "-q"), cwd=tmp_path, env=environment(), check=True)
+    (tmp_path / "stage.py").write_text(STAGE)
+    (tmp_path / "dvc.yaml").write_text(f"stages:\n  one:\n    cmd: {sys.executable} stage.py 60\n")
+    return tmp_path
+
+
+def ended(process: int) -> int:
+    """The number of a process that has ended."""
+    deadline = time.monotonic() + 20
+    while runs(process) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process
+
+
+def test_a_lock_file_that_dvc_left_empty_is_gone_when_the_next_run_begins(project):
+    """DVC is killed, and its lock file is as a kill in the middle of its writing leaves it."""
+    lock = project / ".dvc/tmp/rwlock"
+    with subprocess.Popen(
+        dvc(project, "repro"), cwd=project, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert "began\n" in iter(run.stdout.readline, "")
+        assert len(running(project)) == 2, "DVC and the stage"
+        while not list(project.glob(".dvc/tmp/libprune-*.lock")):
+            time.sleep(0.02)
+        assert clear_up(project) == []
+        lock.write_text("")
+        assert clear_up(project) == [], "a run that goes on keeps what it has"
+        run.kill()
+    deadline = time.monotonic() + 20
+    while (lock.exists() or list(project.glob(".dvc/tmp/libprune-*.lock"))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (project / "dvc.yaml").write_text(f"stages:\n  one:\n    cmd: {sys.executable} stage.py 0\n")
+    done = subprocess.run(dvc(project, "repro"), cwd=project, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("content", "kept"), [("", False), ('{"write": {"/a"', False), ("{}", True)])
+def test_only_an_unreadable_lock_file_goes(tmp_path, content, kept):
+    lock = tmp_path / ".dvc/tmp/rwlock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text(content)
+    assert clear_up(tmp_path) == ([] if kept else [lock])
+    assert lock.exists() == kept
+
+
+def test_a_stage_that_still_runs_keeps_the_lock(tmp_path):
+    lock = tmp_path / ".dvc/tmp/rwlock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text("")
+    named = os.environ | {"DVC_STAGE": "slice", "DVC_ROOT": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()"], env=named, **PIPES) as stage:
+        stage.stdout.readline()
+        assert running(tmp_path) == [stage.pid]
+        assert clear_up(tmp_path) == []
+        stage.communicate(b"\n")
+    assert clear_up(tmp_path) == [lock]
+
+
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+
+def test_half_written_files_of_the_dead_are_left_over_and_those_of_the_living_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    dead = ended(process.pid)
+    left = [tmp_path / f"artifacts/.pruned.{dead}.partial", tmp_path / f"scratch/libprune-{dead}-abc"]
+    kept = [tmp_path / f"artifacts/.plan.{os.getpid()}.partial", tmp_path / f"scratch/libprune-{os.getpid()}-abc"]
+    other = [tmp_path / "artifacts/.hidden.partial", tmp_path / "scratch/libprune-x"]
+    for path in (*left, *kept, *other):
+        path.mkdir(parents=True)
+        (path / "content.json").write_text(json.dumps({}))
+    assert list(leftovers(tmp_path)) == left
+    assert clear_up(tmp_path) == left
+    assert [path.exists() for path in (*left, *kept, *other)] == [False, False, True, True, True, True]
