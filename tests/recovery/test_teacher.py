@@ -95,8 +95,9 @@ def test_the_tokens_say_where_they_are_from(run, place, project, capsys):
     expected = {"source": text, "part": "the first 84 documents", "share": 1, "seed": 0, "mode": "joined", "skipped": 0}
     assert {key: how[key] for key in expected} == expected
     assert len(how["windows"]) == SEQUENCES + HELD_OUT
-    said = f"recovery: 20 sequences of 16 tokens to train on and 4 held out, from {text}\n"
-    assert said in capsys.readouterr().out
+    said = f"recovery: 20 sequences of 16 tokens to train on and 4 held out, from {text}; read were 84 documents "
+    said += "of 2,016 tokens in 1 file, "
+    assert f"{said}which begin 'never green sees bird" in capsys.readouterr().out
     assert json.loads((layout.teacher / "teacher.json").read_text()) == {
         "model": read_architecture(layout).fingerprint,
         "teacher": read_architecture(layout).fingerprint,

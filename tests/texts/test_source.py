@@ -307,6 +307,26 @@ def test_conversations_are_refused_where_documents_have_labels(tmp_path):
         list(open_text(labelled).examples())
 
 
+def test_a_conversation_begins_with_what_stands_before_any_text_once_its_window_does(tokenizer, tmp_path):
+    """Templates write the first token that the tokenizer adds, too."""
+    path = write_chats(tmp_path / "t.jsonl", CHATS[:1])
+    tokenizer.chat_template = "<eos>{{ messages[0].content }}<eos>"
+    assert chats(path, tokenizer) == ["<eos>a river<eos>"]
+    tokenizer.bos_token, tokenizer.add_bos_token = "<eos>", True
+    assert tokenizer("a").input_ids[0] == tokenizer.eos_token_id
+    assert chats(path, tokenizer) == ["a river<eos>"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_was_read_is_told_and_moves_no_terminal(streaming, tmp_path):
+    (tmp_path / "t.txt").write_text("\x1b[31mred and\ta very long line that goes on and on and on and on\nb\n")
+    text = open_text(source(tmp_path / "t.txt", streaming=streaming))
+    told = text.told(list(text.documents()), 1234)
+    assert told.startswith("read were 2 documents of 1,234 tokens in 1 file, which begin '\\x1b[31mred and a very")
+    assert told.isprintable()
+    assert len(told) < 150
+
+
 # The hub
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from libprune.engine.errors import LibpruneError
 from libprune.models.tokens import read_tokens
@@ -11,7 +12,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Tokenize
 from libprune.texts.tokenize import tokenize_layout
 from tests.support.measured import write_project
-from tests.support.models import FAMILIES
+from tests.support.models import FAMILIES, VOCAB
 from tests.support.tiny import write_model, write_text
 
 SIZES = {"calibration_sequences": 4, "calibration_length": 8, "evaluation_windows": 3, "evaluation_length": 6}
@@ -44,4 +45,37 @@ def test_windows_longer_than_the_models_positions_are_refused_and_nothing_is_wri
     text = str(write_text(tmp_path / "text.txt"))
     with pytest.raises(LibpruneError, match=r"tokenize\.evaluation_length"):
         tokenize_layout(layout, Tokenize(text=text, **SIZES | {"evaluation_length": 51}), "cpu", "float32")
+    assert not layout.calibration_tokens.exists()
+
+
+def test_each_sequence_begins_as_the_tokenizer_begins_a_text(layout, tmp_path):
+    """Those that are read, and those that the model writes."""
+    tokenizer = AutoTokenizer.from_pretrained(layout.model)
+    tokenizer.bos_token, tokenizer.add_bos_token = "<eos>", True
+    tokenizer.save_pretrained(layout.model)
+    model = read_architecture(layout).fingerprint
+    for text in (str(write_text(tmp_path / "text.txt")), "self"):
+        lengths = {"calibration_length": 24, "evaluation_length": 20}
+        tokenize_layout(layout, Tokenize(text=text, **SIZES | lengths), "cpu", "float32")
+        for path, length in ((layout.calibration_tokens, 24), (layout.evaluation_tokens, 20)):
+            sequences, meta = read_tokens(path, model)
+            assert meta["frame"] == {"before": ["<eos>"], "after": []}
+            assert sequences.ids.shape[1] == length
+            assert (sequences.ids == tokenizer.eos_token_id).tolist() == [[True] + [False] * (length - 1)] * len(
+                sequences
+            )
+
+
+def test_a_token_without_an_embedding_stops_the_stage(layout, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(layout.model)
+    tokenizer.add_tokens([f"new{number}" for number in range(VOCAB)])
+    tokenizer.save_pretrained(layout.model)
+    layout.calibration_tokens.unlink()
+    text = tmp_path / "text.txt"
+    text.write_text(f"the cat new{VOCAB - 1}\n" * 3 + write_text(tmp_path / "usual.txt").read_text())
+    sizes = SIZES | {"calibration_sequences": 100}
+    with pytest.raises(
+        LibpruneError, match=rf"has the token 'new{VOCAB - 1}' with the id \d+, but the model has .* 0 to 36 alone"
+    ):
+        tokenize_layout(layout, Tokenize(text=str(text), **sizes), "cpu", "float32")
     assert not layout.calibration_tokens.exists()

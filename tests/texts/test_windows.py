@@ -139,6 +139,22 @@ def framing(tmp_path_factory):
     return AutoTokenizer.from_pretrained(write_encoder(tmp_path_factory.mktemp("encoder"), FAMILIES["bert"]))
 
 
+@given(texts, st.integers(3, 9), st.sampled_from(["joined", "apart"]))
+def test_each_window_carries_what_the_tokenizer_puts_around_a_text(framing, documents, length, mode):
+    found = cut_windows(documents, framing, length, mode)
+    encoded = framing(["\n\n".join(documents)] if mode == "joined" else documents, add_special_tokens=False)[
+        "input_ids"
+    ]
+    width = length - 2
+    expected = [
+        [framing.cls_token_id, *ids[start : start + width], framing.sep_token_id]
+        for ids in encoded
+        for start in range(0, len(ids) - width + 1, width)
+    ]
+    assert found.ids.tolist() == expected
+    assert found.tokens == sum(map(len, encoded))
+
+
 @given(length=st.integers(5, 40), number=st.integers(1, 5), seed=st.integers(0, 9))
 def test_masks_hide_what_is_asked_for_and_nothing_else(framing, length, number, seed):
     ids = np.random.default_rng(seed).integers(5, VOCAB, (number, length))
