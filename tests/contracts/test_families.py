@@ -270,7 +270,7 @@ def test_a_missing_part_is_refused_by_stock_code_too(dense, tmp_path):
     gone = {(0, "mlp"), (1, "attention")}
     plan = plan_of(architecture, lambda layer, part: 0 if (layer, part) in gone else architecture.units(part))
     pruned = prune(dense, plan, True, tmp_path)
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
+    with pytest.raises(ValueError, match="contains custom code"):
         load_model(pruned.folder, torch.float32)
 
 
