@@ -89,8 +89,9 @@ def inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Ca
     Raises:
         ArtifactError: if they have collected it on another model, or another text than the calibration text.
     """
-    _, text = read_table(layout.calibration_tokens, "tokenize")
-    origin = {"model": architecture.fingerprint, "tokens": text["tokens"]}
+    origin = {"model": architecture.fingerprint}
+    if architecture.head != "network":  # whose samples are in memory
+        origin["tokens"] = read_table(layout.calibration_tokens, "tokenize")[1]["tokens"]
     same_origin(layout.activations, read_meta(layout.activations, "activations"), origin)
     if curvature:
         same_origin(layout.gradients, read_meta(layout.gradients, "gradients"), origin)
