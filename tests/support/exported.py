@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from libprune.export.formats import Format
 from libprune.export.source import Source
 from libprune.models.folder import load_model
-from libprune.results.record import PROVENANCE, Record
+from libprune.results.record import Record, read_provenance, write_provenance
 from tests.support.models import FAMILIES, VOCAB, prune, random_plan, write_dense
 
 _SPACE = "\u0120"
@@ -45,9 +45,10 @@ def write_pruned(root: Path, name: str, kind: str) -> tuple[Source, Source]:
     (root / "pruned").mkdir()
     custom = kind in {"holes", "per_layer"}
     prune(dense, random_plan(dense.architecture, kind), custom, root / "pruned")
-    (root / "pruned" / PROVENANCE).write_text("{}")
+    write_provenance(root / "pruned", {})
     shapes = {"dense": "uniform", "pruned": "per_layer" if custom else "uniform"}
-    first, second = (Source(Record(root / name, {"plan": {"shape": shape}})) for name, shape in shapes.items())
+    made = {"dense": {}, "pruned": read_provenance(root / "pruned")}
+    first, second = (Source(Record(root / n, made[n] | {"plan": {"shape": shape}})) for n, shape in shapes.items())
     return first, second
 
 

@@ -7,6 +7,7 @@ import torch
 
 from libprune.models.sequences import NO_TARGET, Sequences
 from libprune.models.tokens import write_tokens
+from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.atomic import writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover, Slice
@@ -29,9 +30,9 @@ def write_pruned_layout(root: Path, family: str, kind: str) -> Layout:
     layout, _ = write_collected(root, family, kind)
     with writing_folder(layout.pruned) as folder:
         prune(layout, folder, CPU, Slice(repair="none"))
-    write_tokens(
-        layout.recovery_tokens, training_sequences(family), {"model": "here", "held_out": HELD_OUT, "text": "t"}
-    )
+    origin = read_architecture(layout).fingerprint
+    meta = {"model": origin, "held_out": HELD_OUT, "text": "t"}
+    write_tokens(layout.recovery_tokens, training_sequences(family), meta)
     return layout
 
 
