@@ -1,7 +1,8 @@
 """The formats that a model can be exported in: how each is written, opened in its program, and how exact it is."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -40,47 +41,60 @@ class Program(Protocol):
         """Seconds of prefill and of decoding."""
 
 
-@runtime_checkable
-class Format(Protocol):
-    """One file or folder that a model is exported as."""
+@dataclass(frozen=True)
+class Format(ABC):
+    """One file or folder that a model is exported as.
+
+    Attributes:
+        kind: type of its weights, or kind of the graph.
+        threads: threads that its program computes with.
+    """
+
+    kind: str
+    threads: int
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Name of the format, and of the type of its weights."""
 
     @property
+    @abstractmethod
     def file(self) -> str:
         """Name of the file or folder."""
 
     @property
     def limit(self) -> float:
         """Largest divergence from the model that is no fault, in nats a token."""
+        return EXACT
 
+    @abstractmethod
     def write(self, path: Path, source: Source) -> None:
         """Write the model."""
 
+    @abstractmethod
     def missing(self) -> str | None:
         """Why its program cannot be run here, in a sentence; None if it can."""
 
+    @abstractmethod
     def open(self, path: Path, source: Source, context: int) -> AbstractContextManager[Program]:
         """The written model in its program, for texts of up to `context` tokens."""
 
     def check(self, program: Program, source: Source, text: str) -> None:
-        """Stop if the program reads a text otherwise than the model's tokenizer."""
+        """Stop if the program reads a text otherwise than the model's tokenizer; graphs take token ids."""
+        return
 
     def quantised_bytes(self, path: Path) -> int | None:
         """Bytes of the file once it is quantised to Q4_K_M; None for formats that have no such type."""
+        return None
 
     def cautions(self, source: Source) -> list[str]:
         """What the program does otherwise than the model, in sentences."""
+        return []
 
 
-@dataclass(frozen=True)
-class GgufFile:
+class GgufFile(Format):
     """A GGUF file whose matrices are of one type."""
-
-    kind: str
-    threads: int
 
     @property
     def name(self) -> str:
@@ -105,11 +119,9 @@ class GgufFile:
         """Why llama.cpp cannot be run here, in a sentence; None if it can."""
         return llama_cpp.missing()
 
-    @contextmanager
-    def open(self, path: Path, source: Source, context: int) -> Iterator[Program]:
+    def open(self, path: Path, source: Source, context: int) -> AbstractContextManager[Program]:
         """The file in llama.cpp."""
-        with llama_cpp.llama_cpp(path, context, self.threads) as program:
-            yield program
+        return llama_cpp.llama_cpp(path, context, self.threads)
 
     def check(self, program: Program, source: Source, text: str) -> None:
         """Stop if llama.cpp reads a text as other tokens than the model's tokenizer."""
@@ -133,12 +145,8 @@ class GgufFile:
         return gguf_file.cautions(source)
 
 
-@dataclass(frozen=True)
-class GraphFolder:
+class GraphFolder(Format):
     """A folder with a graph in float32 for ONNX Runtime or OpenVINO."""
-
-    kind: str
-    threads: int
 
     @property
     def name(self) -> str:
@@ -150,11 +158,6 @@ class GraphFolder:
         """Name of the folder."""
         return self.kind
 
-    @property
-    def limit(self) -> float:
-        """Largest divergence from the model that is no fault, in nats a token."""
-        return EXACT
-
     def write(self, path: Path, source: Source) -> None:
         """Write the model."""
         path.mkdir()
@@ -164,21 +167,9 @@ class GraphFolder:
         """Why its runtime cannot be run here, in a sentence; None if it can."""
         return graphs.missing(self.kind)
 
-    @contextmanager
-    def open(self, path: Path, source: Source, context: int) -> Iterator[Program]:
+    def open(self, path: Path, source: Source, context: int) -> AbstractContextManager[Program]:
         """The graph in its runtime."""
-        with graphs.graph(path, source, self.kind, self.threads) as program:
-            yield program
-
-    def check(self, program: Program, source: Source, text: str) -> None:
-        """A graph takes token ids, so that it reads no text."""
-
-    def quantised_bytes(self, path: Path) -> None:
-        """Graphs have no type Q4_K_M."""
-
-    def cautions(self, source: Source) -> list[str]:
-        """A graph computes all that the model computes."""
-        return []
+        return graphs.graph(path, source, self.kind, self.threads)
 
 
 def asked_for(params: Export) -> list[Format]:

@@ -81,7 +81,7 @@ class Source:
     @property
     def head(self) -> HeadName:
         """The head of the model."""
-        return head_of([name.removeprefix("Pruned") for name in self.record.config["architectures"]]).name
+        return head_of(self.record.config["architectures"]).name
 
     @cached_property
     def weights(self) -> Mapping[str, Tensor]:

@@ -84,8 +84,9 @@ def running(root: Path, began_before: float = inf) -> list[int]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            words = [Path(word).name for word in process.cmdline()[:3]]
-            called = "dvc" in words and process.cwd() is not None and Path(process.cwd()).is_relative_to(root.resolve())
+            words = [Path(word).name for word in process.cmdline()[:4]]
+            of_dvc = "dvc" in words[:3] and "daemon" not in words  # a daemon asks for news of DVC, and runs nothing
+            called = of_dvc and process.cwd() is not None and Path(process.cwd()).is_relative_to(root.resolve())
             stage = "DVC_STAGE" in (variables := process.environ()) and variables.get("DVC_ROOT") == str(root.resolve())
             others = process.pid != os.getpid() and process.create_time() < began_before
             if (called or stage) and others and runs(process.pid):

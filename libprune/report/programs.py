@@ -112,6 +112,8 @@ def _vllm(result: Metrics) -> _Row:
 def _devices(result: Metrics) -> str:
     """Over how many devices heads and channels can be divided, if the plan says it."""
     sizes = result["plan"].get("tensor_parallel")
+    if sizes == [1]:
+        return "; tensor parallelism cannot divide its heads and channels"
     return f"; tensor parallelism over {' or '.join(map(str, sizes))} devices" if sizes else ""
 
 

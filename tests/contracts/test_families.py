@@ -246,7 +246,7 @@ def test_the_config_names_the_class_that_is_loaded(pruned):
 
 @custom_only
 def test_a_per_layer_result_is_refused_without_its_own_code(pruned):
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
+    with pytest.raises(ValueError, match="contains custom code"):
         load_model(pruned.folder, torch.float32)
 
 

@@ -15,12 +15,12 @@ from libprune.pipeline.processes import runs
 from tests.support.closure import ROOT
 
 STAGE = """
-import sys, time
+import os, sys, time
 from libprune.pipeline.locks import watch_dvc
 from libprune.pipeline.processes import end_with_dvc
 end_with_dvc()
 watch_dvc()
-print("began", flush=True)
+print("began", os.getpid(), flush=True)
 time.sleep(float(sys.argv[1]))
 """
 
@@ -56,8 +56,8 @@ def test_a_lock_file_that_dvc_left_empty_is_gone_when_the_next_run_begins(projec
     with subprocess.Popen(
         dvc(project, "repro"), cwd=project, env=environment(), stdout=subprocess.PIPE, text=True
     ) as run:
-        assert "began\n" in iter(run.stdout.readline, "")
-        assert len(running(project)) == 2, "DVC and the stage"
+        stage = next(int(line.split()[1]) for line in iter(run.stdout.readline, "") if line.startswith("began"))
+        assert {run.pid, stage} <= set(running(project))
         while not list(project.glob(".dvc/tmp/libprune-*.lock")):
             time.sleep(0.02)
         assert clear_up(project) == []
@@ -111,3 +111,13 @@ def test_half_written_files_of_the_dead_are_left_over_and_those_of_the_living_ar
     assert list(leftovers(tmp_path)) == left
     assert clear_up(tmp_path) == left
     assert [path.exists() for path in (*left, *kept, *other)] == [False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("called", ["repro", "daemon"])
+def test_a_command_of_dvc_counts_and_its_daemon_that_asks_for_news_does_not(tmp_path, called):
+    (tmp_path / "dvc").write_text("print(1, flush=True); input()")
+    command = [sys.executable, "dvc", called]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), **PIPES) as process:
+        process.stdout.readline()
+        assert running(tmp_path) == ([process.pid] if called == "repro" else [])
+        process.communicate(b"\n")

@@ -48,6 +48,8 @@ def test_programs_are_said_to_take_what_was_tried(case):
 
 def test_devices_that_heads_and_channels_divide_over_are_said():
     assert "tensor parallelism over 1 or 3 devices" in report_of(of_type("llama", UNIFORM))
+    alone = UNIFORM | {"plan": UNIFORM["plan"] | {"tensor_parallel": [1]}}
+    assert "tensor parallelism cannot divide its heads and channels" in report_of(of_type("llama", alone))
 
 
 def test_an_encoder_has_no_programs_that_write():

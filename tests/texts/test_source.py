@@ -263,7 +263,7 @@ def test_a_template_that_writes_the_date_writes_the_same_on_every_day(tokenizer,
     ("template", "message"),
     [
         (None, r"column 'messages' of text '.*t\.jsonl' holds a conversation .* cannot write: it has none; use a text"),
-        ("{{ raise_exception('roles must alternate') }}", "cannot write: roles must alternate$"),
+        ("{{ raise_exception('roles must alternate') }}", "cannot write: TemplateError: roles must alternate$"),
         ("{% for", "that the chat template of the tokenizer cannot write: "),
         ("{{ messages[9].content.missing }}", "that the chat template of the tokenizer cannot write: "),
     ],
