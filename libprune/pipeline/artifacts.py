@@ -32,8 +32,8 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
         ArtifactError: if it is missing or damaged; the message names the stage that makes it.
     """
     with damage(path, stage):
-        content: dict[str, Any] = json.loads(require(path, stage).read_text())
-        return unsealed(path, content) if isinstance(content, dict) else content
+        content: dict[str, Any] = unsealed(path, json.loads(require(path, stage).read_text()))
+    return content
 
 
 @contextmanager

@@ -26,12 +26,14 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, SEAL: text_digest(content)}
 
 
-def unsealed(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+def unsealed(path: Path, content: Any) -> Any:
     """The content of a JSON file without its digest; files of other programs need have none.
 
     Raises:
         ChangedError: if the digest is that of something else.
     """
+    if not isinstance(content, dict):
+        return content
     rest = {key: value for key, value in content.items() if key != SEAL}
     require_digest(path, content.get(SEAL), text_digest(rest))
     return rest
@@ -101,4 +103,4 @@ class KnownDigests:
 
 def _state(path: Path) -> list[int]:
     status = path.stat()
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

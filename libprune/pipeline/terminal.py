@@ -2,7 +2,7 @@
 
 import re
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 Rows = list[tuple[str, ...]]
 """Rows of a table; each cell is a text."""
 
@@ -13,7 +13,7 @@ def printable(text: str) -> str:
     Names and texts from elsewhere could otherwise move the cursor, change the title or write to the clipboard of a
     terminal, or turn the direction of what follows.
     """
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def text_table(rows: Rows, header: tuple[str, ...]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from libprune.engine.errors import ArtifactError
-from libprune.pipeline.artifacts import write_table
+from libprune.pipeline.artifacts import write_architecture, write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.scores import Scores, read_scores
 from tests.support.shapes import EQUAL_COSTS
@@ -15,8 +15,8 @@ from tests.support.shapes import EQUAL_COSTS
 @pytest.fixture
 def layout(tmp_path) -> Layout:
     layout = Layout(tmp_path)
-    architecture = replace(EQUAL_COSTS.architecture(), fingerprint="here")
-    layout.architecture.write_text(architecture.to_json())
+    write_architecture(layout, replace(EQUAL_COSTS.architecture(), fingerprint="here"))
+    write_table(layout.calibration_tokens, {}, {"model": "here", "tokens": "text"})
     write_table(layout.scores, table(), {"model": "here", "tokens": "text", "comparable": True, "scaling": "none"})
     return layout
 
@@ -37,6 +37,14 @@ def test_scores_of_another_model_are_refused(layout):
     write_table(layout.scores, table(), {"model": "elsewhere"})
     with pytest.raises(ArtifactError, match=r"belongs to model 'elsewhere', .*run `dvc repro`"):
         read_scores(layout)
+
+
+def test_scores_of_another_text_are_refused_and_those_of_none_belong_to_the_text_beside_them(layout):
+    write_table(layout.calibration_tokens, {}, {"model": "here", "tokens": "another"})
+    with pytest.raises(ArtifactError, match=r"belongs to tokens 'text', .*run `dvc repro`"):
+        read_scores(layout)
+    write_table(layout.scores, table(), {"model": "here"})
+    assert read_scores(layout).origin == {"model": "here", "tokens": "another"}
 
 
 def test_missing_scores_name_the_stage(layout):

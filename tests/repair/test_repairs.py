@@ -1,6 +1,6 @@
 """Repairs from the artifacts: what the collecting stages store is what a repair reads."""
 
-import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from libprune.repair.sequential import SequentialRepair
 from libprune.results.prune import prune
 from tests.support.collected import activations, captured
 from tests.support.models import FAMILIES, plan_of, tokens
+from tests.support.sealing import edit_json
 from tests.support.sliced import write_collected
 
 FITS: dict[str, Repairing] = {"local": local_fits, "bias": bias_fits}
@@ -66,9 +67,10 @@ def test_a_repair_is_judged_by_the_inputs_of_the_held_out_sequences(tmp_path, ho
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2"])
 def test_a_bias_is_refused_where_the_config_cannot_say_it(tmp_path, name):
-    layout, _ = write_collected(tmp_path, name, "uniform")
-    config = json.loads((layout.model / "config.json").read_text())  # a key that nothing reads says nothing
-    (layout.model / "config.json").write_text(json.dumps(config | {"attention_bias": False, "mlp_bias": False}))
+    def finish(folder: Path) -> None:  # a key that nothing reads says nothing
+        edit_json(folder / "config.json", lambda config: config.update(attention_bias=False, mlp_bias=False))
+
+    layout, _ = write_collected(tmp_path, name, "uniform", finish)
     with pytest.raises(LibpruneError, match=r"bias on model\.layers\.0\.(self_attn\.o|mlp\.down)_proj.*cannot say one"):
         prune(layout, tmp_path, Compute(), Slice(repair="bias"))
 

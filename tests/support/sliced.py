@@ -72,7 +72,7 @@ def write_collected(
     sums = activations(model, 4, ids)
     for layer in range(architecture.layers):
         write_shard(layout.activations, layer, sums.finish(layer), {"model": origin, "tokens": text})
-    write_json(layout.origin, {"name": "tiny", "license": None, "base_model": None})
+    write_json(layout.origin, {"name": "tiny", "license": None, "base_model": None, "model": origin})
     meta = {
         "model": origin,
         "tokens": text,
