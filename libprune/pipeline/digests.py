@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from libprune.engine.errors import ArtifactError
+from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.pipeline.atomic import write_json
 
 SEAL = "sha256"
@@ -97,7 +97,8 @@ class KnownDigests:
                 new[key] = {"state": state, SEAL: digests[name]}
         if new and self._store is not None:
             self._known |= new
-            write_json(self._store, sealed(self._known))
+            with suppress(LibpruneError, OSError):  # without it the files are read again
+                write_json(self._store, sealed(self._known))
         return digests
 
 

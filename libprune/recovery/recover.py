@@ -14,13 +14,14 @@ from libprune.collection.accumulator import discard
 from libprune.collection.calibration import own_device
 from libprune.collection.resumable import ROOMS, mention_others, only_one, work_identity
 from libprune.engine.architecture import Architecture
-from libprune.models.folder import fingerprint, load_model
+from libprune.models.folder import load_model
 from libprune.models.memory import recompute_layers, require_room
 from libprune.models.parallel import World, join_world
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture, require
 from libprune.pipeline.atomic import remove, writing_folder
+from libprune.pipeline.digests import text_digest
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover
 from libprune.pipeline.terminal import gigabytes
@@ -100,14 +101,14 @@ class _Run:
     @property
     def origin(self) -> dict[str, str]:
         """What predictions to learn from are made from."""
-        return prediction_origin(self.architecture, self.params, self.text)
+        return prediction_origin(self.layout, self.architecture, self.params, self.text)
 
     @property
     def identity(self) -> str:
         """A digest of what checkpoints depend on."""
         facts = {
             "params": self.params.model_dump(mode="json"),
-            "pruned": fingerprint(self.record.folder),
+            "pruned": text_digest(self.record.provenance),
             **self.origin,
             "compute_dtype": str(self.dtype),
             "checkpointing": self.compute.gradient_checkpointing,

@@ -58,7 +58,7 @@ def teach_layout(layout: Layout, compute: Compute, params: Recover, tokenize: To
         _draw(layout, architecture, compute, params, tokenize)
     world.barrier()
     sequences, meta = read_tokens(layout.recovery_tokens, architecture.fingerprint, stage="teacher")
-    origin = prediction_origin(architecture, params, meta)
+    origin = prediction_origin(layout, architecture, params, meta)
     if params.top_k is None:
         if world.first:
             with writing_folder(layout.teacher) as folder:
@@ -143,12 +143,13 @@ class _Storing:
         """Print what will be written; stop before any work if the disk is too full."""
         each = self._positions * self._k * BYTES
         size, files = each * len(self.sequences), list(home.glob("*.safetensors"))
+        missing = size - each * self._at_once * len(files)
         typer.echo(
             f"teacher: {gigabytes(size)} will be written to {self.layout.teacher}, {each:,} bytes a sequence, "
             f"{self._k * BYTES:,} a position"
         )
         advice = "store fewer predictions (recover.top_k), or none (null)"
-        require_room({home: max(0, size - sum(file.stat().st_size for file in files))}, "teacher", advice)
+        require_room({home: max(0, missing)}, "teacher", advice)
         if files:
             typer.echo(f"continues from a saved state: {len(files)} of {self._shards} files are there")
 

@@ -69,6 +69,7 @@ EVALUATION: dict[str, Any] = {
         },
     },
     "pruning": {
+        "tokens": "0e0e",
         "slice": {"repair": "local"},
         "repair": {
             "lost_before": 0.2211,
@@ -108,6 +109,7 @@ EVALUATION: dict[str, Any] = {
     },
     "protocol": {
         "text": "some text",
+        "tokens": "0d0d",
         "windows": 24,
         "length": 1024,
         "prompt_tokens": 256,

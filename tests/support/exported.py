@@ -21,13 +21,13 @@ def write_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer that knows small letters, the space and some pairs, in as many tokens as the models."""
     letters = [chr(ord("a") + index) for index in range(26)]
     pairs = [("a", "b"), ("c", "d"), ("e", "f"), ("ab", "cd"), (_SPACE, "a"), (_SPACE, "z"), ("x", "y"), ("m", "n")]
-    texts = ["<eos>", "<pad>", *letters, _SPACE, *("".join(pair) for pair in pairs)]
+    texts = ["<|endoftext|>", "<pad>", *letters, _SPACE, *("".join(pair) for pair in pairs)]
     assert len(texts) == VOCAB
     vocabulary = {text: index for index, text in enumerate(texts)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<pad>")
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     fast.save_pretrained(folder)
 

@@ -1,5 +1,6 @@
 """A pruned tiny model with a text to train on, for tests of the recovery."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.atomic import writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover, Slice
+from libprune.recovery.predictions import describe_teacher
 from libprune.results.prune import prune
 from tests.support.models import VOCAB
 from tests.support.sliced import write_collected
@@ -25,14 +27,22 @@ def short(**changes: Any) -> Recover:
     return Recover(**(usual | {"learning_rate": 1e-3, "patience": 4} | changes))
 
 
-def write_pruned_layout(root: Path, family: str, kind: str) -> Layout:
-    """A sliced tiny model in a layout, with random sequences to train on; some are held out."""
-    layout, _ = write_collected(root, family, kind)
+def write_pruned_layout(
+    root: Path, family: str, kind: str, finish: Callable[[Path], None] = lambda folder: None
+) -> Layout:
+    """A sliced tiny model in a layout, with random sequences to train on; some are held out.
+
+    `finish` is as in `tests.support.sliced.write_collected`.
+    """
+    layout, _ = write_collected(root, family, kind, finish)
     with writing_folder(layout.pruned) as folder:
         prune(layout, folder, CPU, Slice(repair="none"))
     origin = read_architecture(layout).fingerprint
     meta = {"model": origin, "held_out": HELD_OUT, "text": "t"}
-    write_tokens(layout.recovery_tokens, training_sequences(family), meta)
+    about = {"model": origin, "teacher": origin}
+    about["tokens"] = write_tokens(layout.recovery_tokens, training_sequences(family), meta)
+    with writing_folder(layout.teacher) as folder:
+        describe_teacher(folder, about, 0)
     return layout
 
 

@@ -1,5 +1,6 @@
 """docs/formats.md is enough to read what a run writes, and nothing is written that it does not speak of."""
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -7,8 +8,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from libprune.statistics import latency
@@ -147,8 +150,24 @@ def test_csv_files_have_exactly_the_documented_fields(run, section):
 # What the document says in words
 
 
+def test_artifacts_hold_the_digest_of_their_content(run):
+    for path in (run / "artifacts").glob("*.json"):
+        content = json.loads(path.read_text())
+        digest = content.pop("sha256")
+        assert digest == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(), path
+    for path in (run / "artifacts").rglob("*.parquet"):
+        meta = json.loads(pq.read_schema(path).metadata[b"libprune"])
+        assert re.fullmatch("[0-9a-f]{64}", meta["sha256"]), path
+    for path in (run / "artifacts/activations").glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            meta, names = json.loads(file.metadata()["libprune"]), set(file.keys())
+        digests = meta.pop("sha256")
+        assert digests.keys() == names | {""}
+        assert digests[""] == hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def test_the_stored_predictions_are_as_documented(run):
-    about = json.loads((run / "artifacts/teacher/teacher.json").read_text())
+    about = documented.content((run / "artifacts/teacher/teacher.json").read_text())
     _, _, text = documented.parquet(run / "artifacts/tokens/recovery.parquet")
     paths = sorted((run / "artifacts/teacher").glob("predictions-*.safetensors"))
     assert [path.name for path in paths] == [f"predictions-{number:05d}.safetensors" for number in range(len(paths))]
