@@ -19,7 +19,7 @@ from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, check_rows, column, split_blocks, unit_index
 from libprune.pipeline.atomic import write_json, writing
-from libprune.pipeline.digests import SEAL, ChangedError, require_digest, sealed, text_digest, unsealed
+from libprune.pipeline.digests import SEAL, ChangedError, require_digest, sealed, split_seal, text_digest, unsealed
 from libprune.pipeline.layout import Layout
 
 _KEY = "libprune"
@@ -47,7 +47,8 @@ def damage(path: Path, stage: str) -> Iterator[None]:
         raise
     except Exception as error:  # pyarrow, safetensors and json each raise several types of their own
         raise ArtifactError(
-            f"{path} is damaged ({type(error).__name__}: {error}); delete it and run `dvc repro {stage}`"
+            f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())}); "
+            f"delete it and run `dvc repro {stage}`"
         ) from error
 
 
@@ -80,8 +81,7 @@ def decode_meta(path: Path, raw: Mapping[str, str] | None, stage: str) -> tuple[
     """
     if not raw or _KEY not in raw:
         raise ArtifactError(f"{path} carries no libprune metadata; delete it and run `dvc repro {stage}`")
-    meta: dict[str, Any] = json.loads(raw[_KEY])
-    return meta, meta.pop(SEAL, None)
+    return split_seal(path, json.loads(raw[_KEY]))
 
 
 def write_table(target: Path, columns: Columns, meta: Mapping[str, Any]) -> None:
@@ -144,12 +144,12 @@ def same_origin(path: Path, meta: Mapping[str, Any], expected: Mapping[str, Any]
     Raises:
         ArtifactError: if another model or text is recorded in it, or none; the message names both.
     """
-    for key, value in expected.items():
-        if meta.get(key) != value:
-            raise ArtifactError(
-                f"{path} belongs to {key} {meta.get(key)!r}, but the current {key} is {value!r}; "
-                "run `dvc repro` to make them agree"
-            )
+    different = [key for key, value in expected.items() if meta.get(key) != value]
+    for key in sorted(different, key=lambda key: (key not in {"model", "tokens"}, isinstance(expected[key], dict))):
+        raise ArtifactError(
+            f"{path} belongs to {key} {meta.get(key)!r}, but the current {key} is {expected[key]!r}; "
+            "run `dvc repro` to make them agree"
+        )
 
 
 def write_architecture(layout: Layout, architecture: Architecture) -> None:

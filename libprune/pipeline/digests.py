@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,21 @@ def unsealed(path: Path, content: Any) -> Any:
     """
     if not isinstance(content, dict):
         return content
-    rest = {key: value for key, value in content.items() if key != SEAL}
-    require_digest(path, content.get(SEAL), text_digest(rest))
+    rest, recorded = split_seal(path, content)
+    require_digest(path, recorded, text_digest(rest))
     return rest
+
+
+def split_seal(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The content of an artifact without what stands under `SEAL`, and this; None if nothing does.
+
+    Raises:
+        ChangedError: if a key is nearly `SEAL`: then the digest is there, and was not found.
+    """
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    if SEAL not in content and get_close_matches(SEAL, rest, cutoff=0.8):
+        raise ChangedError(f"{path} has changed since it was written: a key in it is nearly {SEAL!r}")
+    return rest, content.get(SEAL)
 
 
 def require_digest(path: Path, recorded: Any, found: str) -> None:

@@ -19,7 +19,7 @@ from libprune.models.memory import recompute_layers, require_room
 from libprune.models.parallel import World, join_world
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
-from libprune.pipeline.artifacts import read_architecture, require
+from libprune.pipeline.artifacts import read_architecture, require, same_origin
 from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.digests import text_digest
 from libprune.pipeline.layout import Layout
@@ -167,6 +167,7 @@ def _set_up(layout: Layout, compute: Compute, params: Recover, world: World) -> 
     architecture = read_architecture(layout)
     record = read_whole(layout.pruned, layout, {"model": architecture.fingerprint})
     sequences, text = read_tokens(layout.recovery_tokens, architecture.fingerprint, stage="teacher")
+    same_origin(layout.recovery_tokens, text, {"calibration": record.provenance.get("tokens")})
     device, dtype = own_device(compute, world)
     schedule = make_schedule(params, compute.batch_tokens, sequences.length, world.size)
     return _Run(layout, architecture, record, sequences, text, schedule, compute, params, world, device, dtype)

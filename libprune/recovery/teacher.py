@@ -70,13 +70,14 @@ def teach_layout(layout: Layout, compute: Compute, params: Recover, tokenize: To
 def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: Recover, tokenize: Tokenize) -> None:
     config = load_config(own_model(layout, architecture))
     require_positions(config, architecture, {"recover.length": params.length})
-    judged, _ = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
+    judged, about = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
     tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True, trust_remote_code=False)
     writer = SelfText(layout, architecture, tokenizer, compute.device, compute.dtype)
     text = draw_training(tokenize, params, tokenizer, config, architecture.head, writer.sample)
     require_unseen(text, judged, tokenizer)
     require_known(text.sequences, architecture.sizes["vocab"], tokenizer)
-    meta = {"model": architecture.fingerprint, "held_out": text.held_out, "text": text.names, "sources": text.sources}
+    meta = {"model": architecture.fingerprint, "calibration": about["calibration"]}
+    meta |= {"held_out": text.held_out, "text": text.names, "sources": text.sources}
     write_tokens(layout.recovery_tokens, text.sequences, meta)
     writer.forget()
     typer.echo(printable(text.sentence()))

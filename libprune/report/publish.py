@@ -33,8 +33,8 @@ def publish_report(layout: Layout, folder: Path, project: Path) -> None:
     result = result | _exported(layout, plan_meta, result["protocol"]["tokens"])
     rows, gradients = read_table(layout.gradients / "layers.parquet", "gradients")
     same_origin(layout.gradients, gradients, origin)
-    measured = _sensitivity(layout, origin)
     provenance = gather_provenance(layout, origin, project)
+    measured = _sensitivity(layout, origin)
     pictures = gradient_gallery(rows) + measured + cut_gallery(plan, plan_meta)
     pictures += recovery_gallery(result.get("recovery"))
     ratio = gradient_ratio(rows) if len(rows["layer_idx"]) else None

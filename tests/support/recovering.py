@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from libprune.models.sequences import NO_TARGET, Sequences
-from libprune.models.tokens import write_tokens
+from libprune.models.tokens import read_tokens, write_tokens
 from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.atomic import writing_folder
 from libprune.pipeline.layout import Layout
@@ -38,7 +38,8 @@ def write_pruned_layout(
     with writing_folder(layout.pruned) as folder:
         prune(layout, folder, CPU, Slice(repair="none"))
     origin = read_architecture(layout).fingerprint
-    meta = {"model": origin, "held_out": HELD_OUT, "text": "t"}
+    calibration = read_tokens(layout.calibration_tokens, origin)[1]["tokens"]
+    meta = {"model": origin, "calibration": calibration, "held_out": HELD_OUT, "text": "t"}
     about = {"model": origin, "teacher": origin}
     about["tokens"] = write_tokens(layout.recovery_tokens, training_sequences(family), meta)
     with writing_folder(layout.teacher) as folder:

@@ -95,6 +95,11 @@ def write_encoder(folder: Path, make: Callable[[int], Any]) -> Path:
     return folder
 
 
+def by_parameters(model: Any, ids: Any, **more: object) -> float:
+    """The time of a pass, in place of the measured one, which is noise in so small a layer: 1 ns a parameter."""
+    return 1e-9 * sum(parameter.numel() for parameter in model.parameters())
+
+
 def write_params(path: Path, model: str, text: str, **changes: dict) -> Path:
     """A params file for the tiny model; `changes` override whole keys of sections."""
     params: dict = {

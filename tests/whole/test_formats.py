@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from safetensors import safe_open
-from torch import Tensor, nn
 
 from libprune.statistics import latency
 from tests.support import documented, tiny
@@ -30,11 +29,6 @@ CHANGES = {
 """Settings with which as many tables as possible have rows."""
 
 
-def by_parameters(model: nn.Module, ids: Tensor, **more: object) -> float:
-    """A nanosecond for each."""
-    return 1e-9 * sum(parameter.numel() for parameter in model.parameters())
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A folder in which all stages have run."""
@@ -48,7 +42,7 @@ def run(tmp_path_factory) -> Path:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(latency, "_seconds", by_parameters)  # the time of so small a layer is noise
+        patch.setattr(latency, "_seconds", tiny.by_parameters)  # the time of so small a layer is noise
         for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]:
             main = importlib.import_module(f"stages.{stage}").main
             main(**{name: places[name] for name in inspect.signature(main).parameters})
