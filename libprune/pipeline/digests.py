@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from libprune.pipeline.atomic import write_json
 
 SEAL = "sha256"
 """The key of the digest of an artifact's content, in JSON and in metadata."""
+_DIGEST = re.compile("[0-9a-f]{48,}")
+"""What is a digest, also one whose length was damaged."""
 _SETTLED_NS = 2 * 10**9
 """A file that was changed less than this before it is read may change again without another time: read it anew."""
 
@@ -44,11 +46,13 @@ def split_seal(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any], 
     """The content of an artifact without what stands under `SEAL`, and this; None if nothing does.
 
     Raises:
-        ChangedError: if a key is nearly `SEAL`: then the digest is there, and was not found.
+        ChangedError: if a digest stands under another key, which was damaged.
     """
     rest = {key: value for key, value in content.items() if key != SEAL}
-    if SEAL not in content and get_close_matches(SEAL, rest, cutoff=0.8):
-        raise ChangedError(f"{path} has changed since it was written: a key in it is nearly {SEAL!r}")
+    for key, value in rest.items():
+        found = value.get("") if isinstance(value, dict) else value
+        if SEAL not in content and isinstance(found, str) and _DIGEST.fullmatch(found):
+            raise ChangedError(f"{path} has changed since it was written: its digest stands under {key!r}")
     return rest, content.get(SEAL)
 
 

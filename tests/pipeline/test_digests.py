@@ -37,10 +37,10 @@ def test_other_content_under_the_same_digest_is_refused(tmp_path_factory, conten
         unsealed(path, changed)
 
 
-@pytest.mark.parametrize("name", ["shq256", "sha26", "sha2506"])
+@pytest.mark.parametrize("name", ["shq256", "sha2506", "652ahs"])
 def test_a_digest_whose_key_was_damaged_is_not_taken_for_none(tmp_path, name):
     content = {key.replace(SEAL, name): value for key, value in sealed({"a": 1}).items()}
-    with pytest.raises(ChangedError, match=r"a\.json has changed since it was written: a key in it is nearly 'sha256'"):
+    with pytest.raises(ChangedError, match=r"a\.json has changed since it was written: its digest stands under"):
         unsealed(tmp_path / "a.json", content)
 
 
