@@ -19,8 +19,8 @@ from libprune.allocation.methods import Evidence
 from libprune.engine.architecture import Block
 from libprune.engine.errors import LibpruneError
 from libprune.engine.tables import Columns, split_blocks
+from libprune.pipeline.artifacts import Scores
 from libprune.pipeline.methods import METHODS
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 
 

@@ -18,9 +18,9 @@ from libprune.engine.cost import Prices
 from libprune.engine.errors import BudgetError
 from libprune.engine.plan import Plan, jaccard
 from libprune.engine.tables import Columns, join_blocks
+from libprune.pipeline.artifacts import Scores, read_scores
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import METHODS
-from libprune.pipeline.scores import Scores, read_scores
 from libprune.pipeline.sections import Allocate, Compute, Levels
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from libprune.engine.errors import SourceError, naming
 from libprune.engine.heads import CAUSAL_LM, head_of
+from libprune.models.folder import require_own_files
 from libprune.models.given import require_model, require_safetensors
 from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Prepare
@@ -40,6 +41,8 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         SourceError: if the model cannot be found or read, is quantized, or its weights are not those of its config.
     """
     name, where = _place(params)
+    if isinstance(name, Path) and name.is_dir():
+        require_own_files(name)
     dtype: Any = params.dtype if params.dtype == "auto" else getattr(torch, params.dtype)
     if "gguf_file" in where:
         head, dtype = CAUSAL_LM, torch.float32 if dtype == "auto" else dtype

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
-from libprune.engine.errors import LibpruneError, MeansError, ParamsError, lacking
+from libprune.engine.errors import LibpruneError, MeansError, ParamsError, lacking, printable
 from libprune.pipeline.locks import watch_dvc
 from libprune.pipeline.processes import end_with_dvc
 
@@ -87,11 +87,6 @@ def _end(line: str, code: int) -> NoReturn:
 
 def _one_line(text: str) -> str:
     return " ".join(printable(text).split())
-
-
-def printable(text: str) -> str:
-    """A text with what a terminal would obey, such as the escape character, written out in hexadecimal."""
-    return "".join(c if c.isprintable() or c.isspace() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _mendable(error: Exception) -> str | None:

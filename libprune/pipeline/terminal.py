@@ -17,12 +17,15 @@ from typing import Any, ClassVar, TextIO
 import typer
 from tqdm import tqdm
 
+from libprune.engine.errors import printable
+
 Rows = list[tuple[str, ...]]
 """Rows of a table; each cell is a text."""
 
 
 def text_table(rows: Rows, header: tuple[str, ...]) -> str:
-    """A table for the terminal, the first column left and the others right aligned."""
+    """A table for the terminal, the first column left and the others right aligned; control characters are shown."""
+    header, rows = tuple(map(printable, header)), [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = []
     for row in [header, *rows]:
@@ -78,7 +81,7 @@ def say(line: str) -> None:
     """Print a line, and write it to the log of the stage."""
     _Open.continued |= line.startswith(CONTINUES)
     _clear()
-    typer.echo(line)
+    typer.echo(printable(line))
     _write(line)
 
 

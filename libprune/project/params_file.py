@@ -112,7 +112,7 @@ def _placed(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults() -> str:
-    return replaced((TEMPLATES / "params.yaml").read_text(), _OF_THE_DEMO)
+    return replaced((TEMPLATES / "defaults.yaml").read_text(), _OF_THE_DEMO)
 
 
 def _yaml() -> YAML:

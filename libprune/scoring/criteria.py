@@ -273,6 +273,10 @@ def join_tables(layout: Layout, criterion: Criterion, params: Score) -> tuple[Co
         origin |= {"tokens": meta["tokens"]}
         joined |= table
     if criterion.columns is not None:
+        from libprune.pipeline.shards import read_meta  # needs torch, which the other criteria do not
+
+        for stage in criterion.stages:
+            same_origin(layout.root / stage, read_meta(layout.root / stage, stage), origin)
         joined |= criterion.columns(layout, architecture, params)
     return joined, origin
 

@@ -33,7 +33,19 @@ def score_layout(layout: Layout, params: Score) -> tuple[Columns, dict[str, Any]
         part: score_part(part, table, {name: alone[name] for name in weights}, weights, measured, params)
         for part, weights in asked.items()
     }
+    _require_one_text(layout, origin)
     return assemble(table, scored, params), origin | params.model_dump() | _nature(asked, scored, params)
+
+
+def _require_one_text(layout: Layout, origin: Mapping[str, Any]) -> None:
+    """Stop where statistics beside those that were read are of another model or text, which allocate would mix.
+
+    Raises:
+        ArtifactError: naming them.
+    """
+    for path in (folder / "units.parquet" for folder in (layout.gradients, layout.hessian, layout.activations)):
+        if "tokens" in origin and path.exists():
+            same_origin(path, read_table(path, path.parent.name)[1], {key: origin[key] for key in ("model", "tokens")})
 
 
 def require_scaling(asked: Mapping[str, Weights], params: Score) -> None:

@@ -109,5 +109,5 @@ def test_paths_become_absolute_and_must_exist(tmp_path, monkeypatch):
 def test_what_cannot_be_is_found_before_anything_runs(tmp_path):
     """By what `libprune params` looks for; a table without a column of text is one example."""
     (tmp_path / "text.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ParamsError, match="^params: tokenize.text: text .* has no column 'text'; it has a, b"):
+    with pytest.raises(ParamsError, match=r"^params: tokenize.text: text .* has no column 'text'; it has a, b"):
         params_text({"prepare.model": "org/model", "tokenize.text": str(tmp_path / "text.csv")})

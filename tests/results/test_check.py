@@ -1,6 +1,5 @@
 """libprune check: healthy folders pass; every fault has a line of what was found, where, and what was expected."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from libprune.results.folder import MODELING_FILE, write_pruned
 from libprune.results.prune import prune
 from libprune.results.record import PLAN, PROVENANCE, read_provenance, write_provenance
 from tests.support.models import random_plan
+from tests.support.sealing import edit_json
 from tests.support.sliced import write_plan, write_project, write_trained
 
 WEIGHTS = "model.safetensors"
@@ -136,12 +136,6 @@ def copy(folder: Path, target: Path) -> Path:
 def forget_digests(folder: Path) -> None:
     """Make it a folder of an older version."""
     edit_json(folder / PROVENANCE, lambda data: data.pop("files"))
-
-
-def edit_json(path: Path, change: Callable[[dict], object]) -> None:
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
 
 
 def edit_bytes(path: Path, change: Callable[[bytes], bytes]) -> None:
