@@ -12,7 +12,7 @@ import libprune
 PACKAGE = Path(libprune.__file__).parent
 """The folder of the installed package."""
 TEMPLATES = Path(__file__).parent
-"""The folder with dvc.yaml and params.yaml of the repository, by names that DVC does not take for those of a project."""
+"""The folder with dvc.yaml and params.yaml of the repository, under names that DVC does not look for."""
 CODE = "artifacts/code"
 """The folder of a project that holds a link to each file and folder of code that a stage depends on."""
 _DIGITS = 16
