@@ -2,13 +2,14 @@
 
 import doctest
 import re
+from pathlib import Path
 
 import pytest
 
 from tests.support import tiny
 from tests.support.closure import ROOT
 
-DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md"), ROOT / "README.md"])
+DOCUMENTS = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if ">>> " in path.read_text()], ids=lambda path: path.stem)
@@ -23,7 +24,20 @@ def test_examples_give_what_the_document_says(path, tmp_path, monkeypatch, quick
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_links_lead_to_files_that_exist(path):
-    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        file, _, anchor = target.partition("#")
         if "://" not in target:
-            assert (path.parent / target.partition("#")[0]).exists(), target
+            leads_to = path.parent / file if file else path
+            assert leads_to.exists(), target
+            assert not anchor or anchor in anchors(leads_to), target
+
+
+def prose(path: Path) -> str:
+    """A document without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that git hosts and the site give to the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
