@@ -2,6 +2,7 @@
 
 import doctest
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ from tests.support import tiny
 from tests.support.closure import ROOT
 
 TOP = [ROOT / "README.md", ROOT / "SECURITY.md"]
-DOCUMENTS = sorted([*TOP, *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")])
+DOCUMENTS = sorted([*TOP, *ROOT.glob("docs/**/*.md")])
 PAGES = sorted([*TOP, *(path for path in ROOT.glob("docs/*.md") if path.name not in {"log.md", "methods.md"})])
 """Pages that are written by hand, but for the log and the decisions."""
 
@@ -49,10 +50,18 @@ def test_examples_give_what_the_document_says(path, tmp_path, monkeypatch, quick
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_links_lead_to_files_that_exist(path):
-    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text())):
+        file, _, anchor = target.partition("#")
         if "://" not in target:
-            assert (path.parent / target.partition("#")[0]).exists(), target
+            leads_to = path.parent / file if file else path
+            assert leads_to.exists(), target
+            assert not anchor or anchor in anchors(leads_to), target
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that git hosts and the site give to the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", without_code(path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
 def without_code(text: str) -> str:
