@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import yaml
 
-from libprune.engine.errors import ParamsError
+from libprune.engine.errors import MeansError, ParamsError, lacking
 
 _LARGEST = 1 << 20
 """Bytes of a file that is read."""
@@ -72,7 +72,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from error
     except OSError as error:
-        raise ParamsError(f"{path} cannot be read: {error.strerror}") from error
+        kind = ParamsError if lacking(error) is None else MeansError
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:
         line = loader.get_mark().line + 1 if loader is not None else 1
         raise ParamsError(f"{path} is not valid YAML: what begins in or before line {line} nests too deep") from error

@@ -81,13 +81,30 @@ def require_content(path: Path) -> None:
     """Stop where a file is only the pointer to its content that Git LFS leaves in a clone without its files.
 
     Raises:
-        SourceError: naming the file, and the command that fetches its content.
+        SourceError: naming the file, and the command that fetches its content; or if it is none.
     """
+    _require_file(path)
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise SourceError(
                 f"{path} is not the file but its Git LFS pointer; run `git lfs pull` in its repository, or download it"
             )
+
+
+def require_files(folder: Path) -> None:
+    """Stop at what is in a folder and is neither file nor folder: reading a pipe or a device may never end.
+
+    Raises:
+        SourceError: naming it.
+    """
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            _require_file(path)
+
+
+def _require_file(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path} is no file but a folder, a pipe or a device; remove it")
 
 
 def fingerprint(folder: Path) -> str:

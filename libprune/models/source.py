@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from libprune.engine.errors import SourceError, naming
 from libprune.engine.heads import CAUSAL_LM, head_of
-from libprune.models.folder import require_content
+from libprune.models.folder import require_content, require_files
 from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Prepare
 from libprune.pipeline.sources import resolve
@@ -172,6 +172,8 @@ def _require_model(params: Prepare, path: Path) -> None:
             f"prepare.model = {params.model!r} is a LoRA adapter, not a model; merge it into its base model first: "
             "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
         )
+    if path.is_dir():
+        require_files(path)
     files = [path] if path.is_file() else sorted(path.iterdir())
     for file in files:
         if file.is_file() and file.suffix in {".gguf", ".safetensors", ".json", ".model", ".bin"}:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.engine.errors import ArtifactError, LibpruneError, MeansError, cause, lacking
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, check_rows, column, split_blocks, unit_index
 from libprune.pipeline.atomic import writing
@@ -35,25 +35,32 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
 
 @contextmanager
 def damage(path: Path, stage: str) -> Iterator[None]:
-    """Turn the errors of a file that cannot be decoded into an ArtifactError that says what to do."""
+    """Turn the errors of a file that cannot be decoded into an ArtifactError that says what to do.
+
+    Where the machine lacks the means to read it, such as memory, it is a MeansError.
+    """
     try:
         yield
     except LibpruneError:
         raise
     except Exception as error:  # pyarrow, safetensors and json each raise several types of their own
+        if (lacks := lacking(error)) is not None:
+            raise MeansError(f"{path} cannot be read: {lacks}") from error
         raise ArtifactError(
             f"{path} is damaged ({type(error).__name__}: {error}); delete it and run `dvc repro {stage}`"
         ) from error
 
 
 def require(path: Path, stage: str) -> Path:
-    """The path, if it exists.
+    """The path, if it is that of a file or a folder.
 
     Raises:
-        ArtifactError: if it does not; the message names the stage that makes it.
+        ArtifactError: if it is not; the message names the stage that makes it.
     """
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; run `dvc repro {stage}` first")
+    if not path.is_file() and not path.is_dir():  # reading from a pipe or a device may never end
+        raise ArtifactError(f"{path} is no file; delete it and run `dvc repro {stage}`")
     return path
 
 
@@ -137,7 +144,7 @@ def read_architecture(layout: Layout) -> Architecture:
         return Architecture.from_json(path.read_text())
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"{path} is no description that this version of libprune reads ({error!r}); run the prepare stage again"
+            f"{path} is no description that this version of libprune reads ({cause(error)}); run `dvc repro prepare`"
         ) from error
 
 

@@ -16,11 +16,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe, without_weights
-from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.models.dialect import OWN_TYPE, STOP
-from libprune.models.folder import sha256
+from libprune.models.folder import require_files, sha256
 from libprune.models.origin import CARD
 from libprune.pipeline.artifacts import read_json, read_table, require, same_origin
 from libprune.pipeline.layout import NOTE
@@ -61,10 +61,8 @@ class Record:
             ArtifactError: if it is missing or damaged.
         """
         path = self.folder / "config.json"
-        try:
+        with naming(f"{path} cannot be read", ArtifactError):
             config: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} cannot be read: {error}") from error
         return config
 
     @property
@@ -153,6 +151,7 @@ def read_record(folder: Path) -> Record:
         raise ArtifactError(f"{folder} holds no model: recover.method is none; the pruned model lies in {pruned}")
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist: this is no folder that the slice stage has written")
+    require_files(folder)
     provenance = read_provenance(folder)
     needed = {"plan": ("shape", "model"), "slice": ("repair",)}
     missing = [f"{name}.{key}" for name, keys in needed.items() for key in keys if key not in provenance.get(name, {})]
