@@ -26,9 +26,8 @@ from libprune.models.folder import load_model
 from libprune.models.layers import replaced
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
-from libprune.pipeline.artifacts import read_architecture
+from libprune.pipeline.artifacts import read_architecture, read_scores
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.scores import read_scores
 from libprune.pipeline.sections import Allocate
 from libprune.repair.repairs import local_repair
 from libprune.report.markdown import markdown_table

@@ -39,10 +39,9 @@ from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import WeightFiles, load_model
 from libprune.models.layers import replaced
 from libprune.models.tokens import read_tokens
-from libprune.pipeline.artifacts import read_architecture
+from libprune.pipeline.artifacts import Scores, read_architecture
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import REPAIRS
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate, Compute, Levels, Score, Slice
 from libprune.pipeline.shards import read_tensor
 from libprune.pipeline.stage import peak_memory

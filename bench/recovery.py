@@ -39,7 +39,8 @@ from libprune.report.markdown import markdown_table
 from libprune.results.perplexity import Losses, estimate_ratio, window_losses
 from libprune.results.prune import prune
 from libprune.results.tasks import zero_shot
-from libprune.texts.source import calibration_source, open_text
+from libprune.texts.chosen import calibration_source
+from libprune.texts.source import open_text
 from libprune.texts.windows import cut_windows, evenly
 
 TASKS = ("piqa_file", "arc_easy_file")

@@ -37,7 +37,8 @@ def read_bytes(text: str) -> "Tensor":
     import torch
 
     from libprune.pipeline.sections import Tokenize
-    from libprune.texts.source import calibration_source, open_text
+    from libprune.texts.chosen import calibration_source
+    from libprune.texts.source import open_text
 
     joined = "\n".join(open_text(calibration_source(Tokenize(text=text))).documents())
     return torch.frombuffer(bytearray(joined.encode()), dtype=torch.uint8).long()

@@ -10,6 +10,7 @@ def main(
 ) -> None:
     """Measure both models on the evaluation windows, and time them alternately."""
     from libprune.pipeline.atomic import write_json, writing
+    from libprune.pipeline.digests import sealed
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
     from libprune.results.card import card_text
@@ -18,7 +19,7 @@ def main(
     layout, settings = Layout(artifacts), load_params(params)
     result = evaluate_result(layout, settings.compute, settings.evaluate)
     memory = {"peak_memory_bytes": stage.peak_memory()}
-    write_json(layout.evaluation, result | memory)
+    write_json(layout.evaluation, sealed(result | memory))
     with writing(layout.model_card) as path:
         path.write_text(card_text(layout.recovered if result["recovered"] else layout.pruned, result))
     write_json(metrics / "evaluation.json", headline_metrics(result) | memory)

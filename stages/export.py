@@ -10,6 +10,7 @@ def main(
 ) -> None:
     """Write the final model as GGUF, ONNX or OpenVINO, and try it in the real program beside the dense one."""
     from libprune.pipeline.atomic import write_json, writing_folder
+    from libprune.pipeline.digests import sealed
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
     from libprune.pipeline.terminal import note, say
@@ -27,7 +28,7 @@ def main(
 
     with writing_folder(layout.exported) as folder:
         outcome = export_layout(layout, settings.export, folder)
-    write_json(layout.export, outcome.content())
+    write_json(layout.export, sealed(outcome.content()))
     write_json(metrics / "export.json", outcome.metrics())
     for line in outcome.sentences(layout.exported):
         say(line)

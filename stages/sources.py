@@ -1,17 +1,17 @@
-"""sources: links to the local files and folders that models and texts are read from, which DVC watches."""
+"""sources: all mistakes that can be known beforehand, and links to what lies here, which DVC watches."""
 
 from libprune.pipeline import stage
 
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
-    """Link to the local sources, so that DVC notices when what lies there has changed."""
+    """Find the mistakes that can be known before anything runs, and link to the local sources, which DVC watches."""
+    from libprune.foresight.foresee import foresee
     from libprune.pipeline.layout import Layout
-    from libprune.pipeline.params import load_params
     from libprune.pipeline.sections import MOST_TEXTS
     from libprune.pipeline.sources import link_sources
     from libprune.pipeline.terminal import note
 
-    settings = load_params(params)
+    settings = foresee(params)
     given = settings.recover.text
     texts: list[str | None] = [given] if isinstance(given, str) else [share.text for share in given or ()]
     texts += [None] * (MOST_TEXTS - len(texts))

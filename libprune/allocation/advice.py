@@ -14,10 +14,9 @@ from libprune.engine.errors import ArtifactError
 from libprune.engine.family import families
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns
-from libprune.pipeline.artifacts import read_table, same_origin
+from libprune.pipeline.artifacts import Scores, read_table, same_origin
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import METHODS
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from libprune.statistics.gradient_health import MILD, gradient_ratio, verdict
 

@@ -8,6 +8,9 @@ with s the scaled score, c the parameters and the sum over the units that share 
 the order of s wherever B is shared, and compare everywhere.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +19,8 @@ from libprune.allocation.methods import Evidence
 from libprune.engine.architecture import Block
 from libprune.engine.errors import LibpruneError
 from libprune.engine.tables import Columns, split_blocks
+from libprune.pipeline.artifacts import Scores
 from libprune.pipeline.methods import METHODS
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 
 
@@ -54,6 +57,36 @@ def require_meaningful(params: Allocate, scaling: str) -> None:
         raise LibpruneError(
             f"allocate.method: {params.method} weighs blocks by what it measures, so allocate.worth: {params.worth} "
             "would count twice or do nothing; set it to none"
+        )
+
+
+def require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
+    """Stop where a method would rank unlike things.
+
+    Raises:
+        LibpruneError: saying what to set.
+    """
+    method, scaling, record = params.method, meta["scaling"], METHODS[params.method]
+    if not record.between:
+        return
+    if not meta["comparable"] and scaling == "none":
+        *others, last = record.scalings
+        raise LibpruneError(
+            f"{meta['criterion']} compares only within a layer and part, so allocate.method: {method} would rank "
+            f"unlike things; set score.scaling to {' or '.join([', '.join(others), last] if others else [last])}, "
+            "or allocate.method to uniform"
+        )
+    weighed = record.weighs or params.worth != "none"
+    if not weighed and scaling != "none" and meta["fusion"] not in {"none", "best"}:
+        raise LibpruneError(
+            f"{meta['criterion']} is fused from criteria with one scale in every layer, which leaves no layer a level "
+            f"of its own for allocate.method: {method}; with score.scaling: rank set allocate.worth to sensitivity or "
+            "functional, or allocate.method to hgsp; with another choose uniform or functional"
+        )
+    if scaling not in {"none", *record.scalings}:
+        raise LibpruneError(
+            f"allocate.method: {method} multiplies scores by what their block is worth, so they must be positive, but "
+            f"score.scaling: {scaling} makes the lowest of every block 0 or less; set it to rank"
         )
 
 

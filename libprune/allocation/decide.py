@@ -8,19 +8,19 @@ import numpy as np
 
 from libprune.allocation.advice import advise, fixed_scores
 from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of, settle, target_of
-from libprune.allocation.block_worth import require_meaningful, with_worth
+from libprune.allocation.block_worth import require_comparable, require_meaningful, with_worth
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.methods import Evidence
 from libprune.allocation.widths import explain_multiple, tensor_parallel_sizes
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.cost import Prices
-from libprune.engine.errors import BudgetError, LibpruneError
+from libprune.engine.errors import BudgetError
 from libprune.engine.plan import Plan, jaccard
 from libprune.engine.tables import Columns, join_blocks
+from libprune.pipeline.artifacts import Scores, read_scores
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import METHODS
-from libprune.pipeline.scores import Scores, read_scores
 from libprune.pipeline.sections import Allocate, Compute, Levels
 
 
@@ -185,36 +185,6 @@ def decide(
 
 COMPARED_COMPONENTS = ("taylor", "fisher")
 """Parts of a second-order criterion: a kept set equal to the first's says that the second did nothing."""
-
-
-def require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
-    """Stop where a method would rank unlike things.
-
-    Raises:
-        LibpruneError: saying what to set.
-    """
-    method, scaling, record = params.method, meta["scaling"], METHODS[params.method]
-    if not record.between:
-        return
-    if not meta["comparable"] and scaling == "none":
-        *others, last = record.scalings
-        raise LibpruneError(
-            f"{meta['criterion']} compares only within a layer and part, so allocate.method: {method} would rank "
-            f"unlike things; set score.scaling to {' or '.join([', '.join(others), last] if others else [last])}, "
-            "or allocate.method to uniform"
-        )
-    weighed = record.weighs or params.worth != "none"
-    if not weighed and scaling != "none" and meta["fusion"] not in {"none", "best"}:
-        raise LibpruneError(
-            f"{meta['criterion']} is fused from criteria with one scale in every layer, which leaves no layer a level "
-            f"of its own for allocate.method: {method}; with score.scaling: rank set allocate.worth to sensitivity or "
-            "functional, or allocate.method to hgsp; with another choose uniform or functional"
-        )
-    if scaling not in {"none", *record.scalings}:
-        raise LibpruneError(
-            f"allocate.method: {method} multiplies scores by what their block is worth, so they must be positive, but "
-            f"score.scaling: {scaling} makes the lowest of every block 0 or less; set it to rank"
-        )
 
 
 def summary(architecture: Architecture, decision: Decision) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from libprune.allocation.knapsack import divergence_curves
 from libprune.allocation.methods import Evidence
 from libprune.engine.architecture import Block
 from libprune.engine.errors import ArtifactError
-from libprune.pipeline.artifacts import read_json, read_table, same_origin
+from libprune.pipeline.artifacts import Scores, read_json, read_table, same_origin
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import allocation_reads
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from libprune.pipeline.shards import read_meta, read_tensor
 from libprune.statistics.levels import order_digest, unit_orders

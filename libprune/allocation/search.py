@@ -9,9 +9,9 @@ from libprune.allocation.methods import Depth, Evidence
 from libprune.collection.calibration import require_own_weights, set_up
 from libprune.collection.resumable import sums_identity
 from libprune.engine.architecture import Architecture
+from libprune.pipeline.artifacts import Scores
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import METHODS, RIVALS
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate, Compute, Levels
 from libprune.pipeline.terminal import say
 from libprune.repair.repairs import inputs_identity, local_repair

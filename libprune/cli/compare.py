@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from libprune.engine.errors import printable
 from libprune.pipeline import stage
 
 app = typer.Typer(add_completion=False, invoke_without_command=True, pretty_exceptions_enable=False)
@@ -44,7 +45,7 @@ def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: All
                 partial.write_text(text)
         write_picture(out / "perplexity.png", rows)
     command = params_diff(rows)
-    typer.echo("\n".join([text_table(*tabulate_experiments(rows)), "", *remarks(rows, left_out)]))
+    typer.echo("\n".join([text_table(*tabulate_experiments(rows)), "", *map(printable, remarks(rows, left_out))]))
     typer.echo(f"\nwritten: {out}/table.md, table.csv, perplexity.png")
     with stage.user_errors():
         typer.echo(publish_beside(rows, Layout(stage.ROOT), out))
@@ -72,10 +73,10 @@ def run(file: File, out: Out = OUT, guide: Guide = None) -> None:
             raise SystemExit(130) from None
         typer.echo("")
         try:
-            typer.echo(write_comparison(gather_now(comparison, out, failed=failed), out, guide))
+            typer.echo(printable(write_comparison(gather_now(comparison, out, failed=failed), out, guide)))
         finally:
             for name, reason in failed.items():
-                typer.echo(f"failed: {name}: {reason}", err=True)
+                typer.echo(printable(f"failed: {name}: {reason}"), err=True)
     if failed:
         raise SystemExit(1)
 
@@ -88,4 +89,4 @@ def gather_only(file: File, out: Out = OUT, all_commits: AllCommits = False, gui
 
     with stage.user_errors():
         comparison = read_comparison(file)
-        typer.echo(write_comparison(gather_now(comparison, out, all_commits), out, guide))
+        typer.echo(printable(write_comparison(gather_now(comparison, out, all_commits), out, guide)))

@@ -24,10 +24,9 @@ from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns
 from libprune.models.source import dense_dtype, load_dense_config
-from libprune.pipeline.artifacts import read_architecture, read_json, require
+from libprune.pipeline.artifacts import read_architecture, read_json, read_scores, require
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import Params, load_params
-from libprune.pipeline.scores import read_scores
 from libprune.pipeline.sections import Allocate, Prepare
 from libprune.scoring.criteria import find_criterion
 from libprune.scoring.expression import named_criteria

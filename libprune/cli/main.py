@@ -35,12 +35,14 @@ app.command()(projects.update)
 @app.command()
 def show(artifacts: stage.Root = stage.ROOT) -> None:
     """Print the headline table, where the final model lies, and how to load it."""
+    from libprune.cli.current import require_current
     from libprune.pipeline.artifacts import damage, read_json
     from libprune.pipeline.layout import Layout
     from libprune.report.programs import closing
 
     layout = Layout(artifacts)
     with stage.user_errors():
+        require_current(layout)
         result = read_json(layout.evaluation, "evaluate")
         with damage(layout.evaluation, "evaluate"):
             lines = closing(result, layout, Path("report"))
@@ -49,11 +51,11 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
 
 @app.command("params")
 def validate(params: stage.ParamsFile = stage.PARAMS) -> None:
-    """Validate the params file without running anything."""
-    from libprune.pipeline.params import load_params
+    """Find every mistake in the params that can be known before anything runs."""
+    from libprune.foresight.foresee import foresee
 
     with stage.user_errors():
-        load_params(params)
+        foresee(params)
     typer.echo(f"{params} is valid")
 
 
@@ -80,10 +82,11 @@ def inspect(
 
     from libprune.cli.inspection import inspect_model, params_for
     from libprune.cli.inspection_output import as_data, as_text
+    from libprune.engine.errors import printable
 
     with stage.user_errors():
         inspection = inspect_model(params_for(model, revision, trust_remote_code, params))
-    typer.echo(json.dumps(as_data(inspection), indent=2) if as_json else as_text(inspection))
+    typer.echo(json.dumps(as_data(inspection), indent=2) if as_json else printable(as_text(inspection)))
 
 
 Folder = Annotated[Path, typer.Argument(help="A folder that the slice or the recover stage has written.")]
@@ -99,12 +102,13 @@ DenseFolder = Annotated[
 @app.command()
 def check(folder: Folder, trust_remote_code: TrustFolder = False, dense: DenseFolder = None) -> None:
     """Check that a pruned or recovered folder is as recorded, loads in a process without libprune, and generates."""
+    from libprune.engine.errors import printable
     from libprune.results.check import check_folder
 
     faults = 0
     with stage.user_errors():
         for finding in check_folder(folder, trust_remote_code, dense):
-            typer.echo(stage.printable(f"{finding.kind:<6} {finding.about:<10} {finding.text}"))
+            typer.echo(printable(f"{finding.kind:<6} {finding.about:<10} {finding.text}"))
             faults += finding.kind == "fault"
     if faults:
         raise SystemExit(1)

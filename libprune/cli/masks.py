@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from libprune.engine.errors import printable
 from libprune.pipeline import stage
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -70,7 +71,7 @@ def inspect_masks(
 
     with stage.user_errors():
         seen = inspection(extraction_of(model, masks, family, network, inputs, input_shape))
-    typer.echo(json.dumps(as_data(seen), indent=2) if as_json else as_text(seen))
+    typer.echo(json.dumps(as_data(seen), indent=2) if as_json else printable(as_text(seen)))
 
 
 @app.command()
@@ -91,7 +92,7 @@ def extract(
         if out.exists():
             raise LibpruneError(f"{out} exists; name a folder that does not")
         lines = save(extraction_of(model, masks, family, network, inputs, input_shape), out, model, network)
-    typer.echo("\n".join(lines))
+    typer.echo(printable("\n".join(lines)))
 
 
 @app.command()

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.models.compute import PATIENCE, resolve_device, resolve_dtype
-from libprune.models.folder import WeightFiles, load_model
+from libprune.models.folder import WeightFiles, load_model, own_model
 from libprune.models.memory import offload_maps, recompute_layers
 from libprune.models.parallel import World, join_world, shard_layers
 from libprune.models.samples import Samples
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens, require_sequences
-from libprune.pipeline.artifacts import read_architecture, require
+from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute
 
@@ -111,7 +111,7 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     world = join_world()
     require_equal_passes(chosen, world)
     device, dtype = own_device(compute, world)
-    model = place(load_model(require(layout.model, "prepare"), dtype), architecture, compute, world, device)
+    model = place(load_model(own_model(layout, architecture), dtype), architecture, compute, world, device)
     meta = {
         "model": architecture.fingerprint,
         "tokens": tokens_meta["tokens"],

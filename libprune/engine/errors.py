@@ -25,7 +25,15 @@ class NotExpressibleError(LibpruneError):
 
 
 class ParamsError(LibpruneError):
-    """params.yaml holds an unknown key or a value out of range."""
+    """params.yaml holds an unknown key, a value out of range, or what cannot be carried out.
+
+    Attributes:
+        faults: every fault in a sentence of its own, if there are several.
+    """
+
+    def __init__(self, message: str, faults: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.faults = faults or (message,)
 
 
 class ArtifactError(LibpruneError):
@@ -156,3 +164,15 @@ def lacking(error: BaseException) -> str | None:
         if number == errno.EAGAIN or _NO_THREADS.search(text):
             return "no more threads or processes can be started; set OMP_NUM_THREADS lower, or raise `ulimit -u`"
     return None
+
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text whose control characters, but for line ends and tabs, are shown by their numbers.
+
+    Names and texts from elsewhere could otherwise move the cursor, change the title or write to the clipboard of a
+    terminal, or turn the direction of what follows.
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

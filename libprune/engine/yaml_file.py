@@ -1,12 +1,18 @@
 """YAML files that people write: one mapping of keys, each said once, of bounded size."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
 from libprune.engine.errors import MeansError, ParamsError, lacking
+
+Place = tuple[int | str, ...]
+"""The keys and the positions in lists that lead to a value."""
+Lines = Mapping[Place, int]
+"""The line of a file, from 1, in which the key or entry of a place stands."""
+NO_LINES: Lines = {}
 
 _LARGEST = 1 << 20
 """Bytes of a file that is read."""
@@ -17,11 +23,16 @@ _MOST = 20_000
 class _OnceLoader(yaml.SafeLoader):
     """Refuses a key that is there twice, of which YAML would take the last, and names the place of every fault."""
 
+    lines = NO_LINES
+
     def get_single_data(self) -> Any:
         node = self.get_single_node()
         if node is not None and _entries(node, {}) > _MOST:
             raise yaml.YAMLError(f"it holds more than {_MOST:,} entries, counting what is repeated by reference")
-        return None if node is None else self.construct_document(node)
+        if node is None:
+            return None
+        self.lines = dict(_places(node, ()))
+        return self.construct_document(node)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -55,8 +66,29 @@ def _entries(node: yaml.Node, counted: dict[int, int]) -> int:
     return counted[id(node)]
 
 
+def _places(node: yaml.Node, above: Place) -> Iterator[tuple[Place, int]]:
+    """The place of everything below a node, with its line; a value is where its key is."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*above, str(key.value)), key.start_mark.line + 1
+            yield from _places(value, (*above, str(key.value)))
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            yield (*above, number), value.start_mark.line + 1
+            yield from _places(value, (*above, number))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The content of a file.
+
+    Raises:
+        ParamsError: if it does not exist, is too large, is not YAML, says a key twice, or holds no mapping.
+    """
+    return read_lines(path)[0]
+
+
+def read_lines(path: Path) -> tuple[dict[str, Any], Lines]:
+    """The content of a file, and the line of everything in it.
 
     Raises:
         ParamsError: if it does not exist, is too large, is not YAML, says a key twice, or holds no mapping.
@@ -78,7 +110,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = loader.get_mark().line + 1 if loader is not None else 1
         raise ParamsError(f"{path} is not valid YAML: what begins in or before line {line} nests too deep") from error
     except yaml.YAMLError as error:
-        raise ParamsError(f"{path} is not valid YAML: {' '.join(str(error).split())[:400]}") from error
+        raise ParamsError(f"{path} is not valid YAML: {_said(error)[:400]}") from error
     if not isinstance(data, dict):
         raise ParamsError(f"{path} holds {'nothing' if data is None else type(data).__name__}, not sections of keys")
-    return cast(dict[str, Any], data)
+    return cast(dict[str, Any], data), loader.lines
+
+
+def _said(error: yaml.YAMLError) -> str:
+    """What is wrong, after the line and the column at which reading stopped."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None or error.problem is None:
+        return " ".join(str(error).split())
+    mark, begun, problem = error.problem_mark, error.context_mark, error.problem
+    hint = next((hint for said, hint in _HINTS.items() if said in problem), "")
+    since = f", {error.context} of line {begun.line + 1}" if begun is not None and begun.line != mark.line else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(problem.split())}{since}{hint}"
+
+
+_HINTS = {
+    "'\\t'": "; indent by spaces, not by tabs",
+    "mapping values are not allowed": "; a text that holds ': ' stands in quotes, and a key begins its own line",
+    "expected <block end>": "; keys of one section begin in one column",
+    "could not find expected ':'": "; a key ends in a colon and a space",
+}
+"""What to do, by a part of what PyYAML says."""

@@ -10,11 +10,11 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from libprune.engine.errors import LibpruneError, ParamsError, nearest
+from libprune.engine.errors import ParamsError, nearest
 from libprune.engine.yaml_file import read_yaml
-from libprune.pipeline.params import Params, problems, validate_params
+from libprune.foresight.settings import setting_faults
+from libprune.pipeline.params import Params, validate_params
 from libprune.pipeline.sections import Floor, Section
-from libprune.scoring.expression import named_criteria
 
 Data = Mapping[str, Any]
 """The content of a params file: sections of keys, and `preset`."""
@@ -195,7 +195,7 @@ def read_file(path: Path) -> ComparisonFile:
     try:
         return ComparisonFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise ParamsError(f"{path}: {problems(error, _explain)}") from error
+        raise ParamsError(f"{path}: {_problems(error)}") from error
 
 
 def read_setting(name: str, changes: Mapping[str, Any], data: Data, seed: int, path: Path) -> Setting:
@@ -214,10 +214,8 @@ def read_setting(name: str, changes: Mapping[str, Any], data: Data, seed: int, p
         if key not in known:
             raise ParamsError(f"{where}: unknown param {key!r}{nearest(key, known)}")
     valid = validate_params(with_changes(data, {**changes, SEED: seed}), where)
-    try:
-        named_criteria(valid.score)
-    except LibpruneError as error:
-        raise ParamsError(f"{where}: {error}") from error
+    if faults := tuple(dict.fromkeys(f"{where}: {fault.text}" for fault in setting_faults(valid))):
+        raise ParamsError("; ".join(faults), faults)
     return Setting(name, changes, valid)
 
 
@@ -238,6 +236,17 @@ def _require_different(settings: tuple[Setting, ...], data: Data, path: Path) ->
         if content in seen:
             raise ParamsError(f"{path}: settings {seen[content]!r} and {setting.name!r} have the same params")
         seen[content] = setting.name
+
+
+def _problems(error: ValidationError) -> str:
+    """What is wrong with a file, in one line; of many faults only the first."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    told = "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in found[:_SHOWN])
+    return told + (f"; and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else "")
+
+
+_SHOWN = 10
+"""Problems of a file that are told."""
 
 
 def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:

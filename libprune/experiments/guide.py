@@ -8,7 +8,7 @@ from libprune.experiments.results import Gathered
 from libprune.experiments.summary import Perplexity, Summary, compare_settings
 from libprune.experiments.table import correlation_text, explain_columns, interval_text, tabulate_settings, times
 from libprune.pipeline.params import Params
-from libprune.report.markdown import code, markdown_table, prose
+from libprune.report.markdown import code, escaped_table, prose
 from libprune.scoring.criteria import find_criterion
 from libprune.scoring.expression import named_criteria
 
@@ -25,7 +25,7 @@ def compose_guide(gathered: Gathered, summaries: Sequence[Summary]) -> str:
         "What it says of when to choose a setting follows from these figures alone: one model, one text, these shares "
         "removed. Two settings count as different if their difference is larger than the noise of calibration seeds "
         "and evaluation windows, and cost the same if their times differ by a tenth or less.",
-        markdown_table(*tabulate_settings(gathered, summaries)),
+        escaped_table(*tabulate_settings(gathered, summaries)),
         explain_columns(summaries),
     ]
     for one in summaries:

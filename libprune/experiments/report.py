@@ -18,7 +18,7 @@ from libprune.experiments.table import explain_columns, overlaps_csv, runs_csv, 
 from libprune.pipeline.atomic import writing
 from libprune.pipeline.terminal import text_table
 from libprune.report.canvas import png
-from libprune.report.markdown import code, markdown_table, prose
+from libprune.report.markdown import code, escaped_table, markdown_table, prose
 
 COSTS = "costs.json"
 """The file that records what stages cost, beside the folders of all comparisons."""
@@ -105,7 +105,7 @@ def _markdown(gathered: Gathered, summaries: list[Summary], pictures: Iterable[s
     parts = [
         f"# {prose(comparison.title)}",
         *map(prose, explain_results(gathered, summaries)),
-        markdown_table(*tabulate_settings(gathered, summaries)),
+        escaped_table(*tabulate_settings(gathered, summaries)),
         explain_columns(summaries),
         *(f"![{_ALT[name]}]({name})" for name in pictures),
         "## Settings",

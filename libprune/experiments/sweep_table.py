@@ -3,17 +3,20 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import hypot, isclose
 
 from libprune.experiments.dvc_experiments import Experiment, Recovered, compared_figures
 from libprune.pipeline.terminal import Rows
-from libprune.report.markdown import markdown_table
+from libprune.report.markdown import code, escaped_table, prose
 
 SAME_EVALUATION = 1e-4
 """Relative difference of the dense model's perplexities up to which two results are on the same windows: rounding
 moves it less; another text, length or dtype more."""
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_NUMBER = re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?")
 SAME_SHARE = 0.005
 """Difference of the removed shares up to which two models count as equally small."""
 
@@ -80,6 +83,11 @@ def recovered_columns(row: Experiment) -> dict[str, float]:
     }
 
 
+def inert(text: str) -> str:
+    """A text as a cell of CSV that no spreadsheet takes for a formula: behind an apostrophe if it begins like one."""
+    return text if _NUMBER.fullmatch(text) or not text.startswith(_FORMULA) else f"'{text}"
+
+
 def csv_text(rows: Sequence[Experiment]) -> str:
     """Experiments as CSV, with the params' full names and unrounded figures; unknown ones are empty."""
     names = differing(rows)
@@ -91,7 +99,8 @@ def csv_text(rows: Sequence[Experiment]) -> str:
     for row in rows:
         figures = (row.removed, row.ratio, row.error, row.prefill, row.size)
         trained = (recovered_columns(row).get(name) for name in after)
-        writer.writerow((row.label, *(setting(row, name) for name in names), *figures, *trained))
+        texts = map(inert, (row.label, *(setting(row, name) for name in names)))
+        writer.writerow((*texts, *figures, *trained))
     return text.getvalue()
 
 
@@ -99,8 +108,9 @@ def markdown_text(rows: Sequence[Experiment], left_out: Mapping[str, str]) -> st
     """Experiments as a table in Markdown with remarks, the command for the params, and the picture beside it."""
     cells, header = tabulate_experiments(rows)
     command = params_diff(rows)
-    parts = ["# Experiments", markdown_table(cells, header), *remarks(rows, left_out)]
-    return "\n\n".join([*parts, *([f"`{command}`"] if command else []), "![Perplexity](perplexity.png)"]) + "\n"
+    parts = ["# Experiments", escaped_table(cells, header)]
+    parts += map(prose, remarks(rows, left_out))
+    return "\n\n".join([*parts, *([code(command)] if command else []), "![Perplexity](perplexity.png)"]) + "\n"
 
 
 def remarks(rows: Sequence[Experiment], left_out: Mapping[str, str]) -> list[str]:

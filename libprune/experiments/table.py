@@ -11,7 +11,7 @@ from libprune.experiments.agreement import Interval
 from libprune.experiments.costs import Cost
 from libprune.experiments.results import Gathered
 from libprune.experiments.summary import Perplexity, Summary, compare_settings, overlap, overlap_matrix, reference_of
-from libprune.experiments.sweep_table import recovered_columns
+from libprune.experiments.sweep_table import inert, recovered_columns
 from libprune.pipeline.terminal import Rows
 
 NOTHING = "–"
@@ -213,6 +213,12 @@ def _cost(name: str, cost: Cost | None) -> dict[str, float | None]:
     }
 
 
+def _known(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return inert(value) if isinstance(value, str) else value
+
+
 def _csv(rows: Iterable[dict[str, Any]]) -> str:
     """Rows as CSV, with the columns of all of them; None and NaN are empty."""
     known = list(rows)
@@ -220,5 +226,5 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in known for name in row)), lineterminator="\n")
     writer.writeheader()
     for row in known:
-        writer.writerow({key: None if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()})
+        writer.writerow({key: _known(value) for key, value in row.items()})
     return text.getvalue()

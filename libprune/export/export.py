@@ -16,14 +16,15 @@ from libprune.export.comparison import WRITTEN, Agreement, choose_prompts, compa
 from libprune.export.formats import Format, asked_for
 from libprune.export.padding import write_padded
 from libprune.export.source import Source
+from libprune.models.folder import own_model
 from libprune.models.tokens import read_tokens
-from libprune.pipeline.artifacts import read_architecture, require
+from libprune.pipeline.artifacts import read_architecture, same_origin
 from libprune.pipeline.atomic import writing
-from libprune.pipeline.layout import NOTE, Layout
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Export
 from libprune.pipeline.terminal import Bar
 from libprune.results.proof import reload, verify_folder
-from libprune.results.record import Record, read_record
+from libprune.results.record import Record, read_recovered, read_whole
 from libprune.results.speed import SpeedComparison, compare_timed
 
 SCRATCH = Path(".work/export")
@@ -85,6 +86,7 @@ class Outcome:
         model: folder of the final model.
         plan: how the plan of the model was made, as its record has it.
         text: the text that programs were compared on.
+        tokens: the digest of its tokens.
         notes: what is to be known of all files, in sentences.
         files: what was written.
     """
@@ -92,6 +94,7 @@ class Outcome:
     model: str
     plan: dict[str, Any]
     text: str
+    tokens: str
     notes: tuple[str, ...]
     files: tuple[Exported, ...]
 
@@ -135,9 +138,12 @@ def export_layout(layout: Layout, params: Export, folder: Path, scratch: Path = 
     formats = asked_for(params)
     architecture = read_architecture(layout)
     windows, meta = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
-    final = layout.pruned if (require(layout.recovered, "recover") / NOTE).is_file() else layout.recovered
-    source, notes = Source(read_record(final)), []
-    dense = Source(Record(require(layout.model, "prepare"), {"plan": {"shape": "uniform"}}))
+    pruned = read_whole(layout.pruned, layout, {"model": architecture.fingerprint})
+    same_origin(layout.evaluation_tokens, meta, {"calibration": pruned.provenance.get("tokens")})
+    recovered = read_recovered(layout, pruned.provenance)
+    final = pruned if recovered is None else Record(layout.recovered, recovered)
+    source, notes = Source(final), []
+    dense = Source(Record(own_model(layout, architecture), {"plan": {"shape": "uniform"}}))
     files = []
     if params.pad_channels > 1:
         source, note = _padded(source, params.pad_channels, folder / "transformers", choose_prompts(windows.ids))
@@ -150,7 +156,8 @@ def export_layout(layout: Layout, params: Export, folder: Path, scratch: Path = 
     notes += dict.fromkeys(caution for form in formats for caution in form.cautions(source))
     if params.pad_channels > 1 and "transformers" not in params.formats:
         shutil.rmtree(source.folder)
-    return Outcome(str(final), source.record.provenance["plan"], meta["source"], tuple(notes), tuple(files))
+    made = (str(final.folder), final.provenance["plan"], meta["source"], meta["tokens"])
+    return Outcome(*made, tuple(notes), tuple(files))
 
 
 def _padded(source: Source, multiple: int, folder: Path, ids: Int[Tensor, "texts length"]) -> tuple[Source, str]:
@@ -187,7 +194,7 @@ class _Run:
 
     @cached_property
     def text(self) -> str:
-        tokenizer = AutoTokenizer.from_pretrained(self.dense.folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(self.dense.folder, local_files_only=True, trust_remote_code=False)
         text: str = tokenizer.decode(self.texts[0])
         return text
 

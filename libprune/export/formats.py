@@ -13,6 +13,7 @@ from torch import Tensor
 
 from libprune.engine.errors import ExportError
 from libprune.export import gguf_file, graphs, llama_cpp
+from libprune.export.packages import require_packages
 from libprune.export.sizes import q4_k_m_bytes
 from libprune.export.source import Source
 from libprune.export.vocabulary import tokenized
@@ -184,6 +185,6 @@ def asked_for(params: Export) -> list[Format]:
         if name == "gguf":
             made += [GgufFile(kind, threads) for kind in dict.fromkeys(params.gguf_types)]
         elif name in graphs.CONFIGS:
-            graphs.require_packages(name)
+            require_packages(name)
             made.append(GraphFolder(name, threads))
     return made

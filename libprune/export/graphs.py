@@ -26,26 +26,10 @@ from libprune.models.folder import load_model
 
 CONFIGS = {"onnx": partial(OnnxConfig, dynamic=True), "openvino": partial(OpenVINOConfig, dynamic=True, stateful=False)}
 """Formats of graphs, with the settings of transformers for any lengths and a KV cache that goes in and comes out."""
-PACKAGES = {"onnx": ("onnx", "onnxscript"), "openvino": ("openvino",)}
-"""The packages that writing a format needs."""
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 """The package that runs a format."""
 NAMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 """What the programs that run a format are called."""
-
-
-def require_packages(kind: str) -> None:
-    """Stop if packages are missing that writing a format needs.
-
-    Raises:
-        ExportError: with the command that installs them.
-    """
-    missing = [name for name in PACKAGES[kind] if find_spec(name) is None]
-    if missing:
-        raise ExportError(
-            f"export.formats has {kind}, which needs the package {' and '.join(missing)}: "
-            f"pip install 'libprune[{kind}]', or take {kind} out of export.formats"
-        )
 
 
 def missing(kind: str) -> str | None:

@@ -1,7 +1,6 @@
 """Channels of zeros, up to a multiple that the blocks of quantised types and the devices of a server want."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from libprune.engine.errors import ExportError
 from libprune.export.source import Source
 from libprune.models.folder import load_model
 from libprune.results.folder import save_weights
-from libprune.results.record import PLAN, PROVENANCE, Record
+from libprune.results.record import PLAN, Record, copy_files
 
-_OF_THE_PRUNED = {PROVENANCE, PLAN, "repair.parquet", "config.json"}
+_OF_THE_PRUNED = {PLAN, "repair.parquet", "config.json"}
 """Files of a pruned folder that would not be true of the padded one."""
 PART = "mlp"
 """The part whose units are channels."""
@@ -62,9 +61,7 @@ def write_padded(source: Source, multiple: int, folder: Path) -> Source:
             state[name] = padded(values.detach(), architecture, parameter, old, new)
     config = _config(source, [new for _, new in widths])
     stock = None if record.remote else without_weights(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
-    for path in source.folder.iterdir():
-        if path.name not in _OF_THE_PRUNED and ".safetensors" not in path.name:
-            shutil.copyfile(path, folder / path.name)
+    copy_files(record, folder, _OF_THE_PRUNED)
     save_weights(folder, stock, state)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return Source(Record(folder, record.provenance))

@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import LibpruneError, SourceError, missing_key, naming
 from libprune.engine.heads import head_of
-from libprune.models.folder import WeightFiles, load_config, open_tensors
+from libprune.models.folder import WeightFiles, load_config, open_tensors, require_own_files
 from libprune.models.source import untied
 from libprune.pipeline.artifacts import read_json
 from libprune.pipeline.atomic import scratch_folder
@@ -135,6 +135,7 @@ def read_masked(folder: Path, masks: Path | None = None) -> Masked:
     """
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder} holds no config.json; name the folder of a Hugging Face model")
+    require_own_files(folder)
     _require_described(folder)
     files = WeightFiles(folder)
     pairs = [name for name in files if name.endswith((_ORIG, _MASK))]

@@ -20,10 +20,23 @@ _NESTED = ("full_attention", "sliding_attention")
 STOP: dict[str, Any] = {"pruned_heads": {"this config can only be read by transformers 5 or newer": []}}
 """A key that version 5 does not know, and whose entries version 4 takes for numbers: there this text is an error."""
 
+OPEN = "layers differ in width: load this folder by an Auto class of transformers, with trust_remote_code=True"
+"""What a stock config class says of a folder with a modeling file: it stands where this class wants a number."""
+_UNUSED = ("initializer_range", "init_std")
+"""Keys of the spread of random weights, of which each config class has one; a model that is loaded has none."""
+
 _OF_THE_READER = {"name_or_path", "is_local", "local_files_only"}
 """What transformers notes down of how a tokenizer was read, not of the tokenizer."""
 OWN_TYPE = "pruned_"
 """What `model_type` begins with in a folder with a modeling file, so that no stock code takes the model for its own."""
+
+
+def only_with_code(config: PreTrainedConfig) -> dict[str, str]:
+    """The key by which the stock class of a config refuses to read it, with what to do; the folder's own leaves it out.
+
+    The class of transformers that reads configs of unknown types for their tokenizers has no such key.
+    """
+    return {key: OPEN for key in _UNUSED if hasattr(config, key)}
 
 
 def version_4(config: PreTrainedConfig) -> dict[str, Any]:

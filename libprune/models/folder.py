@@ -1,6 +1,5 @@
 """Hugging Face model folders: reading and loading them, their fingerprint, and writing that of the dense model."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +9,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, ParamsError, SourceError, missing_key, naming
 from libprune.engine.heads import head_of
-from libprune.pipeline.artifacts import read_json
+from libprune.models.given import require_content
+from libprune.pipeline.artifacts import read_json, require
 from libprune.pipeline.atomic import writing_folder
+from libprune.pipeline.digests import KnownDigests, text_digest
+from libprune.pipeline.layout import Layout
 
 
 class WeightFiles(Mapping[str, Tensor]):
@@ -51,6 +54,10 @@ class WeightFiles(Mapping[str, Tensor]):
         return len(self._files)
 
 
+_OF_A_MODEL = {".json", ".safetensors", ".jinja", ".model", ".txt", ".py"}
+"""Endings of the files by which a model and its tokenizer are loaded."""
+
+
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file, as `safe_open` does.
@@ -74,61 +81,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-_POINTER = b"version https://git-lfs"
+def fingerprint(folder: Path, known: KnownDigests | None = None) -> str:
+    """The digest of a model folder: its config, weights, tokenizer, and code if it has any.
+
+    Args:
+        folder: the folder; two with one fingerprint hold the same model.
+        known: digests of files that were read before; without them every file is read.
+    """
+    there = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]
+    files = {str(path.relative_to(folder)): path for path in there if path.suffix in _OF_A_MODEL and path.is_file()}
+    digests = (known or KnownDigests()).of(files)
+    return text_digest(digests)[:16]
 
 
-def require_content(path: Path) -> None:
-    """Stop where a file is only the pointer to its content that Git LFS leaves in a clone without its files.
+def own_model(layout: Layout, architecture: Architecture) -> Path:
+    """The folder of the dense model, if it holds the model that is described.
+
+    A file is read for this only if it has changed, by size and time, since this was last asked.
 
     Raises:
-        SourceError: naming the file, and the command that fetches its content; or if it is none.
+        ArtifactError: if it is missing, or holds another model.
     """
-    _require_file(path)
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise SourceError(
-                f"{path} is not the file but its Git LFS pointer; run `git lfs pull` in its repository, or download it"
-            )
-
-
-def require_files(folder: Path) -> None:
-    """Stop at what is in a folder and is neither file nor folder: reading a pipe or a device may never end.
-
-    Raises:
-        SourceError: naming it.
-    """
-    for path in sorted(folder.iterdir()):
-        if not path.is_dir():
-            _require_file(path)
-
-
-def _require_file(path: Path) -> None:
-    if path.exists() and not path.is_file():
-        raise SourceError(f"{path} is no file but a folder, a pipe or a device; remove it")
-
-
-def fingerprint(folder: Path) -> str:
-    """The digest of a model folder's config and weights; two folders with one fingerprint hold the same model."""
-    digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        digest.update(path.name.encode())
-        for chunk in _chunks(path):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            yield chunk
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 digest of one file, in hexadecimal."""
-    digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
-    return digest.hexdigest()
+    folder = require(layout.model, "prepare")
+    if architecture.head == "network":  # named by its weights in memory, not by files
+        return folder
+    found = fingerprint(folder, KnownDigests(layout.digests))
+    if found != architecture.fingerprint:
+        raise ArtifactError(
+            f"{layout.model} holds the model {found}, but {layout.architecture} describes {architecture.fingerprint}: "
+            "a file of the folder was changed, or comes from another run; run `dvc repro prepare`"
+        )
+    return folder
 
 
 def load_model(
@@ -151,6 +134,23 @@ def load_model(
             folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
         )
     return model.eval()
+
+
+def require_own_files(folder: Path) -> None:
+    """Stop at a link that leads out of a model folder: what lies there would become part of the result.
+
+    Links into the hub's cache, of which its folders consist, and links to weights are followed.
+
+    Raises:
+        SourceError: naming the link and where it leads to.
+    """
+    root = folder.resolve()
+    allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]:
+        if path.is_symlink() and path.suffix != ".safetensors" and not any(map(path.resolve().is_relative_to, allowed)):
+            raise SourceError(
+                f"{path} is a link to {path.resolve()}, outside of the model's folder; put the file itself in its place"
+            )
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

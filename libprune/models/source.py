@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from libprune.engine.errors import SourceError, naming
 from libprune.engine.heads import CAUSAL_LM, head_of
-from libprune.models.folder import require_content, require_files
+from libprune.models.folder import require_own_files
+from libprune.models.given import require_model, require_safetensors
 from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Prepare
 from libprune.pipeline.sources import resolve
@@ -40,13 +41,15 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         SourceError: if the model cannot be found or read, is quantized, or its weights are not those of its config.
     """
     name, where = _place(params)
+    if isinstance(name, Path) and name.is_dir():
+        require_own_files(name)
     dtype: Any = params.dtype if params.dtype == "auto" else getattr(torch, params.dtype)
     if "gguf_file" in where:
         head, dtype = CAUSAL_LM, torch.float32 if dtype == "auto" else dtype
     else:
         head = head_of(load_dense_config(params).architectures)
         if isinstance(name, Path):
-            _require_safetensors(params, name)
+            require_safetensors(params.model, name)
     how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below
     with naming(f"the weights of prepare.model = {masked(params.model)!r} cannot be loaded"):
         model, loading = head.loader.from_pretrained(name, use_safetensors=True, **how, **where)
@@ -165,36 +168,11 @@ def _worthless(model: PreTrainedModel) -> str:
     return ""
 
 
-def _require_model(params: Prepare, path: Path) -> None:
-    """Stop by name at what is often given for a model: adapters, and pointers of Git LFS."""
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise SourceError(
-            f"prepare.model = {params.model!r} is a LoRA adapter, not a model; merge it into its base model first: "
-            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
-        )
-    if path.is_dir():
-        require_files(path)
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    for file in files:
-        if file.is_file() and file.suffix in {".gguf", ".safetensors", ".json", ".model", ".bin"}:
-            require_content(file)
-
-
-def _require_safetensors(params: Prepare, path: Path) -> None:
-    """Stop at a folder without safetensors files; those that pickle reads may run code, and are not read."""
-    if not any(path.glob("*.safetensors")):
-        pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
-        what = f" but {pickles[0]}, a pickle, which may run code when it is read" if pickles else ""
-        raise SourceError(
-            f"prepare.model = {params.model!r} holds no .safetensors file{what}; write it again by save_pretrained"
-        )
-
-
 def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:
     """The name or path of the model for `from_pretrained`, and the other arguments that it needs."""
     path = resolve(params.model)
     if path is not None:
-        _require_model(params, path)
+        require_model(params.model, path)
     where: dict[str, Any] = {"revision": params.revision, "trust_remote_code": params.trust_remote_code}
     if path is None:
         return params.model, where

@@ -98,13 +98,14 @@ def require_known(sequences: Sequences, size: int, tokenizer: PreTrainedTokenize
         )
 
 
-def write_tokens(path: Path, sequences: Sequences, meta: dict[str, Any]) -> None:
-    """Write sequences with metadata, and with the digest by which other artifacts name them."""
+def write_tokens(path: Path, sequences: Sequences, meta: dict[str, Any]) -> str:
+    """Write sequences with metadata; return the digest by which other artifacts name them, which is among these."""
     columns = {"input_ids": sequences.ids, "targets": sequences.targets, "length": sequences.lengths}
     arrays = {name: column.numpy() for name, column in columns.items() if column is not None}
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()[:16]
     counts = {"sequences": len(sequences), "length": sequences.ids.shape[1]}
     write_table(path, arrays, {**meta, **counts, "tokens": digest})
+    return digest
 
 
 def read_tokens(

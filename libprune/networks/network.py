@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from libprune.allocation.decide import require_comparable
+from libprune.allocation.block_worth import require_comparable
 from libprune.allocation.of_modules import allocate_network
 from libprune.collection.calibration import HELD_OUT_EVERY, Run
 from libprune.engine.describe_module import describe_module
@@ -24,8 +24,8 @@ from libprune.models.folder import WeightFiles
 from libprune.models.identity import digest, loss_signature
 from libprune.models.parallel import World
 from libprune.models.samples import Samples
-from libprune.pipeline.artifacts import read_json, write_units
-from libprune.pipeline.atomic import remove, writing, writing_folder
+from libprune.pipeline.artifacts import read_json, write_architecture, write_units
+from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Activations, Allocate, Compute, Gradients, Hessian, Score
 from libprune.pipeline.shards import read_meta
@@ -222,8 +222,7 @@ class Network:
             )
         for path in there:
             remove(path)
-        with writing(layout.architecture) as path:
-            path.write_text(self.architecture.to_json())
+        write_architecture(layout, self.architecture)
         with writing_folder(layout.model) as folder:
             save_file({name: tensor.contiguous() for name, tensor in stored(self._network).items()}, folder / WEIGHTS)
         columns = partial(weight_columns, self.architecture, dict(self._network.named_parameters()))

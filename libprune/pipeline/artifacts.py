@@ -1,14 +1,17 @@
-"""Reading and writing artifacts: JSON and Parquet, with the digests of the model and the text they were made from."""
+"""Artifacts as JSON and Parquet, with the digests of the model and the text they were made from, and as records."""
 
+import hashlib
 import json
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -16,7 +19,8 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, LibpruneError, MeansError, cause, lacking
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, check_rows, column, split_blocks, unit_index
-from libprune.pipeline.atomic import writing
+from libprune.pipeline.atomic import write_json, writing
+from libprune.pipeline.digests import SEAL, ChangedError, require_digest, sealed, split_seal, text_digest, unsealed
 from libprune.pipeline.layout import Layout
 
 _KEY = "libprune"
@@ -29,7 +33,7 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
         ArtifactError: if it is missing or damaged; the message names the stage that makes it.
     """
     with damage(path, stage):
-        content: dict[str, Any] = json.loads(require(path, stage).read_text())
+        content: dict[str, Any] = unsealed(path, json.loads(require(path, stage).read_text()))
     return content
 
 
@@ -41,13 +45,16 @@ def damage(path: Path, stage: str) -> Iterator[None]:
     """
     try:
         yield
+    except ChangedError as error:
+        raise ArtifactError(f"{error}; delete it and run `dvc repro {stage}`") from error
     except LibpruneError:
         raise
     except Exception as error:  # pyarrow, safetensors and json each raise several types of their own
         if (lacks := lacking(error)) is not None:
             raise MeansError(f"{path} cannot be read: {lacks}") from error
         raise ArtifactError(
-            f"{path} is damaged ({type(error).__name__}: {error}); delete it and run `dvc repro {stage}`"
+            f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())}); "
+            f"delete it and run `dvc repro {stage}`"
         ) from error
 
 
@@ -64,27 +71,32 @@ def require(path: Path, stage: str) -> Path:
     return path
 
 
-def encode_meta(meta: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata as one sorted JSON text under one key: safetensors orders several keys at random."""
-    return {_KEY: json.dumps(meta, sort_keys=True)}
+def encode_meta(meta: Mapping[str, Any], seal: Any = None) -> dict[str, str]:
+    """Metadata as one sorted JSON text under one key: safetensors orders several keys at random.
+
+    Args:
+        meta: the metadata.
+        seal: digests of the content of the file, if it has any.
+    """
+    return {_KEY: json.dumps({**meta, **({} if seal is None else {SEAL: seal})}, sort_keys=True)}
 
 
-def decode_meta(path: Path, raw: Mapping[str, str] | None, stage: str) -> dict[str, Any]:
-    """The metadata that `encode_meta` put into the header of a file.
+def decode_meta(path: Path, raw: Mapping[str, str] | None, stage: str) -> tuple[dict[str, Any], Any]:
+    """The metadata and the digests that `encode_meta` put into the header of a file; None if it has no digests.
 
     Raises:
         ArtifactError: if the file was not written by libprune.
     """
     if not raw or _KEY not in raw:
         raise ArtifactError(f"{path} carries no libprune metadata; delete it and run `dvc repro {stage}`")
-    meta: dict[str, Any] = json.loads(raw[_KEY])
-    return meta
+    return split_seal(path, json.loads(raw[_KEY]))
 
 
 def write_table(target: Path, columns: Columns, meta: Mapping[str, Any]) -> None:
     """Write a Parquet table with its metadata, whole or not at all."""
     arrays = {name: pa.array(list(v)) if v.ndim > 1 else pa.array(v) for name, v in columns.items()}
-    table = pa.table(arrays).replace_schema_metadata(encode_meta(meta))
+    table = pa.table(arrays)
+    table = table.replace_schema_metadata(encode_meta(meta, _content_digest(table, meta)))
     with writing(target) as partial:
         pq.write_table(table, partial, write_page_checksum=True)
 
@@ -98,9 +110,24 @@ def read_table(path: Path, stage: str) -> tuple[Columns, dict[str, Any]]:
     with damage(path, stage), pq.ParquetFile(require(path, stage), page_checksum_verification=True) as file:
         table = file.read()
         raw = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        meta = decode_meta(path, raw, stage)
+        meta, seal = decode_meta(path, raw, stage)
         _require_one_schema(file, table)
+        require_digest(path, seal, _content_digest(table, meta))
         return {name: table[name].to_numpy() for name in table.column_names}, meta
+
+
+def _content_digest(table: pa.Table, meta: Mapping[str, Any]) -> str:
+    """The digest of the names, types and values of a table, and of its metadata."""
+    digest = hashlib.sha256(text_digest(meta).encode())
+    for name, chunks in zip(table.column_names, table.columns, strict=True):
+        rows = pa.types.is_list(chunks.type)
+        flat = pc.list_flatten(chunks) if rows else chunks
+        digest.update(f"{name} {'rows of ' if rows else ''}{flat.type} {len(chunks)} {len(flat)} ".encode())
+        if rows:
+            digest.update(pc.list_value_length(chunks).to_numpy().tobytes())
+        values = flat.to_numpy()
+        digest.update(json.dumps(values.tolist()).encode() if values.dtype == object else values.tobytes())
+    return digest.hexdigest()
 
 
 def _require_one_schema(file: pq.ParquetFile, table: pa.Table) -> None:
@@ -125,12 +152,17 @@ def same_origin(path: Path, meta: Mapping[str, Any], expected: Mapping[str, Any]
     Raises:
         ArtifactError: if another model or text is recorded in it, or none; the message names both.
     """
-    for key, value in expected.items():
-        if meta.get(key) != value:
-            raise ArtifactError(
-                f"{path} belongs to {key} {meta.get(key)!r}, but the current {key} is {value!r}; "
-                "run `dvc repro` to make them agree"
-            )
+    different = [key for key, value in expected.items() if meta.get(key) != value]
+    for key in sorted(different, key=lambda key: (key not in {"model", "tokens"}, isinstance(expected[key], dict))):
+        raise ArtifactError(
+            f"{path} belongs to {key} {meta.get(key)!r}, but the current {key} is {expected[key]!r}; "
+            "run `dvc repro` to make them agree"
+        )
+
+
+def write_architecture(layout: Layout, architecture: Architecture) -> None:
+    """Write the solved description of the dense model, whole or not at all."""
+    write_json(layout.architecture, sealed(json.loads(architecture.to_json())))
 
 
 def read_architecture(layout: Layout) -> Architecture:
@@ -141,7 +173,9 @@ def read_architecture(layout: Layout) -> Architecture:
     """
     path = require(layout.architecture, "prepare")
     try:
-        return Architecture.from_json(path.read_text())
+        return Architecture.from_json(json.dumps(unsealed(path, json.loads(path.read_text()))))
+    except ChangedError as error:
+        raise ArtifactError(f"{error}; run `dvc repro prepare`") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{path} is no description that this version of libprune reads ({cause(error)}); run `dvc repro prepare`"
@@ -177,3 +211,54 @@ def read_plan(layout: Layout, architecture: Architecture) -> tuple[Plan, dict[st
     keep = column(table, "keep", str(layout.plan))
     check_rows(architecture, table, layout.plan)
     return Plan(dict(split_blocks(architecture, keep))), meta
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The importance of every unit of a model.
+
+    Attributes:
+        table: a row a unit, in the order of `libprune.engine.tables.unit_index`, with `importance`, `score` (importance
+            per parameter), `cost` and the components of the criterion.
+        meta: how the scores were made: `criterion`, `scaling`, `fusion`, `comparable`, `gradient_orders`, and the
+            digests of the model and, where it was used, of the text.
+        tokens: the digest of the calibration text beside them, whether they were made from it or not.
+    """
+
+    architecture: Architecture
+    table: Columns
+    meta: Mapping[str, Any]
+    tokens: str | None = None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The digests of the model and, where a text is known, of the tokens, which all statistics must be of."""
+        found = {key: self.meta[key] for key in ("model", "tokens") if key in self.meta}
+        return found if self.tokens is None else found | {"tokens": self.tokens}
+
+    def compares(self, worth: str) -> bool:
+        """Whether the scores compare between layers and parts: as they are, or by the worth of their blocks.
+
+        Args:
+            worth: the value of `allocate.worth`.
+        """
+        return worth != "none" or (bool(self.meta["comparable"]) and self.meta["scaling"] == "none")
+
+    def with_columns(self, columns: Columns) -> "Scores":
+        """Scores whose table has these columns, new or in the place of others."""
+        return replace(self, table=self.table | columns)
+
+
+def read_scores(layout: Layout) -> Scores:
+    """The scores that the score stage has written.
+
+    Raises:
+        ArtifactError: if they or the calibration text are missing, or they belong to another model or text.
+    """
+    architecture = read_architecture(layout)
+    table, meta = read_table(layout.scores, "score")
+    _, text = read_table(layout.calibration_tokens, "tokenize")
+    origin = {"model": architecture.fingerprint, "tokens": text["tokens"]}
+    same_origin(layout.calibration_tokens, text, {"model": origin["model"]})
+    same_origin(layout.scores, meta, origin if "tokens" in meta else {"model": origin["model"]})
+    return Scores(architecture, table, meta, text["tokens"])

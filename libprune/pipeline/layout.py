@@ -25,6 +25,12 @@ class Layout:
 
     sources = Place("sources")
     """Links to the local files and folders that models and texts are read from."""
+
+    @property
+    def digests(self) -> Path:
+        """The file that keeps the digests of files that were read, outside of the artifacts."""
+        return self.root.parent / ".work" / "digests.json"
+
     model = Place("model")
     """The dense model, a Hugging Face folder."""
     architecture = Place("architecture.json")

@@ -1,10 +1,12 @@
 """The sections of params.yaml, one a stage: every key with its type, its default and what it does."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from libprune.pipeline.faults import conflicts
 from libprune.pipeline.terminal import masked
 
 Count = Annotated[int, Field(ge=1)]
@@ -266,7 +268,7 @@ class Score(Section):
     @property
     def expressions(self) -> dict[str, str]:
         """Criteria by the key that names them; without keys that are null, or whose criteria apply to no part."""
-        own = {key: text for key, text in (("attention", self.attention), ("mlp", self.mlp)) if text}
+        own = {key: text for key, text in (("attention", self.attention), ("mlp", self.mlp)) if text is not None}
         return own if len(own) == 2 else {"criterion": self.criterion} | own
 
 
@@ -488,17 +490,18 @@ class Recover(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recover":
-        if self.text == ():
-            raise ValueError("recover.text lists no text; null trains on the documents of the calibration text")
-        if isinstance(self.text, tuple) and abs(sum(one.share for one in self.text) - 1) > 1e-6:
-            raise ValueError(f"the shares of recover.text make {sum(one.share for one in self.text):g}, not 1")
-        if self.top_k is not None and self.hidden_states:
-            raise ValueError("recover.hidden_states needs the dense model itself; set recover.top_k to null")
-        if self.teacher is not None and self.hidden_states:
-            raise ValueError(
-                "recover.hidden_states compares with the dense model's layers; set recover.teacher to null"
-            )
+        conflicts(self._conflicts())
         return self
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.text == ():
+            yield "recover.text lists no text; null trains on the documents of the calibration text"
+        elif isinstance(self.text, tuple) and abs(sum(one.share for one in self.text) - 1) > 1e-6:
+            yield f"the shares of recover.text make {sum(one.share for one in self.text):g}, not 1"
+        if self.top_k is not None and self.hidden_states:
+            yield "recover.hidden_states needs the dense model itself; set recover.top_k to null"
+        if self.teacher is not None and self.hidden_states:
+            yield "recover.hidden_states compares with the dense model's layers; set recover.teacher to null"
 
     @property
     def rate(self) -> float:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from libprune.engine.errors import ProjectError, SourceError
+from libprune.engine.errors import ProjectError, SourceError, cause
 from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.terminal import masked
 
@@ -19,20 +19,43 @@ def resolve(source: str) -> Path | None:
     """The local path of a source, or None for a hub id.
 
     `package://NAME/path` is a file inside an installed package, found without importing it. An experiment of DVC may
-    run in a copy of the project that lacks what git does not track; a relative path is looked for in the project then.
+    run in a copy of the project that lacks what git does not track. A relative path is then looked for in the project
+    too, and a folder of which the copy has only a part is the project's.
 
     Raises:
         SourceError: if the package or the path does not exist, or leaves the package.
     """
     if source.startswith(_PACKAGE):
         return _package_file(source)
-    given = Path(source).expanduser()
-    for path in (given, Path(os.environ.get(_PROJECT, "")) / given):
-        if path.exists():
-            return path
+    try:
+        given = Path(source).expanduser()
+        original = _in_project(given)
+        if original is not None and original.exists() and not _as_much(given, original):
+            return original
+        if given.exists():
+            return given
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home folder that there is not
+        raise SourceError(f"{masked(source[:200])} cannot be looked for: {cause(error)}") from error
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or given.suffix in _FILES:
         raise SourceError(f"{masked(source)} does not exist (seen from {Path.cwd()})")
     return None
+
+
+def _in_project(given: Path) -> Path | None:
+    """A path in the project of which DVC runs a copy here; None if this is the project itself."""
+    told, here = os.environ.get(_PROJECT), Path.cwd()
+    if not told or given.is_absolute():
+        return None
+    root = next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+    return None if root == Path(told).resolve() else Path(told) / here.relative_to(root) / given
+
+
+def _as_much(path: Path, original: Path) -> bool:
+    """Whether a path exists, and if it is a folder holds every file of another one."""
+    if not path.is_dir():
+        return path.exists()
+    names = ({file.relative_to(folder) for file in folder.rglob("*")} for folder in (path, original))
+    return next(names) >= next(names)
 
 
 def _package_file(source: str) -> Path:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
-from libprune.engine.errors import LibpruneError, MeansError, lacking
+from libprune.engine.errors import LibpruneError, MeansError, ParamsError, lacking, printable
 from libprune.pipeline.locks import watch_dvc
 from libprune.pipeline.processes import end_with_dvc
 
@@ -62,7 +62,7 @@ TRACEBACK = "LIBPRUNE_TRACEBACK"
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print what the user can mend as one line, and exit with 1, or with 130 after an interruption.
+    """Print what the user can mend, each fault in one line, and exit with 1, or with 130 after an interruption.
 
     That is an error of the user's input, a file that the system refuses, and a lack of space, memory or threads.
     Whatever else is raised is a defect of the code, and passes.
@@ -74,17 +74,19 @@ def user_errors() -> Iterator[None]:
     except Exception as error:
         if (said := _mendable(error)) is None or os.environ.get(TRACEBACK):
             raise
-        _end(f"error: {said}", 1)
+        *others, last = error.faults if isinstance(error, ParamsError) else (said,)
+        for fault in others:
+            typer.echo(f"error: {_one_line(fault)}", err=True)
+        _end(f"error: {last}", 1)
 
 
 def _end(line: str, code: int) -> NoReturn:
-    typer.echo(" ".join(printable(line).split()), err=True)
+    typer.echo(_one_line(line), err=True)
     raise SystemExit(code) from None
 
 
-def printable(text: str) -> str:
-    """A text with what a terminal would obey, such as the escape character, written out in hexadecimal."""
-    return "".join(c if c.isprintable() or c.isspace() else c.encode("unicode_escape").decode() for c in text)
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split())
 
 
 def _mendable(error: Exception) -> str | None:

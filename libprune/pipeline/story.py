@@ -228,6 +228,10 @@ def _leaves(data: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name, value in data.items() for key, leaf in _leaves(value, f"{prefix}{name}.").items()}
 
 
+_CHECKS = "sources"
+"""The stage that reads all params, and whose outputs other stages read only where they read the same params."""
+
+
 def stages_ahead(stage: str, done: list[str], words: list[str]) -> set[str]:
     """The stages that the run still comes to, the present one included, as far as it can be known.
 
@@ -242,6 +246,7 @@ def stages_ahead(stage: str, done: list[str], words: list[str]) -> set[str]:
     if not Path("dvc.yaml").exists():
         return {stage}
     graph = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    graph.pop(_CHECKS, None)
     lock = Path("dvc.lock")
     locked = (yaml.safe_load(lock.read_text()) or {}).get("stages", {}) if lock.exists() else {}
     before = {name: _before(name, graph) for name in graph}

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TextIO
 import typer
 from tqdm import tqdm
 
+from libprune.engine.errors import printable
 from libprune.pipeline.processes import in_background
 
 Rows = list[tuple[str, ...]]
@@ -24,7 +25,8 @@ Rows = list[tuple[str, ...]]
 
 
 def text_table(rows: Rows, header: tuple[str, ...]) -> str:
-    """A table for the terminal, the first column left and the others right aligned."""
+    """A table for the terminal, the first column left and the others right aligned; control characters are shown."""
+    header, rows = tuple(map(printable, header)), [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = []
     for row in [header, *rows]:
@@ -80,7 +82,7 @@ def say(line: str) -> None:
     """Print a line, and write it to the log of the stage."""
     _Open.continued |= line.startswith(CONTINUES)
     _clear()
-    typer.echo(line)
+    typer.echo(printable(line))
     _write(line)
 
 

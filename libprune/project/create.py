@@ -9,7 +9,7 @@ from typing import Any
 from libprune.engine.errors import ProjectError
 from libprune.pipeline.atomic import writing, writing_folder
 from libprune.project.commands import dvc, git, has_git, in_repository
-from libprune.project.params_file import completed, params_text, placed
+from libprune.project.params_file import completed, params_text
 from libprune.project.pipeline_file import TEMPLATES, is_current, is_untouched, pipeline_text
 
 _IGNORED = ("/artifacts/", "/report/", "/logs/", "/dvc_plots/", "/.work/")
@@ -43,7 +43,7 @@ def create_project(folder: Path, changes: Mapping[str, Any], scm: bool = True) -
     if folder.exists() and not folder.is_dir():
         raise ProjectError(f"{folder} is a file; name a folder that does not exist")
     with writing_folder(folder.absolute()) as partial:
-        (partial / "params.yaml").write_text(params_text(placed(changes, folder)))
+        (partial / "params.yaml").write_text(params_text(changes))
         (partial / "dvc.yaml").write_text(pipeline_text())
         (partial / ".gitignore").write_text("".join(f"{path}\n" for path in _IGNORED))
         (partial / "README.md").write_text(_readme(folder.absolute().name))

@@ -15,13 +15,12 @@ from typing import Any
 from libprune.engine.errors import ProjectError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns
-from libprune.engine.yaml_file import read_yaml
 from libprune.pipeline.artifacts import read_architecture, read_json, read_plan, read_table
 from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.params import Params, load_params, validate_params
+from libprune.pipeline.params import Params, load_params
 from libprune.pipeline.stage import quiet
-from libprune.project.params_file import changed, params_text, placed
+from libprune.project.params_file import changed, params_text
 
 Settings = Mapping[str, Any]
 """Values of params by key, such as `{"score.criterion": "wanda"}`; they hold for later steps too."""
@@ -63,8 +62,7 @@ def load(model: str | Path, text: str | Path, folder: str | Path, settings: Sett
     work = Work(Path(folder))
     if work.folder.exists() and not (work.folder / "params.yaml").is_file():
         raise ProjectError(f"{work.folder} exists and holds no params.yaml; name a folder that does not exist")
-    given = placed({"prepare.model": str(model), "tokenize.text": str(text), **(settings or {})})
-    _write(work, params_text(given))
+    _write(work, params_text({"prepare.model": str(model), "tokenize.text": str(text), **(settings or {})}))
     _run(work, "sources", "prepare", "tokenize")
     return work
 
@@ -141,13 +139,12 @@ def _change(work: Work, *settings: Settings | None) -> None:
     path = work.folder / "params.yaml"
     values = {key: value for given in settings for key, value in (given or {}).items()}
     if values:
-        _write(work, changed(path.read_text(), placed(values)))
+        _write(work, changed(path.read_text(), values))
 
 
 def _write(work: Work, text: str) -> None:
     with writing(work.folder / "params.yaml") as partial:
         partial.write_text(text)
-        validate_params(read_yaml(partial), "the settings")
 
 
 def _run(work: Work, *stages: str) -> None:

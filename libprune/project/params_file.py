@@ -2,13 +2,13 @@
 
 import io
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 from ruamel.yaml import YAML
 
 from libprune.engine.errors import ParamsError, SourceError, missing_key
+from libprune.foresight.foresee import require_possible
 from libprune.pipeline.params import validate_params
 from libprune.pipeline.sources import resolve
 from libprune.project.pipeline_file import TEMPLATES
@@ -17,24 +17,36 @@ _OF_THE_DEMO = {"preset": "balanced", "recover.method": "none"}
 """Values for a project where those of the repository serve its demo."""
 _SOURCES = ("prepare.model", "tokenize.text", "tokenize.evaluation_text", "recover.teacher", "recover.text")
 _WIDTH = 1 << 16
+_NAME = "params"
 
 
 def params_text(changes: Mapping[str, Any]) -> str:
     """The text of the params.yaml of a project.
 
     Args:
-        changes: values by key, such as `allocate.ratio`; all others have their defaults.
+        changes: values by key, such as `allocate.ratio`; all others have their defaults. Paths are seen from the
+            current folder, and become absolute.
 
     Raises:
-        ParamsError: if there is no such key, or the params are not valid.
+        ParamsError: if there is no such key, or the params ask for what cannot be.
+        SourceError: if a model or a text is given as a path that does not exist.
     """
-    text = changed(_defaults(), changes)
-    validate_params(yaml.safe_load(text), "params.yaml")
-    return text
+    return changed(_defaults(), changes)
 
 
 def changed(text: str, changes: Mapping[str, Any]) -> str:
-    """The text of a params file with other values, its comments and its order as they were.
+    """The text of a params file with other values as for `params_text`; its comments and its order stay.
+
+    Raises:
+        LibpruneError: as for `params_text`.
+    """
+    text = replaced(text, _placed(changes))
+    require_possible(validate_params(yaml.safe_load(text), _NAME), _NAME)
+    return text
+
+
+def replaced(text: str, changes: Mapping[str, Any]) -> str:
+    """The text of a params file with other values by key, whatever they are; its comments and its order stay.
 
     Raises:
         ParamsError: if there is no such key.
@@ -47,7 +59,7 @@ def changed(text: str, changes: Mapping[str, Any]) -> str:
         for part in (*sections, leaf):
             if not isinstance(inner, Mapping) or part not in inner:
                 known = [*inner] if isinstance(inner, Mapping) else []
-                raise ParamsError(missing_key(part, known, f"--set {key}: params.yaml"))
+                raise ParamsError(missing_key(part, known, f"{key}: {_NAME}"))
             inner = inner if part is leaf else inner[part]
         inner[leaf] = value
     return _dump(round_trip, content)
@@ -85,16 +97,7 @@ def settings(words: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def placed(changes: Mapping[str, Any], project: Path | None = None) -> dict[str, Any]:
-    """Values by key, in which paths are those that a project finds: in it relative to it, elsewhere absolute.
-
-    Args:
-        changes: values by key; paths are seen from the current folder.
-        project: the folder of the project; None if all paths are to be absolute.
-
-    Raises:
-        SourceError: if a model or a text is given as a path that does not exist.
-    """
+def _placed(changes: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(changes)
     for key in set(_SOURCES) & found.keys():
         if not isinstance(found[key], str):
@@ -104,14 +107,12 @@ def placed(changes: Mapping[str, Any], project: Path | None = None) -> dict[str,
         except SourceError as error:
             raise SourceError(f"{key}: {error}") from error
         if path is not None and not found[key].startswith("package://"):
-            path = path.absolute()
-            inside = project is not None and path.is_relative_to(project.absolute())
-            found[key] = str(path.relative_to(project.absolute()) if project is not None and inside else path)
+            found[key] = str(path.absolute())
     return found
 
 
 def _defaults() -> str:
-    return changed((TEMPLATES / "params.yaml").read_text(), _OF_THE_DEMO)
+    return replaced((TEMPLATES / "defaults.yaml").read_text(), _OF_THE_DEMO)
 
 
 def _yaml() -> YAML:

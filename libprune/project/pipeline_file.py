@@ -12,7 +12,7 @@ import libprune
 PACKAGE = Path(libprune.__file__).parent
 """The folder of the installed package."""
 TEMPLATES = Path(__file__).parent
-"""The folder with dvc.yaml and params.yaml of the repository."""
+"""The folder with dvc.yaml and params.yaml of the repository, under names that DVC does not look for."""
 CODE = "artifacts/code"
 """The folder of a project that holds a link to each file and folder of code that a stage depends on."""
 _DIGITS = 16
@@ -20,7 +20,7 @@ _DIGITS = 16
 
 def pipeline_text() -> str:
     """The text of the dvc.yaml of a project, whose first line holds the digest of the rest."""
-    content = yaml.safe_load((TEMPLATES / "dvc.yaml").read_text())
+    content = yaml.safe_load((TEMPLATES / "pipeline.yaml").read_text())
     links = {dep: f"{CODE}/{name}" for name, dep in _code(content["stages"]).items()}
     stages: dict[str, Any] = {
         "code": {
@@ -50,7 +50,7 @@ def is_untouched(text: str) -> bool:
 
 def code_paths() -> dict[str, Path]:
     """Where the code lies that stages depend on, by the name of the link to it."""
-    declared = _code(yaml.safe_load((TEMPLATES / "dvc.yaml").read_text())["stages"])
+    declared = _code(yaml.safe_load((TEMPLATES / "pipeline.yaml").read_text())["stages"])
     return {name: _installed(dep) for name, dep in declared.items()}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from platformdirs import user_cache_path
 
 from libprune.engine.errors import ProjectError
@@ -17,7 +18,7 @@ from libprune.pipeline.locks import mend_lock, running
 from libprune.project.commands import dvc, environment
 from libprune.project.create import create_project, update_project
 from libprune.project.dvc_output import quiet_dvc
-from libprune.project.params_file import params_text, placed
+from libprune.project.params_file import params_text
 from libprune.report.programs import final_folder
 
 
@@ -40,15 +41,14 @@ def set_up(changes: Mapping[str, Any]) -> Path:
     Raises:
         LibpruneError: if the params are not valid, or the project is in use.
     """
-    changes = placed(changes)
-    project = project_of(changes["prepare.model"])
+    text = params_text(changes)
+    project = project_of(yaml.safe_load(text)["prepare"]["model"])
     if not project.exists():
         create_project(project, changes, scm=False)
         return project
     if others := running(project):
         raise ProjectError(f"{project} is in use by process {others[0]}; wait until it has ended")
     mend_lock(project)
-    text = params_text(changes)
     with writing(project / "params.yaml") as partial:
         partial.write_text(text)
     update_project(project)

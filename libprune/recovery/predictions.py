@@ -9,17 +9,18 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from libprune.engine.errors import ArtifactError
 from libprune.models.sequences import Sequences
-from libprune.pipeline.artifacts import damage, decode_meta, encode_meta, read_json, require, same_origin
+from libprune.pipeline.artifacts import damage, read_json, require, same_origin
 from libprune.pipeline.atomic import writing
+from libprune.pipeline.digests import sealed
+from libprune.pipeline.shards import load_tensor, save_tensors
 from libprune.recovery.idle import ABOUT
 from libprune.recovery.losses import Taught, TopPredictions
 
+_TENSORS = ("log_probabilities", "ids")
 BYTES = 6
 """Bytes of one stored prediction: its token as int32, its log-probability as float16."""
 _SHARD = 1 << 26
@@ -77,6 +78,21 @@ class LiveTeacher:
         return Taught(said.logits, said.hidden_states if self.hidden else ())
 
 
+def read_about(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """What the teacher stage says of its predictions, even if it has stored none.
+
+    Args:
+        folder: the artifact.
+        origin: what it must be of.
+
+    Raises:
+        ArtifactError: if it is missing, damaged, or of something else.
+    """
+    about = read_json(require(folder, "teacher") / ABOUT, "teacher")
+    same_origin(folder, about, origin)
+    return about
+
+
 class StoredTeacher:
     """Predictions that the teacher stage has stored.
 
@@ -89,8 +105,9 @@ class StoredTeacher:
     """
 
     def __init__(self, folder: Path, origin: Mapping[str, Any]) -> None:
-        self._folder, self._about = folder, read_json(require(folder, "teacher") / ABOUT, "teacher")
-        same_origin(folder, self._about, origin)
+        self._folder, self._about = folder, read_about(folder, origin)
+        self._of_files = {key: value for key, value in self._about.items() if key != "at_once"}
+        self._whole: set[Path] = set()
 
     def held(self) -> int:
         """No bytes: predictions are read as they are asked for."""
@@ -105,10 +122,13 @@ class StoredTeacher:
     def _row(self, number: int) -> tuple[Tensor, Tensor]:
         path = require(shard_path(self._folder, number // self._about["at_once"]), "teacher")
         row = number % self._about["at_once"]
+        if path not in self._whole:
+            for name in _TENSORS:
+                same_origin(path, load_tensor(path, name, "teacher")[1], self._of_files)
+            self._whole.add(path)
         with damage(path, "teacher"), safe_open(path, framework="pt") as file:
-            if decode_meta(path, file.metadata(), "teacher")["tokens"] != self._about["tokens"]:
-                raise ArtifactError(f"{path} is of another text; delete {self._folder} and run `dvc repro teacher`")
-            return file.get_slice("log_probabilities")[row], file.get_slice("ids")[row]
+            log_probabilities, ids = (file.get_slice(name)[row] for name in _TENSORS)
+            return log_probabilities, ids
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -129,14 +149,11 @@ def top_predictions(logits: Float[Tensor, "... vocab"], k: int, temperature: flo
 
 def write_predictions(path: Path, parts: Sequence[TopPredictions], meta: Mapping[str, Any]) -> None:
     """Write the predictions of consecutive sequences, ``[sequences, ..., k]`` each, whole or not at all."""
-    tensors = {
-        "log_probabilities": torch.cat([part.log_probabilities for part in parts]),
-        "ids": torch.cat([part.ids for part in parts]),
-    }
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
     with writing(path) as partial:
-        save_file(tensors, partial, metadata=encode_meta(meta))
+        save_tensors(partial, tensors, meta)
 
 
 def describe_teacher(folder: Path, meta: Mapping[str, Any], at_once: int) -> None:
     """Write what the files of predictions hold."""
-    (folder / ABOUT).write_text(json.dumps({**meta, "at_once": at_once}, indent=2) + "\n")
+    (folder / ABOUT).write_text(json.dumps(sealed({**meta, "at_once": at_once}), indent=2) + "\n")

@@ -1,6 +1,5 @@
 """From a pruned folder to a recovered one: train it on what the dense model predicts, write it, prove that it loads."""
 
-import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,26 +13,27 @@ from libprune.collection.accumulator import discard
 from libprune.collection.calibration import own_device
 from libprune.collection.resumable import ROOMS, mention_others, only_one, work_identity
 from libprune.engine.architecture import Architecture
-from libprune.models.folder import fingerprint, load_model
+from libprune.models.folder import load_model
 from libprune.models.memory import recompute_layers, require_room
 from libprune.models.parallel import World, join_world
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture, require, same_origin
 from libprune.pipeline.atomic import remove, writing_folder
+from libprune.pipeline.digests import text_digest
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover
 from libprune.pipeline.terminal import gigabytes, note
 from libprune.recovery.curve import Recovery
 from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes
-from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher
+from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher, read_about
 from libprune.recovery.student import finished_weights, load_student, prepare, trained_parameters
 from libprune.recovery.teacher_model import load_teacher, prediction_origin
 from libprune.recovery.training import Outcome, Schedule, Training, make_schedule
 from libprune.results.card import write_card
 from libprune.results.folder import save_weights
 from libprune.results.proof import reference_logits, verify_folder
-from libprune.results.record import PROVENANCE, Record, read_record, versions, write_provenance
+from libprune.results.record import Record, copy_files, read_whole, versions, write_provenance
 
 _CHECKED_SEQUENCES, _CHECKED_LENGTH = 2, 64
 
@@ -100,14 +100,14 @@ class _Run:
     @property
     def origin(self) -> dict[str, str]:
         """What predictions to learn from are made from."""
-        return prediction_origin(self.architecture, self.params, self.text)
+        return prediction_origin(self.layout, self.architecture, self.params, self.text)
 
     @property
     def identity(self) -> str:
         """A digest of what checkpoints depend on."""
         facts = {
             "params": self.params.model_dump(mode="json"),
-            "pruned": fingerprint(self.record.folder),
+            "pruned": text_digest(self.record.provenance),
             **self.origin,
             "compute_dtype": str(self.dtype),
             "checkpointing": self.compute.gradient_checkpointing,
@@ -123,6 +123,7 @@ class _Run:
         if self.params.top_k is not None:
             origin = self.origin | {"top_k": self.params.top_k, "temperature": self.params.temperature}
             return StoredTeacher(require(self.layout.teacher, "teacher"), origin)
+        read_about(require(self.layout.teacher, "teacher"), self.origin)
         where = (self.layout, self.architecture, self.params, self.compute, self.world, self.device, self.dtype)
         return LiveTeacher(load_teacher(*where), hidden=self.params.hidden_states > 0)
 
@@ -163,9 +164,9 @@ class _Run:
 
 def _set_up(layout: Layout, compute: Compute, params: Recover, world: World) -> _Run:
     architecture = read_architecture(layout)
-    record = read_record(require(layout.pruned, "slice"))
-    same_origin(layout.pruned, record.provenance["plan"], {"model": architecture.fingerprint})
+    record = read_whole(layout.pruned, layout, {"model": architecture.fingerprint})
     sequences, text = read_tokens(layout.recovery_tokens, architecture.fingerprint, stage="teacher")
+    same_origin(layout.recovery_tokens, text, {"calibration": record.provenance.get("tokens")})
     device, dtype = own_device(compute, world)
     schedule = make_schedule(params, compute.batch_tokens, sequences.length, world.size)
     return _Run(layout, architecture, record, sequences, text, schedule, compute, params, world, device, dtype)
@@ -211,9 +212,7 @@ def write_weights(folder: Path, record: Record, weights: Mapping[str, Tensor]) -
         record: the record of the pruned folder.
         weights: by the names of the parameters; they are stored in the type of the pruned ones.
     """
-    for path in record.folder.iterdir():
-        if path.name != PROVENANCE and ".safetensors" not in path.name:
-            shutil.copyfile(path, folder / path.name)
+    copy_files(record, folder)
     stored = {name: tensor.to(record.dtype) for name, tensor in weights.items()}
     save_weights(folder, None if record.remote else record.stock_model, stored)
 

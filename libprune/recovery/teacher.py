@@ -12,12 +12,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from libprune.collection.calibration import own_device
 from libprune.collection.resumable import ROOMS, only_one, work_identity
 from libprune.engine.architecture import Architecture
-from libprune.models.folder import load_config, require_positions
+from libprune.models.folder import load_config, own_model, require_positions
 from libprune.models.memory import require_room
 from libprune.models.parallel import World, join_world
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens, require_known, write_tokens
-from libprune.pipeline.artifacts import read_architecture, require
+from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover, Tokenize
@@ -56,7 +56,7 @@ def teach_layout(layout: Layout, compute: Compute, params: Recover, tokenize: To
         _draw(layout, architecture, compute, params, tokenize)
     world.barrier()
     sequences, meta = read_tokens(layout.recovery_tokens, architecture.fingerprint, stage="teacher")
-    origin = prediction_origin(architecture, params, meta)
+    origin = prediction_origin(layout, architecture, params, meta)
     if params.top_k is None:
         if world.first:
             with writing_folder(layout.teacher) as folder:
@@ -66,15 +66,16 @@ def teach_layout(layout: Layout, compute: Compute, params: Recover, tokenize: To
 
 
 def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: Recover, tokenize: Tokenize) -> None:
-    config = load_config(require(layout.model, "prepare"))
+    config = load_config(own_model(layout, architecture))
     require_positions(config, architecture, {"recover.length": params.length})
-    judged, _ = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
-    tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
+    judged, about = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
+    tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True, trust_remote_code=False)
     writer = SelfText(layout, architecture, tokenizer, compute.device, compute.dtype)
     text = draw_training(tokenize, params, tokenizer, config, architecture.head, writer.sample)
     require_unseen(text, judged, tokenizer)
     require_known(text.sequences, architecture.sizes["vocab"], tokenizer)
-    meta = {"model": architecture.fingerprint, "held_out": text.held_out, "text": text.names, "sources": text.sources}
+    meta = {"model": architecture.fingerprint, "calibration": about["calibration"]}
+    meta |= {"held_out": text.held_out, "text": text.names, "sources": text.sources}
     write_tokens(layout.recovery_tokens, text.sequences, meta)
     writer.forget()
     say(text.sentence())
@@ -141,12 +142,13 @@ class _Storing:
         """Print what will be written; stop before any work if the disk is too full."""
         each = self._positions * self._k * BYTES
         size, files = each * len(self.sequences), list(home.glob("*.safetensors"))
+        missing = size - each * self._at_once * len(files)
         note(
             f"teacher: {gigabytes(size)} will be written to {self.layout.teacher}, {each:,} bytes a sequence, "
             f"{self._k * BYTES:,} a position"
         )
         advice = "store fewer predictions (recover.top_k), or none (null)"
-        require_room({home: max(0, size - sum(file.stat().st_size for file in files))}, "teacher", advice)
+        require_room({home: max(0, missing)}, "teacher", advice)
         if files:
             say(f"continues from a saved state: {len(files)} of {self._shards} files are there")
 

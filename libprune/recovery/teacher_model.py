@@ -11,10 +11,10 @@ from libprune.collection.calibration import place
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.errors import ParamsError, SourceError
-from libprune.models.folder import fingerprint, load_model, sha256
+from libprune.models.folder import fingerprint, load_model, own_model
 from libprune.models.parallel import World
 from libprune.models.source import load_dense
-from libprune.pipeline.artifacts import require
+from libprune.pipeline.digests import KnownDigests
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Prepare, Recover
 from libprune.pipeline.sources import resolve
@@ -45,12 +45,12 @@ def load_teacher(
     """
     compute = compute.model_copy(update={"gradient_checkpointing": False})
     if params.teacher is None:
-        return place(load_model(require(layout.model, "prepare"), dtype), architecture, compute, world, device)
+        return place(load_model(own_model(layout, architecture), dtype), architecture, compute, world, device)
     try:
         model, tokenizer = load_dense(_source(params.teacher, dtype))
     except SourceError as error:
         raise SourceError(str(error).replace("prepare.model", "recover.teacher")) from error
-    own = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
+    own = AutoTokenizer.from_pretrained(own_model(layout, architecture), local_files_only=True, trust_remote_code=False)
     if tokenizer.get_vocab() != own.get_vocab():
         raise ParamsError(
             f"recover.teacher: {params.teacher} has another vocabulary ({len(tokenizer):,} tokens) than the model that "
@@ -63,7 +63,7 @@ def _source(name: str, dtype: torch.dtype) -> Prepare:
     return Prepare.model_validate({"model": name, "dtype": str(dtype).removeprefix("torch.")})
 
 
-def teacher_identity(architecture: Architecture, params: Recover) -> str:
+def teacher_identity(layout: Layout, architecture: Architecture, params: Recover) -> str:
     """What tells the model to learn from apart: a digest of its files, or its name on the hub.
 
     Raises:
@@ -74,13 +74,17 @@ def teacher_identity(architecture: Architecture, params: Recover) -> str:
     path: Path | None = resolve(params.teacher)
     if path is None:
         return params.teacher
-    return fingerprint(path) if path.is_dir() else sha256(path)[:16]
+    known = KnownDigests(layout.digests)
+    return fingerprint(path, known) if path.is_dir() else known.of({"": path})[""][:16]
 
 
-def prediction_origin(architecture: Architecture, params: Recover, tokens: Mapping[str, Any]) -> dict[str, str]:
+def prediction_origin(
+    layout: Layout, architecture: Architecture, params: Recover, tokens: Mapping[str, Any]
+) -> dict[str, str]:
     """What predictions to learn from are made from: the dense model, the model to learn from, and the text.
 
     Args:
+        layout: keeps the digests of files that were read before.
         architecture: the description of the dense model.
         params: the name of another model to learn from, if one is named.
         tokens: the metadata of the text to train on.
@@ -88,5 +92,5 @@ def prediction_origin(architecture: Architecture, params: Recover, tokens: Mappi
     Raises:
         SourceError: if a local file or folder, or a package, does not exist.
     """
-    teacher = teacher_identity(architecture, params)
+    teacher = teacher_identity(layout, architecture, params)
     return {"model": architecture.fingerprint, "teacher": teacher, "tokens": tokens["tokens"]}

@@ -16,8 +16,8 @@ from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import bias_key
-from libprune.models.folder import WeightFiles, load_config
-from libprune.pipeline.artifacts import same_origin
+from libprune.models.folder import WeightFiles, load_config, own_model
+from libprune.pipeline.artifacts import read_table, same_origin
 from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
@@ -34,7 +34,7 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
     """Fit every pruned consumer to what the dense model gives it, from the cached Gram matrices."""
     inputs = inputs_of(layout, architecture, params.fisher_share > 0)
     damping = None if params.damping == "auto" else params.damping
-    weights, number = WeightFiles(layout.model), sum(1 for _ in pruned_consumers(architecture, plan))
+    weights, number = WeightFiles(own_model(layout, architecture)), sum(1 for _ in pruned_consumers(architecture, plan))
     with Bar(total=number, desc="repair", unit="map") as bar:
 
         def read(consumer: Map) -> Inputs:
@@ -49,7 +49,7 @@ def local_repair(layout: Layout, architecture: Architecture) -> Callable[[Plan],
 
     The damping is chosen on held-out sequences, or is 0.001 where the text has none.
     """
-    inputs, weights = inputs_of(layout, architecture, curvature=False), WeightFiles(layout.model)
+    inputs, weights = inputs_of(layout, architecture, curvature=False), WeightFiles(own_model(layout, architecture))
 
     def repair(plan: Plan) -> dict[str, Tensor]:
         known = {consumer.module: inputs(consumer) for consumer, _ in pruned_consumers(architecture, plan)}
@@ -72,7 +72,7 @@ def inputs_identity(layout: Layout) -> dict[str, Any]:
 
 def bias_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
     """Move the mean of what each pruned consumer no longer reads into its bias."""
-    dense, config = WeightFiles(layout.model), load_config(layout.model)
+    dense, config = WeightFiles(own_model(layout, architecture)), load_config(layout.model)
 
     def bias(consumer: Map) -> Tensor | None:
         if consumer.bias in dense:
@@ -89,8 +89,14 @@ def bias_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: C
 
 
 def inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Callable[[Map], Inputs]:
-    """Reads what the collecting stages know of a consumer's inputs."""
+    """Reads what the collecting stages know of a consumer's inputs.
+
+    Raises:
+        ArtifactError: if they have collected it on another model, or another text than the calibration text.
+    """
     origin = {"model": architecture.fingerprint}
+    if architecture.head != "network":  # whose samples are in memory
+        origin["tokens"] = read_table(layout.calibration_tokens, "tokenize")[1]["tokens"]
     same_origin(layout.activations, read_meta(layout.activations, "activations"), origin)
     if curvature:
         same_origin(layout.gradients, read_meta(layout.gradients, "gradients"), origin)

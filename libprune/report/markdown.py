@@ -55,6 +55,12 @@ def markdown_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> 
     return "\n".join(lines)
 
 
+def escaped_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """A table like that of `markdown_table`, in whose cells nothing is markup."""
+    escaped = [tuple(_INLINE.sub(r"\\\1", " ".join(cell.split())) for cell in row) for row in [header, *rows]]
+    return markdown_table(escaped[1:], escaped[0])
+
+
 def picture_paragraphs(folder: str, picture: Picture) -> list[str]:
     """Two paragraphs of Markdown: a picture, which lies in a folder beside the text, and its caption."""
     return [f"![{prose(picture.alt)}]({folder}/{picture.file})", f"*{prose(picture.caption)}*"]

@@ -39,26 +39,24 @@ class Provenance:
     changed: bool
 
 
-def gather_provenance(layout: Layout, model: str, project: Path) -> Provenance:
+def gather_provenance(layout: Layout, origin: Mapping[str, str], project: Path) -> Provenance:
     """Read the provenance of a result from its artifacts and the project's repository.
 
     Args:
-        model: fingerprint of the dense model that they must belong to.
+        origin: `model`, the digest of the dense model that they must belong to, and `tokens`, that of the calibration
+            text.
         project: a folder of the project, for its commit.
 
     Raises:
-        ArtifactError: if an artifact is missing, or belongs to another model.
+        ArtifactError: if an artifact is missing, or belongs to another model or text.
     """
     architecture = read_architecture(layout)
     _, weights = read_table(layout.weights, "prepare")
     _, tokens = read_table(layout.calibration_tokens, "tokenize")
-    described = {"model": architecture.fingerprint}
-    for path, meta in (
-        (layout.architecture, described),
-        (layout.weights, weights),
-        (layout.calibration_tokens, tokens),
-    ):
-        same_origin(path, meta, {"model": model})
+    model = {"model": origin["model"]}
+    same_origin(layout.architecture, {"model": architecture.fingerprint}, model)
+    same_origin(layout.weights, weights, model)
+    same_origin(layout.calibration_tokens, tokens, origin)
     drawn = {name: tokens[name] for name in ("sequences", "length", "seed")}
     commit, changed = project_state(project)
     text = _text(tokens)

@@ -34,11 +34,12 @@ def publish_report(
     meta = result["plan"]
     plan, plan_meta = read_table(layout.plan, "allocate")
     same_origin(layout.evaluation, meta, plan_meta)
-    result = result | _exported(layout, plan_meta)
+    origin = {"model": meta["model"], "tokens": result["pruning"]["tokens"]}
+    result = result | _exported(layout, plan_meta, result["protocol"]["tokens"])
     rows, gradients = read_table(layout.gradients / "layers.parquet", "gradients")
-    same_origin(layout.gradients, gradients, {"model": meta["model"]})
-    measured = _sensitivity(layout, meta["model"])
-    provenance = gather_provenance(layout, meta["model"], project)
+    same_origin(layout.gradients, gradients, origin)
+    provenance = gather_provenance(layout, origin, project)
+    measured = _sensitivity(layout, origin)
     pictures = gradient_gallery(rows) + measured + cut_gallery(plan, plan_meta)
     pictures += recovery_gallery(result.get("recovery")) + list(drawn)
     ratio = gradient_ratio(rows) if len(rows["layer_idx"]) else None
@@ -51,15 +52,17 @@ def publish_report(
             partial.write_text(content, encoding="utf-8")
 
 
-def _exported(layout: Layout, plan: Mapping[str, Any]) -> dict[str, Any]:
+def _exported(layout: Layout, plan: Mapping[str, Any], tokens: str) -> dict[str, Any]:
     """The files for other programs and what is to be known of them; none if nothing was exported."""
     outcome = read_json(layout.export, "export")
     if outcome["files"]:
         same_origin(layout.export, outcome["plan"], plan)
+        same_origin(layout.export, outcome, {"tokens": tokens})
     return {"exported": outcome["files"], "export_notes": outcome.get("notes", [])}
 
 
-def _sensitivity(layout: Layout, model: str) -> list[Picture]:
+def _sensitivity(layout: Layout, origin: Mapping[str, str]) -> list[Picture]:
     table, meta = read_table(layout.sensitivity, "sensitivity")
-    same_origin(layout.sensitivity, meta, {"model": model})
+    measured = len(table["layer_idx"])  # on no text where nothing was
+    same_origin(layout.sensitivity, meta, origin if measured else {"model": origin["model"]})
     return sensitivity_gallery(table)

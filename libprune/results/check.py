@@ -20,12 +20,14 @@ from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
-from libprune.models.folder import fingerprint, load_model, sha256
+from libprune.models.folder import fingerprint, load_model
+from libprune.models.origin import CARD
+from libprune.pipeline.digests import KnownDigests
 from libprune.results.folder import MODELING_FILE, pruned_config
 from libprune.results.proof import TOLERANCE, agrees, reference_logits, reload
-from libprune.results.record import PLAN, PROVENANCE, Record, read_record
+from libprune.results.record import PLAN, PROVENANCE, Record, changed_files, files_in, read_record
 
-_SEQUENCES, _LENGTH = 2, 32
+_SEQUENCES, _LENGTH, _SHOWN = 2, 32, 5
 
 
 @dataclass(frozen=True)
@@ -78,27 +80,20 @@ def _recovery(record: Record) -> Iterator[Finding]:
 
 def _files(record: Record) -> Iterator[Finding]:
     """Check that every file that was written is there, with the recorded size and digest."""
-    folder, provenance = record.folder, record.provenance
-    if "files" not in provenance:
+    folder = record.folder
+    if not record.files:
         yield Finding("note", "files", f"{PROVENANCE} records no digests; whether the files have changed is not known")
         if record.remote and not (folder / MODELING_FILE).is_file():
             yield Finding("fault", "files", f"{folder / MODELING_FILE} does not exist; its layers differ in width")
         return
-    faults = 0
-    for name, recorded in provenance["files"].items():
-        path = folder / name
-        if not path.is_file():
-            fault = f"{path} does not exist; {PROVENANCE} records it"
-        elif path.stat().st_size != recorded["bytes"]:
-            fault = f"{path} has {path.stat().st_size:,} bytes, {PROVENANCE} records {recorded['bytes']:,}"
-        elif (digest := sha256(path)) != recorded["sha256"]:
-            fault = f"{path} has changed: sha256 {digest[:16]}…, {PROVENANCE} records {recorded['sha256'][:16]}…"
-        else:
-            continue
-        faults += 1
-        yield Finding("fault", "files", fault)
+    faults = list(changed_files(record, KnownDigests()))
+    yield from (Finding("fault", "files", fault) for fault in faults)
     if not faults:
-        yield Finding("ok", "files", f"{len(provenance['files'])} files as {PROVENANCE} records them")
+        yield Finding("ok", "files", f"{len(record.files)} files as {PROVENANCE} records them")
+    further = [name for name in files_in(folder) if name not in {*record.files, PROVENANCE, CARD}]
+    if further:
+        shown = ", ".join(further[:_SHOWN]) + (", ..." if len(further) > _SHOWN else "")
+        yield Finding("note", "files", f"{len(further)} files that {PROVENANCE} does not record: {shown}")
 
 
 def _content(record: Record) -> Iterator[Finding]:
@@ -185,7 +180,7 @@ def _model(record: Record, trust_remote_code: bool, dense: Path | None) -> Itera
     """Run the model, if its code may run, and check what it computes."""
     if record.remote and not trust_remote_code:
         code = f"the code in {record.folder / MODELING_FILE} must run; read it, then pass --trust-remote-code"
-        yield Finding("fault", "loads", f"not tried: its layers differ in width, so that {code}")
+        yield Finding("note", "loads", f"not tried: its layers differ in width, so that {code}")
         return
     vocab, seed = record.architecture.sizes["vocab"], torch.Generator().manual_seed(0)
     ids = torch.randint(vocab, (_SEQUENCES, _LENGTH), generator=seed)

@@ -16,17 +16,17 @@ from libprune.engine.describe import with_biases
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_device, resolve_dtype
-from libprune.models.folder import load_config, load_model, require_positions
+from libprune.models.folder import load_config, load_model, own_model, require_positions
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import Ids, read_tokens
-from libprune.pipeline.artifacts import read_architecture, read_plan, require, same_origin
+from libprune.pipeline.artifacts import read_architecture, read_plan, same_origin
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Evaluate
 from libprune.pipeline.terminal import Bar
 from libprune.results.continuations import Beginnings, choose_beginnings, decode_greedily, show_continuations
 from libprune.results.draft import Overlap, draft_figures, window_overlaps
 from libprune.results.perplexity import Losses, accuracy, estimate_perplexity, estimate_ratio, label_hits, window_losses
-from libprune.results.record import read_provenance, read_recovered
+from libprune.results.record import read_recovered, read_whole
 from libprune.results.speed import Speed, SpeedComparison, compare_speed
 from libprune.results.tasks import zero_shot
 
@@ -58,13 +58,13 @@ def _set_up(layout: Layout, compute: Compute, params: Evaluate) -> "_Run":
     """Read all artifacts but the models, and refuse what cannot be measured before anything is."""
     architecture = read_architecture(layout)
     plan, plan_meta = read_plan(layout, architecture)
-    provenance = read_provenance(require(layout.pruned, "slice"))
-    same_origin(layout.pruned, provenance["plan"], plan_meta)
-    recovered = read_recovered(layout.recovered, provenance)
+    provenance = read_whole(layout.pruned, layout, plan_meta).provenance
+    recovered = read_recovered(layout, provenance)
     windows, meta = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
-    config, windows = load_config(layout.model), windows.shortest_first()
+    same_origin(layout.evaluation_tokens, meta, {"calibration": provenance.get("tokens")})
+    config, windows = load_config(own_model(layout, architecture)), windows.shortest_first()
     made = (architecture, config, plan, provenance, recovered)
-    run = _Run(layout, compute, params, *made, windows, meta["source"])
+    run = _Run(layout, compute, params, *made, windows, meta["source"], meta["tokens"])
     timed = {"evaluate.prompt_tokens + decode_tokens": run.prompt_tokens + run.decode_tokens}
     require_positions(config, architecture, timed)
     if params.tasks and not run.writes:
@@ -103,6 +103,7 @@ class _Run:
     recovered: dict[str, Any] | None
     windows: Sequences
     text: str
+    tokens: str
 
     @property
     def writes(self) -> bool:
@@ -127,7 +128,9 @@ class _Run:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.layout.model, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self.layout.model, local_files_only=True, trust_remote_code=False
+        )
         return tokenizer
 
     @cached_property
@@ -197,7 +200,7 @@ def _facts(run: _Run) -> dict[str, Any]:
     left, recovered = _left(run), run.recovered
     return {
         "plan": provenance["plan"],
-        "pruning": {name: provenance[name] for name in ("slice", "repair", "proof", "versions")},
+        "pruning": {name: provenance[name] for name in ("tokens", "slice", "repair", "proof", "versions")},
         "recovery": None if recovered is None else recovered["recovery"],
         "model": {
             "type": run.config.model_type,
@@ -222,6 +225,7 @@ def _protocol(run: _Run) -> dict[str, Any]:
     """How the figures were measured."""
     return {
         "text": run.text,
+        "tokens": run.tokens,
         "windows": len(run.windows),
         "length": run.windows.length,
         "prompt_tokens": run.prompt_tokens,

@@ -14,31 +14,33 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.axes import LinearMap, parse_expr
 from libprune.engine.describe import without_weights
+from libprune.engine.errors import SourceError, cause
 from libprune.engine.family import Family, Part, families
 from libprune.engine.heads import HEADS, Head
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import new_config
-from libprune.models.dialect import OWN_TYPE, STOP, tokenizer_settings, version_4
+from libprune.models.dialect import OPEN, OWN_TYPE, STOP, only_with_code, tokenizer_settings, version_4
 from libprune.models.folder import load_config
 
 MODELING_FILE = "modeling_pruned.py"
 _TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
-_TOKENIZER_SETTINGS = "tokenizer_config.json"
 _TOKENIZER_FILES = (
-    "token",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "spiece",
-    "generation_config",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
 )
+"""By these files a folder shows that it has a tokenizer."""
 
 
 def write_pruned(
@@ -54,13 +56,14 @@ def write_pruned(
 
     Args:
         folder: an existing, empty folder.
-        dense: the dense model's folder; tokenizer, chat template and generation config come from it.
+        dense: the dense model's folder; tokenizer, chat templates and generation config come from it.
         shape: `uniform` or `per_layer`.
         state: the pruned parameters by their new names (`libprune.engine.surgery.slice_state`).
         config: of the dense shape; the dense folder's if None.
 
     Raises:
         NotExpressibleError: if the family's config cannot hold the shape.
+        SourceError: if the folder's tokenizer cannot be loaded.
     """
     family = families()[architecture.family]
     config = config or load_config(dense)
@@ -72,12 +75,26 @@ def write_pruned(
     stock = None if "per_layer_config" in pruned else without_weights(type(config).from_dict(copy.deepcopy(pruned)))
     save_weights(folder, stock, state)
     (folder / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
-    for path in dense.iterdir():
-        if path.name == _TOKENIZER_SETTINGS:
-            settings = tokenizer_settings(json.loads(path.read_text()))
-            (folder / path.name).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        elif path.name.startswith(_TOKENIZER_FILES):
-            shutil.copyfile(path, folder / path.name)
+    if any((dense / name).is_file() for name in _TOKENIZER_FILES):
+        _save_tokenizer(dense, folder)
+    if (dense / GENERATION_CONFIG_NAME).is_file():
+        shutil.copyfile(dense / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
+
+
+def _save_tokenizer(dense: Path, folder: Path) -> None:
+    """Let transformers save the tokenizer of a folder into another one: these files and no others, chat templates too.
+
+    Raises:
+        SourceError: if it cannot be loaded.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(dense, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizer classes raise types of their own
+        raise SourceError(f"the tokenizer in {dense} cannot be loaded: {cause(error)}") from error
+    tokenizer.save_pretrained(folder)
+    path = folder / TOKENIZER_CONFIG_FILE
+    settings = tokenizer_settings(json.loads(path.read_text()))
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def save_weights(folder: Path, stock: PreTrainedModel | None, state: Mapping[str, Tensor]) -> None:
@@ -109,7 +126,8 @@ def pruned_config(
     head = HEADS[architecture.head]
     stock = _stock_classes(family, config, head)
     classes = {"AutoConfig": "config_class", "AutoModel": "base_class", head.auto_class: "model_class"}
-    data |= STOP | {"model_type": OWN_TYPE + data["model_type"], "architectures": [f"Pruned{stock['model_class']}"]}
+    data |= STOP | only_with_code(config)
+    data |= {"model_type": OWN_TYPE + data["model_type"], "architectures": [f"Pruned{stock['model_class']}"]}
     data["num_hidden_layers"] = len(plan.layers)  # by this name, where the tokenizer's loader knows no family
     data["auto_map"] = {auto: f"{Path(MODELING_FILE).stem}.Pruned{stock[name]}" for auto, name in classes.items()}
     data["per_layer_config"] = {
@@ -171,6 +189,7 @@ def _modeling_code(family: Family, config: PreTrainedConfig, head: Head) -> str:
         **_stock_classes(family, config, head),
         auto_class=head.auto_class,
         own_type=OWN_TYPE + config.model_type,
+        open=repr(OPEN),
         layers=family.layers.partition(".")[2],
         parts=repr(parts),
         built_with=repr({key: getattr(config, key) for key in _unsaid_keys(family)}),

@@ -15,9 +15,10 @@ from libprune.engine.describe import added_biases, with_biases
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import slice_state
 from libprune.models.compute import named_dtype
-from libprune.models.folder import WeightFiles, load_config, load_model
+from libprune.models.folder import WeightFiles, load_config, load_model, own_model
+from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
-from libprune.pipeline.artifacts import read_architecture, read_json, read_plan, require, write_table
+from libprune.pipeline.artifacts import read_architecture, read_json, read_plan, same_origin, write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
@@ -59,7 +60,11 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     """
     architecture = read_architecture(layout)
     plan, meta = read_plan(layout, architecture)
-    dense = WeightFiles(require(layout.model, "prepare"))
+    origin = read_json(layout.origin, "prepare")
+    same_origin(layout.origin, {"model": origin.pop("model", None)}, {"model": architecture.fingerprint})
+    text, about = read_tokens(layout.calibration_tokens, architecture.fingerprint)
+    same_origin(layout.plan, meta, {"tokens": about["tokens"]} if "tokens" in meta else {})
+    dense = WeightFiles(own_model(layout, architecture))
     fits = REPAIRS[params.repair].repair(layout, architecture, plan, compute, params)
     added = sorted({fit.consumer.part for fit in fits if fit.bias is not None and fit.consumer.bias not in dense})
     own, (architecture, config) = architecture, with_biases(architecture, load_config(layout.model), added)
@@ -70,11 +75,12 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     shutil.copyfile(layout.plan, folder / "plan.parquet")
     write_table(folder / "repair.parquet", fit_table(fits), {"model": architecture.fingerprint})
     model = load_model(layout.model, torch.float32, config=config)
-    proof, errors = _prove(layout, folder, model, architecture, plan, weights, meta["shape"]), mean_errors(fits)
+    proof, errors = _prove(text, folder, model, architecture, plan, weights, meta["shape"]), mean_errors(fits)
     sizes = {"dense": cost.size(own, Plan.dense(own)), "pruned": cost.size(architecture, plan)}
     made: dict[str, Any] = {
-        "origin": read_json(layout.origin, "prepare"),
+        "origin": origin,
         "plan": meta,
+        "tokens": about["tokens"],
         "slice": params.model_dump(),
         "repair": errors,
         "biases_added": added,
@@ -87,7 +93,7 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
 
 
 def _prove(
-    layout: Layout,
+    text: Sequences,
     folder: Path,
     model: nn.Module,
     architecture: Architecture,
@@ -96,8 +102,7 @@ def _prove(
     shape: str,
 ) -> dict[str, float]:
     """Compare the folder, loaded in a fresh process, with the dense model under the same weights and the mask."""
-    tokens, _ = read_tokens(layout.calibration_tokens, architecture.fingerprint)
-    ids = tokens.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
+    ids = text.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
     expected = masked_logits(model, architecture, plan, weights, ids)
     proof = verify_folder(folder, ids, expected, remote=shape == "per_layer", head=architecture.head)
     return {"logit_difference": proof.difference, "logit_scale": proof.scale}

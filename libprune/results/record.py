@@ -3,14 +3,16 @@
 import copy
 import json
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ValidationError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -19,11 +21,12 @@ from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
-from libprune.models.dialect import OWN_TYPE, STOP
-from libprune.models.folder import require_files, sha256
+from libprune.models.dialect import OPEN, OWN_TYPE, STOP
+from libprune.models.given import require_files
 from libprune.models.origin import CARD
 from libprune.pipeline.artifacts import read_json, read_table, require, same_origin
-from libprune.pipeline.layout import NOTE
+from libprune.pipeline.digests import KnownDigests, sealed, sha256
+from libprune.pipeline.layout import NOTE, Layout
 
 PLAN = "plan.parquet"
 """The file of a pruned folder that says which units are kept."""
@@ -66,6 +69,12 @@ class Record:
         return config
 
     @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Size and digest of every file but the model card, by its path in the folder; none in old records."""
+        files: dict[str, dict[str, Any]] = self.provenance.get("files", {})
+        return files
+
+    @property
     def recovery(self) -> dict[str, Any] | None:
         """What the training of the model came to; None if it was not trained."""
         recovery: dict[str, Any] | None = self.provenance.get("recovery")
@@ -102,7 +111,9 @@ class Record:
     @cached_property
     def stock_config(self) -> PreTrainedConfig:
         """The config without what only the folder's own code reads."""
-        data = {key: value for key, value in copy.deepcopy(self.config).items() if key not in _OWN_CODE}
+        data = {
+            key: value for key, value in copy.deepcopy(self.config).items() if key not in _OWN_CODE and value != OPEN
+        }
         data["model_type"] = str(data.get("model_type")).removeprefix(OWN_TYPE)
         family_of(data["model_type"])
         return CONFIG_MAPPING[data["model_type"]].from_dict(data)
@@ -139,11 +150,47 @@ class Record:
         return {name: list(t.shape) for name, t in revert_weight_conversion(self.stock_model, tensors).items()}
 
 
+class _Plan(BaseModel):
+    shape: Literal["uniform", "per_layer"]
+    model: str
+
+
+class _Slice(BaseModel):
+    repair: str
+
+
+class _Written(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _Training(BaseModel):
+    class _Params(BaseModel):
+        method: str
+
+    params: _Params
+    text: str
+    tokens: int
+    step: int
+    held_out_before: float
+    held_out_after: float
+
+
+class _Provenance(BaseModel):
+    """What is read of the record of a pruned folder; it holds more."""
+
+    plan: _Plan
+    tokens: str | None = None
+    slice: _Slice
+    files: dict[str, _Written] = {}
+    recovery: _Training | None = None
+
+
 def read_record(folder: Path) -> Record:
     """Read the record of a pruned folder.
 
     Raises:
-        ArtifactError: if neither slice nor recover has written a model into the folder.
+        ArtifactError: if neither slice nor recover has written a model into the folder, or the record is damaged.
     """
     path = folder / PROVENANCE
     if (folder / NOTE).is_file():
@@ -153,10 +200,17 @@ def read_record(folder: Path) -> Record:
         raise ArtifactError(f"{path} does not exist: this is no folder that the slice stage has written")
     require_files(folder)
     provenance = read_provenance(folder)
-    needed = {"plan": ("shape", "model"), "slice": ("repair",)}
-    missing = [f"{name}.{key}" for name, keys in needed.items() for key in keys if key not in provenance.get(name, {})]
-    if missing:
-        raise ArtifactError(f"{path} says nothing of {missing[0]}; run `dvc repro slice`")
+    try:
+        known = _Provenance.model_validate(provenance, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(
+            f"{path}: {where or 'it'} is not as slice writes it ({first['msg']}); run `dvc repro slice`"
+        ) from error
+    outside = [name for name in known.files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    if outside:
+        raise ArtifactError(f"{path} records the file {outside[0]!r}, which does not lie in {folder}")
     return Record(folder, provenance)
 
 
@@ -166,9 +220,62 @@ PROVENANCE = "libprune.json"
 
 def write_provenance(folder: Path, made: Mapping[str, Any]) -> None:
     """Write how a pruned model was made, with size and digest of every file in its folder but the model card."""
-    paths = [path for path in sorted(folder.iterdir()) if path.name != CARD]
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
-    (folder / PROVENANCE).write_text(json.dumps({**made, "files": files}, indent=2) + "\n")
+    paths = {name: path for name, path in files_in(folder).items() if name != CARD}
+    files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
+    (folder / PROVENANCE).write_text(json.dumps(sealed({**made, "files": files}), indent=2) + "\n")
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Everything in a folder and its folders that is no folder, by its path from there, sorted."""
+    found = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+
+
+def changed_files(record: Record, known: KnownDigests) -> Iterator[str]:
+    """Sentences on the files of a pruned folder that are not there, or not as they were written."""
+    for name, written in record.files.items():
+        path = record.folder / name
+        if not path.is_file():
+            yield f"{path} does not exist; {PROVENANCE} records it"
+        elif path.stat().st_size != written["bytes"]:
+            yield f"{path} has {path.stat().st_size:,} bytes, {PROVENANCE} records {written['bytes']:,}"
+        elif (digest := known.of({name: path})[name]) != written["sha256"]:
+            yield f"{path} has changed: sha256 {digest[:16]}…, {PROVENANCE} records {written['sha256'][:16]}…"
+
+
+def read_whole(folder: Path, layout: Layout, plan: Mapping[str, Any]) -> Record:
+    """Read the record of a pruned folder that a stage goes on with, and check that all of its files belong to it.
+
+    Args:
+        folder: the pruned or the recovered folder of the layout.
+        layout: keeps the digests of files that were read before.
+        plan: the metadata that the plan of the folder must have, or some of them.
+
+    Raises:
+        ArtifactError: if it is missing, was made of another model or by another plan, or a file has changed.
+    """
+    stage = "slice" if folder == layout.pruned else "recover"
+    record = read_record(require(folder, stage))
+    same_origin(folder, record.provenance["plan"], plan)
+    fault = next(changed_files(record, KnownDigests(layout.digests)), None)
+    if fault:
+        raise ArtifactError(f"{fault}; run `dvc repro {stage}`")
+    return record
+
+
+def copy_files(record: Record, folder: Path, without: Collection[str] = ()) -> None:
+    """Copy the files of a pruned folder into another one: those that were recorded, but no weights.
+
+    Args:
+        record: the record of the pruned folder.
+        folder: an existing folder.
+        without: names of files that are not copied.
+    """
+    for name in record.files:
+        if name not in without and ".safetensors" not in name:
+            target = folder / name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(record.folder / name, target)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -180,21 +287,24 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return read_json(folder / PROVENANCE, "slice")
 
 
-def read_recovered(folder: Path, pruned: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_recovered(layout: Layout, pruned: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read how a recovered model was made; None if nothing was recovered.
 
     Args:
-        folder: what recover wrote.
+        layout: holds what recover wrote.
         pruned: how the pruned model was made.
 
     Raises:
-        ArtifactError: if the folder is missing, or its model was recovered from another pruned model.
+        ArtifactError: if the folder is missing, a file in it has changed, or its model was recovered from another
+            pruned model.
     """
+    folder = layout.recovered
     if (require(folder, "recover") / NOTE).is_file():
         return None
-    made = read_json(folder / PROVENANCE, "recover")
-    for section in ("plan", "slice", "proof"):
+    made = read_whole(folder, layout, pruned["plan"]).provenance
+    for section in ("slice", "proof"):
         same_origin(folder, made.get(section, {}), pruned[section])
+    same_origin(folder, made, {"tokens": pruned["tokens"]})
     return made
 
 

@@ -239,9 +239,18 @@ def find_criterion(name: str, key: str = "criterion") -> Criterion:
         LibpruneError: for an unknown name, with the known ones.
     """
     if name not in CRITERIA:
-        known = ", ".join(CRITERIA)
-        raise LibpruneError(f"score.{key} = {name!r} is unknown{nearest(name, CRITERIA)} (known: {known})")
+        raise LibpruneError(unknown_criterion(name, key))
     return CRITERIA[name]
+
+
+def unknown_criterion(name: str, key: str) -> str:
+    """What is said of a name that is no criterion's."""
+    known = ", ".join(CRITERIA)
+    return f"score.{key} = {name!r} is unknown{nearest(name, CRITERIA, count=1)} (known: {known})"
+
+
+NOTHING_COLLECTED = "needs the {} stage, which collects nothing; set hessian.estimator to fisher"
+"""What is said of a criterion whose statistics are switched off."""
 
 
 def join_tables(layout: Layout, criterion: Criterion, params: Score) -> tuple[Columns, dict[str, Any]]:
@@ -257,15 +266,17 @@ def join_tables(layout: Layout, criterion: Criterion, params: Score) -> tuple[Co
     for stage in criterion.stages:
         path = layout.root / stage / "units.parquet"
         if path.parent.exists() and not path.exists():
-            raise ArtifactError(
-                f"this criterion needs the {stage} stage, which collected nothing; set hessian.estimator to fisher"
-            )
+            raise ArtifactError(f"this criterion {NOTHING_COLLECTED.format(stage)}")
         table, meta = read_table(path, stage)
         same_origin(path, meta, origin)
         check_rows(architecture, table, path)
         origin |= {"tokens": meta["tokens"]}
         joined |= table
     if criterion.columns is not None:
+        from libprune.pipeline.shards import read_meta  # needs torch, which the other criteria do not
+
+        for stage in criterion.stages:
+            same_origin(layout.root / stage, read_meta(layout.root / stage, stage), origin)
         joined |= criterion.columns(layout, architecture, params)
     return joined, origin
 

@@ -1,17 +1,52 @@
 """Expressions of criteria, such as `0.7*taylor + 0.3*wanda`: reading and writing them."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.errors import LibpruneError
+from libprune.engine.errors import LibpruneError, nearest
 from libprune.pipeline.sections import Score
-from libprune.scoring.criteria import find_criterion
+from libprune.scoring.criteria import CRITERIA, unknown_criterion
 
 Weights = Mapping[str, float]
 """Criteria by name, and how much each counts; they sum to 1."""
 
-_TERM = re.compile(r"(?:(?P<weight>\d*\.?\d+|\d+\.)\s*\*\s*)?(?P<name>[a-z_]\w*)")
+_TERM = re.compile(r"(?:(?P<weight>[0-9]*\.?[0-9]+|[0-9]+\.)\s*\*\s*)?(?P<name>[a-z_]\w*)")
+_SHOWN = 100
+_WORD = re.compile(r"[^\W\d]\w*")
+
+
+def expression_faults(text: str, fusion: str, key: str = "criterion") -> Iterator[str]:
+    """What is wrong with an expression of criteria; nothing if `parse_criteria` reads it. Arguments are as there."""
+    where = f"score.{key} = {text[:_SHOWN]!r}"
+    total, seen = 0.0, set()
+    for term in text.split("+"):
+        match = _TERM.fullmatch(term.strip())
+        if match is None:
+            near = next(
+                (near for word in _WORD.findall(term) if (near := nearest(word.lower(), CRITERIA, count=1))), ""
+            )
+            yield (
+                f"{term.strip()[:_SHOWN]!r} in {where} is no criterion{near}; write one name, or several "
+                "as 'taylor + wanda' or '0.7*taylor + 0.3*wanda'"
+            )
+            continue
+        if match["name"] not in CRITERIA:
+            yield unknown_criterion(match["name"], key)
+        elif match["name"] in seen:
+            yield f"{where} names {match['name']} twice; give it one weight"
+        if match["weight"] and fusion != "weighted":
+            yield (
+                f"{where} has weights, which score.fusion: {fusion} does not read; leave them out, "
+                "or set score.fusion to weighted"
+            )
+        seen.add(match["name"])
+        total += float(match["weight"] or 1)
+    if seen and total == 0:
+        yield f"all weights of {where} are 0; give one criterion a weight"
+    if math.isinf(total):
+        yield f"a weight of {where} is too large to be a number; only their proportions count"
 
 
 def parse_criteria(text: str, fusion: str, key: str = "criterion") -> Weights:
@@ -26,27 +61,11 @@ def parse_criteria(text: str, fusion: str, key: str = "criterion") -> Weights:
         LibpruneError: if the text is no such expression, names an unknown criterion or one twice, has no positive
             weight, or has weights that the fusion would ignore.
     """
-    weights: dict[str, float] = {}
-    where = f"score.{key} = {text!r}"
-    for term in text.split("+"):
-        match = _TERM.fullmatch(term.strip())
-        if match is None:
-            raise LibpruneError(
-                f"{term.strip()!r} in {where} is no criterion; write one name, or several as "
-                "'taylor + wanda' or '0.7*taylor + 0.3*wanda'"
-            )
-        find_criterion(match["name"], key)
-        if match["name"] in weights:
-            raise LibpruneError(f"{where} names {match['name']} twice; give it one weight")
-        if match["weight"] and fusion != "weighted":
-            raise LibpruneError(
-                f"{where} has weights, which score.fusion: {fusion} does not read; leave them out, "
-                "or set score.fusion to weighted"
-            )
-        weights[match["name"]] = float(match["weight"] or 1)
+    if found := list(dict.fromkeys(expression_faults(text, fusion, key))):
+        raise LibpruneError("; ".join(found))
+    terms = [_TERM.fullmatch(term.strip()) for term in text.split("+")]
+    weights = {match["name"]: float(match["weight"] or 1) for match in terms if match}
     total = sum(weights.values())
-    if total == 0:
-        raise LibpruneError(f"all weights of {where} are 0; give one criterion a weight")
     return {name: weight / total for name, weight in weights.items()}
 
 
@@ -72,6 +91,14 @@ def criteria_of(architecture: Architecture, params: Score) -> dict[str, Weights]
     Raises:
         LibpruneError: if an expression cannot be read.
     """
+    return {
+        part: parse_criteria(text, params.fusion, key) for part, (key, text) in asked_of(architecture.parts, params)
+    }
+
+
+def asked_of(parts: Iterable[str], params: Score) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The key and the expression that each part is scored by."""
     asked = {"criterion": params.criterion} | params.expressions
-    keys = {part: part if part in asked else "criterion" for part in architecture.parts}
-    return {part: parse_criteria(asked[key], params.fusion, key) for part, key in keys.items()}
+    for part in parts:
+        key = part if part in asked else "criterion"
+        yield part, (key, asked[key])

@@ -8,8 +8,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.surgery import oriented
 from libprune.engine.tables import Columns, Values
 from libprune.models.compute import PATIENCE
-from libprune.models.folder import WeightFiles
-from libprune.pipeline.artifacts import require
+from libprune.models.folder import WeightFiles, own_model
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.pipeline.shards import GRAM, read_tensor
@@ -29,7 +28,7 @@ def read_gram_columns(layout: Layout, architecture: Architecture, params: Score,
         ArtifactError: if statistics are missing.
         StatisticsError: if a damped Gram matrix is not positive definite.
     """
-    weights = WeightFiles(require(layout.model, "prepare"))
+    weights = WeightFiles(own_model(layout, architecture))
     errors, shares = [], []
     for layer, part in Bar(list(architecture.blocks()), desc="score", unit="block", delay=PATIENCE):
         consumers = architecture.consumers(layer, part)
@@ -64,7 +63,7 @@ def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> 
     Raises:
         ArtifactError: if statistics are missing.
     """
-    weights = WeightFiles(require(layout.model, "prepare"))
+    weights = WeightFiles(own_model(layout, architecture))
     columns: dict[str, list[Values]] = {}
     for layer, part in Bar(list(architecture.blocks()), desc="score", unit="block", delay=PATIENCE):
         graphs = []

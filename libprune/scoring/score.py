@@ -11,8 +11,8 @@ from libprune.engine.tables import Columns
 from libprune.pipeline.artifacts import read_architecture, read_table, same_origin
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
-from libprune.scoring.criteria import find_criterion, join_tables, score_units
-from libprune.scoring.expression import Weights, criteria_of, named_criteria
+from libprune.scoring.criteria import CRITERIA, find_criterion, join_tables, score_units
+from libprune.scoring.expression import Weights, criteria_of, format_criteria, named_criteria
 from libprune.scoring.fusion import NATS, READS_LOSSES, CriterionScores, PartScores, score_part
 
 
@@ -24,7 +24,7 @@ def score_layout(layout: Layout, params: Score) -> tuple[Columns, dict[str, Any]
     """
     architecture = read_architecture(layout)
     asked = criteria_of(architecture, params)
-    _require_scaling(asked, params)
+    require_scaling(asked, params)
     alone, table, origin = _alone(layout, named_criteria(params), params)
     measured: Columns = {}
     if params.fusion in READS_LOSSES and any(len(weights) > 1 for weights in asked.values()):
@@ -33,10 +33,22 @@ def score_layout(layout: Layout, params: Score) -> tuple[Columns, dict[str, Any]
         part: score_part(part, table, {name: alone[name] for name in weights}, weights, measured, params)
         for part, weights in asked.items()
     }
+    _require_one_text(layout, origin)
     return assemble(table, scored, params), origin | params.model_dump() | _nature(asked, scored, params)
 
 
-def _require_scaling(asked: Mapping[str, Weights], params: Score) -> None:
+def _require_one_text(layout: Layout, origin: Mapping[str, Any]) -> None:
+    """Stop where statistics beside those that were read are of another model or text, which allocate would mix.
+
+    Raises:
+        ArtifactError: naming them.
+    """
+    for path in (folder / "units.parquet" for folder in (layout.gradients, layout.hessian, layout.activations)):
+        if "tokens" in origin and path.exists():
+            same_origin(path, read_table(path, path.parent.name)[1], {key: origin[key] for key in ("model", "tokens")})
+
+
+def require_scaling(asked: Mapping[str, Weights], params: Score) -> None:
     """Stop where several criteria have no common scale, or where a fit to losses would read scaled criteria.
 
     Raises:
@@ -156,6 +168,37 @@ def _nature(asked: Mapping[str, Weights], scored: Mapping[str, PartScores], para
         "fused": {part: dict(one.facts) for part, one in scored.items() if one.facts},
         "comparable": len(natures) == 1 and None not in natures,
         "gradient_orders": orders if all(one.orders for one in scored.values()) else {},
+    }
+
+
+def foretold(asked: Mapping[str, Weights], params: Score) -> dict[str, Any] | None:
+    """The metadata by which allocation judges scores, before there are any; None if they depend on measured losses.
+
+    Args:
+        asked: the criteria of every part, as `libprune.scoring.expression.criteria_of` gives them.
+        params: how they are fused and scaled.
+    """
+    natures, orders, sources = set(), {}, {}
+    for part, weights in asked.items():
+        records, several = {name: CRITERIA[name] for name in weights}, len(weights) > 1
+        if several and params.fusion == "best":
+            return None
+        if not several:
+            ((name, record),) = records.items()
+            natures.add((NATS if record.unit == NATS else name) if record.comparable else None)
+        else:
+            natures.add(NATS if params.fusion == "learned" or params.scaling == "none" else None)
+        summed = not several or (params.fusion in {"weighted", "simple"} and params.scaling == "none")
+        own = {key: order for record in records.values() for key, order in record.orders.items()}
+        known = summed and own.keys() == {key for name in weights for key in _components(name)}
+        orders[part] = {f"{part}.{key}": order for key, order in own.items()} if known else {}
+        sources[part] = format_criteria(weights)
+    return {
+        "criterion": ", ".join(dict.fromkeys(sources.values())),
+        "fusion": params.fusion if any(len(weights) > 1 for weights in asked.values()) else "none",
+        "scaling": params.scaling,
+        "comparable": len(natures) == 1 and None not in natures,
+        "gradient_orders": {k: v for own in orders.values() for k, v in own.items()} if all(orders.values()) else {},
     }
 
 

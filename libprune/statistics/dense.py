@@ -8,8 +8,9 @@ from libprune.engine.errors import SourceError
 from libprune.models.folder import write_dense
 from libprune.models.origin import find_origin
 from libprune.models.source import load_dense, load_dense_config
-from libprune.pipeline.artifacts import write_units
-from libprune.pipeline.atomic import write_json, writing
+from libprune.pipeline.artifacts import write_architecture, write_units
+from libprune.pipeline.atomic import write_json
+from libprune.pipeline.digests import sealed
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Prepare
 from libprune.pipeline.sources import resolve
@@ -49,8 +50,7 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     model, tokenizer = load_dense(section)
     described = describe(model, accept=section.accept_config)
     architecture = replace(described, fingerprint=write_dense(layout.model, model, tokenizer))
-    with writing(layout.architecture) as path:
-        path.write_text(architecture.to_json())
-    write_json(layout.origin, asdict(find_origin(section)))
+    write_architecture(layout, architecture)
+    write_json(layout.origin, sealed(asdict(find_origin(section)) | {"model": architecture.fingerprint}))
     columns = partial(weight_columns, architecture, dict(model.named_parameters()))
     write_units(layout.weights, architecture, columns, {"model": architecture.fingerprint, "source": section.model})

@@ -19,9 +19,10 @@ from libprune.engine.family import families
 from libprune.engine.heads import HEADS
 from libprune.engine.stock_config import new_config
 from libprune.models.compute import resolve_device, resolve_dtype
-from libprune.models.folder import load_config, require_positions
+from libprune.models.folder import load_config, own_model, require_positions
 from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.atomic import write_json
+from libprune.pipeline.digests import sealed
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Latency
 from libprune.pipeline.terminal import Bar
@@ -178,11 +179,11 @@ def measure_latency(layout: Layout, device: str, dtype: str, section: Latency) -
     architecture = read_architecture(layout)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    config = load_config(layout.model)
+    config = load_config(own_model(layout, architecture))
     require_positions(config, architecture, {"latency.tokens": section.tokens})
     lines = fit_lines(architecture, time_layers(config, architecture, place, kind, section))
     machine = {"device": str(place), "dtype": str(kind).removeprefix("torch.")}
-    write_json(layout.latency, {"model": architecture.fingerprint, **section.model_dump(), **machine, **lines})
+    write_json(layout.latency, sealed({"model": architecture.fingerprint, **section.model_dump(), **machine, **lines}))
     return [
         *(
             f"{part}: {1e6 * seconds:.3g} µs a unit, {1e3 * seconds * architecture.units(part):.3g} ms a layer"

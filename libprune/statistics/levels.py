@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from libprune.engine.architecture import Architecture, Block
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, mean_columns, split_blocks
-from libprune.pipeline.artifacts import read_table, same_origin, write_table
+from libprune.pipeline.artifacts import read_scores, write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Levels
 from libprune.pipeline.terminal import note
@@ -100,9 +100,7 @@ def measure_levels(
 
     run = set_up(layout, compute, section.sequences, last=True)
     require_own_weights(run)
-    scores, meta = read_table(layout.scores, "score")
-    same_origin(layout.scores, meta, {"model": run.architecture.fingerprint})
-    orders = unit_orders(run.architecture, scores)
+    orders = unit_orders(run.architecture, read_scores(layout).table)
     levels = choose_levels(run.architecture, section.number)
     plans, order = level_plans(run.architecture, orders, levels), order_digest(orders)
     repair, inputs = repairing()

@@ -13,16 +13,8 @@ from libprune.engine.heads import HeadName
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import Ids, frame_of
 from libprune.pipeline.sections import Tokenize
-from libprune.texts.source import (
-    SELF,
-    Text,
-    TextSource,
-    calibration_source,
-    chat_writer,
-    evaluation_source,
-    open_text,
-    require_other_text,
-)
+from libprune.texts.chosen import SELF, TextSource, calibration_source, evaluation_source, require_other_text
+from libprune.texts.source import Text, chat_writer, open_text
 from libprune.texts.windows import Windows, cut_windows, draw, split_documents, spread, training_rows, with_masks
 
 MARGIN = 2

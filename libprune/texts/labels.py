@@ -12,16 +12,9 @@ from libprune.engine.errors import SourceError
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import Ids, frame_of
 from libprune.pipeline.sections import Tokenize
+from libprune.texts.chosen import SELF, TextSource, calibration_source, evaluation_source, require_other_text
 from libprune.texts.draw import Drawn, TextProvenance, require_disjoint, source_provenance
-from libprune.texts.source import (
-    SELF,
-    Text,
-    TextSource,
-    calibration_source,
-    evaluation_source,
-    open_text,
-    require_other_text,
-)
+from libprune.texts.source import Text, open_text
 from libprune.texts.windows import at_random, evenly, training_rows
 
 Example = tuple[str, int]

@@ -2,9 +2,9 @@
 
 from transformers import AutoTokenizer
 
-from libprune.models.folder import load_config, require_positions
+from libprune.models.folder import load_config, own_model, require_positions
 from libprune.models.tokens import require_known, write_tokens
-from libprune.pipeline.artifacts import read_architecture, require
+from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Tokenize
 from libprune.texts.draw import draw_texts
@@ -29,10 +29,10 @@ def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -
             the model's positions.
     """
     architecture = read_architecture(layout)
-    config = load_config(require(layout.model, "prepare"))
+    config = load_config(own_model(layout, architecture))
     lengths = ("calibration_length", "evaluation_length")
     require_positions(config, architecture, {f"tokenize.{name}": getattr(params, name) for name in lengths})
-    tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True, trust_remote_code=False)
     writer = SelfText(layout, architecture, tokenizer, device, dtype)
     if architecture.head == "sequence_classification":
         calibration, evaluation = draw_examples(params, tokenizer, config)
@@ -40,7 +40,9 @@ def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -
         calibration, evaluation = draw_texts(params, tokenizer, writer.sample, architecture.head)
     for drawn in (calibration, evaluation):
         require_known(drawn.sequences, architecture.sizes["vocab"], tokenizer)
-    for path, drawn in ((layout.calibration_tokens, calibration), (layout.evaluation_tokens, evaluation)):
-        write_tokens(path, drawn.sequences, {"model": architecture.fingerprint} | drawn.provenance)
+    meta = {"model": architecture.fingerprint}
+    tokens = write_tokens(layout.calibration_tokens, calibration.sequences, meta | calibration.provenance)
+    beside = {"calibration": tokens}
+    write_tokens(layout.evaluation_tokens, evaluation.sequences, meta | beside | evaluation.provenance)
     writer.forget()
     return [calibration.sentence("calibration"), evaluation.sentence("evaluation")]

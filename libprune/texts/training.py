@@ -14,9 +14,9 @@ from libprune.engine.heads import HeadName
 from libprune.models.sequences import NO_TARGET, Sequences
 from libprune.models.tokens import Ids
 from libprune.pipeline.sections import Recover, Share, Tokenize
+from libprune.texts.chosen import SELF
 from libprune.texts.draw import MOST_SHARED, Drawn, Sample, TextProvenance, draw_training_windows
 from libprune.texts.labels import draw_training_examples
-from libprune.texts.source import SELF
 from libprune.texts.windows import training_rows
 
 RUN = 32

@@ -9,7 +9,7 @@ from hypothesis import given
 from libprune.allocation.advice import Fixed, advise, over_pruned, shares_lost
 from libprune.engine import cost
 from libprune.engine.plan import Plan
-from libprune.pipeline.scores import Scores
+from libprune.pipeline.artifacts import Scores
 from libprune.pipeline.sections import Allocate
 from tests.support.models import random_plan
 from tests.support.shapes import Shape, shapes

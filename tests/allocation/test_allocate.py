@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from libprune.allocation.allocate import allocate
 from libprune.allocation.decide import decide, summary
 from libprune.engine.errors import BudgetError
-from libprune.pipeline.scores import Scores
+from libprune.pipeline.artifacts import Scores
 from libprune.pipeline.sections import Allocate
 from tests.support.shapes import META, Shape, every_method, removed_parameters, shapes
 

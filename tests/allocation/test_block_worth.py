@@ -11,9 +11,8 @@ from libprune.allocation.evidence import read_evidence
 from libprune.allocation.hgsp import HARMLESS
 from libprune.engine.errors import LibpruneError
 from libprune.engine.tables import split_blocks
-from libprune.pipeline.artifacts import write_table
+from libprune.pipeline.artifacts import Scores, write_table
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from libprune.pipeline.shards import write_shard
 from libprune.scoring.scaling import scale

@@ -15,9 +15,8 @@ from libprune.allocation.gradient_fix import factors_of
 from libprune.engine.errors import ArtifactError, BudgetError, LibpruneError
 from libprune.engine.plan import Plan, jaccard
 from libprune.engine.tables import Columns, split_blocks, unit_index
-from libprune.pipeline.artifacts import read_architecture, read_plan, read_table, write_table
+from libprune.pipeline.artifacts import Scores, read_architecture, read_plan, read_table, write_table
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from libprune.statistics.gradient_health import gradient_ratio
 from tests.support import tiny

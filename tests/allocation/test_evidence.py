@@ -6,11 +6,10 @@ import torch
 
 from libprune.allocation.evidence import read_evidence
 from libprune.engine.errors import ArtifactError
-from libprune.pipeline.artifacts import write_table
+from libprune.pipeline.artifacts import Scores, write_table
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import METHODS
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from libprune.pipeline.shards import write_shard
 from libprune.statistics.levels import choose_levels, level_table, order_digest, unit_orders

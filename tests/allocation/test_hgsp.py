@@ -13,8 +13,8 @@ from libprune.engine.cost import prices
 from libprune.engine.errors import BudgetError, LibpruneError, ParamsError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, split_blocks
+from libprune.pipeline.artifacts import Scores
 from libprune.pipeline.params import load_params
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from tests.support import tiny
 from tests.support.shapes import EQUAL_COSTS, Shape, drawn, ladders_of, removed_parameters

@@ -13,7 +13,7 @@ from libprune.engine.cost import prices
 from libprune.engine.errors import BudgetError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, split_blocks
-from libprune.pipeline.scores import Scores
+from libprune.pipeline.artifacts import Scores
 from libprune.pipeline.sections import Allocate
 from tests.support.shapes import EQUAL_COSTS, Shape, drawn, ladders_of, removed_parameters
 

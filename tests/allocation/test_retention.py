@@ -11,8 +11,8 @@ from libprune.allocation.decide import decide, summary
 from libprune.allocation.retention import CONSERVATIVE, removable_units, retained_share
 from libprune.engine.errors import BudgetError, LibpruneError, ParamsError
 from libprune.engine.tables import split_blocks
+from libprune.pipeline.artifacts import Scores
 from libprune.pipeline.params import load_params
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from tests.support.shapes import Shape, removed_parameters
 from tests.support.tiny import write_params

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 
 from libprune.cli.footprint import Table, _lora_parameters, footprints, header_bytes
-from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
-from libprune.pipeline.artifacts import write_table
+from libprune.pipeline.artifacts import read_architecture, write_table
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import Params, load_params
 from libprune.pipeline.sections import Allocate, Recover
 from libprune.recovery.student import prepare, trained_parameters
@@ -46,7 +46,7 @@ def project(tmp_path_factory) -> Path:
 
 def predicted(project: Path) -> dict[str, int]:
     params = load_params(project / "params.yaml")
-    architecture = Architecture.from_json((project / "artifacts/architecture.json").read_text())
+    architecture = read_architecture(Layout(project / "artifacts"))
     return {
         name: size for stage in footprints(architecture, params, torch.float32) for name, size in stage.files.items()
     }
@@ -92,7 +92,7 @@ def test_files_for_other_programs_are_foretold_by_their_types(project):
     names = ["exported/model.f16.gguf", "exported/model.q8_0.gguf", "exported/onnx"]
     assert sizes.keys() - before == set(names)
     half, eighth, whole = (sizes[name] for name in names)
-    architecture = Architecture.from_json((project / "artifacts/architecture.json").read_text())
+    architecture = read_architecture(Layout(project / "artifacts"))
     left = architecture.total_parameters - round(0.3 * architecture.decoder_parameters)
     assert whole == 4 * left
     assert half - eighth == pytest.approx((2 - 34 / 32) * left, abs=1)

@@ -16,8 +16,8 @@ from libprune.engine import cost
 from libprune.engine.errors import BudgetError
 from libprune.engine.plan import Plan, jaccard
 from libprune.engine.tables import split_blocks
+from libprune.pipeline.artifacts import Scores
 from libprune.pipeline.methods import METHODS
-from libprune.pipeline.scores import Scores
 from libprune.pipeline.sections import Allocate
 from tests.support.shapes import META, Shape, drawn, every_method, ladders_of, removed_parameters
 

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from libprune.engine.describe import describe
 from libprune.engine.errors import ArtifactError, StatisticsError
 from libprune.engine.tables import Columns, unit_index
-from libprune.pipeline.artifacts import read_architecture, read_table, write_units
+from libprune.models.folder import fingerprint
+from libprune.pipeline.artifacts import read_architecture, read_table, write_architecture, write_units
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.pipeline.shards import shard_path, write_shard
@@ -55,19 +56,20 @@ def layout(tmp_path_factory) -> Layout:
     """A tiny model, and its per-unit tables and shards, as the stages write them."""
     layout = Layout(tmp_path_factory.mktemp("artifacts"))
     model = FAMILIES["llama"](0)
-    architecture = describe(model, fingerprint="here")
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    layout.architecture.write_text(architecture.to_json())
     model.save_pretrained(layout.model)
+    origin = fingerprint(layout.model)
+    architecture = describe(model, fingerprint=origin)
+    write_architecture(layout, architecture)
     ids = tokens(4, 12)
     collected = {
         "gradients": (gradients(model, 4, ids), gradient_columns),
         "hessian": (hessian(model, 4, ids), hessian_columns),
         "activations": (activations(model, 4, ids), activation_columns),
     }
-    write_units(layout.weights, architecture, partial(weight_columns, architecture, weights), {"model": "here"})
+    write_units(layout.weights, architecture, partial(weight_columns, architecture, weights), {"model": origin})
     for stage, (sums, columns_of) in collected.items():
-        meta = {"model": "here", "tokens": "these"}
+        meta = {"model": origin, "tokens": "these"}
         write_units(
             layout.root / stage / "units.parquet",
             architecture,

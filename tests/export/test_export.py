@@ -10,7 +10,8 @@ from libprune.export import comparison, llama_cpp
 from libprune.export.export import export_layout
 from libprune.export.gguf_file import write_gguf
 from libprune.models.sequences import Sequences
-from libprune.models.tokens import write_tokens
+from libprune.models.tokens import read_tokens, write_tokens
+from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import NOTE, Layout
 from libprune.pipeline.sections import Compute, Export, Slice
@@ -25,11 +26,14 @@ from tests.support.tiny import write_params
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A pruned tiny model with evaluation windows, and nothing recovered."""
-    layout, _ = write_collected(tmp_path_factory.mktemp("made"), "llama", "uniform")
-    write_tokenizer(layout.model)
+    layout, _ = write_collected(tmp_path_factory.mktemp("made"), "llama", "uniform", write_tokenizer)
+    origin = read_architecture(layout).fingerprint
+    text = read_tokens(layout.calibration_tokens, origin)[1]["tokens"]
     layout.pruned.mkdir()
     prune(layout, layout.pruned, Compute(device="cpu", dtype="float32"), Slice(repair="none"))
-    write_tokens(layout.evaluation_tokens, Sequences(texts(6, 24)), {"model": "here", "source": "some text"})
+    write_tokens(
+        layout.evaluation_tokens, Sequences(texts(6, 24)), {"model": origin, "source": "some text", "calibration": text}
+    )
     layout.recovered.mkdir()
     write_json(layout.recovered / NOTE, {"method": "none"})
     return layout
@@ -62,7 +66,7 @@ def test_files_are_written_tried_and_timed(layout, tmp_path):
     lines = "\n".join(outcome.sentences(layout.exported))
     assert "llama-quantize" in lines and "of the dense model's speed in the same program" in lines
     assert outcome.metrics()["gguf f16"]["bytes"] == file.bytes
-    assert outcome.plan["model"] == "here"
+    assert outcome.plan["model"] == read_architecture(layout).fingerprint
     json.dumps(outcome.content())
 
 

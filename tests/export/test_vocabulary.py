@@ -94,7 +94,7 @@ def _corpus() -> list[str]:
 
 def write_folder(folder: Path, tokenizer: Tokenizer) -> int:
     """A folder with a tokenizer, and how many tokens it knows."""
-    first, last = ("<s>", "</s>") if tokenizer.token_to_id("<s>") is not None else ("<eos>", "<eos>")
+    first, last = ("<s>", "</s>") if tokenizer.token_to_id("<s>") is not None else ("<|endoftext|>",) * 2
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=first, eos_token=last)
     fast.add_tokens([AddedToken("<|tool|>", special=False, normalized=False)])
     fast.chat_template = "{{ messages[0]['content'] }}"

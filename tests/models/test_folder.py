@@ -19,9 +19,9 @@ from libprune.models.folder import (
     load_config,
     load_model,
     require_positions,
-    sha256,
     write_dense,
 )
+from libprune.pipeline.digests import sha256
 from tests.support.models import FAMILIES
 from tests.support.tiny import write_model
 

@@ -54,10 +54,10 @@ def test_the_dtype_of_the_source_is_kept_unless_another_is_asked_for(folder):
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path):
-    with pytest.raises(SourceError, match=r"prepare\.model = '.*' cannot be loaded: "):
+    with pytest.raises(SourceError, match=r"prepare\.model = '.*' is a folder without a config\.json"):
         load_dense(Prepare(model=str(tmp_path)))
     (tmp_path / "model.gguf").write_text("not one")
-    with pytest.raises(SourceError, match=r"model\.gguf' cannot be loaded: "):
+    with pytest.raises(SourceError, match=r"model\.gguf' is a file, but no GGUF file"):
         load_dense(Prepare(model=str(tmp_path / "model.gguf")))
 
 

@@ -1,5 +1,6 @@
 """Artifacts are read as they were written, say where they come from, and are refused where they are damaged."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,18 +16,22 @@ from libprune.engine.describe import describe
 from libprune.engine.errors import ArtifactError
 from libprune.engine.tables import check_rows, column, split_blocks, unit_index
 from libprune.pipeline.artifacts import (
+    Scores,
     read_architecture,
     read_json,
     read_plan,
+    read_scores,
     read_table,
     require,
     same_origin,
+    write_architecture,
     write_table,
     write_units,
 )
 from libprune.pipeline.layout import Layout
 from tests.support.files import tree
 from tests.support.models import FAMILIES
+from tests.support.shapes import EQUAL_COSTS
 
 reuses_a_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -217,3 +222,66 @@ def test_a_description_that_cannot_be_read_is_named_with_the_stage_to_run(tmp_pa
     (tmp_path / "architecture.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"architecture\.json is no description .*; run `dvc repro prepare`"):
         read_architecture(Layout(tmp_path))
+
+
+@pytest.fixture
+def scored(tmp_path) -> Layout:
+    scored = Layout(tmp_path)
+    write_architecture(scored, replace(EQUAL_COSTS.architecture(), fingerprint="here"))
+    write_table(scored.calibration_tokens, {}, {"model": "here", "tokens": "text"})
+    write_table(scored.scores, table(), {"model": "here", "tokens": "text", "comparable": True, "scaling": "none"})
+    return scored
+
+
+def table() -> dict:
+    return EQUAL_COSTS.table(1.0 + np.arange(len(EQUAL_COSTS.unit_costs())))
+
+
+def test_what_was_written_is_read_with_its_model(scored):
+    scores = read_scores(scored)
+    assert scores.architecture.fingerprint == "here"
+    assert scores.origin == {"model": "here", "tokens": "text"}
+    for name, values in table().items():
+        assert (scores.table[name] == values).all()
+
+
+def test_scores_of_another_model_are_refused(scored):
+    write_table(scored.scores, table(), {"model": "elsewhere"})
+    with pytest.raises(ArtifactError, match=r"belongs to model 'elsewhere', .*run `dvc repro`"):
+        read_scores(scored)
+
+
+def test_scores_of_another_text_are_refused_and_those_of_none_belong_to_the_text_beside_them(scored):
+    write_table(scored.calibration_tokens, {}, {"model": "here", "tokens": "another"})
+    with pytest.raises(ArtifactError, match=r"belongs to tokens 'text', .*run `dvc repro`"):
+        read_scores(scored)
+    write_table(scored.scores, table(), {"model": "here"})
+    assert read_scores(scored).origin == {"model": "here", "tokens": "another"}
+
+
+def test_missing_scores_name_the_stage(scored):
+    scored.scores.unlink()
+    with pytest.raises(ArtifactError, match="run `dvc repro score` first"):
+        read_scores(scored)
+
+
+@pytest.mark.parametrize(("comparable", "scaling"), [(True, "none"), (True, "rank"), (False, "none"), (False, "rank")])
+def test_scores_compare_as_they_are_only_unscaled(comparable, scaling):
+    scores = Scores(EQUAL_COSTS.architecture(), table(), {"comparable": comparable, "scaling": scaling})
+    assert scores.compares("none") is (comparable and scaling == "none")
+    assert scores.compares("sensitivity")
+
+
+def test_without_a_text_the_origin_is_the_model_alone():
+    assert Scores(EQUAL_COSTS.architecture(), table(), {"model": "here"}).origin == {"model": "here"}
+
+
+def test_columns_are_added_or_take_the_place_of_others_and_the_scores_stay(scored):
+    scores = read_scores(scored)
+    before = scores.table["score"].copy()
+    changed = scores.with_columns({"score": 2 * before, "more": before})
+    assert (changed.table["score"] == 2 * before).all()
+    assert (changed.table["more"] == before).all()
+    assert (scores.table["score"] == before).all()
+    assert "more" not in scores.table
+    assert changed.meta is scores.meta

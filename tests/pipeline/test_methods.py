@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from libprune.allocation.allocate import allocate
-from libprune.allocation.block_worth import require_meaningful
-from libprune.allocation.decide import require_comparable
+from libprune.allocation.block_worth import require_comparable, require_meaningful
 from libprune.allocation.evidence import READERS
 from libprune.allocation.methods import allocate_uniform
 from libprune.cli.footprint import footprints

@@ -61,7 +61,7 @@ def misspelled(draw):
     return place, wrong
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(misspelled())
 def test_a_misspelled_key_is_refused_with_its_place_and_the_nearest(load, case):
     place, wrong = case
@@ -95,21 +95,21 @@ def test_a_misspelled_part_of_a_mixed_criterion_is_refused_with_its_whole_place(
 def test_a_part_of_a_mixed_criterion_is_named_with_its_whole_place(load):
     data = shipped()
     data["score"]["weight_stats"]["entropy"] = "much"
-    with pytest.raises(ParamsError, match=r"yaml: score\.weight_stats\.entropy: Input should be a valid number$"):
+    with pytest.raises(ParamsError, match=r"score\.weight_stats\.entropy: expected a number, found the text 'much'$"):
         load(data)
 
 
 def test_an_entry_of_a_list_is_named_with_its_number(load):
     data = shipped()
     data["evaluate"]["tasks"] = ["piqa", 3]
-    with pytest.raises(ParamsError, match=r"params\.yaml: evaluate\.tasks\[1\]: Input should be a valid string$"):
+    with pytest.raises(ParamsError, match=r"params\.yaml, line \d+: evaluate\.tasks\[1\]: expected a text, found 3$"):
         load(data)
 
 
 def test_the_types_that_were_tried_are_no_part_of_the_place(load):
     data = shipped()
     data["slice"]["damping"] = "much"
-    with pytest.raises(ParamsError, match=r"yaml: slice\.damping: .*number.*; slice\.damping: Input should be 'auto'$"):
+    with pytest.raises(ParamsError, match=r": slice\.damping: expected a number or auto, found the text 'much'$"):
         load(data)
 
 
@@ -119,8 +119,11 @@ def test_a_message_speaks_of_lists_and_keys_as_yaml_does(load):
     data["latency"] = "fast"
     with pytest.raises(ParamsError) as error:
         load(data)
-    assert "evaluate.tasks: Input should be a list" in str(error.value)
-    assert "latency: Input should be keys with values; the keys are tokens, batch, widths, rounds" in str(error.value)
+    assert "evaluate.tasks: expected a list, found 3" in str(error.value)
+    assert (
+        "latency: expected keys with values, found the text 'fast'; the keys are tokens, batch, widths, rounds"
+        in str(error.value)
+    )
 
 
 # Sections that need one another
@@ -136,7 +139,7 @@ def test_gram_matrices_in_bfloat16_are_refused_where_the_repair_needs_them(load)
     ):
         changed = data | {section: data[section] | {key: value}}
         with pytest.raises(
-            ParamsError, match=rf"params.yaml: {section}.{key}: {value} needs activations.storage_dtype: f"
+            ParamsError, match=rf"line \d+: {section}.{key}: {value} needs activations.storage_dtype: f"
         ):
             load(changed)
     data["slice"]["repair"] = "none"
@@ -202,7 +205,7 @@ def test_a_file_that_is_no_yaml_is_refused_in_one_line(load, text):
 @pytest.mark.parametrize("value", ["null", "3", "[a, b]"])
 def test_a_section_that_is_no_mapping_is_refused_by_name(load, section, value):
     data = {name: content for name, content in shipped().items() if name != section}
-    with pytest.raises(ParamsError, match=rf"params\.yaml: {section}: "):
+    with pytest.raises(ParamsError, match=rf"params\.yaml, line \d+: {section}: "):
         load(yaml.safe_dump(data) + f"{section}: {value}\n")
 
 

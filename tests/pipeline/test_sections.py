@@ -26,7 +26,7 @@ def test_a_value_of_another_type_is_refused_with_its_place(load, place):
     data = shipped()
     nested = isinstance(data[place[0]][place[1]], dict)
     data[place[0]][place[1]] = 0.5 if nested else {"a": "mapping"}
-    with pytest.raises(ParamsError, match=rf"params\.yaml: {re.escape('.'.join(place))}: "):
+    with pytest.raises(ParamsError, match=rf"params\.yaml, line \d+: {re.escape('.'.join(place))}: "):
         load(data)
 
 
@@ -86,7 +86,7 @@ def test_a_value_out_of_range_or_of_another_type_is_refused_with_its_place(load,
     section, key = place.split(".")
     data = shipped()
     data[section][key] = value
-    with pytest.raises(ParamsError, match=rf"params\.yaml: {section}\.{key}\S*: "):
+    with pytest.raises(ParamsError, match=rf"params\.yaml, line \d+: {section}\.{key}\S*: "):
         load(data)
 
 
@@ -137,6 +137,7 @@ def test_a_text_to_train_on_is_none_one_or_several_with_shares(load):
     assert load(data).recover.text == (Share(text="owner/data", share=1.0, config="a", revision="b", split="dev"),)
 
 
+FIRST = "recover.text[0]"
 KEYS = "text, share, config, revision, split, column, streaming"
 
 
@@ -145,19 +146,25 @@ KEYS = "text, share, config, revision, split, column, streaming"
     [
         (3, "recover.text: Input should be a text, or a list of texts, each with the keys text and share"),
         ({"text": "a", "share": 1}, "recover.text: Input should be a text, or a list of texts, each with the keys"),
-        ([], "recover: recover.text lists no text; null trains on the documents of the calibration text"),
-        (["a"], f"recover.text[0]: Input should be keys with values; the keys are {KEYS}"),
-        ([{"text": "a", "share": 2}], "recover.text[0].share: Input should be less than or equal to 1"),
-        ([{"text": "a", "share": 0}], "recover.text[0].share: Input should be greater than 0"),
-        ([{"text": "a", "share": "50 %"}], "recover.text[0].share: Input should be a valid number"),
-        ([{"text": "a", "share": 0.5}, {"text": "b"}], "recover.text[1].share: Field required"),
-        ([{"share": 1}], "recover.text[0].text: Field required"),
-        ([{"text": 3, "share": 1}], "recover.text[0].text: Input should be a valid string"),
+        ([], "recover.text lists no text; null trains on the documents of the calibration text"),
+        (["a"], f"recover.text[0]: expected keys with values, found the text 'a'; the keys are {KEYS}"),
+        (
+            [{"text": "a", "share": 2}],
+            f"{FIRST}.share: expected a number at most 1, found 2; write 0.02 for 2 %",
+        ),
+        ([{"text": "a", "share": 0}], "recover.text[0].share: expected a number above 0, found 0"),
+        (
+            [{"text": "a", "share": "50 %"}],
+            f"{FIRST}.share: expected a number, found the text '50 %'; write 0.5",
+        ),
+        ([{"text": "a", "share": 0.5}, {"text": "b"}], "recover.text[1].share is missing"),
+        ([{"share": 1}], "recover.text[0].text is missing"),
+        ([{"text": 3, "share": 1}], "recover.text[0].text: expected a text, found 3"),
         (
             [{"text": "a", "share": 1, "colum": "b"}],
             f"unknown key 'recover.text[0].colum'; did you mean 'column'? (known: {KEYS})",
         ),
-        ([{"text": "a", "share": 0.5}], "recover: the shares of recover.text make 0.5, not 1"),
+        ([{"text": "a", "share": 0.5}], "the shares of recover.text make 0.5, not 1"),
         ([{"text": "a", "share": 0.7}, {"text": "b", "share": 0.7}], "the shares of recover.text make 1.4, not 1"),
     ],
     ids=str,

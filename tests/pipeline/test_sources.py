@@ -46,6 +46,12 @@ def test_a_local_path_is_taken_as_it_is_and_must_exist(tmp_path, monkeypatch):
             resolve(missing)
 
 
+@pytest.mark.parametrize("source", ["~no_such_user/model", "a" * 5000, "./" + "a" * 300])
+def test_a_path_that_no_system_takes_is_refused(source):
+    with pytest.raises(SourceError, match=r"cannot be looked for: "):
+        resolve(source)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-3.1-8B", "wikitext"])
 def test_a_hub_id_is_left_to_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -71,6 +77,23 @@ def test_a_copy_of_the_project_finds_what_git_does_not_track_in_the_project(tmp_
     assert resolve("t.txt") == tmp_path / "project" / "t.txt"
     (tmp_path / "copy" / "t.txt").write_text("y")
     assert resolve("t.txt").read_text() == "y"
+
+
+def test_a_copy_takes_a_folder_of_the_project_of_which_git_tracks_a_part(tmp_path, monkeypatch):
+    project, copy = tmp_path / "project", tmp_path / "project" / ".dvc" / "tmp" / "copy"
+    for folder in (project / "sub" / "model", copy / "sub" / "model", copy / ".dvc"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(copy / "sub")
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    for folder in (project, copy):
+        (folder / "sub" / "model" / "config.json").write_text("{}")
+    assert resolve("model") == Path("model"), "what git tracks is that of the copy"
+    (project / "sub" / "model" / "weights").write_text("untracked")
+    assert resolve("model") == project / "sub" / "model"
+    (copy / "sub" / "model" / "weights").write_text("x")
+    assert resolve("model") == Path("model")
+    monkeypatch.chdir(project / "sub")
+    assert resolve("./model") == Path("model")
 
 
 @pytest.mark.parametrize("address", ["https://me:secret@host/t.txt", "https://host/a/t.txt?api_key=secret&b=1"])

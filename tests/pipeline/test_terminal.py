@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +21,7 @@ from libprune.pipeline.terminal import (
     logging_to,
     masked,
     note,
+    printable,
     say,
     say_last,
     text_table,
@@ -38,6 +40,19 @@ def test_tables_hold_every_cell_in_columns(rows):
     assert len({len(line) for line in text}) == 1
     for line, row in zip([text[0], *text[2:]], [header, *rows], strict=True):
         assert line.split() == [cell for cell in row if cell]
+
+
+@given(st.text() | st.text("ab\n\t\r\x1b\x07\x9b\u202e\u2067\ud800"))
+def test_nothing_that_a_terminal_obeys_is_printed_and_other_text_is_left_alone(text):
+    shown = printable(text)
+    assert shown.encode().decode() == shown, "no halves of surrogate pairs"
+    turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    for character in set(shown) - {"\n", "\t"}:
+        assert unicodedata.category(character) != "Cc"
+        assert unicodedata.bidirectional(character) not in turning
+    harmless = "".join(c for c in text if unicodedata.category(c)[0] != "C")
+    assert printable(harmless) == harmless
+    assert printable("\x1b]0;title\x07 a\rb") == "\\x1b]0;title\\x07 a\\rb"
 
 
 @pytest.mark.parametrize(

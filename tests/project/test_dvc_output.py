@@ -39,7 +39,7 @@ def project(tmp_path) -> Path:
 
 
 def held_by_a_process(folder: Path) -> None:
-    holder = {"pid": os.getpid(), "cmd": "dvc repro"}
+    holder = {"pid": 1, "cmd": "dvc repro"}
     content = {"write": {str(folder / "a.txt"): holder}, "read": {}}
     (folder / ".dvc/tmp/rwlock").write_text(json.dumps(content))
 
@@ -76,7 +76,7 @@ def nothing(folder: Path) -> None:
     ("damage", "words", "cure"),
     [
         (cut_off_lock, dvc("repro"), ".dvc/tmp/rwlock is unreadable, as a kill of DVC leaves it; run `libprune clean`"),
-        (held_by_a_process, dvc("repro"), f"process {os.getpid()}"),
+        (held_by_a_process, dvc("repro"), "process 1,"),
         (no_git, dvc("exp", "run"), "git init"),
         (no_git, ("git", "status"), "git init"),
         (no_dvc, dvc("repro"), "libprune new"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from libprune.engine.errors import ParamsError, SourceError
 from libprune.pipeline.params import Params, validate_params
-from libprune.project.params_file import changed, completed, params_text, placed, settings
+from libprune.project.params_file import changed, completed, params_text, replaced, settings
 from tests.support.closure import ROOT
 
 REPOSITORY = (ROOT / "params.yaml").read_text()
@@ -39,11 +39,11 @@ SCALARS = st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats
 @effort(max_examples=10)
 @given(values=st.dictionaries(st.sampled_from(KEYS), SCALARS | st.lists(SCALARS), max_size=4))
 def test_any_value_is_read_as_it_was_set(values):
-    content = yaml.safe_load(changed(REPOSITORY, values))
+    content = yaml.safe_load(replaced(REPOSITORY, values))
     for key, value in values.items():
         section, leaf = key.split(".")
         assert content[section][leaf] == value
-    assert comments(changed(REPOSITORY, values)) == comments(REPOSITORY)
+    assert comments(replaced(REPOSITORY, values)) == comments(REPOSITORY)
 
 
 def test_without_changes_a_project_has_the_defaults_of_the_code():
@@ -54,7 +54,7 @@ def test_without_changes_a_project_has_the_defaults_of_the_code():
 
 @pytest.mark.parametrize("key", ["allocate.ratoi", "allocat.ratio", "preset.x", "allocate.ratio.x", "x"])
 def test_an_unknown_key_is_refused(key):
-    with pytest.raises(ParamsError, match=re.escape(f"--set {key}")):
+    with pytest.raises(ParamsError, match=re.escape(f"{key}: params has no")):
         params_text({key: 1})
 
 
@@ -93,14 +93,21 @@ def test_a_setting_that_is_none_is_named(word):
         settings([word])
 
 
-def test_paths_are_those_that_the_project_finds(tmp_path, monkeypatch):
+def test_paths_become_absolute_and_must_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("text.txt", "project/own.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("words")
-    values = {"tokenize.text": "text.txt", "tokenize.evaluation_text": "project/own.txt", "prepare.model": "org/model"}
-    inside = placed(values, tmp_path / "project")
-    assert inside == values | {"tokenize.text": str(tmp_path / "text.txt"), "tokenize.evaluation_text": "own.txt"}
-    assert placed(values)["tokenize.evaluation_text"] == str(tmp_path / "project/own.txt")
+    (tmp_path / "text.txt").write_text("one\ntwo\nthree\n")
+    text = params_text({"tokenize.text": "text.txt", "prepare.model": "org/model"})
+    again = changed(text, {"tokenize.evaluation_text": "text.txt", "tokenize.text": "org/text"})
+    read = [yaml.safe_load(one) for one in (text, again)]
+    assert [one["tokenize"]["text"] for one in read] == [str(tmp_path / "text.txt"), "org/text"]
+    assert read[1]["tokenize"]["evaluation_text"] == str(tmp_path / "text.txt")
+    assert read[1]["prepare"]["model"] == "org/model"
     with pytest.raises(SourceError, match=r"tokenize\.text: \./gone\.txt does not exist"):
-        placed({"tokenize.text": "./gone.txt"})
+        params_text({"tokenize.text": "./gone.txt"})
+
+
+def test_what_cannot_be_is_found_before_anything_runs(tmp_path):
+    """By what `libprune params` looks for; a table without a column of text is one example."""
+    (tmp_path / "text.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ParamsError, match=r"^params: tokenize.text: text .* has no column 'text'; it has a, b"):
+        params_text({"prepare.model": "org/model", "tokenize.text": str(tmp_path / "text.csv")})

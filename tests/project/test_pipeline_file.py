@@ -2,7 +2,7 @@
 
 import yaml
 
-from libprune.project.pipeline_file import CODE, code_paths, is_current, is_untouched, pipeline_text
+from libprune.project.pipeline_file import CODE, PACKAGE, code_paths, is_current, is_untouched, pipeline_text
 from tests.support.closure import ROOT
 
 OWN = yaml.safe_load((ROOT / "dvc.yaml").read_text())
@@ -30,6 +30,11 @@ def test_every_link_is_made_by_the_first_stage_and_leads_to_the_code_that_the_re
     declared = {ROOT / dep for stage in OWN["stages"].values() for dep in stage["deps"]}
     assert set(code_paths().values()) <= declared
     assert all(path.exists() for path in code_paths().values())
+
+
+def test_dvc_finds_one_pipeline_in_the_repository():
+    """It would run any dvc.yaml that lies in a folder below."""
+    assert list(PACKAGE.rglob("dvc.yaml")) == []
 
 
 def test_a_pipeline_knows_its_version_and_whether_somebody_has_changed_it():

@@ -11,6 +11,7 @@ from libprune.pipeline.params import load_params
 from libprune.project import run as runner
 from libprune.project.pipeline_file import pipeline_text
 from libprune.project.run import hand_out, project_of, set_up
+from tests.support import tiny
 
 
 @pytest.fixture
@@ -22,8 +23,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def changes(tmp_path, monkeypatch) -> dict:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "text.txt").write_text("words")
+    tiny.write_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("one\ntwo\nthree\n")
     return {"prepare.model": "model", "tokenize.text": "text.txt", "allocate.ratio": 0.3}
 
 

@@ -66,7 +66,7 @@ def test_a_file_of_another_text_is_refused(stored, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     rows = [top_predictions(torch.randn(2, 5, VOCAB), 4, 2.0)]
     write_predictions(shard_path(tmp_path, 0), rows, ORIGIN | {"tokens": "others"})
-    with pytest.raises(ArtifactError, match="is of another text"):
+    with pytest.raises(ArtifactError, match="belongs to tokens 'others'"):
         StoredTeacher(tmp_path, ORIGIN).predict(torch.tensor([0]), {})
 
 

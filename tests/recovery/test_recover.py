@@ -17,7 +17,7 @@ from libprune.results.record import read_provenance
 from tests.support.models import FAMILIES, tokens
 from tests.support.processes import together
 from tests.support.recovering import CPU, short, write_pruned_layout
-from tests.support.tiny import write_model
+from tests.support.tiny import write_tokenizer
 
 SHAPES = [
     ("llama", "uniform"),  # tied
@@ -83,9 +83,7 @@ def test_a_recovered_folder_can_be_pruned_again(tmp_path, quick_proof):
     from libprune.pipeline.sections import Prepare
     from libprune.statistics.dense import prepare_layout
 
-    layout = write_pruned_layout(tmp_path / "artifacts", "llama", "uniform")
-    for path in write_model(tmp_path / "other").glob("tokenizer*"):
-        shutil.copy(path, layout.pruned)
+    layout = write_pruned_layout(tmp_path / "artifacts", "llama", "uniform", write_tokenizer)
     recovered(layout)
     again = Layout(tmp_path / "again")
     prepare_layout(again, Prepare(model=str(layout.recovered)))

@@ -15,7 +15,7 @@ from libprune.engine.errors import ArtifactError, LibpruneError, SourceError
 from libprune.models.folder import load_model
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
-from libprune.pipeline.artifacts import read_architecture, read_table
+from libprune.pipeline.artifacts import read_architecture, read_json, read_table
 from libprune.pipeline.layout import Layout
 from libprune.recovery import predictions, teacher
 from libprune.recovery.predictions import StoredTeacher
@@ -50,6 +50,11 @@ def place(project, tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch) -> None:
     monkeypatch.setattr(predictions, "_SHARD", SMALL)
+
+
+def work_in(place: Path) -> set[str]:
+    """What is left of unfinished work, beside the digests of files that were read."""
+    return {path.name for path in (place / ".work").glob("*")} - {"digests.json"}
 
 
 def copy_model(project: Path, place: Path) -> None:
@@ -98,14 +103,14 @@ def test_the_tokens_say_where_they_are_from(run, place, project, capsys):
     said = f"recovery: 20 sequences of 16 tokens to train on and 4 held out, from {text}; read were 84 documents "
     said += "of 2,016 tokens in 1 file, "
     assert f"{said}which begin 'never green sees bird" in capsys.readouterr().out
-    assert json.loads((layout.teacher / "teacher.json").read_text()) == {
+    assert read_json(layout.teacher / "teacher.json", "teacher") == {
         "model": read_architecture(layout).fingerprint,
         "teacher": read_architecture(layout).fingerprint,
         "tokens": meta["tokens"],
         "top_k": None,
         "at_once": 0,
     }
-    assert not (place / ".work").exists()
+    assert work_in(place) == set()
 
 
 def test_several_texts_are_recorded_each(run, project, place):
@@ -122,7 +127,7 @@ def test_text_that_the_model_writes_leaves_no_unfinished_work(run, place):
     layout = run(text="self")
     sequences, meta = read(layout)
     assert (len(sequences), meta["text"], meta["sources"][0]["mode"]) == (24, "self", "sampled")
-    assert not any((place / ".work").iterdir())
+    assert work_in(place) == set()
 
 
 def test_the_text_that_judges_is_refused_and_nothing_is_written(run, project, place):
@@ -177,7 +182,7 @@ def test_nothing_is_left_but_the_lock(run, place):
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of other settings")
     layout = run(top_k=K)
-    assert [path.name for path in (place / ".work").iterdir()] == ["teacher.lock"]
+    assert work_in(place) == {"teacher.lock"}
     assert {path.name for path in layout.teacher.iterdir()} == {
         "teacher.json",
         *(f"predictions-{number:05d}.safetensors" for number in range(FILES)),
@@ -223,7 +228,7 @@ def test_a_stopped_stage_goes_on_without_computing_a_file_again(run, place, stop
     assert tree(run(top_k=K).teacher) == whole
     assert stopping.written == FILES - 5
     assert f"continues from a saved state: 5 of {FILES} files are there" in capsys.readouterr().out
-    assert [path.name for path in (place / ".work").iterdir()] == ["teacher.lock"]
+    assert work_in(place) == {"teacher.lock"}
 
 
 def test_a_stage_that_was_stopped_at_the_end_loads_no_model(run, stopping, monkeypatch):
@@ -337,7 +342,7 @@ def test_two_processes_give_the_files_of_one(run, place, python, sharded):
     together(python, place, TWO, LIBPRUNE_SHARD=str(int(sharded)))
     assert tree(place / "artifacts/teacher") == whole
     assert (place / "artifacts/tokens/recovery.parquet").read_bytes() == tokens
-    assert [path.name for path in (place / ".work").iterdir()] == ["teacher.lock"]
+    assert work_in(place) == {"teacher.lock"}
 
 
 def test_two_processes_go_on_where_one_was_stopped(run, place, python, stopping):

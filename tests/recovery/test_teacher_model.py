@@ -44,15 +44,16 @@ def test_the_dense_model_is_the_teacher_unless_another_is_named(project):
 
 
 def test_the_identity_is_of_the_files(project, tmp_path):
-    architecture, other = read_architecture(Layout(project / "artifacts")), project / "other"
-    assert teacher_identity(architecture, short()) == architecture.fingerprint
-    first = teacher_identity(architecture, short(teacher=str(other)))
+    layout, other = Layout(project / "artifacts"), project / "other"
+    architecture = read_architecture(layout)
+    assert teacher_identity(layout, architecture, short()) == architecture.fingerprint
+    first = teacher_identity(layout, architecture, short(teacher=str(other)))
     for path in other.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert teacher_identity(architecture, short(teacher=str(tmp_path))) == first
+    assert teacher_identity(layout, architecture, short(teacher=str(tmp_path))) == first
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + " ")
-    assert teacher_identity(architecture, short(teacher=str(tmp_path))) != first
-    assert teacher_identity(architecture, short(teacher="some/model")) == "some/model"
+    assert teacher_identity(layout, architecture, short(teacher=str(tmp_path))) != first
+    assert teacher_identity(layout, architecture, short(teacher="some/model")) == "some/model"
 
 
 def test_what_cannot_be_a_teacher_is_refused_with_the_key(project, tmp_path):

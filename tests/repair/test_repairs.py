@@ -1,6 +1,6 @@
 """Repairs from the artifacts: what the collecting stages store is what a repair reads."""
 
-import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +9,9 @@ import torch
 from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
 from libprune.engine.surgery import oriented
-from libprune.models.folder import load_model
+from libprune.models.folder import fingerprint, load_model
+from libprune.models.sequences import Sequences
+from libprune.models.tokens import write_tokens
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.pipeline.shards import write_shard
@@ -19,6 +21,7 @@ from libprune.repair.sequential import SequentialRepair
 from libprune.results.prune import prune
 from tests.support.collected import activations, captured
 from tests.support.models import FAMILIES, plan_of, tokens
+from tests.support.sealing import edit_json
 from tests.support.sliced import write_collected
 
 FITS: dict[str, Repairing] = {"local": local_fits, "bias": bias_fits}
@@ -29,13 +32,15 @@ FITS: dict[str, Repairing] = {"local": local_fits, "bias": bias_fits}
 def test_a_repair_is_judged_by_the_inputs_of_the_held_out_sequences(tmp_path, how, length):
     """Against the inputs themselves, at every position or every second one, of sequences 7 and 15."""
     layout, model, ids = Layout(tmp_path), FAMILIES["llama"](0), tokens(17, length)
-    architecture = describe(model, fingerprint="here")
-    plan = plan_of(architecture, lambda layer, part: 2 * architecture.units(part) // 3)
     model.save_pretrained(layout.model)
+    origin = fingerprint(layout.model)
+    architecture = describe(model, fingerprint=origin)
+    plan = plan_of(architecture, lambda layer, part: 2 * architecture.units(part) // 3)
+    text = write_tokens(layout.calibration_tokens, Sequences(ids), {"model": origin})
     layout.activations.mkdir()
     sums = activations(model, 4, ids)
     for layer in range(architecture.layers):
-        write_shard(layout.activations, layer, sums.finish(layer), {"model": "here", "tokens": "these"})
+        write_shard(layout.activations, layer, sums.finish(layer), {"model": origin, "tokens": text})
     consumers = list(pruned_consumers(architecture, plan))
     with captured(model, [consumer.module for consumer, _ in consumers]) as table, torch.no_grad():
         model(input_ids=ids, use_cache=False)
@@ -62,9 +67,10 @@ def test_a_repair_is_judged_by_the_inputs_of_the_held_out_sequences(tmp_path, ho
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2"])
 def test_a_bias_is_refused_where_the_config_cannot_say_it(tmp_path, name):
-    layout, _ = write_collected(tmp_path, name, "uniform")
-    config = json.loads((layout.model / "config.json").read_text())  # a key that nothing reads says nothing
-    (layout.model / "config.json").write_text(json.dumps(config | {"attention_bias": False, "mlp_bias": False}))
+    def finish(folder: Path) -> None:  # a key that nothing reads says nothing
+        edit_json(folder / "config.json", lambda config: config.update(attention_bias=False, mlp_bias=False))
+
+    layout, _ = write_collected(tmp_path, name, "uniform", finish)
     with pytest.raises(LibpruneError, match=r"bias on model\.layers\.0\.(self_attn\.o|mlp\.down)_proj.*cannot say one"):
         prune(layout, tmp_path, Compute(), Slice(repair="bias"))
 

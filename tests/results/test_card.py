@@ -13,6 +13,7 @@ import yaml
 from libprune.engine.errors import ArtifactError
 from libprune.models.folder import load_model
 from libprune.models.origin import CARD, Origin
+from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
@@ -30,11 +31,8 @@ SHAPES = {"uniform": ("llama", "uniform"), "per_layer": ("llama", "holes"), "enc
 
 def sliced(root: Path, shape: str, origin: Origin = HUB) -> Layout:
     """A pruned folder with a tokenizer and an origin."""
-    layout, _ = write_collected(root, *SHAPES[shape])
-    (root / "tokenizer").mkdir()
-    for path in tiny.write_model(root / "tokenizer").glob("token*"):
-        (layout.model / path.name).write_bytes(path.read_bytes())
-    write_json(layout.origin, vars(origin))
+    layout, _ = write_collected(root, *SHAPES[shape], tiny.write_tokenizer)
+    write_json(layout.origin, vars(origin) | {"model": read_architecture(layout).fingerprint})
     layout.pruned.mkdir()
     prune(layout, layout.pruned, Compute(device="cpu", dtype="float32"), Slice(repair="none"))
     return layout

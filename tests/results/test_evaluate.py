@@ -1,6 +1,5 @@
 """Evaluations: every figure of all models is what a direct count or measurement gives."""
 
-import json
 import shutil
 from pathlib import Path
 from weakref import WeakSet
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from libprune.engine.errors import ArtifactError
 from libprune.engine.plan import Plan
 from libprune.models.folder import load_model
-from libprune.models.tokens import write_tokens
+from libprune.models.tokens import read_tokens, write_tokens
 from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Evaluate, Slice
@@ -25,6 +24,7 @@ from libprune.results.prune import prune
 from libprune.results.record import PROVENANCE
 from tests.support.evaluated import RECOVERY
 from tests.support.models import random_plan
+from tests.support.sealing import edit_json
 from tests.support.sliced import random_windows, write_plan, write_project, write_trained
 
 COMPUTE = Compute(device="cpu", dtype="float32")
@@ -43,7 +43,8 @@ def layout(tmp_path_factory, python) -> Layout:
         patch.setattr("sys.executable", str(python))
         prune(layout, layout.pruned, COMPUTE, Slice(repair="none"))
     write_trained(layout.pruned, layout.recovered)
-    origin = {"model": architecture.fingerprint, "source": "made up"}
+    text = read_tokens(layout.calibration_tokens, architecture.fingerprint)[1]["tokens"]
+    origin = {"model": architecture.fingerprint, "source": "made up", "calibration": text}
     write_tokens(layout.evaluation_tokens, random_windows(architecture, WINDOWS, LENGTH), origin)
     return layout
 
@@ -182,7 +183,7 @@ def test_no_more_than_two_models_are_in_memory_at_once(layout, monkeypatch):
     assert before == {"model": 0, "pruned": 1, "recovered": 1}
 
 
-ORIGINS = {"plan": "shape", "slice": "repair", "proof": "logit_scale"}
+ORIGINS = {"plan": "method", "slice": "repair", "proof": "logit_scale"}
 """By a section of the record, a key of it."""
 
 
@@ -192,9 +193,7 @@ def test_a_model_that_was_recovered_from_another_pruned_model_is_refused(layout,
     changed = Layout(tmp_path / "artifacts")
     shutil.copytree(layout.root, changed.root)
     path = changed.recovered / PROVENANCE
-    made = json.loads(path.read_text())
-    made[section][ORIGINS[section]] = "other"
-    path.write_text(json.dumps(made))
+    edit_json(path, lambda made: made[section].update({ORIGINS[section]: "other"}))
     with pytest.raises(ArtifactError, match=r"recovered belongs to .*'other'.*run `dvc repro` to make them agree"):
         evaluate_result(changed, COMPUTE, SHORT)
 

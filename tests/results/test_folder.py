@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from libprune.engine.family import families
 from libprune.engine.heads import HEADS
@@ -85,6 +85,18 @@ def test_the_tokenizer_loads_without_the_code_of_the_folder(dense, tmp_path, kin
     tiny.write_model(tmp_path)
     prune(dense, random_plan(dense.architecture, kind), kind == "per_layer", tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)("the old cat").input_ids == [2, 12, 4]
+
+
+def test_a_folder_with_a_modeling_file_says_what_to_pass_where_it_is_opened_without(dense, tmp_path):
+    config_of(dense, random_plan(dense.architecture, "per_layer"), True, tmp_path / "pruned")
+    for reader in (type(dense.model.config), type(dense.model)):
+        with pytest.raises(Exception, match=r"trust_remote_code=True") as caught:
+            reader.from_pretrained(tmp_path / "pruned", local_files_only=True)
+        assert type(caught.value).__name__ != "AmbiguousGlobalPerLayerAttributeError"
+    with pytest.raises(ValueError, match=r"^The repository .* contains custom code(.|\n)*trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=False)
+    read = AutoConfig.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
+    assert "trust_remote_code" not in json.dumps(read.to_dict(), default=str)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "per_layer"])

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.tables import Columns, unit_index
@@ -13,7 +15,7 @@ from libprune.pipeline.sections import Score
 from libprune.scoring.criteria import find_criterion, join_tables, score_units
 from libprune.scoring.expression import criteria_of
 from libprune.scoring.scaling import SCALINGS
-from libprune.scoring.score import component_columns, fusion_lines, score_layout
+from libprune.scoring.score import component_columns, foretold, fusion_lines, score_layout
 from libprune.statistics.ablation import empty_table
 from tests.support.scored import (
     ARCHITECTURE,
@@ -263,3 +265,32 @@ def test_a_layer_of_one_unit_is_scored_like_any_other(tmp_path, scaling, fusion)
     assert np.isfinite(table["score"]).all()
     for rows in blocks(table):
         assert (np.diff(table["score"][rows]) >= 0).all()
+
+
+# What is known before there are scores
+
+READ = ("taylor", "taylor_group", "taylor_2nd", "fisher", "unit_fisher", "wanda", "magnitude", "random")
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(st.lists(st.sampled_from(READ), min_size=1, max_size=2, unique=True).map(" + ".join), min_size=2,
+                   max_size=2),
+    fusion=st.sampled_from(["weighted", "simple", "adaptive", "learned", "best"]),
+    scaling=st.sampled_from(["none", *SCALINGS]),
+)  # fmt: skip
+def test_what_is_foretold_of_scores_is_what_they_say(layout, texts, fusion, scaling):
+    params = Score(attention=texts[0], mlp=texts[1], fusion=fusion, scaling=scaling)
+    told = foretold(criteria_of(ARCHITECTURE, params), params)
+    try:
+        meta = score_layout(layout, params)[1]
+    except LibpruneError:  # criteria that do not go together
+        return
+    if told is None:
+        assert fusion == "best"
+        return
+    assert {key: meta[key] for key in ("comparable", "fusion", "scaling")} == {
+        key: told[key] for key in ("comparable", "fusion", "scaling")
+    }
+    assert sorted(meta["gradient_orders"].values() or [0])[-1] == max(told["gradient_orders"].values(), default=0)
+    assert bool(meta["gradient_orders"]) == bool(told["gradient_orders"])

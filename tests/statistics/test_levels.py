@@ -246,5 +246,5 @@ def test_levels_that_were_never_measured_are_refused(place):
     change_params(place, "allocate", method="global")
     stage("levels", place)
     change_params(place, "allocate", method="search")
-    with pytest.raises(ArtifactError, match=r"levels\.parquet belongs to order None.*`dvc repro`"):
+    with pytest.raises(ArtifactError, match=r"levels\.parquet belongs to tokens None.*`dvc repro`"):
         stage("allocate", place)

@@ -89,14 +89,21 @@ def parquet(path: Path) -> tuple[dict[str, str], dict[str, list], dict[str, Any]
         name: str(kind).replace("element: ", "")
         for name, kind in zip(table.column_names, table.schema.types, strict=True)
     }
-    return types, table.to_pydict(), json.loads(table.schema.metadata[b"libprune"])
+    return types, table.to_pydict(), content(table.schema.metadata[b"libprune"])
+
+
+def content(text: str | bytes) -> dict[str, Any]:
+    """What a JSON text says, without the digest that any of them may have."""
+    said: dict[str, Any] = json.loads(text)
+    said.pop("sha256", None)
+    return said
 
 
 def shard(path: Path) -> tuple[dict[str, tuple[str, list[int]]], dict[str, Any]]:
     """Type and shape of every tensor, and the metadata."""
     with safe_open(path, framework="np") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: (one.get_dtype(), one.get_shape()) for name, one in slices.items()}, json.loads(
+        return {name: (one.get_dtype(), one.get_shape()) for name, one in slices.items()}, content(
             file.metadata()["libprune"]
         )
 

@@ -71,6 +71,7 @@ EVALUATION: dict[str, Any] = {
         },
     },
     "pruning": {
+        "tokens": "0e0e",
         "slice": {"repair": "local"},
         "repair": {
             "lost_before": 0.2211,
@@ -110,6 +111,7 @@ EVALUATION: dict[str, Any] = {
     },
     "protocol": {
         "text": "some text",
+        "tokens": "0d0d",
         "windows": 24,
         "length": 1024,
         "prompt_tokens": 256,

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from libprune.export.formats import Format
 from libprune.export.source import Source
 from libprune.models.folder import load_model
-from libprune.results.record import PROVENANCE, Record
+from libprune.results.record import Record, read_provenance, write_provenance
 from tests.support.models import FAMILIES, VOCAB, prune, random_plan, write_dense
 
 _SPACE = "\u0120"
@@ -21,13 +21,13 @@ def write_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer that knows small letters, the space and some pairs, in as many tokens as the models."""
     letters = [chr(ord("a") + index) for index in range(26)]
     pairs = [("a", "b"), ("c", "d"), ("e", "f"), ("ab", "cd"), (_SPACE, "a"), (_SPACE, "z"), ("x", "y"), ("m", "n")]
-    texts = ["<eos>", "<pad>", *letters, _SPACE, *("".join(pair) for pair in pairs)]
+    texts = ["<|endoftext|>", "<pad>", *letters, _SPACE, *("".join(pair) for pair in pairs)]
     assert len(texts) == VOCAB
     vocabulary = {text: index for index, text in enumerate(texts)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<pad>")
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     fast.save_pretrained(folder)
 
@@ -45,9 +45,10 @@ def write_pruned(root: Path, name: str, kind: str) -> tuple[Source, Source]:
     (root / "pruned").mkdir()
     custom = kind in {"holes", "per_layer"}
     prune(dense, random_plan(dense.architecture, kind), custom, root / "pruned")
-    (root / "pruned" / PROVENANCE).write_text("{}")
+    write_provenance(root / "pruned", {})
     shapes = {"dense": "uniform", "pruned": "per_layer" if custom else "uniform"}
-    first, second = (Source(Record(root / name, {"plan": {"shape": shape}})) for name, shape in shapes.items())
+    made = {"dense": {}, "pruned": read_provenance(root / "pruned")}
+    first, second = (Source(Record(root / n, made[n] | {"plan": {"shape": shape}})) for n, shape in shapes.items())
     return first, second
 
 

@@ -1,15 +1,18 @@
 """A pruned tiny model with a text to train on, for tests of the recovery."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from libprune.models.sequences import NO_TARGET, Sequences
-from libprune.models.tokens import write_tokens
+from libprune.models.tokens import read_tokens, write_tokens
+from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.atomic import writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover, Slice
+from libprune.recovery.predictions import describe_teacher
 from libprune.results.prune import prune
 from tests.support.models import VOCAB
 from tests.support.sliced import write_collected
@@ -24,14 +27,23 @@ def short(**changes: Any) -> Recover:
     return Recover(**(usual | {"learning_rate": 1e-3, "patience": 4} | changes))
 
 
-def write_pruned_layout(root: Path, family: str, kind: str) -> Layout:
-    """A sliced tiny model in a layout, with random sequences to train on; some are held out."""
-    layout, _ = write_collected(root, family, kind)
+def write_pruned_layout(
+    root: Path, family: str, kind: str, finish: Callable[[Path], None] = lambda folder: None
+) -> Layout:
+    """A sliced tiny model in a layout, with random sequences to train on; some are held out.
+
+    `finish` is as in `tests.support.sliced.write_collected`.
+    """
+    layout, _ = write_collected(root, family, kind, finish)
     with writing_folder(layout.pruned) as folder:
         prune(layout, folder, CPU, Slice(repair="none"))
-    write_tokens(
-        layout.recovery_tokens, training_sequences(family), {"model": "here", "held_out": HELD_OUT, "text": "t"}
-    )
+    origin = read_architecture(layout).fingerprint
+    calibration = read_tokens(layout.calibration_tokens, origin)[1]["tokens"]
+    meta = {"model": origin, "calibration": calibration, "held_out": HELD_OUT, "text": "t"}
+    about = {"model": origin, "teacher": origin}
+    about["tokens"] = write_tokens(layout.recovery_tokens, training_sequences(family), meta)
+    with writing_folder(layout.teacher) as folder:
+        describe_teacher(folder, about, 0)
     return layout
 
 

@@ -30,16 +30,18 @@ def write_artifacts(root: Path, measured: int, recovered: bool = False) -> Layou
     architecture = replace(describe(FAMILIES["llama"](0)), fingerprint="cafe")
     root.mkdir()
     layout.architecture.write_text(architecture.to_json())
-    write_json(layout.origin, {"name": "a <i>name</i>", "license": None, "base_model": None})
+    write_json(layout.origin, {"model": "cafe", "name": "a <i>name</i>", "license": None, "base_model": None})
     write_table(layout.weights, unit_index(architecture), {"model": "cafe", "source": "a <b>model</b>"})
     origin = {"model": "cafe", "source": "a text", "documents": 3, "seed": 0}
-    write_tokens(layout.calibration_tokens, Sequences(torch.zeros((2, 4), dtype=torch.long)), origin)
-    write_table(layout.gradients / "layers.parquet", gradient_rows(architecture.layers), {"model": "cafe"})
+    text = write_tokens(layout.calibration_tokens, Sequences(torch.zeros((2, 4), dtype=torch.long)), origin)
+    made = {"model": "cafe", "tokens": text}
+    write_table(layout.gradients / "layers.parquet", gradient_rows(architecture.layers), made)
     rows = unit_index(architecture)
     scores = np.random.default_rng(0).normal(size=len(rows["layer_idx"]))
     plan = EVALUATION["plan"] | {"model": "cafe"}
     write_table(layout.plan, rows | {"score": scores, "keep": scores > -1}, plan)
     write_json(layout.export, {"files": []})
-    write_json(layout.evaluation, (trained() if recovered else EVALUATION) | {"plan": plan})
-    write_table(layout.sensitivity, sensitivity_rows(measured), {"model": "cafe"})
+    result = trained() if recovered else EVALUATION
+    write_json(layout.evaluation, result | {"plan": plan, "pruning": result["pruning"] | {"tokens": text}})
+    write_table(layout.sensitivity, sensitivity_rows(measured), made)
     return layout

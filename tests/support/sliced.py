@@ -1,5 +1,6 @@
 """The tiny model with its text and a plan, as slice finds them, for tests of what slice writes."""
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
 from libprune.engine.tables import unit_index
-from libprune.models.folder import load_model
+from libprune.models.folder import fingerprint, load_model
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import write_tokens
-from libprune.pipeline.artifacts import read_architecture, write_table, write_units
+from libprune.pipeline.artifacts import read_architecture, write_architecture, write_table, write_units
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.shards import write_shard
@@ -52,20 +53,32 @@ def write_plan(path: Path, architecture: Architecture, plan: Plan, shape: str) -
     write_table(path, unit_index(architecture) | {"keep": keep}, meta)
 
 
-def write_collected(root: Path, name: str, kind: str) -> tuple[Layout, Plan]:
-    """The artifacts that the slice stage reads, of a tiny model and a random plan."""
+def write_collected(
+    root: Path, name: str, kind: str, finish: Callable[[Path], None] = lambda folder: None
+) -> tuple[Layout, Plan]:
+    """The artifacts that the slice stage reads, of a tiny model and a random plan.
+
+    `finish` adds to the dense model's folder before its digest is taken.
+    """
     layout, model, ids = Layout(root), FAMILIES[name](0), tokens(17, 32)
-    architecture = describe(model, fingerprint="here")
-    plan = random_plan(architecture, kind)
     model.save_pretrained(layout.model, save_original_format=False)
-    layout.architecture.write_text(architecture.to_json())
-    write_tokens(layout.calibration_tokens, Sequences(ids), {"model": "here"})
+    finish(layout.model)
+    origin = fingerprint(layout.model)
+    architecture = describe(model, fingerprint=origin)
+    plan = random_plan(architecture, kind)
+    write_architecture(layout, architecture)
+    text = write_tokens(layout.calibration_tokens, Sequences(ids), {"model": origin})
     layout.activations.mkdir()
     sums = activations(model, 4, ids)
     for layer in range(architecture.layers):
-        write_shard(layout.activations, layer, sums.finish(layer), {"model": "here", "tokens": "these"})
-    write_json(layout.origin, {"name": "tiny", "license": None, "base_model": None})
-    meta = {"model": "here", "shape": "per_layer" if kind in {"holes", "per_layer"} else "uniform", **DECIDED}
+        write_shard(layout.activations, layer, sums.finish(layer), {"model": origin, "tokens": text})
+    write_json(layout.origin, {"name": "tiny", "license": None, "base_model": None, "model": origin})
+    meta = {
+        "model": origin,
+        "tokens": text,
+        "shape": "per_layer" if kind in {"holes", "per_layer"} else "uniform",
+        **DECIDED,
+    }
     write_units(layout.plan, architecture, lambda *block: {"keep": plan.keep[block]}, meta)
     return layout, plan
 

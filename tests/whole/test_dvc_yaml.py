@@ -14,7 +14,19 @@ PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SHELVES = ("statistics", "results")
 """Rooms from which each stage takes its own files."""
 COLLECTING = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "sensitivity")
-BEHIND = ("scoring", "allocation", "repair", "results", "report", "experiments", "masks", "networks", "project", "cli")
+BEHIND = (
+    "scoring",
+    "allocation",
+    "repair",
+    "results",
+    "report",
+    "experiments",
+    "masks",
+    "networks",
+    "project",
+    "cli",
+    "foresight",
+)
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "pydantic", "tqdm")
 """Not loaded for a help text; tqdm reads once, when it is loaded, whether the libraries' bars are to be shown."""
 
@@ -35,8 +47,13 @@ def presets_of(leaf: str) -> set[str]:
 
 
 def params_read(stage: str) -> set[str]:
-    """Leaf params that a stage's main function reads, by its syntax: all of X for `settings.X`, and `settings.X.y`."""
+    """Leaf params that a stage's main function reads, by its syntax: all of X for `settings.X`, and `settings.X.y`.
+
+    A stage that looks for mistakes reads the whole file.
+    """
     tree = ast.parse((ROOT / f"stages/{stage}.py").read_text())
+    if "foresee" in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+        return {"params.yaml"}
     leaves = {id(node.value): node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     found = set()
     for node in ast.walk(tree):
@@ -66,7 +83,7 @@ def test_declared_code_covers_the_import_closure_and_nothing_idle(stage):
 
 
 def test_code_is_declared_in_few_lines():
-    assert sum(len(code(stage["deps"])) for stage in PIPELINE.values()) <= 150
+    assert sum(len(code(stage["deps"])) for stage in PIPELINE.values()) <= 160
 
 
 @pytest.mark.parametrize("stage", COLLECTING)
@@ -84,7 +101,9 @@ def test_what_running_leaves_in_a_room_is_no_change_of_it():
 
 @pytest.mark.parametrize("stage", PIPELINE)
 def test_declared_params_are_the_params_read(stage):
-    assert set(PIPELINE[stage].get("params", [])) == params_read(stage)
+    declared = PIPELINE[stage].get("params", [])
+    whole = {name for one in declared if isinstance(one, dict) for name, keys in one.items() if keys is None}
+    assert (whole or set(declared)) == params_read(stage)
 
 
 def test_params_file_lists_every_param():

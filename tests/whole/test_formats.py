@@ -1,5 +1,6 @@
 """docs/formats.md is enough to read what a run writes, and nothing is written that it does not speak of."""
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -7,9 +8,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
-from torch import Tensor, nn
+from safetensors import safe_open
 
 from libprune.statistics import latency
 from tests.support import documented, tiny
@@ -27,11 +29,6 @@ CHANGES = {
 """Settings with which as many tables as possible have rows."""
 
 
-def by_parameters(model: nn.Module, ids: Tensor, **more: object) -> float:
-    """A nanosecond for each."""
-    return 1e-9 * sum(parameter.numel() for parameter in model.parameters())
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A folder in which all stages have run."""
@@ -45,7 +42,7 @@ def run(tmp_path_factory) -> Path:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(latency, "_seconds", by_parameters)  # the time of so small a layer is noise
+        patch.setattr(latency, "_seconds", tiny.by_parameters)  # the time of so small a layer is noise
         for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]:
             main = importlib.import_module(f"stages.{stage}").main
             main(**{name: places[name] for name in inspect.signature(main).parameters})
@@ -130,7 +127,7 @@ def test_shards_have_exactly_the_documented_tensors(run, section, architecture):
 def test_json_files_have_exactly_the_documented_keys(run, section):
     rows = {row["key"]: row for row in section.tables["key"]}
     for path in files(run, section):
-        found = list(documented.leaves(section.tables["key"], json.loads(path.read_text())))
+        found = list(documented.leaves(section.tables["key"], documented.content(path.read_text())))
         assert documented.required(list(rows.values()), "key") <= {key for key, _ in found} <= rows.keys()
         for key, value in found:
             assert documented.is_of(value, rows[key]["type"]), key
@@ -147,8 +144,24 @@ def test_csv_files_have_exactly_the_documented_fields(run, section):
 # What the document says in words
 
 
+def test_artifacts_hold_the_digest_of_their_content(run):
+    for path in (run / "artifacts").glob("*.json"):
+        content = json.loads(path.read_text())
+        digest = content.pop("sha256")
+        assert digest == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(), path
+    for path in (run / "artifacts").rglob("*.parquet"):
+        meta = json.loads(pq.read_schema(path).metadata[b"libprune"])
+        assert re.fullmatch("[0-9a-f]{64}", meta["sha256"]), path
+    for path in (run / "artifacts/activations").glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            meta, names = json.loads(file.metadata()["libprune"]), set(file.keys())
+        digests = meta.pop("sha256")
+        assert digests.keys() == names | {""}
+        assert digests[""] == hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def test_the_stored_predictions_are_as_documented(run):
-    about = json.loads((run / "artifacts/teacher/teacher.json").read_text())
+    about = documented.content((run / "artifacts/teacher/teacher.json").read_text())
     _, _, text = documented.parquet(run / "artifacts/tokens/recovery.parquet")
     paths = sorted((run / "artifacts/teacher").glob("predictions-*.safetensors"))
     assert [path.name for path in paths] == [f"predictions-{number:05d}.safetensors" for number in range(len(paths))]

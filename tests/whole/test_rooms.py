@@ -18,6 +18,7 @@ FLOORS = [
     {"statistics", "scoring", "repair"},
     {"allocation", "results", "report"},
     {"recovery", "export"},
+    {"foresight"},
     {"experiments", "masks"},
     {"networks", "project"},
     {"cli"},

@@ -35,6 +35,8 @@ READERS = {
     "local/tasks/task.yaml": {"evaluate"},
 }
 """The stages that read each file."""
+FIRST = {".gguf": "GGUF, first", ".jsonl": '{"text": "first"}\n'}
+"""What is in the files at first, where it must look like what it is."""
 
 
 def writing(stage: dict) -> str:
@@ -54,9 +56,8 @@ def project(tmp_path_factory) -> Path:
         links = [dep for dep in stages[name]["deps"] if dep.startswith("artifacts/sources/")]
         kept[name] = stages[name] | {"cmd": writing(stages[name]), "deps": links}
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": kept}))
-    for path in ("libprune/engine", "libprune/pipeline"):
-        shutil.copytree(ROOT / path, folder / path, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in ("libprune/__init__.py", "stages/__init__.py", "stages/sources.py", ".dvc/config", ".dvcignore"):
+    shutil.copytree(ROOT / "libprune", folder / "libprune", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ("stages/__init__.py", "stages/sources.py", ".dvc/config", ".dvcignore"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, folder / path)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -67,7 +68,8 @@ def project(tmp_path_factory) -> Path:
     (folder / ".gitignore").write_text("/artifacts/\n/report/\n/local/\n__pycache__/\n")
     for path in READERS:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text("first")
+        (folder / path).write_text(FIRST.get(Path(path).suffix, "first"))
+    (folder / "local/model/config.json").write_text('{"model_type": "llama"}')
     run(folder, "git", "init", "-q")
     commit(folder)
     assert "sources" in stages_run(run(folder, "dvc", "repro"))
@@ -122,7 +124,9 @@ def test_status_tells_a_change_and_repro_reads_again_what_changed(project):
 
 
 def test_an_experiment_reads_again_what_changed_and_nothing_else(project):
-    """In a copy of the project, too, which holds no untracked file."""
+    """In a copy of the project, too, which holds no untracked file, and of the model only what git tracks."""
+    run(project, "git", "add", "-f", "local/model/config.json")
+    commit(project)
     assert stages_run(run(project, "dvc", "exp", "run", "--temp", "-S", "evaluate.rounds=7")) == {"sources", "evaluate"}
     (project / "local/text.txt").write_text("other")
     changed = {"sources", "tokenize", "teacher"}

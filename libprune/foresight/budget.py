@@ -1,0 +1,90 @@
+"""What the description of a model that lies here forbids: the share, and biases that its config cannot say."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from libprune.allocation.allocate import allocate
+from libprune.engine.architecture import Architecture
+from libprune.engine.errors import BudgetError, LibpruneError
+from libprune.engine.plan import Plan
+from libprune.pipeline.faults import Fault
+from libprune.pipeline.params import Params
+from libprune.pipeline.sections import Allocate
+from libprune.pipeline.sources import resolve
+
+SAFE = 0.5
+"""A share of the layers' parameters that every described family can lose, if nothing else is asked for: two thirds of
+a layer are channels, of which all but one may go."""
+
+
+def budget_faults(params: Params) -> Iterator[Fault]:
+    """The faults of a share that cannot be removed from this model, and of a repair that it cannot hold.
+
+    The model is described only where the settings ask for what some model cannot give, since that takes seconds. Of a
+    model of the hub nothing is known.
+    """
+    allocate, biases = params.allocate, params.slice.repair == "bias"
+    counted = allocate.ratio is not None and allocate.objective != "latency" and _strained(allocate)
+    if not counted and not biases:
+        return
+    if resolve(params.prepare.model) is None:
+        return
+    from libprune.engine.describe import describe, without_weights
+    from libprune.engine.stock_config import bias_key
+    from libprune.models.source import load_dense_config
+
+    try:
+        config = load_dense_config(params.prepare)
+        model = without_weights(config, params.prepare.trust_remote_code)
+        architecture = describe(model, accept=params.prepare.accept_config)
+    except LibpruneError as error:
+        yield Fault(f"prepare.model: {error}", ("prepare", "model"))
+        return
+    names = {parameter.name for parameter in architecture.parameters}
+    if biases and not any(
+        bias_key(architecture.family, config, part)
+        or all(consumer.bias in names for consumer in architecture.consumers(0, part))
+        for part in architecture.parts
+    ):
+        yield Fault(
+            "slice.repair: bias needs a bias on the maps that read what is removed, and the config of this "
+            f"{config.model_type} model cannot say one; choose slice.repair: local or sequential",
+            ("slice", "repair"),
+        )
+    try:
+        if counted:
+            removable(architecture, allocate)
+    except LibpruneError as error:
+        told = str(error).replace("global removes", f"{allocate.method} removes")  # which is no more
+        yield Fault(told, ("allocate", "ratio" if isinstance(error, BudgetError) else "method"))
+
+
+def _strained(allocate: Allocate) -> bool:
+    """Whether there may be a model of which this cannot be removed; its layers are taken to be at least twice as much
+    as those that are frozen and as what lies outside of them.
+    """
+    frozen = allocate.freeze_first + allocate.freeze_last
+    demand = (allocate.ratio or 0) * (2 if allocate.ratio_of == "total" else 1) * (2 if frozen else 1)
+    return demand > SAFE or frozen > 2 or any(getattr(allocate, key) != value for key, value in _USUAL.items())
+
+
+_LIMITS = ("objective", "min_groups", "min_channels", "channel_multiple", "collapse_below")
+_USUAL = {key: getattr(Allocate(), key) for key in _LIMITS}
+
+
+def removable(architecture: Architecture, params: Allocate) -> Plan:
+    """A plan that removes the share, if there were no difference between units.
+
+    How much a method can remove at all does not depend on scores, but for the layers that `hgsp` collapses.
+
+    Raises:
+        LibpruneError: if it cannot be removed.
+    """
+    alike = np.ones(sum(architecture.units(part) for _, part in architecture.blocks()))
+    changes: dict[str, Any] = {"method": "uniform", "evaluations": 0, "split": "proportional"}
+    if params.method != "uniform" and params.shape != "uniform":  # each removes no more than what may go anywhere
+        empties = 0 in (params.min_groups, params.min_channels) and not architecture.layers_stay
+        changes |= {"method": "global", "allow_layer_removal": params.allow_layer_removal or empties}
+    return allocate(architecture, {"score": alike, "importance": alike}, params.model_copy(update=changes))

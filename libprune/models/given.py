@@ -1,0 +1,70 @@
+"""What is given for a model where it lies here: refused by name if it is something else. No weight is read."""
+
+from pathlib import Path
+
+from libprune.engine.errors import SourceError
+
+_POINTER = b"version https://git-lfs"
+_GGUF = b"GGUF"
+
+
+def require_content(path: Path) -> None:
+    """Stop where a file is only the pointer to its content that Git LFS leaves in a clone without its files.
+
+    Raises:
+        SourceError: naming the file, and the command that fetches its content; or if it is none.
+    """
+    require_files(path)
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise SourceError(
+                f"{path} is not the file but its Git LFS pointer; run `git lfs pull` in its repository, or download it"
+            )
+
+
+def require_files(path: Path) -> None:
+    """Stop at what is neither file nor folder, or holds such: reading a pipe or a device may never end.
+
+    Raises:
+        SourceError: naming it.
+    """
+    for one in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if one.exists() and not one.is_file() and not one.is_dir():
+            raise SourceError(f"{one} is no file but a pipe or a device; remove it")
+
+
+def require_model(model: str, path: Path) -> None:
+    """Stop by name at what is often given for a model: adapters, other files and folders, and pointers of Git LFS.
+
+    Args:
+        model: as in `prepare.model`.
+        path: where it lies.
+    """
+    require_files(path)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise SourceError(
+            f"prepare.model = {model!r} is a LoRA adapter, not a model; merge it into its base model first: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        )
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    for file in files:
+        if file.is_file() and file.suffix in {".gguf", ".safetensors", ".json", ".model", ".bin"}:
+            require_content(file)
+    if path.is_file():
+        with path.open("rb") as content:
+            if content.read(len(_GGUF)) != _GGUF:
+                raise SourceError(
+                    f"prepare.model = {model!r} is a file, but no GGUF file; name a folder or a GGUF file"
+                )
+    elif not (path / "config.json").is_file():
+        raise SourceError(f"prepare.model = {model!r} is a folder without a config.json, so that it holds no model")
+
+
+def require_safetensors(model: str, path: Path) -> None:
+    """Stop at a folder without safetensors files; those that pickle reads may run code, and are not read."""
+    if not any(path.glob("*.safetensors")):
+        pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+        what = f" but {pickles[0]}, a pickle, which may run code when it is read" if pickles else ""
+        raise SourceError(
+            f"prepare.model = {model!r} holds no .safetensors file{what}; write it again by save_pretrained"
+        )
