@@ -10,8 +10,6 @@ faults: the size of a file, the number of open files and the memory are limited 
 The last three need root.
 """
 
-import hashlib
-import json
 import os
 import random
 import resource
@@ -20,11 +18,11 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from bench.forks import Ended, forked, made_by, project, ready, run_stage
+from bench.forks import Ended, content, forked, made_by, project, ready, run_stage
 from libprune.pipeline.atomic import remove
 
 STAGES = ("prepare", "tokenize", "gradients", "activations", "score", "allocate", "slice", "evaluate")
@@ -88,27 +86,6 @@ FAULTS: dict[str, Fault] = {
     "small disk": small_disk,
 }
 ROOT_ALONE = ("read-only", "processes", "small disk")
-TIMES = {"seconds", "peak_memory_bytes", "speed", "prefill_tokens_per_second", "decode_tokens_per_second"}
-
-
-def content(folder: Path, name: str) -> dict[str, str]:
-    """The digests of what there is of a stage's outputs, without what measures time."""
-    found = {}
-    for out in made_by(name):
-        place = folder / out
-        for path in sorted(one for one in (place.rglob("*") if place.is_dir() else [place]) if one.is_file()):
-            found[str(path.relative_to(folder))] = hashlib.sha256(_timeless(name, path)).hexdigest()
-    return found
-
-
-def _timeless(name: str, path: Path) -> bytes:
-    """The content of a file; of what evaluate measures only the perplexities."""
-    if name != "evaluate":
-        return path.read_bytes()
-    if path.suffix != ".json":
-        return b""
-    data: dict[str, Any] = json.loads(path.read_text())
-    return json.dumps([data.get(key, {}).get("perplexity") for key in ("dense", "pruned")]).encode()
 
 
 def clear(folder: Path, name: str) -> None:

@@ -1,6 +1,8 @@
 """Stages in forks of this process, which has the imports, so that hundreds of runs take minutes."""
 
+import hashlib
 import inspect
+import json
 import os
 import pkgutil
 import select
@@ -8,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -98,9 +100,34 @@ def made_by(name: str) -> list[str]:
     return [entry if isinstance(entry, str) else str(next(iter(entry))) for entry in entries]
 
 
+TIMED = ("latency", "export", "evaluate", "report")
+"""Stages whose outputs hold measured times, or figures of them."""
+
+
+def content(folder: Path, name: str) -> dict[str, str]:
+    """The digests of what there is of a stage's outputs; of what evaluate measures those of the perplexities alone."""
+    found = {}
+    for out in made_by(name):
+        place = folder / out
+        for path in sorted(one for one in (place.rglob("*") if place.is_dir() else [place]) if one.is_file()):
+            kept = path.read_bytes() if name not in TIMED else _timeless(name, path)
+            found[str(path.relative_to(folder))] = hashlib.sha256(kept).hexdigest()
+    return found
+
+
+def _timeless(name: str, path: Path) -> bytes:
+    if name != "evaluate" or path.suffix != ".json":
+        return b""
+    data = json.loads(path.read_text())
+    return json.dumps([data.get(key, {}).get("perplexity") for key in ("dense", "pruned")]).encode()
+
+
 @contextmanager
-def ready() -> Iterator[Path]:
-    """A folder for passing files, in a process that has imported all of libprune and proves models in a fork."""
+def ready(preloading: Path | None = None) -> Iterator[Path]:
+    """A folder for passing files, in a process that has imported all of libprune and proves models in a fork.
+
+    `preloading` is a `python` of `tests.support.preloaded` that there is already; without it one is started.
+    """
     torch.set_num_threads(1)
     stage.quiet()
     disable_progress_bar()
@@ -110,8 +137,8 @@ def ready() -> Iterator[Path]:
             import_module(module.name)
     own = sys.executable
     with TemporaryDirectory() as temporary:
-        python = Path(temporary) / "python"
-        with preloaded(python, os.environ | CODE):
+        python = preloading or Path(temporary) / "python"
+        with nullcontext() if preloading else preloaded(python, os.environ | CODE):
             sys.executable = str(python)
             try:
                 yield Path(temporary)

@@ -30,7 +30,7 @@ from bench.attacks import (
     change,
     scramble,
 )
-from bench.forks import forked, project, ready, run_stage
+from bench.forks import content, forked, project, ready, run_stage
 from libprune.cli.main import app
 from libprune.engine.family import FOLDER, load_family
 from libprune.pipeline.layout import Layout
@@ -131,7 +131,12 @@ def used(words: list[str]) -> None:
 
 def outcome(words: list[str], seconds: float = SECONDS) -> str:
     """Use what the words name, in a fork: `used`, `refused`, or what is wrong with how it ended."""
-    ended = forked(lambda: (limit_memory(), used(words)), seconds)
+
+    def work() -> None:
+        limit_memory()
+        used(words)
+
+    ended = forked(work, seconds)
     lines = ended.output.strip().splitlines() or ["silence"]
     if ended.late:
         return f"more than {seconds} s"
@@ -141,6 +146,10 @@ def outcome(words: list[str], seconds: float = SECONDS) -> str:
         return "an escape sequence reaches the terminal"
     if words[0] == "stage" and ended.status and not (words[-1] in lines[-1] and "dvc repro" in lines[-1]):
         return f"the file or the stage to run is not named: {lines[-1][:300]}"
+    if words[0] == "stage" and not ended.status:
+        name, folder = words[1], Path(words[2])
+        if content(folder, name) != content(folder.with_name("done"), name):
+            return f"what {name} makes of the damaged {words[-1]} is accepted"
     return "refused" if ended.status else "used"
 
 

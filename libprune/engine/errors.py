@@ -156,6 +156,8 @@ def lacking(error: BaseException) -> str | None:
             return f"{where}{os.strerror(number)}"
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{where}{os.strerror(number)}"
+        if number == errno.EIO:
+            return f"{where}{os.strerror(number)}; look after the disk"
         if number in (errno.EMFILE, errno.ENFILE):
             return f"{where}{os.strerror(number)}; raise the limit by `ulimit -n`"
         if number == errno.ENOMEM or isinstance(inner, MemoryError) or _NO_MEMORY.search(text):

@@ -172,8 +172,10 @@ def read_architecture(layout: Layout) -> Architecture:
         ArtifactError: if it is missing, or not one that this version reads.
     """
     path = require(layout.architecture, "prepare")
+    with damage(path, "prepare"):
+        content = path.read_bytes()
     try:
-        return Architecture.from_json(json.dumps(unsealed(path, json.loads(path.read_text()))))
+        return Architecture.from_json(json.dumps(unsealed(path, json.loads(content))))
     except ChangedError as error:
         raise ArtifactError(f"{error}; run `dvc repro prepare`") from error
     except (ValueError, KeyError, TypeError) as error:
