@@ -22,7 +22,7 @@ from typing import Annotated
 
 import typer
 
-from bench.forks import Ended, content, forked, made_by, project, ready, run_stage
+from bench.forks import PIPELINE, Ended, content, forked, made_by, project, ready, run_stage
 from libprune.pipeline.atomic import remove
 
 STAGES = ("prepare", "tokenize", "gradients", "activations", "score", "allocate", "slice", "evaluate")
@@ -144,7 +144,7 @@ def faults(
 def _faults(
     folder: Path, tries: int, seed: int, kinds: list[str], names: list[str]
 ) -> dict[tuple[str, str], tuple[int, int, list[str]]]:
-    project(folder)
+    project(folder, max(names, key=list(PIPELINE).index))
     whole = {name: content(folder, name) for name in names}
     found: dict[tuple[str, str], tuple[int, int, list[str]]] = {}
     for number in range(tries):

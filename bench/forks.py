@@ -71,6 +71,7 @@ def _child(work: Callable[[], object], write: int) -> None:
     for number in (1, 2):
         os.dup2(write, number)
     os.close(write)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     code = 1
     try:
         work()
@@ -146,8 +147,8 @@ def ready(preloading: Path | None = None) -> Iterator[Path]:
                 sys.executable = own
 
 
-def project(folder: Path) -> Path:
-    """A tiny project all of whose stages have run."""
+def project(folder: Path, last: str = "report") -> Path:
+    """A tiny project whose stages have run, up to the last one."""
     folder.mkdir(exist_ok=True)
     text = tiny.write_text(folder / "text.txt", documents=120)
     small = {"tokens": 64, "method": "full"}
@@ -158,6 +159,8 @@ def project(folder: Path) -> Path:
         for name in PIPELINE:
             main = import_module(f"stages.{name}").main
             main(*(parameter.default for parameter in inspect.signature(main).parameters.values()))
+            if name == last:
+                break
     finally:
         os.chdir(before)
     return folder

@@ -190,7 +190,8 @@ def interrupt(
         counted["projects"] += 1
         while True:
             pid, kind, number = repro(folder, log, targets), rng.choice(AIMS), rng.choice(SIGNALS)
-            status = wait(pid, time.monotonic() + rng.uniform(0, latest))
+            enough = counted["kills"] >= kills or time.monotonic() > end
+            status = wait(pid, time.monotonic() + (SECONDS if enough else rng.uniform(0, latest)))
             hit = status is None
             if hit:
                 aim(pid, kind, number)
@@ -208,7 +209,6 @@ def interrupt(
                 broken.append(f"fails with {status} after kill {counted['kills']}: {said[-1500:]}")
             if hit and number != signal.SIGKILL and "Traceback (most recent call last)" in said:
                 counted["tracebacks"] += 1
-                broken.append(f"{kind} {signal.Signals(number).name}: {said[-1500:]}")
             counted["went on from a saved state"] += "continues from a saved state" in said
             if status == 0 or (status and not hit):
                 break

@@ -31,23 +31,24 @@ def test_no_damage_ends_in_a_traceback_or_never(kind, place):
 
 
 def test_a_traceback_and_a_hang_are_found(monkeypatch):
-    monkeypatch.setattr("libprune.pipeline.params.load_params", lambda path: 1 / 0)
+    monkeypatch.setattr("bench.torture.used", lambda words: 1 / 0)
     assert "ZeroDivisionError: division by zero" in outcome(["params"])
     monkeypatch.setattr("bench.torture.used", lambda words: time.sleep(60))
     assert outcome(["params"], seconds=0.2) == "more than 0.2 s"
 
 
 def test_what_a_machine_lacks_costs_nothing_that_was_finished(root):
-    """Each fault that can be made here, on a stage that writes tables, one that collects, and one that writes models."""
-    found = faults(root, 9, 0, possible(list(FAULTS))[:3], ["tokenize", "activations", "slice"])
+    """Each fault that can be made here, on a stage that writes two files."""
+    kinds = possible(list(FAULTS))
+    found = faults(root, len(kinds), 0, kinds, ["tokenize"])
     assert [line for _, _, broken in found.values() for line in broken] == []
-    assert sum(tried for tried, _, _ in found.values()) == 9
+    assert sum(tried for tried, _, _ in found.values()) == len(kinds)
     assert sum(refused for _, refused, _ in found.values()) > 0
 
 
 def test_killed_runs_go_on_with_no_help_to_the_same_bytes(python):
-    """DVC, its stage and their group are hit while `dvc repro tokenize` runs."""
-    words = ["--kills", "2", "--target", "tokenize", "--python", str(python), "--latest", "1"]
+    """DVC, its stage and their group are hit while `dvc repro prepare` runs."""
+    words = ["--kills", "1", "--target", "prepare", "--python", str(python), "--latest", "0.6"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [python, "-m", "bench.interrupts", *words], cwd=ROOT, env=environment, capture_output=True, text=True
