@@ -253,7 +253,7 @@ def attack_folder(place: Path, rng: random.Random) -> list[str]:
         record.write_text(json.dumps(data))
     for _ in range(rng.randint(1, 2)):
         path = rng.choice([record, folder / "config.json", *sorted(one for one in folder.iterdir() if one.is_file())])
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             damage_file(path, rng)
     if rng.random() < 0.2:
         odd_file(folder / rng.choice(["more.json", "\x1b[31m.safetensors", "a.safetensors", "README.md"]), rng)

@@ -101,7 +101,7 @@ def made_by(name: str) -> list[str]:
     return [entry if isinstance(entry, str) else str(next(iter(entry))) for entry in entries]
 
 
-TIMED = ("latency", "export", "evaluate", "report")
+TIMED = ("latency", "recover", "export", "evaluate", "report")
 """Stages whose outputs hold measured times, or figures of them."""
 
 

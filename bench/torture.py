@@ -2,9 +2,10 @@
 
     python -m bench.torture --tries 1000 --seed 0
 
-Held is an input that is used as it is, or refused by one line; not held is a traceback, or more than 20 seconds. The
-kinds: params files, family files and comparison files (bytes and values), configs of models (values), headers of
-safetensors files (bytes), as models, as models with masks and as files of masks, and the records of folders for check.
+Held is an input that is used as it is, or refused by one line; not held is a traceback, more than 20 seconds, or an
+artifact of which a stage makes something else than of the whole one. Each is used in a fork. The kinds: params files,
+family files and comparison files (bytes and values), configs of models (values), headers of safetensors files (bytes),
+as models, as models with masks and as files of masks; GGUF files, texts, artifacts, and pruned folders for check.
 """
 
 import json
@@ -111,15 +112,15 @@ ATTACKS: dict[str, Attack] = {
 def used(words: list[str]) -> None:
     """Use what the words name; in the end it was used, or an error is raised."""
     from libprune.experiments.file import read_comparison
-    from libprune.models.source import load_dense
     from libprune.pipeline.sections import Prepare, Tokenize
+    from libprune.statistics.dense import prepare_layout
     from libprune.texts.tokenize import tokenize_layout
 
     small = {"calibration_sequences": 4, "calibration_length": 16, "evaluation_windows": 2, "evaluation_length": 16}
     kinds: dict[str, Callable[..., object]] = {
         "comparison": lambda path, params: read_comparison(Path(path), Path(params)),
         "family": lambda path: load_family(Path(path)),
-        "dense": lambda path: load_dense(Prepare(model=path)),
+        "dense": lambda path: prepare_layout(Layout(Path(path).with_name("prepared")), Prepare(model=path)),
         "text": lambda artifacts, path: tokenize_layout(
             Layout(Path(artifacts)), Tokenize.model_validate({"text": path, **small}), "cpu", "float32"
         ),
