@@ -30,8 +30,10 @@ demo-lenet: $(SETUP) ## train and prune LeNet by every criterion
 test: $(SETUP) lint ## lint, type check and test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-torture: $(SETUP) ## damage all that users give, in thousands of ways, for some minutes
+torture: $(SETUP) ## damage what users give, take what a machine may lack, and kill runs, for half an hour
 	$(BIN)/python -m bench.torture --tries 1000
+	$(BIN)/python -m bench.faults --tries 480
+	$(BIN)/python -m bench.interrupts --kills 200
 
 lint: $(SETUP) ## lint and type check
 	$(BIN)/ruff check .

@@ -2,90 +2,43 @@
 
     python -m bench.torture --tries 1000 --seed 0
 
-Held is an input that is used as it is, or refused by one line; not held is a traceback, or more than 20 seconds. The
-kinds: params files, family files and comparison files (bytes and values), configs of models (values), headers of
-safetensors files (bytes), as models, as models with masks and as files of masks, and the records of folders for check.
+Held is an input that is used as it is, or refused by one line; not held is a traceback, more than 20 seconds, or an
+artifact of which a stage makes something else than of the whole one. Each is used in a fork. The kinds: params files,
+family files and comparison files (bytes and values), configs of models (values), headers of safetensors files (bytes),
+as models, as models with masks and as files of masks; GGUF files, texts, artifacts, and pruned folders for check.
 """
 
-import copy
 import json
 import random
+import resource
 import shutil
-import signal
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 import yaml
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
+from bench.attacks import (
+    Attack,
+    attack_artifact,
+    attack_folder,
+    attack_gguf,
+    attack_text,
+    change,
+    scramble,
+)
+from bench.forks import content, forked, project, ready, run_stage
 from libprune.cli.main import app
-from libprune.engine.errors import LibpruneError
 from libprune.engine.family import FOLDER, load_family
-from libprune.pipeline import stage
-from tests.support import tiny
+from libprune.pipeline.layout import Layout
+from libprune.pipeline.stage import user_errors
 
-SECONDS = 20
-VALUES = [
-    None,
-    True,
-    -1,
-    0,
-    1,
-    3,
-    10**9,
-    10**24,
-    1.5,
-    float("nan"),
-    "",
-    "x",
-    "\x1b[31m",
-    [],
-    [1],
-    {},
-    {"a": 1},
-    "9" * 50,
-]
-"""What a value is replaced by."""
-Attack = Callable[[Path, random.Random], list[str]]
-
-
-def change(data: Any, rng: random.Random) -> Any:
-    """Structured data with one value, somewhere, replaced, removed, or put under another key."""
-    data = copy.deepcopy(data)
-    place = data
-    while isinstance(place, dict | list) and place:
-        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        inner = place[key]
-        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.3:
-            if rng.random() < 0.2:
-                place.pop(key)
-            else:
-                place[key] = rng.choice(VALUES)
-            break
-        place = inner
-    return data
-
-
-def scramble(content: bytes, rng: random.Random, end: int) -> bytes:
-    """Bytes of which some before `end` are others, gone, or twice there."""
-    changed = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(min(end, len(changed)))
-        match rng.randrange(3):
-            case 0:
-                changed[at] = rng.randrange(256)
-            case 1:
-                del changed[at : at + rng.randint(1, 9)]
-            case _:
-                changed[at:at] = changed[at : at + rng.randint(1, 99)] * rng.randint(1, 3)
-    return bytes(changed)
+SECONDS, MEMORY = 20, 6 << 30
+"""What a use may take, and the bytes that it may take beside those that this process has."""
 
 
 def yaml_of(source: Path, target: Path, rng: random.Random) -> None:
@@ -142,19 +95,6 @@ def attack_masks(place: Path, rng: random.Random) -> list[str]:
     return ["masks", "inspect", str(place / "model"), "--masks", str(path)]
 
 
-def attack_folder(place: Path, rng: random.Random) -> list[str]:
-    """A damaged record of a pruned folder."""
-    path = damaged_model(place) / "libprune.json"
-    record: dict[str, Any] = {
-        "plan": {"shape": "uniform", "model": "a" * 16},
-        "slice": {"repair": "none"},
-        "recovery": None,
-    }
-    record["files"] = {"config.json": {"bytes": 1, "sha256": "0" * 64}}
-    path.write_text(json.dumps(change(record, rng)))
-    return ["check", str(place / "bad")]
-
-
 ATTACKS: dict[str, Attack] = {
     "params": attack_params,
     "comparison": attack_comparison,
@@ -162,69 +102,82 @@ ATTACKS: dict[str, Attack] = {
     "config": attack_config,
     "weights": attack_weights,
     "masks": attack_masks,
+    "gguf": attack_gguf,
+    "text": attack_text,
+    "artifact": attack_artifact,
     "folder": attack_folder,
 }
 
 
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    """Raise a TimeoutError inside the context when the time is over."""
-
-    def over(*_: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def outcome(words: list[str]) -> str:
-    """Run a command: `used`, `refused`, or what is wrong with how it ended."""
+def used(words: list[str]) -> None:
+    """Use what the words name; in the end it was used, or an error is raised."""
     from libprune.experiments.file import read_comparison
-    from libprune.models.source import load_dense
-    from libprune.pipeline.sections import Prepare
+    from libprune.pipeline.sections import Prepare, Tokenize
+    from libprune.statistics.dense import prepare_layout
+    from libprune.texts.tokenize import tokenize_layout
 
-    kinds: dict[str, Callable[[], object]] = {
-        "comparison": lambda: read_comparison(Path(words[1]), Path(words[2])),
-        "family": lambda: load_family(Path(words[1])),
-        "dense": lambda: load_dense(Prepare(model=words[1])),
+    small = {"calibration_sequences": 4, "calibration_length": 16, "evaluation_windows": 2, "evaluation_length": 16}
+    kinds: dict[str, Callable[..., object]] = {
+        "comparison": lambda path, params: read_comparison(Path(path), Path(params)),
+        "family": lambda path: load_family(Path(path)),
+        "dense": lambda path: prepare_layout(Layout(Path(path).with_name("prepared")), Prepare(model=path)),
+        "text": lambda artifacts, path: tokenize_layout(
+            Layout(Path(artifacts)), Tokenize.model_validate({"text": path, **small}), "cpu", "float32"
+        ),
+        "stage": lambda name, folder, artifact: run_stage(name, Path(folder)),
     }
-    try:
-        with at_most(SECONDS):
-            if words[0] in kinds:
-                kinds[words[0]]()
-                return "used"
-            done = CliRunner().invoke(app, words)
-    except LibpruneError:
-        return "refused"
-    except (Exception, RecursionError) as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        return f"{type(done.exception).__name__}: {str(done.exception)[:200]}"
-    if "\x1b" in done.output:
+    with user_errors():
+        kinds[words[0]](*words[1:]) if words[0] in kinds else app(words)
+
+
+def outcome(words: list[str], seconds: float = SECONDS) -> str:
+    """Use what the words name, in a fork: `used`, `refused`, or what is wrong with how it ended."""
+
+    def work() -> None:
+        limit_memory()
+        used(words)
+
+    ended = forked(work, seconds)
+    lines = ended.output.strip().splitlines() or ["silence"]
+    if ended.late:
+        return f"more than {seconds} s"
+    if ended.status not in {0, 1, 2} or "Traceback (most recent call last)" in ended.output:
+        return f"status {ended.status}: {lines[-1][:300]}"
+    if "\x1b" in ended.output:
         return "an escape sequence reaches the terminal"
-    return "refused" if done.exit_code else "used"
+    if words[0] == "stage" and ended.status and not (words[-1] in lines[-1] and "dvc repro" in lines[-1]):
+        return f"the file or the stage to run is not named: {lines[-1][:300]}"
+    if words[0] == "stage" and not ended.status:
+        name, folder = words[1], Path(words[2])
+        if content(folder, name) != content(folder.with_name("done"), name):
+            return f"what {name} makes of the damaged {words[-1]} is accepted"
+    return "refused" if ended.status else "used"
+
+
+def limit_memory() -> None:
+    """Let this process take some GB more than it has, so that a file without an end does not fill the machine."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
 
 
 def torture(kind: str, tries: int, seed: int, place: Path) -> tuple[int, list[str]]:
-    """Attack by one kind; how many were tried, and how those ended that did not hold."""
-    broken = []
+    """Attack by one kind; how many were refused, and how those ended that did not hold."""
+    refused, broken = 0, []
     for number in range(tries):
         words = ATTACKS[kind](place, random.Random(f"{kind} {seed} {number}"))
         end = outcome(words)
+        refused += end == "refused"
         if end not in {"used", "refused"}:
-            broken.append(f"{kind} --seed {seed}, try {number}: {end}")
-    return tries, broken
+            broken.append(f"{kind} --seed {seed}, try {number}: {' '.join(words)}: {end}")
+    return refused, broken
 
 
-def project(place: Path) -> Path:
-    """A tiny model and params for it."""
-    tiny.write_params(place / "params.yaml", str(tiny.write_model(place / "model")), "text.txt")
-    return place
+def place_in(folder: Path) -> Path:
+    """A tiny model, a text, params for both, and a project all of whose stages have run."""
+    done = project(folder / "done")
+    for name in ("model", "text.txt", "params.yaml"):
+        (folder / name).symlink_to(done / name)
+    return folder
 
 
 def main(
@@ -233,14 +186,17 @@ def main(
     kind: Annotated[list[str] | None, typer.Option(help="Kinds; none: all.")] = None,
 ) -> None:
     """Attack, and print a table of what held."""
-    stage.quiet()
     failed = False
-    with tempfile.TemporaryDirectory() as temporary:
-        place = project(Path(temporary))
+    with ready() as temporary:
+        place = place_in(temporary)
         for name in kind or ATTACKS:
             start = time.perf_counter()
-            tried, broken = torture(name, tries, seed, place)
-            print(f"| {name} | {tried:,} | {tried - len(broken):,} | {time.perf_counter() - start:.0f} s |", flush=True)
+            refused, broken = torture(name, tries, seed, place)
+            seconds = time.perf_counter() - start
+            print(
+                f"| {name} | {tries:,} | {tries - len(broken):,} | {refused:,} | {seconds:.0f} s |",
+                flush=True,
+            )
             print(*broken[:20], sep="\n", end="\n" if broken else "", flush=True)
             failed = failed or bool(broken)
     raise SystemExit(int(failed))

@@ -1,5 +1,6 @@
 """The `libprune` command."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,15 @@ def _say_version(asked: bool) -> None:
 def main(
     version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    """Structured pruning of language models: `prune` does all at once, `new` makes a project for `dvc repro`."""
+    """Structured pruning of language models: `prune` does all at once, `new` makes a project for `dvc repro`.
+
+    What a kill of DVC has left unreadable in a project is mended first.
+    """
+    from libprune.pipeline.locks import mend
+
+    with suppress(OSError):
+        for path in mend(Path()):
+            typer.echo(f"{path}: unreadable since a kill, mended", err=True)
 
 
 app.command()(projects.prune)
@@ -119,16 +128,10 @@ What = Annotated[list[str] | None, typer.Argument(help="Any of leftovers, work, 
 
 @app.command()
 def clean(what: What = None) -> None:
-    """Say how much of what is no longer needed lies here and in the caches, and remove what is named.
-
-    DVC's lock file is mended, too, if a kill has left it unreadable.
-    """
+    """Say how much of what is no longer needed lies here and in the caches, and remove what is named."""
     from libprune.cli.cleaning import clean as lines_of
-    from libprune.pipeline.locks import mend_lock
 
     with stage.user_errors():
-        for path in mend_lock(Path()):
-            typer.echo(f"{path}: unreadable since a kill, removed")
         for line in lines_of(Path(), what or []):
             typer.echo(line)
 

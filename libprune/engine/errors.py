@@ -85,7 +85,7 @@ _LONGEST = 400
 """Characters of a message of another library that are shown."""
 _PACKAGES = ("sentencepiece", "protobuf", "tiktoken", "blobfile")
 """Packages that transformers asks for by their names."""
-_ERRNO = re.compile(r"(?:os error |\[Errno )(\d+)")
+_ERRNO = re.compile(r"(?:os error |\[Errno |(\w[\w ]+) \()(\d{1,3})\b")
 _NO_MEMORY = re.compile(r"(?:can't|cannot|unable to) allocate|out of memory|bad_alloc|std::length_error", re.IGNORECASE)
 _NO_THREADS = re.compile(r"can't start new thread|Resource temporarily unavailable|pthread_create", re.IGNORECASE)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -148,14 +148,16 @@ def lacking(error: BaseException) -> str | None:
     """What the machine lacks, if that is what an error comes from: space, permission, memory or threads; else None."""
     for inner in reversed(_chain(error)):
         text, number = " ".join(str(inner).split()), getattr(inner, "errno", None)
-        found = _ERRNO.search(text)
-        number = number or (int(found[1]) if found else None)
+        numbers = (int(code) for said, code in _ERRNO.findall(text) if said in {"", os.strerror(int(code))})
+        number = number or next(numbers, None)
         named = getattr(inner, "filename", None)
         where = f"{named}: " if named is not None and not isinstance(named, int) else ""
         if number in _NO_SPACE:
             return f"{where}{os.strerror(number)}"
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{where}{os.strerror(number)}"
+        if number == errno.EIO:
+            return f"{where}{os.strerror(number)}; look after the disk"
         if number in (errno.EMFILE, errno.ENFILE):
             return f"{where}{os.strerror(number)}; raise the limit by `ulimit -n`"
         if number == errno.ENOMEM or isinstance(inner, MemoryError) or _NO_MEMORY.search(text):

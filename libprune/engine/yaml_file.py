@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import yaml
 
-from libprune.engine.errors import ParamsError
+from libprune.engine.errors import MeansError, ParamsError, lacking
 
 Place = tuple[int | str, ...]
 """The keys and the positions in lists that lead to a value."""
@@ -104,7 +104,8 @@ def read_lines(path: Path) -> tuple[dict[str, Any], Lines]:
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from error
     except OSError as error:
-        raise ParamsError(f"{path} cannot be read: {error.strerror}") from error
+        kind = ParamsError if lacking(error) is None else MeansError
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:
         line = loader.get_mark().line + 1 if loader is not None else 1
         raise ParamsError(f"{path} is not valid YAML: what begins in or before line {line} nests too deep") from error

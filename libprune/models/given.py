@@ -12,13 +12,25 @@ def require_content(path: Path) -> None:
     """Stop where a file is only the pointer to its content that Git LFS leaves in a clone without its files.
 
     Raises:
-        SourceError: naming the file, and the command that fetches its content.
+        SourceError: naming the file, and the command that fetches its content; or if it is none.
     """
+    require_files(path)
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise SourceError(
                 f"{path} is not the file but its Git LFS pointer; run `git lfs pull` in its repository, or download it"
             )
+
+
+def require_files(path: Path) -> None:
+    """Stop at what is neither file nor folder, or holds such: reading a pipe or a device may never end.
+
+    Raises:
+        SourceError: naming it.
+    """
+    for one in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if one.exists() and not one.is_file() and not one.is_dir():
+            raise SourceError(f"{one} is no file but a pipe or a device; remove it")
 
 
 def require_model(model: str, path: Path) -> None:
@@ -28,6 +40,7 @@ def require_model(model: str, path: Path) -> None:
         model: as in `prepare.model`.
         path: where it lies.
     """
+    require_files(path)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise SourceError(
             f"prepare.model = {model!r} is a LoRA adapter, not a model; merge it into its base model first: "

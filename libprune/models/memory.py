@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.errors import LibpruneError
+from libprune.engine.errors import MeansError
 from libprune.pipeline.terminal import gigabytes
 
 
@@ -60,7 +60,7 @@ def require_room(needs: Mapping[Path, int], what: str, advice: str) -> None:
         advice: how to need less, for the message.
 
     Raises:
-        LibpruneError: naming the disk, the bytes that are needed and those that are free.
+        MeansError: naming the disk, the bytes that are needed and those that are free.
     """
     disks: dict[int, tuple[Path, int]] = {}
     for folder, size in needs.items():
@@ -70,7 +70,7 @@ def require_room(needs: Mapping[Path, int], what: str, advice: str) -> None:
     for place, size in disks.values():
         free = shutil.disk_usage(place).free
         if size > free:
-            raise LibpruneError(
+            raise MeansError(
                 f"{what} needs {gigabytes(size)} below {place.resolve()}, where {gigabytes(free)} are free; {advice}"
             )
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.engine.errors import ArtifactError, LibpruneError, MeansError, cause, lacking
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, check_rows, column, split_blocks, unit_index
 from libprune.pipeline.atomic import write_json, writing
@@ -39,7 +39,10 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
 
 @contextmanager
 def damage(path: Path, stage: str) -> Iterator[None]:
-    """Turn the errors of a file that cannot be decoded into an ArtifactError that says what to do."""
+    """Turn the errors of a file that cannot be decoded into an ArtifactError that says what to do.
+
+    Where the machine lacks the means to read it, such as memory, it is a MeansError.
+    """
     try:
         yield
     except ChangedError as error:
@@ -47,6 +50,8 @@ def damage(path: Path, stage: str) -> Iterator[None]:
     except LibpruneError:
         raise
     except Exception as error:  # pyarrow, safetensors and json each raise several types of their own
+        if (lacks := lacking(error)) is not None:
+            raise MeansError(f"{path} cannot be read: {lacks}") from error
         raise ArtifactError(
             f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())}); "
             f"delete it and run `dvc repro {stage}`"
@@ -54,13 +59,15 @@ def damage(path: Path, stage: str) -> Iterator[None]:
 
 
 def require(path: Path, stage: str) -> Path:
-    """The path, if it exists.
+    """The path, if it is that of a file or a folder.
 
     Raises:
-        ArtifactError: if it does not; the message names the stage that makes it.
+        ArtifactError: if it is not; the message names the stage that makes it.
     """
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; run `dvc repro {stage}` first")
+    if not path.is_file() and not path.is_dir():  # reading from a pipe or a device may never end
+        raise ArtifactError(f"{path} is no file; delete it and run `dvc repro {stage}`")
     return path
 
 
@@ -165,13 +172,15 @@ def read_architecture(layout: Layout) -> Architecture:
         ArtifactError: if it is missing, or not one that this version reads.
     """
     path = require(layout.architecture, "prepare")
+    with damage(path, "prepare"):
+        content = path.read_bytes()
     try:
-        return Architecture.from_json(json.dumps(unsealed(path, json.loads(path.read_text()))))
+        return Architecture.from_json(json.dumps(unsealed(path, json.loads(content))))
     except ChangedError as error:
         raise ArtifactError(f"{error}; run `dvc repro prepare`") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"{path} is no description that this version of libprune reads ({error!r}); run the prepare stage again"
+            f"{path} is no description that this version of libprune reads ({cause(error)}); run `dvc repro prepare`"
         ) from error
 
 

@@ -43,6 +43,7 @@ def _partial(target: Path, partial: Path) -> Iterator[None]:
         if not runs(int(left.name.split(".")[-2])):  # a process that was killed cannot clear up
             remove(left)
     remove(partial)
+    spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(_SPARE)]
     try:
         yield
         _let_others_read(partial)
@@ -50,7 +51,13 @@ def _partial(target: Path, partial: Path) -> Iterator[None]:
             remove(target)
         partial.replace(target)
     finally:
+        for number in spare:
+            os.close(number)
         remove(partial)
+
+
+_SPARE = 3
+"""Files that are held open while something is written: where no more can be opened, a folder cannot be removed."""
 
 
 def _free(target: Path) -> str:

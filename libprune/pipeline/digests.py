@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.pipeline.atomic import write_json
 
 SEAL = "sha256"
@@ -75,8 +75,9 @@ def text_digest(content: Any) -> str:
 def sha256(path: Path) -> str:
     """The SHA-256 digest of one file, in hexadecimal."""
     digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
+    with naming(f"{path} cannot be read", ArtifactError):
+        for chunk in _chunks(path):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

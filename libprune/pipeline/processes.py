@@ -1,12 +1,12 @@
 """Whether a process still runs, and the end of processes whose parent has ended: stages of DVC, and those of stages."""
 
+import _thread
 import json
 import os
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,14 @@ def runs(pid: int) -> bool:
         return _runs(psutil.Process(pid))
     except psutil.NoSuchProcess:
         return False
+
+
+def in_background(work: Callable[[], object]) -> None:
+    """Run a function in a thread that ends with this process.
+
+    `threading.Thread.start` waits for the thread to begin, and so for ever for one that finds no memory to do so.
+    """
+    _thread.start_new_thread(work, ())
 
 
 def run_bound(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -69,7 +77,7 @@ def end_with_dvc() -> None:
         return
     if _adopts(dvc):
         os.kill(os.getpid(), signal.SIGKILL)
-    threading.Thread(target=_end_with, args=(dvc,), daemon=True).start()
+    in_background(lambda: _end_with(dvc))
 
 
 def _adopts(process: psutil.Process) -> bool:

@@ -18,6 +18,7 @@ import typer
 from tqdm import tqdm
 
 from libprune.engine.errors import printable
+from libprune.pipeline.processes import in_background
 
 Rows = list[tuple[str, ...]]
 """Rows of a table; each cell is a text."""
@@ -203,14 +204,18 @@ def ticking(name: str) -> Iterator[None]:
     Args:
         name: what the line begins with.
     """
-    end = threading.Event()
-    thread = threading.Thread(target=_tick, args=(name, end, sys.stderr.isatty()), daemon=True)
-    thread.start()
+    end, ended = threading.Event(), threading.Event()
+
+    def tick() -> None:
+        _tick(name, end, sys.stderr.isatty())
+        ended.set()
+
+    in_background(tick)
     try:
         yield
     finally:
         end.set()
-        thread.join()
+        ended.wait(_TICK_SECONDS)  # no longer: it may have found no memory to begin
         _clear()
 
 

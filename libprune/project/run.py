@@ -14,7 +14,7 @@ from libprune.engine.errors import ProjectError
 from libprune.pipeline.artifacts import read_json
 from libprune.pipeline.atomic import writing, writing_folder
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.locks import mend_lock, running
+from libprune.pipeline.locks import mend, running
 from libprune.project.commands import dvc, environment
 from libprune.project.create import create_project, update_project
 from libprune.project.dvc_output import quiet_dvc
@@ -48,7 +48,7 @@ def set_up(changes: Mapping[str, Any]) -> Path:
         return project
     if others := running(project):
         raise ProjectError(f"{project} is in use by process {others[0]}; wait until it has ended")
-    mend_lock(project)
+    mend(project)
     with writing(project / "params.yaml") as partial:
         partial.write_text(text)
     update_project(project)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from libprune.pipeline.artifacts import read_json, read_table, same_origin
+from libprune.pipeline.artifacts import damage, read_json, read_table, same_origin
 from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
 from libprune.report.gallery import cut_gallery, gradient_gallery, recovery_gallery, sensitivity_gallery, write_gallery
@@ -55,10 +55,11 @@ def publish_report(
 def _exported(layout: Layout, plan: Mapping[str, Any], tokens: str) -> dict[str, Any]:
     """The files for other programs and what is to be known of them; none if nothing was exported."""
     outcome = read_json(layout.export, "export")
-    if outcome["files"]:
-        same_origin(layout.export, outcome["plan"], plan)
-        same_origin(layout.export, outcome, {"tokens": tokens})
-    return {"exported": outcome["files"], "export_notes": outcome.get("notes", [])}
+    with damage(layout.export, "export"):
+        if outcome["files"]:
+            same_origin(layout.export, outcome["plan"], plan)
+            same_origin(layout.export, outcome, {"tokens": tokens})
+        return {"exported": outcome["files"], "export_notes": outcome.get("notes", [])}
 
 
 def _sensitivity(layout: Layout, origin: Mapping[str, str]) -> list[Picture]:

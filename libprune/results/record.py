@@ -18,10 +18,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe, without_weights
-from libprune.engine.errors import ArtifactError, LibpruneError
+from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.models.dialect import OPEN, OWN_TYPE, STOP
+from libprune.models.given import require_files
 from libprune.models.origin import CARD
 from libprune.pipeline.artifacts import read_json, read_table, require, same_origin
 from libprune.pipeline.digests import KnownDigests, sealed, sha256
@@ -63,10 +64,8 @@ class Record:
             ArtifactError: if it is missing or damaged.
         """
         path = self.folder / "config.json"
-        try:
+        with naming(f"{path} cannot be read", ArtifactError):
             config: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} cannot be read: {error}") from error
         return config
 
     @property
@@ -199,6 +198,7 @@ def read_record(folder: Path) -> Record:
         raise ArtifactError(f"{folder} holds no model: recover.method is none; the pruned model lies in {pruned}")
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist: this is no folder that the slice stage has written")
+    require_files(folder)
     provenance = read_provenance(folder)
     try:
         known = _Provenance.model_validate(provenance, strict=True)

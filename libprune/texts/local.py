@@ -149,6 +149,13 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _kind(path: Path) -> str:
+    """The kind of a text file, by its ending.
+
+    Raises:
+        SourceError: if the ending is not known, or the path is that of something else than a file.
+    """
+    if not path.is_file():
+        raise SourceError(f"{path} is no file, or a link to nothing; remove it")
     ending = _ending(path)
     packed = path.suffix.lower() in _OPENERS
     if ending not in _ENDINGS or (packed and _ENDINGS[ending] == _PARQUET):

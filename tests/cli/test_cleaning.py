@@ -65,7 +65,7 @@ def test_a_lock_that_a_kill_left_empty_is_mended(project):
     (project / ".dvc/tmp").mkdir(parents=True)
     (project / ".dvc/tmp/rwlock").write_text("")
     done = CliRunner().invoke(app, ["clean"])
-    assert done.output.splitlines()[0] == ".dvc/tmp/rwlock: unreadable since a kill, removed"
+    assert done.output.splitlines()[0] == ".dvc/tmp/rwlock: unreadable since a kill, mended"
     assert not (project / ".dvc/tmp/rwlock").exists()
 
 

@@ -108,6 +108,7 @@ def test_a_panic_of_rust_is_an_error_too():
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "not enough memory (Def"),
         (RuntimeError("can't start new thread"), "no more threads or processes can be started"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files; raise the limit by `ulimit -n`"),
+        (RuntimeError("no file <a> opened: Too many open files (24)"), "Too many open files; raise the limit"),
     ],
 )  # fmt: skip
 def test_what_the_machine_lacks_is_told_apart(error, lacks):
@@ -119,7 +120,13 @@ def test_what_the_machine_lacks_is_told_apart(error, lacks):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("no number"), FileNotFoundError(errno.ENOENT, "gone", "/a"), KeyError("x")]
+    "error",
+    [
+        ValueError("no number"),
+        FileNotFoundError(errno.ENOENT, "gone", "/a"),
+        KeyError("x"),
+        ValueError("a tensor of the size (12)"),
+    ],
 )
 def test_other_errors_are_not_for_want_of_means(error):
     assert lacking(error) is None

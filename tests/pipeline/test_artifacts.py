@@ -220,7 +220,7 @@ def test_json_that_was_cut_off_is_damaged(tmp_path, text):
 @pytest.mark.parametrize("text", ["", "[]", '{"family": "llama"}', '{"family": "llama", "parts": 3}'])
 def test_a_description_that_cannot_be_read_is_named_with_the_stage_to_run(tmp_path, text):
     (tmp_path / "architecture.json").write_text(text)
-    with pytest.raises(ArtifactError, match=r"architecture\.json is no description .*; run the prepare stage again"):
+    with pytest.raises(ArtifactError, match=r"architecture\.json is no description .*; run `dvc repro prepare`"):
         read_architecture(Layout(tmp_path))
 
 

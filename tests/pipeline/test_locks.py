@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from libprune.pipeline.locks import clear_up, leftovers, running
+from libprune.cli.main import app
+from libprune.pipeline.locks import clear_up, leftovers, mend, running
 from libprune.pipeline.processes import runs
 from tests.support.closure import ROOT
 
@@ -23,6 +25,9 @@ watch_dvc()
 print("began", os.getpid(), flush=True)
 time.sleep(float(sys.argv[1]))
 """
+
+
+RECORD = "schema: '2.0'\nstages:\n  one:\n    cmd: python one.py\n"
 
 
 def dvc(project: Path, *words: str) -> list[str]:
@@ -61,12 +66,17 @@ def test_a_lock_file_that_dvc_left_empty_is_gone_when_the_next_run_begins(projec
         while not list(project.glob(".dvc/tmp/libprune-*.lock")):
             time.sleep(0.02)
         assert clear_up(project) == []
+        (project / "dvc.lock").write_text(RECORD)
+        while not (project / ".dvc/tmp/libprune/dvc.lock").exists():
+            time.sleep(0.02)
         lock.write_text("")
+        (project / "dvc.lock").write_text("")
         assert clear_up(project) == [], "a run that goes on keeps what it has"
         run.kill()
     deadline = time.monotonic() + 20
     while (lock.exists() or list(project.glob(".dvc/tmp/libprune-*.lock"))) and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert (project / "dvc.lock").read_text() == RECORD
     (project / "dvc.yaml").write_text(f"stages:\n  one:\n    cmd: {sys.executable} stage.py 0\n")
     done = subprocess.run(dvc(project, "repro"), cwd=project, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -125,3 +135,27 @@ def test_a_command_of_dvc_counts_and_its_daemon_and_the_fork_that_waits_for_it_d
         process.stdout.readline()
         assert running(tmp_path) == ([process.pid] if called == "repro" else [])
         process.communicate(b"\n")
+
+
+@pytest.mark.parametrize("cut", ["", "schema: '2.0'\nstages:\n  one", "stages: {}\n", "schema: [\n"])
+@pytest.mark.parametrize("kept", [RECORD, None, "schema"])
+def test_a_record_that_a_kill_has_cut_off_is_what_it_was_or_is_removed(tmp_path, cut, kept):
+    record, copy = tmp_path / "dvc.lock", tmp_path / ".dvc/tmp/libprune/dvc.lock"
+    copy.parent.mkdir(parents=True)
+    if kept is not None:
+        copy.write_text(kept)
+    record.write_text(cut)
+    assert mend(tmp_path) == [record]
+    assert (record.read_text() if record.exists() else None) == (RECORD if kept == RECORD else None)
+    assert mend(tmp_path) == []
+
+
+def test_any_command_mends_what_a_kill_before_the_first_stage_has_left(tmp_path, monkeypatch):
+    """No watcher was started then."""
+    lock = tmp_path / ".dvc/tmp/rwlock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["params"])
+    assert ".dvc/tmp/rwlock: unreadable since a kill, mended" in done.output
+    assert not lock.exists()
