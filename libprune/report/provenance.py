@@ -59,9 +59,11 @@ def gather_provenance(layout: Layout, origin: Mapping[str, str], project: Path) 
     same_origin(layout.calibration_tokens, tokens, origin)
     drawn = {name: tokens[name] for name in ("sequences", "length", "seed")}
     commit, changed = project_state(project)
-    text = _text(tokens)
-    name = read_json(layout.origin, "prepare")["name"]
-    return Provenance(name, weights["source"], architecture.family, text, **drawn, commit=commit, changed=changed)
+    text, named = _text(tokens), read_json(layout.origin, "prepare")
+    same_origin(layout.origin, named, model)
+    return Provenance(
+        named["name"], weights["source"], architecture.family, text, **drawn, commit=commit, changed=changed
+    )
 
 
 def _text(tokens: Mapping[str, Any]) -> str:

@@ -114,4 +114,4 @@ def test_no_format_is_no_work(layout, tmp_path):
     params = write_params(tmp_path / "params.yaml", "model", "text")
     stage.main(params, layout.root, tmp_path / "metrics")
     assert json.loads(layout.export.read_text()) == {"files": []}
-    assert list(layout.exported.iterdir()) == []
+    assert [path.name for path in layout.exported.iterdir()] == ["nothing.json"]

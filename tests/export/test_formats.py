@@ -3,7 +3,7 @@
 import pytest
 
 from libprune.engine.errors import ExportError
-from libprune.export import graphs
+from libprune.export import packages
 from libprune.export.formats import EXACT, ROUNDED, GgufFile, GraphFolder, asked_for
 from libprune.export.llama_cpp import LlamaCpp
 from libprune.pipeline.sections import Export
@@ -19,7 +19,7 @@ def test_formats_are_those_asked_for_each_once():
 
 
 def test_a_package_that_a_format_needs_is_asked_for_before_anything_is_written(monkeypatch):
-    monkeypatch.setattr(graphs, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"pip install 'libprune\[onnx\]'"):
         asked_for(Export(formats=("gguf", "onnx")))
 

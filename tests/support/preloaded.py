@@ -47,6 +47,7 @@ with socket.socket(socket.AF_UNIX) as connection:
 
 SERVER = """
 import atexit, gc, json, os, runpy, select, signal, socket, sys, threading
+from contextlib import suppress
 import datasets, torch, transformers.models.llama.modeling_llama
 sys.path[:] = [path for path in sys.path if path and path != sys.argv[1]]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
@@ -56,24 +57,37 @@ listening.bind(sys.argv[2])
 listening.listen()
 gc.freeze()  # so that forks do not copy what they only look through for garbage
 print("ready", flush=True)
-signal.signal(signal.SIGCHLD, lambda *_: os.waitpid(-1, os.WNOHANG))  # and so their CPU time is counted
+asking = {}  # the connections that wait for the end of a program
+woken, wake = os.pipe()
+os.set_blocking(wake, False)
+signal.signal(signal.SIGCHLD, lambda *_: None)
+signal.set_wakeup_fd(wake)
 while True:
-    if sys.stdin in select.select([listening, sys.stdin], [], [])[0]:
+    ready = select.select([listening, sys.stdin, woken], [], [])[0]
+    if sys.stdin in ready:
         sys.exit()
-    connection = listening.accept()[0]
-    if not os.fork():
-        break
-    connection.close()
+    if woken in ready:
+        os.read(woken, 4096)
+        while asking and (ended := os.waitpid(-1, os.WNOHANG))[0]:  # and so their CPU time is counted
+            with asking.pop(ended[0]) as connection, suppress(OSError):
+                connection.sendall(b"%d" % (os.waitstatus_to_exitcode(ended[1]) & 255))
+    if listening in ready:
+        connection = listening.accept()[0]
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        folder, environment, arguments = json.loads(connection.makefile().read())
+        if not (program := os.fork()):
+            break
+        asking[program] = connection
+        for stream in streams:
+            os.close(stream)
 
-# From here on, the process that waits for one program and tells its end.
-listening.close()
+# From here on, the program.
+signal.set_wakeup_fd(-1)
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-_, streams, _, _ = socket.recv_fds(connection, 1, 3)
-folder, environment, arguments = json.loads(connection.makefile().read())
-if program := os.fork():
-    connection.sendall(b"%d" % (os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]) & 255))
-    os._exit(0)
-connection.close()
+for held in (listening, connection, *asking.values()):
+    held.close()
+for number in (woken, wake):
+    os.close(number)
 for number, stream in enumerate(streams):
     os.dup2(stream, number)
     os.close(stream)

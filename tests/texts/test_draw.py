@@ -92,12 +92,17 @@ def test_the_record_of_a_hub_text_names_data_set_revision_config_and_split(run, 
 
 def test_the_report_names_the_data_set_config_split_and_commit(run, project, tmp_path):
     layout = Layout(project / "artifacts")
-    model = read_architecture(layout).fingerprint
     write_cached(tmp_path / "cache", "owner/data", {"train": lines(project)}, "some")
     run(text="owner/data", config="some")
-    assert gather_provenance(layout, model, project).text == f"owner/data, some, train, {REVISION}"
+    assert gather_provenance(layout, origin(layout), project).text == f"owner/data, some, train, {REVISION}"
     run()
-    assert gather_provenance(layout, model, project).text == str(project / "text.txt")
+    assert gather_provenance(layout, origin(layout), project).text == str(project / "text.txt")
+
+
+def origin(layout: Layout) -> dict[str, str]:
+    """The digests that artifacts of a layout carry."""
+    model = read_architecture(layout).fingerprint
+    return {"model": model, "tokens": read_tokens(layout.calibration_tokens, model)[1]["tokens"]}
 
 
 def test_the_stage_says_what_it_drew(run, capsys):

@@ -1,13 +1,15 @@
 """The windows of a layout as one call: what is written, what is said, and what is refused before anything is drawn."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from libprune.engine.errors import LibpruneError
+from libprune.models.folder import fingerprint
 from libprune.models.tokens import read_tokens
-from libprune.pipeline.artifacts import read_architecture
+from libprune.pipeline.artifacts import read_architecture, write_architecture
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Tokenize
 from libprune.texts.tokenize import tokenize_layout
@@ -25,6 +27,12 @@ def layout(tmp_path: Path) -> Layout:
     write_model(tmp_path / "other")
     for path in (tmp_path / "other").glob("tokenizer*"):
         path.rename(layout.model / path.name)
+    return described(layout)
+
+
+def described(layout: Layout) -> Layout:
+    """A layout whose description is of the files that its model has now."""
+    write_architecture(layout, replace(read_architecture(layout), fingerprint=fingerprint(layout.model)))
     return layout
 
 
@@ -53,6 +61,7 @@ def test_each_sequence_begins_as_the_tokenizer_begins_a_text(layout, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(layout.model)
     tokenizer.bos_token, tokenizer.add_bos_token = "<eos>", True
     tokenizer.save_pretrained(layout.model)
+    described(layout)
     model = read_architecture(layout).fingerprint
     for text in (str(write_text(tmp_path / "text.txt")), "self"):
         lengths = {"calibration_length": 24, "evaluation_length": 20}
@@ -70,6 +79,7 @@ def test_a_token_without_an_embedding_stops_the_stage(layout, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(layout.model)
     tokenizer.add_tokens([f"new{number}" for number in range(VOCAB)])
     tokenizer.save_pretrained(layout.model)
+    described(layout)
     layout.calibration_tokens.unlink()
     text = tmp_path / "text.txt"
     text.write_text(f"the cat new{VOCAB - 1}\n" * 3 + write_text(tmp_path / "usual.txt").read_text())
