@@ -50,8 +50,8 @@ settings.load_profile("libprune")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files are shared out over the processes; the one that takes longest goes first."""
-    items.sort(key=lambda item: item.path.stem != "test_pipeline")
+    """Files are shared out over the processes; those that take longest go first."""
+    items.sort(key=lambda item: (item.path.stem != "test_pipeline", item.path.parent.name not in {"whole", "recovery"}))
 
 
 @pytest.fixture(scope="session")

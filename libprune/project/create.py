@@ -20,6 +20,8 @@ _DVC_CONFIG = """[core]
 [cache]
     type = "reflink,hardlink,symlink,copy"
 """
+_OURS = "# Pipeline "
+"""The beginning of a dvc.yaml of a project."""
 _AUTHOR = ("-c", "user.name=libprune", "-c", "user.email=libprune@localhost")
 """Who makes the first commit of a repository that has only been made for it."""
 
@@ -84,12 +86,15 @@ def update_project(folder: Path) -> list[str]:
         ProjectError: if it is no project of `libprune new`, or somebody has changed its dvc.yaml by hand.
     """
     pipeline, params = folder / "dvc.yaml", folder / "params.yaml"
-    if not pipeline.is_file() or not params.is_file() or not pipeline.read_text().startswith("# Pipeline "):
-        raise ProjectError(f"{folder.absolute()} is no project of `libprune new`: it lacks its dvc.yaml or params.yaml")
-    before, old = params.read_text(), pipeline.read_text()
-    if is_current(old):
+    old = pipeline.read_text() if pipeline.is_file() else None
+    if not params.is_file() or not (folder / ".dvc").is_dir() or not (old or _OURS).startswith(_OURS):
+        raise ProjectError(
+            f"{folder.absolute()} is no project of `libprune new`: .dvc or params.yaml lacks, or dvc.yaml is another"
+        )
+    before = params.read_text()
+    if old is not None and is_current(old):
         done = []
-    elif not is_untouched(old):
+    elif old is not None and not is_untouched(old):
         raise ProjectError(
             f"{pipeline} was changed by hand; move it away, run `libprune update`, and make your changes again"
         )

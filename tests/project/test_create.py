@@ -75,6 +75,7 @@ def old_project(tmp_path) -> Path:
     """A project that another version has written, with a value of the user."""
     text = pipeline_text().replace("artifacts/plan.parquet", "artifacts/plan-of-old.parquet")
     rest = text.partition("\n")[2]
+    (tmp_path / ".dvc").mkdir()
     (tmp_path / "dvc.yaml").write_text(f"# Pipeline {digest(rest)}, written by libprune 0.0.1.\n{rest}")
     params = (ROOT / "params.yaml").read_text().replace("  ratio: 0.2", "  ratio: 0.45")
     (tmp_path / "params.yaml").write_text(params.replace("  calibration_length: 128\n", ""))
@@ -97,11 +98,15 @@ def test_an_update_does_not_write_over_what_a_user_has_changed(old_project):
     with pytest.raises(ProjectError, match="changed by hand"):
         update_project(old_project)
     assert (old_project / "dvc.yaml").read_text() == before
+    (old_project / "dvc.yaml").rename(old_project / "mine.yaml")
+    update_project(old_project)
+    assert (old_project / "dvc.yaml").read_text() == pipeline_text()
 
 
 def test_what_is_no_project_is_not_updated(tmp_path):
     with pytest.raises(ProjectError, match="is no project of `libprune new`"):
         update_project(tmp_path)
+    (tmp_path / ".dvc").mkdir()
     for name in ("dvc.yaml", "params.yaml"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     with pytest.raises(ProjectError, match="is no project of `libprune new`"):
