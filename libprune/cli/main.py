@@ -59,7 +59,9 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
 
 
 @app.command("params")
-def validate(params: stage.ParamsFile = stage.PARAMS) -> None:
+def validate(
+    params: Annotated[Path, typer.Option("--params", help="The params file.")] = stage.PARAMS,
+) -> None:
     """Find every mistake in the params that can be known before anything runs."""
     from libprune.foresight.foresee import foresee
 
