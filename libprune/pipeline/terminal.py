@@ -224,8 +224,9 @@ def _tick(name: str, end: threading.Event, drawn: bool) -> None:
     while not end.wait(_TICK_SECONDS):
         now = time.monotonic()
         text = f"{name}: {tqdm.format_interval(now - start)}"
-        if drawn and (bars := [bar for bar in list(Bar._instances) if isinstance(bar, Bar) and bar.shown()]):
-            for bar in bars:
+        bars = [bar for bar in list(Bar._instances) if isinstance(bar, Bar) and not bar.disable]
+        if drawn and (visible := [bar for bar in bars if bar.shown()]):
+            for bar in visible:
                 bar.refresh()  # so that the time moves on while a long step lasts
         elif drawn:
             _Open.unended = True
@@ -233,5 +234,9 @@ def _tick(name: str, end: threading.Event, drawn: bool) -> None:
             sys.stderr.flush()
         elif now - max(shown, _Open.moved) >= LINE_SECONDS:
             shown = now
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
+            if bars:
+                bars[-1].display()
+                bars[-1].last_print_t = time.time()  # it has its line for this half minute
+            else:
+                sys.stderr.write(f"{text}\n")
+                sys.stderr.flush()

@@ -162,6 +162,16 @@ def test_a_stretch_without_a_bar_is_not_silent(stderr):
     assert all(re.fullmatch(r"slice: 00:0\d", line) for line in lines)
 
 
+def test_in_a_file_a_stage_with_a_bar_has_one_line_at_a_time(stderr):
+    with ticking("recover"), Bar(total=40, desc="training", unit="tok") as bar:
+        for _ in range(40):
+            time.sleep(0.015)
+            bar.update()
+    lines = stderr().splitlines()
+    assert 2 <= len(lines) <= 7
+    assert all(line.startswith("training: ") for line in lines)
+
+
 ON_A_TERMINAL = """
 import time
 from libprune.pipeline.terminal import Bar, say, ticking
