@@ -116,11 +116,8 @@ def play(player: Player) -> None:
     said(player.run("libprune", "show", folder=mine), "perplexity", "from_pretrained", "report/report.html")
     said(player.run("dvc", "status", folder=mine), "up to date")
     out = ("--text", text, *SETTINGS)
-    said(
-        player.run("libprune", "prune", str(models[0]), "small", *out, "--ratio", "0.2"),
-        r"^project: ",
-        r"^model: +small/",
-    )
+    small = player.run("libprune", "prune", str(models[0]), "small", *out, "--ratio", "0.2")
+    said(small, r"^project: ", r"^model: +small/")
     again = player.run("libprune", "prune", str(models[0]), "smaller", *out, "--ratio", "0.3", "--preset", "fast")
     collecting = {"prepare", "tokenize", "gradients", "activations"}
     if not collecting <= worked(small) or collecting & worked(again):
