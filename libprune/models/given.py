@@ -15,11 +15,16 @@ def require_content(path: Path) -> None:
         SourceError: naming the file, and the command that fetches its content; or if it is none.
     """
     require_files(path)
+    if is_pointer(path):
+        raise SourceError(
+            f"{path} is not the file but its Git LFS pointer; run `git lfs pull` in its repository, or download it"
+        )
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is only the pointer to its content that Git LFS leaves in a clone without its files."""
     with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise SourceError(
-                f"{path} is not the file but its Git LFS pointer; run `git lfs pull` in its repository, or download it"
-            )
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def require_files(path: Path) -> None:

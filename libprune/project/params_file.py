@@ -43,7 +43,7 @@ def changed(text: str, changes: Mapping[str, Any]) -> str:
     Raises:
         LibpruneError: as for `params_text`.
     """
-    text = replaced(text, _placed(changes))
+    text = replaced(text, placed(changes))
     require_possible(validate_params(yaml.safe_load(text), _NAME), _NAME)
     return text
 
@@ -100,7 +100,12 @@ def settings(words: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def _placed(changes: Mapping[str, Any]) -> dict[str, Any]:
+def placed(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by key, in which the paths of models and texts, seen from the current folder, are absolute.
+
+    Raises:
+        SourceError: if a model or a text is given as a path that does not exist.
+    """
     found = dict(changes)
     for key in set(_SOURCES) & found.keys():
         if not isinstance(found[key], str):

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from platformdirs import user_cache_path
 
 from libprune.engine.errors import ProjectError
@@ -18,7 +17,7 @@ from libprune.pipeline.locks import mend, running
 from libprune.project.commands import dvc, environment
 from libprune.project.create import create_project, update_project
 from libprune.project.dvc_output import quiet_dvc
-from libprune.project.params_file import params_text
+from libprune.project.params_file import params_text, placed
 from libprune.report.programs import final_folder
 
 
@@ -41,13 +40,13 @@ def set_up(changes: Mapping[str, Any]) -> Path:
     Raises:
         LibpruneError: if the params are not valid, or the project is in use.
     """
-    text = params_text(changes)
-    project = project_of(yaml.safe_load(text)["prepare"]["model"])
+    project = project_of(placed(changes)["prepare.model"])
     if not project.exists():
         create_project(project, changes, scm=False)
         return project
     if others := running(project):
         raise ProjectError(f"{project} is in use by process {others[0]}; wait until it has ended")
+    text = params_text(changes)
     mend(project)
     with writing(project / "params.yaml") as partial:
         partial.write_text(text)

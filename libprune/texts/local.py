@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from libprune.engine.errors import LibpruneError, SourceError, cause
+from libprune.models.given import is_pointer
 
 Row = dict[str, Any]
 """The values of a document by column."""
@@ -116,7 +117,6 @@ KNOWN = f"{', '.join(_ENDINGS)}; all but .parquet also with {', '.join(_OPENERS)
 """The endings of files that are read."""
 _ABOUT = ("readme", "license", "licence", "citation")
 """Beginnings of the names of files that tell about a text."""
-_POINTER = b"version https://git-lfs"
 
 
 def text_files(path: Path) -> list[Path]:
@@ -193,9 +193,8 @@ def read_rows(files: Sequence[str]) -> Iterator[Row]:
 
 def _rows(path: Path) -> Iterator[Row]:
     kind = _kind(path)
-    with path.open("rb") as raw:
-        if raw.read(len(_POINTER)) == _POINTER:
-            raise SourceError(f"{path} is not the text but its pointer in Git LFS; run git lfs pull")
+    if is_pointer(path):
+        raise SourceError(f"{path} is not the text but its pointer in Git LFS; run git lfs pull")
     if kind == _PARQUET:
         with pq.ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=256):
