@@ -114,7 +114,8 @@ class SequentialRepair:
             LibpruneError: if the drift is to be taken back, and the layers of this architecture do more
                 with what a consumer gives than to add it to the residual stream.
         """
-        consumers = [c for part in self._architecture.parts for c in self._architecture.consumers(layer, part)]
+        architecture = self._architecture
+        consumers = [c for part in architecture.parts_of(layer) for c in architecture.consumers(layer, part)]
         modules = [self._model.get_submodule(consumer.module) for consumer in consumers]
         ran = [self._run(layer, number, self._dense, modules) for number in range(len(self._batches))]
         after, outputs = [first_output(state).cpu() for state, _ in ran], [given for _, given in ran]

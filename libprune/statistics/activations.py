@@ -29,12 +29,12 @@ from libprune.collection.resumable import Collection, collecting, write_artifact
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.surgery import hooked
 from libprune.engine.tables import Columns
-from libprune.engine.unit_sums import sum_positions, unit_sums
 from libprune.models.compute import per_sequence, require_finite
 from libprune.models.sequences import Pass
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Activations, Compute
 from libprune.pipeline.shards import GRAM, HELD_OUT
+from libprune.statistics.unit_sums import sum_positions, unit_sums
 
 NORMS = ("l1", "l2", "mean", "max")
 HISTOGRAM_STRIDE = 4
@@ -94,7 +94,7 @@ def activation_groups(architecture: Architecture, section: Activations) -> list[
 
 def _layer_group(architecture: Architecture, layer: int, section: Activations) -> Group:
     group: dict[str, Statistic] = {_LAYER: Cosine()} if architecture.layers_path else {}
-    for part in architecture.parts:
+    for part in architecture.parts_of(layer):
         consumers = architecture.consumers(layer, part)
         for entry in architecture.maps_of(layer, part):
             width = entry.input.size(architecture.sizes)

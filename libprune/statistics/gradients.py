@@ -20,13 +20,13 @@ from libprune.collection.summary import print_keys
 from libprune.engine.architecture import Architecture, Map, Parameter
 from libprune.engine.errors import StatisticsError
 from libprune.engine.tables import Columns
-from libprune.engine.unit_sums import sum_positions, unit_sums
 from libprune.models.compute import require_finite, sequence_losses
 from libprune.models.sequences import Pass
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Gradients
 from libprune.pipeline.terminal import note, say
 from libprune.statistics.gradient_health import gradient_ratio, verdict
+from libprune.statistics.unit_sums import sum_positions, unit_sums
 
 
 def measure_gradients(layout: Layout, compute: Compute, section: Gradients) -> Columns | None:
@@ -95,7 +95,7 @@ def _layer_group(
 ) -> Group:
     group: dict[str, Statistic] = {}
     dtype = getattr(torch, section.storage_dtype)
-    for part in architecture.parts:
+    for part in architecture.parts_of(layer):
         for parameter in architecture.parameters_of(layer, part):
             shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
             group[parameter.name] = Sum(shape, dtype=dtype)
@@ -278,7 +278,7 @@ def gradient_columns(
 def layer_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int, batches: int) -> Columns:
     """A table with one row a batch and parameter of a layer: mean |g|, standard deviation and norm of its gradient."""
     table: dict[str, list[object]] = {name: [] for name in LAYER_COLUMNS}
-    for part in architecture.parts:
+    for part in architecture.parts_of(layer):
         for parameter in architecture.parameters_of(layer, part):
             rows = tensors[f"{ROWS}{parameter.name}"][:batches]
             kind = _kind(architecture, parameter)
@@ -290,7 +290,7 @@ def layer_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer:
 
 def tensor_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int) -> Columns:
     """A table with one row a parameter of the layer: the norm of its mean gradient over all sequences."""
-    parameters = [(part, p) for part in architecture.parts for p in architecture.parameters_of(layer, part)]
+    parameters = [(part, p) for part in architecture.parts_of(layer) for p in architecture.parameters_of(layer, part)]
     return {
         "layer_idx": np.full(len(parameters), layer),
         "group_type": np.array([part for part, _ in parameters], dtype=object),

@@ -20,11 +20,11 @@ from libprune.engine.architecture import Architecture, Block, Map, Parameter
 from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.surgery import hooked
 from libprune.engine.tables import Columns
-from libprune.engine.unit_sums import unit_sums
 from libprune.models.compute import require_finite, sequence_losses
 from libprune.models.sequences import Pass
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Hessian
+from libprune.statistics.unit_sums import unit_sums
 
 
 def measure_hessian(layout: Layout, compute: Compute, section: Hessian) -> Columns | None:
@@ -71,7 +71,7 @@ def hessian_groups(architecture: Architecture, n_tok: int, section: Hessian) -> 
     groups: list[Group] = []
     for layer in range(architecture.layers):
         group: dict[str, Statistic] = {}
-        for part in architecture.parts:
+        for part in architecture.parts_of(layer):
             for parameter in curved_parameters(architecture, layer, part):
                 shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
                 group[parameter.name] = Sum(shape, factor, dtype)
