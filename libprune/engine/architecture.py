@@ -137,6 +137,7 @@ class Architecture:
         head: what the model is for, a name of `libprune.engine.heads.HEADS`, or `network`.
         head_macs: multiply-accumulates a token of the linear maps behind the layers; 0 where they run once a sequence.
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
+        state: what the cache holds per sequence and layer, however long it is; None where there is none.
         buffers: what a model stores beside its parameters, such as running statistics or biases on a choice of experts.
     """
 
@@ -152,6 +153,7 @@ class Architecture:
     parameters: tuple[Parameter, ...]
     maps: tuple[Map, ...]
     buffers: tuple[Parameter, ...] = ()
+    state: Expr | None = None
 
     def units(self, part: str) -> int:
         """Number of units of a part in one layer."""
@@ -272,7 +274,7 @@ class Architecture:
         """
         data: dict[str, Any] = json.loads(text)
         data |= {
-            "cache": None if data["cache"] is None else parse_expr(data["cache"]),
+            **{kept: None if data[kept] is None else parse_expr(data[kept]) for kept in ("cache", "state")},
             "parts": {name: PartShape(**_with_tuples(part)) for name, part in data["parts"].items()},
             "parameters": tuple(Parameter(**p | {"dims": _parsed(p["dims"])}) for p in data["parameters"]),
             "maps": tuple(Map(**m | {side: parse_expr(m[side]) for side in ("input", "output")}) for m in data["maps"]),

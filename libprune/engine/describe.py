@@ -59,6 +59,7 @@ def describe(
         parameters=tuple(parameters),
         maps=tuple(maps),
         cache=None if family.cache is None else parse_expr(family.cache),
+        state=None if family.state is None else parse_expr(family.state),
         fingerprint=fingerprint,
         buffers=tuple(buffers),
     )

@@ -22,7 +22,7 @@ PERPLEXITY = {
 """Name of the measured perplexity by the head of the model."""
 _WIDEST = 300.0
 """Half of the width of an interval, in nats, beyond which it says nothing."""
-_CACHE = {"KV cache, bytes a token": "cache_bytes"}
+_CACHE = {"KV cache, bytes a token": "cache_bytes", "recurrent states, bytes a sequence": "state_bytes"}
 
 
 def headline_rows(result: Metrics) -> Rows:

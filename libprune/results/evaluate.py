@@ -289,6 +289,7 @@ def _one(architecture: Architecture, plan: Plan, losses: Losses, speed: Speed, d
         "total_parameters": size.total,
         "bytes": size.total * dtype.itemsize,
         "cache_bytes": size.cache * dtype.itemsize,
+        "state_bytes": size.state * torch.float32.itemsize,
         "macs_per_token": size.macs,
         "prefill": speed.prefill,
         "decode": speed.decode,

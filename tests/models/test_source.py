@@ -203,6 +203,19 @@ def test_tensors_of_other_heads_in_published_checkpoints_are_left_out(tmp_path):
     load_dense(Prepare(model=str(tmp_path)))
 
 
+def test_layers_that_predict_several_tokens_are_left_out_and_told(tmp_path, capsys):
+    write_model(tmp_path)
+    FAMILIES["qwen3_next"](0).save_pretrained(tmp_path)
+    load_dense(Prepare(model=str(tmp_path)))
+    assert "does not use" not in capsys.readouterr().out
+    weights = load_file(tmp_path / "model.safetensors")
+    others = {name: torch.ones(2) for name in ("mtp.fc.weight", "mtp.layers.0.mlp.gate.weight")}
+    save_file(weights | others, tmp_path / "model.safetensors")
+    load_dense(Prepare(model=str(tmp_path)))
+    told = f"{tmp_path} holds 2 tensors that a Qwen3NextForCausalLM does not use, the first 'mtp.fc.weight'; they are"
+    assert told in capsys.readouterr().out
+
+
 def test_an_adapter_a_pointer_and_a_pickle_are_named_for_what_they_are(folder, tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/adapter_config.json").write_text("{}")

@@ -21,8 +21,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
@@ -44,6 +47,9 @@ _SHORT = {"vocab_size": VOCAB, "num_hidden_layers": 4, "bos_token_id": None, "eo
 FFN = {"intermediate_size": 13}
 EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
 """Widths in multiples of 16 bytes, which the grouped kernels of PyTorch need."""
+_DELTA_NET = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4}
+_DELTA_NET |= {"linear_key_head_dim": 5, "linear_value_head_dim": 7}
+_HYBRID = ["linear_attention", "full_attention"] * 2
 _MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
 _LONG_ROPE = {
     "rope_type": "llama3",
@@ -116,6 +122,29 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
         mlp_only_layers=[1],
         norm_topk_prob=True,
     ),
+    "qwen3_next": tiny_model(
+        Qwen3NextConfig,
+        **FFN,
+        **heads(28, 3, 2, 6),
+        **EXPERTS,
+        **_DELTA_NET,
+        shared_expert_intermediate_size=5,
+        num_experts=6,
+        mlp_only_layers=[1],
+        layer_types=_HYBRID,
+    ),
+    "qwen3_5": tiny_model(
+        Qwen3_5TextConfig, **FFN, **heads(30, 2, 3, 6), **_DELTA_NET, layer_types=_HYBRID, tie_word_embeddings=True
+    ),
+    "qwen3_5_moe": tiny_model(
+        Qwen3_5MoeTextConfig,
+        **heads(28, 3, 2, 6),
+        **EXPERTS,
+        **_DELTA_NET,
+        shared_expert_intermediate_size=5,
+        num_experts=6,
+        layer_types=_HYBRID,
+    ),
     "bert": tiny_model(BertConfig, "masked_lm", **FFN, **_ENCODER),
     "bert_classifier": tiny_model(BertConfig, "sequence_classification", **FFN, **_ENCODER, num_labels=3),
 }
@@ -172,9 +201,10 @@ def _per_layer(architecture: Architecture, rng: np.random.Generator) -> Counts:
 
 
 def _channels(architecture: Architecture, rng: np.random.Generator) -> Counts:
-    """All attentions stay whole, and all MLPs lose as many channels."""
-    count = int(rng.integers(1, architecture.units("mlp")))
-    return lambda layer, part: count if part == "mlp" else architecture.units(part)
+    """Heads and experts all stay, and every MLP of a kind loses as many channels."""
+    channels = [part for part in architecture.parts if not architecture.grouped(part)]
+    count = {part: int(rng.integers(1, architecture.units(part))) for part in channels}
+    return lambda layer, part: count.get(part, architecture.units(part))
 
 
 def _holes(architecture: Architecture, rng: np.random.Generator) -> Counts:
