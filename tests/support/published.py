@@ -15,6 +15,9 @@ _GEMMA = {"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, 
 _BERT = {"model_type": "bert", "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1}
 
 
+_DELTA_NET = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+
+
 CONFIGS = {
     "Llama-3.1-8B": _LLAMA
     | {"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001}
@@ -107,6 +110,31 @@ CONFIGS = {
     | {"num_attention_heads": 24, "num_hidden_layers": 30, "num_key_value_heads": 2, "residual_dropout": 0.1}
     | {"rope_theta": 999999.4420358813, "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True}
     | {"sliding_window": 4096, "use_bias": True, "use_cache": True, "vocab_size": 49152},
+    "Qwen3-Next-80B-A3B": _QWEN
+    | {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "attention_bias": False}
+    | {"decoder_sparse_step": 1, "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048}
+    | {"intermediate_size": 5120, "max_position_embeddings": 262144, "mlp_only_layers": [], "use_cache": True}
+    | {"moe_intermediate_size": 512, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 512}
+    | {"num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2, "output_router_logits": False}
+    | {"partial_rotary_factor": 0.25, "rope_scaling": None, "rope_theta": 10000000, "router_aux_loss_coef": 0.001}
+    | {"shared_expert_intermediate_size": 512, "tie_word_embeddings": False, "vocab_size": 151936}
+    | _DELTA_NET
+    | {"linear_num_key_heads": 16, "linear_num_value_heads": 32},
+    "Qwen3.5-27B": {"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"], "attn_output_gate": True}
+    | {"full_attention_interval": 4, "head_dim": 256, "hidden_size": 5120, "intermediate_size": 17408}
+    | {"layer_types": [*["linear_attention"] * 3, "full_attention"] * 16, "mamba_ssm_dtype": "float32"}
+    | {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 24}
+    | {"num_hidden_layers": 64, "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 248320}
+    | _DELTA_NET
+    | {"linear_num_key_heads": 16, "linear_num_value_heads": 48},
+    "Qwen3.5-35B-A3B": {"model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"]}
+    | {"attn_output_gate": True, "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048}
+    | {"mamba_ssm_dtype": "float32", "mlp_only_layers": [], "mtp_num_hidden_layers": 1, "moe_intermediate_size": 512}
+    | {"mtp_use_dedicated_embeddings": False, "num_attention_heads": 16, "num_experts": 256}
+    | {"num_experts_per_tok": 8, "num_hidden_layers": 40, "num_key_value_heads": 2, "output_router_logits": False}
+    | {"shared_expert_intermediate_size": 512, "tie_word_embeddings": False, "vocab_size": 248320}
+    | _DELTA_NET
+    | {"linear_num_key_heads": 16, "linear_num_value_heads": 32},
     "bert-base-uncased": _BERT | {"architectures": ["BertForMaskedLM"], "gradient_checkpointing": False},
     "bert-base-uncased-SST-2": _BERT
     | {"architectures": ["BertForSequenceClassification"], "finetuning_task": "sst-2", "_num_labels": 2},

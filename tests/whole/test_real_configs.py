@@ -3,8 +3,10 @@
 import pytest
 from transformers import AutoConfig
 
+from libprune.engine import cost
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.family import family_of
+from libprune.engine.plan import Plan
 from libprune.engine.stock_config import check_config
 from tests.support.published import _BERT, _GEMMA, _LLAMA, _QWEN, CONFIGS
 
@@ -32,9 +34,15 @@ PARAMETERS = {
     "SmolLM3-3B": 3_075_098_624,
     "OLMo-2-1124-7B": 7_298_617_344,
     "starcoder2-3b": 3_030_371_328,
+    "Qwen3-Next-80B-A3B": 79_674_391_296,
+    "Qwen3.5-27B": 26_895_998_464,
+    "Qwen3.5-35B-A3B": 34_660_610_688,
     "bert-base-uncased": 109_514_298,
     "bert-base-uncased-SST-2": 109_483_778,
 }
+"""As the hub or llama.cpp counts them, without vision and without layers that predict several tokens."""
+ACTIVE = {"Qwen3-Next-80B-A3B": 3_252_597_504, "Qwen3.5-35B-A3B": 2_437_868_160}
+"""Of mixtures, those in the layers that a token goes through."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -42,4 +50,7 @@ def test_published_configs_are_understood_and_counted(name):
     data = dict(CONFIGS[name])
     config = AutoConfig.for_model(data.pop("model_type"), **data)
     check_config(family_of(config.model_type), config)
-    assert describe(without_weights(config)).total_parameters == PARAMETERS[name]
+    architecture = describe(without_weights(config))
+    assert architecture.total_parameters == PARAMETERS[name]
+    active = cost.size(architecture, Plan.dense(architecture)).active
+    assert active == ACTIVE.get(name, architecture.decoder_parameters)
