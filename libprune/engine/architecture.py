@@ -96,6 +96,7 @@ class PartShape:
         module: computes the part.
         expressible: the unit counts that the stock config can say; None: any.
         coupled: norms whose statistics run over the units, so that only all of them can go together.
+        norms: RMS norms whose statistics run over the units that remain.
         units: what the units are.
         layers: the layers that have the part; None: all.
         groups: units lie in so many groups of neighbours, which all keep the same number.
@@ -107,6 +108,7 @@ class PartShape:
     module: str
     expressible: tuple[int, ...] | None
     coupled: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
     units: Units = "channels"
     layers: tuple[int, ...] | None = None
     groups: int = 1
@@ -261,8 +263,7 @@ class Architecture:
 
     def to_json(self) -> str:
         """The description as JSON, readable by `from_json`."""
-        buffers = [{"name": buffer.name, "dims": buffer.dims, "layer": buffer.layer} for buffer in self.buffers]
-        return json.dumps(_plain(self) | {"buffers": buffers}, indent=1, default=_plain)
+        return json.dumps(_plain(self), indent=1, default=_plain)
 
     @staticmethod
     def from_json(text: str) -> "Architecture":
@@ -276,9 +277,11 @@ class Architecture:
         data |= {
             **{kept: None if data[kept] is None else parse_expr(data[kept]) for kept in ("cache", "state")},
             "parts": {name: PartShape(**_with_tuples(part)) for name, part in data["parts"].items()},
-            "parameters": tuple(Parameter(**p | {"dims": _parsed(p["dims"])}) for p in data["parameters"]),
+            **{
+                kept: tuple(Parameter(**p | {"dims": _parsed(p["dims"])}) for p in data[kept])
+                for kept in ("parameters", "buffers")
+            },
             "maps": tuple(Map(**m | {side: parse_expr(m[side]) for side in ("input", "output")}) for m in data["maps"]),
-            "buffers": tuple(Parameter(b["name"], _parsed(b["dims"]), b["layer"], None) for b in data["buffers"]),
         }
         return Architecture(**data)
 

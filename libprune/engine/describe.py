@@ -85,6 +85,7 @@ def _shape(
         module=part.module,
         expressible=(sizes[axis],) if coupled else expressible(family, config, sizes, axis),
         coupled=coupled,
+        norms=tuple(part.norms),
         units=usual if inside or part.units is None else part.units,
         layers=_with_part(model, family, part),
         groups=groups,
@@ -226,7 +227,9 @@ def _walk(
                 tensors[f"{path}.{name}"] = Parameter(f"{path}.{name}", dims, layer, part)
         inside = f"{family.layers}.{layer}."
         if part and isinstance(entry, Expr) and family.parts[part].axis in entry.names and not _depthwise(module):
-            coupled[part] = list(dict.fromkeys([*coupled[part], path.removeprefix(inside)]))
+            norm = path.removeprefix(inside)
+            if norm not in (*family.parts[part].norms, *coupled[part]):
+                coupled[part].append(norm)
     undescribed = [name for name in own if name not in tensors]
     if undescribed:
         raise FamilyError(

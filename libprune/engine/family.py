@@ -83,6 +83,9 @@ class Part(_Strict):
     """A submodule or tensor of the layer; only layers that have it have the part. None: all layers."""
     groups: str | None = None
     """The config key of a number of groups of neighbouring units that must all keep the same number."""
+    norms: list[str] = Field(default_factory=list)
+    """Modules that are RMS norms over all units, or over those of each group. Once units are gone they take their
+    statistics over the units that remain. A norm over units that is not listed here couples them."""
     router: Router | None = None
     """How the experts of a token are chosen, where the units are experts."""
     within: str | None = None
@@ -213,6 +216,10 @@ class Family(_Strict):
             for axis in filter(None, (part.axis, part.within)):
                 if axis not in part.consumed:
                     raise ValueError(f"no map of the part takes axis {axis!r} as its input")
+            for norm in part.norms:
+                entry = part.parsed.get(norm)
+                if not isinstance(entry, Expr) or part.axis not in entry.names:
+                    raise ValueError(f"norm {norm!r} is no vector of the part that has axis {part.axis!r}")
         return parts
 
 

@@ -53,12 +53,18 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
 
     A removed unit is a zero at the consumer's input (the consumer's bias stays); a removed part is
     a zero contribution to the residual stream, bias included. A removed expert is one that the router never chooses.
+    A norm over units takes its statistics over those that are kept.
     """
     handles = []
     with ExitStack() as chosen:
         for layer, part in architecture.blocks():
             if architecture.parts[part].router:
                 chosen.enter_context(only_experts(model, architecture, layer, part, plan.keep[layer, part]))
+            for norm in architecture.parts[part].norms:
+                path = f"{architecture.layers_path}.{layer}.{norm}"
+                weight = next(p for p in architecture.parameters_of(layer, part) if p.name == f"{path}.weight")
+                kept = positions_kept(architecture, plan, layer, weight.dims[0])
+                chosen.enter_context(_norm_over_kept(model.get_submodule(path), kept))
         for consumer in architecture.maps:
             kept = input_mask(architecture, plan, consumer)
             module = model.get_submodule(consumer.module)
@@ -101,6 +107,35 @@ def features_last(module: nn.Module, values: Shaped[Tensor, "..."]) -> Shaped[Te
     return values.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else values
 
 
+@contextmanager
+def _norm_over_kept(norm: nn.Module, kept: NDArray[np.bool_]) -> Iterator[None]:
+    """Inside the context an RMS norm takes its means over the kept positions, of which each group has as many.
+
+    The mean of squares over K kept positions of G is G/K times that over all of them, the others being zero. So the
+    input is multiplied by s = sqrt(G/K), and the output divided by it:
+
+        s x / sqrt(mean_G((s x)^2) + eps) / s = x / sqrt(mean_K(x^2) + eps)
+    """
+    if kept.all() or not kept.any():
+        yield
+        return
+    forward, before = norm.forward, vars(norm).get("forward")
+    mask, scale = torch.from_numpy(kept), float(np.sqrt(kept.size / kept.sum()))
+
+    def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scaled = x.float().masked_fill(~mask.to(x.device), 0) * scale
+        normed: Tensor = forward(scaled, *args, **kwargs) / scale
+        return normed.to(x.dtype)
+
+    norm.forward = over_kept
+    try:
+        yield
+    finally:
+        vars(norm).pop("forward")
+        if before is not None:
+            norm.forward = before
+
+
 def _zero_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 
@@ -132,10 +167,12 @@ def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: P
         state: the dense model's parameters by name; read one at a time, so it may be lazy.
 
     Raises:
-        LibpruneError: if some but not all of the units go that a norm couples, or a whole layer that norms stay of.
+        LibpruneError: if some but not all of the units go that a norm couples, a whole layer that norms stay of, or all
+            layers that count the tokens of a cache.
     """
     _require_whole(architecture, plan)
     _require_layers(architecture, plan)
+    _require_count(architecture, plan)
     sliced, gone = {}, {block for block in plan.keep if plan.gone(*block)}
     for parameter in (*architecture.parameters, *architecture.buffers):
         if (parameter.layer, parameter.part) not in gone:
@@ -150,6 +187,20 @@ def _require_layers(architecture: Architecture, plan: Plan) -> None:
         raise LibpruneError(
             f"the plan deletes layer {first}, but the norms of a layer of family {architecture.family!r} work on the "
             "residual stream itself; something of every layer must stay"
+        )
+
+
+def _require_count(architecture: Architecture, plan: Plan) -> None:
+    """Beside recurrent layers, transformers counts the tokens of a cache in a layer that holds something of each."""
+    cache = architecture.cache
+    if cache is None or architecture.state is None or not plan.layers:
+        return
+    parts = [part for part, shape in architecture.parts.items() if shape.axis in cache.names]
+    counting = {layer for part in parts for layer in architecture.with_part(part)}
+    if counting and not counting & set(plan.layers):
+        raise LibpruneError(
+            f"the plan deletes all {len(counting)} layers with {' or '.join(parts)}, in which transformers counts the "
+            "tokens of a cache; something of one of them must stay"
         )
 
 

@@ -123,6 +123,7 @@ def pruned_config(
         sizes |= {axis: size for layer in plan.layers for axis, size in _left(architecture, plan, layer).items()}
     new = new_config(family, config, sizes, plan.layers)
     data = {key: value for key, value in new.to_dict().items() if not key.endswith("name_or_path")}
+    data[family.config.layers] = len(plan.layers)  # which some classes count themselves and leave out
     if shape == "uniform":
         return data | {"architectures": config.architectures} | version_4(new)
     head = HEADS[architecture.head]
@@ -197,6 +198,7 @@ def _modeling_code(family: Family, config: PreTrainedConfig, head: Head) -> str:
         open=repr(OPEN),
         layers=family.layers.partition(".")[2],
         parts=repr(parts),
+        per_layer_lists=repr(family.config.per_layer_lists),
         built_with=repr({key: getattr(config, key) for key in _unsaid_keys(family)}),
     )
 

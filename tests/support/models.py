@@ -15,6 +15,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronHConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -50,6 +51,9 @@ EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
 _DELTA_NET = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4}
 _DELTA_NET |= {"linear_key_head_dim": 5, "linear_value_head_dim": 7}
 _HYBRID = ["linear_attention", "full_attention"] * 2
+_ONE_PART_EACH = ["linear_attention", "moe", "mlp", *["full_attention", "linear_attention"] * 2, "moe"]
+_MAMBA = {"mamba_num_heads": 6, "mamba_head_dim": 5, "n_groups": 2, "ssm_state_size": 7, "conv_kernel": 3}
+_MAMBA |= {"chunk_size": 8}
 _MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
 _LONG_ROPE = {
     "rope_type": "llama3",
@@ -67,7 +71,7 @@ def tiny_model(
     """Makes a model of the config from a seed, every parameter random, norms and biases too."""
 
     def make(seed: int) -> PreTrainedModel:
-        model: PreTrainedModel = HEADS[head].loader.from_config(config_class(**_SHORT, **settings))
+        model: PreTrainedModel = HEADS[head].loader.from_config(config_class(**_SHORT | settings))
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
@@ -144,6 +148,19 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
         shared_expert_intermediate_size=5,
         num_experts=6,
         layer_types=_HYBRID,
+    ),
+    "nemotron_h": tiny_model(
+        NemotronHConfig,
+        **FFN,
+        **heads(28, 3, 2, 6),
+        **EXPERTS,
+        **_MAMBA,
+        moe_shared_expert_intermediate_size=5,
+        n_routed_experts=6,
+        num_hidden_layers=len(_ONE_PART_EACH),
+        layers_block_type=_ONE_PART_EACH,
+        use_bias=True,
+        mlp_bias=True,
     ),
     "bert": tiny_model(BertConfig, "masked_lm", **FFN, **_ENCODER),
     "bert_classifier": tiny_model(BertConfig, "sequence_classification", **FFN, **_ENCODER, num_labels=3),
