@@ -64,7 +64,10 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
                 path = f"{architecture.layers_path}.{layer}.{norm}"
                 weight = next(p for p in architecture.parameters_of(layer, part) if p.name == f"{path}.weight")
                 kept = positions_kept(architecture, plan, layer, weight.dims[0])
-                chosen.enter_context(_norm_over_kept(model.get_submodule(path), kept))
+                shape = architecture.parts[part]
+                each = architecture.units(part) // shape.groups
+                groups = weight.dims[0].units(shape.axis, architecture.sizes) // each
+                chosen.enter_context(_norm_over_kept(model.get_submodule(path), kept, groups))
         for consumer in architecture.maps:
             kept = input_mask(architecture, plan, consumer)
             module = model.get_submodule(consumer.module)
@@ -108,8 +111,8 @@ def features_last(module: nn.Module, values: Shaped[Tensor, "..."]) -> Shaped[Te
 
 
 @contextmanager
-def _norm_over_kept(norm: nn.Module, kept: NDArray[np.bool_]) -> Iterator[None]:
-    """Inside the context an RMS norm takes its means over the kept positions, of which each group has as many.
+def _norm_over_kept(norm: nn.Module, kept: NDArray[np.bool_], groups: NDArray[np.int64]) -> Iterator[None]:
+    """Inside the context an RMS norm takes its means over the kept positions of each group.
 
     The mean of squares over K kept positions of G is G/K times that over all of them, the others being zero. So the
     input is multiplied by s = sqrt(G/K), and the output divided by it:
@@ -120,11 +123,13 @@ def _norm_over_kept(norm: nn.Module, kept: NDArray[np.bool_]) -> Iterator[None]:
         yield
         return
     forward, before = norm.forward, vars(norm).get("forward")
-    mask, scale = torch.from_numpy(kept), float(np.sqrt(kept.size / kept.sum()))
+    of_group = np.maximum(np.bincount(groups, weights=kept), 1)
+    mask = torch.from_numpy(kept)
+    scale = torch.from_numpy(np.sqrt(np.bincount(groups) / of_group)[groups]).float()
 
     def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        scaled = x.float().masked_fill(~mask.to(x.device), 0) * scale
-        normed: Tensor = forward(scaled, *args, **kwargs) / scale
+        s = scale.to(x.device)
+        normed: Tensor = forward(x.float().masked_fill(~mask.to(x.device), 0) * s, *args, **kwargs) / s
         return normed.to(x.dtype)
 
     norm.forward = over_kept

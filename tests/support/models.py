@@ -51,7 +51,7 @@ EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
 _DELTA_NET = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4}
 _DELTA_NET |= {"linear_key_head_dim": 5, "linear_value_head_dim": 7}
 _HYBRID = ["linear_attention", "full_attention"] * 2
-_ONE_PART_EACH = ["linear_attention", "moe", "mlp", *["full_attention", "linear_attention"] * 2, "moe"]
+_ONE_PART_EACH = ["linear_attention", "moe", *["full_attention", "linear_attention"] * 2, "moe", "mlp"]
 _MAMBA = {"mamba_num_heads": 6, "mamba_head_dim": 5, "n_groups": 2, "ssm_state_size": 7, "conv_kernel": 3}
 _MAMBA |= {"chunk_size": 8}
 _MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
@@ -174,7 +174,7 @@ LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 [in, out] storage, heads side by side with parallel parts, an MLP on flattened tokens."""
 
 
-KINDS = (*LAYOUTS, "bert", "bert_classifier", "qwen3_moe")
+KINDS = (*LAYOUTS, "bert", "bert_classifier", "qwen3_moe", "qwen3_next", "nemotron_h")
 """Families that together have every mechanism of the engine; all others are described by the same means."""
 
 
