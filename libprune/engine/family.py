@@ -203,8 +203,8 @@ class Family(_Strict):
     cache: ExprText | None = None
     """What the KV cache holds per token and layer; none in models that read all tokens at once."""
     state: ExprText | None = None
-    """What the cache holds per sequence and layer, however long the sequence is: the states of recurrent parts and of the
-    convolutions in front of them; none in models without such parts."""
+    """What the cache holds per sequence and layer, however long the sequence is: the states of recurrent parts and of
+    the convolutions in front of them; none in models without such parts."""
     config: ConfigKeys
     gguf: Gguf | None = None
     """How llama.cpp stores models of the family; null where libprune writes no GGUF file of it."""

@@ -177,7 +177,7 @@ def counts_of(architecture: Architecture, part: str) -> list[int]:
 @given(data=st.data())
 def test_any_plan_is_sliced_as_masked(dense, tmp_path_factory, data):
     """Any count anywhere: whole parts, whole layers and the whole decoder gone included."""
-    blocks = list(dense.architecture.blocks())
+    blocks, parts_of = list(dense.architecture.blocks()), dense.architecture.parts_of
     counts = {
         block: data.draw(st.sampled_from(counts_of(dense.architecture, block[1])), str(block)) for block in blocks
     }
@@ -187,7 +187,7 @@ def test_any_plan_is_sliced_as_masked(dense, tmp_path_factory, data):
         with pytest.raises(LibpruneError, match="something of every layer must stay"):
             prune(dense, plan, True, tmp_path_factory.mktemp("any"))
         return
-    if dense.architecture.state and plan.layers and not set(plan.layers) & set(dense.architecture.with_part("attention")):
+    if dense.architecture.state and plan.layers and not any("attention" in parts_of(layer) for layer in plan.layers):
         with pytest.raises(LibpruneError, match="transformers counts the tokens of a cache"):
             prune(dense, plan, True, tmp_path_factory.mktemp("any"))
         return

@@ -37,11 +37,16 @@ PARAMETERS = {
     "Qwen3-Next-80B-A3B": 79_674_391_296,
     "Qwen3.5-27B": 26_895_998_464,
     "Qwen3.5-35B-A3B": 34_660_610_688,
+    "Nemotron-3-Nano-30B-A3B": 31_577_937_344,
     "bert-base-uncased": 109_514_298,
     "bert-base-uncased-SST-2": 109_483_778,
 }
 """As the hub or llama.cpp counts them, without vision and without layers that predict several tokens."""
-ACTIVE = {"Qwen3-Next-80B-A3B": 3_252_597_504, "Qwen3.5-35B-A3B": 2_437_868_160}
+ACTIVE = {
+    "Qwen3-Next-80B-A3B": 3_252_597_504,
+    "Qwen3.5-35B-A3B": 2_437_868_160,
+    "Nemotron-3-Nano-30B-A3B": 2_875_427_648,
+}
 """Of mixtures, those in the layers that a token goes through."""
 
 
