@@ -160,5 +160,7 @@ def masked_logits(
     with torch.no_grad():
         for parameter in architecture.parameters:
             model.get_parameter(parameter.name).copy_(weights[parameter.name])
+        for buffer in architecture.buffers:
+            model.get_buffer(buffer.name).copy_(weights[buffer.name])
     with masked(model, architecture, plan):
         return reference_logits(model, ids)
