@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
+from libprune.engine.architecture import WHOLE, Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
-from libprune.engine.family import Family, Part, described_by, family_of
+from libprune.engine.family import Family, Part, described_by, families, family_of
 from libprune.engine.heads import SEQUENCE_CLASSIFICATION, Head, head_of
 from libprune.engine.stock_config import bias_key, check_config, expressible, require_sizes
 
@@ -56,6 +56,8 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
         maps=tuple(maps),
         cache=None if family.cache is None else parse_expr(family.cache),
         fingerprint=fingerprint,
+        tower=family.tower is not None,
+        numbered=family.tower is not None and family.tower.layers_stay,
     )
 
 
@@ -91,6 +93,8 @@ def with_biases(
         if keys[part] is None:
             raise NotExpressibleError(f"the config of this {config.model_type} model cannot say biases in its {part}")
     said = {keys[part]: True for part in parts}
+    data = config.to_dict()
+    families()[architecture.family].sized(data).update(said)
     biases = {
         entry.weight: Parameter(entry.bias, (entry.output,), entry.layer, entry.part)
         for entry in architecture.maps
@@ -102,7 +106,7 @@ def with_biases(
         parameters.append(parameter)
         if (bias := biases.get(parameter.name)) and bias.name not in known:
             parameters.append(bias)
-    return replace(architecture, parameters=tuple(parameters)), type(config).from_dict(config.to_dict() | said)
+    return replace(architecture, parameters=tuple(parameters)), type(config).from_dict(data)
 
 
 def added_biases(own: Architecture, architecture: Architecture) -> dict[str, Tensor]:
@@ -141,11 +145,12 @@ def _counts(family: Family, config: PreTrainedConfig, sizes: dict[str, int], par
 
 
 def _config_equations(family: Family, config: PreTrainedConfig) -> list[Equation]:
+    own = family.sized(config)
     return [
-        Equation(expr, getattr(config, key), f"config key {key!r}")
+        Equation(expr, getattr(own, key), f"config key {key!r}")
         for key, expressions in family.config.expressions.items()
         for expr in expressions
-        if getattr(config, key, None) is not None
+        if getattr(own, key, None) is not None
     ]
 
 
@@ -192,6 +197,9 @@ def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Para
             if isinstance(description, Expr) or name in {"weight", "bias"}:
                 dims = tensor_dims(name, description, transposed)
                 parameters[f"{path}.{name}"] = Parameter(f"{path}.{name}", dims, layer, part)
+    for name, parameter in model.named_parameters():
+        if family.untouched(name):
+            parameters[name] = Parameter(name, tuple(map(_whole, parameter.shape)), None, None)
     undescribed = [name for name in own if name not in parameters]
     if undescribed:
         raise FamilyError(
@@ -199,6 +207,11 @@ def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Para
             f"{undescribed[0]!r}; add its module to libprune/families/{family.family}.yaml (docs/notation.md)"
         )
     return [parameters[name] for name in own], maps
+
+
+def _whole(size: int) -> Expr:
+    """A dimension of a tensor that stays whole: an axis of its own for each size."""
+    return parse_expr(f"{WHOLE}{size}")
 
 
 def _described(

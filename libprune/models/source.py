@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from libprune.engine.errors import SourceError, naming
-from libprune.engine.heads import CAUSAL_LM, head_of
-from libprune.models.folder import require_own_files
+from libprune.engine.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, head_of
+from libprune.models.folder import PROCESSOR_FILES, require_own_files
 from libprune.models.given import require_model, require_safetensors
 from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Prepare
@@ -60,6 +61,25 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         _forget_quantization(model)
         follow_gguf(tokenizer, Path(name) / where["gguf_file"])
     return model.eval(), tokenizer
+
+
+def processor_files(params: Prepare) -> dict[str, Path]:
+    """The files of a dense model by which it prepares images, by their names; none of a model that reads text alone.
+
+    Raises:
+        SourceError: if one of them is on the hub and cannot be loaded.
+    """
+    name, where = _place(params)
+    if "gguf_file" in where or head_of(load_dense_config(params).architectures) is not IMAGE_TEXT_TO_TEXT:
+        return {}
+    if isinstance(name, Path):
+        return {file: name / file for file in PROCESSOR_FILES if (name / file).is_file()}
+    with naming(f"the processor of prepare.model = {masked(params.model)!r} cannot be loaded"):
+        found = {
+            file: cached_file(name, file, revision=params.revision, _raise_exceptions_for_missing_entries=False)
+            for file in PROCESSOR_FILES
+        }
+    return {file: Path(path) for file, path in found.items() if path is not None}
 
 
 _WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
@@ -141,7 +161,7 @@ def _layer(name: str) -> int:
 
 
 def _counted(model: PreTrainedModel) -> str:
-    return f"its config.json says {model.config.num_hidden_layers} layers, make the number fit the files"
+    return f"its config.json says {model.config.get_text_config().num_hidden_layers} layers, make the number fit the files"
 
 
 def untied(model: PreTrainedModel) -> str:

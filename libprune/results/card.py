@@ -8,13 +8,14 @@ from typing import Any
 import yaml
 
 from libprune.engine.errors import ArtifactError
-from libprune.engine.heads import CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
+from libprune.engine.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
 from libprune.models.dialect import STOP
 from libprune.models.origin import CARD, Origin
 from libprune.results.record import PROVENANCE, Record, read_provenance, read_record
 
 _TASKS = {
     CAUSAL_LM.name: "text-generation",
+    IMAGE_TEXT_TO_TEXT.name: "image-text-to-text",
     MASKED_LM.name: "fill-mask",
     SEQUENCE_CLASSIFICATION.name: "text-classification",
 }

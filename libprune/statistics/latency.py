@@ -16,7 +16,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.engine.family import families
-from libprune.engine.heads import HEADS
+from libprune.engine.heads import HEADS, writes
 from libprune.engine.stock_config import new_config
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_config, own_model, require_positions
@@ -101,7 +101,7 @@ def time_layers(
     ids = torch.zeros((params.batch, params.tokens), dtype=torch.long, device=device)
     rounds = []
     for _ in Bar(range(params.rounds + 1), desc="latency", unit="round"):
-        head = _seconds(rest, ids, **({"logits_to_keep": 1} if architecture.head == "causal_lm" else {}))
+        head = _seconds(rest, ids, **({"logits_to_keep": 1} if writes(architecture.head) else {}))
         rounds.append([_seconds(nothing, ids), head, *(_seconds(layer, ids) for layer in layers)])
     empty, outside, *seconds = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
     return Timing(tuple(widths), np.array(seconds) - empty, outside)
