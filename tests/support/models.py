@@ -142,7 +142,7 @@ TOWERS: dict[str, Callable[[int], PreTrainedModel]] = {
     "qwen3_vl": tiny_tower(
         Qwen3VLConfig,
         {**heads(26, 3, 3, 8), "attention_bias": True, "rope_parameters": _MROPE},
-        {"depth": 2, "num_heads": 2, "out_hidden_size": 26, "num_position_embeddings": 9}
+        {"depth": 2, "num_heads": 5, "out_hidden_size": 26, "num_position_embeddings": 9}
         | {"deepstack_visual_indexes": [0, 1]},
         image_token_id=_IMAGE,
         video_token_id=VOCAB - 2,
@@ -162,14 +162,14 @@ TOWERS: dict[str, Callable[[int], PreTrainedModel]] = {
     "mistral3": tiny_tower(
         Mistral3Config,
         {"model_type": "mistral", **heads(28, 2, 3, 10), "tie_word_embeddings": False},
-        {"model_type": "pixtral", **_SIGHT, "head_dim": 10},
+        {"model_type": "pixtral", **_SIGHT, "head_dim": 10, "image_size": 8},
         image_token_index=_IMAGE,
         tie_word_embeddings=False,
     ),
     "ministral3": tiny_tower(
         Mistral3Config,
         {"model_type": "ministral3", **heads(28, 2, 3, 10)},
-        {"model_type": "pixtral", **_SIGHT, "head_dim": 10},
+        {"model_type": "pixtral", **_SIGHT, "head_dim": 10, "image_size": 8},
         image_token_index=_IMAGE,
     ),
     "llava": tiny_tower(

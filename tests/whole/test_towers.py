@@ -1,0 +1,103 @@
+"""Language models inside models that read images: the vision part stays whole, text alone is read, the rest is refused."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from libprune.engine.family import families
+from libprune.engine.surgery import masked
+from libprune.models.folder import WeightFiles, load_config
+from tests.support.models import TOWERS, VOCAB, Dense, Pruned, prune, random_plan, write_dense
+
+IMAGE = VOCAB - 1
+"""The token that stands for a piece of an image."""
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def dense(request, tmp_path_factory) -> Dense:
+    return write_dense(TOWERS[request.param](0), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module", params=["uniform", "shallow"])
+def pruned(request, dense, tmp_path_factory) -> Pruned:
+    if request.param == "shallow" and dense.architecture.layers_stay:
+        pytest.skip("no layer of this family can be deleted")
+    plan = random_plan(dense.architecture, request.param)
+    return prune(dense, plan, False, tmp_path_factory.mktemp("pruned"))
+
+
+def picture(model: nn.Module) -> dict[str, Tensor]:
+    """A random image of 4 by 4 pixels between words, as the processor of the model's type gives it."""
+    pixels = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    kind, pieces = model.config.model_type, 1
+    if kind == "qwen3_vl":  # 2 by 2 patches, each of two frames of 2 by 2 pixels
+        given = {"pixel_values": pixels.repeat(1, 2, 1, 1).view(4, 24), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    elif kind in {"idefics3", "smolvlm"}:
+        given = {"pixel_values": pixels[None]}
+    elif kind == "mistral3":
+        given, pieces = {"pixel_values": pixels.repeat(1, 1, 2, 1), "image_sizes": torch.tensor([[8, 4]])}, 2
+    else:
+        given, pieces = {"pixel_values": pixels}, 4 if kind == "llava" else 1
+    ids = torch.tensor([[3, 5, *[IMAGE] * pieces, 7, 4, 9, 2]])
+    if kind in {"qwen3_vl", "gemma3"}:
+        given["mm_token_type_ids" if kind == "qwen3_vl" else "token_type_ids"] = (ids == IMAGE).long()
+    return {"input_ids": ids, **given}
+
+
+def seen(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The logits of a pass with an image, and everything that the modules that stay whole gave in it."""
+    gave: list[Tensor] = []
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda module, args, output: gave.extend(tensors(output)))
+        for path in families_of(model).tower.untouched
+    ]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # weights read from a file lie anywhere, and sums are rounded by that
+    try:
+        with torch.no_grad():
+            return model(**inputs).logits, gave
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def families_of(model: nn.Module):
+    (family,) = [f for f in families().values() if model.config.model_type in f.model_types]
+    return family
+
+
+def tensors(output: object) -> Iterator[Tensor]:
+    """The tensors in what a module returns."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | list | tuple):
+        for inner in output.values() if isinstance(output, dict) else output:
+            yield from tensors(inner)
+
+
+def test_with_an_image_sliced_equals_masked_and_the_vision_part_gives_the_same_bytes(pruned):
+    inputs = picture(pruned.model)
+    with masked(pruned.dense.model, pruned.dense.architecture, pruned.plan):
+        expected, whole = seen(pruned.dense.model, inputs)
+    found, same = seen(pruned.model, inputs)
+    assert len(same) == len(whole) >= len(families_of(pruned.model).tower.untouched)
+    assert all(map(torch.equal, same, whole))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    blind = {**inputs, "pixel_values": 1 - inputs["pixel_values"]}
+    assert not torch.allclose(seen(pruned.model, blind)[0], found, atol=1e-3), "the image says nothing"
+
+
+def test_the_vision_part_and_all_of_its_config_are_as_they_were(pruned):
+    before, after = WeightFiles(pruned.dense.folder), dict(pruned.model.named_parameters())
+    family = families()[pruned.dense.architecture.family]
+    whole = [name for name in before if family.untouched(name)]
+    assert len(whole) > 20
+    assert all(torch.equal(after[name], before[name]) for name in whole)
+    dense, config = load_config(pruned.dense.folder).to_dict(), load_config(pruned.folder).to_dict()
+    nested = family.tower.config
+    assert {key for key in dense if config[key] != dense[key]} <= {nested, "_name_or_path"}
+    sized = {*family.config.sizes, *family.config.per_layer_lists, family.config.layers}
+    assert {key for key in dense[nested] if config[nested][key] != dense[nested][key]} <= sized
+    assert config[nested]["hidden_size"] == dense[nested]["hidden_size"]
