@@ -143,7 +143,7 @@ class Tower(_Strict):
     untouched: list[str]
     """Paths of the modules that stay whole, whatever they hold: the vision part, and what joins the two."""
     inert: list[str]
-    """Keys beside the nested config that no prunable size depends on."""
+    """Keys, beside the nested config or in it, that no prunable size depends on."""
     layers_stay: bool = False
     """Whether something is added behind layers by their number, so that none can be deleted."""
 

@@ -21,6 +21,7 @@ def bias_key(family: str, config: PreTrainedConfig, part: str) -> str | None:
 def check_config(family: Family, config: PreTrainedConfig, accept: tuple[str, ...] = ()) -> None:
     """Refuse config keys and values that the family file does not speak of, in a nested config too."""
     own: PreTrainedConfig = family.sized(config)
+    described = family.config.known | set(accept)
     if family.tower is not None:
         if own.model_type not in family.tower.model_types:
             raise FamilyError(
@@ -28,7 +29,8 @@ def check_config(family: Family, config: PreTrainedConfig, accept: tuple[str, ..
                 f"{family.family!r} describes {', '.join(family.tower.model_types)}"
             )
         _check_keys(family, config, {family.tower.config, *family.tower.inert, *accept})
-    values = _check_keys(family, own, family.config.known | set(accept))
+        described |= set(family.tower.inert)
+    values = _check_keys(family, own, described)
     for key, allowed in family.config.fixed.items():
         if key in values and values[key] not in allowed:
             raise FamilyError(

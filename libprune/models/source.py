@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from libprune.engine.errors import SourceError, naming
 from libprune.engine.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, head_of
+from libprune.engine.stock_config import keys_of
 from libprune.models.folder import PROCESSOR_FILES, require_own_files
 from libprune.models.given import require_model, require_safetensors
 from libprune.models.tokens import frame_of
@@ -54,6 +55,7 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below
     with naming(f"the weights of prepare.model = {masked(params.model)!r} cannot be loaded"):
         model, loading = head.loader.from_pretrained(name, use_safetensors=True, **how, **where)
+    _follow_weights(model, name, where)
     _require_weights(params, model, loading)
     with naming(f"the tokenizer of prepare.model = {masked(params.model)!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
@@ -110,6 +112,26 @@ def _require_weights(params: Prepare, model: PreTrainedModel, loading: Mapping[s
     )
     if fault:
         raise SourceError(f"prepare.model = {params.model!r} {fault}")
+
+
+def _follow_weights(model: PreTrainedModel, name: str | Path, where: Mapping[str, Any]) -> None:
+    """Let the config say that the head is not the embedding, where the weights have both and config.json leaves it open.
+
+    Newer versions of transformers take for granted what older ones did not.
+
+    Args:
+        model: as it was loaded.
+        name: its name or path.
+        where: the other arguments that it was loaded by.
+    """
+    if "gguf_file" in where or not untied(model):
+        return
+    stated, _ = PreTrainedConfig.get_config_dict(name, **where)
+    if _TIED not in keys_of(stated):
+        setattr(model.config, _TIED, False)
+
+
+_TIED = "tie_word_embeddings"
 
 
 def _wrapped(unexpected: list[str]) -> str:
