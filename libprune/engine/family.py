@@ -249,7 +249,10 @@ def load_family(path: Path) -> Family:
         if "tower" not in data:
             return Family.model_validate(data)
         reference = _Reference.model_validate(data)
-        return reference.resolved(Family.model_validate(read_yaml(_file_of(reference.tower.family, path))))
+        named = read_yaml(_file_of(reference.tower.family, path))
+        if "tower" in named:
+            raise FamilyError(f"tower.family {reference.tower.family!r} is one of a tower itself; name that of its own")
+        return reference.resolved(Family.model_validate(named))
     except ValueError as error:  # of pydantic, or of read_yaml
         raise FamilyError(f"family file {path}: {cause(error)}") from error
 

@@ -155,7 +155,6 @@ def expressible(family: Family, config: PreTrainedConfig, sizes: dict[str, int],
     The config class itself is asked. On a long axis some counts are asked first, and if none of
     them is refused the rest is taken as said; writing the pruned config asks again.
     """
-
     layers = tuple(range(getattr(family.sized(config), family.config.layers)))
 
     def fits(count: int) -> bool:

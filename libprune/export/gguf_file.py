@@ -18,6 +18,7 @@ from torch import Tensor
 
 from libprune.engine.errors import ExportError
 from libprune.engine.family import Gguf
+from libprune.engine.heads import writes
 from libprune.export.source import Layer, Source
 from libprune.export.vocabulary import write_vocabulary
 

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 
 from libprune.engine.errors import LibpruneError, SourceError, naming
 from libprune.engine.family import Family, described_by, family_of
-from libprune.engine.heads import head_of
 from libprune.foresight.settings import refused
 from libprune.models.given import require_content, require_model, require_safetensors
 from libprune.pipeline.faults import Fault
@@ -132,7 +131,7 @@ def _fits(params: Params, config: Config) -> Iterator[Fault]:
         return
     yield from _positions(params, family, config)
     name = _ending(config)
-    writes = head_of(config.get("architectures")).writes
+    writes = not name.endswith(("ForMaskedLM", "ForSequenceClassification"))
     if params.evaluate.tasks and not writes:
         yield Fault(
             "evaluate.tasks are questions to models that write; set it to [] for this one", ("evaluate", "tasks")
@@ -184,7 +183,10 @@ def _of_a_tower(params: Params, family: Family) -> Iterator[Fault]:
             ("allocate", "method"),
         )
     if allocate.shape == "per_layer":
-        yield Fault(f"allocate.shape: per_layer gives layers widths of their own, {alike}; set it to auto", ("allocate", "shape"))
+        yield Fault(
+            f"allocate.shape: per_layer gives layers widths of their own, {alike}; set it to auto",
+            ("allocate", "shape"),
+        )
     for key in ("freeze_first", "freeze_last"):
         if getattr(allocate, key):
             yield Fault(f"allocate.{key} keeps layers wider than the others, {alike}; set it to 0", ("allocate", key))

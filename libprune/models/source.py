@@ -115,7 +115,7 @@ def _require_weights(params: Prepare, model: PreTrainedModel, loading: Mapping[s
 
 
 def _follow_weights(model: PreTrainedModel, name: str | Path, where: Mapping[str, Any]) -> None:
-    """Let the config say that the head is not the embedding, where the weights have both and config.json leaves it open.
+    """Let the config say that the head is not the embedding, where config.json leaves it open and weights have both.
 
     Newer versions of transformers take for granted what older ones did not.
 
@@ -183,7 +183,9 @@ def _layer(name: str) -> int:
 
 
 def _counted(model: PreTrainedModel) -> str:
-    return f"its config.json says {model.config.get_text_config().num_hidden_layers} layers, make the number fit the files"
+    return (
+        f"its config.json says {model.config.get_text_config().num_hidden_layers} layers, make the number fit the files"
+    )
 
 
 def untied(model: PreTrainedModel) -> str:

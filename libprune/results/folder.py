@@ -133,7 +133,10 @@ def pruned_config(
     data = {key: value for key, value in new.to_dict().items() if not key.endswith("name_or_path")}
     if shape == "uniform":
         data["architectures"] = config.architectures
-        family.sized(data).update(version_4(family.sized(new)))
+        said = version_4(family.sized(new))
+        if family.tower is not None:  # where version 4 looks for it
+            family.sized(data)["tie_word_embeddings"] = new.tie_word_embeddings
+        (data if said == STOP else family.sized(data)).update(said)
         return data
     head = HEADS[architecture.head]
     stock = _stock_classes(family, config, head)

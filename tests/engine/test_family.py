@@ -27,7 +27,7 @@ def test_an_unknown_model_type_is_told_what_is_known_and_what_to_write():
     with pytest.raises(FamilyError) as error:
         family_of("qwen3_next")
     known = ", ".join(sorted(name for family in families().values() for name in family.model_types))
-    assert f"'qwen3_next'; known: {known}; did you mean 'qwen3'" in str(error.value)
+    assert f"'qwen3_next'; known: {known}; did you mean 'qwen3_vl' or 'qwen3'" in str(error.value)
     assert "libprune/families/qwen3_next.yaml" in str(error.value)
 
 
@@ -83,6 +83,63 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(FamilyError, match=r"broken\.yaml"):
+        load_family(path)
+
+
+# A family by reference
+
+TOWER = """
+family: seeing
+model_types: [seeing]
+tower:
+  family: llama
+  model_types: [llama]
+  prefix: model.reader
+  config: text_config
+  untouched: [model.eye]
+  inert: [vision_config]
+"""
+
+
+def test_a_tower_has_the_modules_of_its_family_under_its_own_prefix(tmp_path):
+    path = tmp_path / "seeing.yaml"
+    path.write_text(TOWER)
+    family, llama = load_family(path), families()["llama"]
+    assert family.layers == "model.reader.layers"
+    assert family.outside.keys() == {"model.reader.embed_tokens", "model.reader.norm", "lm_head"}
+    assert (family.parts, family.cache, family.config) == (llama.parts, llama.cache, llama.config)
+    assert family.heads == {"image_text_to_text": {}}
+    assert family.gguf is None
+    assert family.untouched("model.eye.0.weight")
+    assert not family.untouched("model.eyelid.weight")
+    nested = {"text_config": {"hidden_size": 3}, "hidden_size": 5}
+    assert family.sized(nested) == {"hidden_size": 3}
+    assert llama.sized(nested) is nested
+
+
+def test_the_family_of_a_tower_may_lie_beside_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        (FOLDER / "llama.yaml").read_text().replace("cache: kv d + kv d", "cache: kv d")
+    )
+    path = tmp_path / "seeing.yaml"
+    path.write_text(TOWER.replace("family: llama", "family: mine"))
+    assert load_family(path).cache == "kv d"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("family: llama", "family: lama", r"seeing\.yaml: .*lama\.yaml does not exist"),
+        ("family: llama", "family: mistral3", r"seeing\.yaml: tower\.family 'mistral3' is one of a tower itself"),
+        ("  inert:", "  colour: red\n  inert:", r"seeing\.yaml(.|\n)*colour(.|\n)*Extra inputs"),
+        ("  prefix: model.reader\n", "", r"seeing\.yaml(.|\n)*prefix(.|\n)*Field required"),
+    ],
+    ids=["unknown", "a tower itself", "key", "missing"],
+)
+def test_a_tower_that_cannot_be_read_is_refused_by_name(tmp_path, old, new, message):
+    path = tmp_path / "seeing.yaml"
+    path.write_text(TOWER.replace(old, new))
+    with pytest.raises(FamilyError, match=message):
         load_family(path)
 
 

@@ -179,9 +179,15 @@ TOWERS: dict[str, Callable[[int], PreTrainedModel]] = {
         image_token_index=_IMAGE,
     ),
     "smolvlm": tiny_tower(
-        SmolVLMConfig, {"model_type": "llama", **heads(30, 3, 2, 8)}, _SIGHT, image_token_id=_IMAGE, tie_word_embeddings=True
+        SmolVLMConfig,
+        {"model_type": "llama", **heads(30, 3, 2, 8)},
+        _SIGHT,
+        image_token_id=_IMAGE,
+        tie_word_embeddings=True,
     ),
-    "idefics3": tiny_tower(Idefics3Config, {"model_type": "llama", **heads(30, 3, 2, 8)}, _SIGHT, image_token_id=_IMAGE),
+    "idefics3": tiny_tower(
+        Idefics3Config, {"model_type": "llama", **heads(30, 3, 2, 8)}, _SIGHT, image_token_id=_IMAGE
+    ),
 }
 """Language models inside models that read images, whose layers can only be written all alike."""
 

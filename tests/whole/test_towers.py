@@ -1,6 +1,9 @@
-"""Language models inside models that read images: the vision part stays whole, text alone is read, the rest is refused."""
+"""Language models inside models that read images: text alone is read, and the vision part stays whole."""
 
+import json
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,10 @@ from torch import Tensor, nn
 
 from libprune.engine.family import families
 from libprune.engine.surgery import masked
+from libprune.models.dialect import STOP
 from libprune.models.folder import WeightFiles, load_config
+from libprune.results.check import check_folder
+from tests.support import tiny
 from tests.support.models import TOWERS, VOCAB, Dense, Pruned, prune, random_plan, write_dense
 
 IMAGE = VOCAB - 1
@@ -99,5 +105,66 @@ def test_the_vision_part_and_all_of_its_config_are_as_they_were(pruned):
     nested = family.tower.config
     assert {key for key in dense if config[key] != dense[key]} <= {nested, "_name_or_path"}
     sized = {*family.config.sizes, *family.config.per_layer_lists, family.config.layers}
+    sized |= {"rope_parameters", "tie_word_embeddings"}  # which are said in two ways
     assert {key for key in dense[nested] if config[nested][key] != dense[nested][key]} <= sized
     assert config[nested]["hidden_size"] == dense[nested]["hidden_size"]
+
+
+def test_the_nested_config_says_to_transformers_4_what_the_whole_one_says_to_5(pruned):
+    written = json.loads((pruned.folder / "config.json").read_text())
+    nested = written["text_config"]
+    assert nested["tie_word_embeddings"] is written["tie_word_embeddings"]
+    assert nested["rope_theta"] > 0
+    assert not written.keys() & STOP.keys()
+    assert not nested.keys() & STOP.keys()
+    if pruned.model.config.model_type == "qwen3_vl":
+        assert nested["rope_scaling"]["mrope_section"] == [2, 1, 1]
+
+
+# The whole pipeline
+
+STAGES = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "latency", "score", "sensitivity")
+STAGES += ("levels", "allocate", "slice", "teacher", "recover", "export", "evaluate")
+PROCESSOR = {"preprocessor_config.json": '{"size": 4}\n', "processor_config.json": "{ }\n", "chat_template.json": "{}"}
+
+
+def write_source(folder: Path, name: str) -> Path:
+    """The folder of a tiny model, with a tokenizer and files of a processor."""
+    TOWERS[name](0).save_pretrained(folder)
+    tiny.write_tokenizer(folder)
+    for file, text in PROCESSOR.items():
+        (folder / file).write_text(text)
+    return folder
+
+
+def test_every_stage_runs_on_text_and_the_vision_part_comes_out_as_it_went_in(tmp_path, monkeypatch, quick_proof):
+    """In training too, whose weight decay and type of weights would otherwise change it."""
+    monkeypatch.chdir(tmp_path)
+    source, text = write_source(tmp_path / "source", "gemma3_vision"), tiny.write_text(tmp_path / "text.txt", 120)
+    tiny.write_params(
+        tmp_path / "params.yaml",
+        str(source),
+        str(text),
+        allocate={"ratio": 0.2, "method": "uniform"},
+        slice={"repair": "sequential"},
+        recover={"method": "full", "dtype": "bfloat16", "weight_decay": 0.1, "learning_rate": 1e-3},
+        export={"formats": ["transformers"], "pad_channels": 8},
+        ablation={"units": 2, "sequences": 4},
+    )
+    for stage in STAGES:
+        import_module(f"stages.{stage}").main()
+    dense = WeightFiles(source)
+    vision = [name for name in dense if name.startswith(("vision_tower", "multi_modal_projector"))]
+    assert len(vision) > 20
+    for folder in (Path("artifacts/pruned"), Path("artifacts/recovered"), Path("artifacts/exported/transformers")):
+        written = WeightFiles(folder)
+        assert all(torch.equal(written[name], dense[name]) for name in vision), folder
+        assert all((folder / file).read_text() == content for file, content in PROCESSOR.items())
+    pruned, recovered = (WeightFiles(Path("artifacts", name)) for name in ("pruned", "recovered"))
+    down = "language_model.model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(pruned[down], recovered[down])
+    assert {one.kind for one in check_folder(Path("artifacts/pruned"), dense=Path("artifacts/model"))} == {"ok", "note"}
+    found = json.loads(Path("artifacts/evaluation.json").read_text())
+    assert found["model"] | {"head": "image_text_to_text", "type": "gemma3"} == found["model"]
+    assert found["pruned"]["decode"] is not None
+    assert found["pruned"]["draft"] is not None
