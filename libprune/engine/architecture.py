@@ -42,6 +42,11 @@ class Parameter:
     layer: int | None
     part: str | None
 
+    @property
+    def whole(self) -> bool:
+        """Whether it belongs to modules beside the language model that stay whole."""
+        return any(name.startswith(WHOLE) for dim in self.dims for name in dim.names)
+
 
 @dataclass(frozen=True)
 class Map:

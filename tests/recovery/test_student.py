@@ -73,7 +73,7 @@ def test_lora_trains_matrices_beside_the_maps_that_are_named(record):
     assert {parameter.shape["lora_B" in name] for name, parameter in names.items()} == {2}
 
 
-def test_a_vision_part_is_not_trained_and_stays_as_it_is_stored(tmp_path):
+def test_a_vision_part_is_not_trained_and_stays_as_it_is_stored(tmp_path, quick_proof):
     record = read_record(write_pruned_layout(tmp_path, "qwen3_vl", "uniform").pruned)
     student, lora = load_student(record, short()), short(method="lora")
     vision = {name for name, _ in student.named_parameters() if name.startswith("model.visual.")}

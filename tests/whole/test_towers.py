@@ -168,3 +168,7 @@ def test_every_stage_runs_on_text_and_the_vision_part_comes_out_as_it_went_in(tm
     assert found["model"] | {"head": "image_text_to_text", "type": "gemma3"} == found["model"]
     assert found["pruned"]["decode"] is not None
     assert found["pruned"]["draft"] is not None
+    card = Path("artifacts/recovered/README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "processor = AutoProcessor.from_pretrained(name)" in card
+    assert "The part that reads images is that of the dense model." in card
