@@ -155,11 +155,12 @@ def expressible(family: Family, config: PreTrainedConfig, sizes: dict[str, int],
     The config class itself is asked. On a long axis some counts are asked first, and if none of
     them is refused the rest is taken as said; writing the pruned config asks again.
     """
-    layers = tuple(range(getattr(family.sized(config), family.config.layers)))
+    own, alone = family.sized(config), family.model_copy(update={"tower": None})
+    layers = tuple(range(getattr(own, family.config.layers)))
 
     def fits(count: int) -> bool:
         try:
-            new_config(family, config, {**sizes, axis: count}, layers)
+            new_config(alone, own, {**sizes, axis: count}, layers)
         except NotExpressibleError:
             return False
         return True

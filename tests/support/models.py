@@ -15,7 +15,6 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
-    Idefics3Config,
     LlamaConfig,
     LlavaConfig,
     Mistral3Config,
@@ -184,9 +183,6 @@ TOWERS: dict[str, Callable[[int], PreTrainedModel]] = {
         _SIGHT,
         image_token_id=_IMAGE,
         tie_word_embeddings=True,
-    ),
-    "idefics3": tiny_tower(
-        Idefics3Config, {"model_type": "llama", **heads(30, 3, 2, 8)}, _SIGHT, image_token_id=_IMAGE
     ),
 }
 """Language models inside models that read images, whose layers can only be written all alike."""
