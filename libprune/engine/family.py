@@ -144,6 +144,8 @@ class Tower(_Strict):
     """Paths of the modules that stay whole, whatever they hold: the vision part, and what joins the two."""
     inert: list[str]
     """Keys, beside the nested config or in it, that no prunable size depends on."""
+    sizes: dict[str, ExprText | list[ExprText]] = Field(default_factory=dict)
+    """Config keys that hold something else than in the family: their expression(s), or none."""
     layers_stay: bool = False
     """Whether something is added behind layers by their number, so that none can be deleted."""
 
@@ -222,9 +224,12 @@ class _Reference(_Strict):
             outside=moved(of.outside),
             heads={"image_text_to_text": moved(of.heads["causal_lm"])},
             cache=of.cache,
-            config=of.config,
+            config=of.config.model_copy(update={"sizes": self._sizes(of)}),
             tower=self.tower,
         )
+
+    def _sizes(self, of: Family) -> dict[str, str | list[str]]:
+        return {key: texts for key, texts in {**of.config.sizes, **self.tower.sizes}.items() if texts}
 
     def _path(self, root: str, path: str) -> str:
         first, _, rest = path.partition(".")

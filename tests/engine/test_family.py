@@ -117,6 +117,15 @@ def test_a_tower_has_the_modules_of_its_family_under_its_own_prefix(tmp_path):
     assert llama.sized(nested) is nested
 
 
+def test_a_tower_may_say_its_sizes_by_other_keys(tmp_path):
+    path = tmp_path / "seeing.yaml"
+    path.write_text(TOWER + "  sizes: {hidden_size: [model, kv q d], head_dim: []}\n")
+    sizes, whole = load_family(path).config.expressions, families()["llama"].config.expressions
+    assert sizes.keys() == whole.keys() - {"head_dim"}
+    assert [str(one) for one in sizes["hidden_size"]] == ["model", "kv q d"]
+    assert all(sizes[key] == whole[key] for key in sizes if key != "hidden_size")
+
+
 def test_the_family_of_a_tower_may_lie_beside_it(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         (FOLDER / "llama.yaml").read_text().replace("cache: kv d + kv d", "cache: kv d")

@@ -24,6 +24,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3VLConfig,
@@ -148,6 +149,15 @@ TOWERS: dict[str, Callable[[int], PreTrainedModel]] = {
         vision_start_token_id=VOCAB - 3,
         vision_end_token_id=VOCAB - 4,
         tie_word_embeddings=True,
+    ),
+    "qwen2_5_vl": tiny_tower(
+        Qwen2_5_VLConfig,
+        {**heads(36, 3, 2), "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}},
+        {"depth": 2, "num_heads": 5, "out_hidden_size": 36, "window_size": 8, "fullatt_block_indexes": [1]},
+        image_token_id=_IMAGE,
+        video_token_id=VOCAB - 2,
+        vision_start_token_id=VOCAB - 3,
+        vision_end_token_id=VOCAB - 4,
     ),
     "gemma3_vision": tiny_tower(
         Gemma3Config,

@@ -19,6 +19,7 @@ from tests.support.models import TOWERS, VOCAB, Dense, Pruned, prune, random_pla
 
 IMAGE = VOCAB - 1
 """The token that stands for a piece of an image."""
+QWEN = ("qwen3_vl", "qwen2_5_vl")
 
 
 @pytest.fixture(scope="module", params=TOWERS)
@@ -38,7 +39,7 @@ def picture(model: nn.Module) -> dict[str, Tensor]:
     """A random image of 4 by 4 pixels between words, as the processor of the model's type gives it."""
     pixels = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(2))
     kind, pieces = model.config.model_type, 1
-    if kind == "qwen3_vl":  # 2 by 2 patches, each of two frames of 2 by 2 pixels
+    if kind in QWEN:  # 2 by 2 patches, each of two frames of 2 by 2 pixels
         given = {"pixel_values": pixels.repeat(1, 2, 1, 1).view(4, 24), "image_grid_thw": torch.tensor([[1, 2, 2]])}
     elif kind in {"idefics3", "smolvlm"}:
         given = {"pixel_values": pixels[None]}
@@ -47,8 +48,8 @@ def picture(model: nn.Module) -> dict[str, Tensor]:
     else:
         given, pieces = {"pixel_values": pixels}, 4 if kind == "llava" else 1
     ids = torch.tensor([[3, 5, *[IMAGE] * pieces, 7, 4, 9, 2]])
-    if kind in {"qwen3_vl", "gemma3"}:
-        given["mm_token_type_ids" if kind == "qwen3_vl" else "token_type_ids"] = (ids == IMAGE).long()
+    if kind in {*QWEN, "gemma3"}:
+        given["mm_token_type_ids" if kind in QWEN else "token_type_ids"] = (ids == IMAGE).long()
     return {"input_ids": ids, **given}
 
 
@@ -117,8 +118,8 @@ def test_the_nested_config_says_to_transformers_4_what_the_whole_one_says_to_5(p
     assert nested["rope_theta"] > 0
     assert not written.keys() & STOP.keys()
     assert not nested.keys() & STOP.keys()
-    if pruned.model.config.model_type == "qwen3_vl":
-        assert nested["rope_scaling"]["mrope_section"] == [2, 1, 1]
+    if pruned.model.config.model_type in QWEN:
+        assert nested["rope_scaling"]["mrope_section"] == nested["rope_parameters"]["mrope_section"]
 
 
 # The whole pipeline
