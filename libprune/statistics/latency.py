@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from libprune.engine.architecture import Architecture
@@ -82,15 +82,17 @@ def time_layers(
     Raises:
         LibpruneError: if the config can say no smaller layer.
     """
-    widths = measured_widths(architecture, params.widths)
+    widths, family = measured_widths(architecture, params.widths), families()[architecture.family]
 
     def make(kind: Any, units: Mapping[str, int] | None) -> PreTrainedModel:
         """A model of one layer or of none, with random weights."""
         parts = architecture.parts
         sizes = dict(architecture.sizes) | {parts[part].axis: count for part, count in (units or {}).items()}
-        one = new_config(families()[architecture.family], config, sizes, () if units is None else (0,))
+        one = new_config(family, config, sizes, () if units is None else (0,))
         with device:
             model: PreTrainedModel = kind.from_config(one, dtype=dtype)
+        for path in () if family.tower is None else family.tower.untouched:  # which text does not pass
+            model.base_model.set_submodule(path.partition(".")[2], nn.Identity())
         return model.eval()
 
     nothing, rest = make(AutoModel, None), make(HEADS[architecture.head].loader, None)
