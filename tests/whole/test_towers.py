@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from libprune.engine import cost
 from libprune.engine.family import families
 from libprune.engine.surgery import masked
 from libprune.models.dialect import STOP
 from libprune.models.folder import WeightFiles, load_config
 from libprune.results.check import check_folder
 from tests.support import tiny
-from tests.support.models import TOWERS, VOCAB, Dense, Pruned, prune, random_plan, write_dense
+from tests.support.models import TOWERS, VOCAB, Dense, Pruned, prune, random_plan, tokens, write_dense
 
 IMAGE = VOCAB - 1
 """The token that stands for a piece of an image."""
@@ -111,6 +112,17 @@ def test_the_vision_part_and_all_of_its_config_are_as_they_were(pruned):
     assert config[nested]["hidden_size"] == dense[nested]["hidden_size"]
 
 
+def test_it_is_as_large_as_predicted_and_writes_on_text_alone(pruned):
+    size, ids = cost.size(pruned.dense.architecture, pruned.plan), tokens(length=8)
+    assert size.total == sum(p.numel() for p in pruned.model.parameters())
+    whole = sum(p.numel() for p in pruned.dense.model.parameters())
+    assert whole - size.total == pruned.dense.architecture.decoder_parameters - size.decoder > 0
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    text = pruned.model.generate(ids, **options)
+    assert text.shape == (2, 13)
+    assert torch.equal(pruned.model.generate(ids, use_cache=False, **options), text)
+
+
 def test_the_nested_config_says_to_transformers_4_what_the_whole_one_says_to_5(pruned):
     written = json.loads((pruned.folder / "config.json").read_text())
     nested = written["text_config"]
@@ -126,6 +138,7 @@ def test_the_nested_config_says_to_transformers_4_what_the_whole_one_says_to_5(p
 
 STAGES = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "latency", "score", "sensitivity")
 STAGES += ("levels", "allocate", "slice", "teacher", "recover", "export", "evaluate")
+"""All but the report, which reads no model."""
 PROCESSOR = {"preprocessor_config.json": '{"size": 4}\n', "processor_config.json": "{ }\n", "chat_template.json": "{}"}
 
 
