@@ -209,7 +209,13 @@ class _Reference(_Strict):
     tower: Tower
 
     def resolved(self, of: Family) -> Family:
-        """The family that the tower names, under the prefix of the tower."""
+        """The family that the tower names, under the prefix of the tower.
+
+        Raises:
+            ValueError: if models of that family do not predict the next token.
+        """
+        if "causal_lm" not in of.heads:
+            raise ValueError(f"tower.family {of.family!r} describes no models that predict the next token")
         root = of.layers.partition(".")[0]
 
         def moved(entries: Mapping[str, str]) -> dict[str, str]:

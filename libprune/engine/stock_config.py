@@ -57,8 +57,9 @@ def _check_keys(family: Family, config: PreTrainedConfig, described: Collection[
 
 
 def keys_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """All keys of the content of a config.json, those of nested configs too."""
-    return tuple(config) + tuple(key for value in config.values() if isinstance(value, dict) for key in value)
+    """All keys of a config as a mapping, those of nested configs too, but not the numbers that stand for labels."""
+    nested = (key for value in config.values() if isinstance(value, dict) for key in value)
+    return *config, *(key for key in nested if isinstance(key, str))
 
 
 _NOT_DENSE = {

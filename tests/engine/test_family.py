@@ -140,10 +140,11 @@ def test_the_family_of_a_tower_may_lie_beside_it(tmp_path):
     [
         ("family: llama", "family: lama", r"seeing\.yaml: .*lama\.yaml does not exist"),
         ("family: llama", "family: mistral3", r"seeing\.yaml: tower\.family 'mistral3' is one of a tower itself"),
+        ("family: llama", "family: bert", "tower.family 'bert' describes no models that predict the next token"),
         ("  inert:", "  colour: red\n  inert:", r"seeing\.yaml(.|\n)*colour(.|\n)*Extra inputs"),
         ("  prefix: model.reader\n", "", r"seeing\.yaml(.|\n)*prefix(.|\n)*Field required"),
     ],
-    ids=["unknown", "a tower itself", "key", "missing"],
+    ids=["unknown", "a tower itself", "another head", "key", "missing"],
 )
 def test_a_tower_that_cannot_be_read_is_refused_by_name(tmp_path, old, new, message):
     path = tmp_path / "seeing.yaml"

@@ -91,6 +91,7 @@ def test_of_a_tower_both_configs_are_checked(nested, key, value, message):
     if key == "colour":
         check_config(family, config, accept=("colour",))
         assert "colour" in keys_of(config.to_dict())
+        assert {type(key) for key in keys_of(config.to_dict())} == {str}
 
 
 def test_a_tower_of_another_language_model_is_refused():
