@@ -34,7 +34,6 @@ from libprune.allocation.search import Search
 from libprune.engine import cost
 from libprune.engine.surgery import masked, oriented
 from libprune.engine.tables import Columns
-from libprune.engine.unit_sums import sum_positions
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import WeightFiles, load_model
 from libprune.models.layers import replaced
@@ -50,6 +49,7 @@ from libprune.report.markdown import markdown_table
 from libprune.results.perplexity import estimate_perplexity, estimate_ratio, window_losses
 from libprune.results.tasks import zero_shot
 from libprune.scoring.score import score_layout
+from libprune.statistics.unit_sums import sum_positions
 
 LEVELS = Levels(sequences=4, number=6)
 SEARCH = {"method": "search", "evaluations": 8}

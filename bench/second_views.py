@@ -34,7 +34,6 @@ from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.surgery import hooked, oriented
 from libprune.engine.tables import Columns
-from libprune.engine.unit_sums import sum_positions, unit_sums
 from libprune.models.folder import WeightFiles
 from libprune.pipeline.artifacts import read_architecture, read_table
 from libprune.pipeline.layout import Layout
@@ -42,6 +41,7 @@ from libprune.pipeline.sections import Compute, Score
 from libprune.pipeline.shards import GRAM, read_tensor
 from libprune.report.markdown import markdown_table
 from libprune.scoring.criteria import CRITERIA, join_tables, score_units
+from libprune.statistics.unit_sums import sum_positions, unit_sums
 
 Values = NDArray[np.float64]
 BINS, TOKENS = 8, 31

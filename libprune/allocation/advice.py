@@ -74,7 +74,7 @@ def shares_lost(architecture: Architecture, plan: Plan) -> NDArray[np.float64]:
     prices = cost.prices(architecture, "parameters")
     shares = []
     for layer in range(architecture.layers):
-        own = {(layer, part): plan.keep[layer, part] for part in architecture.parts}
+        own = {(layer, part): plan.keep[layer, part] for part in architecture.parts_of(layer)}
         whole = Plan({block: np.zeros_like(keep) for block, keep in own.items()})
         shares.append(prices.removed(Plan(own)) / prices.removed(whole))
     return np.array(shares)

@@ -153,9 +153,9 @@ def result_shape(architecture: Architecture, plan: Plan, params: Allocate) -> st
 def _not_uniform(architecture: Architecture, plan: Plan) -> str | None:
     if not plan.uniform:
         return "the layers of this plan differ in width"
-    layer = plan.layers[0]
-    for part, shape in architecture.parts.items():
-        if not shape.says(plan.kept(layer, part)):
+    for layer, part in plan.keep:
+        shape = architecture.parts[part]
+        if layer in plan.layers and not shape.says(plan.kept(layer, part)):
             return f"the stock config of this family cannot say {plan.kept(layer, part)} {part} units"
     return None
 

@@ -76,16 +76,17 @@ def collapsing(
     A layer's kept share is the mean over its parts of kept units over all. Frozen layers stay, and so does the
     last layer of all.
     """
-    units = {part: architecture.units(part) for part in architecture.parts}
+    parts = {layer: architecture.parts_of(layer) for layer in range(architecture.layers)}
     kept = {
         layer: np.mean(
             [
-                1 - sum(len(step.units) for step in ladders[layer, part][: depth[layer, part]]) / units[part]
-                for part in units
+                1
+                - sum(len(step.units) for step in ladders[layer, part][: depth[layer, part]]) / architecture.units(part)
+                for part in parts[layer]
             ]
         )
-        for layer in range(architecture.layers)
-        if all(sum(len(step.units) for step in ladders[layer, part]) == units[part] for part in units)
+        for layer in parts
+        if all(sum(len(s.units) for s in ladders[layer, part]) == architecture.units(part) for part in parts[layer])
     }
     gone: list[int] = []
     cost = 0

@@ -94,7 +94,7 @@ def _layer_choices(
 ) -> list[_Choice]:
     """All joint choices of a layer's blocks; those that would leave nothing of it only where that is allowed."""
     choices = [(_Choice({}, 0, 0.0), 0, True)]
-    for part in architecture.parts:
+    for part in architecture.parts_of(layer):
         block = layer, part
         costs = np.cumsum([0, *(step.cost for step in ladders[block])])
         gone = np.cumsum([0, *(len(step.units) for step in ladders[block])])

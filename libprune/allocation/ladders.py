@@ -44,15 +44,22 @@ def build_ladders(architecture: Architecture, scores: Columns, params: Allocate,
         rank, importance = scores[params.rank_by][rows], scores["importance"][rows]
         unit, rest = prices.unit[layer, part], prices.rest[layer, part]
         multiple = 1 if architecture.grouped(part) else params.channel_multiple
-        multiple = len(rank) if architecture.parts[part].coupled else multiple
-        floor = floor_of(architecture, part, params)
-        ladders[layer, part] = () if frozen else _ladder(rank, importance, unit, rest, multiple, floor)
+        multiple = len(rank) if architecture.parts[part].coupled else multiple * architecture.parts[part].groups
+        floor, order = floor_of(architecture, part, params), _order(rank, architecture.parts[part].groups)
+        ladders[layer, part] = () if frozen else _ladder(rank, importance, order, unit, rest, multiple, floor)
     return ladders
+
+
+def _order(rank: NDArray[np.float64], groups: int) -> NDArray[np.int64]:
+    """The units in ascending rank; with several groups the lowest of each, then the second of each, and so on."""
+    within = np.argsort(rank.reshape(groups, -1), axis=1, kind="stable")
+    return (within + within.shape[1] * np.arange(groups)[:, None]).T.flatten()
 
 
 def _ladder(
     rank: NDArray[np.float64],
     importance: NDArray[np.float64],
+    order: NDArray[np.int64],
     unit_price: int,
     rest: int,
     multiple: int,
@@ -60,7 +67,6 @@ def _ladder(
 ) -> tuple[Step, ...]:
     if unit_price == 0:  # nothing to gain for this objective
         return ()
-    order = np.argsort(rank, kind="stable")
     steps: list[Step] = []
     gone = 0
     while gone < len(order):
@@ -79,7 +85,8 @@ def _ladder(
 
 def floor_of(architecture: Architecture, part: str, params: Allocate) -> int:
     """Units that every block of a part keeps."""
-    return params.min_groups if architecture.grouped(part) else params.min_channels
+    asked = params.min_groups if architecture.grouped(part) else params.min_channels
+    return max(asked, architecture.parts[part].least)
 
 
 def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block) -> bool:
@@ -88,7 +95,7 @@ def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[B
     if depth[block] + 1 < len(ladders[block]):
         return False
     left = 0
-    for part in architecture.parts:
+    for part in architecture.parts_of(layer):
         other = (layer, part)
         taken = depth[other] + (1 if other == block else 0)
         left += architecture.units(part) - sum(len(step.units) for step in ladders[other][:taken])

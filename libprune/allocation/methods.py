@@ -63,18 +63,21 @@ def allocate_uniform(
     the cheapest part in every layer) are considered; `split` chooses among them, or the least
     divergence where that was measured.
     """
-    layers = [layer for layer in range(architecture.layers) if any(ladders[layer, p] for p in architecture.parts)]
+    layers = _cuttable(architecture, ladders)
     if not layers:
         return dict.fromkeys(ladders, 0)
-    first = {part: ladders[layers[0], part] for part in architecture.parts}
+    having = {part: [layer for layer in layers if (layer, part) in ladders] for part in architecture.parts}
+    first = {part: ladders[own[0], part] for part, own in having.items() if own}
     options = {part: _options(architecture, first[part], part, params) for part in first}
-    spent = {part: _totals([[step.cost for step in ladders[layer, part]] for layer in layers]) for part in first}
-    lost = {part: _totals([_losses(ladders, evidence, (layer, part)) for layer in layers]) for part in first}
+    spent = {part: _totals([[step.cost for step in ladders[layer, part]] for layer in having[part]]) for part in first}
+    lost = {part: _totals([_losses(ladders, evidence, (layer, part)) for layer in having[part]]) for part in first}
     gone = {part: _totals([[len(step.units) for step in first[part]]]) / architecture.units(part) for part in first}
     may_empty = params.allow_layer_removal and len(layers) < architecture.layers
 
     def allowed(split: Split) -> bool:
-        return may_empty or any(gone[part][i] < 1 for part, i in split.items())
+        return may_empty or all(
+            any(gone[part][split[part]] < 1 for part in architecture.parts_of(layer)) for layer in layers
+        )
 
     splits = _splits(options, spent, target, allowed)
 
@@ -87,10 +90,16 @@ def allocate_uniform(
         shares = [float(gone[part][i]) for part, i in split.items()]
         return max(shares) - min(shares)
 
-    cheapest = min((len(layers) * steps[0].cost for steps in first.values() if steps), default=0)
+    cheapest = min((len(having[part]) * steps[0].cost for part, steps in first.items() if steps), default=0)
     reach = max(cheapest, min(map(miss, splits)))
     best = min((split for split in splits if miss(split) <= reach), key=lambda split: (preference(split), miss(split)))
     return {(layer, part): best[part] if layer in layers else 0 for layer, part in ladders}
+
+
+def _cuttable(architecture: Architecture, ladders: Ladders) -> list[int]:
+    """The layers that something can be removed from."""
+    layers = range(architecture.layers)
+    return [layer for layer in layers if any(ladders[layer, part] for part in architecture.parts_of(layer))]
 
 
 def _losses(ladders: Ladders, evidence: Evidence, block: Block) -> list[float]:
@@ -147,15 +156,15 @@ def allocate_functional(
     r (1.5 - c_l), moved by a constant and cut to [0.5 r, 1.5 r] so that the shares meet the target (FANG's
     functional allocation). In a layer the lowest ranks go first, or the same share of each part, as `split` says.
     """
-    layers = [layer for layer in range(architecture.layers) if any(ladders[layer, p] for p in architecture.parts)]
+    layers = _cuttable(architecture, ladders)
     depth = dict.fromkeys(ladders, 0)
     if not layers:
         return depth
-    sizes = np.array([_removable(ladders, [(layer, part) for part in architecture.parts]) for layer in layers])
+    sizes = np.array([_removable(ladders, [(layer, p) for p in architecture.parts_of(layer)]) for layer in layers])
     shares = functional_shares(evidence["activations"][layers], sizes, target / max(1, int(sizes.sum())))
     owed = 0.0  # what the layers before could not remove in whole units is passed on
     for layer, budget in zip(layers, shares * sizes, strict=True):
-        blocks = [(layer, part) for part in architecture.parts]
+        blocks = [(layer, part) for part in architecture.parts_of(layer)]
         groups = [blocks] if params.split == "importance" else [[block] for block in blocks]
         whole = _removable(ladders, blocks)
         for group in groups:

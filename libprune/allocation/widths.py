@@ -35,7 +35,7 @@ def tensor_parallel_sizes(architecture: Architecture, plan: Plan) -> list[int]:
     Args:
         plan: alike in all layers.
     """
-    kept = {part: plan.kept(plan.layers[0], part) for part in architecture.parts}
+    kept = {part: plan.kept(layer, part) for layer in plan.layers for part in architecture.parts_of(layer)}
     groups = [count for part, count in kept.items() if architecture.grouped(part)]
     channels = [count for part, count in kept.items() if not architecture.grouped(part)]
     divided = [count * architecture.sizes.get("q", 1) for count in groups] + channels

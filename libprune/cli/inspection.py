@@ -259,7 +259,7 @@ def _shape(
     size = cost.size(architecture, plan)
     return Shape(
         ratio=ratio,
-        kept={part: min(plan.kept(layer, part) for layer in plan.layers) for part in architecture.parts},
+        kept={part: min(plan.counts(part)) for part in architecture.parts},
         loads=loads,
         decoder=size.decoder,
         total=size.total,

@@ -31,7 +31,7 @@ def _what(inspection: Inspection) -> str:
         ("axes", ", ".join(f"{axis} {size:,}" for axis, size in _axes(architecture).items())),
     ]
     for part, shape in architecture.parts.items():
-        each = cost.unit_parameters(architecture, 0, part)
+        each = cost.unit_parameters(architecture, architecture.with_part(part)[0], part)
         said = "" if shape.expressible is None else f"; a stock config says {_counts(shape.expressible)}"
         if shape.coupled:
             said = f"; they go together, coupled by {' and '.join(shape.coupled)}"
@@ -55,10 +55,12 @@ def _parameters(architecture: Architecture) -> str:
     total = architecture.total_parameters
     rows: list[Row] = [("layer 0", "axes", "shape", "parameters", "")]
     for part in architecture.parts:
-        rows += [
-            _parameter(architecture, p, f"{architecture.layers_path}.0.") for p in architecture.parameters_of(0, part)
-        ]
-        rows.append(_sum(f"{part}, {architecture.layers} layers", _part_parameters(architecture, part), total))
+        layers = architecture.with_part(part)
+        if layers[0]:
+            rows.append((f"layer {layers[0]}", "", "", "", ""))
+        before = f"{architecture.layers_path}.{layers[0]}."
+        rows += [_parameter(architecture, p, before) for p in architecture.parameters_of(layers[0], part)]
+        rows.append(_sum(f"{part}, {len(layers)} layers", _part_parameters(architecture, part), total))
     staying = [p for p in architecture.parameters if p.layer is not None and p.part is None]
     if staying:
         rows += [_parameter(architecture, p, f"{architecture.layers_path}.0.") for p in staying if p.layer == 0]
@@ -148,7 +150,7 @@ def as_data(inspection: Inspection) -> dict[str, Any]:
             part: {
                 "axis": shape.axis,
                 "units_per_layer": architecture.units(part),
-                "parameters_per_unit": cost.unit_parameters(architecture, 0, part),
+                "parameters_per_unit": cost.unit_parameters(architecture, architecture.with_part(part)[0], part),
                 "parameters": _part_parameters(architecture, part),
             }
             for part, shape in architecture.parts.items()

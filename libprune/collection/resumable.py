@@ -344,7 +344,8 @@ def write_artifact(
             tensors = sums.finish(layer)
             stored = {name: tensor for name, tensor in tensors.items() if not name.startswith((PENDING, ROWS, UNITS))}
             write_shard(folder, layer, stored, meta)
-            blocks += [columns_of(architecture, tensors, run.weights, layer, part) for part in architecture.parts]
+            for part in architecture.parts_of(layer):
+                blocks.append(columns_of(architecture, tensors, run.weights, layer, part))
             for name, rows_of in tables_of.items():
                 rows[name].append(rows_of(architecture, tensors, layer))
         tables = {"units": unit_index(architecture) | _joined(blocks)}

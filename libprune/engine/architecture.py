@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,10 @@ WHOLE = "whole_"
 """What the names of axes begin with that belong to tensors which stay whole; their size follows."""
 Block = tuple[int, str]
 """A layer, from 0, and the name of one of its parts."""
+Units = Literal["groups", "channels", "experts"]
+"""What the units of a part are: attention groups and other heads, channels, or whole experts of a mixture."""
+STAND_IN = ".stacked_"
+"""What stands before the name of a stacked tensor in the name of the module that stands in for it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class Map:
         transposed: whether its weight is stored ``[input, output]``.
         kernel: positions of the input for each feature that the module takes; above 1 for convolutions.
         rows: how many rows of the map one sample of a network makes; 1 in language models, which are counted by token.
+        stack: the axis of the copies of a stack, such as the experts; None for a single map. `input` or `output` then
+            carries it too: they are those of all copies side by side.
+        active: how many copies of a stack a token goes through.
     """
 
     module: str
@@ -68,33 +75,53 @@ class Map:
     transposed: bool
     kernel: int = 1
     rows: int = 1
+    stack: str | None = None
+    active: int = 1
 
     @property
     def weight(self) -> str:
-        """Name of the weight."""
-        return f"{self.module}.weight"
+        """Name of the weight. The module of a stack stands in for a tensor, see `libprune.engine.stacks`."""
+        return self.module.replace(STAND_IN, ".") if self.stack else f"{self.module}.weight"
 
     @property
     def bias(self) -> str:
         """Name that its bias has, if there is one."""
-        return f"{self.module}.bias"
+        return f"{self.weight}_bias" if self.stack else f"{self.module}.bias"
+
+    def copies(self, sizes: Mapping[str, int]) -> int:
+        """How many maps the stack has; 1 for a single map."""
+        return sizes[self.stack] if self.stack else 1
+
+    def each_input(self, sizes: Mapping[str, int]) -> int:
+        """The width of the input of one copy."""
+        return self.input.size(sizes) // (self.copies(sizes) if self.stack in self.input.names else 1)
 
 
 @dataclass(frozen=True)
 class PartShape:
-    """A prunable part of every layer.
+    """A prunable part of every layer, or of the layers of one kind.
 
     Attributes:
         axis: whose indices are its units.
         module: computes the part.
         expressible: the unit counts that the stock config can say; None: any.
         coupled: norms whose statistics run over the units, so that only all of them can go together.
+        units: what the units are.
+        layers: the layers that have the part; None: all.
+        groups: units lie in so many groups of neighbours, which all keep the same number.
+        least: the fewest units that stay in each layer, unless the whole layer goes; 0 where the part can go alone.
+        router: the module of the layer that chooses among the units by its logits; "" where all units are used.
     """
 
     axis: str
     module: str
     expressible: tuple[int, ...] | None
     coupled: tuple[str, ...] = ()
+    units: Units = "channels"
+    layers: tuple[int, ...] | None = None
+    groups: int = 1
+    least: int = 0
+    router: str = ""
 
     def says(self, count: int) -> bool:
         """Whether the stock config can say this many units in every layer."""
@@ -120,7 +147,7 @@ class Architecture:
         head: what the model is for, a name of `libprune.engine.heads.HEADS`, or `network`.
         head_macs: multiply-accumulates a token of the linear maps behind the layers; 0 where they run once a sequence.
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
-        buffers: what a network stores beside its parameters, such as running statistics.
+        buffers: what a model stores beside its parameters, such as running statistics or biases on a choice of experts.
         tower: whether this is the language model inside a larger one, whose layers can only be written all alike.
         numbered: whether something is added behind layers by their number, so that none can be deleted.
     """
@@ -153,8 +180,17 @@ class Architecture:
         return self.layers_path != ""
 
     def grouped(self, part: str) -> bool:
-        """Whether the units of a part are attention groups, which floors and multiples of channels do not concern."""
-        return self.layered and part == "attention"
+        """Whether the units of a part are heads or experts, which floors and multiples of channels do not concern."""
+        return self.parts[part].units != "channels"
+
+    def parts_of(self, layer: int) -> list[str]:
+        """The parts that a layer has."""
+        return [part for part, shape in self.parts.items() if shape.layers is None or layer in shape.layers]
+
+    def with_part(self, part: str) -> tuple[int, ...]:
+        """The layers that have a part."""
+        layers = self.parts[part].layers
+        return tuple(range(self.layers)) if layers is None else layers
 
     @property
     def layers_stay(self) -> bool:
@@ -171,7 +207,7 @@ class Architecture:
 
     def blocks(self) -> Iterator[Block]:
         """Every (layer, part), layer by layer."""
-        return ((layer, part) for layer in range(self.layers) for part in self.parts)
+        return ((layer, part) for layer in range(self.layers) for part in self.parts_of(layer))
 
     @cached_property
     def _maps_of(self) -> dict[Block, tuple[Map, ...]]:
@@ -186,8 +222,10 @@ class Architecture:
         table: dict[Block, list[_Entry]] = {block: [] for block in self.blocks()}
         for entry, dims in entries:
             names = frozenset[str]().union(*(expr.names for expr in dims))
-            for part, shape in self.parts.items():
-                if entry.layer is not None and (entry.part == part or shape.axis in names):
+            if entry.layer is None:
+                continue
+            for part in self.parts_of(entry.layer):
+                if entry.part == part or self.parts[part].axis in names:
                     table[entry.layer, part].append(entry)
         return {block: tuple(members) for block, members in table.items()}
 
@@ -198,6 +236,15 @@ class Architecture:
     def parameters_of(self, layer: int, part: str) -> tuple[Parameter, ...]:
         """The parameters of a block, norms included."""
         return self._parameters_of[layer, part]
+
+    def matrices_of(self, layer: int, part: str) -> tuple[Parameter, ...]:
+        """The parameters of a block that a token is multiplied by without a map: routers, depthwise convolutions."""
+        weights = self._weights
+        return tuple(p for p in self.parameters_of(layer, part) if len(p.dims) > 1 and p.name not in weights)
+
+    @cached_property
+    def _weights(self) -> frozenset[str]:
+        return frozenset(entry.weight for entry in self.maps) | frozenset(entry.bias for entry in self.maps)
 
     def consumers(self, layer: int, part: str) -> tuple[Map, ...]:
         """The maps whose *input* carries the part's axis; masking that input is what removal means."""
@@ -212,7 +259,7 @@ class Architecture:
         axis = self.parts[part].axis
         coupled = {f"{self.layers_path}.{layer}.{module}" for module in self.parts[part].coupled}
         for parameter in self.parameters_of(layer, part):
-            if parameter.name.rpartition(".")[0] in coupled:
+            if coupled & {parameter.name, parameter.name.rpartition(".")[0]}:
                 continue
             for dim, expr in enumerate(parameter.dims):
                 if axis in expr.names:
@@ -234,7 +281,7 @@ class Architecture:
 
     def to_json(self) -> str:
         """The description as JSON, readable by `from_json`."""
-        buffers = [{"name": buffer.name, "dims": buffer.dims} for buffer in self.buffers]
+        buffers = [{"name": buffer.name, "dims": buffer.dims, "layer": buffer.layer} for buffer in self.buffers]
         return json.dumps(_plain(self) | {"buffers": buffers}, indent=1, default=_plain)
 
     @staticmethod
@@ -251,7 +298,7 @@ class Architecture:
             "parts": {name: PartShape(**_with_tuples(part)) for name, part in data["parts"].items()},
             "parameters": tuple(Parameter(**p | {"dims": _parsed(p["dims"])}) for p in data["parameters"]),
             "maps": tuple(Map(**m | {side: parse_expr(m[side]) for side in ("input", "output")}) for m in data["maps"]),
-            "buffers": tuple(Parameter(b["name"], _parsed(b["dims"]), 0, None) for b in data["buffers"]),
+            "buffers": tuple(Parameter(b["name"], _parsed(b["dims"]), b["layer"], None) for b in data["buffers"]),
         }
         return Architecture(**data)
 

@@ -1,9 +1,10 @@
 """The axis notation: what the positions of a tensor dimension mean.
 
-    expr   := term ('+' term)*      concatenation                     "kv q d + kv d + kv d"
-    term   := factor+               product, the last axis fastest    "kv q d"
-    factor := NAME | '(' expr ')'   interleaving                      "kv (d + d + d)"
-    map    := expr '->' expr        a linear map, input to output     "kv q d -> model"
+    expr   := term ('+' term)*                concatenation                       "kv q d + kv d + kv d"
+    term   := factor+                         product, the last axis fastest      "kv q d"
+    factor := NAME | NUMBER | '(' expr ')'    interleaving                        "kv (d + d + d)", "ffn 2"
+    map    := expr ('->' | '<-') expr         a linear map, input to output       "kv q d -> model"
+    entry  := (expr '|')* (map | expr)        a tensor of several dimensions      "experts | ffn + ffn <- model"
 
 An axis has a size, and an index of an axis is a unit. `Expr.units` says which unit each flat
 position of a dimension belongs to; costs, masks, slices and statistics all follow from it.
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from libprune.engine.errors import NotationError, missing_key
 
-_TOKEN = re.compile(r"\s*(?:([A-Za-z_]\w*)|([()+]))")
+_TOKEN = re.compile(r"\s*(?:([A-Za-z_]\w*|[1-9]\d*)|([()+]))")
 
 Sizes = Mapping[str, int]
 Term = tuple["str | Expr", ...]
@@ -28,7 +29,7 @@ Term = tuple["str | Expr", ...]
 
 @dataclass(frozen=True)
 class Expr:
-    """A concatenation of products of axes; a factor of a product is an axis name or an `Expr`."""
+    """A concatenation of products of axes; a factor of a product is an axis name, a number or an `Expr`."""
 
     terms: tuple[Term, ...]
 
@@ -43,7 +44,7 @@ class Expr:
         occurring: set[str] = set()
         for term in self.terms:
             for factor in term:
-                occurring |= {factor} if isinstance(factor, str) else factor.names
+                occurring |= factor.names if isinstance(factor, Expr) else set() if factor.isdigit() else {factor}
         return frozenset(occurring)
 
     def size(self, sizes: Sizes) -> int:
@@ -65,13 +66,20 @@ class Expr:
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A linear map: the axes of its input and of its output. A bias lives on the output."""
+    """A linear map: the axes of its input and of its output. A bias lives on the output.
+
+    Attributes:
+        input: the axes of its input.
+        output: the axes of its output.
+        backwards: whether it was written `output <- input`, the order in which a tensor without a module stores it.
+    """
 
     input: Expr
     output: Expr
+    backwards: bool = False
 
     def __str__(self) -> str:
-        return f"{self.input} -> {self.output}"
+        return f"{self.output} <- {self.input}" if self.backwards else f"{self.input} -> {self.output}"
 
     @property
     def names(self) -> frozenset[str]:
@@ -79,9 +87,36 @@ class LinearMap:
         return self.input.names | self.output.names
 
 
+@dataclass(frozen=True)
+class Stack:
+    """A tensor of several dimensions: leading ones, and behind them a vector or, for each of their indices, a map.
+
+    Attributes:
+        leading: the axes of each leading dimension.
+        each: what lies behind them.
+    """
+
+    leading: tuple[Expr, ...]
+    each: "LinearMap | Expr"
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, (*self.leading, self.each)))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All axis names that occur in the tensor."""
+        return self.each.names.union(*(expr.names for expr in self.leading))
+
+
+Entry = LinearMap | Expr | Stack
+"""What a family file says of a module or of a tensor."""
+
+
 def _factor_size(factor: "str | Expr", sizes: Sizes) -> int:
     if isinstance(factor, Expr):
         return factor.size(sizes)
+    if factor.isdigit():
+        return int(factor)
     if factor not in sizes:
         raise NotationError(missing_key(factor, sizes, "the table of axis sizes"))
     return sizes[factor]
@@ -118,13 +153,23 @@ def parse_expr(text: str) -> Expr:
 
 @cache
 def parse_map(text: str) -> LinearMap | Expr:
-    """Read a map (``"model -> kv d"``) or a vector (``"d"``)."""
-    sides = text.split("->")
+    """Read a map (``"model -> kv d"``, or ``"kv d <- model"``) or a vector (``"d"``)."""
+    sides = re.split(r"(->|<-)", text)
     if len(sides) == 1:
         return parse_expr(text)
-    if len(sides) != 2:
+    if len(sides) != 3:
         raise NotationError(f"axis expression {text!r}: more than one '->'")
-    return LinearMap(parse_expr(sides[0].strip()), parse_expr(sides[1].strip()))
+    first, arrow, last = parse_expr(sides[0].strip()), sides[1], parse_expr(sides[2].strip())
+    return LinearMap(first, last) if arrow == "->" else LinearMap(last, first, backwards=True)
+
+
+@cache
+def parse_entry(text: str) -> Entry:
+    """Read a map, a vector, or a tensor of several dimensions (``"experts | ffn + ffn <- model"``)."""
+    *leading, each = text.split("|")
+    if not leading:
+        return parse_map(text)
+    return Stack(tuple(parse_expr(expr.strip()) for expr in leading), parse_map(each.strip()))
 
 
 def _tokens(text: str) -> list[str]:

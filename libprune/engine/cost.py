@@ -20,12 +20,14 @@ class Size:
         macs: multiply-accumulates of linear maps per token, or per sample of a network, with the output head and
             without the attention products (which depend on the context).
         cache: elements of the KV cache per token; 0 where there is none.
+        active: parameters inside the layers that one token goes through: all but those of experts not chosen for it.
     """
 
     decoder: int
     total: int
     macs: int
     cache: int
+    active: int
 
 
 def unit_parameters(architecture: Architecture, layer: int, part: str) -> int:
@@ -88,7 +90,7 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
     else:
         cost = partial(_part_cost, architecture, objective)
         unit = {(layer, part): cost(layer, part) - cost(layer, part, fewer=1) for layer, part in blocks}
-        rest = {(layer, part): cost(layer, part, fewer=architecture.units(part)) for layer, part in blocks}
+        rest = {block: cost(*block) - architecture.units(block[1]) * unit[block] for block in blocks}
         total = dense.cache if objective == "cache" else dense.macs
         decoder = total if objective == "cache" else total - architecture.head_macs
     if not architecture.layered:  # no part of a network goes as a whole
@@ -99,7 +101,7 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
 def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> Prices:
     """The prices of the lines that were fitted to measured times; fixed time goes in equal shares with whole parts."""
     ps = {part: round(1e12 * seconds) for part, seconds in latency["unit"].items()}
-    fixed = round(1e12 * latency["fixed"] / len(architecture.parts))
+    fixed = round(1e12 * latency["fixed"] * architecture.layers / sum(1 for _ in architecture.blocks()))
     decoder = sum(fixed + ps[part] * architecture.units(part) for _, part in architecture.blocks())
     return Prices(
         unit={(layer, part): ps[part] for layer, part in architecture.blocks()},
@@ -115,7 +117,8 @@ def _part_cost(architecture: Architecture, objective: str, layer: int, part: str
     sizes = {**architecture.sizes, axis: architecture.sizes[axis] - fewer}
     if objective == "cache":
         return _cache(architecture, part, sizes)
-    return sum(_macs(entry, sizes) for entry in architecture.maps_of(layer, part))
+    others = sum(architecture.numel(parameter, sizes) for parameter in architecture.matrices_of(layer, part))
+    return sum(_macs(entry, sizes) for entry in architecture.maps_of(layer, part)) + others
 
 
 def _cache(architecture: Architecture, part: str, sizes: Mapping[str, int]) -> int:
@@ -125,7 +128,8 @@ def _cache(architecture: Architecture, part: str, sizes: Mapping[str, int]) -> i
 
 
 def _macs(entry: Map, sizes: Mapping[str, int]) -> int:
-    return entry.rows * entry.input.size(sizes) * entry.output.size(sizes)
+    products = entry.rows * entry.input.size(sizes) * entry.output.size(sizes)
+    return products * min(entry.active, entry.copies(sizes)) // entry.copies(sizes) if entry.stack else products
 
 
 def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
@@ -143,11 +147,16 @@ def size(architecture: Architecture, plan: Plan) -> Size:
         for parameter in architecture.parameters
         if parameter.layer is not None and (parameter.layer, parameter.part) not in gone
     )
+    left = [block for block in architecture.blocks() if block not in gone]
     macs = sum(_macs(m, sizes[m.layer]) for m in architecture.maps if (m.layer, m.part) not in gone)
-    left = (block for block in architecture.blocks() if block not in gone)
+    others = {(layer, p) for layer, part in left for p in architecture.matrices_of(layer, part) if p.part == part}
+    macs += sum(architecture.numel(parameter, sizes[layer]) for layer, parameter in others)
     cache = sum(_cache(architecture, part, sizes[layer]) for layer, part in left)
     outside = architecture.total_parameters - architecture.decoder_parameters
-    return Size(decoder=decoder, total=decoder + outside, macs=macs + architecture.head_macs, cache=cache)
+    stacked = [m for m in architecture.maps if m.stack and (m.layer, m.part) not in gone]
+    idle = sum(m.input.size(sizes[m.layer]) * m.output.size(sizes[m.layer]) - _macs(m, sizes[m.layer]) for m in stacked)
+    total = decoder + outside
+    return Size(decoder, total, macs=macs + architecture.head_macs, cache=cache, active=decoder - idle)
 
 
 def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) -> tuple[int, ...]:
@@ -158,5 +167,5 @@ def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) ->
 
 def _sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
     """The sizes of all axes in a layer as the plan leaves it."""
-    kept = {shape.axis: plan.kept(layer, part) for part, shape in architecture.parts.items()}
+    kept = {architecture.parts[part].axis: plan.kept(layer, part) for part in architecture.parts_of(layer)}
     return {**architecture.sizes, **kept}

@@ -4,14 +4,15 @@ the family file does not speak of stops here, by name.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from libprune.engine.architecture import WHOLE, Architecture, Map, Parameter, PartShape
-from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
+from libprune.engine.architecture import STAND_IN, WHOLE, Architecture, Map, Parameter, PartShape, Units
+from libprune.engine.axes import Entry, Equation, Expr, LinearMap, Stack, parse_entry, parse_expr, solve
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
 from libprune.engine.family import Family, Part, described_by, families, family_of
 from libprune.engine.heads import SEQUENCE_CLASSIFICATION, Head, head_of
@@ -21,26 +22,32 @@ _TRANSPOSED = (Conv1D, nn.Embedding)
 """Modules that store the weight of a map as ``[input, output]``."""
 
 
-def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, ...] = ()) -> Architecture:
+def describe(
+    model: PreTrainedModel,
+    fingerprint: str = "",
+    accept: tuple[str, ...] = (),
+    experts: Literal["whole", "channels"] = "whole",
+) -> Architecture:
     """Solve the axes of a model; meta tensors are enough.
 
     Args:
         model: a transformers model of a known family.
         fingerprint: digest of its weights, kept in the result.
         accept: config keys that the family file does not know and the user vouches for.
+        experts: whether the units of a mixture are whole experts, or the channels of all experts alike.
 
     Raises:
         FamilyError: for an unknown family, head, config key or parameter, or sizes that contradict.
     """
-    _refuse_experts(model.config)
     family, head = family_of(model.config.model_type), head_of([type(model).__name__])
     _require_head(family, head, model)
     check_config(family, model.config, accept)
     require_sizes(family, model.config)
-    parameters, maps = _walk(model, family, head)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    equations = _config_equations(family, model.config) + tensor_equations(parameters, shapes)
+    parameters, buffers, maps, coupled = _walk(model, family, head)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    equations = _config_equations(family, model.config) + tensor_equations([*parameters, *buffers], shapes)
     sizes = solve_for(family.family, "model", equations)
+    parts = {name: _shape(model, family, name, sizes, tuple(coupled[name]), experts) for name in family.parts}
     return Architecture(
         family=family.family,
         head=head.name,
@@ -48,16 +55,43 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
         sizes=sizes,
         layers=_layers(model, family),
         layers_path=family.layers,
-        parts={
-            name: PartShape(part.axis, part.module, _counts(family, model.config, sizes, part), part.coupled)
-            for name, part in family.parts.items()
-        },
+        parts={name: shape for name, shape in parts.items() if shape.layers != ()},
         parameters=tuple(parameters),
         maps=tuple(maps),
         cache=None if family.cache is None else parse_expr(family.cache),
         fingerprint=fingerprint,
         tower=family.tower is not None,
         numbered=family.tower is not None and family.tower.layers_stay,
+        buffers=tuple(buffers),
+    )
+
+
+def _shape(
+    model: PreTrainedModel,
+    family: Family,
+    name: str,
+    sizes: dict[str, int],
+    coupled: tuple[str, ...],
+    experts: Literal["whole", "channels"],
+) -> PartShape:
+    """A part of a model, whose units are whole experts or their channels as it is asked."""
+    part, whole = family.parts[name], model.config
+    config = family.sized(whole)
+    inside = part.within is not None and experts == "channels"
+    axis = part.within if inside and part.within else part.axis
+    usual: Units = "groups" if name == "attention" else "experts" if part.router and not inside else "channels"
+    choosing = part.router if usual == "experts" else None
+    groups = choosing.groups_in(config) if choosing else getattr(config, part.groups) if part.groups else 1
+    return PartShape(
+        axis=axis,
+        module=part.module,
+        expressible=(sizes[axis],) if coupled else expressible(family, whole, sizes, axis),
+        coupled=coupled,
+        units=usual if inside or part.units is None else part.units,
+        layers=_with_part(model, family, part),
+        groups=groups,
+        least=choosing.least(config) if choosing else 1 if part.router else 0,
+        router=choosing.module if choosing else "",
     )
 
 
@@ -129,21 +163,6 @@ def _require_head(family: Family, head: Head, model: PreTrainedModel) -> None:
         )
 
 
-def _refuse_experts(config: PreTrainedConfig) -> None:
-    number = next((getattr(config, key) for key in _EXPERTS if getattr(config, key, None)), None)
-    if number:
-        raise FamilyError(
-            f"this {config.model_type} model is a mixture of {number} experts; only dense models can be pruned so far"
-        )
-
-
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
-def _counts(family: Family, config: PreTrainedConfig, sizes: dict[str, int], part: Part) -> tuple[int, ...] | None:
-    return (sizes[part.axis],) if part.coupled else expressible(family, config, sizes, part.axis)
-
-
 def _config_equations(family: Family, config: PreTrainedConfig) -> list[Equation]:
     own = family.sized(config)
     return [
@@ -183,30 +202,102 @@ def solve_for(family: str, kind: str, equations: list[Equation]) -> dict[str, in
         raise FamilyError(f"family {family!r} does not fit this {kind}: {error}") from error
 
 
-def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Parameter], list[Map]]:
-    """Every parameter once, and every map of the layers, in the model's own order."""
-    own = [name for name, _ in model.named_parameters()]
-    parameters: dict[str, Parameter] = {}
+def _walk(
+    model: PreTrainedModel, family: Family, head: Head
+) -> tuple[list[Parameter], list[Parameter], list[Map], dict[str, list[str]]]:
+    """Every parameter once, the stored buffers, the maps of the layers, and by part the norms over its units.
+
+    Parameters stand in the model's own order.
+    """
+    own = {**dict(model.named_parameters()), **_stored_buffers(model)}
+    tensors: dict[str, Parameter] = {}
     maps: list[Map] = []
-    for path, layer, part, description in _described(model, family, head):
+    coupled: dict[str, list[str]] = {name: [] for name in family.parts}
+    for path, layer, part, entry in _described(model, family, head):
+        if path in own:
+            _require_tensor(path, entry)
+            tensors[path] = Parameter(path, _bare_dims(entry), layer, part)
+            if isinstance(entry, Stack) and isinstance(entry.each, LinearMap):
+                assert layer is not None and part is not None
+                maps.append(
+                    _stacked(path, layer, part, entry, entry.each, _active(family, family.sized(model.config), part))
+                )
+            continue
         module = _module(model, path, family)
         transposed = isinstance(module, _TRANSPOSED)
-        if isinstance(description, LinearMap) and layer is not None and part is not None:
-            maps.append(Map(path, layer, part, description.input, description.output, transposed))
-        for name, _ in module.named_parameters(recurse=False):
-            if isinstance(description, Expr) or name in {"weight", "bias"}:
-                dims = tensor_dims(name, description, transposed)
-                parameters[f"{path}.{name}"] = Parameter(f"{path}.{name}", dims, layer, part)
-    for name, parameter in model.named_parameters():
-        if family.untouched(name):
-            parameters[name] = Parameter(name, tuple(map(_whole, parameter.shape)), None, None)
-    undescribed = [name for name in own if name not in parameters]
+        if isinstance(entry, LinearMap) and isinstance(module, _MAPS) and layer is not None and part is not None:
+            maps.append(Map(path, layer, part, entry.input, entry.output, transposed))
+        for name, tensor in module.named_parameters(recurse=False):
+            if isinstance(entry, Expr) or name in {"weight", "bias"}:
+                dims = tensor_dims(name, entry, transposed, tensor if _depthwise(module) else None)
+                tensors[f"{path}.{name}"] = Parameter(f"{path}.{name}", dims, layer, part)
+        inside = f"{family.layers}.{layer}."
+        if part and isinstance(entry, Expr) and family.parts[part].axis in entry.names and not _depthwise(module):
+            coupled[part] = list(dict.fromkeys([*coupled[part], path.removeprefix(inside)]))
+    tensors |= {
+        name: Parameter(name, tuple(map(_whole, tensor.shape)), None, None)
+        for name, tensor in own.items()
+        if family.untouched(name)
+    }
+    undescribed = [name for name in own if name not in tensors]
     if undescribed:
         raise FamilyError(
             f"family {family.family!r} does not describe {len(undescribed)} parameter(s) of this model, the first "
             f"{undescribed[0]!r}; add its module to libprune/families/{family.family}.yaml (docs/notation.md)"
         )
-    return [parameters[name] for name in own], maps
+    parameters = [tensors[name] for name, _ in model.named_parameters()]
+    return parameters, [tensors[name] for name in _stored_buffers(model)], maps, coupled
+
+
+def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a checkpoint of the model holds, by name."""
+    stored = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+_MAPS = (nn.Linear, Conv1D)
+
+
+def _depthwise(module: nn.Module) -> bool:
+    """Whether a module that is described as a vector is a convolution of each channel by itself."""
+    return isinstance(module, nn.Conv1d)
+
+
+def _require_tensor(path: str, entry: Entry) -> None:
+    if isinstance(entry, LinearMap):
+        raise FamilyError(f"{path} is a tensor of its own, but it is described as the map {entry} of a module")
+
+
+def _bare_dims(entry: Entry) -> tuple[Expr, ...]:
+    """The axes of each dimension of a tensor that is no module's, in the order in which they are written."""
+    if isinstance(entry, Expr):
+        return (entry,)
+    if isinstance(entry, LinearMap):
+        return (entry.output, entry.input) if entry.backwards else (entry.input, entry.output)
+    return (*entry.leading, *_bare_dims(entry.each))
+
+
+def _stacked(path: str, layer: int, part: str, stack: Stack, each: LinearMap, active: int) -> Map:
+    """The map of a stack, whose copies read and write side by side what the part's units are made of."""
+    (copies,) = stack.leading
+    (axis,) = copies.names
+
+    def side(expr: Expr) -> Expr:
+        return expr if str(expr) == RESIDUAL else Expr(((axis, expr),))
+
+    owner, _, name = path.rpartition(".")
+    module = f"{owner}{STAND_IN}{name}"
+    return Map(module, layer, part, side(each.input), side(each.output), not each.backwards, stack=axis, active=active)
+
+
+RESIDUAL = "model"
+"""The axis of the residual stream, which the copies of a stack share."""
+
+
+def _active(family: Family, config: PreTrainedConfig, part: str) -> int:
+    """How many copies of a part's stacks a token goes through."""
+    router = family.parts[part].router
+    return int(getattr(config, router.top_k)) if router else 1
 
 
 def _whole(size: int) -> Expr:
@@ -216,15 +307,33 @@ def _whole(size: int) -> Expr:
 
 def _described(
     model: PreTrainedModel, family: Family, head: Head
-) -> Iterator[tuple[str, int | None, str | None, LinearMap | Expr]]:
+) -> Iterator[tuple[str, int | None, str | None, Entry]]:
     for layer in range(_layers(model, family)):
         for name, part in family.parts.items():
-            for path, description in part.parsed.items():
-                yield f"{family.layers}.{layer}.{path}", layer, name, description
+            if _has(model, f"{family.layers}.{layer}", part.where):
+                for path, description in part.parsed.items():
+                    yield f"{family.layers}.{layer}.{path}", layer, name, description
         for path, text in family.stream.items():
-            yield f"{family.layers}.{layer}.{path}", layer, None, parse_map(text)
+            yield f"{family.layers}.{layer}.{path}", layer, None, parse_entry(text)
     for path, text in {**family.outside, **family.heads[head.name]}.items():
-        yield path, None, None, parse_map(text)
+        yield path, None, None, parse_entry(text)
+
+
+def _has(model: nn.Module, layer: str, where: str | None) -> bool:
+    """Whether a layer has a submodule or a tensor of some path; true for no path."""
+    if where is None:
+        return True
+    thing: Any = model.get_submodule(layer)
+    for name in where.split("."):
+        thing = getattr(thing, name, None)
+    return thing is not None
+
+
+def _with_part(model: PreTrainedModel, family: Family, part: Part) -> tuple[int, ...] | None:
+    """The layers that have a part; None if all have it."""
+    layers = range(_layers(model, family))
+    having = tuple(layer for layer in layers if _has(model, f"{family.layers}.{layer}", part.where))
+    return None if len(having) == len(layers) else having
 
 
 def _head_macs(model: PreTrainedModel, family: Family, head: Head) -> int:
@@ -246,10 +355,19 @@ def _module(model: PreTrainedModel, path: str, family: Family) -> nn.Module:
         raise FamilyError(f"family {family.family!r} describes module {path!r}, which this model lacks") from error
 
 
-def tensor_dims(name: str, description: LinearMap | Expr, transposed: bool) -> tuple[Expr, ...]:
-    """The axes of each dimension of a vector, or of the weight or bias of a map, named as in its module."""
+def tensor_dims(name: str, description: Entry, transposed: bool, tensor: Tensor | None = None) -> tuple[Expr, ...]:
+    """The axes of each dimension of a vector, or of the weight or bias of a map, named as in its module.
+
+    Args:
+        name: of the tensor in its module.
+        description: a vector or a map.
+        transposed: whether the module stores the weight of a map as ``[input, output]``.
+        tensor: of a depthwise convolution, for the sizes of the dimensions behind the first; None for other modules.
+    """
     if isinstance(description, Expr):
-        return (description,)
+        behind = () if tensor is None else tensor.shape[1:]
+        return (description, *(parse_expr(str(size)) for size in behind))
+    assert isinstance(description, LinearMap)
     if name == "bias":
         return (description.output,)
     return (description.input, description.output) if transposed else (description.output, description.input)

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from libprune.engine.architecture import NORMS_STAY, NUMBERED
-from libprune.engine.axes import Expr, LinearMap, parse_expr, parse_map
+from libprune.engine.architecture import NORMS_STAY, NUMBERED, Units
+from libprune.engine.axes import Entry, Expr, LinearMap, parse_entry, parse_expr
 from libprune.engine.errors import FamilyError, cause, nearest
 from libprune.engine.heads import HeadName
 from libprune.engine.yaml_file import read_yaml
@@ -30,8 +30,8 @@ def _readable(parse: Callable[[str], object]) -> AfterValidator:
 
 ExprText = Annotated[str, _readable(parse_expr)]
 """An expression of the notation, as it is written."""
-MapText = Annotated[str, _readable(parse_map)]
-"""A map or a vector of the notation, as it is written."""
+EntryText = Annotated[str, _readable(parse_entry)]
+"""A map, a vector or a tensor of the notation, as it is written."""
 
 
 class _Strict(BaseModel):
@@ -40,30 +40,77 @@ class _Strict(BaseModel):
     )
 
 
+class Router(_Strict):
+    """How a mixture chooses the experts of a token."""
+
+    module: str
+    """The submodule of the layer that computes a logit for each expert, by one linear map."""
+    top_k: str
+    """The config key of the number of experts that a token goes through."""
+    groups: str | None = None
+    """The config key of the number of groups that the experts lie in, each of equal size. A group is judged by the two
+    best experts in it."""
+    from_groups: str | None = None
+    """The config key of the number of groups that a token's experts are taken from."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The config keys that it reads."""
+        return tuple(key for key in (self.top_k, self.groups, self.from_groups) if key)
+
+    def least(self, config: Any) -> int:
+        """The fewest experts with which the router works."""
+        top_k, groups = getattr(config, self.top_k), self.groups_in(config)
+        if self.groups is None:
+            return int(top_k)
+        chosen = getattr(config, self.from_groups) if self.from_groups else groups
+        return max(2, -(-top_k // chosen)) * groups
+
+    def groups_in(self, config: Any) -> int:
+        """The number of groups that a config says; 1 without groups."""
+        return int(getattr(config, self.groups) or 1) if self.groups else 1
+
+
 class Part(_Strict):
     """A part of a layer, attention or MLP, whose output is added to the residual stream."""
 
     axis: str
     """The axis whose indices are the units that can be removed."""
+    units: Units | None = None
+    """What the units are; by default groups in a part called attention, experts where there is a router, else channels.
+    """
+    where: str | None = None
+    """A submodule or tensor of the layer; only layers that have it have the part. None: all layers."""
+    groups: str | None = None
+    """The config key of a number of groups of neighbouring units that must all keep the same number."""
+    router: Router | None = None
+    """How the experts of a token are chosen, where the units are experts."""
+    within: str | None = None
+    """The axis of the channels inside of each expert, which are the units instead if the user asks for channels."""
     module: str
     """The submodule of the layer that computes the part, or all of it up to the modules that do not lie in it: a norm
     around it, a map behind it."""
-    modules: dict[str, MapText]
-    """Module path inside the layer to its map or vector. All of them go when the part goes."""
+    modules: dict[str, EntryText]
+    """Path inside the layer of a module, or of a tensor that is no module's weight or bias, to its map, vector or
+    tensor. All of them go when the part goes."""
     attributes: dict[str, ExprText] = Field(default_factory=dict)
     """Path of an attribute that the code works out from the dense width, to the expression that it must equal."""
 
     @cached_property
-    def parsed(self) -> dict[str, LinearMap | Expr]:
+    def parsed(self) -> dict[str, Entry]:
         """The modules with their descriptions read."""
-        return {path: parse_map(text) for path, text in self.modules.items()}
+        return {path: parse_entry(text) for path, text in self.modules.items()}
 
     @cached_property
-    def coupled(self) -> tuple[str, ...]:
-        """The vectors that carry the axis: norms whose statistics run over its units, so that none can go alone."""
-        return tuple(
-            path for path, entry in self.parsed.items() if isinstance(entry, Expr) and self.axis in entry.names
+    def consumed(self) -> frozenset[str]:
+        """The axes that maps of the part take in."""
+        maps = (entry for entry in self.parsed.values() if not isinstance(entry, Expr))
+        inputs = (
+            entry.input.names if isinstance(entry, LinearMap) else entry.names
+            for entry in maps
+            if isinstance(entry, LinearMap) or isinstance(entry.each, LinearMap)
         )
+        return frozenset[str]().union(*inputs)
 
 
 class ConfigKeys(_Strict):
@@ -75,6 +122,10 @@ class ConfigKeys(_Strict):
     """Key to the expression(s) whose size it holds. A key with two expressions needs both equal."""
     per_layer_lists: list[str] = Field(default_factory=list)
     """Keys that hold one entry a layer; the entries of a deleted layer go with it."""
+    layer_numbers: list[str] = Field(default_factory=list)
+    """Keys that hold a list of layers, by number from 0."""
+    leading_layers: list[str] = Field(default_factory=list)
+    """Keys that hold how many of the first layers are of another kind than those behind them."""
     fixed: dict[str, list[Any]] = Field(default_factory=dict)
     """Keys of which only the listed values are understood."""
     biases: dict[str, str] = Field(default_factory=dict)
@@ -101,7 +152,8 @@ class ConfigKeys(_Strict):
     def known(self) -> frozenset[str]:
         """Every key that the family file speaks of."""
         return frozenset(
-            {self.layers, *self.sizes, *self.per_layer_lists, *self.fixed, *self.biases.values(), *self.inert}
+            {self.layers, *self.sizes, *self.fixed, *self.biases.values(), *self.inert}
+            | {*self.per_layer_lists, *self.layer_numbers, *self.leading_layers}
         )
 
 
@@ -162,9 +214,9 @@ class Family(_Strict):
     stream: dict[str, ExprText] = Field(default_factory=dict)
     """Path of a norm inside the layer to its vector, where it works on the residual stream itself and not for one part;
     it stays whatever goes, so that no layer can be deleted."""
-    outside: dict[str, MapText]
+    outside: dict[str, EntryText]
     """Module path to map or vector, for what lies outside the layers."""
-    heads: dict[HeadName, dict[str, MapText]] = {"causal_lm": {}}
+    heads: dict[HeadName, dict[str, EntryText]] = {"causal_lm": {}}
     """The heads that models of the family have, each with the modules outside the layers that only it has."""
     cache: ExprText | None = None
     """What the KV cache holds per token and layer; none in models that read all tokens at once."""
@@ -195,9 +247,9 @@ class Family(_Strict):
     @classmethod
     def _parts_readable(cls, parts: dict[str, Part]) -> dict[str, Part]:
         for part in parts.values():
-            maps = [entry for entry in part.parsed.values() if isinstance(entry, LinearMap)]
-            if not any(part.axis in entry.input.names for entry in maps):
-                raise ValueError(f"no map of the part takes axis {part.axis!r} as its input")
+            for axis in filter(None, (part.axis, part.within)):
+                if axis not in part.consumed:
+                    raise ValueError(f"no map of the part takes axis {axis!r} as its input")
         return parts
 
 

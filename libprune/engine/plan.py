@@ -37,6 +37,10 @@ class Plan:
         """Number of units kept."""
         return int(self.keep[layer, part].sum())
 
+    def counts(self, part: str) -> list[int]:
+        """Numbers of units kept in each layer that is left and has the part."""
+        return [self.kept(layer, of) for layer, of in self.keep if of == part and layer in self.layers]
+
     def gone(self, layer: int, part: str) -> bool:
         """Whether the whole part is removed."""
         return self.kept(layer, part) == 0
@@ -61,10 +65,9 @@ class Plan:
 
     @property
     def uniform(self) -> bool:
-        """Whether all layers left have the same counts and all their parts, as stock configs need."""
-        parts = {part for _, part in self.keep}
-        counts = {tuple(self.kept(layer, part) for part in sorted(parts)) for layer in self.layers}
-        return len(counts) == 1 and 0 not in next(iter(counts))
+        """Whether all layers left have the same counts of each part, and all their parts, as stock configs need."""
+        counts = [set(self.counts(part)) for part in {part for _, part in self.keep}]
+        return bool(self.layers) and all(len(of_part) <= 1 and 0 not in of_part for of_part in counts)
 
 
 def jaccard(kept: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:

@@ -144,6 +144,12 @@ def new_config(
     for key in family.config.per_layer_lists:
         if data.get(key) is not None:
             data[key] = [data[key][layer] for layer in layers]
+    for key in family.config.layer_numbers:
+        if data.get(key) is not None:
+            data[key] = [new for new, layer in enumerate(layers) if layer in data[key]]
+    for key in family.config.leading_layers:
+        if data.get(key) is not None:
+            data[key] = sum(layer < data[key] for layer in layers)
     try:
         return type(config).from_dict(whole)
     except Exception as error:  # the strict config classes raise their own, undocumented types

@@ -1,7 +1,7 @@
 """Masking, which defines what removal means, and slicing, which must equal it."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from libprune.engine.architecture import Architecture, Map, Parameter
 from libprune.engine.axes import Expr
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
+from libprune.engine.stacks import StackedMap, only_experts
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 """Modules whose input has its features before the dimensions of space."""
@@ -24,9 +25,10 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 def positions_kept(architecture: Architecture, plan: Plan, layer: int, expr: Expr) -> NDArray[np.bool_]:
     """Which positions of a dimension of a layer stay; shape ``[size]``."""
     kept = np.ones(expr.size(architecture.sizes), dtype=bool)
-    for part, shape in architecture.parts.items():
-        if shape.axis in expr.names:
-            kept &= expr.kept(shape.axis, architecture.sizes, plan.keep[layer, part])
+    for part in architecture.parts_of(layer):
+        axis = architecture.parts[part].axis
+        if axis in expr.names:
+            kept &= expr.kept(axis, architecture.sizes, plan.keep[layer, part])
     return kept
 
 
@@ -50,25 +52,36 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
     """Inside the context the dense model computes what the pruned one will.
 
     A removed unit is a zero at the consumer's input (the consumer's bias stays); a removed part is
-    a zero contribution to the residual stream, bias included.
+    a zero contribution to the residual stream, bias included. A removed expert is one that the router never chooses.
     """
     handles = []
-    for consumer in architecture.maps:
-        kept = input_mask(architecture, plan, consumer)
-        module = model.get_submodule(consumer.module)
-        if not kept.any():
-            handles.append(module.register_forward_hook(_zero_output))
-        elif not kept.all():
-            mask = torch.from_numpy(kept[:: consumer.kernel]).to(next(module.parameters()).device)
-            handles.append(module.register_forward_pre_hook(partial(_mask_input, mask)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as chosen:
+        for layer, part in architecture.blocks():
+            if architecture.parts[part].router:
+                chosen.enter_context(only_experts(model, architecture, layer, part, plan.keep[layer, part]))
+        for consumer in architecture.maps:
+            kept = input_mask(architecture, plan, consumer)
+            module = model.get_submodule(consumer.module)
+            if not kept.any():
+                handles.append(module.register_forward_hook(_zero_output))
+            elif not kept.all():
+                mask = torch.from_numpy(kept[:: consumer.kernel]).to(_device(model, consumer))
+                handles.append(module.register_forward_pre_hook(partial(_mask_input, mask)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _device(model: nn.Module, consumer: Map) -> torch.device:
+    return model.get_parameter(consumer.weight).device
 
 
 def _mask_input(mask: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if isinstance(module, StackedMap):  # the rows of each expert have its own mask
+        mask = mask.view(module.copies, -1)[args[1].experts]
+        return (args[0].masked_fill(~mask, 0), *args[1:])
     return (args[0].masked_fill(~along_features(module, mask), 0), *args[1:])
 
 
@@ -124,7 +137,7 @@ def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: P
     _require_whole(architecture, plan)
     _require_layers(architecture, plan)
     sliced, gone = {}, {block for block in plan.keep if plan.gone(*block)}
-    for parameter in architecture.parameters:
+    for parameter in (*architecture.parameters, *architecture.buffers):
         if (parameter.layer, parameter.part) not in gone:
             tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
             sliced[sliced_name(architecture, plan, parameter)] = tensor
@@ -143,6 +156,17 @@ def _require_layers(architecture: Architecture, plan: Plan) -> None:
 def _require_whole(architecture: Architecture, plan: Plan) -> None:
     for layer, part in architecture.blocks():
         shape, kept = architecture.parts[part], plan.kept(layer, part)
+        whole = layer not in plan.layers
+        if not whole and kept < shape.least:
+            raise LibpruneError(
+                f"the plan keeps {kept} of {architecture.units(part)} {part} units of layer {layer}; each layer of "
+                f"this model needs {shape.least}, or goes as a whole"
+            )
+        if shape.groups > 1 and len(set(plan.keep[layer, part].reshape(shape.groups, -1).sum(1).tolist())) > 1:
+            raise LibpruneError(
+                f"the plan keeps different numbers of {part} units in the {shape.groups} groups of layer {layer}; "
+                f"family {architecture.family!r} needs as many in each"
+            )
         if shape.coupled and kept not in {0, architecture.units(part)}:
             raise LibpruneError(
                 f"the plan keeps {kept} of {architecture.units(part)} {part} units of layer {layer}, but "
@@ -152,8 +176,22 @@ def _require_whole(architecture: Architecture, plan: Plan) -> None:
 
 
 def oriented(consumer: Map, weight: Tensor) -> Float[Tensor, "output input"]:
-    """A consumer's weight as ``[output, input]``, whatever its storage order; of a convolution by patches."""
+    """A consumer's weight as ``[output, input]``, whatever its storage order; of a convolution by patches.
+
+    Of a stack as ``[output, copies * input]``, the inputs of all copies side by side.
+    """
+    if consumer.stack:
+        each = weight.mT if consumer.transposed else weight
+        return each.transpose(0, 1).flatten(1)
     return weight.T if consumer.transposed else weight.flatten(1)
+
+
+def stored(consumer: Map, weight: Float[Tensor, "output input"], like: Tensor) -> Tensor:
+    """A weight that `oriented` gave, in the storage order and shape of another one."""
+    if consumer.stack:
+        each = weight.unflatten(1, (like.shape[0], -1)).transpose(0, 1)
+        return (each.mT if consumer.transposed else each).contiguous()
+    return (weight.T if consumer.transposed else weight.reshape(like.shape)).contiguous()
 
 
 @contextmanager

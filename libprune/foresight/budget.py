@@ -45,7 +45,7 @@ def budget_faults(params: Params) -> Iterator[Fault]:
     names = {parameter.name for parameter in architecture.parameters}
     if biases and not any(
         bias_key(architecture.family, config, part)
-        or all(consumer.bias in names for consumer in architecture.consumers(0, part))
+        or all(consumer.bias in names for consumer in architecture.consumers(architecture.with_part(part)[0], part))
         for part in architecture.parts
     ):
         yield Fault(

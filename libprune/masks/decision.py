@@ -146,7 +146,7 @@ def _leave_layers(architecture: Architecture, gone: Units, stays: dict[Block, st
     """Leave a unit in every layer, where no layer can be deleted."""
     last = list(architecture.parts)[-1]
     for layer in range(architecture.layers):
-        if all(gone[layer, part].all() for part in architecture.parts):
+        if all(gone[layer, part].all() for part in architecture.parts_of(layer)):
             gone[layer, last][: None if architecture.parts[last].coupled else 1] = False
             stays[layer, last] = f"{architecture.why_layers_stay}; something of a layer must stay"
 

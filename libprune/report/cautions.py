@@ -105,7 +105,7 @@ def _budget(result: Metrics) -> list[str]:
             f"the floors, the width multiples or parts that only go whole allow nothing nearer{added}."
         )
     for part in result["units"]:
-        gone = [str(layer) for layer, kept in enumerate(result["kept"]) if not kept[part]]
+        gone = [str(layer) for layer, kept in enumerate(result["kept"]) if not kept.get(part, 1)]
         if gone:
             lines.append(f"Layers without any {part} left: {', '.join(gone)}.")
     return lines

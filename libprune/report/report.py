@@ -134,7 +134,7 @@ def _layers(result: Metrics) -> str:
         layers = list(run)
         (first, kept), (last, _) = layers[0], layers[-1]
         name = str(first) if first == last else f"{first} to {last}"
-        rows.append((name, *(f"{kept[part]:,} of {units[part]:,}" for part in units)))
+        rows.append((name, *(f"{kept[part]:,} of {units[part]:,}" if part in kept else "–" for part in units)))
     return markdown_table(rows, ("layer", *units))
 
 

@@ -85,7 +85,7 @@ def _opening(record: Record, origin: Origin) -> Iterator[str]:
         ("layers", f"{len({layer for layer, _ in record.plan.keep}):,}", f"{len(record.plan.layers):,}"),
     ]
     for part in dict.fromkeys(part for _, part in record.plan.keep):
-        counts = sorted({record.plan.kept(layer, part) for layer in record.plan.layers})
+        counts = sorted(set(record.plan.counts(part))) or [0]
         units = next(len(keep) for (_, of), keep in record.plan.keep.items() if of == part)
         kept = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
         rows.append((f"{part} units in a layer", f"{units:,}", kept))

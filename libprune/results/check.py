@@ -137,7 +137,7 @@ def _differences(key: str, stated: Any, expected: Any) -> Iterator[tuple[str, An
 
 
 def _span(plan: Plan, part: str) -> str:
-    counts = [plan.kept(layer, part) for layer in plan.layers]
+    counts = plan.counts(part) or [0]
     return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 

@@ -211,7 +211,8 @@ def _facts(run: _Run) -> dict[str, Any]:
         },
         "units": {part: architecture.units(part) for part in architecture.parts},
         "kept": [
-            {part: run.plan.kept(layer, part) for part in architecture.parts} for layer in range(architecture.layers)
+            {part: run.plan.kept(layer, part) for part in architecture.parts_of(layer)}
+            for layer in range(architecture.layers)
         ],
     }
 
@@ -278,7 +279,7 @@ def _ratio(dense: Losses, other: Losses) -> dict[str, float]:
 def _biased(architecture: Architecture, part: str) -> bool:
     """Whether the maps that read the units of a part have biases."""
     names = {parameter.name for parameter in architecture.parameters}
-    return any(consumer.bias in names for consumer in architecture.consumers(0, part))
+    return any(consumer.bias in names for consumer in architecture.consumers(architecture.with_part(part)[0], part))
 
 
 def _one(architecture: Architecture, plan: Plan, losses: Losses, speed: Speed, dtype: torch.dtype) -> dict[str, Any]:

@@ -128,7 +128,9 @@ def pruned_config(
             f"the layers of a {family.family} model can only be written all alike, under a stock config; this plan "
             "gives them widths of their own"
         )
-    sizes = _layer_sizes(architecture, plan, plan.layers[0]) if shape == "uniform" else dict(architecture.sizes)
+    sizes = dict(architecture.sizes)
+    if shape == "uniform":  # each part in a layer that has it
+        sizes |= {axis: size for layer in plan.layers for axis, size in _left(architecture, plan, layer).items()}
     new = new_config(family, config, sizes, plan.layers)
     data = {key: value for key, value in new.to_dict().items() if not key.endswith("name_or_path")}
     if shape == "uniform":
@@ -157,8 +159,11 @@ def _layer_sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str
     A part that is gone is written with one unit. It is skipped, not built; but stock code, which does
     not know `skip`, must see a width of its own and refuse the folder, not fill the part with random weights.
     """
-    left = {shape.axis: max(1, plan.kept(layer, part)) for part, shape in architecture.parts.items()}
-    return {**architecture.sizes, **left}
+    return {**architecture.sizes, **_left(architecture, plan, layer)}
+
+
+def _left(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
+    return {architecture.parts[part].axis: max(1, plan.kept(layer, part)) for part in architecture.parts_of(layer)}
 
 
 def _layer_overrides(family: Family, architecture: Architecture, plan: Plan, layer: int) -> dict[str, Any]:
@@ -179,7 +184,7 @@ def _layer_overrides(family: Family, architecture: Architecture, plan: Plan, lay
         overrides["attributes"] = {
             path: parse_expr(text).size(sizes) for part in unsaid for path, text in part.attributes.items()
         }
-    skip = [part for part in architecture.parts if plan.gone(layer, part)]
+    skip = [part for part in architecture.parts_of(layer) if plan.gone(layer, part)]
     return {**overrides, "skip": skip} if skip else overrides
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, mean_columns
 from libprune.pipeline.artifacts import write_table
@@ -25,15 +25,16 @@ def sample_units(architecture: Architecture, count: int, seed: int) -> list[Unit
     """
     rng = np.random.default_rng(seed)
     parts = list(architecture.parts)
-    shares = _divide(count, np.array([architecture.layers * architecture.units(part) for part in parts]), rng)
-    given = {
-        part: _divide(int(share), np.full(architecture.layers, architecture.units(part)), rng)
-        for part, share in zip(parts, shares, strict=True)
-    }
+    layers = {part: architecture.with_part(part) for part in parts}
+    shares = _divide(count, np.array([len(layers[part]) * architecture.units(part) for part in parts]), rng)
+    given: dict[Block, int] = {}
+    for part, share in zip(parts, shares, strict=True):
+        each = _divide(int(share), np.full(len(layers[part]), architecture.units(part)), rng)
+        given |= {(layer, part): int(number) for layer, number in zip(layers[part], each, strict=True)}
     return [
         (layer, part, int(unit))
         for layer, part in architecture.blocks()
-        for unit in np.sort(rng.choice(architecture.units(part), size=given[part][layer], replace=False))
+        for unit in np.sort(rng.choice(architecture.units(part), size=given[layer, part], replace=False))
     ]
 
 

@@ -53,6 +53,11 @@ def measured_widths(architecture: Architecture, number: int) -> list[dict[str, i
     Raises:
         LibpruneError: if the config can say no smaller layer.
     """
+    if kinds := [part for part, shape in architecture.parts.items() if shape.layers is not None]:
+        raise LibpruneError(
+            f"the layers of this model are not alike (only some have {' and '.join(kinds)}), and one layer is what is "
+            "timed; choose allocate.objective: parameters or macs"
+        )
     dense = {part: architecture.units(part) for part in architecture.parts}
     widths = [dense]
     for part, shape in architecture.parts.items():

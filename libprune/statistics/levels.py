@@ -33,14 +33,16 @@ def choose_levels(architecture: Architecture, number: int) -> list[Level]:
     return [
         (layer, part, int(removed))
         for layer, part in architecture.blocks()
-        for removed in np.unique(
-            np.linspace(0, architecture.units(part), _steps(architecture, part, number) + 1).round()
-        )[1:]
+        for removed in _counts(architecture, part, number)
     ]
 
 
-def _steps(architecture: Architecture, part: str, number: int) -> int:
-    return 1 if architecture.parts[part].coupled else number
+def _counts(architecture: Architecture, part: str, number: int) -> NDArray[np.int64]:
+    """The numbers of removed units that are measured, up to the whole part or to what must stay of it."""
+    shape, groups = architecture.parts[part], architecture.parts[part].groups
+    steps = (architecture.units(part) - shape.least) // groups
+    even = np.linspace(0, steps, (1 if shape.coupled else number) + 1).round().astype(np.int64)
+    return groups * np.unique(even)[1:]
 
 
 def order_digest(orders: Orders) -> str:

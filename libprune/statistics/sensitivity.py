@@ -19,9 +19,14 @@ Removal = tuple[int, str]
 """A layer, and what is removed from it: `LAYER` or a part."""
 
 
+def removable(architecture: Architecture, layer: int) -> list[str]:
+    """The parts of a layer that can go while the layer stays."""
+    return [part for part in architecture.parts_of(layer) if not architecture.parts[part].least]
+
+
 def removals(architecture: Architecture) -> list[Removal]:
     """Every removal that is measured: each whole layer, followed by each of its parts."""
-    return [(layer, what) for layer in range(architecture.layers) for what in (LAYER, *architecture.parts)]
+    return [(layer, what) for layer in range(architecture.layers) for what in (LAYER, *removable(architecture, layer))]
 
 
 def removal_plans(architecture: Architecture) -> dict[str, Plan]:
@@ -32,7 +37,7 @@ def removal_plans(architecture: Architecture) -> dict[str, Plan]:
     plans = {}
     for layer, what in removals(architecture):
         plan = Plan.dense(architecture)
-        for part in architecture.parts if what == LAYER else [what]:
+        for part in architecture.parts_of(layer) if what == LAYER else [what]:
             plan = plan.without((layer, part), slice(None))
         plans[f"layer {layer}" if what == LAYER else f"the {what} of layer {layer}"] = plan
     return plans

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.cost import unit_parameters
-from libprune.engine.unit_sums import unit_sums
+from libprune.statistics.unit_sums import unit_sums
 
 _AT_ONCE = 1 << 22
 """Elements of the matrices whose singular values are computed together, in float64."""

@@ -5,6 +5,7 @@ A family joins by one entry in `tests/support/models.py`.
 
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Parameter
 from libprune.engine.errors import LibpruneError, NotExpressibleError
 from libprune.engine.family import families
 from libprune.engine.heads import HEADS, writes
@@ -42,6 +43,7 @@ from tests.support.models import (
     plan_of,
     prune,
     random_plan,
+    some_counts,
     tokens,
     write_dense,
 )
@@ -108,12 +110,13 @@ def test_the_tensor_parallel_plan_of_transformers_agrees(dense):
     for entry in dense.architecture.maps:
         axis = dense.architecture.parts[entry.part].axis
         carries = (axis in entry.input.names, axis in entry.output.names)
-        path = re.sub(r"^.*layers\.\d+\.", "layers.*.", entry.module)
+        name = entry.weight if entry.stack else entry.module
+        path = re.sub(r"^.*layers\.\d+\.", "layers.*.", name)
         described[path] = {(False, True): "colwise", (True, False): "rowwise"}[carries]
     stock = dense.model.config.get_text_config().base_model_tp_plan
     if stock is None:
         pytest.skip("transformers has no such plan for this family")
-    ways = {path: how.partition("_")[0] for path, how in stock.items()}
+    ways = {path: how.removeprefix("packed_").partition("_")[0] for path, how in stock.items()}
     assert described == {path: how for path, how in ways.items() if how in {"colwise", "rowwise"}}
 
 
@@ -165,8 +168,8 @@ def test_sliced_equals_masked_behind_padding(pruned):
 
 def counts_of(architecture: Architecture, part: str) -> list[int]:
     """How many units a block of the part may keep."""
-    units = architecture.units(part)
-    return [0, units] if architecture.parts[part].coupled else list(range(units + 1))
+    can_go = [] if architecture.parts[part].least else [0]
+    return [*can_go, *some_counts(architecture, part)]
 
 
 @settings(max_examples=6)
@@ -220,7 +223,17 @@ def test_predicted_size_is_the_actual_size(pruned):
     every_token = decoder(pruned.model, pruned.dense.architecture) if once_a_sequence else pruned.model
     family = families()[pruned.dense.architecture.family]
     read = {name: m for name, m in every_token.named_modules() if not family.untouched(name)}
-    assert size.macs == sum(m.weight.numel() for m in read.values() if isinstance(m, nn.Linear | Conv1D))
+    assert size.macs == sum(map(products, read.values()))
+
+
+def products(module: nn.Module) -> int:
+    """Multiply-accumulates of a token in a module itself: linear layers, routers, convolutions, chosen experts."""
+    if isinstance(module, nn.Linear | Conv1D | nn.Conv1d) or "Router" in type(module).__name__:
+        return module.weight.numel()
+    if not hasattr(module, "has_gate"):
+        return 0
+    of_all = sum(p.numel() for name, p in module.named_parameters() if not name.endswith("bias"))
+    return of_all * module.config.num_experts_per_tok // module.num_experts
 
 
 def test_predicted_cache_is_the_actual_cache(pruned, causal):
@@ -278,7 +291,8 @@ def test_a_missing_part_is_refused_by_stock_code_too(dense, tmp_path):
     architecture = dense.architecture
     if architecture.tower:
         pytest.skip("the layers of this family can only be written all alike")
-    gone = {(0, "mlp"), (1, "attention")}
+    gone = {(0, architecture.parts_of(0)[0]), (1, architecture.parts_of(1)[-1])}
+    gone = {block for block in gone if not architecture.parts[block[1]].least}
     plan = plan_of(architecture, lambda layer, part: 0 if (layer, part) in gone else architecture.units(part))
     pruned = prune(dense, plan, True, tmp_path)
     with pytest.raises(ValueError, match="contains custom code"):
@@ -289,7 +303,12 @@ def test_tied_weights_stay_tied_and_are_stored_once(pruned):
     if head := pruned.model.get_output_embeddings():
         tied = pruned.dense.model.config.tie_word_embeddings
         assert (pruned.model.get_input_embeddings().weight is head.weight) is tied
-    assert len(WeightFiles(pruned.folder)) == len(list(pruned.model.named_parameters()))
+    stored = sum(tensor.numel() for tensor in WeightFiles(pruned.folder).values())
+    assert stored == count(pruned.model) + sum(size(pruned, buffer) for buffer in pruned.dense.architecture.buffers)
+
+
+def size(pruned: Pruned, buffer: Parameter) -> int:
+    return math.prod(cost.shape_after(pruned.dense.architecture, pruned.plan, buffer))
 
 
 @contextmanager

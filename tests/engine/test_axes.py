@@ -79,7 +79,7 @@ def test_maps_and_vectors_are_told_apart():
         ("kv (d + d", r"a '\(' is not closed"),
         ("kv d)", r"unexpected '\)'"),
         ("kv - d", "cannot read '- d'"),
-        ("kv 3", "cannot read '3'"),
+        ("kv 0", "cannot read '0'"),
         ("-> model", "an axis name is missing"),
         ("model ->", "an axis name is missing"),
         ("a -> b -> c", "more than one '->'"),

@@ -70,7 +70,11 @@ def test_smollm2_has_its_published_size(smollm2):
     assert smollm2.decoder_parameters == 106_202_880
     assert smollm2.total_parameters - smollm2.decoder_parameters == 49152 * 576 + 576
     assert cost.size(smollm2, Plan.dense(smollm2)) == cost.Size(
-        decoder=106_202_880, total=134_515_008, macs=106_202_880 - 30 * 2 * 576 + 49152 * 576, cache=30 * 2 * 3 * 64
+        decoder=106_202_880,
+        total=134_515_008,
+        macs=106_202_880 - 30 * 2 * 576 + 49152 * 576,
+        cache=30 * 2 * 3 * 64,
+        active=106_202_880,
     )
 
 
@@ -127,14 +131,14 @@ def test_every_objective_counts_what_a_unit_takes_with_it(name, objective):
     prices, dense = cost.prices(architecture, objective), Plan.dense(architecture).keep
     size = cost.size(architecture, Plan(dense))
     amount = attrgetter({"parameters": "total"}.get(objective, objective))
-    for part in architecture.parts:
-        number = architecture.units(part)
-        counts = [0, number] if architecture.parts[part].coupled else range(number + 1)
-        without = [Plan({**dense, (1, part): np.arange(number) >= gone}) for gone in counts]
+    for part, shape in architecture.parts.items():
+        number, layer = architecture.units(part), architecture.with_part(part)[-1]
+        counts = [0, number] if shape.coupled else range(number - max(0, shape.least - 1) + (shape.least == 0))
+        without = [Plan({**dense, (layer, part): np.arange(number) >= gone}) for gone in counts]
         amounts = [amount(cost.size(architecture, plan)) for plan in without]
         assert [prices.removed(plan) for plan in without] == [amounts[0] - left for left in amounts]
         found = [prices.removed(plan) for plan in without]
-        each, rest = prices.unit[1, part], prices.rest[1, part]
+        each, rest = prices.unit[layer, part], prices.rest[layer, part]
         assert found == [gone * each + (rest if gone == number else 0) for gone in counts]
     staying = [p for p in architecture.parameters if p.layer is not None and p.part is None]
     units = (prices.unit[block] * architecture.units(block[1]) + prices.rest[block] for block in architecture.blocks())

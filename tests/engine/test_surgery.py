@@ -40,7 +40,7 @@ def attention(modules: dict[str, str], transposed: bool = False, layers: int = 1
         sizes=SIZES,
         layers=layers,
         layers_path="h",
-        parts={"attention": PartShape("kv", "attn", None)},
+        parts={"attention": PartShape("kv", "attn", None, units="groups")},
         parameters=tuple(parameters),
         maps=tuple(maps),
         cache=parse_expr("kv d + kv d"),

@@ -48,7 +48,7 @@ def shapes(layers: int, attention: int, mlp: int) -> Architecture:
         sizes={"kv": attention, "channel": mlp},
         layers=layers,
         layers_path="h",
-        parts={"attention": PartShape("kv", "attn", None), "mlp": PartShape("channel", "mlp", None)},
+        parts={"attention": PartShape("kv", "attn", None, units="groups"), "mlp": PartShape("channel", "mlp", None)},
         parameters=(),
         maps=(),
         cache=parse_expr("kv"),

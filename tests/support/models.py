@@ -27,6 +27,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3VLConfig,
     SmolLM3Config,
     SmolVLMConfig,
@@ -37,6 +38,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.heads import HEADS, HeadName
 from libprune.engine.plan import Plan
+from libprune.engine.stacks import exposed
 from libprune.engine.surgery import slice_state
 from libprune.models.folder import WeightFiles, load_model
 from libprune.results.folder import write_pruned
@@ -47,6 +49,8 @@ WINDOW = 5
 
 _SHORT = {"vocab_size": VOCAB, "num_hidden_layers": 4, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 FFN = {"intermediate_size": 13}
+EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
+"""Widths in multiples of 16 bytes, which the grouped kernels of PyTorch need."""
 _MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
 _LONG_ROPE = {
     "rope_type": "llama3",
@@ -130,6 +134,15 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
     "smollm3": tiny_model(SmolLM3Config, **FFN, **heads(36, 3, 2), no_rope_layer_interval=2),
     "olmo2": tiny_model(Olmo2Config, **FFN, **heads(36, 3, 2)),
     "starcoder2": tiny_model(Starcoder2Config, **FFN, **heads(36, 3, 2), sliding_window=WINDOW),
+    "qwen3_moe": tiny_model(
+        Qwen3MoeConfig,
+        **FFN,
+        **heads(28, 3, 2, 4),
+        **EXPERTS,
+        num_local_experts=6,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+    ),
     "bert": tiny_model(BertConfig, "masked_lm", **FFN, **_ENCODER),
     "bert_classifier": tiny_model(BertConfig, "sequence_classification", **FFN, **_ENCODER, num_labels=3),
 }
@@ -206,6 +219,16 @@ LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 [in, out] storage, heads side by side with parallel parts, an MLP on flattened tokens."""
 
 
+KINDS = (*LAYOUTS, "bert", "bert_classifier", "qwen3_moe")
+"""Families that together have every mechanism of the engine; all others are described by the same means."""
+
+
+def tiny_exposed(name: str) -> PreTrainedModel:
+    """A tiny model of a family, its mixtures run by modules that hooks can watch."""
+    model = FAMILIES[name](0)
+    return exposed(model, describe(model))
+
+
 def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
     """Token ids, the same in every call; longer than the window of the sliding layers."""
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
@@ -216,30 +239,36 @@ Counts = Callable[[int, str], int]
 
 
 def plan_of(architecture: Architecture, counts: Counts, seed: int = 0) -> Plan:
-    """Keeps the given counts; which units stay is random and differs by layer."""
+    """Keeps the given counts; which units stay is random and differs by layer. All groups of a part keep as many."""
     rng = np.random.default_rng(seed)
 
     def keep(layer: int, part: str) -> np.ndarray:
-        units = architecture.units(part)
-        return rng.permutation(np.arange(units) < counts(layer, part))
+        groups = architecture.parts[part].groups
+        each, kept = architecture.units(part) // groups, counts(layer, part) // groups
+        return np.concatenate([rng.permutation(np.arange(each) < kept) for _ in range(groups)])
 
     return Plan({block: keep(*block) for block in architecture.blocks()})
 
 
+def some_counts(architecture: Architecture, part: str) -> list[int]:
+    """The numbers of units above 0 that a layer may keep of a part."""
+    shape, units = architecture.parts[part], architecture.units(part)
+    if shape.coupled:
+        return [units]
+    least = max(shape.least, shape.groups)
+    return list(range(least, units + 1, shape.groups))
+
+
 def _uniform(architecture: Architecture, rng: np.random.Generator) -> Counts:
     def fewer(part: str) -> list[int]:
-        return [n for n in range(1, architecture.units(part)) if architecture.parts[part].says(n)]
+        return [n for n in some_counts(architecture, part)[:-1] if architecture.parts[part].says(n)]
 
     count = {part: int(rng.choice(fewer(part) or [architecture.units(part)])) for part in architecture.parts}
     return lambda layer, part: count[part]
 
 
 def _per_layer(architecture: Architecture, rng: np.random.Generator) -> Counts:
-    whole = {part: shape.coupled != () for part, shape in architecture.parts.items()}
-    least = {part: architecture.units(part) if whole[part] else 1 for part in architecture.parts}
-    count = {
-        block: int(rng.integers(least[block[1]], architecture.units(block[1]) + 1)) for block in architecture.blocks()
-    }
+    count = {block: int(rng.choice(some_counts(architecture, block[1]))) for block in architecture.blocks()}
     return lambda layer, part: count[layer, part]
 
 
@@ -250,9 +279,11 @@ def _channels(architecture: Architecture, rng: np.random.Generator) -> Counts:
 
 
 def _holes(architecture: Architecture, rng: np.random.Generator) -> Counts:
-    """The first attention, one MLP and, where it can be deleted, one whole layer are gone."""
+    """The first part of layer 0, the last of layer 1, and layer 2 or its first part are gone, as far as they can."""
     left = _per_layer(architecture, rng)
-    gone = {(0, "attention"), (1, "mlp"), (2, "attention"), *([] if architecture.layers_stay else [(2, "mlp")])}
+    last = architecture.parts_of(2)[:1] if architecture.layers_stay else architecture.parts_of(2)
+    gone = {(0, architecture.parts_of(0)[0]), (1, architecture.parts_of(1)[-1])}
+    gone = {block for block in gone if not architecture.parts[block[1]].least} | {(2, part) for part in last}
     return lambda layer, part: 0 if (layer, part) in gone else left(layer, part)
 
 
@@ -305,7 +336,8 @@ def write_dense(model: PreTrainedModel, folder: Path) -> Dense:
     """Save a model and load it again, as the pipeline has it."""
     model.save_pretrained(folder, save_original_format=False)
     loaded = load_model(folder, torch.float32)
-    return Dense(folder, loaded, describe(loaded))
+    architecture = describe(loaded)
+    return Dense(folder, exposed(loaded, architecture), architecture)
 
 
 def prune(dense: Dense, plan: Plan, custom: bool, folder: Path) -> Pruned:

@@ -117,7 +117,10 @@ def _architecture(shape: Shape) -> Architecture:
         sizes={axis: getattr(shape, axis) for axis in ("kv", "q", "d", "ffn", "model")} | {"vocab": 7},
         layers=shape.layers,
         layers_path="layers",
-        parts={"attention": PartShape("kv", "attn", shape.expressible), "mlp": PartShape("ffn", "mlp", None)},
+        parts={
+            "attention": PartShape("kv", "attn", shape.expressible, units="groups"),
+            "mlp": PartShape("ffn", "mlp", None),
+        },
         parameters=(outside, *blocks),
         maps=(),
         cache=parse_expr("kv d + kv d"),

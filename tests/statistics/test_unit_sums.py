@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from libprune.engine import cost
 from libprune.engine.describe import describe
 from libprune.engine.errors import StatisticsError
-from libprune.engine.unit_sums import sum_positions, unit_sums
+from libprune.statistics.unit_sums import sum_positions, unit_sums
 from libprune.statistics.weights import weight_columns
 from tests.support.models import FAMILIES
 from tests.support.weights import SEPARATE, conv1d_stored, elements, one_part
