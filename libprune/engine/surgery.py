@@ -150,8 +150,8 @@ def _require_layers(architecture: Architecture, plan: Plan) -> None:
     if architecture.layers_stay and len(plan.layers) < architecture.layers:
         first = min(set(range(architecture.layers)) - set(plan.layers))
         raise LibpruneError(
-            f"the plan deletes layer {first}, but the norms of a layer of family {architecture.family!r} work on the "
-            "residual stream itself; something of every layer must stay"
+            f"the plan deletes layer {first}, but no layer of family {architecture.family!r} can be deleted: "
+            f"{architecture.why_layers_stay}; something of every layer must stay"
         )
 
 
