@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from libprune.engine.architecture import STAND_IN, Architecture, Map, Parameter, PartShape, Units
+from libprune.engine.architecture import STAND_IN, WHOLE, Architecture, Map, Parameter, PartShape, Units
 from libprune.engine.axes import Entry, Equation, Expr, LinearMap, Stack, parse_entry, parse_expr, solve
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
-from libprune.engine.family import Family, Part, described_by, family_of
+from libprune.engine.family import Family, Part, described_by, families, family_of
 from libprune.engine.heads import SEQUENCE_CLASSIFICATION, Head, head_of
 from libprune.engine.stock_config import bias_key, check_config, expressible, require_sizes
 
@@ -61,6 +61,8 @@ def describe(
         cache=None if family.cache is None else parse_expr(family.cache),
         state=None if family.state is None else parse_expr(family.state),
         fingerprint=fingerprint,
+        tower=family.tower is not None,
+        numbered=family.tower is not None and family.tower.layers_stay,
         buffers=tuple(buffers),
     )
 
@@ -74,7 +76,8 @@ def _shape(
     experts: Literal["whole", "channels"],
 ) -> PartShape:
     """A part of a model, whose units are whole experts or their channels as it is asked."""
-    part, config = family.parts[name], model.config
+    part, whole = family.parts[name], model.config
+    config = family.sized(whole)
     inside = part.within is not None and experts == "channels"
     axis = part.within if inside and part.within else part.axis
     usual: Units = "groups" if name == "attention" else "experts" if part.router and not inside else "channels"
@@ -83,7 +86,7 @@ def _shape(
     return PartShape(
         axis=axis,
         module=part.module,
-        expressible=(sizes[axis],) if coupled else expressible(family, config, sizes, axis),
+        expressible=(sizes[axis],) if coupled else expressible(family, whole, sizes, axis),
         coupled=coupled,
         norms=tuple(part.norms),
         units=usual if inside or part.units is None else part.units,
@@ -126,6 +129,8 @@ def with_biases(
         if keys[part] is None:
             raise NotExpressibleError(f"the config of this {config.model_type} model cannot say biases in its {part}")
     said = {keys[part]: True for part in parts}
+    data = config.to_dict()
+    families()[architecture.family].sized(data).update(said)
     biases = {
         entry.weight: Parameter(entry.bias, (entry.output,), entry.layer, entry.part)
         for entry in architecture.maps
@@ -137,7 +142,7 @@ def with_biases(
         parameters.append(parameter)
         if (bias := biases.get(parameter.name)) and bias.name not in known:
             parameters.append(bias)
-    return replace(architecture, parameters=tuple(parameters)), type(config).from_dict(config.to_dict() | said)
+    return replace(architecture, parameters=tuple(parameters)), type(config).from_dict(data)
 
 
 def added_biases(own: Architecture, architecture: Architecture) -> dict[str, Tensor]:
@@ -161,11 +166,12 @@ def _require_head(family: Family, head: Head, model: PreTrainedModel) -> None:
 
 
 def _config_equations(family: Family, config: PreTrainedConfig) -> list[Equation]:
+    own = family.sized(config)
     return [
-        Equation(expr, getattr(config, key), f"config key {key!r}")
+        Equation(expr, getattr(own, key), f"config key {key!r}")
         for key, expressions in family.config.expressions.items()
         for expr in expressions
-        if getattr(config, key, None) is not None
+        if getattr(own, key, None) is not None
     ]
 
 
@@ -215,7 +221,9 @@ def _walk(
             tensors[path] = Parameter(path, _bare_dims(entry), layer, part)
             if isinstance(entry, Stack) and isinstance(entry.each, LinearMap):
                 assert layer is not None and part is not None
-                maps.append(_stacked(path, layer, part, entry, entry.each, _active(family, model.config, part)))
+                maps.append(
+                    _stacked(path, layer, part, entry, entry.each, _active(family, family.sized(model.config), part))
+                )
             continue
         module = _module(model, path, family)
         transposed = isinstance(module, _TRANSPOSED)
@@ -230,6 +238,11 @@ def _walk(
             norm = path.removeprefix(inside)
             if norm not in (*family.parts[part].norms, *coupled[part]):
                 coupled[part].append(norm)
+    tensors |= {
+        name: Parameter(name, tuple(map(_whole, tensor.shape)), None, None)
+        for name, tensor in own.items()
+        if family.untouched(name)
+    }
     undescribed = [name for name in own if name not in tensors]
     if undescribed:
         raise FamilyError(
@@ -289,6 +302,11 @@ def _active(family: Family, config: PreTrainedConfig, part: str) -> int:
     """How many copies of a part's stacks a token goes through."""
     router = family.parts[part].router
     return int(getattr(config, router.top_k)) if router else 1
+
+
+def _whole(size: int) -> Expr:
+    """A dimension of a tensor that stays whole: an axis of its own for each size."""
+    return parse_expr(f"{WHOLE}{size}")
 
 
 def _described(
