@@ -106,7 +106,7 @@ class PartShape:
         module: computes the part.
         expressible: the unit counts that the stock config can say; None: any.
         coupled: norms whose statistics run over the units, so that only all of them can go together.
-        norms: RMS norms whose statistics run over the units that remain.
+        norm: the RMS norm in front of the consumer, whose mean runs over the units that remain; "" without one.
         units: what the units are.
         layers: the layers that have the part; None: all.
         groups: units lie in so many groups of neighbours, which all keep the same number.
@@ -118,7 +118,7 @@ class PartShape:
     module: str
     expressible: tuple[int, ...] | None
     coupled: tuple[str, ...] = ()
-    norms: tuple[str, ...] = ()
+    norm: str = ""
     units: Units = "channels"
     layers: tuple[int, ...] | None = None
     groups: int = 1

@@ -88,7 +88,7 @@ def _shape(
         module=part.module,
         expressible=(sizes[axis],) if coupled else expressible(family, whole, sizes, axis),
         coupled=coupled,
-        norms=tuple(part.norms),
+        norm=part.norm or "",
         units=usual if inside or part.units is None else part.units,
         layers=_with_part(model, family, part),
         groups=groups,
@@ -236,7 +236,7 @@ def _walk(
         inside = f"{family.layers}.{layer}."
         if part and isinstance(entry, Expr) and family.parts[part].axis in entry.names and not _depthwise(module):
             norm = path.removeprefix(inside)
-            if norm not in (*family.parts[part].norms, *coupled[part]):
+            if norm not in (family.parts[part].norm, *coupled[part]):
                 coupled[part].append(norm)
     tensors |= {
         name: Parameter(name, tuple(map(_whole, tensor.shape)), None, None)

@@ -83,9 +83,9 @@ class Part(_Strict):
     """A submodule or tensor of the layer; only layers that have it have the part. None: all layers."""
     groups: str | None = None
     """The config key of a number of groups of neighbouring units that must all keep the same number."""
-    norms: list[str] = Field(default_factory=list)
-    """Modules that are RMS norms over all units, or over those of each group. Once units are gone they take their
-    statistics over the units that remain. A norm over units that is not listed here couples them."""
+    norm: str | None = None
+    """An RMS norm over all units, or over those of each group, in front of the map that takes them in. Once units are
+    gone it takes its mean over those that remain. Any other norm over units couples them."""
     router: Router | None = None
     """How the experts of a token are chosen, where the units are experts."""
     within: str | None = None
@@ -256,10 +256,9 @@ class Family(_Strict):
             for axis in filter(None, (part.axis, part.within)):
                 if axis not in part.consumed:
                     raise ValueError(f"no map of the part takes axis {axis!r} as its input")
-            for norm in part.norms:
-                entry = part.parsed.get(norm)
-                if not isinstance(entry, Expr) or part.axis not in entry.names:
-                    raise ValueError(f"norm {norm!r} is no vector of the part that has axis {part.axis!r}")
+            entry = part.parsed.get(part.norm or "")
+            if part.norm and not (isinstance(entry, Expr) and part.axis in entry.names):
+                raise ValueError(f"norm {part.norm!r} is no vector of the part that has axis {part.axis!r}")
         return parts
 
 

@@ -60,16 +60,15 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
     handles = []
     with ExitStack() as chosen:
         for layer, part in architecture.blocks():
-            if architecture.parts[part].router:
+            shape = architecture.parts[part]
+            if shape.router:
                 chosen.enter_context(only_experts(model, architecture, layer, part, plan.keep[layer, part]))
-            for norm in architecture.parts[part].norms:
-                path = f"{architecture.layers_path}.{layer}.{norm}"
-                weight = next(p for p in architecture.parameters_of(layer, part) if p.name == f"{path}.weight")
-                kept = positions_kept(architecture, plan, layer, weight.dims[0])
-                shape = architecture.parts[part]
-                each = architecture.units(part) // shape.groups
-                groups = weight.dims[0].units(shape.axis, architecture.sizes) // each
-                chosen.enter_context(_norm_over_kept(model.get_submodule(path), kept, groups))
+            if shape.norm:
+                norm = model.get_submodule(f"{architecture.layers_path}.{layer}.{shape.norm}")
+                expr = next(consumer.input for consumer in architecture.consumers(layer, part))
+                groups = expr.units(shape.axis, architecture.sizes) // (architecture.units(part) // shape.groups)
+                kept = positions_kept(architecture, plan, layer, expr)
+                chosen.enter_context(_norm_over_kept(norm, kept, groups))
         for consumer in architecture.maps:
             kept = input_mask(architecture, plan, consumer)
             module = model.get_submodule(consumer.module)

@@ -76,7 +76,7 @@ def test_a_part_must_have_a_map_that_takes_its_axis(edited, new):
 @pytest.mark.parametrize("name", ["self_attn.o_proj", "input_layernorm", "missing"], ids=["map", "no unit", "unknown"])
 def test_a_norm_over_what_remains_is_a_vector_of_the_part(edited, name):
     with pytest.raises(FamilyError, match=f"norm '{name}' is no vector of the part that has axis 'kv'"):
-        edited("    axis: kv\n", f"    axis: kv\n    norms: [{name}]\n")
+        edited("    axis: kv\n", f"    axis: kv\n    norm: {name}\n")
 
 
 @pytest.mark.parametrize("expr", ["(ffn)", "ffn+ffn"])

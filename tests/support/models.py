@@ -265,6 +265,15 @@ LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 [in, out] storage, heads side by side with parallel parts, an MLP on flattened tokens."""
 
 
+MAMBA = tiny_model(
+    NemotronHConfig,
+    **FFN,
+    **heads(28, 3, 2, 6),
+    **_MAMBA,
+    layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
+    use_bias=True,
+)
+"""Nemotron-H without a mixture of experts."""
 KINDS = (*LAYOUTS, "bert", "bert_classifier", "qwen3_moe", "qwen3_next", "nemotron_h")
 """Families that together have every mechanism of the engine; all others are described by the same means."""
 
