@@ -129,8 +129,8 @@ def _norm_over_kept(norm: nn.Module, kept: NDArray[np.bool_], groups: NDArray[np
     scale = torch.from_numpy(np.sqrt(np.bincount(groups) / of_group)[groups]).float()
 
     def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        s = scale.to(x.device)
-        normed: Tensor = forward(x.float().masked_fill(~mask.to(x.device), 0) * s, *args, **kwargs) / s
+        s, wide = scale.to(x.device), x.to(torch.promote_types(x.dtype, torch.float32))
+        normed: Tensor = forward(wide.masked_fill(~mask.to(x.device), 0) * s, *args, **kwargs) / s
         return normed.to(x.dtype)
 
     norm.forward = over_kept

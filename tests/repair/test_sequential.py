@@ -23,10 +23,11 @@ from libprune.models.sequences import Sequences
 from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_local
 from libprune.repair.sequential import SequentialRepair, split_batches
 from tests.support.collected import activations, assert_untouched, of_layers
-from tests.support.models import FAMILIES, LAYOUTS, VOCAB, plan_of, random_plan, tokens
+from tests.support.models import FAMILIES, LAYOUTS, MAMBA, VOCAB, plan_of, random_plan, tokens
 from tests.support.predictions import masked_logits
 
 MODELS = {name: FAMILIES[name] for name in LAYOUTS}
+RECURRENT = {"qwen3_5": FAMILIES["qwen3_5"], "mamba": MAMBA}
 POST_NORM = {"gemma2"}
 """Families with a norm between what a consumer gives and the residual stream."""
 DAMPING = 1e-2
@@ -124,7 +125,7 @@ def forward(model: PreTrainedModel, architecture: Architecture, ids: Tensor) -> 
 
 def in_order(architecture: Architecture, layer: int) -> list[Map]:
     """The consumers of a layer in the order in which they add to the residual stream."""
-    return [consumer for part in ("attention", "mlp") for consumer in architecture.consumers(layer, part)]
+    return [consumer for part in architecture.parts_of(layer) for consumer in architecture.consumers(layer, part)]
 
 
 def slow_repair(
@@ -181,9 +182,11 @@ def ridge(x: np.ndarray, y: np.ndarray, old: np.ndarray, damping: float) -> np.n
     return np.linalg.lstsq(rows, np.concatenate([y, size[:, None] * old.T]), rcond=None)[0].T
 
 
-@pytest.mark.parametrize(("name", "drift"), [*((name, None) for name in MODELS), ("qwen3", 0.0), ("gpt2", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "drift"), [*((name, None) for name in (*MODELS, *RECURRENT)), ("qwen3", 0.0), ("gpt2", 0.5)]
+)
 def test_every_consumer_is_fitted_to_the_dense_output_and_the_drift_from_the_pruned_inputs(name, drift):
-    model, ids = MODELS[name](0), tokens(18, 12)
+    model, ids = (MODELS | RECURRENT)[name](0), tokens(18, 12)
     plan = a_third(describe(model))
     all_of_it = 0.0 if name in POST_NORM else 1.0
     expected, _ = slow_repair(model, plan, ids, DAMPING, all_of_it if drift is None else drift)

@@ -272,8 +272,9 @@ MAMBA = tiny_model(
     **_MAMBA,
     layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
     use_bias=True,
+    mlp_hidden_act="gelu",
 )
-"""Nemotron-H without a mixture of experts."""
+"""Nemotron-H without a mixture of experts, and without channels that no token needs."""
 KINDS = (*LAYOUTS, "bert", "bert_classifier", "qwen3_moe", "qwen3_next", "nemotron_h")
 """Families that together have every mechanism of the engine; all others are described by the same means."""
 
