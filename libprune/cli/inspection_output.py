@@ -8,7 +8,7 @@ from typing import Any
 from libprune.cli.footprint import Footprint
 from libprune.cli.inspection import Inspection, Shape
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture, Parameter
+from libprune.engine.architecture import WITH_LAYER, Architecture, Parameter
 from libprune.pipeline.terminal import gigabytes
 
 Row = tuple[str, ...]
@@ -54,10 +54,11 @@ def _parameters(architecture: Architecture) -> str:
             _parameter(architecture, p, f"{architecture.layers_path}.0.") for p in architecture.parameters_of(0, part)
         ]
         rows.append(_sum(f"{part}, {architecture.layers} layers", _part_parameters(architecture, part), total))
-    staying = [p for p in architecture.parameters if p.layer is not None and p.part is None]
-    if staying:
-        rows += [_parameter(architecture, p, f"{architecture.layers_path}.0.") for p in staying if p.layer == 0]
-        rows.append(_sum("norms that stay", sum(map(architecture.numel, staying)), total))
+    for kind, said in ((WITH_LAYER, "what several parts read"), (None, "norms that stay")):
+        norms = [p for p in architecture.parameters if p.layer is not None and p.part == kind]
+        if norms:
+            rows += [_parameter(architecture, p, f"{architecture.layers_path}.0.") for p in norms if p.layer == 0]
+            rows.append(_sum(said, sum(map(architecture.numel, norms)), total))
     outside = [parameter for parameter in architecture.parameters if parameter.layer is None]
     rows += [_parameter(architecture, parameter, "") for parameter in outside]
     rows += [_sum("outside the layers", _part_parameters(architecture, None), total), _sum("all", total, total)]

@@ -20,6 +20,8 @@ from libprune.engine.heads import HeadName
 
 Block = tuple[int, str]
 """A layer, from 0, and the name of one of its parts."""
+WITH_LAYER = "layer"
+"""In place of a part: what several parts of a layer read, so that it goes with the last of them."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Parameter:
     Attributes:
         dims: the axes of each of its dimensions, in storage order.
         layer: the layer that it lies in; None outside the layers.
-        part: the part that it goes with; None if it goes with none, or loses only the units that it carries.
+        part: the part that it goes with, or `WITH_LAYER`; None if it goes with none, or loses only the units that it
+            carries.
     """
 
     name: str
@@ -110,7 +113,7 @@ class Architecture:
         head: what the model is for, a name of `libprune.engine.heads.HEADS`, or `network`.
         head_macs: multiply-accumulates a token of the linear maps behind the layers; 0 where they run once a sequence.
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
-        buffers: what a network stores beside its parameters, such as running statistics.
+        buffers: what a model stores beside its parameters, such as running statistics.
     """
 
     family: str
@@ -212,8 +215,7 @@ class Architecture:
 
     def to_json(self) -> str:
         """The description as JSON, readable by `from_json`."""
-        buffers = [{"name": buffer.name, "dims": buffer.dims} for buffer in self.buffers]
-        return json.dumps(_plain(self) | {"buffers": buffers}, indent=1, default=_plain)
+        return json.dumps(self, indent=1, default=_plain)
 
     @staticmethod
     def from_json(text: str) -> "Architecture":
@@ -227,9 +229,9 @@ class Architecture:
         data |= {
             "cache": None if data["cache"] is None else parse_expr(data["cache"]),
             "parts": {name: PartShape(**_with_tuples(part)) for name, part in data["parts"].items()},
-            "parameters": tuple(Parameter(**p | {"dims": _parsed(p["dims"])}) for p in data["parameters"]),
+            "parameters": _stored(data["parameters"]),
             "maps": tuple(Map(**m | {side: parse_expr(m[side]) for side in ("input", "output")}) for m in data["maps"]),
-            "buffers": tuple(Parameter(b["name"], _parsed(b["dims"]), 0, None) for b in data["buffers"]),
+            "buffers": _stored(data["buffers"]),
         }
         return Architecture(**data)
 
@@ -241,8 +243,8 @@ def _plain(value: Any) -> Any:
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
-def _parsed(dims: Sequence[str]) -> tuple[Expr, ...]:
-    return tuple(map(parse_expr, dims))
+def _stored(tensors: Sequence[Mapping[str, Any]]) -> tuple[Parameter, ...]:
+    return tuple(Parameter(**{**one, "dims": tuple(map(parse_expr, one["dims"]))}) for one in tensors)
 
 
 def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:

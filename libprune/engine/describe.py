@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
+from libprune.engine.architecture import WITH_LAYER, Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
 from libprune.engine.family import Family, Part, described_by, family_of
@@ -37,9 +37,9 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
     _require_head(family, head, model)
     check_config(family, model.config, accept)
     require_sizes(family, model.config)
-    parameters, maps = _walk(model, family, head)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    equations = _config_equations(family, model.config) + tensor_equations(parameters, shapes)
+    parameters, buffers, maps = _walk(model, family, head)
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
+    equations = _config_equations(family, model.config) + tensor_equations([*parameters, *buffers], shapes)
     sizes = solve_for(family.family, "model", equations)
     return Architecture(
         family=family.family,
@@ -54,6 +54,7 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
         },
         parameters=tuple(parameters),
         maps=tuple(maps),
+        buffers=tuple(buffers),
         cache=None if family.cache is None else parse_expr(family.cache),
         fingerprint=fingerprint,
     )
@@ -178,27 +179,35 @@ def solve_for(family: str, kind: str, equations: list[Equation]) -> dict[str, in
         raise FamilyError(f"family {family!r} does not fit this {kind}: {error}") from error
 
 
-def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Parameter], list[Map]]:
-    """Every parameter once, and every map of the layers, in the model's own order."""
-    own = [name for name, _ in model.named_parameters()]
-    parameters: dict[str, Parameter] = {}
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a checkpoint of a model holds, by name: every parameter once, and then buffers."""
+    stored = model.state_dict(keep_vars=True)
+    return dict(model.named_parameters()) | {name: tensor for name, tensor in model.named_buffers() if name in stored}
+
+
+def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Parameter], list[Parameter], list[Map]]:
+    """Every parameter once, every stored buffer, and every map of the layers, in the model's own order."""
+    own = stored_tensors(model)
+    found: dict[str, Parameter] = {}
     maps: list[Map] = []
     for path, layer, part, description in _described(model, family, head):
         module = _module(model, path, family)
         transposed = isinstance(module, _TRANSPOSED)
         if isinstance(description, LinearMap) and layer is not None and part is not None:
             maps.append(Map(path, layer, part, description.input, description.output, transposed))
-        for name, _ in module.named_parameters(recurse=False):
-            if isinstance(description, Expr) or name in {"weight", "bias"}:
-                dims = tensor_dims(name, description, transposed)
-                parameters[f"{path}.{name}"] = Parameter(f"{path}.{name}", dims, layer, part)
-    undescribed = [name for name in own if name not in parameters]
+        for name in (*module._parameters, *module._buffers):
+            full = f"{path}.{name}"
+            if full in own and (isinstance(description, Expr) or name in {"weight", "bias"}):
+                dims = tensor_dims(name, description, transposed) if own[full].ndim else ()
+                found[full] = Parameter(full, dims, layer, part)
+    undescribed = [name for name in own if name not in found]
     if undescribed:
         raise FamilyError(
             f"family {family.family!r} does not describe {len(undescribed)} parameter(s) of this model, the first "
             f"{undescribed[0]!r}; add its module to libprune/families/{family.family}.yaml (docs/notation.md)"
         )
-    return [parameters[name] for name in own], maps
+    buffers = [name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)]
+    return [found[name] for name in own if name not in buffers], [found[name] for name in buffers], maps
 
 
 def _described(
@@ -208,8 +217,9 @@ def _described(
         for name, part in family.parts.items():
             for path, description in part.parsed.items():
                 yield f"{family.layers}.{layer}.{path}", layer, name, description
-        for path, text in family.stream.items():
-            yield f"{family.layers}.{layer}.{path}", layer, None, parse_map(text)
+        for kind, vectors in ((WITH_LAYER, family.shared), (None, family.stream)):
+            for path, text in vectors.items():
+                yield f"{family.layers}.{layer}.{path}", layer, kind, parse_map(text)
     for path, text in {**family.outside, **family.heads[head.name]}.items():
         yield path, None, None, parse_map(text)
 

@@ -140,6 +140,9 @@ class Family(_Strict):
     stream: dict[str, ExprText] = Field(default_factory=dict)
     """Path of a norm inside the layer to its vector, where it works on the residual stream itself and not for one part;
     it stays whatever goes, so that no layer can be deleted."""
+    shared: dict[str, ExprText] = Field(default_factory=dict)
+    """Path of a norm inside the layer to its vector, where several parts read what it gives, side by side; it goes with
+    the last of them."""
     outside: dict[str, MapText]
     """Module path to map or vector, for what lies outside the layers."""
     heads: dict[HeadName, dict[str, MapText]] = {"causal_lm": {}}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from libprune.engine.describe import stored_tensors
 from libprune.engine.errors import LibpruneError
 from libprune.models.folder import load_model
 from libprune.pipeline.sections import Recover
@@ -76,7 +77,7 @@ def read_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def finished_weights(record: Record, params: Recover, checkpoint: Path | None) -> Mapping[str, Tensor]:
-    """The weights of the pruned model after training, by the names of its parameters; matrices of `lora` are added.
+    """The tensors of the pruned model after training by their names; matrices of `lora` are added.
 
     Args:
         record: the record of the pruned folder.
@@ -89,4 +90,4 @@ def finished_weights(record: Record, params: Recover, checkpoint: Path | None) -
         read_weights(trained, checkpoint)
         if params.method == "lora":
             student = trained.merge_and_unload()
-    return {name: parameter.detach() for name, parameter in student.named_parameters()}
+    return {name: tensor.detach() for name, tensor in stored_tensors(student).items()}

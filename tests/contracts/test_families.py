@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
+from libprune.engine.describe import stored_tensors, without_weights
 from libprune.engine.errors import LibpruneError
 from libprune.engine.family import families
 from libprune.engine.heads import HEADS
@@ -35,6 +37,7 @@ from libprune.models.folder import WeightFiles, load_model
 from libprune.results.folder import write_pruned
 from tests.support.models import (
     FAMILIES,
+    OF_ONE_FILE,
     PLANS,
     WINDOW,
     Dense,
@@ -53,12 +56,19 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def dense(request, tmp_path_factory) -> Dense:
-    return write_dense(FAMILIES[request.param](0), tmp_path_factory.mktemp("dense"))
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def dense(family, tmp_path_factory) -> Dense:
+    return write_dense(FAMILIES[family](0), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module", params=PLANS)
-def pruned(request, dense, tmp_path_factory) -> Pruned:
+def pruned(request, family, dense, tmp_path_factory) -> Pruned:
+    if family in OF_ONE_FILE and request.param not in {"uniform", "holes"}:
+        pytest.skip("other plans show nothing new of this family")
     if request.param == "shallow" and dense.architecture.layers_stay:
         pytest.skip("no layer of this family can be deleted")
     plan = random_plan(dense.architecture, request.param)
@@ -124,9 +134,10 @@ def test_units_and_overhead_add_up(dense):
         coupled = tuple(f".{module}.weight" for module in architecture.parts[part].coupled)
         own = architecture.parameters_of(layer, part)
         whole = [p for p in own if all(axis not in d.names for d in p.dims) or p.name.endswith(coupled)]
-        assert overhead == sum(map(architecture.numel, whole)) > 0
+        assert overhead == sum(map(architecture.numel, whole))
         total += cost.unit_parameters(architecture, layer, part) * architecture.units(part) + overhead
-    norms = sum(architecture.numel(p) for p in architecture.parameters if p.layer is not None and p.part is None)
+    inside = [p for p in architecture.parameters if p.layer is not None]
+    norms = sum(architecture.numel(p) for p in inside if p.part not in architecture.parts)
     assert total + norms == architecture.decoder_parameters == count(decoder(dense.model, architecture))
 
 
@@ -169,8 +180,13 @@ def counts_of(architecture: Architecture, part: str) -> list[int]:
 
 @settings(max_examples=6)
 @given(data=st.data())
-def test_any_plan_is_sliced_as_masked(dense, tmp_path_factory, data):
-    """Any count anywhere: whole parts, whole layers and the whole decoder gone included."""
+def test_any_plan_is_sliced_as_masked(family, dense, tmp_path_factory, data):
+    """Any count anywhere: whole parts, whole layers and the whole decoder gone included.
+
+    In float64, since a norm behind a part that gives nearly nothing enlarges what float32 rounds.
+    """
+    if family in OF_ONE_FILE:
+        pytest.skip("other plans show nothing new of this family")
     blocks = list(dense.architecture.blocks())
     counts = {
         block: data.draw(st.sampled_from(counts_of(dense.architecture, block[1])), str(block)) for block in blocks
@@ -182,7 +198,8 @@ def test_any_plan_is_sliced_as_masked(dense, tmp_path_factory, data):
             prune(dense, plan, True, tmp_path_factory.mktemp("any"))
         return
     pruned = prune(dense, plan, True, tmp_path_factory.mktemp("any"))
-    assert_close(logits(pruned.model, tokens()), masked_logits(dense, plan, tokens()))
+    exact = replace(dense, model=deepcopy(dense.model).double())
+    assert_close(logits(pruned.model.double(), tokens()), masked_logits(exact, plan, tokens()))
     assert cost.size(dense.architecture, plan).total == count(pruned.model)
 
 
@@ -278,7 +295,7 @@ def test_tied_weights_stay_tied_and_are_stored_once(pruned):
     if head := pruned.model.get_output_embeddings():
         tied = pruned.dense.model.config.tie_word_embeddings
         assert (pruned.model.get_input_embeddings().weight is head.weight) is tied
-    assert len(WeightFiles(pruned.folder)) == len(list(pruned.model.named_parameters()))
+    assert len(WeightFiles(pruned.folder)) == len(stored_tensors(pruned.model))
 
 
 @contextmanager
@@ -359,7 +376,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize(("dense", "pruned"), [("llama", "holes")], indirect=True)
+@pytest.mark.parametrize(("family", "pruned"), [("llama", "holes")], indirect=True)
 def test_a_fresh_process_computes_the_same_and_says_nothing(pruned, tmp_path):
     """What classes and modules this process has already loaded hides defects of the modeling file."""
     result = tmp_path / "result.safetensors"
@@ -385,8 +402,13 @@ def complaints(caplog):
 
 
 def test_loading_and_generating_say_nothing(pruned, complaints: Callable[[], list[str]]):
+    """Nothing but what transformers says of any model of the family, as of an activation without a kernel."""
+    without_weights(pruned.dense.model.config)
+    of_any = complaints()
+    logging.Logger.warning_once.cache_clear()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         again = pruned.reload()
         greedy(again) if again.can_generate() else logits(again, tokens())
-    assert [str(warning.message) for warning in warned] + complaints() == []
+    said = [str(warning.message) for warning in warned] + complaints()[len(of_any) :]
+    assert [message for message in said if message not in of_any] == []

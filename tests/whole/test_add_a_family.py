@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GraniteConfig, PreTrainedModel
+from transformers import GlmConfig, PreTrainedModel
 
 from libprune.engine import family
 from libprune.engine.describe import describe
@@ -17,8 +17,8 @@ from tests.support.models import FFN, heads, prune, random_plan, tiny_model, tok
 PAGE = Path(__file__).parents[2] / "docs/add-a-family.md"
 
 
-def granite() -> PreTrainedModel:
-    return tiny_model(GraniteConfig, **FFN, **heads(36, 3, 2), attention_bias=True, residual_multiplier=0.5)(0)
+def glm() -> PreTrainedModel:
+    return tiny_model(GlmConfig, **FFN, **heads(26, 3, 3, 4))(0)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def added(tmp_path, monkeypatch):
     (text,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(text.splitlines()) < 30
     shutil.copytree(family.FOLDER, tmp_path / "families")
-    (tmp_path / "families/granite.yaml").write_text(text)
+    (tmp_path / "families/glm.yaml").write_text(text)
     monkeypatch.setattr(family, "FOLDER", tmp_path / "families")
     family.families.cache_clear()
     yield
@@ -35,15 +35,13 @@ def added(tmp_path, monkeypatch):
 
 
 def test_before_it_is_refused_with_what_to_write():
-    with pytest.raises(
-        FamilyError, match=r"'granite'; known: bert, gemma2, gemma3_text, gpt2, .*libprune/families/granite\.yaml"
-    ):
-        describe(granite())
+    with pytest.raises(FamilyError, match=r"'glm'; known: apertus, arcee, bert, .*libprune/families/glm\.yaml"):
+        describe(glm())
 
 
 @pytest.mark.parametrize("kind", ["uniform", "per_layer", "holes"])
 def test_the_family_of_the_page_is_sliced_as_masked(added, tmp_path, kind):
-    dense = write_dense(granite(), tmp_path / "dense")
+    dense = write_dense(glm(), tmp_path / "dense")
     plan = random_plan(dense.architecture, kind)
     (tmp_path / "pruned").mkdir()
     pruned = prune(dense, plan, kind != "uniform", tmp_path / "pruned")
