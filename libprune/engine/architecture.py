@@ -20,6 +20,16 @@ from libprune.engine.heads import HeadName
 
 Block = tuple[int, str]
 """A layer, from 0, and the name of one of its parts."""
+OWN_FAMILIES: dict[str, Mapping[str, Any]] = {}
+"""The families of the user's own that this process has read, from a file or an artifact: by name what the file says."""
+
+
+def know_family(content: Mapping[str, Any] | None) -> None:
+    """Add a family of the user's own to those that are known; of two with one name the last counts. None adds none."""
+    if content is not None:
+        OWN_FAMILIES[content["family"]] = content
+
+
 WITH_LAYER = "layer"
 """In place of a part: what several parts of a layer read, so that it goes with the last of them."""
 
@@ -114,6 +124,7 @@ class Architecture:
         head_macs: multiply-accumulates a token of the linear maps behind the layers; 0 where they run once a sequence.
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
         buffers: what a model stores beside its parameters, such as running statistics.
+        own_family: the content of the family file if it is the user's own; None if libprune ships it.
     """
 
     family: str
@@ -128,6 +139,7 @@ class Architecture:
     parameters: tuple[Parameter, ...]
     maps: tuple[Map, ...]
     buffers: tuple[Parameter, ...] = ()
+    own_family: Mapping[str, Any] | None = None
 
     def units(self, part: str) -> int:
         """Number of units of a part in one layer."""

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from libprune.engine.architecture import WITH_LAYER, Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
-from libprune.engine.family import Family, Part, described_by, family_of
-from libprune.engine.heads import SEQUENCE_CLASSIFICATION, Head, head_of
+from libprune.engine.family import Family, Part, described_by, family_of, of_experts, shipped
+from libprune.engine.heads import SEQUENCE_CLASSIFICATION, Head, experts_of, head_of
 from libprune.engine.stock_config import bias_key, check_config, expressible, require_sizes
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
@@ -32,8 +32,8 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
     Raises:
         FamilyError: for an unknown family, head, config key or parameter, or sizes that contradict.
     """
+    family, head = family_of(model.config.model_type, model.config.to_dict()), head_of([type(model).__name__])
     _refuse_experts(model.config)
-    family, head = family_of(model.config.model_type), head_of([type(model).__name__])
     _require_head(family, head, model)
     check_config(family, model.config, accept)
     require_sizes(family, model.config)
@@ -55,6 +55,7 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
         parameters=tuple(parameters),
         maps=tuple(maps),
         buffers=tuple(buffers),
+        own_family=None if family.family in shipped() else family.model_dump(mode="json"),
         cache=None if family.cache is None else parse_expr(family.cache),
         fingerprint=fingerprint,
     )
@@ -127,14 +128,8 @@ def _require_head(family: Family, head: Head, model: PreTrainedModel) -> None:
 
 
 def _refuse_experts(config: PreTrainedConfig) -> None:
-    number = next((getattr(config, key) for key in _EXPERTS if getattr(config, key, None)), None)
-    if number:
-        raise FamilyError(
-            f"this {config.model_type} model is a mixture of {number} experts; only dense models can be pruned so far"
-        )
-
-
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if number := experts_of(config.to_dict()):
+        raise FamilyError(f"this {config.model_type} model cannot be pruned yet: {of_experts(number)}")
 
 
 def _counts(family: Family, config: PreTrainedConfig, sizes: dict[str, int], part: Part) -> tuple[int, ...] | None:
@@ -204,7 +199,7 @@ def _walk(model: PreTrainedModel, family: Family, head: Head) -> tuple[list[Para
     if undescribed:
         raise FamilyError(
             f"family {family.family!r} does not describe {len(undescribed)} parameter(s) of this model, the first "
-            f"{undescribed[0]!r}; add its module to libprune/families/{family.family}.yaml (docs/notation.md)"
+            f"{undescribed[0]!r}; add its module to the family file (docs/notation.md)"
         )
     buffers = [name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)]
     return [found[name] for name in own if name not in buffers], [found[name] for name in buffers], maps
