@@ -222,9 +222,9 @@ def family_of(model_type: str, config: Mapping[str, Any] = MappingProxyType({}))
     kind = kind_of(config)
     if kind is not None:
         raise FamilyError(f"no family file describes model_type {model_type!r}: {kind}")
+    like = nearest(model_type, known) or "."
     raise FamilyError(
-        f"no family file describes model_type {model_type!r}; known: {', '.join(sorted(known))}"
-        f"{nearest(model_type, known)}. To add it, write a family file (docs/add-a-family.md), and name it in "
+        f"no family file describes model_type {model_type!r}; known: {', '.join(sorted(known))}{like} To add it, write a family file (docs/add-a-family.md), and name it in "
         "prepare.families"
     )
 

@@ -55,7 +55,7 @@ def test_an_unknown_model_of_another_kind_is_told_as_such_and_is_near_to_no_fami
 
 @pytest.mark.parametrize("config", [{}, {"num_experts": 1}, {"layer_types": ["full_attention", "sliding_attention"]}])
 def test_an_unknown_dense_model_is_near_to_its_like(config):
-    with pytest.raises(FamilyError, match=r"did you mean '.*'\?\. To add it"):
+    with pytest.raises(FamilyError, match=r"did you mean '.*'\? To add it"):
         family_of("mistral9", config)
 
 
