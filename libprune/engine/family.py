@@ -224,8 +224,8 @@ def family_of(model_type: str, config: Mapping[str, Any] = MappingProxyType({}))
         raise FamilyError(f"no family file describes model_type {model_type!r}: {kind}")
     like = nearest(model_type, known) or "."
     raise FamilyError(
-        f"no family file describes model_type {model_type!r}; known: {', '.join(sorted(known))}{like} To add it, write a family file (docs/add-a-family.md), and name it in "
-        "prepare.families"
+        f"no family file describes model_type {model_type!r}; known: {', '.join(sorted(known))}{like} To add it, "
+        "write a family file (docs/add-a-family.md), and name it in prepare.families"
     )
 
 
