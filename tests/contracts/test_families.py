@@ -5,7 +5,6 @@ A family joins by one entry in `tests/support/models.py`.
 
 import json
 import logging
-import math
 import os
 import re
 import subprocess
@@ -14,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture, Parameter
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import stored_tensors, without_weights
 from libprune.engine.errors import LibpruneError, NotExpressibleError
 from libprune.engine.family import families
 from libprune.engine.heads import HEADS, writes
@@ -38,6 +39,7 @@ from libprune.models.folder import WeightFiles, load_model
 from libprune.results.folder import write_pruned
 from tests.support.models import (
     MODELS,
+    OF_ONE_FILE,
     PLANS,
     WINDOW,
     Dense,
@@ -57,12 +59,19 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def dense(request, tmp_path_factory) -> Dense:
-    return write_dense(MODELS[request.param](0), tmp_path_factory.mktemp("dense"))
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def dense(family, tmp_path_factory) -> Dense:
+    return write_dense(MODELS[family](0), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module", params=PLANS)
-def pruned(request, dense, tmp_path_factory) -> Pruned:
+def pruned(request, family, dense, tmp_path_factory) -> Pruned:
+    if family in OF_ONE_FILE and request.param not in {"uniform", "holes"}:
+        pytest.skip("other plans show nothing new of this family")
     if request.param == "shallow" and dense.architecture.layers_stay:
         pytest.skip("no layer of this family can be deleted")
     if request.param in CUSTOM and dense.architecture.tower:
@@ -132,9 +141,10 @@ def test_units_and_overhead_add_up(dense):
         coupled = tuple(f".{module}.weight" for module in architecture.parts[part].coupled)
         without = {**architecture.sizes, axis: 0}
         own = architecture.parameters_of(layer, part)
-        assert overhead == sum(architecture.numel(p, None if p.name.endswith(coupled) else without) for p in own) > 0
+        assert overhead == sum(architecture.numel(p, None if p.name.endswith(coupled) else without) for p in own)
         total += cost.unit_parameters(architecture, layer, part) * architecture.units(part) + overhead
-    norms = sum(architecture.numel(p) for p in architecture.parameters if p.layer is not None and p.part is None)
+    inside = [p for p in architecture.parameters if p.layer is not None]
+    norms = sum(architecture.numel(p) for p in inside if p.part not in architecture.parts)
     assert total + norms == architecture.decoder_parameters == count(decoder(dense.model, architecture))
 
 
@@ -177,8 +187,13 @@ def counts_of(architecture: Architecture, part: str) -> list[int]:
 
 @settings(max_examples=6)
 @given(data=st.data())
-def test_any_plan_is_sliced_as_masked(dense, tmp_path_factory, data):
-    """Any count anywhere: whole parts, whole layers and the whole decoder gone included."""
+def test_any_plan_is_sliced_as_masked(family, dense, tmp_path_factory, data):
+    """Any count anywhere: whole parts, whole layers and the whole decoder gone included.
+
+    In float64, since a norm behind a part that gives nearly nothing enlarges what float32 rounds.
+    """
+    if family in OF_ONE_FILE:
+        pytest.skip("other plans show nothing new of this family")
     blocks, parts_of = list(dense.architecture.blocks()), dense.architecture.parts_of
     counts = {
         block: data.draw(st.sampled_from(counts_of(dense.architecture, block[1])), str(block)) for block in blocks
@@ -198,7 +213,8 @@ def test_any_plan_is_sliced_as_masked(dense, tmp_path_factory, data):
             prune(dense, plan, True, tmp_path_factory.mktemp("any"))
         return
     pruned = prune(dense, plan, True, tmp_path_factory.mktemp("any"))
-    assert_close(logits(pruned.model, tokens()), masked_logits(dense, plan, tokens()))
+    exact = replace(dense, model=deepcopy(dense.model).double())
+    assert_close(logits(pruned.model.double(), tokens()), masked_logits(exact, plan, tokens()))
     assert cost.size(dense.architecture, plan).total == count(pruned.model)
 
 
@@ -324,11 +340,7 @@ def test_tied_weights_stay_tied_and_are_stored_once(pruned):
         tied = pruned.dense.model.config.tie_word_embeddings
         assert (pruned.model.get_input_embeddings().weight is head.weight) is tied
     stored = sum(tensor.numel() for tensor in WeightFiles(pruned.folder).values())
-    assert stored == count(pruned.model) + sum(size(pruned, buffer) for buffer in pruned.dense.architecture.buffers)
-
-
-def size(pruned: Pruned, buffer: Parameter) -> int:
-    return math.prod(cost.shape_after(pruned.dense.architecture, pruned.plan, buffer))
+    assert stored == sum(tensor.numel() for tensor in stored_tensors(pruned.model).values())
 
 
 @contextmanager
@@ -411,7 +423,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize(("dense", "pruned"), [("llama", "holes")], indirect=True)
+@pytest.mark.parametrize(("family", "pruned"), [("llama", "holes")], indirect=True)
 def test_a_fresh_process_computes_the_same_and_says_nothing(pruned, tmp_path):
     """What classes and modules this process has already loaded hides defects of the modeling file."""
     result = tmp_path / "result.safetensors"
@@ -437,12 +449,16 @@ def complaints(caplog):
 
 
 def test_loading_and_generating_say_nothing(pruned, complaints: Callable[[], list[str]]):
+    """Nothing but what transformers says of any model of the family, as of an activation without a kernel."""
+    without_weights(pruned.dense.model.config)
+    of_any = complaints()
+    logging.Logger.warning_once.cache_clear()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         again = pruned.reload()
         greedy(again) if again.can_generate() else logits(again, tokens())
-    said = [str(warning.message) for warning in warned] + complaints()
-    assert [text for text in said if not text.endswith(OF_KERNELS)] == []
+    said = [str(warning.message) for warning in warned] + complaints()[len(of_any) :]
+    assert [text for text in said if text not in of_any and not text.endswith(OF_KERNELS)] == []
 
 
 OF_KERNELS = "for the optimized kernel."

@@ -46,6 +46,20 @@ PARAMETERS = {
     "Mistral-Small-3.1-24B": 24_011_361_280,
     "llava-1.5-7b": 7_063_427_072,
     "SmolVLM2-500M": 507_482_304,
+    "nanochat-d20": 560_988_160,
+    "gemma-2b": 2_506_172_416,
+    "command-r7b": 8_028_033_024,
+    "Apertus-8B": 8_053_338_176,
+    # Published rounded: 8.17 B, 125 B, 9.4 B, 32.2 B, 32 B (30.95 B without embeddings), 36 B, 7.5 B, 0.36 B, 4.6 B.
+    "granite-3.3-8b": 8_170_864_640,
+    "Devstral-2-123B": 125_025_988_608,
+    "GLM-4-9B-0414": 9_400_279_040,
+    "Olmo-3.1-32B": 32_233_522_176,
+    "EXAONE-4.0-32B": 32_003_216_384,
+    "Seed-OSS-36B": 36_151_104_512,
+    "Hunyuan-7B": 7_504_568_320,
+    "ERNIE-4.5-0.3B": 360_748_032,
+    "AFM-4.5B": 4_619_184_640,
 }
 """As the hub or llama.cpp counts them, without vision and without layers that predict several tokens."""
 ACTIVE = {
