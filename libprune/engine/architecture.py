@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.engine.axes import Expr, parse_expr
-from libprune.engine.heads import HeadName
+from libprune.engine.heads import HeadName, Pooling
 
 Block = tuple[int, str]
 """A layer, from 0, and the name of one of its parts."""
@@ -78,7 +78,8 @@ class PartShape:
         axis: whose indices are its units.
         module: computes the part.
         expressible: the unit counts that the stock config can say; None: any.
-        coupled: norms whose statistics run over the units, so that only all of them can go together.
+        coupled: modules by which only all units can go together: norms whose statistics run over them, and what all
+            layers share.
     """
 
     axis: str
@@ -111,6 +112,7 @@ class Architecture:
         head_macs: multiply-accumulates a token of the linear maps behind the layers; 0 where they run once a sequence.
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
         buffers: what a network stores beside its parameters, such as running statistics.
+        pooling: how a model without a head makes the embedding of a text; None of other models.
     """
 
     family: str
@@ -125,6 +127,7 @@ class Architecture:
     parameters: tuple[Parameter, ...]
     maps: tuple[Map, ...]
     buffers: tuple[Parameter, ...] = ()
+    pooling: Pooling | None = None
 
     def units(self, part: str) -> int:
         """Number of units of a part in one layer."""
@@ -143,9 +146,19 @@ class Architecture:
         return self.layered and part == "attention"
 
     @property
-    def layers_stay(self) -> bool:
-        """Whether no layer can be deleted: without its parts it still changes the residual stream, by its norms."""
-        return self.layered and any(p.layer is not None and p.part is None for p in self.parameters)
+    def layers_stay(self) -> str:
+        """Why no layer can be deleted, as the end of a sentence; empty if layers can."""
+        if not self.layered:
+            return ""
+        if any(p.layer is not None and p.part is None for p in self.parameters):
+            return "its norms work on the residual stream itself"
+        first, second = (self._inside(layer) for layer in (0, 1))
+        return "its first layer lacks a norm of the others, none of which can take its place" if first < second else ""
+
+    def _inside(self, layer: int) -> set[str]:
+        """The names of the parameters of a layer, from there on."""
+        prefix = f"{self.layers_path}.{layer}."
+        return {p.name.removeprefix(prefix) for p in self.parameters if p.layer == layer}
 
     def blocks(self) -> Iterator[Block]:
         """Every (layer, part), layer by layer."""
@@ -185,7 +198,7 @@ class Architecture:
     def carriers(self, layer: int, part: str) -> Iterator[tuple[Parameter, int, NDArray[np.int64]]]:
         """Every (parameter, dimension, unit of each position) of a block that carries the part's axis.
 
-        Without the norms that couple the units: what those hold belongs to the part as a whole.
+        Without the modules that couple the units: what those hold belongs to the part as a whole.
         """
         axis = self.parts[part].axis
         coupled = {f"{self.layers_path}.{layer}.{module}" for module in self.parts[part].coupled}

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import Equation, Expr, LinearMap, parse_expr, parse_map, solve
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
-from libprune.engine.family import Family, Part, described_by, family_of
-from libprune.engine.heads import SEQUENCE_CLASSIFICATION, Head, head_of
+from libprune.engine.family import Family, described_by, family_of
+from libprune.engine.heads import EMBEDDING, SEQUENCE_CLASSIFICATION, Head, head_of
 from libprune.engine.stock_config import bias_key, check_config, expressible, require_sizes
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
@@ -35,6 +35,8 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
     _refuse_experts(model.config)
     family, head = family_of(model.config.model_type), head_of([type(model).__name__])
     _require_head(family, head, model)
+    if head is EMBEDDING:
+        family = family.headless(model.base_model_prefix)
     check_config(family, model.config, accept)
     require_sizes(family, model.config)
     parameters, maps = _walk(model, family, head)
@@ -49,7 +51,7 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
         layers=_layers(model, family),
         layers_path=family.layers,
         parts={
-            name: PartShape(part.axis, part.module, _counts(family, model.config, sizes, part), part.coupled)
+            name: PartShape(part.axis, part.module, _counts(family, model.config, sizes, name), family.coupled(name))
             for name, part in family.parts.items()
         },
         parameters=tuple(parameters),
@@ -136,8 +138,9 @@ def _refuse_experts(config: PreTrainedConfig) -> None:
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def _counts(family: Family, config: PreTrainedConfig, sizes: dict[str, int], part: Part) -> tuple[int, ...] | None:
-    return (sizes[part.axis],) if part.coupled else expressible(family, config, sizes, part.axis)
+def _counts(family: Family, config: PreTrainedConfig, sizes: dict[str, int], part: str) -> tuple[int, ...] | None:
+    axis = family.parts[part].axis
+    return (sizes[axis],) if family.coupled(part) else expressible(family, config, sizes, axis)
 
 
 def _config_equations(family: Family, config: PreTrainedConfig) -> list[Equation]:
@@ -215,7 +218,7 @@ def _described(
 
 
 def _head_macs(model: PreTrainedModel, family: Family, head: Head) -> int:
-    if head is SEQUENCE_CLASSIFICATION:
+    if head in (SEQUENCE_CLASSIFICATION, EMBEDDING):
         return 0
     outside = {**family.outside, **family.heads[head.name]}
     modules = [_module(model, path, family) for path in outside]

@@ -76,6 +76,8 @@ class ConfigKeys(_Strict):
     """Keys that hold one entry a layer; the entries of a deleted layer go with it."""
     fixed: dict[str, list[Any]] = Field(default_factory=dict)
     """Keys of which only the listed values are understood."""
+    positions_after: str | None = None
+    """Key of a token's id behind whose number the positions begin; null if they begin at 0."""
     biases: dict[str, str] = Field(default_factory=dict)
     """Part to the key that gives all its maps a bias when it is true, where the model has none."""
     inert: list[str] = Field(default_factory=list)
@@ -149,6 +151,24 @@ class Family(_Strict):
     config: ConfigKeys
     gguf: Gguf | None = None
     """How llama.cpp stores models of the family; null where libprune writes no GGUF file of it."""
+
+    def headless(self, prefix: str) -> "Family":
+        """The family of models without a head: paths lack the prefix that they have inside a model with one.
+
+        Args:
+            prefix: transformers' name of the model without its head inside of one with it, `base_model_prefix`.
+        """
+        outside = {path.removeprefix(f"{prefix}."): text for path, text in self.outside.items()}
+        return self.model_copy(update={"layers": self.layers.removeprefix(f"{prefix}."), "outside": outside})
+
+    def coupled(self, name: str) -> tuple[str, ...]:
+        """The modules that couple the units of a part, so that only all of them can go together.
+
+        These are norms whose statistics run over the units, and modules outside the layers that all layers share.
+        """
+        part = self.parts[name]
+        shared = (path for path, text in self.outside.items() if part.axis in parse_map(text).names)
+        return (*part.coupled, *shared)
 
     @field_validator("parts")
     @classmethod

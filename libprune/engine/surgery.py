@@ -135,8 +135,8 @@ def _require_layers(architecture: Architecture, plan: Plan) -> None:
     if architecture.layers_stay and len(plan.layers) < architecture.layers:
         first = min(set(range(architecture.layers)) - set(plan.layers))
         raise LibpruneError(
-            f"the plan deletes layer {first}, but the norms of a layer of family {architecture.family!r} work on the "
-            "residual stream itself; something of every layer must stay"
+            f"the plan deletes layer {first}, but no layer of family {architecture.family!r} can be deleted: "
+            f"{architecture.layers_stay}; something of every layer must stay"
         )
 
 
@@ -146,8 +146,8 @@ def _require_whole(architecture: Architecture, plan: Plan) -> None:
         if shape.coupled and kept not in {0, architecture.units(part)}:
             raise LibpruneError(
                 f"the plan keeps {kept} of {architecture.units(part)} {part} units of layer {layer}, but "
-                f"{' and '.join(shape.coupled)} of family {architecture.family!r} take their statistics over all of "
-                "them; such a part can only stay or go as a whole"
+                f"{' and '.join(shape.coupled)} of family {architecture.family!r} couple all of them; such a part can "
+                "only stay or go as a whole"
             )
 
 

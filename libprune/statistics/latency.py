@@ -88,9 +88,12 @@ def time_layers(
         """A model of one layer or of none, with random weights."""
         parts = architecture.parts
         sizes = dict(architecture.sizes) | {parts[part].axis: count for part, count in (units or {}).items()}
-        one = new_config(families()[architecture.family], config, sizes, () if units is None else (0,))
+        one = new_config(families()[architecture.family], config, sizes, (0,))
         with device:
             model: PreTrainedModel = kind.from_config(one, dtype=dtype)
+        if units is None:
+            path = architecture.layers_path.removeprefix(f"{model.base_model_prefix}.")
+            del model.base_model.get_submodule(path)[:]
         return model.eval()
 
     nothing, rest = make(AutoModel, None), make(HEADS[architecture.head].loader, None)

@@ -1,5 +1,7 @@
 """The windows of a layout: calibration and evaluation tokens, drawn from the texts for the model to be pruned."""
 
+from dataclasses import replace
+
 from transformers import AutoTokenizer
 
 from libprune.models.folder import load_config, own_model, require_positions
@@ -38,6 +40,10 @@ def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -
         calibration, evaluation = draw_examples(params, tokenizer, config)
     else:
         calibration, evaluation = draw_texts(params, tokenizer, writer.sample, architecture.head)
+    calibration, evaluation = (
+        replace(drawn, sequences=replace(drawn.sequences, pooling=architecture.pooling))
+        for drawn in (calibration, evaluation)
+    )
     for drawn in (calibration, evaluation):
         require_known(drawn.sequences, architecture.sizes["vocab"], tokenizer)
     meta = {"model": architecture.fingerprint}

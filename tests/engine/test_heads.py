@@ -4,7 +4,7 @@ import pytest
 import transformers
 
 from libprune.engine.errors import FamilyError
-from libprune.engine.heads import CAUSAL_LM, HEADS, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
+from libprune.engine.heads import CAUSAL_LM, EMBEDDING, HEADS, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,8 @@ from libprune.engine.heads import CAUSAL_LM, HEADS, MASKED_LM, SEQUENCE_CLASSIFI
         (["Gemma3ForConditionalGeneration"], CAUSAL_LM),
         (["BertForMaskedLM"], MASKED_LM),
         (["BertForSequenceClassification", "BertForMaskedLM"], SEQUENCE_CLASSIFICATION),
+        (["BertModel"], EMBEDDING),
+        (["PrunedModernBertModel"], EMBEDDING),
         ([], CAUSAL_LM),
         (None, CAUSAL_LM),
     ],

@@ -85,8 +85,9 @@ def plain(rope: dict) -> dict:
     return {k: plain(v) if isinstance(v, dict) else v for k, v in rope.items() if k != "type"}
 
 
+TINY = {name: make(0).config for name, make in FAMILIES.items()}
 CONFIGS = {name: config for name, (config, said) in SAID.items() if said is not STOP} | {
-    name: make(0).config for name, make in FAMILIES.items()
+    name: config for name, config in TINY.items() if version_4(config) != STOP
 }
 
 

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from transformers import (
     BertConfig,
+    DistilBertConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
+    MPNetConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -22,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
@@ -57,7 +61,7 @@ def tiny_model(
     """Makes a model of the config from a seed, every parameter random, norms and biases too."""
 
     def make(seed: int) -> PreTrainedModel:
-        model: PreTrainedModel = HEADS[head].loader.from_config(config_class(**_SHORT, **settings))
+        model: PreTrainedModel = HEADS[head].loader.from_config(config_class(**{**_SHORT, **settings}))
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
@@ -73,6 +77,7 @@ def heads(hidden: int, groups: int, queries: int, head_dim: int | None = None) -
 
 
 _ENCODER = {"hidden_size": 24, "num_attention_heads": 4, "max_position_embeddings": 50}
+_BEHIND_PADDING = _ENCODER | {"max_position_embeddings": 52, "pad_token_id": 1}
 
 # Odd sizes that tell the axes apart, and all that a family can have: biases, tied weights, windows.
 FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
@@ -105,10 +110,30 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
     "starcoder2": tiny_model(Starcoder2Config, **FFN, **heads(36, 3, 2), sliding_window=WINDOW),
     "bert": tiny_model(BertConfig, "masked_lm", **FFN, **_ENCODER),
     "bert_classifier": tiny_model(BertConfig, "sequence_classification", **FFN, **_ENCODER, num_labels=3),
+    "bert_embedding": tiny_model(BertConfig, "embedding", **FFN, **_ENCODER),
+    "roberta": tiny_model(RobertaConfig, "embedding", **FFN, **_BEHIND_PADDING),
+    "distilbert": tiny_model(
+        DistilBertConfig, "embedding", dim=24, n_heads=4, hidden_dim=13, max_position_embeddings=50
+    ),
+    "mpnet": tiny_model(MPNetConfig, "embedding", **FFN, **_BEHIND_PADDING),
+    "modernbert": tiny_model(
+        ModernBertConfig,
+        "embedding",
+        **FFN,
+        hidden_size=24,
+        num_attention_heads=4,
+        local_attention=2 * WINDOW,
+        attention_bias=True,
+        norm_bias=True,
+        cls_token_id=None,
+        sep_token_id=None,
+    ),
 }
 
 
-ENCODERS = ("bert", "bert_classifier")
+EMBEDDINGS = ("bert_embedding", "roberta", "distilbert", "mpnet", "modernbert")
+"""Those without a head."""
+ENCODERS = ("bert", "bert_classifier", *EMBEDDINGS)
 """Those that read all tokens at once, and do not write."""
 LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 """Families that differ in what statistics and repair meet: biases, norms on heads, fused maps, norms behind the parts,
@@ -118,6 +143,12 @@ LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
     """Token ids, the same in every call; longer than the window of the sliding layers."""
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def outputs(model: torch.nn.Module, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """What a model gives: logits, or the last hidden states of one without a head."""
+    given: torch.Tensor = model(ids, **options)[0]
+    return given
 
 
 Counts = Callable[[int, str], int]

@@ -34,6 +34,12 @@ PARAMETERS = {
     "starcoder2-3b": 3_030_371_328,
     "bert-base-uncased": 109_514_298,
     "bert-base-uncased-SST-2": 109_483_778,
+    "all-MiniLM-L6-v2": 22_713_216,
+    "roberta-base": 124_697_433,
+    "multilingual-e5-base": 278_043_648,
+    "distilbert-base-uncased": 66_985_530,
+    "all-mpnet-base-v2": 109_486_464,
+    "ModernBERT-base": 149_655_232,
 }
 
 
