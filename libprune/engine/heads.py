@@ -23,12 +23,14 @@ class Head:
         auto_class: transformers' class that loads models with it.
         mapping: transformers' table from config classes to model classes with it.
         ending: how the names of these classes end.
+        outputs: what a model with it gives, in words.
     """
 
     name: HeadName
     auto_class: str
     mapping: str
     ending: str
+    outputs: str = "logits"
 
     @cached_property
     def loader(self) -> Any:
@@ -53,7 +55,7 @@ SEQUENCE_CLASSIFICATION = Head(
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "ForSequenceClassification",
 )
-EMBEDDING = Head("embedding", "AutoModel", "MODEL_MAPPING", "Model")
+EMBEDDING = Head("embedding", "AutoModel", "MODEL_MAPPING", "Model", "hidden states")
 """No head: what the model gives is the embedding of a text, pooled from its last hidden states."""
 HEADS = {head.name: head for head in (MASKED_LM, SEQUENCE_CLASSIFICATION, EMBEDDING, CAUSAL_LM)}
 

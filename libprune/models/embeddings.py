@@ -20,23 +20,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from libprune.engine.heads import Pooling
 from libprune.models.sequences import Sequences
 
 
-def pooled(states: Float[Tensor, "batch length width"], sequences: Sequences) -> Float[Tensor, "batch width"]:
-    """The embeddings of sequences without padding, of length 1, in float32.
-
-    Args:
-        states: the last hidden states.
-        sequences: say how the states are pooled.
-    """
+def pooled(states: Float[Tensor, "batch length width"], pooling: Pooling) -> Float[Tensor, "batch width"]:
+    """The embeddings of sequences without padding, of length 1, in float32, from their last hidden states."""
     states = states.float()
-    return nn.functional.normalize(states[:, 0] if sequences.pooling == "cls" else states.mean(1), dim=-1)
+    return nn.functional.normalize(states[:, 0] if pooling == "cls" else states.mean(1), dim=-1)
 
 
 def embed(model: nn.Module, sequences: Sequences) -> Float[Tensor, "batch width"]:
     """The embeddings that a model gives to sequences of one length, of length 1, in float32."""
-    return pooled(model(input_ids=sequences.ids, use_cache=False)[0], sequences)
+    assert sequences.pooling is not None, "only asked for where the model gives embeddings"
+    return pooled(model(input_ids=sequences.ids, use_cache=False)[0], sequences.pooling)
 
 
 def distances(found: Float[Tensor, "batch width"], wanted: Float[Tensor, "batch width"]) -> Float[Tensor, " batch"]:

@@ -36,8 +36,8 @@ class Sequences:
 
     def __getitem__(self, chosen: slice | Tensor) -> "Sequences":
         """The chosen sequences."""
-        parts = (None if part is None else part[chosen] for part in (self.targets, self.lengths))
-        return Sequences(self.ids[chosen], *parts, self.pooling)
+        targets, lengths = (None if part is None else part[chosen] for part in (self.targets, self.lengths))
+        return Sequences(self.ids[chosen], targets, lengths, self.pooling)
 
     def to(self, device: torch.device) -> "Sequences":
         """The sequences on a device."""

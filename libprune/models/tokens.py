@@ -105,8 +105,8 @@ def write_tokens(path: Path, sequences: Sequences, meta: dict[str, Any]) -> str:
     known = [array.tobytes() for array in arrays.values()] + [(sequences.pooling or "").encode()]
     digest = hashlib.sha256(b"".join(known)).hexdigest()[:16]
     counts = {"sequences": len(sequences), "length": sequences.ids.shape[1]}
-    counts |= {"pooling": sequences.pooling} if sequences.pooling else {}
-    write_table(path, arrays, {**meta, **counts, "tokens": digest})
+    pooling = {"pooling": sequences.pooling} if sequences.pooling else {}
+    write_table(path, arrays, {**meta, **counts, **pooling, "tokens": digest})
     return digest
 
 

@@ -63,6 +63,9 @@ class Prepare(Section):
     """Run Python code that comes with the model."""
     accept_config: tuple[str, ...] = Field(default=(), strict=False)
     """Config keys that the family file does not know and that no size depends on."""
+    pooling: Literal["mean", "cls"] | None = None
+    """How a model without a head makes the embedding of a text: by the mean of its last hidden states over the tokens,
+    or by that of the first token; null: as the files of sentence-transformers beside it say, or `mean`."""
 
 
 class Tokenize(Section):

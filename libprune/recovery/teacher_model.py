@@ -56,6 +56,12 @@ def load_teacher(
             f"recover.teacher: {params.teacher} has another vocabulary ({len(tokenizer):,} tokens) than the model that "
             f"is pruned ({len(own):,} tokens); their predictions cannot be compared"
         )
+    width = architecture.sizes["model"]
+    if architecture.pooling is not None and model.config.hidden_size != width:
+        raise ParamsError(
+            f"recover.teacher: {params.teacher} gives embeddings of {model.config.hidden_size} numbers, the model that "
+            f"is pruned of {width}; they cannot be compared"
+        )
     return place(model, describe(model, accept=tuple(model.config.to_dict())), compute, world, device)
 
 

@@ -29,6 +29,7 @@ from libprune.engine.plan import Plan
 from libprune.engine.stock_config import new_config
 from libprune.models.dialect import OPEN, OWN_TYPE, STOP, only_with_code, tokenizer_settings, version_4
 from libprune.models.folder import load_config
+from libprune.models.sentences import copy_sentence_files, sentence_files
 
 MODELING_FILE = "modeling_pruned.py"
 _TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
@@ -83,6 +84,8 @@ def write_pruned(
     (folder / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
     if any((dense / name).is_file() for name in _TOKENIZER_FILES):
         _save_tokenizer(dense, folder)
+    if architecture.head == EMBEDDING.name:
+        copy_sentence_files(sentence_files(dense, local_files_only=True), folder)
     if (dense / GENERATION_CONFIG_NAME).is_file():
         shutil.copyfile(dense / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
 

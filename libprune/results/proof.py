@@ -104,8 +104,9 @@ def verify_folder(
     result = Verification(difference, float(expected.abs().max()))
     if not agrees(result.difference, result.scale):
         raise LibpruneError(
-            f"the model in {folder} loads but computes something else: logits differ by {difference:.3g} "
-            f"of {result.scale:.3g} from what is expected of it. This is a defect of libprune; please report the plan"
+            f"the model in {folder} loads but computes something else: {HEADS[head].outputs} differ by "
+            f"{difference:.3g} of {result.scale:.3g} from what is expected of it. This is a defect of libprune; please "
+            "report the plan"
         )
     if "generated" in computed and computed["generated"].shape[1] < 1:
         raise LibpruneError(f"the model in {folder} loads but generates nothing")
