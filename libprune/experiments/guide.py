@@ -24,8 +24,8 @@ def compose_guide(gathered: Gathered, summaries: Sequence[Summary]) -> str:
         f"# {prose(comparison.title)}",
         f"Written from the results of the comparison {code(comparison.name)}, the lowest {summaries[0].measure.name} "
         "first. What it says of when to choose a setting follows from these figures alone: one model, one text, these "
-        "shares removed. Two settings count as different if their difference is larger than the noise of calibration seeds "
-        "and evaluation windows, and cost the same if their times differ by a tenth or less.",
+        "shares removed. Two settings count as different if their difference is larger than the noise of calibration "
+        "seeds and evaluation windows, and cost the same if their times differ by a tenth or less.",
         escaped_table(*tabulate_settings(gathered, summaries)),
         explain_columns(summaries),
     ]

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from libprune.engine.heads import Pooling
 from libprune.models.sequences import Sequences
 
+FEWEST = 4
+"""Texts from which a correlation of the similarities of pairs has an error."""
+
 
 def pooled(states: Float[Tensor, "batch length width"], pooling: Pooling) -> Float[Tensor, "batch width"]:
     """The embeddings of sequences without padding, of length 1, in float32, from their last hidden states."""

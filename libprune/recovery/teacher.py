@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from libprune.collection.calibration import own_device
 from libprune.collection.resumable import ROOMS, only_one, work_identity
 from libprune.engine.architecture import Architecture
-from libprune.engine.errors import ParamsError
 from libprune.models.folder import load_config, own_model, require_positions
 from libprune.models.memory import require_room
 from libprune.models.parallel import World, join_world
@@ -34,7 +33,7 @@ from libprune.recovery.predictions import (
     top_predictions,
     write_predictions,
 )
-from libprune.recovery.teacher_model import load_teacher, prediction_origin
+from libprune.recovery.teacher_model import load_teacher, prediction_origin, require_taught
 from libprune.texts.self_text import SelfText
 from libprune.texts.training import draw_training, require_unseen
 
@@ -67,7 +66,7 @@ def teach_layout(layout: Layout, compute: Compute, params: Recover, tokenize: To
 
 
 def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: Recover, tokenize: Tokenize) -> None:
-    _require_taught(architecture, params)
+    require_taught(architecture, params)
     config = load_config(own_model(layout, architecture))
     require_positions(config, architecture, {"recover.length": params.length})
     judged, about = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
@@ -82,18 +81,6 @@ def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: 
     write_tokens(layout.recovery_tokens, sequences, meta)
     writer.forget()
     say(text.sentence())
-
-
-def _require_taught(architecture: Architecture, params: Recover) -> None:
-    """Stop if the params ask for predictions of a model that gives embeddings."""
-    if architecture.pooling is None:
-        return
-    for name, asked in {"top_k": params.top_k is not None, "cross_entropy": params.cross_entropy > 0}.items():
-        if asked:
-            raise ParamsError(
-                f"recover.{name} is of predicted tokens or labels, and this model gives embeddings, which are compared "
-                f"by their cosine; set it to {'null' if name == 'top_k' else 0}"
-            )
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,22 @@ def load_teacher(
     return place(model, describe(model, accept=tuple(model.config.to_dict())), compute, world, device)
 
 
+def require_taught(architecture: Architecture, params: Recover) -> None:
+    """Stop if the params ask for predictions of a model that gives embeddings.
+
+    Raises:
+        ParamsError: naming the key.
+    """
+    if architecture.pooling is None:
+        return
+    for name, asked in {"top_k": params.top_k is not None, "cross_entropy": params.cross_entropy > 0}.items():
+        if asked:
+            raise ParamsError(
+                f"recover.{name} is of predicted tokens or labels, and this model gives embeddings, which are compared "
+                f"by their cosine; set it to {'null' if name == 'top_k' else 0}"
+            )
+
+
 def _source(name: str, dtype: torch.dtype) -> Prepare:
     return Prepare.model_validate({"model": name, "dtype": str(dtype).removeprefix("torch.")})
 

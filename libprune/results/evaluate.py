@@ -27,7 +27,7 @@ from libprune.results.continuations import Beginnings, choose_beginnings, decode
 from libprune.results.draft import Overlap, draft_figures, window_overlaps
 from libprune.results.perplexity import Losses, accuracy, estimate_perplexity, estimate_ratio, label_hits, window_losses
 from libprune.results.record import read_recovered, read_whole
-from libprune.results.similarity import FEWEST, Embeddings, similarity, window_embeddings
+from libprune.results.similarity import Embeddings, similarity, window_embeddings
 from libprune.results.speed import Speed, SpeedComparison, compare_speed
 from libprune.results.tasks import zero_shot
 
@@ -68,11 +68,6 @@ def _set_up(layout: Layout, compute: Compute, params: Evaluate) -> "_Run":
     run = _Run(layout, compute, params, *made, windows, meta["source"], meta["tokens"])
     timed = {"evaluate.prompt_tokens + decode_tokens": run.prompt_tokens + run.decode_tokens}
     require_positions(config, architecture, timed)
-    if run.embeds and len(windows) < FEWEST:
-        raise LibpruneError(
-            f"embeddings are compared on the similarities of {FEWEST} texts or more, and there are {len(windows)} "
-            "evaluation windows; raise tokenize.evaluation_windows"
-        )
     if params.tasks and not run.writes:
         raise LibpruneError("evaluate.tasks are questions to models that write; set it to [] for this one")
     return run

@@ -14,8 +14,6 @@ from libprune.results.perplexity import Estimate, estimate_mean
 
 Embeddings = Float[np.ndarray, "windows width"]
 """Embeddings of evaluation windows, each of length 1."""
-FEWEST = 4
-"""Windows from which a rank correlation of their similarities has an error."""
 
 
 def window_embeddings(model: PreTrainedModel, windows: Sequences, batch_tokens: int, label: str | Bar) -> Embeddings:

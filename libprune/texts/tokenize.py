@@ -4,6 +4,8 @@ from dataclasses import replace
 
 from transformers import AutoTokenizer
 
+from libprune.engine.errors import ParamsError
+from libprune.models.embeddings import FEWEST
 from libprune.models.folder import load_config, own_model, require_positions
 from libprune.models.tokens import require_known, write_tokens
 from libprune.pipeline.artifacts import read_architecture
@@ -34,6 +36,11 @@ def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -
     config = load_config(own_model(layout, architecture))
     lengths = ("calibration_length", "evaluation_length")
     require_positions(config, architecture, {f"tokenize.{name}": getattr(params, name) for name in lengths})
+    if architecture.pooling is not None and params.evaluation_windows < FEWEST:
+        raise ParamsError(
+            f"tokenize.evaluation_windows: {params.evaluation_windows} are too few for embeddings, which are judged by "
+            f"the similarities of pairs; take {FEWEST} or more"
+        )
     tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True, trust_remote_code=False)
     writer = SelfText(layout, architecture, tokenizer, device, dtype)
     if architecture.head == "sequence_classification":
