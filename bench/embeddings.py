@@ -42,7 +42,6 @@ from libprune.scoring.score import score_layout
 CRITERIA = ("unit_fisher", "magnitude")
 PLANS: dict[str, dict[str, Any]] = {
     "stock (MLP alone)": {"method": "uniform", "shape": "uniform"},
-    "per layer, equal shares": {"method": "uniform", "shape": "per_layer"},
     "per layer, global": {"method": "global", "shape": "per_layer"},
 }
 """By name what is set of the allocate section."""

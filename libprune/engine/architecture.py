@@ -113,6 +113,7 @@ class Architecture:
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
         buffers: what a network stores beside its parameters, such as running statistics.
         pooling: how a model without a head makes the embedding of a text; None of other models.
+        unused_positions: learned positions before that of the first token.
     """
 
     family: str
@@ -128,6 +129,7 @@ class Architecture:
     maps: tuple[Map, ...]
     buffers: tuple[Parameter, ...] = ()
     pooling: Pooling | None = None
+    unused_positions: int = 0
 
     def units(self, part: str) -> int:
         """Number of units of a part in one layer."""

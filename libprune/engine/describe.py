@@ -58,6 +58,7 @@ def describe(model: PreTrainedModel, fingerprint: str = "", accept: tuple[str, .
         maps=tuple(maps),
         cache=None if family.cache is None else parse_expr(family.cache),
         fingerprint=fingerprint,
+        unused_positions=_unused_positions(family, model.config),
     )
 
 
@@ -223,6 +224,11 @@ def _head_macs(model: PreTrainedModel, family: Family, head: Head) -> int:
     outside = {**family.outside, **family.heads[head.name]}
     modules = [_module(model, path, family) for path in outside]
     return sum(module.get_parameter("weight").numel() for module in modules if isinstance(module, nn.Linear | Conv1D))
+
+
+def _unused_positions(family: Family, config: PreTrainedConfig) -> int:
+    key = family.config.positions_after
+    return 0 if key is None or getattr(config, key) is None else int(getattr(config, key)) + 1
 
 
 def _layers(model: PreTrainedModel, family: Family) -> int:

@@ -48,7 +48,7 @@ class Measure:
 
 PERPLEXITY = Measure("perplexity", "perplexity ÷ dense", "perplexity_ratio", 1.0, "× ")
 DISTANCE = Measure("1 - cosine", "1 - cosine to the dense embedding", "cosine_distance", 0.0, "")
-"""Of models that give embeddings: one minus the mean cosine to the dense model's."""
+"""One minus the mean cosine to the dense model's embeddings, by which embeddings are compared."""
 
 
 @dataclass(frozen=True)

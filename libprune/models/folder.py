@@ -14,7 +14,6 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, ParamsError, SourceError, missing_key, naming
-from libprune.engine.family import families
 from libprune.engine.heads import head_of
 from libprune.models.given import require_content
 from libprune.models.sentences import copy_sentence_files
@@ -184,8 +183,7 @@ def require_positions(config: PreTrainedConfig, architecture: Architecture, leng
     """
     if "positions" not in architecture.sizes:
         return
-    before = families()[architecture.family].config.positions_after
-    limit = config.max_position_embeddings - (0 if before is None else getattr(config, before) + 1)
+    limit = config.max_position_embeddings - architecture.unused_positions
     for what, length in lengths.items():
         if length > limit:
             raise ParamsError(
