@@ -173,9 +173,7 @@ def held_whole(architecture: Architecture, per_layer: bool) -> list[str]:
     for part, shape in architecture.parts.items():
         if shape.coupled:
             norms = " and ".join(shape.coupled)
-            sentences.append(
-                f"no {part} unit can go alone: {norms} of {architecture.family} work over all of them at once"
-            )
+            sentences.append(f"no {part} unit can go alone: {norms} of {architecture.family} couple all of them")
         elif not per_layer and not any(map(shape.says, range(1, architecture.units(part)))):
             why = families()[architecture.family].config.unsaid(shape.axis)
             sentences.append(

@@ -334,10 +334,11 @@ class Gram(Statistic):
         return state
 
     def update(self, state: State, *batch: Tensor) -> None:
-        """Add an input ``[tokens, width]``."""
-        (x,) = batch
+        """Add an input ``[tokens, width]``; a second one of this shape stands for it in the products."""
+        x, *scaled = batch
         state["count"] += len(x)
         state["total"] += x.sum(0, dtype=torch.float32).to(state["total"].device, torch.float64)
+        (x,) = scaled or (x,)
         for start in range(0, self.width, self.tile):
             rows = slice(start, start + self.tile)
             state["gram"][rows, start:] += _product(x[:, rows].T, x[:, start:]).to(state["gram"].device)

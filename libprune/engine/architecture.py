@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.engine.axes import Expr, parse_expr
-from libprune.engine.heads import HeadName
+from libprune.engine.heads import HeadName, Pooling
 
 NORMS_STAY = "its norms work on the residual stream itself"
 NUMBERED = "image features are added behind layers by their number"
@@ -118,7 +118,8 @@ class PartShape:
         axis: whose indices are its units.
         module: computes the part.
         expressible: the unit counts that the stock config can say; None: any.
-        coupled: norms whose statistics run over the units, so that only all of them can go together.
+        coupled: modules by which only all units can go together: norms whose statistics run over them, and what all
+            layers share.
         norm: the RMS norm in front of the consumer, whose mean runs over the units that remain; "" without one.
         units: what the units are.
         layers: the layers that have the part; None: all.
@@ -167,6 +168,8 @@ class Architecture:
         tower: whether this is the language model inside a larger one, whose layers can only be written all alike.
         numbered: whether something is added behind layers by their number, so that none can be deleted.
         own_family: the content of the family file if it is the user's own; None if libprune ships it.
+        pooling: how a model without a head makes the embedding of a text; None of other models.
+        unused_positions: learned positions before that of the first token.
     """
 
     family: str
@@ -185,6 +188,8 @@ class Architecture:
     tower: bool = False
     numbered: bool = False
     own_family: Mapping[str, Any] | None = None
+    pooling: Pooling | None = None
+    unused_positions: int = 0
 
     def units(self, part: str) -> int:
         """Number of units of a part in one layer."""
@@ -212,17 +217,21 @@ class Architecture:
         return tuple(range(self.layers)) if layers is None else layers
 
     @property
-    def layers_stay(self) -> bool:
-        """Whether no layer can be deleted, because without its parts it still changes the residual stream.
+    def layers_stay(self) -> str:
+        """Why no layer can be deleted, in words that follow a colon; empty if layers can."""
+        if not self.layered:
+            return ""
+        if self.numbered:
+            return NUMBERED
+        if any(p.layer is not None and p.part is None for p in self.parameters):
+            return NORMS_STAY
+        first, second = (self._inside(layer) for layer in (0, 1))
+        return "its first layer lacks a norm of the others, none of which can take its place" if first < second else ""
 
-        It does so by its norms, or by what is added behind it.
-        """
-        return self.layered and (self.numbered or any(p.layer is not None and p.part is None for p in self.parameters))
-
-    @property
-    def why_layers_stay(self) -> str:
-        """The reason for `layers_stay`, in words that follow a colon."""
-        return NUMBERED if self.numbered else NORMS_STAY
+    def _inside(self, layer: int) -> set[str]:
+        """The names of the parameters of a layer, from there on."""
+        prefix = f"{self.layers_path}.{layer}."
+        return {p.name.removeprefix(prefix) for p in self.parameters if p.layer == layer}
 
     def blocks(self) -> Iterator[Block]:
         """Every (layer, part), layer by layer."""
@@ -273,7 +282,7 @@ class Architecture:
     def carriers(self, layer: int, part: str) -> Iterator[tuple[Parameter, int, NDArray[np.int64]]]:
         """Every (parameter, dimension, unit of each position) of a block that carries the part's axis.
 
-        Without the norms that couple the units: what those hold belongs to the part as a whole.
+        Without the modules that couple the units: what those hold belongs to the part as a whole.
         """
         axis = self.parts[part].axis
         coupled = {f"{self.layers_path}.{layer}.{module}" for module in self.parts[part].coupled}

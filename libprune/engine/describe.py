@@ -15,7 +15,7 @@ from libprune.engine.architecture import STAND_IN, WHOLE, WITH_LAYER, Architectu
 from libprune.engine.axes import Entry, Equation, Expr, LinearMap, Stack, parse_entry, parse_expr, solve
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
 from libprune.engine.family import Family, Part, described_by, families, family_of, shipped
-from libprune.engine.heads import SEQUENCE_CLASSIFICATION, Head, head_of
+from libprune.engine.heads import EMBEDDING, SEQUENCE_CLASSIFICATION, Head, head_of
 from libprune.engine.stock_config import bias_key, check_config, expressible, require_sizes
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
@@ -41,6 +41,8 @@ def describe(
     """
     family, head = family_of(model.config.model_type, model.config.to_dict()), head_of([type(model).__name__])
     _require_head(family, head, model)
+    if head is EMBEDDING:
+        family = family.headless(model.base_model_prefix)
     check_config(family, model.config, accept)
     require_sizes(family, model.config)
     parameters, buffers, maps, coupled = _walk(model, family, head)
@@ -65,6 +67,7 @@ def describe(
         tower=family.tower is not None,
         numbered=family.tower is not None and family.tower.layers_stay,
         buffers=tuple(buffers),
+        unused_positions=_unused_positions(family, model.config),
     )
 
 
@@ -247,6 +250,9 @@ def _walk(
             norm = path.removeprefix(inside)
             if norm not in (family.parts[part].norm, *coupled[part]):
                 coupled[part].append(norm)
+        for name, own_part in family.parts.items():
+            if layer is None and own_part.axis in entry.names:  # all layers share it
+                coupled[name].append(path)
     tensors |= {
         name: Parameter(name, tuple(map(_whole, tensor.shape)), None, None)
         for name, tensor in own.items()
@@ -345,11 +351,16 @@ def _with_part(model: PreTrainedModel, family: Family, part: Part) -> tuple[int,
 
 
 def _head_macs(model: PreTrainedModel, family: Family, head: Head) -> int:
-    if head is SEQUENCE_CLASSIFICATION:
+    if head in (SEQUENCE_CLASSIFICATION, EMBEDDING):
         return 0
     outside = {**family.outside, **family.heads[head.name]}
     modules = [_module(model, path, family) for path in outside]
     return sum(module.get_parameter("weight").numel() for module in modules if isinstance(module, nn.Linear | Conv1D))
+
+
+def _unused_positions(family: Family, config: PreTrainedConfig) -> int:
+    key = family.config.positions_after
+    return 0 if key is None or getattr(config, key) is None else int(getattr(config, key)) + 1
 
 
 def _layers(model: PreTrainedModel, family: Family) -> int:

@@ -133,6 +133,8 @@ class ConfigKeys(_Strict):
     """Keys that hold how many of the first layers are of another kind than those behind them."""
     fixed: dict[str, list[Any]] = Field(default_factory=dict)
     """Keys of which only the listed values are understood."""
+    positions_after: str | None = None
+    """Key of a token's id behind whose number the positions begin; null if they begin at 0."""
     biases: dict[str, str] = Field(default_factory=dict)
     """Part to the key that gives all its maps a bias when it is true, where the model has none."""
     inert: list[str] = Field(default_factory=list)
@@ -253,6 +255,15 @@ class Family(_Strict):
     def untouched(self, parameter: str) -> bool:
         """Whether a parameter belongs to the modules that stay whole, whatever they hold."""
         return self.tower is not None and parameter.startswith(tuple(f"{path}." for path in self.tower.untouched))
+
+    def headless(self, prefix: str) -> "Family":
+        """The family of models without a head: paths lack the prefix that they have inside a model with one.
+
+        Args:
+            prefix: transformers' name of the model without its head inside of one with it, `base_model_prefix`.
+        """
+        outside = {path.removeprefix(f"{prefix}."): text for path, text in self.outside.items()}
+        return self.model_copy(update={"layers": self.layers.removeprefix(f"{prefix}."), "outside": outside})
 
     @field_validator("parts")
     @classmethod

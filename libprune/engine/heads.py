@@ -1,4 +1,5 @@
-"""What a model is for, as transformers says it by the class of its head: the next token, masked tokens, a label.
+"""What a model is for, as transformers says it by the class of its head: the next token, masked tokens, a label; or by
+the class without one, an embedding.
 
 A model that reads images as well predicts the next token too; its language model can be pruned on text alone.
 """
@@ -10,8 +11,10 @@ from typing import Any, Literal
 
 from libprune.engine.errors import FamilyError
 
-HeadName = Literal["causal_lm", "image_text_to_text", "masked_lm", "sequence_classification", "network"]
+HeadName = Literal["causal_lm", "image_text_to_text", "masked_lm", "sequence_classification", "embedding", "network"]
 """`network` stands for the head of a network that is not of transformers, with a loss of its own."""
+Pooling = Literal["mean", "cls"]
+"""How the last hidden states of a text become its embedding: by their mean over the tokens, or by the first of them."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Head:
         mapping: transformers' table from config classes to model classes with it.
         ending: how the names of these classes end.
         writes: whether models with it predict the next token, and so can write.
+        outputs: what a model with it gives, in words.
     """
 
     name: HeadName
@@ -31,6 +35,7 @@ class Head:
     mapping: str
     ending: str
     writes: bool = False
+    outputs: str = "logits"
 
     @cached_property
     def loader(self) -> Any:
@@ -62,7 +67,12 @@ SEQUENCE_CLASSIFICATION = Head(
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "ForSequenceClassification",
 )
-HEADS = {head.name: head for head in (MASKED_LM, SEQUENCE_CLASSIFICATION, IMAGE_TEXT_TO_TEXT, CAUSAL_LM)}
+EMBEDDING = Head("embedding", "AutoModel", "MODEL_MAPPING", "Model", outputs="hidden states")
+"""No head: what the model gives is the embedding of a text, pooled from its last hidden states."""
+HEADS = {head.name: head for head in (MASKED_LM, SEQUENCE_CLASSIFICATION, EMBEDDING, IMAGE_TEXT_TO_TEXT, CAUSAL_LM)}
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+"""How the names of classes with a causal head end."""
 
 
 def writes(head: HeadName) -> bool:
@@ -82,9 +92,11 @@ def head_of(architectures: object) -> Head:
         raise FamilyError(f"config key 'architectures' = {str(architectures)[:40]!r} is no list of names of classes")
     name = next(iter(given), "")
     for head in HEADS.values():
-        if head.ending and name.endswith(head.ending):
+        if (
+            head.ending and name.endswith(head.ending) and not name.endswith("LMHeadModel")
+        ):  # as GPT-2 calls a causal one
             return head
-    if "For" in name and not name.endswith("ForCausalLM"):
+    if "For" in name and not name.endswith(_CAUSAL):
         known = ", ".join(head.ending or "ForCausalLM" for head in HEADS.values())
         raise FamilyError(f"the model is a {name}; libprune knows the heads {known}")
     return CAUSAL_LM

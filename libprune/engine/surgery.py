@@ -192,7 +192,7 @@ def _require_layers(architecture: Architecture, plan: Plan) -> None:
         first = min(set(range(architecture.layers)) - set(plan.layers))
         raise LibpruneError(
             f"the plan deletes layer {first}, but no layer of family {architecture.family!r} can be deleted: "
-            f"{architecture.why_layers_stay}; something of every layer must stay"
+            f"{architecture.layers_stay}; something of every layer must stay"
         )
 
 
@@ -227,8 +227,8 @@ def _require_whole(architecture: Architecture, plan: Plan) -> None:
         if shape.coupled and kept not in {0, architecture.units(part)}:
             raise LibpruneError(
                 f"the plan keeps {kept} of {architecture.units(part)} {part} units of layer {layer}, but "
-                f"{' and '.join(shape.coupled)} of family {architecture.family!r} take their statistics over all of "
-                "them; such a part can only stay or go as a whole"
+                f"{' and '.join(shape.coupled)} of family {architecture.family!r} couple all of them; such a part can "
+                "only stay or go as a whole"
             )
 
 

@@ -49,7 +49,7 @@ def describe_beside(rows: Sequence[Experiment], chosen: Experiment) -> tuple[lis
     picture = draw_picture(
         "size_curve",
         draw_curve(rows, chosen),
-        "perplexity against size of all experiments",
+        f"{rows[0].measure.name} against size of all experiments",
         "Bars: ± one standard error over windows. The line joins the experiments than which no other is both smaller "
         "and better. Diamond: the model of this report.",
     )
@@ -101,7 +101,7 @@ def draw_curve(rows: Sequence[Experiment], chosen: Experiment) -> Figure:
         )
     axes.set_xlabel("size in MB (of the pruned model's folder)" if in_bytes else "kept share of the decoder in %")
     trained = " after recovery" if figures is not rows else ""
-    axes.set_ylabel(f"perplexity{trained} ÷ dense")
+    axes.set_ylabel(f"{rows[0].measure.scale}{trained}")
     return figure
 
 

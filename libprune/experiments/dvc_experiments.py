@@ -28,12 +28,36 @@ _UNFINISHED = ("queued", "running", "failed")
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What results are compared by; less of it is better.
+
+    Attributes:
+        name: its name, in texts and tables.
+        scale: what is drawn of it, as the label of an axis.
+        column: its name in CSV.
+        dense: its value for the dense model.
+        sign: what stands before its values.
+    """
+
+    name: str
+    scale: str
+    column: str
+    dense: float
+    sign: str
+
+
+PERPLEXITY = Measure("perplexity", "perplexity ÷ dense", "perplexity_ratio", 1.0, "× ")
+DISTANCE = Measure("1 - cosine", "1 - cosine to the dense embedding", "cosine_distance", 0.0, "")
+"""One minus the mean cosine to the dense model's embeddings, by which embeddings are compared."""
+
+
+@dataclass(frozen=True)
 class Recovered:
     """What training after pruning came to.
 
     Attributes:
-        ratio: perplexity of the trained model divided by that of the dense model.
-        error: one standard error of the ratio, over paired windows.
+        ratio: the measure of the trained model: perplexity divided by that of the dense model, or `DISTANCE`.
+        error: one standard error of it, over paired windows.
         tokens: tokens that were trained on.
         seconds: time of the training.
         parameters: number of trained parameters.
@@ -48,18 +72,18 @@ class Recovered:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The settings of an experiment and their results. Perplexities are on the evaluation windows."""
+    """The settings of an experiment and their results, on the evaluation windows."""
 
     names: tuple[str, ...]
     """Its names in DVC: an experiment, a branch, a short commit, or `workspace`; several if all else is equal."""
     params: Mapping[str, Any]
     """Every param by its full name, such as `allocate.ratio`."""
     ratio: float
-    """Perplexity of the pruned model, before any recovery, divided by that of the dense model."""
+    """The measure of the pruned model, before any recovery: its perplexity divided by the dense model's, or another."""
     error: float
-    """One standard error of the ratio, over paired windows."""
+    """One standard error of it, over paired windows."""
     dense: float
-    """Perplexity of the dense model."""
+    """Perplexity of the dense model; 0 where it has none."""
     removed: float
     """Share of the decoder's parameters that was removed."""
     prefill: float
@@ -72,6 +96,11 @@ class Experiment:
     """The commit, or `workspace`, that holds its `dvc.lock`; one of them if several are equal."""
     recovered: Recovered | None = None
     """The figures after recovery; None if the pruned model was not trained."""
+    measure: Measure = PERPLEXITY
+    """What the results are compared by."""
+    rank_correlation: float | None = None
+    """Rank correlation of the similarities of pairs with the dense model's, after recovery if there was one; None of
+    models without embeddings."""
 
     @property
     def label(self) -> str:
@@ -135,10 +164,11 @@ def read_lock(revision: str) -> str | None:
 
 
 def gather(shown: Shown, lock_of: Callable[[str], str | None]) -> tuple[list[Experiment], dict[str, str]]:
-    """Experiments with results, the lowest perplexity first, and by name why each other one has none.
+    """Experiments with results, the best first, and by name why each other one has none.
 
-    The perplexity is the one before recovery, unless every experiment has one after it. Experiments that differ only in
-    their names become one: after `dvc exp run` the workspace is the experiment itself.
+    The best has the lowest perplexity, or what else is measured, before recovery, unless every experiment has one after
+    it. Experiments that differ only in their names become one: after `dvc exp run` the workspace is the experiment
+    itself.
 
     Args:
         shown: what `show` returns.
@@ -181,7 +211,7 @@ def _result(name: str, state: Mapping[str, Any], lock_of: Callable[[str], str | 
         return "no results in metrics/evaluation.json"
     for figures in (experiment, experiment.recovered):
         if figures is not None and not isfinite(figures.ratio):
-            return f"perplexity {figures.ratio}"
+            return f"{experiment.measure.name} {figures.ratio}"
     lock = lock_of(state["rev"])
     if lock is None:
         return replace(experiment, proved=False)
@@ -190,23 +220,36 @@ def _result(name: str, state: Mapping[str, Any], lock_of: Callable[[str], str | 
 
 def _experiment(name: str, data: Mapping[str, Any]) -> Experiment:
     evaluation = data["metrics"]["metrics/evaluation.json"]["data"]
+    pruned, final = evaluation["pruned"], evaluation.get("recovered") or evaluation["pruned"]
+    ratio, error = _measured(evaluation)
     return Experiment(
         names=(name,),
         params=leaves_of(data["params"]["params.yaml"]["data"]),
-        ratio=evaluation["perplexity_ratio"]["value"],
-        error=evaluation["perplexity_ratio"]["se"],
-        dense=evaluation["dense"]["perplexity"],
-        removed=evaluation["pruned"]["decoder_share_removed"],
+        ratio=ratio,
+        error=error,
+        dense=0.0 if "cosine" in pruned else evaluation["dense"]["perplexity"],
+        removed=pruned["decoder_share_removed"],
         prefill=evaluation["speed"]["prefill_ratio"],
         size=data["outs"].get("artifacts/pruned", {}).get("size"),
         recovered=_recovered(evaluation["recovered"]) if "recovered" in evaluation else None,
+        measure=DISTANCE if "cosine" in pruned else PERPLEXITY,
+        rank_correlation=final.get("rank_correlation"),
     )
 
 
+def _measured(figures: Mapping[str, Any]) -> tuple[float, float]:
+    """What a model is compared by, with its standard error, from the metrics of all or of the recovered model."""
+    of_embeddings = figures.get("pruned", figures)
+    if "cosine" in of_embeddings:
+        return 1 - of_embeddings["cosine"], of_embeddings["cosine_se"]
+    return figures["perplexity_ratio"]["value"], figures["perplexity_ratio"]["se"]
+
+
 def _recovered(figures: Mapping[str, Any]) -> Recovered:
+    ratio, error = _measured(figures)
     return Recovered(
-        ratio=figures["perplexity_ratio"]["value"],
-        error=figures["perplexity_ratio"]["se"],
+        ratio=ratio,
+        error=error,
         tokens=figures["tokens"],
         seconds=figures["seconds"],
         parameters=figures["trained_parameters"],

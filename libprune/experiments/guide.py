@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 
 from libprune.experiments.costs import collecting_stages, pruning_stages, recovering_stages
+from libprune.experiments.dvc_experiments import Measure
 from libprune.experiments.results import Gathered
 from libprune.experiments.summary import Perplexity, Summary, compare_settings
-from libprune.experiments.table import correlation_text, explain_columns, interval_text, tabulate_settings, times
+from libprune.experiments.table import correlation_text, explain_columns, measured_text, tabulate_settings, times
 from libprune.pipeline.params import Params
 from libprune.report.markdown import code, escaped_table, prose
 from libprune.scoring.criteria import find_criterion
@@ -21,10 +22,10 @@ def compose_guide(gathered: Gathered, summaries: Sequence[Summary]) -> str:
     comparison = gathered.comparison
     parts = [
         f"# {prose(comparison.title)}",
-        f"Written from the results of the comparison {code(comparison.name)}, the lowest perplexity first. "
-        "What it says of when to choose a setting follows from these figures alone: one model, one text, these shares "
-        "removed. Two settings count as different if their difference is larger than the noise of calibration seeds "
-        "and evaluation windows, and cost the same if their times differ by a tenth or less.",
+        f"Written from the results of the comparison {code(comparison.name)}, the lowest {summaries[0].measure.name} "
+        "first. What it says of when to choose a setting follows from these figures alone: one model, one text, these "
+        "shares removed. Two settings count as different if their difference is larger than the noise of calibration "
+        "seeds and evaluation windows, and cost the same if their times differ by a tenth or less.",
         escaped_table(*tabulate_settings(gathered, summaries)),
         explain_columns(summaries),
     ]
@@ -71,15 +72,18 @@ def _costs(one: Summary) -> str:
 def _quality(one: Summary) -> list[tuple[str, str]]:
     """What a setting loses; if it was trained, before recovery and after it."""
     if one.after is None:
-        return [("loses", _loss(one.before))]
-    return [("loses before recovery", _loss(one.before)), ("loses after recovery", _loss(one.after))]
+        return [("loses", _loss(one.before, one.measure))]
+    return [
+        ("loses before recovery", _loss(one.before, one.measure)),
+        ("loses after recovery", _loss(one.after, one.measure)),
+    ]
 
 
-def _loss(perplexity: Perplexity) -> str:
+def _loss(perplexity: Perplexity, measure: Measure) -> str:
     seeds = len(perplexity.ratios)
     over = f"{seeds} seeds" if seeds > 1 else "one seed"
-    found = interval_text(perplexity.ratio)
-    return f"{found} the dense model's perplexity, {over}; ± {perplexity.error:.3g} over the windows"
+    what = "the dense model's perplexity" if measure.dense else f"of {measure.name}"
+    return f"{measured_text(perplexity, measure)} {what}, {over}; ± {perplexity.error:.3g} over the windows"
 
 
 def _ranks(one: Summary) -> str:

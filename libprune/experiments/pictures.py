@@ -40,7 +40,7 @@ def draw_ratios(summaries: Sequence[Summary], reference: Summary) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", visible=True)
-    axes.set_xlabel("perplexity ÷ dense" + ("; blue: before recovery, orange: after it" if trained else ""))
+    axes.set_xlabel(reference.measure.scale + ("; blue: before recovery, orange: after it" if trained else ""))
     colours = "colour" if trained else "blue"
     axes.set_title(
         f"Seeds (dots), mean and 95 % interval ({colours}), ± error over windows (grey); dashed: {reference.name}"

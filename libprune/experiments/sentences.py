@@ -16,7 +16,7 @@ from libprune.experiments.summary import (
     reference_of,
 )
 from libprune.experiments.sweep_table import SAME_EVALUATION, SAME_SHARE
-from libprune.experiments.table import interval_text, ordered_by
+from libprune.experiments.table import interval_text, measured_text, ordered_by
 
 
 def explain_results(gathered: Gathered, summaries: Sequence[Summary]) -> list[str]:
@@ -38,8 +38,9 @@ def _best(summaries: Sequence[Summary], trained: bool) -> str:
     seeds = ", ".join(map(str, figures.ratios))
     over = f"over the calibration seeds {seeds}" if len(figures.ratios) > 1 else f"with the calibration seed {seeds}"
     when = f" {'after' if best.compares_after else 'before'} recovery" if trained else ""
-    found = interval_text(figures.ratio)
-    return f"The lowest perplexity{when} {over} is that of {best.name}: {found} the dense model's."
+    found = measured_text(figures, best.measure)
+    beside = " the dense model's" if best.measure.dense else ""
+    return f"The lowest {best.measure.name}{when} {over} is that of {best.name}: {found}{beside}."
 
 
 _SAID: dict[Kind, str] = {
@@ -52,12 +53,16 @@ _SAID: dict[Kind, str] = {
 def _differences(gathered: Gathered, summaries: Sequence[Summary]) -> list[str]:
     reference = reference_of(gathered, summaries)
     others = [(one, compare_settings(one, reference)) for one in summaries if one is not reference]
-    said = [f"Beside {reference.name}, with the factor between the two perplexities."] if others else []
+    said = [f"Beside {reference.name}, with the factor between the two {_several(reference)}."] if others else []
     for kind, sentence in _SAID.items():
         named = [f"{one.name} {interval_text(to.factor)}" for one, to in others if to is not None and to.kind == kind]
         said += [sentence.format("; ".join(named))] if named else []
     alone = [one.name for one, to in others if to is None]
     return said + ([f"Without a seed in common: {', '.join(alone)}."] if alone else [])
+
+
+def _several(one: Summary) -> str:
+    return "perplexities" if one.measure.dense else f"values of {one.measure.name}"
 
 
 def _noise(gathered: Gathered, summaries: Sequence[Summary]) -> str:
@@ -115,7 +120,7 @@ def _cautions(summaries: Sequence[Summary]) -> list[str]:
     if max(removed) - min(removed) > SAME_SHARE:
         said.append(
             f"The settings remove between {100 * min(removed):.1f} and {100 * max(removed):.1f} % of the decoder: a "
-            "larger model with less perplexity is not by that the better pruned one."
+            f"larger model with less {summaries[0].measure.name} is not by that the better pruned one."
         )
     return said
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from libprune.engine.plan import jaccard
 from libprune.experiments.agreement import Interval, chance_overlap, mean_interval, paired_factor, ratio_interval
 from libprune.experiments.costs import Cost
-from libprune.experiments.dvc_experiments import Experiment, Recovered
+from libprune.experiments.dvc_experiments import PERPLEXITY, Experiment, Measure, Recovered
 from libprune.experiments.results import Gathered, Result
 
 Kind = Literal["clear", "seeds", "none"]
@@ -65,6 +65,7 @@ class Summary:
         recovered: what training the pruned model came to, by seed; empty if it was not trained.
         recovering: the cost of this training, mean over the seeds with a known cost; None without any.
         compares_after: whether the settings of the comparison are compared by their perplexity after recovery.
+        measure: what the settings are compared by; where it is no perplexity, it stands in place of one.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Summary:
     recovered: Mapping[int, Recovered] = field(default_factory=dict)
     recovering: Cost | None = None
     compares_after: bool = False
+    measure: Measure = PERPLEXITY
 
     @cached_property
     def after(self) -> Perplexity | None:
@@ -140,6 +142,7 @@ def _summary(name: str, by_seed: Mapping[int, Result], after: bool) -> Summary:
         recovered={seed: row.recovered for seed, row in rows.items() if row.recovered},
         recovering=_mean_cost([result.recovering for result in by_seed.values()]),
         compares_after=after,
+        measure=next(iter(rows.values())).measure,
     )
 
 

@@ -16,8 +16,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PANELS = 6
 """The largest number of panels in one picture."""
 
-PERPLEXITY = "perplexity ÷ dense"
-
 
 def write_picture(target: Path, rows: Sequence[Experiment]) -> None:
     """Write a PNG: perplexity ratio ± one standard error, in one panel for each param with several numbers, or as bars.
@@ -107,8 +105,9 @@ def _draw_recovered(axes: Axes, place: float | int, run: Recovered, colour: str,
     axes.errorbar(place, run.ratio, run.error, color=colour, marker=marker, mfc="white", linewidth=1, capsize=3)
 
 
-def _label(rows: Iterable[Experiment]) -> str:
-    return f"{PERPLEXITY}; hollow: after recovery" if any(row.recovered for row in rows) else PERPLEXITY
+def _label(rows: Sequence[Experiment]) -> str:
+    scale = rows[0].measure.scale
+    return f"{scale}; hollow: after recovery" if any(row.recovered for row in rows) else scale
 
 
 def _ratios(rows: Iterable[Experiment]) -> list[float]:
@@ -130,12 +129,12 @@ def _wide(values: Sequence[float]) -> bool:
 
 
 def _bars(axes: Axes, rows: Sequence[Experiment], names: Mapping[str, str]) -> None:
-    """One bar a row, from the dense model's 1 to the ratio."""
-    places = range(len(rows))
+    """One bar a row, from the dense model's value to that of the row."""
+    places, dense = range(len(rows)), rows[0].measure.dense
     axes.barh(
         places,
-        [row.ratio - 1 for row in rows],
-        left=1,
+        [row.ratio - dense for row in rows],
+        left=dense,
         xerr=[row.error for row in rows],
         color=COLOURS[0],
         alpha=0.7,
@@ -144,16 +143,16 @@ def _bars(axes: Axes, rows: Sequence[Experiment], names: Mapping[str, str]) -> N
     trained = {place: row.recovered for place, row in enumerate(rows) if row.recovered}
     axes.barh(
         list(trained),
-        [run.ratio - 1 for run in trained.values()],
-        left=1,
+        [run.ratio - dense for run in trained.values()],
+        left=dense,
         xerr=[run.error for run in trained.values()] if trained else None,
         fill=False,
         capsize=3,
     )
     axes.set_yticks(places, [": ".join(filter(None, (row.label, _settings(row, names)))) for row in rows])
     axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=1)
-    if _wide(_ratios(rows)):
+    axes.axvline(dense, color="black", linewidth=1)
+    if dense and _wide(_ratios(rows)):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(_label(rows))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import hypot, isclose
 
-from libprune.experiments.dvc_experiments import Experiment, Recovered, compared_figures
+from libprune.experiments.dvc_experiments import Experiment, Measure, Recovered, compared_figures
 from libprune.pipeline.terminal import Rows
 from libprune.report.markdown import code, escaped_table, prose
 
@@ -42,17 +42,21 @@ def setting(row: Experiment, name: str) -> str:
 def tabulate_experiments(rows: Sequence[Experiment]) -> tuple[Rows, tuple[str, ...]]:
     """Experiments as a table, rounded: its cells and its header. What recovery came to is left out if none has it."""
     names = differing(rows)
-    trained = any(row.recovered for row in rows)
-    after = ("recovered", "trained") if trained else ()
-    header = ("experiment", *names.values(), "decoder removed", "perplexity", *after, "prefill", "size, MB")
-    return [(row.label, *(setting(row, name) for name in names), *_results(row, trained)) for row in rows], header
+    trained, embeds = any(row.recovered for row in rows), any(row.rank_correlation is not None for row in rows)
+    after = (("recovered", "trained") if trained else ()) + (("rank correlation",) if embeds else ())
+    header = ("experiment", *names.values(), "decoder removed", rows[0].measure.name, *after, "prefill", "size, MB")
+    return [
+        (row.label, *(setting(row, name) for name in names), *_results(row, trained, embeds)) for row in rows
+    ], header
 
 
-def _results(row: Experiment, trained: bool) -> tuple[str, ...]:
+def _results(row: Experiment, trained: bool, embeds: bool) -> tuple[str, ...]:
+    correlation = "–" if row.rank_correlation is None else f"{row.rank_correlation:.4f}"
     return (
         f"{100 * row.removed:.2f} %",
-        _ratio(row),
+        _ratio(row, row.measure),
         *(_recovery(row) if trained else ()),
+        *((correlation,) if embeds else ()),
         f"× {row.prefill:.2f}",
         "–" if row.size is None else f"{row.size / 1e6:,.1f}",
     )
@@ -62,11 +66,12 @@ def _recovery(row: Experiment) -> tuple[str, str]:
     run = row.recovered
     if run is None:
         return "–", "–"
-    return _ratio(run), f"{run.tokens:,} tokens, {run.parameters:,} parameters, {run.seconds:,.0f} s"
+    return _ratio(run, row.measure), f"{run.tokens:,} tokens, {run.parameters:,} parameters, {run.seconds:,.0f} s"
 
 
-def _ratio(figures: Experiment | Recovered) -> str:
-    return f"× {figures.ratio:.3f} ± {figures.error:.3f}"
+def _ratio(figures: Experiment | Recovered, measure: Measure) -> str:
+    digits = 3 if measure.dense else 4
+    return f"{measure.sign}{figures.ratio:.{digits}f} ± {figures.error:.{digits}f}"
 
 
 def recovered_columns(row: Experiment) -> dict[str, float]:
@@ -91,7 +96,8 @@ def inert(text: str) -> str:
 def csv_text(rows: Sequence[Experiment]) -> str:
     """Experiments as CSV, with the params' full names and unrounded figures; unknown ones are empty."""
     names = differing(rows)
-    results = ("decoder_share_removed", "perplexity_ratio", "perplexity_ratio_se", "prefill_ratio", "bytes")
+    column = rows[0].measure.column
+    results = ("decoder_share_removed", column, f"{column}_se", "prefill_ratio", "bytes")
     after = dict.fromkeys(name for row in rows for name in recovered_columns(row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -130,12 +136,15 @@ def remarks(rows: Sequence[Experiment], left_out: Mapping[str, str]) -> list[str
 
 
 def _order(rows: Sequence[Experiment]) -> list[str]:
-    """By which perplexity rows are ordered and judged, if some were trained after pruning."""
+    """By which figure rows are ordered and judged, if some were trained after pruning."""
     if not any(row.recovered for row in rows):
         return []
     if all(row.recovered for row in rows):
-        return ["The rows are ordered and judged by the perplexity after recovery."]
-    return ["The rows are ordered and judged by the perplexity before recovery, since not all of them were trained."]
+        return [f"The rows are ordered and judged by the {rows[0].measure.name} after recovery."]
+    return [
+        f"The rows are ordered and judged by the {rows[0].measure.name} before recovery, since not all of them were "
+        "trained."
+    ]
 
 
 def _noise(rows: Sequence[Experiment]) -> list[str]:
@@ -174,7 +183,7 @@ def _shares(rows: Sequence[Experiment]) -> list[str]:
         return []
     return [
         f"They remove between {100 * min(removed):.1f} and {100 * max(removed):.1f} % of the decoder: a larger model "
-        "with less perplexity is not by that the better pruned one."
+        f"with less {rows[0].measure.name} is not by that the better pruned one."
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from libprune.experiments.agreement import Interval
 from libprune.experiments.costs import Cost
+from libprune.experiments.dvc_experiments import DISTANCE, Measure
 from libprune.experiments.results import Gathered
 from libprune.experiments.summary import Perplexity, Summary, compare_settings, overlap, overlap_matrix, reference_of
 from libprune.experiments.sweep_table import inert, recovered_columns
@@ -31,6 +32,11 @@ def interval_text(interval: Interval) -> str:
     return f"{times(interval.mean)} ({low} to {high})"
 
 
+def measured_text(figures: Perplexity, measure: Measure) -> str:
+    """The measure of a setting as text, with its interval if there is one."""
+    return interval_text(figures.ratio).replace(times(0)[:2], measure.sign)
+
+
 def correlation_text(interval: Interval) -> str:
     """A correlation as text, with its interval if there is one."""
     return f"{interval.mean:.2f}" + (f" ({interval.low:.2f} to {interval.high:.2f})" if interval.known else "")
@@ -47,9 +53,9 @@ def tabulate_settings(gathered: Gathered, summaries: Sequence[Summary]) -> tuple
         "setting": [one.name for one in summaries],
         "seeds": [str(len(one.before.ratios)) for one in summaries],
         "removed": [f"{100 * one.removed:.1f} %" for one in summaries],
-        "perplexity": [interval_text(one.before.ratio) for one in summaries],
+        reference.measure.name: [measured_text(one.before, one.measure) for one in summaries],
         "± windows": [_error(one.before) for one in summaries],
-        "recovered": [interval_text(one.after.ratio) if one.after else NOTHING for one in summaries],
+        "recovered": [measured_text(one.after, one.measure) if one.after else NOTHING for one in summaries],
         "recovered, ± windows": [_error(one.after) for one in summaries],
         "trained on, tokens": [_mean(run.tokens for run in one.recovered.values()) for one in summaries],
         "trained parameters": [_mean(run.parameters for run in one.recovered.values()) for one in summaries],
@@ -82,11 +88,15 @@ EXPLAINED = (
 
 def explain_columns(summaries: Sequence[Summary]) -> str:
     """What the columns of the table say, in a paragraph; of recovery only where a setting has it."""
+    measure = summaries[0].measure
+    explained = EXPLAINED
+    if measure is DISTANCE:
+        explained = EXPLAINED.replace("Perplexity: over the dense model's, geometric", f"{DISTANCE.scale}: geometric")
     if not any(one.after for one in summaries):
-        return EXPLAINED
+        return explained
     return (
-        f"{EXPLAINED} Perplexity is that of the pruned model before recovery; recovered: after it, likewise; trained: "
-        "mean over the seeds; recovering: drawing the text and training the pruned model. "
+        f"{explained} {measure.name.capitalize()} is that of the pruned model before recovery; recovered: after it, "
+        "likewise; trained: mean over the seeds; recovering: drawing the text and training the pruned model. "
         f"{ordered_by(summaries)}"
     )
 
@@ -94,9 +104,10 @@ def explain_columns(summaries: Sequence[Summary]) -> str:
 def ordered_by(summaries: Sequence[Summary]) -> str:
     """The sentence that says by which perplexity settings are ordered and compared, where some were trained."""
     if summaries[0].compares_after:
-        return "The settings are ordered and compared by the perplexity after recovery."
+        return f"The settings are ordered and compared by the {summaries[0].measure.name} after recovery."
     return (
-        "The settings are ordered and compared by the perplexity before recovery, since not all of them were trained."
+        f"The settings are ordered and compared by the {summaries[0].measure.name} before recovery, since not all of "
+        "them were trained."
     )
 
 
@@ -146,8 +157,8 @@ def settings_csv(gathered: Gathered, summaries: Sequence[Summary]) -> str:
             "changes": json.dumps(dict(gathered.setting(one.name).changes)),
             "seeds": len(one.before.ratios),
             "decoder_share_removed": one.removed,
-            **_ends("perplexity_ratio", one.before.ratio),
-            "perplexity_ratio_se_windows": one.before.error,
+            **_ends(one.measure.column, one.before.ratio),
+            f"{one.measure.column}_se_windows": one.before.error,
             "reference": reference.name,
             **_ends("factor", to.factor if to else None),
             "difference": to.kind if to else None,
@@ -176,8 +187,8 @@ def runs_csv(gathered: Gathered) -> str:
                     "seed": seed,
                     "experiment": one.names[0],
                     "decoder_share_removed": one.removed,
-                    "perplexity_ratio": one.ratio,
-                    "perplexity_ratio_se": one.error,
+                    one.measure.column: one.ratio,
+                    f"{one.measure.column}_se": one.error,
                     "dense_perplexity": one.dense,
                     "prefill_ratio": one.prefill,
                     "bytes": one.size,

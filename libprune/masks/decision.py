@@ -148,7 +148,7 @@ def _leave_layers(architecture: Architecture, gone: Units, stays: dict[Block, st
     for layer in range(architecture.layers):
         if all(gone[layer, part].all() for part in architecture.parts_of(layer)):
             gone[layer, last][: None if architecture.parts[last].coupled else 1] = False
-            stays[layer, last] = f"{architecture.why_layers_stay}; something of a layer must stay"
+            stays[layer, last] = f"{architecture.layers_stay}; something of a layer must stay"
 
 
 def _with_one_each(left: Plan, stays: dict[Block, str]) -> Plan:

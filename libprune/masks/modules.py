@@ -16,7 +16,7 @@ from libprune.masks.contributions import network_contributions
 from libprune.masks.decision import settle
 from libprune.masks.extraction import Extraction
 from libprune.masks.files import Masked, ties
-from libprune.models.identity import digest
+from libprune.models.samples import digest
 from libprune.results.module_folder import Pruned, difference, outputs, require_alike, sliced, stored
 
 _SAMPLES = 4

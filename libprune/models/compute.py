@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.engine.errors import LibpruneError, StatisticsError
+from libprune.models.embeddings import projected_losses
 from libprune.models.sequences import NO_TARGET, Sequences
 from libprune.pipeline.terminal import Bar
 
@@ -86,9 +87,14 @@ def per_sequence(x: Shaped[Tensor, "..."], sequences: int) -> Shaped[Tensor, "se
 def sequence_losses(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, " batch"]:
     """Mean negative log-likelihood of each sequence's targets, in nats; ``[batch]``, float32.
 
+    Of a model that gives embeddings it is the loss of `libprune.models.embeddings`, whose gradient is that of random
+    projections of the embedding.
+
     If the targets are the next tokens, the last position has none. It is ignored rather than cut off: slicing the
     logits, by far the largest tensor, would copy them forward and pad them backward.
     """
+    if sequences.pooling is not None:
+        return projected_losses(model, sequences)
     logits, targets = model(input_ids=sequences.ids, use_cache=False).logits, sequences.predicted.flatten()
     losses = nn.functional.cross_entropy(
         logits.flatten(0, -2).float(), targets, ignore_index=NO_TARGET, reduction="none"

@@ -1,9 +1,9 @@
 """Hugging Face model folders: reading and loading them, their fingerprint, and writing that of the dense model."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, ParamsError, SourceError, missing_key, naming
 from libprune.engine.heads import head_of
 from libprune.models.given import require_content
+from libprune.models.sentences import copy_sentence_files
 from libprune.pipeline.artifacts import read_json, require
 from libprune.pipeline.atomic import writing_folder
 from libprune.pipeline.digests import KnownDigests, text_digest
@@ -97,10 +98,15 @@ def fingerprint(folder: Path, known: KnownDigests | None = None) -> str:
         folder: the folder; two with one fingerprint hold the same model.
         known: digests of files that were read before; without them every file is read.
     """
-    there = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]
+    there = _own_files(folder)
     files = {str(path.relative_to(folder)): path for path in there if path.suffix in _OF_A_MODEL and path.is_file()}
     digests = (known or KnownDigests()).of(files)
     return text_digest(digests)[:16]
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """Everything in a model folder, in that of chat templates and in those of the modules of sentence-transformers."""
+    return [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*"), *folder.glob("[0-9]_*/*")]
 
 
 def own_model(layout: Layout, architecture: Architecture) -> Path:
@@ -155,7 +161,7 @@ def require_own_files(folder: Path) -> None:
     """
     root = folder.resolve()
     allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    for path in [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*")]:
+    for path in _own_files(folder):
         if path.is_symlink() and path.suffix != ".safetensors" and not any(map(path.resolve().is_relative_to, allowed)):
             raise SourceError(
                 f"{path} is a link to {path.resolve()}, outside of the model's folder; put the file itself in its place"
@@ -185,7 +191,7 @@ def require_positions(config: PreTrainedConfig, architecture: Architecture, leng
     """
     if "positions" not in architecture.sizes:
         return
-    limit = config.max_position_embeddings
+    limit = config.max_position_embeddings - architecture.unused_positions
     for what, length in lengths.items():
         if length > limit:
             raise ParamsError(
@@ -195,15 +201,18 @@ def require_positions(config: PreTrainedConfig, architecture: Architecture, leng
 
 
 def write_dense(
-    target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, beside: Mapping[str, Path] | None = None
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    beside: Mapping[str, Path] = MappingProxyType({}),
 ) -> str:
     """Write the dense model as a plain folder that reloads bit-equal, and return its fingerprint.
 
     Args:
         target: the folder.
-        model: the dense model.
-        tokenizer: its tokenizer.
-        beside: further files by the names that they get, which are copied as they are.
+        model: with its weights.
+        tokenizer: of the model.
+        beside: further files that are copied as they are, by their path in the folder.
 
     Raises:
         ArtifactError: if a weight reads back differently.
@@ -211,8 +220,7 @@ def write_dense(
     with writing_folder(target) as folder:
         model.save_pretrained(folder, save_original_format=False)  # tensors by the names of the model's parameters
         tokenizer.save_pretrained(folder)
-        for name, path in (beside or {}).items():
-            shutil.copyfile(path, folder / name)
+        copy_sentence_files(beside, folder)
         written = WeightFiles(folder)
         for name, parameter in model.named_parameters():
             if not torch.equal(written[name], parameter.detach()):

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from libprune.engine.heads import Pooling
+
 NO_TARGET = -100
 """The target at a position without one; transformers uses the same number."""
 
@@ -21,19 +23,21 @@ class Sequences:
         targets: None for the next token at every position but the last; ``[sequences, length]`` for one token at each
             position, `NO_TARGET` where there is none; ``[sequences]`` for one label of each sequence.
         lengths: tokens of each sequence, ``[sequences]``; None if all have the whole length.
+        pooling: how the states of a sequence become its embedding, for models that give one; these have no targets.
     """
 
     ids: Int[Tensor, "sequences length"]
     targets: Int[Tensor, "sequences length"] | Int[Tensor, " sequences"] | None = None
     lengths: Int[Tensor, " sequences"] | None = None
+    pooling: Pooling | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, chosen: slice | Tensor) -> "Sequences":
         """The chosen sequences."""
-        parts = (None if part is None else part[chosen] for part in (self.targets, self.lengths))
-        return Sequences(self.ids[chosen], *parts)
+        targets, lengths = (None if part is None else part[chosen] for part in (self.targets, self.lengths))
+        return Sequences(self.ids[chosen], targets, lengths, self.pooling)
 
     def to(self, device: torch.device) -> "Sequences":
         """The sequences on a device."""
@@ -55,7 +59,9 @@ class Sequences:
 
     @property
     def counted(self) -> int:
-        """Number of targets that the loss of a sequence is the mean over; it is the same for all sequences."""
+        """Number of targets that the loss of a sequence is the mean over, or 1 embedding; it is the same for all."""
+        if self.pooling is not None:
+            return 1
         if self.targets is None:
             return self.ids.shape[1] - 1
         return 1 if self.targets.ndim == 1 else int((self.targets[0] != NO_TARGET).sum())
@@ -77,7 +83,7 @@ class Sequences:
         for length, run in groupby(range(len(self)), key=self.lengths.tolist().__getitem__):
             members = list(run)
             same = self[members[0] : members[-1] + 1]
-            whole = Sequences(same.ids[:, :length], same.targets)
+            whole = Sequences(same.ids[:, :length], same.targets, pooling=self.pooling)
             yield from whole.passes(at_once)
 
 

@@ -17,6 +17,7 @@ from libprune.engine.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, experts_of, hea
 from libprune.engine.stock_config import keys_of
 from libprune.models.folder import PROCESSOR_FILES, require_own_files
 from libprune.models.given import require_model, require_safetensors
+from libprune.models.sentences import sentence_files
 from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Prepare
 from libprune.pipeline.sources import resolve
@@ -249,6 +250,12 @@ def _place(params: Prepare) -> tuple[str | Path, dict[str, Any]]:
         return params.model, where
     where |= {"local_files_only": True}
     return (path, where) if path.is_dir() else (path.parent, where | {"gguf_file": path.name})
+
+
+def find_sentence_files(params: Prepare) -> dict[str, Path]:
+    """The files of sentence-transformers beside the dense model, as `libprune.models.sentences.sentence_files`."""
+    name, where = _place(params)
+    return sentence_files(name, **{key: where[key] for key in ("revision", "local_files_only") if key in where})
 
 
 def load_dense_config(params: Prepare) -> PreTrainedConfig:

@@ -102,9 +102,11 @@ def write_tokens(path: Path, sequences: Sequences, meta: dict[str, Any]) -> str:
     """Write sequences with metadata; return the digest by which other artifacts name them, which is among these."""
     columns = {"input_ids": sequences.ids, "targets": sequences.targets, "length": sequences.lengths}
     arrays = {name: column.numpy() for name, column in columns.items() if column is not None}
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()[:16]
+    known = [array.tobytes() for array in arrays.values()] + [(sequences.pooling or "").encode()]
+    digest = hashlib.sha256(b"".join(known)).hexdigest()[:16]
     counts = {"sequences": len(sequences), "length": sequences.ids.shape[1]}
-    write_table(path, arrays, {**meta, **counts, "tokens": digest})
+    pooling = {"pooling": sequences.pooling} if sequences.pooling else {}
+    write_table(path, arrays, {**meta, **counts, **pooling, "tokens": digest})
     return digest
 
 
@@ -126,7 +128,7 @@ def read_tokens(
     table, meta = read_table(path, stage)
     same_origin(path, meta, {"model": model})
     columns = {name: torch.from_numpy(np.stack(list(table[name])).astype(np.int64)) for name in _COLUMNS & table.keys()}
-    stored = Sequences(columns["input_ids"], columns.get("targets"), columns.get("length"))
+    stored = Sequences(columns["input_ids"], columns.get("targets"), columns.get("length"), meta.get("pooling"))
     return stored[: require_sequences(sequences, stored, path)], meta
 
 

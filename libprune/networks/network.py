@@ -21,9 +21,8 @@ from libprune.engine.surgery import masked
 from libprune.engine.tables import Columns
 from libprune.models.compute import require_precise
 from libprune.models.folder import WeightFiles
-from libprune.models.identity import digest, loss_signature
 from libprune.models.parallel import World
-from libprune.models.samples import Samples
+from libprune.models.samples import Samples, digest, loss_signature
 from libprune.pipeline.artifacts import read_json, write_architecture, write_units
 from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.layout import Layout

@@ -65,6 +65,9 @@ class Prepare(Section):
     """Config keys that the family file does not know and that no size depends on."""
     families: Source | None = None
     """File, or folder of YAML files, that describe model types which libprune ships no family for; null: none."""
+    pooling: Literal["mean", "cls"] | None = None
+    """How a model without a head makes the embedding of a text: by the mean of its last hidden states over the tokens,
+    or by that of the first token; null: as the files of sentence-transformers beside it say, or `mean`."""
 
 
 class Tokenize(Section):

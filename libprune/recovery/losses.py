@@ -35,7 +35,8 @@ class Taught:
     """What the dense model says of a batch.
 
     Attributes:
-        predictions: its logits ``[..., vocab]``, or the largest predictions alone.
+        predictions: its logits ``[..., vocab]``, or the largest predictions alone; the last hidden states of a model
+            that gives embeddings.
         hidden: its hidden states ``[batch, length, width]``, before each layer and after the last; empty if nothing
             compares them.
     """

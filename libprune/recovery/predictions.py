@@ -75,7 +75,7 @@ class LiveTeacher:
         """What the dense model says of a batch, given the numbers of its sequences and its inputs."""
         with torch.no_grad():
             said = self.model(**inputs, output_hidden_states=self.hidden, use_cache=False)
-        return Taught(said.logits, said.hidden_states if self.hidden else ())
+        return Taught(said[0], said.hidden_states if self.hidden else ())
 
 
 def read_about(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any]:

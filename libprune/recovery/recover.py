@@ -28,7 +28,7 @@ from libprune.recovery.curve import Recovery
 from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes
 from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher, read_about
 from libprune.recovery.student import finished_weights, load_student, prepare, trained_parameters
-from libprune.recovery.teacher_model import load_teacher, prediction_origin
+from libprune.recovery.teacher_model import load_teacher, prediction_origin, require_taught
 from libprune.recovery.training import Outcome, Schedule, Training, make_schedule
 from libprune.results.card import write_card
 from libprune.results.folder import save_weights
@@ -164,6 +164,7 @@ class _Run:
 
 def _set_up(layout: Layout, compute: Compute, params: Recover, world: World) -> _Run:
     architecture = read_architecture(layout)
+    require_taught(architecture, params)
     record = read_whole(layout.pruned, layout, {"model": architecture.fingerprint})
     sequences, text = read_tokens(layout.recovery_tokens, architecture.fingerprint, stage="teacher")
     same_origin(layout.recovery_tokens, text, {"calibration": record.provenance.get("tokens")})

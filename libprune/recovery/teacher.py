@@ -2,7 +2,7 @@
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from libprune.recovery.predictions import (
     top_predictions,
     write_predictions,
 )
-from libprune.recovery.teacher_model import load_teacher, prediction_origin
+from libprune.recovery.teacher_model import load_teacher, prediction_origin, require_taught
 from libprune.texts.self_text import SelfText
 from libprune.texts.training import draw_training, require_unseen
 
@@ -66,6 +66,7 @@ def teach_layout(layout: Layout, compute: Compute, params: Recover, tokenize: To
 
 
 def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: Recover, tokenize: Tokenize) -> None:
+    require_taught(architecture, params)
     config = load_config(own_model(layout, architecture))
     require_positions(config, architecture, {"recover.length": params.length})
     judged, about = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
@@ -74,9 +75,10 @@ def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: 
     text = draw_training(tokenize, params, tokenizer, config, architecture.head, writer.sample)
     require_unseen(text, judged, tokenizer)
     require_known(text.sequences, architecture.sizes["vocab"], tokenizer)
+    sequences = replace(text.sequences, pooling=architecture.pooling)
     meta = {"model": architecture.fingerprint, "calibration": about["calibration"]}
     meta |= {"held_out": text.held_out, "text": text.names, "sources": text.sources}
-    write_tokens(layout.recovery_tokens, text.sequences, meta)
+    write_tokens(layout.recovery_tokens, sequences, meta)
     writer.forget()
     say(text.sentence())
 

@@ -57,7 +57,29 @@ def load_teacher(
             f"recover.teacher: {params.teacher} has another vocabulary ({len(tokenizer):,} tokens) than the model that "
             f"is pruned ({len(own):,} tokens); their predictions cannot be compared"
         )
+    width = architecture.sizes["model"]
+    if architecture.pooling is not None and model.config.hidden_size != width:
+        raise ParamsError(
+            f"recover.teacher: {params.teacher} gives embeddings of {model.config.hidden_size} numbers, the model that "
+            f"is pruned of {width}; they cannot be compared"
+        )
     return place(model, describe(model, accept=keys_of(model.config.to_dict())), compute, world, device)
+
+
+def require_taught(architecture: Architecture, params: Recover) -> None:
+    """Stop if the params ask for predictions of a model that gives embeddings.
+
+    Raises:
+        ParamsError: naming the key.
+    """
+    if architecture.pooling is None:
+        return
+    for name, asked in {"top_k": params.top_k is not None, "cross_entropy": params.cross_entropy > 0}.items():
+        if asked:
+            raise ParamsError(
+                f"recover.{name} is of predicted tokens or labels, and this model gives embeddings, which are compared "
+                f"by their cosine; set it to {'null' if name == 'top_k' else 0}"
+            )
 
 
 def _source(name: str, dtype: torch.dtype) -> Prepare:

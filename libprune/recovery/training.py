@@ -17,6 +17,8 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from libprune.engine.errors import LibpruneError, ParamsError
+from libprune.engine.heads import Pooling
+from libprune.models.embeddings import distances, pooled
 from libprune.models.parallel import World
 from libprune.models.sequences import Sequences
 from libprune.pipeline.atomic import remove
@@ -122,8 +124,11 @@ def training_order(available: int, wanted: int, seed: int) -> list[int]:
 class _Distiller(Trainer):
     """The Trainer with a teacher: its loss, and checkpoints that hold what is trained by the parameters' own names."""
 
-    def __init__(self, teacher: Teacher, params: Recover, layers: Sequence[int], **given: Any) -> None:
+    def __init__(
+        self, teacher: Teacher, params: Recover, layers: Sequence[int], pooling: Pooling | None, **given: Any
+    ) -> None:
         super().__init__(**given)
+        self._pooling = pooling
         self.model_accepts_loss_kwargs = False  # the loss of each pass is a mean, to be divided by their number
         self._teacher, self._recover, self._layers, self._began, self._spent = teacher, params, layers, 0.0, 0.0
 
@@ -133,8 +138,12 @@ class _Distiller(Trainer):
         params = self._recover
         given = model_inputs(inputs["input_ids"], inputs.get("attention_mask"))
         said = model(**given, output_hidden_states=bool(params.hidden_states), use_cache=False)
-        taught = self._teacher.predict(inputs["index"], given) if self._needs_teacher else Taught(said.logits.detach())
-        loss = prediction_loss(said.logits, inputs["targets"], taught, params.temperature, params.cross_entropy)
+        taught = self._teacher.predict(inputs["index"], given) if self._needs_teacher else Taught(said[0].detach())
+        if self._pooling is not None:
+            assert isinstance(taught.predictions, Tensor), "hidden states are never stored"
+            loss = distances(pooled(said[0], self._pooling), pooled(taught.predictions, self._pooling)).mean()
+        else:
+            loss = prediction_loss(said[0], inputs["targets"], taught, params.temperature, params.cross_entropy)
         if params.hidden_states:
             mask = given.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
             distance = hidden_loss(said.hidden_states, taught.hidden, self._layers, mask)
@@ -321,6 +330,7 @@ class Training:
             self.teacher,
             self.params,
             self.layers,
+            self.sequences.pooling,
             model=model,
             args=self._arguments(home, fresh=last is None),
             train_dataset=Rows(self.sequences, order),

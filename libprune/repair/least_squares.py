@@ -237,7 +237,8 @@ def repair_local(
     """
     fits = []
     for consumer, own in pruned_consumers(architecture, plan):
-        if architecture.parts[consumer.part].router or (inputs := inputs_of(consumer)) is None:
+        rerouted = consumer.stack is not None and architecture.parts[consumer.part].router != ""
+        if rerouted or (inputs := inputs_of(consumer)) is None:
             continue
         like = weight_of(consumer.weight)
         weight = oriented(consumer, like)

@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.collection.calibration import held_out
+from libprune.collection.stream_norms import watch_norms
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import masked, oriented
+from libprune.engine.surgery import hooked, masked, oriented
 from libprune.models.layers import first_output, layers_of, run_layer
 from libprune.models.sequences import Sequences
 from libprune.repair.experts import Rows, fit_experts
@@ -126,7 +127,10 @@ class SequentialRepair:
         architecture = self._architecture
         consumers = [c for part in architecture.parts_of(layer) for c in architecture.consumers(layer, part)]
         modules = [self._model.get_submodule(consumer.module) for consumer in consumers]
-        ran = [self._run(layer, number, self._dense, modules) for number in range(len(self._batches))]
+        self._scales = list[dict[str, Tensor]]()
+        with hooked(self._model) as handles:
+            handles += watch_norms(self._model, self._architecture, layer, self._keep_scale)
+            ran = [self._run_dense(layer, number, modules) for number in range(len(self._batches))]
         after, outputs = [first_output(state).cpu() for state, _ in ran], [given for _, given in ran]
         factors = factors_of(self._dense[0], after[0], outputs[0])
         drift = float(factors is not None) if self._drift is None else self._drift
@@ -151,6 +155,14 @@ class SequentialRepair:
                 states = [first_output(self._run(layer, number, self._pruned)[0]) for number in numbers]
         self._dense, self._pruned = after, after if self._own_inputs else [state.cpu() for state in states]
         return fits
+
+    def _run_dense(self, layer: int, number: int, watched: Sequence[nn.Module]) -> tuple[Any, list[Tensor]]:
+        self._scales.append({})
+        return self._run(layer, number, self._dense, watched)
+
+    def _keep_scale(self, consumer: Map, x: Tensor, scale: Tensor) -> None:
+        """Keep by how much the norm behind a consumer divides each token of the batch that runs."""
+        self._scales[-1][consumer.module] = scale.cpu()
 
     def _run(
         self,
@@ -310,9 +322,11 @@ class SequentialRepair:
     def _fit(self, consumer: Map, weight: Tensor, seen: Sequence["_Seen"], refit: bool) -> Fit:
         kept = self._kept[consumer.module]
         sums = {flag: _Sums() for flag in (False, True)}
-        for batch, pair in zip(self._batches, seen, strict=True):
-            device = pair.pruned.device
-            sums[batch.held_out].add(pair.x[..., kept].to(device).float(), pair.y.to(device))
+        for batch, pair, scales in zip(self._batches, seen, self._scales, strict=True):
+            x, y = pair.x[..., kept].float(), pair.y
+            if consumer.module in scales:
+                x, y = (one * scales[consumer.module] for one in (x, y))
+            sums[batch.held_out].add(x.to(pair.pruned.device), y.to(pair.pruned.device))
         kept_out = sums[True].finish() if sums[True].tokens else None
         return fit_consumer(consumer, weight, kept, sums[False].finish(), kept_out, self._damping, refit)
 

@@ -1,11 +1,13 @@
 """Warnings of a report: signs in a result that it is worse, or less certain, than its headline looks."""
 
-from libprune.report.headline import Metrics
+from libprune.report.headline import Metrics, embeds, final_figures
 from libprune.report.markdown import code, prose
 from libprune.report.recovery import rose, trained_texts
 
 MUCH_WORSE = 2.0
 """Perplexity ratio from which the text that a model writes is visibly worse."""
+LEAST_ALIKE = 0.9
+"""Rank correlation of similarities below which a search by embeddings finds visibly other texts; a convention."""
 FEW_WINDOWS = 8
 """Evaluation windows below which a standard error is itself a guess."""
 MISSED = 0.01
@@ -38,13 +40,16 @@ def trust(result: Metrics, calibration: str) -> str:
         result: the content of `artifacts/evaluation.json`.
         calibration: the name of the calibration text, as in `libprune.report.provenance.Provenance`.
     """
-    ratio, protocol = (result.get("recovered") or result)["perplexity_ratio"]["value"], result["protocol"]
-    if not ratio < MUCH_WORSE:
+    protocol = result["protocol"]
+    if embeds(result):
+        if not final_figures(result)["rank_correlation"] >= LEAST_ALIKE:
+            return "do not use it as it is, it finds other texts alike than the dense model does"
+    elif not (result.get("recovered") or result)["perplexity_ratio"]["value"] < MUCH_WORSE:
         return "do not use it as it is, its text is visibly worse"
     if protocol["text"] == "self":
         return "do not decide by this yet, since perplexity was measured on text of the dense model's own"
     if protocol["windows"] < FEW_WINDOWS:
-        return f"do not decide by this yet, since perplexity was measured on {protocol['windows']} window(s) only"
+        return f"do not decide by this yet, since this was measured on {protocol['windows']} window(s) only"
     if _same_text(protocol["text"], calibration):
         return "trust this for text like the one it was calibrated on, and measure it on yours before you use it"
     if not result["tasks"]:
@@ -52,7 +57,30 @@ def trust(result: Metrics, calibration: str) -> str:
     return "trust this for text like the evaluation text, and for the tasks in the table"
 
 
+def _similarity(result: Metrics) -> list[str]:
+    """The warnings of a model that gives embeddings."""
+    recovered, windows, lines = result.get("recovered"), result["protocol"]["windows"], []
+    correlation = final_figures(result)["rank_correlation"]
+    if not correlation >= LEAST_ALIKE:
+        advice = (
+            "train on more tokens (`recover.tokens`), or remove less" if recovered else "train it (`recover.method`)"
+        )
+        lines.append(
+            f"The rank correlation of similarities is {correlation:.3f}, below {LEAST_ALIKE}: expect a search by these "
+            f"embeddings to find other texts, and {advice} before use."
+        )
+    if windows < FEW_WINDOWS:
+        lines.append(f"Embeddings are compared on {windows} texts; raise `tokenize.evaluation_windows` to trust it.")
+    lines.append(
+        "Embeddings are only compared with the dense model's, on one text. Measure your own task, such as retrieval, "
+        "and compute all embeddings of an index anew: those of two models do not mix."
+    )
+    return lines
+
+
 def _quality(result: Metrics) -> list[str]:
+    if embeds(result):
+        return _similarity(result)
     recovered, windows, lines = result.get("recovered"), result["protocol"]["windows"], []
     ratio = (recovered or result)["perplexity_ratio"]["value"]
     if not ratio < MUCH_WORSE:
@@ -149,6 +177,14 @@ def _recovery(result: Metrics) -> list[str]:
             f"The held-out loss rose again after step {recovery['step']:,} of {recovery['steps']:,}: the text is too "
             "small or too narrow for more training. Name more text under `recover.text`."
         )
+    if embeds(result):
+        if recovered["cosine"] < result["pruned"]["cosine"]:
+            lines.append(
+                f"Recovery took the embeddings further from the dense model's on the evaluation text, cosine "
+                f"{recovered['cosine']:.4f} after {result['pruned']['cosine']:.4f}: train on text like that which the "
+                "model is to be used on (`recover.text`), or use the pruned model."
+            )
+        return lines
     before, after = (one["perplexity_ratio"]["value"] for one in (result, recovered))
     if after > before:
         lines.append(

@@ -21,6 +21,8 @@ PERPLEXITY = {
     "sequence_classification": "perplexity of labels",
 }
 """Name of the measured perplexity by the head of the model."""
+SIMILARITY = {"cosine": "cosine to the dense embedding", "rank_correlation": "rank correlation of similarities"}
+"""Names of the figures of a model that gives embeddings, by their keys; those of the dense model itself are 1."""
 _WIDEST = 300.0
 """Half of the width of an interval, in nats, beyond which it says nothing."""
 _CACHE = {"KV cache, bytes a token": "cache_bytes", "recurrent states, bytes a sequence": "state_bytes"}
@@ -32,15 +34,9 @@ def headline_rows(result: Metrics) -> Rows:
     Args:
         result: the content of `artifacts/evaluation.json`.
     """
-    dense, pruned, speed, recovered = result["dense"], result["pruned"], result["speed"], result.get("recovered")
-    after = [("perplexity, recovered", "", *_perplexity(recovered, recovered["perplexity_ratio"]))] if recovered else []
+    dense, pruned, speed = result["dense"], result["pruned"], result["speed"]
     return [
-        (
-            PERPLEXITY[result["model"]["head"]],
-            f"{dense['perplexity']:.2f} ± {dense['perplexity_se']:.2f}",
-            *_perplexity(pruned, result["perplexity_ratio"]),
-        ),
-        *after,
+        *(_similarities(result) if embeds(result) else _perplexities(result)),
         _count("decoder parameters", dense["decoder_parameters"], pruned["decoder_parameters"]),
         _count("all parameters", dense["total_parameters"], pruned["total_parameters"]),
         _count("weights, MB", dense["bytes"] / 1e6, pruned["bytes"] / 1e6),
@@ -48,6 +44,46 @@ def headline_rows(result: Metrics) -> Rows:
         *(_speed(name, dense, pruned, speed) for name in ("prefill", "decode") if dense[name]),
         *(row for task, models in result["tasks"].items() for row in _accuracy(task, models)),
     ]
+
+
+def embeds(result: Metrics) -> bool:
+    """Whether the model gives embeddings, so that it has no perplexity."""
+    return bool(result["model"]["head"] == "embedding")
+
+
+def final_figures(result: Metrics) -> Metrics:
+    """The figures of the final model: of the recovered one, or of the pruned one if nothing was recovered."""
+    found: Metrics = result.get("recovered") or result["pruned"]
+    return found
+
+
+def _perplexities(result: Metrics) -> Rows:
+    dense, recovered = result["dense"], result.get("recovered")
+    rows: Rows = [
+        (
+            PERPLEXITY[result["model"]["head"]],
+            f"{dense['perplexity']:.2f} ± {dense['perplexity_se']:.2f}",
+            *_perplexity(result["pruned"], result["perplexity_ratio"]),
+        )
+    ]
+    if recovered:
+        rows.append(("perplexity, recovered", "", *_perplexity(recovered, recovered["perplexity_ratio"])))
+    return rows
+
+
+def _similarities(result: Metrics) -> Rows:
+    """The rows of embeddings: the pruned model, and below it the recovered one if there is one."""
+    models = {"": result["pruned"]} | ({", recovered": result["recovered"]} if result.get("recovered") else {})
+    return [
+        (f"{name}{after}", "1", similarity_text(model, key), f"{model[key] - 1:+.4f}")
+        for key, name in SIMILARITY.items()
+        for after, model in models.items()
+    ]
+
+
+def similarity_text(model: Metrics, key: str) -> str:
+    """A figure of `SIMILARITY` with its standard error."""
+    return f"{model[key]:.4f} ± {model[f'{key}_se']:.4f}"
 
 
 def _perplexity(model: Metrics, ratio: Metrics) -> tuple[str, str]:
@@ -100,9 +136,6 @@ def decision(result: Metrics, verdict: str) -> str:
         verdict: the end of the sentence, in Markdown.
     """
     dense, pruned, speed, recovered = result["dense"], result["pruned"], result["speed"], result.get("recovered")
-    ratio = (recovered or result)["perplexity_ratio"]
-    low, high = ratio_interval(ratio, result["protocol"]["windows"])
-    sure = f"95 % interval {low:.3f} to {high:.3f}" if math.isfinite(low) else "interval unknown"
     faster = " and ".join(
         f"× {speed[f'{name}_ratio']:.2f} ({least:.2f} to {most:.2f}) in {name}"
         for name in ("prefill", "decode")
@@ -114,8 +147,25 @@ def decision(result: Metrics, verdict: str) -> str:
         f"Without {100 * pruned['decoder_share_removed']:.1f} % of the decoder's parameters "
         f"({100 * pruned['total_share_removed']:.1f} % of all) it takes {_megabytes(pruned['bytes'])} MB instead of "
         f"{_megabytes(dense['bytes'])}, and beside the dense model its speed is {faster}, its "
-        f"{PERPLEXITY[result['model']['head']]}{after} × {ratio['value']:.3f} ({sure}): **{verdict}**."
+        f"{_quality(result, after)}: **{verdict}**."
     )
+
+
+def _quality(result: Metrics, after: str) -> str:
+    """The quality of the final model beside the dense one, with its interval, as a part of a sentence."""
+    windows = result["protocol"]["windows"]
+    if embeds(result):
+        final = final_figures(result)
+        half = float(stdtrit(windows - 1, 0.975)) * final["cosine_se"]
+        return (
+            f"{SIMILARITY['cosine']}{after} {final['cosine']:.4f} (95 % interval {final['cosine'] - half:.4f} to "
+            f"{final['cosine'] + half:.4f}), the {SIMILARITY['rank_correlation']} "
+            f"{similarity_text(final, 'rank_correlation')}"
+        )
+    ratio = (result.get("recovered") or result)["perplexity_ratio"]
+    low, high = ratio_interval(ratio, windows)
+    sure = f"95 % interval {low:.3f} to {high:.3f}" if math.isfinite(low) else "interval unknown"
+    return f"{PERPLEXITY[result['model']['head']]}{after} × {ratio['value']:.3f} ({sure})"
 
 
 def _megabytes(size: int) -> str:
@@ -144,16 +194,20 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:,.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
 
 
-def describe_protocol(protocol: Metrics) -> str:
+def describe_protocol(result: Metrics) -> str:
     """A paragraph of Markdown on how the numbers of the headline were measured.
 
     Args:
-        protocol: the object `protocol` of `artifacts/evaluation.json`.
+        result: the content of `artifacts/evaluation.json`.
     """
+    protocol = result["protocol"]
+    measured, ratio = "Perplexity", "for the ratio over paired windows"
+    if embeds(result):
+        measured, ratio = "Cosines and similarities of pairs", "for the correlation by the jackknife"
     decoded = f", {protocol['decode_tokens']} tokens decoded" if protocol["decode_tokens"] else ""
     return (
-        f"Perplexity on {protocol['windows']} windows of {protocol['length']} tokens of {code(protocol['text'])}, "
-        "disjoint from the calibration text; ± is one standard error over windows, for the ratio over paired windows. "
+        f"{measured} on {protocol['windows']} windows of {protocol['length']} tokens of {code(protocol['text'])}, "
+        f"disjoint from the calibration text; ± is one standard error over windows, {ratio}. "
         f"Speed: median of {protocol['rounds']} alternating rounds, prompt {protocol['prompt_tokens']} tokens"
         f"{decoded}, {protocol['dtype']} on {protocol['device']}; in brackets the "
         "slowest and fastest round."

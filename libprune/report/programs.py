@@ -11,7 +11,7 @@ from libprune.engine.heads import HEADS, HeadName, writes
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.story import Earlier, earlier_result
 from libprune.pipeline.terminal import Rows, text_table
-from libprune.report.headline import HEADER, PERPLEXITY, Metrics, headline_rows
+from libprune.report.headline import HEADER, PERPLEXITY, SIMILARITY, Metrics, embeds, final_figures, headline_rows
 from libprune.report.markdown import code, markdown_table
 
 TRIED = {"vLLM": "0.32.0", "llama.cpp": "xllamacpp 2026.10.11549", "ONNX Runtime": "1.32.0"}
@@ -49,14 +49,21 @@ def figures(result: Metrics) -> dict[str, float]:
     Args:
         result: the content of `artifacts/evaluation.json`.
     """
-    final, dense, pruned, speed = result.get("recovered") or result, result["dense"], result["pruned"], result["speed"]
+    dense, pruned, speed = result["dense"], result["pruned"], result["speed"]
     found = {
-        PERPLEXITY[result["model"]["head"]]: final["perplexity_ratio"]["value"],
+        **_quality(result),
         "decoder parameters": pruned["decoder_parameters"] / dense["decoder_parameters"],
         "prefill": speed["prefill_ratio"],
         "decode": speed["decode_ratio"],
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _quality(result: Metrics) -> dict[str, float]:
+    if embeds(result):
+        return {name: final_figures(result)[key] for key, name in SIMILARITY.items()}
+    final = result.get("recovered") or result
+    return {PERPLEXITY[result["model"]["head"]]: final["perplexity_ratio"]["value"]}
 
 
 def closing(result: Metrics, layout: Layout, report: Path, keep: bool = False) -> list[str]:
@@ -134,15 +141,16 @@ def _proof(result: Metrics, layout: Layout, generates: str) -> str:
     """How it was shown that the model loads, and where the model before recovery lies."""
     proof = result["pruning"]["proof"]
     differ = f"{proof['logit_difference']:.1e} of {proof['logit_scale']:.1f}"
+    outputs = HEADS[result["model"]["head"]].outputs
     if not result.get("recovered"):
         return (
-            "A fresh process without libprune loaded it; its logits differ from the masked dense model's by "
+            f"A fresh process without libprune loaded it; its {outputs} differ from the masked dense model's by "
             f"{differ}{generates}."
         )
     return (
         f"A fresh process without libprune loaded it and computed what its trained weights say{generates}. The model "
-        f"before recovery lies in {code(str(layout.pruned))} and loads alike; its logits differ from the masked dense "
-        f"model's by {differ}."
+        f"before recovery lies in {code(str(layout.pruned))} and loads alike; its {outputs} differ from the masked "
+        f"dense model's by {differ}."
     )
 
 

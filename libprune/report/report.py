@@ -70,7 +70,7 @@ def report_title(result: Metrics, made: Provenance) -> str:
 def _opening(result: Metrics, made: Provenance) -> Section:
     """The title, the sentence to decide by, and the headline table with the protocol of its measurements."""
     table = markdown_table(headline_rows(result), HEADER)
-    protocol = describe_protocol(result["protocol"])
+    protocol = describe_protocol(result)
     if result.get("recovered"):
         protocol += " Sizes and speed are those of the pruned model, whose shape the recovered one has."
     sentence = decision(result, trust(result, made.text))

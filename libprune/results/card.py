@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from libprune.engine.errors import ArtifactError
-from libprune.engine.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
+from libprune.engine.heads import CAUSAL_LM, EMBEDDING, IMAGE_TEXT_TO_TEXT, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
 from libprune.models.dialect import STOP
 from libprune.models.folder import PROCESSOR_FILES
 from libprune.models.origin import CARD, Origin
@@ -19,6 +19,7 @@ _TASKS = {
     IMAGE_TEXT_TO_TEXT.name: "image-text-to-text",
     MASKED_LM.name: "fill-mask",
     SEQUENCE_CLASSIFICATION.name: "text-classification",
+    EMBEDDING.name: "feature-extraction",
 }
 """The names of hubs for what a model does, by its head."""
 _FOLDERS = re.compile(r"(?<![^\s(])(?:package://|[~.]*/)(?:\S*/)?(?=\S)")
@@ -146,13 +147,14 @@ def _making(record: Record) -> Iterator[str]:
 
 def _proof(record: Record) -> Iterator[str]:
     proof, recovery = record.provenance["proof"], record.recovery
+    outputs = head_of(record.config["architectures"]).outputs
     other = "the dense model with the fitted weights, in which the removed units are masked"
     if recovery:
         proof, other = recovery["proof"], "the pruned model with the trained weights in memory"
     yield "## How it was proved"
     yield (
         "The folder was loaded in a fresh process without libprune, and computed in float32 what is computed by "
-        f"{other}: logits differ by at most {proof['logit_difference']:.1e} of {proof['logit_scale']:.1f}. "
+        f"{other}: {outputs} differ by at most {proof['logit_difference']:.1e} of {proof['logit_scale']:.1f}. "
         "`libprune check` shows whether its files are still the same."
     )
 
@@ -160,10 +162,20 @@ def _proof(record: Record) -> Iterator[str]:
 def _figures(evaluation: Mapping[str, Any]) -> Iterator[str]:
     names = {"dense": "dense", "pruned": "pruned", "recovered": "pruned and trained"}
     models = {title: evaluation[name] for name, title in names.items() if evaluation[name]}
-    rows = [(name, f"{one['perplexity']:.2f} ± {one['perplexity_se']:.2f}") for name, one in models.items()]
     protocol = evaluation["protocol"]
+    measures = {"perplexity": ("perplexity", 2)}
+    if evaluation["model"]["head"] == EMBEDDING.name:
+        models.pop(names["dense"])
+        measures = {
+            "cosine": ("cosine to the dense embedding", 4),
+            "rank_correlation": ("rank correlation of similarities", 4),
+        }
+    rows = [
+        (name, *(f"{one[key]:.{digits}f} ± {one[f'{key}_se']:.{digits}f}" for key, (_, digits) in measures.items()))
+        for name, one in models.items()
+    ]
     yield "## Figures"
-    yield _table(rows, ("model", "perplexity"))
+    yield _table(rows, ("model", *(title for title, _ in measures.values())))
     yield (
         f"On {protocol['windows']:,} windows of {protocol['length']:,} tokens of "
         f"{_without_folders(protocol['text'])}, in {protocol['dtype']}, ± one standard error."

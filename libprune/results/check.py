@@ -18,6 +18,7 @@ from libprune.engine import cost
 from libprune.engine.describe import describe
 from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
+from libprune.engine.heads import HEADS
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import keys_of
 from libprune.engine.surgery import masked
@@ -203,17 +204,19 @@ def _run(record: Record, computed: dict[str, Tensor]) -> Iterator[Finding]:
         yield Finding("ok", "loads", f"in a fresh process without libprune, {how}")
     else:
         yield Finding("fault", "loads", f"{record.folder} loads {loaded:,} parameters, expected {expected:,}")
-    logits = computed["logits"]
+    logits, outputs = computed["logits"], HEADS[record.architecture.head].outputs
     scale, difference = float(logits.abs().max()), float((computed.get("cached", logits) - logits).abs().max())
     if not torch.isfinite(logits).all():
         broken = int((~torch.isfinite(logits)).sum())
-        yield Finding("fault", "logits", f"{record.folder} computes {broken:,} of {logits.numel():,} logits not finite")
+        yield Finding(
+            "fault", outputs, f"{record.folder} computes {broken:,} of {logits.numel():,} {outputs} not finite"
+        )
     elif not agrees(difference, scale):
         differ = f"differ by {difference:.3g} of {scale:.3g}, expected at most {TOLERANCE * scale:.3g}"
-        yield Finding("fault", "logits", f"{record.folder}: with and without the KV cache they {differ}")
+        yield Finding("fault", outputs, f"{record.folder}: with and without the KV cache they {differ}")
     else:
         same = f"; with and without the KV cache they differ by {difference:.1e} of {scale:.1f}"
-        yield Finding("ok", "logits", f"finite{same if 'cached' in computed else ''}")
+        yield Finding("ok", outputs, f"finite{same if 'cached' in computed else ''}")
     if "generated" not in computed:
         return
     number = computed["generated"].shape[1]
@@ -252,5 +255,6 @@ def _against_dense(
     with masked(model, architecture, record.plan):
         wanted = reference_logits(model, ids)
     scale, difference = float(wanted.abs().max()), float((logits - wanted).abs().max())
-    text = f"logits differ by {difference:.1e} of {scale:.1f} from those of {dense} under the plan's mask"
+    differ = f"{HEADS[architecture.head].outputs} differ by {difference:.1e} of {scale:.1f}"
+    text = f"{differ} from those of {dense} under the plan's mask"
     return Finding("ok" if agrees(difference, scale) else "fault", "dense", text)

@@ -28,6 +28,7 @@ from libprune.results.continuations import Beginnings, choose_beginnings, decode
 from libprune.results.draft import Overlap, draft_figures, window_overlaps
 from libprune.results.perplexity import Losses, accuracy, estimate_perplexity, estimate_ratio, label_hits, window_losses
 from libprune.results.record import read_recovered, read_whole
+from libprune.results.similarity import Embeddings, similarity, window_embeddings
 from libprune.results.speed import Speed, SpeedComparison, compare_speed
 from libprune.results.tasks import zero_shot
 
@@ -78,13 +79,15 @@ class _Measured:
     """Measurements on one model.
 
     Attributes:
-        losses: by window.
+        losses: by window; none of models that give embeddings.
+        embeddings: of the windows, by models that give some.
         tasks: accuracies by task.
         written: token ids of its continuations.
         overlap: of its predictions with the dense model's; None of the dense model, and of models that do not write.
     """
 
     losses: Losses
+    embeddings: Embeddings | None
     tasks: dict[str, dict[str, float]]
     written: Ids
     overlap: Overlap | None
@@ -110,6 +113,11 @@ class _Run:
     def writes(self) -> bool:
         """Whether the models write, and do not only read."""
         return writes(self.architecture.head)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the models give embeddings."""
+        return self.architecture.head == "embedding"
 
     @property
     def prompt_tokens(self) -> int:
@@ -179,7 +187,11 @@ class _Run:
         """
         params, tokens, tasks = self.params, self.compute.batch_tokens, dict[str, dict[str, float]]()
         bar.set_description(f"evaluate: {name}", refresh=False)
-        losses, beginnings = window_losses(model, self.windows, tokens, bar), self.beginnings
+        losses, embeddings, beginnings = np.zeros(0), None, self.beginnings
+        if self.embeds:
+            embeddings = window_embeddings(model, self.windows, tokens, bar)
+        else:
+            losses = window_losses(model, self.windows, tokens, bar)
         if params.tasks:
             given = (params.tasks, params.task_folder, params.task_limit, params.task_batch)
             tasks = zero_shot(model, self.tokenizer, *given)
@@ -192,7 +204,7 @@ class _Run:
             bar.update()
         if self.writes and beside is not None:
             overlap = window_overlaps(beside, model, self.windows, tokens, bar)
-        return _Measured(losses, tasks, written, overlap)
+        return _Measured(losses, embeddings, tasks, written, overlap)
 
 
 def _facts(run: _Run) -> dict[str, Any]:
@@ -241,13 +253,14 @@ def _protocol(run: _Run) -> dict[str, Any]:
 
 def _figures(run: _Run, measured: Mapping[str, _Measured], speed: SpeedComparison) -> dict[str, Any]:
     """The figures of each model; size and speed of the recovered one are those of the pruned one."""
-    losses = {name: one.losses for name, one in measured.items()}
-    ratios = {name: _ratio(losses["dense"], other) for name, other in losses.items()}
+    dense = measured["dense"]
+    quality = {name: _quality(dense, one) for name, one in measured.items()}
+    ratios = {name: None if run.embeds else _ratio(dense.losses, one.losses) for name, one in measured.items()}
     drafts = {name: _draft(one, speed) for name, one in measured.items()}
     whole, left = run.architecture, _left(run)
     figures = {
-        "dense": _one(whole, Plan.dense(whole), losses["dense"], speed.dense, run.dtype),
-        "pruned": _one(left, run.plan, losses["pruned"], speed.pruned, run.dtype)
+        "dense": _one(whole, Plan.dense(whole), quality["dense"], speed.dense, run.dtype),
+        "pruned": _one(left, run.plan, quality["pruned"], speed.pruned, run.dtype)
         | _removed(whole, left, run.plan)
         | {"draft": drafts["pruned"]},
         "perplexity_ratio": ratios["pruned"],
@@ -255,7 +268,7 @@ def _figures(run: _Run, measured: Mapping[str, _Measured], speed: SpeedCompariso
     }
     if run.recovered is not None:
         compared = {"perplexity_ratio": ratios["recovered"], "draft": drafts["recovered"]}
-        figures["recovered"] = _perplexity(losses["recovered"]) | compared
+        figures["recovered"] = quality["recovered"] | compared
     return figures
 
 
@@ -266,8 +279,11 @@ def _draft(measured: _Measured, speed: SpeedComparison) -> dict[str, Any] | None
     return draft_figures(measured.overlap, 1 / speed.decode_ratio)
 
 
-def _perplexity(losses: Losses) -> dict[str, float]:
-    estimate = estimate_perplexity(losses)
+def _quality(dense: _Measured, other: _Measured) -> dict[str, float]:
+    """The perplexity of a model, or how near its embeddings are to the dense model's, which has no such figure."""
+    if dense.embeddings is not None and other.embeddings is not None:
+        return {} if other is dense else similarity(dense.embeddings, other.embeddings)
+    estimate = estimate_perplexity(other.losses)
     return {"perplexity": estimate.value, "perplexity_se": estimate.error}
 
 
@@ -282,10 +298,13 @@ def _biased(architecture: Architecture, part: str) -> bool:
     return any(consumer.bias in names for consumer in architecture.consumers(architecture.with_part(part)[0], part))
 
 
-def _one(architecture: Architecture, plan: Plan, losses: Losses, speed: Speed, dtype: torch.dtype) -> dict[str, Any]:
+def _one(
+    architecture: Architecture, plan: Plan, quality: Mapping[str, float], speed: Speed, dtype: torch.dtype
+) -> dict[str, Any]:
     """The figures of the dense or the pruned model."""
     size = cost.size(architecture, plan)
-    return _perplexity(losses) | {
+    return {
+        **quality,
         "decoder_parameters": size.decoder,
         "total_parameters": size.total,
         "bytes": size.total * dtype.itemsize,
@@ -310,15 +329,22 @@ def _removed(architecture: Architecture, pruned: Architecture, plan: Plan) -> di
     }
 
 
+_QUALITY = ("perplexity", "perplexity_se", "cosine", "cosine_se", "rank_correlation", "rank_correlation_se")
+
+
 def headline_metrics(result: dict[str, Any]) -> dict[str, Any]:
     """The few figures of `metrics/evaluation.json`, which `dvc metrics diff` and `dvc exp show` print."""
     shares = ("decoder_share_removed", "total_share_removed", "macs_share_removed")
+    dense, ratio = (
+        {name: result["dense"][name] for name in _QUALITY if name in result["dense"]},
+        result["perplexity_ratio"],
+    )
     recovered, recovery = result["recovered"], result["recovery"]
     trained = {name: recovery[name] for name in ("tokens", "seconds", "trained_parameters")} if recovery else {}
     return {
-        "dense": {name: result["dense"][name] for name in ("perplexity", "perplexity_se")},
-        "pruned": {name: result["pruned"][name] for name in ("perplexity", "perplexity_se", *shares, "draft")},
-        "perplexity_ratio": result["perplexity_ratio"],
+        **({"dense": dense} if dense else {}),
+        "pruned": {name: result["pruned"][name] for name in (*_QUALITY, *shares, "draft") if name in result["pruned"]},
+        **({"perplexity_ratio": ratio} if ratio else {}),
         **({"recovered": recovered | trained} if recovered else {}),
         **({"tasks": result["tasks"]} if result["tasks"] else {}),
         "speed": {name: result["speed"][name] for name in ("prefill_ratio", "decode_ratio")},

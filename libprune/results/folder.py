@@ -8,6 +8,7 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -23,14 +24,20 @@ from libprune.engine.axes import LinearMap, parse_expr
 from libprune.engine.describe import without_weights
 from libprune.engine.errors import NotExpressibleError, SourceError, cause
 from libprune.engine.family import Family, Part, families
-from libprune.engine.heads import HEADS, Head
+from libprune.engine.heads import EMBEDDING, HEADS, Head
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import new_config
 from libprune.models.dialect import OPEN, OWN_TYPE, STOP, only_with_code, tokenizer_settings, version_4
 from libprune.models.folder import PROCESSOR_FILES, load_config
+from libprune.models.sentences import copy_sentence_files, sentence_files
 
 MODELING_FILE = "modeling_pruned.py"
 _TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
+_WITH_HEAD = """
+
+class Pruned{0}(OfUnevenLayers, {0}):
+    \"\"\"The model with its head.\"\"\"
+"""
 _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -78,6 +85,8 @@ def write_pruned(
     (folder / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
     if any((dense / name).is_file() for name in _TOKENIZER_FILES):
         _save_tokenizer(dense, folder)
+    if architecture.head == EMBEDDING.name:
+        copy_sentence_files(sentence_files(dense, local_files_only=True), folder)
     for name in (GENERATION_CONFIG_NAME, *PROCESSOR_FILES):
         if (dense / name).is_file():
             shutil.copyfile(dense / name, folder / name)
@@ -190,15 +199,25 @@ def _layer_overrides(family: Family, architecture: Architecture, plan: Plan, lay
 
 
 def _stock_classes(family: Family, config: PreTrainedConfig, head: Head) -> dict[str, str]:
-    """The names in transformers' code of a config, its model with and without the head, a layer, and their package."""
+    """The names in transformers' code of a config, its model with and without the head, a layer, and their package; and
+    what a layer is made from.
+    """
     model = without_weights(config)
+    layer = type(model.base_model.get_submodule(_layers_of_base(family))[0])
+    numbered = "layer_idx" in signature(layer).parameters
     return {
         "package": type(config).__module__.split(".")[-2],
         "config_class": type(config).__name__,
         "model_class": head.model_class(config),
         "base_class": type(model.base_model).__name__,
-        "layer_class": type(model.get_submodule(family.layers)[0]).__name__,
+        "layer_class": layer.__name__,
+        "layer_arguments": "config, layer_idx" if numbered else "config",
     }
+
+
+def _layers_of_base(family: Family) -> str:
+    """Path of the list of layers in the model without its head."""
+    return family.layers.partition(".")[2]
 
 
 def _modeling_code(family: Family, config: PreTrainedConfig, head: Head) -> str:
@@ -206,12 +225,16 @@ def _modeling_code(family: Family, config: PreTrainedConfig, head: Head) -> str:
         name: (part.module, [path for path in part.modules if not f"{path}.".startswith(f"{part.module}.")])
         for name, part in family.parts.items()
     }
+    classes = _stock_classes(family, config, head)
+    names = {classes[name] for name in ("base_class", "layer_class", "model_class")}
     return Template(_TEMPLATE.read_text()).substitute(
-        **_stock_classes(family, config, head),
+        **classes,
+        imported=", ".join(sorted(names, key=lambda name: (name.lower(), name))),
+        with_head=_WITH_HEAD.format(classes["model_class"]) if head is not EMBEDDING else "",
         auto_class=head.auto_class,
         own_type=OWN_TYPE + config.model_type,
         open=repr(OPEN),
-        layers=family.layers.partition(".")[2],
+        layers=_layers_of_base(family),
         parts=repr(parts),
         per_layer_lists=repr(family.config.per_layer_lists),
         built_with=repr({key: getattr(config, key) for key in _unsaid_keys(family)}),

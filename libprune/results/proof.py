@@ -41,7 +41,7 @@ model = getattr(transformers, loader).from_pretrained(
 ).eval()
 computed = {"parameters": torch.tensor(sum(parameter.numel() for parameter in model.parameters()))}
 with torch.no_grad():
-    computed["logits"] = model(input_ids=ids).logits
+    computed["logits"] = model(input_ids=ids)[0]
     if writes == "writes":
         half = max(1, ids.shape[1] // 2)
         first = model(input_ids=ids[:, :half], use_cache=True)
@@ -104,8 +104,9 @@ def verify_folder(
     result = Verification(difference, float(expected.abs().max()))
     if not agrees(result.difference, result.scale):
         raise LibpruneError(
-            f"the model in {folder} loads but computes something else: logits differ by {difference:.3g} "
-            f"of {result.scale:.3g} from what is expected of it. This is a defect of libprune; please report the plan"
+            f"the model in {folder} loads but computes something else: {HEADS[head].outputs} differ by "
+            f"{difference:.3g} of {result.scale:.3g} from what is expected of it. This is a defect of libprune; please "
+            "report the plan"
         )
     if "generated" in computed and computed["generated"].shape[1] < 1:
         raise LibpruneError(f"the model in {folder} loads but generates nothing")
@@ -122,9 +123,10 @@ def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: H
         head: the model's head.
 
     Returns:
-        `parameters`, their number, and `logits` of one pass, ``[batch, length, vocab]`` or ``[batch, labels]``; of a
-        model that writes also `cached`, the logits of two passes with the KV cache, and `generated`, new token ids
-        ``[1, tokens]`` after the first half of the first row.
+        `parameters`, their number, and `logits` of one pass, ``[batch, length, vocab]`` or ``[batch, labels]``, or the
+        last hidden states of a model without a head, ``[batch, length, width]``; of a model that writes also `cached`,
+        the logits of two passes with the KV cache, and `generated`, new token ids ``[1, tokens]`` after the first half
+        of the first row.
 
     Raises:
         LibpruneError: if it does not load or run, with the last line of what Python says.
@@ -143,9 +145,12 @@ def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: H
 
 
 def reference_logits(model: torch.nn.Module, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "..."]:
-    """Logits of a model on the given ids, ``[batch, length, vocab]`` or ``[batch, labels]``, in float32."""
+    """Logits of a model on the given ids, ``[batch, length, vocab]`` or ``[batch, labels]``, in float32.
+
+    A model without a head gives its last hidden states, ``[batch, length, width]``.
+    """
     with torch.no_grad():
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: Tensor = model(input_ids=ids, use_cache=False)[0]
     return logits.float()
 
 

@@ -266,7 +266,7 @@ def read_whole(folder: Path, layout: Layout, plan: Mapping[str, Any]) -> Record:
 
 
 def copy_files(record: Record, folder: Path, without: Collection[str] = ()) -> None:
-    """Copy the files of a pruned folder into another one: those that were recorded, but no weights.
+    """Copy the files of a pruned folder into another one: those that were recorded, but not the model's weights.
 
     Args:
         record: the record of the pruned folder.
@@ -274,7 +274,7 @@ def copy_files(record: Record, folder: Path, without: Collection[str] = ()) -> N
         without: names of files that are not copied.
     """
     for name in record.files:
-        if name not in without and ".safetensors" not in name:
+        if name not in without and ("/" in name or ".safetensors" not in name):
             target = folder / name
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(record.folder / name, target)

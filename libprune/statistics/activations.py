@@ -30,6 +30,7 @@ from libprune.collection.records import (
 )
 from libprune.collection.resumable import Collection, collecting, write_artifact
 from libprune.collection.stacked import Routed, RoutedHeldOut, Stacked
+from libprune.collection.stream_norms import stream_norms, watch_norms
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.stacks import Routing, StackedMap
 from libprune.engine.surgery import hooked, oriented
@@ -132,7 +133,8 @@ def collect_activations(
     Raises:
         StatisticsError: naming the module and sequence whose input is not finite.
     """
-    inputs, names = InputSums(sums, architecture.sizes), {name for group in sums.groups for name in group}
+    names = {name for group in sums.groups for name in group}
+    inputs = InputSums(sums, architecture.sizes, behind_norms=bool(stream_norms(architecture, 0)))
     with hooked(model) as handles, torch.no_grad():
         for entry in architecture.maps:
             module = model.get_submodule(entry.module)
@@ -140,6 +142,7 @@ def collect_activations(
             if isinstance(module, StackedMap):
                 module.watch = partial(_add_routed, sums, entry) if f"{entry.module}{ROUTED}" in names else None
         for layer in range(architecture.layers):
+            handles += watch_norms(model, architecture, layer, inputs.fit)
             module = model.get_submodule(f"{architecture.layers_path}.{layer}")
             handles.append(module.register_forward_hook(partial(_add_layer, sums, layer), with_kwargs=True))
         for _, first, sequences in batches:
@@ -153,9 +156,15 @@ class InputSums:
     Sequences may be the samples of a network, and tokens the rows that one sample gives a map.
     """
 
-    def __init__(self, sums: Accumulator, sizes: Mapping[str, int]) -> None:
-        """Take the sums of the `activation_groups`, and the sizes of the axes."""
-        self._sums, self._sizes = sums, sizes
+    def __init__(self, sums: Accumulator, sizes: Mapping[str, int], behind_norms: bool = False) -> None:
+        """Take the sums of the `activation_groups`.
+
+        Args:
+            sums: the sums.
+            sizes: of the axes.
+            behind_norms: whether `fit` is called for every consumer, with the scale of each of its tokens.
+        """
+        self._sums, self._sizes, self._behind_norms = sums, sizes, behind_norms
 
     def begin(self, first: int, sequences: int) -> None:
         """Begin a batch, given the index of its first sequence and their number."""
@@ -174,7 +183,9 @@ class InputSums:
             self._shared = x, group[entry.module].measure(x.flatten(0, -2).float())
         self._sums.join(entry.layer, entry.module, self._shared[1])
         if entry.module + GRAM in group:
-            self._add_to_gram(entry, each)
+            self._sums.update(entry.layer, entry.module + _HISTOGRAM, _sampled(each, self._first))
+            if not self._behind_norms:
+                self.fit(entry, x)
 
     def add_rows(self, entry: Map, x: Float[Tensor, "rows input"], routing: Routing) -> None:
         """Add what the experts of a stack take from a batch, row by row.
@@ -205,16 +216,24 @@ class InputSums:
         places = (number * tokens + slots[position])[kept]
         self._sums.update(entry.layer, entry.module + HELD_OUT, x[kept], routing.experts[kept], places)
 
-    def _add_to_gram(self, consumer: Map, x: Float[Tensor, "sequences tokens input"]) -> None:
-        """Add a consumer's input to its histogram, its Gram matrix, and the inputs that are held out of the matrix."""
-        self._sums.update(consumer.layer, consumer.module + _HISTOGRAM, _sampled(x, self._first))
+    def fit(self, consumer: Map, x: Tensor, scale: Tensor | None = None) -> None:
+        """Add a consumer's input to its Gram matrix, and to the inputs that are held out of the matrix.
+
+        Args:
+            consumer: the map.
+            x: its input, as in `add`.
+            scale: of each token, for products and held-out inputs; None where all count alike.
+        """
+        x = per_sequence(x, self._sequences)
+        scaled = x if scale is None else x.float() * per_sequence(scale, self._sequences)
         held = held_out(self._first, len(x)).to(x.device)
         if not held.all():
-            fitted = x[~held] if held.any() else x
-            self._sums.update(consumer.layer, consumer.module + GRAM, fitted.flatten(0, -2))
+            chosen = ~held if held.any() else slice(None)
+            both = (one[chosen].flatten(0, -2) for one in ((x,) if scale is None else (x, scaled)))
+            self._sums.update(consumer.layer, consumer.module + GRAM, *both)
         if held.any():
             numbers = (self._first + held.nonzero().squeeze(1).cpu()) // HELD_OUT_EVERY
-            self._sums.update(consumer.layer, consumer.module + HELD_OUT, x[held], numbers)
+            self._sums.update(consumer.layer, consumer.module + HELD_OUT, scaled[held], numbers)
 
 
 def _add_input(inputs: InputSums, entry: Map, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -2,19 +2,24 @@
 
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
+from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe, without_weights
-from libprune.engine.errors import SourceError
+from libprune.engine.errors import ParamsError, SourceError
+from libprune.engine.heads import EMBEDDING, Pooling
 from libprune.models.families import use_families
 from libprune.models.folder import write_dense
 from libprune.models.origin import find_origin
-from libprune.models.source import load_dense, load_dense_config, processor_files
+from libprune.models.sentences import pooling_of
+from libprune.models.source import find_sentence_files, load_dense, load_dense_config, processor_files
 from libprune.pipeline.artifacts import write_architecture, write_units
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.digests import sealed
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Prepare
 from libprune.pipeline.sources import resolve
+from libprune.pipeline.terminal import say
 from libprune.statistics.weights import weight_columns
 
 
@@ -37,6 +42,21 @@ def _require_content(section: Prepare) -> None:
         )
 
 
+def _pooling(section: Prepare, architecture: Architecture) -> tuple[Pooling | None, dict[str, Path]]:
+    """How a model without a head makes embeddings, and the files of sentence-transformers; nothing of other models."""
+    if architecture.head != EMBEDDING.name:
+        if section.pooling is not None:
+            raise ParamsError(
+                f"prepare.pooling: {section.pooling} is for models without a head, but this one has the head "
+                f"{architecture.head}; set it to null"
+            )
+        return None, {}
+    files = find_sentence_files(section)
+    pooling, sentence = pooling_of(files, section.pooling)
+    say(sentence)
+    return pooling, files
+
+
 def prepare_layout(layout: Layout, section: Prepare) -> None:
     """Load the dense model from its source; write it as a plain folder, its description, origin and per-unit weights.
 
@@ -51,7 +71,9 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     _require_content(section)
     model, tokenizer = load_dense(section)
     described = describe(model, accept=section.accept_config)
-    architecture = replace(described, fingerprint=write_dense(layout.model, model, tokenizer, processor_files(section)))
+    pooling, files = _pooling(section, described)
+    written = write_dense(layout.model, model, tokenizer, files | processor_files(section))
+    architecture = replace(described, fingerprint=written, pooling=pooling)
     write_architecture(layout, architecture)
     write_json(layout.origin, sealed(asdict(find_origin(section)) | {"model": architecture.fingerprint}))
     columns = partial(weight_columns, architecture, dict(model.named_parameters()))

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from libprune.models.embeddings import distances, embed
 from libprune.models.sequences import NO_TARGET, Sequences
 
 
@@ -15,7 +16,8 @@ class Divergence:
     position counts too, although its target is not known.
 
     The first call for a pass is taken as the dense model and gives 0. Its log-probabilities, tokens x vocabulary, are
-    kept on the host in the model's dtype.
+    kept on the host in the model's dtype. Between embeddings it is the distance of `libprune.models.embeddings`, one
+    minus the cosine.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -24,6 +26,9 @@ class Divergence:
 
     def __call__(self, number: int, sequences: Sequences) -> Float[Tensor, " batch"]:
         """The divergence of each sequence of a pass, ``[batch]``, given the number of the pass and its sequences."""
+        if sequences.pooling is not None:
+            found = embed(self._model, sequences)
+            return distances(found, self._dense.setdefault(number, found.cpu()).to(found.device))
         logits, targets = self._model(input_ids=sequences.ids, use_cache=False).logits, sequences.targets
         if targets is not None:
             logits = logits[targets != NO_TARGET].unflatten(0, (len(sequences), -1))

@@ -23,6 +23,7 @@ from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.surgery import hooked
 from libprune.engine.tables import Columns
 from libprune.models.compute import require_finite, sequence_losses
+from libprune.models.embeddings import own_distances
 from libprune.models.sequences import Pass
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Hessian
@@ -53,7 +54,8 @@ def measure_hessian(layout: Layout, compute: Compute, section: Hessian) -> Colum
     with collecting(run, "hessian", layout.hessian, groups, run.at_once, identity) as work:
         sums, batches = work.accumulator, work.passes()
         if probing:
-            collect_probes(run.model, run.architecture, batches, sums, section)
+            losses_of = sequence_losses if run.sequences.pooling is None else own_distances
+            collect_probes(run.model, run.architecture, batches, sums, section, losses_of)
         else:
             collect_squared_gradients(run.model, run.architecture, batches, sums, run.recompute)
         if not work.merge():

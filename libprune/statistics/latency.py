@@ -93,9 +93,12 @@ def time_layers(
         """A model of one layer or of none, with random weights."""
         parts = architecture.parts
         sizes = dict(architecture.sizes) | {parts[part].axis: count for part, count in (units or {}).items()}
-        one = new_config(family, config, sizes, () if units is None else (0,))
+        one = new_config(family, config, sizes, (0,))
         with device:
             model: PreTrainedModel = kind.from_config(one, dtype=dtype)
+        if units is None:
+            path = architecture.layers_path.removeprefix(f"{model.base_model_prefix}.")
+            del model.base_model.get_submodule(path)[:]
         for path in () if family.tower is None else family.tower.untouched:  # which text does not pass
             model.base_model.set_submodule(path.partition(".")[2], nn.Identity())
         return model.eval()

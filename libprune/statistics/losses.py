@@ -31,6 +31,7 @@ from libprune.models.compute import require_finite, sequence_losses
 from libprune.models.layers import copy_output, layers_of, replaced, skipped
 from libprune.models.sequences import Sequences
 from libprune.pipeline.terminal import gigabytes, note
+from libprune.statistics.divergence import Divergence
 
 LOSSES = "losses"
 """The name of `SequenceLosses` among the statistics."""
@@ -64,13 +65,13 @@ class Prefix:
             sequences: on the model's device.
             at_once: sequences in one pass.
             layers: those that measurements will start from; nothing needs to be kept for the first.
-            measure: gives the value of each sequence; None for the mean-token loss, in nats. Its first call for each
-                pass is on the model as it is now.
+            measure: gives the value of each sequence; None for the mean-token loss, in nats, and of a model that gives
+                embeddings for their distance. Its first call for each pass is on the model as it is now.
         """
         self._model, self._architecture = model, architecture
         self._layers = layers_of(model, architecture)
         self._passes = list(sequences.passes(at_once))
-        self._measure = measure or (lambda number, sequences: sequence_losses(model, sequences))
+        self._measure = measure or _loss_of(model, sequences)
         self._kept: dict[int, list[Any]] = {layer: [] for layer in layers if layer > 0}
         with hooked(model) as handles:
             for layer, outputs in self._kept.items():
@@ -100,6 +101,13 @@ class Prefix:
             return self._measure(number, sequences).double().cpu()
         with skipped(self._layers[:start], self._kept[start][number], sequences.ids.device):
             return self._measure(number, sequences).double().cpu()
+
+
+def _loss_of(model: PreTrainedModel, sequences: Sequences) -> Measure:
+    """The loss by which changes are measured: of an embedding its distance from that of the model as it is now."""
+    if sequences.pooling is not None:
+        return Divergence(model)
+    return lambda number, batch: sequence_losses(model, batch)
 
 
 def first_changed(plan: Plan) -> int | None:

@@ -1,7 +1,11 @@
 """The windows of a layout: calibration and evaluation tokens, drawn from the texts for the model to be pruned."""
 
+from dataclasses import replace
+
 from transformers import AutoTokenizer
 
+from libprune.engine.errors import ParamsError
+from libprune.models.embeddings import FEWEST
 from libprune.models.folder import load_config, own_model, require_positions
 from libprune.models.tokens import require_known, write_tokens
 from libprune.pipeline.artifacts import read_architecture
@@ -32,12 +36,21 @@ def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -
     config = load_config(own_model(layout, architecture))
     lengths = ("calibration_length", "evaluation_length")
     require_positions(config, architecture, {f"tokenize.{name}": getattr(params, name) for name in lengths})
+    if architecture.pooling is not None and params.evaluation_windows < FEWEST:
+        raise ParamsError(
+            f"tokenize.evaluation_windows: {params.evaluation_windows} are too few for embeddings, which are judged by "
+            f"the similarities of pairs; take {FEWEST} or more"
+        )
     tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True, trust_remote_code=False)
     writer = SelfText(layout, architecture, tokenizer, device, dtype)
     if architecture.head == "sequence_classification":
         calibration, evaluation = draw_examples(params, tokenizer, config)
     else:
         calibration, evaluation = draw_texts(params, tokenizer, writer.sample, architecture.head)
+    calibration, evaluation = (
+        replace(drawn, sequences=replace(drawn.sequences, pooling=architecture.pooling))
+        for drawn in (calibration, evaluation)
+    )
     for drawn in (calibration, evaluation):
         require_known(drawn.sequences, architecture.sizes["vocab"], tokenizer)
     meta = {"model": architecture.fingerprint}

@@ -95,6 +95,7 @@ def test_some_families_can_say_biases_and_some_lack_them():
 def test_added_biases_are_those_of_the_model_that_the_config_makes(family, parts):
     """The description is derived from that of the model without them; the model itself is the witness."""
     model = FAMILIES[family](0)
+    model.config.architectures = [type(model).__name__]
     biased, config = with_biases(describe(model, fingerprint="here"), model.config, parts)
     made = without_weights(config)
     assert biased == describe(made, fingerprint="here", accept=tuple(config.to_dict()))

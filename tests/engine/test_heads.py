@@ -6,6 +6,7 @@ import transformers
 from libprune.engine.errors import FamilyError
 from libprune.engine.heads import (
     CAUSAL_LM,
+    EMBEDDING,
     HEADS,
     IMAGE_TEXT_TO_TEXT,
     MASKED_LM,
@@ -23,6 +24,8 @@ from libprune.engine.heads import (
         (["Gemma3ForConditionalGeneration"], IMAGE_TEXT_TO_TEXT),
         (["BertForMaskedLM"], MASKED_LM),
         (["BertForSequenceClassification", "BertForMaskedLM"], SEQUENCE_CLASSIFICATION),
+        (["BertModel"], EMBEDDING),
+        (["PrunedModernBertModel"], EMBEDDING),
         ([], CAUSAL_LM),
         (None, CAUSAL_LM),
     ],

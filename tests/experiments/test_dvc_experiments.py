@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from libprune.engine.errors import LibpruneError
 from libprune.experiments.dvc_experiments import Recovered, gather, gather_comparable, outdated
-from libprune.experiments.sweep_table import remarks
+from libprune.experiments.sweep_table import csv_text, remarks, tabulate_experiments
 from tests.support.swept import row
 
 RECORDED = json.loads((Path(__file__).parents[1] / "support/data/exp_show.json").read_text())
@@ -177,3 +177,28 @@ def test_a_perplexity_after_recovery_that_is_not_finite_is_named():
     figures = shown[1]["data"]["metrics"]["metrics/evaluation.json"]["data"]
     figures["recovered"]["perplexity_ratio"]["value"] = float("nan")
     assert gather(shown, no_lock)[1]["master"] == "perplexity nan"
+
+
+def test_results_of_embeddings_are_compared_by_one_minus_the_cosine():
+    """Their metrics hold no perplexity."""
+    shown = copy.deepcopy(RECORDED)
+    for number, state in enumerate([shown[0]["data"], shown[1]["data"], *_tips(shown)]):
+        measured = state["metrics"]["metrics/evaluation.json"]["data"]
+        del measured["perplexity_ratio"], measured["dense"]
+        measured.pop("recovered", None)
+        measured["pruned"] |= {"cosine": 0.9 + 0.01 * number, "cosine_se": 0.002, "rank_correlation": 0.8}
+    rows, _ = gather(shown, no_lock)
+    assert [one.measure.name for one in rows] == ["1 - cosine"] * len(rows)
+    assert [one.ratio for one in rows] == sorted(one.ratio for one in rows)
+    cells, header = tabulate_experiments(rows)
+    assert "1 - cosine" in header
+    assert "rank correlation" in header
+    assert "perplexity" not in header
+    assert cells[0][header.index("1 - cosine")] == f"{rows[0].ratio:.4f} ± 0.0020"
+    assert "cosine_distance,cosine_distance_se" in csv_text(rows)
+    assert "perplexity" not in " ".join(remarks(rows, {}))
+
+
+def _tips(shown: list) -> list[dict]:
+    states = [one["revs"][0]["data"] for commit in shown for one in commit["experiments"] or []]
+    return [state for state in states if state and "metrics/evaluation.json" in (state.get("metrics") or {})]

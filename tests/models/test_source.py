@@ -124,7 +124,7 @@ def edited(tmp_path: Path, edit: Edit, family: str = "llama") -> str:
 
 def layers(change: int) -> Edit:
     def edit(weights: dict, config: dict) -> None:
-        key = next((name for name in ("num_hidden_layers", "n_layer") if name in config), "")
+        key = next((name for name in ("num_hidden_layers", "n_layers", "n_layer") if name in config), "")
         number = (config[key] if key else len(config["layers_block_type"])) + change
         config |= {key: number} if key else {}
         for name in ("layer_types", "no_rope_layers", "layers_block_type"):  # one entry a layer

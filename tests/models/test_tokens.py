@@ -13,9 +13,11 @@ from transformers import (
     GPT2Tokenizer,
     GPTNeoXTokenizer,
     LlamaTokenizer,
+    MPNetTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
+    RobertaTokenizer,
 )
 
 from libprune.engine.errors import ArtifactError, SourceError
@@ -123,6 +125,11 @@ CONVENTIONS: dict[str, tuple[Callable[[], PreTrainedTokenizerBase], str, str]] =
     "starcoder2": (gpt2, "", ""),
     "bert": (lambda: BertTokenizer(vocab=LETTERS), "[CLS]", "[SEP]"),
     "bert_classifier": (lambda: BertTokenizer(vocab=LETTERS), "[CLS]", "[SEP]"),
+    "bert_embedding": (lambda: BertTokenizer(vocab=LETTERS), "[CLS]", "[SEP]"),
+    "distilbert": (lambda: BertTokenizer(vocab=LETTERS), "[CLS]", "[SEP]"),
+    "roberta": (lambda: RobertaTokenizer(vocab=LETTERS, merges=[]), "<s>", "</s>"),
+    "mpnet": (lambda: MPNetTokenizer(vocab=LETTERS), "<s>", "</s>"),
+    "modernbert": (lambda: backend("<s>", "</s>"), "<s>", "</s>"),
     "an end": (lambda: backend("<s>", "</s>"), "<s>", "</s>"),
 }
 """By family how its published tokenizers are made, and what these put before and behind a text."""

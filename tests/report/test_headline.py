@@ -5,7 +5,16 @@ import math
 import pytest
 
 from libprune.pipeline.terminal import text_table
-from libprune.report.headline import HEADER, PERPLEXITY, decision, digits, duration, headline_rows, ratio_interval
+from libprune.report.headline import (
+    HEADER,
+    PERPLEXITY,
+    decision,
+    describe_protocol,
+    digits,
+    duration,
+    headline_rows,
+    ratio_interval,
+)
 from tests.support.evaluated import EVALUATION, changed, trained
 
 
@@ -104,3 +113,18 @@ def test_a_time_is_said_in_seconds_or_minutes(seconds, text):
 )
 def test_a_measured_number_has_at_least_three_digits(number, text):
     assert digits(number) == text
+
+
+SIMILAR = {"cosine": 0.9712, "cosine_se": 0.0011, "rank_correlation": 0.9765, "rank_correlation_se": 0.0029}
+
+
+def test_embeddings_have_cosine_and_correlation_in_place_of_perplexity():
+    found = changed(model={"head": "embedding"}, pruned=SIMILAR)
+    rows = {row[0]: row[1:] for row in headline_rows(found)}
+    assert rows["cosine to the dense embedding"] == ("1", "0.9712 ± 0.0011", "-0.0288")
+    assert rows["rank correlation of similarities"] == ("1", "0.9765 ± 0.0029", "-0.0235")
+    assert not any("perplexity" in name for name in rows)
+    said = decision(found, "trust it")
+    assert "its cosine to the dense embedding 0.9712 (95 % interval 0.9689 to 0.9735), the rank correlation of" in said
+    assert "perplexity" not in said
+    assert describe_protocol(found).startswith("Cosines and similarities of pairs on 24 windows")

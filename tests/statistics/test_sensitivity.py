@@ -22,7 +22,7 @@ from stages.sensitivity import main
 from tests.support import tiny
 from tests.support.closure import run_without_torch
 from tests.support.measured import AT_ONCE, LENGTH, PASSES, SEQUENCES, USED, interrupt, patch_losses, write_project
-from tests.support.models import FAMILIES, KINDS, tiny_exposed, tokens
+from tests.support.models import FAMILIES, KINDS, outputs, tiny_exposed, tokens
 
 
 def params(folder: Path, method: str = "hgsp", sequences: int | None = USED) -> Path:
@@ -68,8 +68,8 @@ def test_what_is_removed_contributes_what_zero_weights_and_biases_do(family):
         for (layer, what), plan in zip(removals(architecture), plans, strict=True):
             parts = architecture.parts_of(layer) if what == LAYER else [what]
             with masked(model, architecture, plan):
-                found = model(ids).logits
-            assert torch.equal(found, zeroed(model, architecture, layer, parts)(ids).logits)
+                found = outputs(model, ids)
+            assert torch.equal(found, outputs(zeroed(model, architecture, layer, parts), ids))
 
 
 def test_the_increases_are_those_of_models_with_zeroed_weights(llama, capsys):

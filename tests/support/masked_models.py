@@ -19,7 +19,7 @@ from libprune.masks.export import plan_masks
 from libprune.masks.extraction import LanguageExtraction
 from libprune.models.folder import fingerprint
 from libprune.pipeline.artifacts import write_table
-from tests.support.models import FAMILIES, Dense, tokens
+from tests.support.models import FAMILIES, Dense, outputs, tokens
 from tests.support.predictions import assert_same
 
 Q, K, V, O = (f"self_attn.{name}_proj" for name in "qkvo")  # noqa: E741
@@ -53,7 +53,7 @@ def unstructured(model: PreTrainedModel) -> None:
 
 def logits(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
-        return model(tokens()).logits
+        return outputs(model, tokens())
 
 
 def assert_outputs_stay(found: LanguageExtraction, model: PreTrainedModel) -> None:

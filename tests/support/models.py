@@ -13,6 +13,7 @@ from transformers import (
     ArceeConfig,
     BertConfig,
     Cohere2Config,
+    DistilBertConfig,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
@@ -29,6 +30,8 @@ from transformers import (
     Ministral3Config,
     Mistral3Config,
     MistralConfig,
+    ModernBertConfig,
+    MPNetConfig,
     NanoChatConfig,
     NemotronHConfig,
     Olmo2Config,
@@ -45,6 +48,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3NextConfig,
     Qwen3VLConfig,
+    RobertaConfig,
     SeedOssConfig,
     SmolLM3Config,
     SmolVLMConfig,
@@ -127,6 +131,7 @@ def tiny_tower(
 
 
 _ENCODER = {"hidden_size": 24, "num_attention_heads": 4, "max_position_embeddings": 50}
+_BEHIND_PADDING = _ENCODER | {"max_position_embeddings": 52, "pad_token_id": 1}
 
 # Odd sizes that tell the axes apart, and all that a family can have: biases, tied weights, windows.
 FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
@@ -228,6 +233,24 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
     "nanochat": tiny_model(NanoChatConfig, **FFN, **heads(36, 3, 2)),
     "bert": tiny_model(BertConfig, "masked_lm", **FFN, **_ENCODER),
     "bert_classifier": tiny_model(BertConfig, "sequence_classification", **FFN, **_ENCODER, num_labels=3),
+    "bert_embedding": tiny_model(BertConfig, "embedding", **FFN, **_ENCODER),
+    "roberta": tiny_model(RobertaConfig, "embedding", **FFN, **_BEHIND_PADDING),
+    "distilbert": tiny_model(
+        DistilBertConfig, "embedding", dim=24, n_heads=4, hidden_dim=13, max_position_embeddings=50
+    ),
+    "mpnet": tiny_model(MPNetConfig, "embedding", **FFN, **_BEHIND_PADDING),
+    "modernbert": tiny_model(
+        ModernBertConfig,
+        "embedding",
+        **FFN,
+        hidden_size=24,
+        num_attention_heads=4,
+        local_attention=2 * WINDOW,
+        attention_bias=True,
+        norm_bias=True,
+        cls_token_id=None,
+        sep_token_id=None,
+    ),
 }
 
 
@@ -295,7 +318,9 @@ TOWERS: dict[str, Callable[[int], PreTrainedModel]] = {
 
 MODELS = FAMILIES | {name: TOWERS[name] for name in ("qwen3_vl", "qwen2_5_vl", "gemma3_vision", "mistral3")}
 """Those that pass the whole contract; the other towers have the same code, and tests/whole/test_towers.py runs them."""
-ENCODERS = ("bert", "bert_classifier")
+EMBEDDINGS = ("bert_embedding", "roberta", "distilbert", "mpnet", "modernbert")
+"""Those without a head."""
+ENCODERS = ("bert", "bert_classifier", *EMBEDDINGS)
 """Those that read all tokens at once, and do not write."""
 OF_ONE_FILE = ("granite", "ministral3", "glm4", "olmo3", "exaone4", "seed_oss", "hunyuan_v1_dense", "apertus")
 OF_ONE_FILE += ("ernie4_5", "gemma", "arcee", "nanochat")
@@ -328,6 +353,12 @@ def tiny_exposed(name: str) -> PreTrainedModel:
 def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
     """Token ids, the same in every call; longer than the window of the sliding layers."""
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def outputs(model: torch.nn.Module, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """What a model gives: logits, or the last hidden states of one without a head."""
+    given: torch.Tensor = model(ids, **options)[0]
+    return given
 
 
 Counts = Callable[[int, str], int]

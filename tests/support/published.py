@@ -277,6 +277,10 @@ _SMOLVLM2 = {
     },
     "vocab_size": 49280,
 }
+_ROBERTA = {"attention_probs_dropout_prob": 0.1, "bos_token_id": 0, "eos_token_id": 2, "hidden_act": "gelu"}
+_ROBERTA |= {"hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072}
+_ROBERTA |= {"max_position_embeddings": 514, "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1}
+_ROBERTA |= {"position_embedding_type": "absolute", "type_vocab_size": 1, "use_cache": True}
 
 
 CONFIGS = {
@@ -555,6 +559,36 @@ CONFIGS |= {
     | {"max_position_embeddings": 2048, "num_attention_heads": 10, "num_hidden_layers": 20, "num_key_value_heads": 10}
     | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 65536}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}},
+    "all-MiniLM-L6-v2": {"model_type": "bert", "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1}
+    | {"_name_or_path": "nreimers/MiniLM-L6-H384-uncased", "gradient_checkpointing": False, "hidden_act": "gelu"}
+    | {"hidden_dropout_prob": 0.1, "hidden_size": 384, "initializer_range": 0.02, "intermediate_size": 1536}
+    | {"layer_norm_eps": 1e-12, "max_position_embeddings": 512, "num_attention_heads": 12, "num_hidden_layers": 6}
+    | {"pad_token_id": 0, "position_embedding_type": "absolute", "type_vocab_size": 2, "use_cache": True}
+    | {"transformers_version": "4.8.2", "vocab_size": 30522},
+    "roberta-base": _ROBERTA
+    | {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "layer_norm_eps": 1e-5, "vocab_size": 50265},
+    "multilingual-e5-base": _ROBERTA
+    | {"model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"], "layer_norm_eps": 1e-5, "output_past": True}
+    | {"vocab_size": 250002},
+    "distilbert-base-uncased": {"model_type": "distilbert", "architectures": ["DistilBertForMaskedLM"], "dropout": 0.1}
+    | {"activation": "gelu", "attention_dropout": 0.1, "dim": 768, "hidden_dim": 3072, "initializer_range": 0.02}
+    | {"max_position_embeddings": 512, "n_heads": 12, "n_layers": 6, "pad_token_id": 0, "qa_dropout": 0.1}
+    | {"seq_classif_dropout": 0.2, "sinusoidal_pos_embds": False, "tie_weights_": True, "vocab_size": 30522},
+    "all-mpnet-base-v2": {"model_type": "mpnet", "architectures": ["MPNetModel"], "attention_probs_dropout_prob": 0.1}
+    | {"bos_token_id": 0, "eos_token_id": 2, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768}
+    | {"initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-5, "max_position_embeddings": 514}
+    | {"num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1, "relative_attention_num_buckets": 32}
+    | {"vocab_size": 30527},
+    "ModernBERT-base": {"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"], "vocab_size": 50368}
+    | {"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 50281, "classifier_activation": "gelu"}
+    | {"classifier_bias": False, "classifier_dropout": 0.0, "classifier_pooling": "mean", "cls_token_id": 50281}
+    | {"decoder_bias": True, "deterministic_flash_attn": False, "embedding_dropout": 0.0, "eos_token_id": 50282}
+    | {"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "gradient_checkpointing": False}
+    | {"hidden_activation": "gelu", "hidden_size": 768, "initializer_cutoff_factor": 2.0, "initializer_range": 0.02}
+    | {"intermediate_size": 1152, "layer_norm_eps": 1e-5, "local_attention": 128, "local_rope_theta": 10000.0}
+    | {"max_position_embeddings": 8192, "mlp_bias": False, "mlp_dropout": 0.0, "norm_bias": False, "norm_eps": 1e-5}
+    | {"num_attention_heads": 12, "num_hidden_layers": 22, "pad_token_id": 50283, "position_embedding_type": "absolute"}
+    | {"sep_token_id": 50282, "tie_word_embeddings": True},
 }
 
 

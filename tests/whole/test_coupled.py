@@ -92,7 +92,7 @@ def test_of_coupled_units_only_the_whole_level_is_measured(olmo2):
 
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_what_cannot_go_is_said(olmo2, gpt2, per_layer):
-    coupled = f"no attention unit can go alone: {NORMS} of olmo2 work over all of them at once"
+    coupled = f"no attention unit can go alone: {NORMS} of olmo2 couple all of them"
     unsaid = "the stock config of gpt2 cannot say fewer attention units (its n_embd is both model and kv d); "
     unsaid += "allocate.shape=per_layer can"
     assert held_whole(olmo2, per_layer) == [coupled]

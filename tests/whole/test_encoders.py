@@ -18,6 +18,7 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    LlamaModel,
 )
 
 from libprune.collection.accumulator import Accumulator
@@ -339,13 +340,26 @@ def test_a_head_that_the_family_does_not_have_is_refused():
         describe(LlamaForSequenceClassification(config))
 
 
-def test_a_model_without_a_head_is_refused(tmp_path, monkeypatch):
+def test_a_decoder_without_a_head_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_project(tmp_path, "bert")
-    config = BertConfig(vocab_size=22, hidden_size=24, intermediate_size=13, num_hidden_layers=1, num_attention_heads=4)
-    BertModel(config).save_pretrained(tmp_path / "source")
-    with pytest.raises(SourceError, match="has no weights for 6 parameters of a BertLMHeadModel"):
+    LlamaModel(LlamaConfig(vocab_size=22, hidden_size=24, num_attention_heads=4, **SMALL)).save_pretrained(
+        tmp_path / "source"
+    )
+    with pytest.raises(FamilyError, match="is a LlamaModel, of head embedding; family 'llama' describes causal_lm"):
         run("prepare")
+
+
+def test_a_pooler_that_the_files_lack_is_not_made_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, "bert")
+    config = BertConfig(vocab_size=22, hidden_size=24, num_attention_heads=4, **SMALL)
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "source")
+    with pytest.raises(SourceError, match=r"has no weights for 2 parameters of a BertModel, the first 'pooler\.dense"):
+        run("prepare")
+
+
+SMALL = {"intermediate_size": 13, "num_hidden_layers": 1}
 
 
 def changed_config(folder: Path, **changes) -> None:

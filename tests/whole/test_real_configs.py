@@ -60,6 +60,12 @@ PARAMETERS = {
     "Hunyuan-7B": 7_504_568_320,
     "ERNIE-4.5-0.3B": 360_748_032,
     "AFM-4.5B": 4_619_184_640,
+    "all-MiniLM-L6-v2": 22_713_216,
+    "roberta-base": 124_697_433,
+    "multilingual-e5-base": 278_043_648,
+    "distilbert-base-uncased": 66_985_530,
+    "all-mpnet-base-v2": 109_486_464,
+    "ModernBERT-base": 149_655_232,
 }
 """As the hub or llama.cpp counts them, without vision and without layers that predict several tokens."""
 ACTIVE = {
