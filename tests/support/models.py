@@ -323,7 +323,7 @@ EMBEDDINGS = ("bert_embedding", "roberta", "distilbert", "mpnet", "modernbert")
 ENCODERS = ("bert", "bert_classifier", *EMBEDDINGS)
 """Those that read all tokens at once, and do not write."""
 OF_ONE_FILE = ("granite", "ministral3", "glm4", "olmo3", "exaone4", "seed_oss", "hunyuan_v1_dense", "apertus")
-OF_ONE_FILE += ("ernie4_5", "gemma", "arcee", "nanochat")
+OF_ONE_FILE += ("ernie4_5", "gemma", "arcee", "nanochat", "qwen3_5_moe")
 """Families whose layers are made as those of others, in other names and keys: two kinds of plans show all of it."""
 LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 """Families that differ in what statistics and repair meet: biases, norms on heads, fused maps, norms behind the parts,
