@@ -6,7 +6,7 @@ model is needed: costs, score tables and plans are computed from the description
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
@@ -259,8 +259,7 @@ class Architecture:
 
     def to_json(self) -> str:
         """The description as JSON, readable by `from_json`."""
-        buffers = [{"name": buffer.name, "dims": buffer.dims, "layer": buffer.layer} for buffer in self.buffers]
-        return json.dumps(_plain(self) | {"buffers": buffers}, indent=1, default=_plain)
+        return json.dumps(self, indent=1, default=_plain)
 
     @staticmethod
     def from_json(text: str) -> "Architecture":
@@ -274,9 +273,9 @@ class Architecture:
         data |= {
             "cache": None if data["cache"] is None else parse_expr(data["cache"]),
             "parts": {name: PartShape(**_with_tuples(part)) for name, part in data["parts"].items()},
-            "parameters": tuple(Parameter(**p | {"dims": _parsed(p["dims"])}) for p in data["parameters"]),
+            "parameters": tuple(map(_parameter, data["parameters"])),
             "maps": tuple(Map(**m | {side: parse_expr(m[side]) for side in ("input", "output")}) for m in data["maps"]),
-            "buffers": tuple(Parameter(b["name"], _parsed(b["dims"]), b["layer"], None) for b in data["buffers"]),
+            "buffers": tuple(map(_parameter, data["buffers"])),
         }
         return Architecture(**data)
 
@@ -288,8 +287,8 @@ def _plain(value: Any) -> Any:
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
-def _parsed(dims: Sequence[str]) -> tuple[Expr, ...]:
-    return tuple(map(parse_expr, dims))
+def _parameter(entry: Mapping[str, Any]) -> Parameter:
+    return Parameter(**{**entry, "dims": tuple(map(parse_expr, entry["dims"]))})
 
 
 def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ the family file does not speak of stops here, by name.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,9 @@ def describe(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     equations = _config_equations(family, model.config) + tensor_equations([*parameters, *buffers], shapes)
     sizes = solve_for(family.family, "model", equations)
-    parts = {name: _shape(model, family, name, sizes, tuple(coupled[name]), experts) for name in family.parts}
+    joined = _joined(family) if experts == "channels" else {}
+    own = [name for name in family.parts if name not in joined]
+    parts = {name: _shape(model, family, name, sizes, tuple(coupled[name]), experts) for name in own}
     return Architecture(
         family=family.family,
         head=head.name,
@@ -56,12 +58,26 @@ def describe(
         layers=_layers(model, family),
         layers_path=family.layers,
         parts={name: shape for name, shape in parts.items() if shape.layers != ()},
-        parameters=tuple(parameters),
-        maps=tuple(maps),
+        parameters=tuple(_rejoined(parameter, joined) for parameter in parameters),
+        maps=tuple(_rejoined(entry, joined) for entry in maps),
         cache=None if family.cache is None else parse_expr(family.cache),
         fingerprint=fingerprint,
         buffers=tuple(buffers),
     )
+
+
+def _joined(family: Family) -> dict[str, str]:
+    """The parts whose channels are those of an earlier part, with that part, where channels of experts are the units.
+    """
+    first = {part.within: name for name, part in reversed(family.parts.items()) if part.within}
+    return {name: first[part.within] for name, part in family.parts.items() if first.get(part.within, name) != name}
+
+
+_Entry = TypeVar("_Entry", Parameter, Map)
+
+
+def _rejoined(entry: _Entry, joined: Mapping[str, str]) -> _Entry:
+    return replace(entry, part=joined[entry.part]) if entry.part in joined else entry
 
 
 def _shape(
@@ -294,7 +310,8 @@ def _described(
         for name, part in family.parts.items():
             if _has(model, f"{family.layers}.{layer}", part.where):
                 for path, description in part.parsed.items():
-                    yield f"{family.layers}.{layer}.{path}", layer, name, description
+                    if path not in part.optional or _has(model, f"{family.layers}.{layer}", path):
+                        yield f"{family.layers}.{layer}.{path}", layer, name, description
         for path, text in family.stream.items():
             yield f"{family.layers}.{layer}.{path}", layer, None, parse_entry(text)
     for path, text in {**family.outside, **family.heads[head.name]}.items():

@@ -9,18 +9,27 @@ import numpy as np
 import torch
 from transformers import (
     BertConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
+    MiniMaxM2Config,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -44,6 +53,13 @@ _SHORT = {"vocab_size": VOCAB, "num_hidden_layers": 4, "bos_token_id": None, "eo
 FFN = {"intermediate_size": 13}
 EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
 """Widths in multiples of 16 bytes, which the grouped kernels of PyTorch need."""
+_TOP_2 = {"num_local_experts": 6, "num_experts_per_tok": 2}
+_IN_GROUPS = EXPERTS | {"n_routed_experts": 10, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 2}
+_LATENT = {"hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 10} | {
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
 _MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
 _LONG_ROPE = {
     "rope_type": "llama3",
@@ -116,6 +132,53 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
         mlp_only_layers=[1],
         norm_topk_prob=True,
     ),
+    "mixtral": tiny_model(
+        MixtralConfig, intermediate_size=8, **heads(28, 3, 2, 4), num_local_experts=6, sliding_window=WINDOW
+    ),
+    "olmoe": tiny_model(
+        OlmoeConfig, intermediate_size=8, **heads(24, 3, 2), num_experts=5, num_experts_per_tok=2, clip_qkv=2.0
+    ),
+    "qwen2_moe": tiny_model(
+        Qwen2MoeConfig,
+        **FFN,
+        **heads(36, 3, 2),
+        **EXPERTS,
+        **_MIXED_LAYERS,
+        num_experts=5,
+        shared_expert_intermediate_size=7,
+        mlp_only_layers=[2],
+    ),
+    "glm4_moe": tiny_model(
+        Glm4MoeConfig,
+        **FFN,
+        **heads(28, 3, 2, 4),
+        **_IN_GROUPS,
+        n_shared_experts=1,
+        use_qk_norm=True,
+        attention_bias=True,
+    ),
+    "minimax_m2": tiny_model(MiniMaxM2Config, intermediate_size=8, **heads(28, 3, 2, 4), **_TOP_2),
+    "gpt_oss": tiny_model(GptOssConfig, intermediate_size=8, **heads(28, 3, 2, 4), **_TOP_2, sliding_window=WINDOW),
+    "deepseek_v3": tiny_model(DeepseekV3Config, **FFN, **_LATENT, **_IN_GROUPS, n_shared_experts=2, q_lora_rank=5),
+    "deepseek_v2": tiny_model(
+        DeepseekV2Config,
+        **FFN,
+        **_LATENT,
+        **_IN_GROUPS,
+        n_shared_experts=2,
+        q_lora_rank=None,
+        topk_method="group_limited_greedy",
+    ),
+    "glm4_moe_lite": tiny_model(
+        Glm4MoeLiteConfig,
+        **FFN,
+        **_LATENT,
+        **EXPERTS,
+        n_routed_experts=6,
+        n_shared_experts=1,
+        q_lora_rank=5,
+        mlp_layer_types=["dense", "sparse", "dense", "sparse"],
+    ),
     "bert": tiny_model(BertConfig, "masked_lm", **FFN, **_ENCODER),
     "bert_classifier": tiny_model(BertConfig, "sequence_classification", **FFN, **_ENCODER, num_labels=3),
 }
@@ -172,9 +235,9 @@ def _per_layer(architecture: Architecture, rng: np.random.Generator) -> Counts:
 
 
 def _channels(architecture: Architecture, rng: np.random.Generator) -> Counts:
-    """All attentions stay whole, and all MLPs lose as many channels."""
-    count = int(rng.integers(1, architecture.units("mlp")))
-    return lambda layer, part: count if part == "mlp" else architecture.units(part)
+    """All attentions stay whole, and all other parts lose as many units."""
+    fewer = _uniform(architecture, rng)
+    return lambda layer, part: architecture.units(part) if part == "attention" else fewer(layer, part)
 
 
 def _holes(architecture: Architecture, rng: np.random.Generator) -> Counts:
