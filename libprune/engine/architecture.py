@@ -169,6 +169,15 @@ class Architecture:
         """Whether the units of a part are heads or experts, which floors and multiples of channels do not concern."""
         return self.parts[part].units != "channels"
 
+    def multiple(self, part: str) -> int:
+        """The multiple in which units of a part are kept, for programs that run the result.
+
+        PyTorch multiplies the experts of a mixture by kernels that take rows of whole 16 bytes: 8 channels of 2 bytes.
+        """
+        axis = self.parts[part].axis
+        inside = any(entry.stack not in {None, axis} and axis in entry.input.names for entry in self.maps)
+        return 8 if inside else 1
+
     def parts_of(self, layer: int) -> list[str]:
         """The parts that a layer has."""
         return [part for part, shape in self.parts.items() if shape.layers is None or layer in shape.layers]

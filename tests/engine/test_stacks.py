@@ -8,9 +8,7 @@ from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
 from libprune.engine.stacks import IMPLEMENTATION, Routing, StackedMap, exposed, only_experts
 from libprune.engine.surgery import masked
-from tests.support.models import FAMILIES, tokens
-
-MIXTURES = [name for name in FAMILIES if any(entry.stack for entry in describe(FAMILIES[name](0)).maps)]
+from tests.support.models import FAMILIES, MIXTURES, tokens
 
 
 @pytest.fixture(params=MIXTURES)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ WINDOW = 5
 
 _SHORT = {"vocab_size": VOCAB, "num_hidden_layers": 4, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 FFN = {"intermediate_size": 13}
-EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 """Widths in multiples of 16 bytes, which the grouped kernels of PyTorch need."""
 _TOP_2 = {"num_local_experts": 6, "num_experts_per_tok": 2}
 _IN_GROUPS = EXPERTS | {"n_routed_experts": 10, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 2}
@@ -133,10 +133,10 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
         norm_topk_prob=True,
     ),
     "mixtral": tiny_model(
-        MixtralConfig, intermediate_size=8, **heads(28, 3, 2, 4), num_local_experts=6, sliding_window=WINDOW
+        MixtralConfig, intermediate_size=16, **heads(28, 3, 2, 4), num_local_experts=6, sliding_window=WINDOW
     ),
     "olmoe": tiny_model(
-        OlmoeConfig, intermediate_size=8, **heads(24, 3, 2), num_experts=5, num_experts_per_tok=2, clip_qkv=2.0
+        OlmoeConfig, intermediate_size=16, **heads(24, 3, 2), num_experts=5, num_experts_per_tok=2, clip_qkv=2.0
     ),
     "qwen2_moe": tiny_model(
         Qwen2MoeConfig,
@@ -157,8 +157,8 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
         use_qk_norm=True,
         attention_bias=True,
     ),
-    "minimax_m2": tiny_model(MiniMaxM2Config, intermediate_size=8, **heads(28, 3, 2, 4), **_TOP_2),
-    "gpt_oss": tiny_model(GptOssConfig, intermediate_size=8, **heads(28, 3, 2, 4), **_TOP_2, sliding_window=WINDOW),
+    "minimax_m2": tiny_model(MiniMaxM2Config, intermediate_size=16, **heads(28, 3, 2, 4), **_TOP_2),
+    "gpt_oss": tiny_model(GptOssConfig, intermediate_size=16, **heads(28, 3, 2, 4), **_TOP_2, sliding_window=WINDOW),
     "deepseek_v3": tiny_model(DeepseekV3Config, **FFN, **_LATENT, **_IN_GROUPS, n_shared_experts=2, q_lora_rank=5),
     "deepseek_v2": tiny_model(
         DeepseekV2Config,
@@ -186,6 +186,19 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
 
 ENCODERS = ("bert", "bert_classifier")
 """Those that read all tokens at once, and do not write."""
+MIXTURES = (
+    "qwen3_moe",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "glm4_moe",
+    "minimax_m2",
+    "gpt_oss",
+    "deepseek_v3",
+    "deepseek_v2",
+    "glm4_moe_lite",
+)
+"""Mixtures of experts."""
 LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 """Families that differ in what statistics and repair meet: biases, norms on heads, fused maps, norms behind the parts,
 [in, out] storage, heads side by side with parallel parts, an MLP on flattened tokens."""
@@ -217,8 +230,8 @@ def some_counts(architecture: Architecture, part: str) -> list[int]:
     shape, units = architecture.parts[part], architecture.units(part)
     if shape.coupled:
         return [units]
-    least = max(shape.least, shape.groups)
-    return list(range(least, units + 1, shape.groups))
+    step = shape.groups * architecture.multiple(part)
+    return list(range(max(shape.least, step), units + 1, step))
 
 
 def _uniform(architecture: Architecture, rng: np.random.Generator) -> Counts:
@@ -294,11 +307,11 @@ class Pruned:
         return load_model(self.folder, torch.float32, trust_remote_code=self.custom)
 
 
-def write_dense(model: PreTrainedModel, folder: Path) -> Dense:
+def write_dense(model: PreTrainedModel, folder: Path, experts: Literal["whole", "channels"] = "whole") -> Dense:
     """Save a model and load it again, as the pipeline has it."""
     model.save_pretrained(folder, save_original_format=False)
     loaded = load_model(folder, torch.float32)
-    architecture = describe(loaded)
+    architecture = describe(loaded, experts=experts)
     return Dense(folder, exposed(loaded, architecture), architecture)
 
 
