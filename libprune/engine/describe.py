@@ -67,7 +67,7 @@ def describe(
 
 
 def _joined(family: Family) -> dict[str, str]:
-    """The parts whose channels are those of an earlier part, with that part, where channels of experts are the units."""
+    """The parts whose channels are those of an earlier part, with that part; if channels are the units."""
     first = {part.within: name for name, part in reversed(family.parts.items()) if part.within}
     return {name: first[part.within] for name, part in family.parts.items() if first.get(part.within, name) != name}
 
