@@ -54,7 +54,8 @@ TOTAL_AND_ACTIVE = {
     "GLM-4.7-Flash": (29_943_390_976, 3_896_763_136),
 }
 """Parameters in all, and those that a token goes through, both embeddings with them. Publishers differ in the latter;
-what they leave out stands beside it. Layers that predict further tokens and biases on the choice of experts do not count."""
+what they leave out stands beside it. Neither layers that predict further tokens nor biases on the choice of experts
+count."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)
