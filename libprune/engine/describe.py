@@ -4,14 +4,14 @@ the family file does not speak of stops here, by name.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from libprune.engine.architecture import STAND_IN, Architecture, Map, Parameter, PartShape, Units
+from libprune.engine.architecture import STAND_IN, Architecture, Experts, Map, Parameter, PartShape, Units
 from libprune.engine.axes import Entry, Equation, Expr, LinearMap, Stack, parse_entry, parse_expr, solve
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
 from libprune.engine.family import Family, Part, described_by, family_of
@@ -26,7 +26,7 @@ def describe(
     model: PreTrainedModel,
     fingerprint: str = "",
     accept: tuple[str, ...] = (),
-    experts: Literal["whole", "channels"] = "whole",
+    experts: Experts = "whole",
 ) -> Architecture:
     """Solve the axes of a model; meta tensors are enough.
 
@@ -85,7 +85,7 @@ def _shape(
     name: str,
     sizes: dict[str, int],
     coupled: tuple[str, ...],
-    experts: Literal["whole", "channels"],
+    experts: Experts,
 ) -> PartShape:
     """A part of a model, whose units are whole experts or their channels as it is asked."""
     part, config = family.parts[name], model.config

@@ -19,6 +19,7 @@ from libprune.engine.describe import describe
 from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
+from libprune.engine.stacks import exposed
 from libprune.engine.surgery import masked
 from libprune.models.folder import fingerprint, load_model
 from libprune.models.origin import CARD
@@ -143,7 +144,7 @@ def _weights(record: Record) -> Iterator[Finding]:
     """Check that the safetensors files hold the tensors that config and plan ask for, in their shapes; none is read."""
     shapes = {
         parameter.name: list(cost.shape_after(record.architecture, record.left, parameter))
-        for parameter in record.architecture.parameters
+        for parameter in (*record.architecture.parameters, *record.architecture.buffers)
         if parameter.layer is None or parameter.part is None or not record.left.gone(parameter.layer, parameter.part)
     }
     expected = record.stored(shapes)
@@ -246,7 +247,8 @@ def _against_dense(
     model = load_model(dense, torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(record.dtype).float()
-    architecture = describe(model, accept=tuple(model.config.to_dict()))
+    architecture = describe(model, accept=tuple(model.config.to_dict()), experts=record.experts)
+    exposed(model, architecture)
     with masked(model, architecture, record.plan):
         wanted = reference_logits(model, ids)
     scale, difference = float(wanted.abs().max()), float((logits - wanted).abs().max())

@@ -49,7 +49,7 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     """
     _require_content(section)
     model, tokenizer = load_dense(section)
-    described = describe(model, accept=section.accept_config)
+    described = describe(model, accept=section.accept_config, experts=section.experts)
     architecture = replace(described, fingerprint=write_dense(layout.model, model, tokenizer))
     write_architecture(layout, architecture)
     write_json(layout.origin, sealed(asdict(find_origin(section)) | {"model": architecture.fingerprint}))
