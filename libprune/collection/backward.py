@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture, Map
+from libprune.engine.stacks import Routing
 from libprune.engine.surgery import hooked
-from libprune.models.compute import per_sequence, require_finite
+from libprune.models.compute import per_sequence, require_finite, require_finite_rows
 
 OnGradient = Callable[[Map, Tensor, Tensor], None]
 """A function called with a map, its input ``[sequences, tokens, input]``, and a gradient at its input or output."""
+OnRows = Callable[[Map, Tensor, Tensor, Routing], None]
+"""A function called with a stack of maps, its input ``[rows, input]``, the gradient there, and the routing."""
 
 
 class Tape:
@@ -33,8 +36,11 @@ class Tape:
         first: index of the first sequence of the pass in progress, for messages.
     """
 
-    def __init__(self, on_output: OnGradient, on_input: OnGradient | None, recompute: bool) -> None:
+    def __init__(
+        self, on_output: OnGradient, on_input: OnGradient | None, recompute: bool, on_rows: OnRows | None = None
+    ) -> None:
         self.first = 0
+        self._on_rows = on_rows
         self._sequences = 0
         self._on_output = on_output
         self._on_input = on_input
@@ -73,6 +79,29 @@ class Tape:
         if not self._in_backward:
             output.register_hook(partial(self._take_output, entry, consumes))
 
+    def enter_rows(self, entry: Map, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The forward pre-hook of a stack that consumes: keep its rows, and wait for the gradient there."""
+        x, routing = args
+        if self._in_backward or not self._recompute:
+            self._inputs[entry.module] = x.detach()
+        if not self._in_backward:
+            require_finite_rows(x.detach(), self._sequence(routing), f"the input of {entry.module}")
+            x.register_hook(partial(self._take_rows, entry, routing))
+
+    def _take_rows(self, entry: Map, routing: Routing, gradient: Tensor) -> None:
+        require_finite_rows(gradient, self._sequence(routing), f"the gradient at the input of {entry.module}")
+        assert self._on_rows is not None
+        self._on_rows(entry, self._inputs.pop(entry.module), gradient, routing)
+
+    def _sequence(self, routing: Routing) -> Tensor:
+        """The index of each row's sequence."""
+        return self.first + routing.tokens // (routing.total // self._sequences)
+
+    def leave_rows(self, entry: Map, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """The forward hook of a stack that consumes: pass the gradient at its output on, with an empty input."""
+        if not self._in_backward:
+            output.register_hook(lambda gradient: self._give(self._on_output, entry, gradient[..., :0], gradient))
+
     def _take_output(self, entry: Map, consumes: bool, gradient: Tensor) -> None:
         self._require_finite(gradient, f"the gradient at the output of {entry.module}")
         if entry.module in self._inputs:
@@ -104,6 +133,7 @@ def watching(
     on_output: OnGradient,
     on_input: OnGradient | None = None,
     recompute: bool = False,
+    on_rows: OnRows | None = None,
 ) -> Iterator[Tape]:
     """Inside the context, `Tape.backward` calls the functions with the gradients of every linear map of the layers.
 
@@ -112,8 +142,10 @@ def watching(
         on_output: called for every map with the gradient at its output.
         on_input: called for every consumer with the gradient at its input, after `on_output`.
         recompute: whether the layers are computed again in backward.
+        on_rows: called for every stack that consumes with its rows and the gradient there, and with `on_output` for the
+            gradient at its output. Without it stacks are not watched.
     """
-    tape = Tape(on_output, on_input, recompute)
+    tape = Tape(on_output, on_input, recompute, on_rows)
     with hooked(model) as handles:
         model.requires_grad_(False)
         embedding = model.get_input_embeddings()
@@ -121,6 +153,11 @@ def watching(
         consumers = {c.module for block in architecture.blocks() for c in architecture.consumers(*block)}
         for entry in architecture.maps:
             module, consumes = model.get_submodule(entry.module), entry.module in consumers
+            if entry.stack:
+                if consumes and on_rows is not None:
+                    handles.append(module.register_forward_pre_hook(partial(tape.enter_rows, entry)))
+                    handles.append(module.register_forward_hook(partial(tape.leave_rows, entry)))
+                continue
             handles.append(module.register_forward_pre_hook(partial(tape.enter, entry, consumes)))
             handles.append(module.register_forward_hook(partial(tape.leave, entry, consumes)))
         yield tape

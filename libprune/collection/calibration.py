@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
+from libprune.engine.stacks import exposed
 from libprune.models.compute import PATIENCE, resolve_device, resolve_dtype
 from libprune.models.folder import WeightFiles, load_model, own_model
 from libprune.models.memory import offload_maps, recompute_layers
@@ -111,6 +112,7 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     world = join_world()
     require_equal_passes(chosen, world)
     device, dtype = own_device(compute, world)
+    require_whole_stacks(architecture, compute, world)
     model = place(load_model(own_model(layout, architecture), dtype), architecture, compute, world, device)
     meta = {
         "model": architecture.fingerprint,
@@ -129,9 +131,22 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
         meta=meta,
         work=layout.root.parent / ".work",
         at_once=max(1, compute.batch_tokens // stored.ids.shape[1]),
-        model=model,
+        model=exposed(model, architecture),
         available=len(stored),
     )
+
+
+def require_whole_stacks(architecture: Architecture, compute: Compute, world: World) -> None:
+    """Stop where the experts of a mixture would not lie whole on the device, as the statistics need them.
+
+    Raises:
+        LibpruneError: saying which setting to change.
+    """
+    if (world.sharded or compute.offload != "none") and any(entry.stack for entry in architecture.maps):
+        raise LibpruneError(
+            "the experts of a mixture must lie whole on the device so far; set compute.offload: none and unset "
+            "LIBPRUNE_SHARD"
+        )
 
 
 def own_device(compute: Compute, world: World) -> tuple[torch.device, torch.dtype]:

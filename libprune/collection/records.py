@@ -431,18 +431,18 @@ class Histogram(Statistic):
 
 
 def entropy(counts: Tensor) -> Tensor:
-    """Entropy of histograms in nats; ``[features, BINS] -> [features]``."""
+    """Entropy of histograms in nats; ``[..., BINS] -> [...]``."""
     share = counts.double() / counts.sum(-1, keepdim=True)
     return torch.special.entr(share).sum(-1)
 
 
 def frequency(counts: Tensor, threshold: float) -> Tensor:
-    """Share of values with |x| at least the threshold, rounded down to an edge; ``[features, BINS] -> [features]``."""
+    """Share of values with |x| at least the threshold, rounded down to an edge; ``[..., BINS] -> [...]``."""
     octaves = torch.exp2(torch.arange(_LOWEST, _LOWEST + _OCTAVES).float())
     edges = torch.stack([octaves, 1.5 * octaves], 1).flatten()
     start = max(0, int((edges <= threshold).sum()) - 1)
-    both = counts[:, : BINS // 2] + counts[:, BINS // 2 :]
-    return both[:, start:].sum(-1).double() / both.sum(-1)
+    both = counts[..., : BINS // 2] + counts[..., BINS // 2 :]
+    return both[..., start:].sum(-1).double() / both.sum(-1)
 
 
 @dataclass(frozen=True)

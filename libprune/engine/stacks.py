@@ -10,7 +10,7 @@ by which the router adds the expert to the token, and zero for experts that were
 router counts with the input of the second tensor, and what is known of other maps holds for it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,7 +66,10 @@ class StackedMap(nn.Module):
 
     Attributes:
         copies: number of experts.
+        watch: called with what each row adds to its token and the routing, where the map consumes; None for nothing.
     """
+
+    watch: Callable[[Tensor, Routing], None] | None = None
 
     def __init__(self, owner: nn.Module, name: str, transposed: bool, consumes: bool) -> None:
         """Stand in for a tensor.
@@ -107,6 +110,8 @@ class StackedMap(nn.Module):
             out = out + (bias * routing.weights[:, None].to(bias.dtype) if self._consumes else bias)
         if not self._consumes:
             return out
+        if self.watch is not None:
+            self.watch(out, routing)
         by_token = out[torch.argsort(routing.order)].unflatten(0, (routing.total, -1))
         return by_token.sum(1, dtype=torch.float32).to(out.dtype)
 

@@ -16,7 +16,7 @@ from libprune.engine.architecture import Architecture, Map, Parameter
 from libprune.engine.axes import Expr
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
-from libprune.engine.stacks import StackedMap, only_experts
+from libprune.engine.stacks import StackedMap, exposed, only_experts
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 """Modules whose input has its features before the dimensions of space."""
@@ -53,7 +53,9 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
 
     A removed unit is a zero at the consumer's input (the consumer's bias stays); a removed part is
     a zero contribution to the residual stream, bias included. A removed expert is one that the router never chooses.
+    Mixtures of experts are `libprune.engine.stacks.exposed` from then on.
     """
+    exposed(model, architecture)
     handles = []
     with ExitStack() as chosen:
         for layer, part in architecture.blocks():
@@ -148,8 +150,8 @@ def _require_layers(architecture: Architecture, plan: Plan) -> None:
     if architecture.layers_stay and len(plan.layers) < architecture.layers:
         first = min(set(range(architecture.layers)) - set(plan.layers))
         raise LibpruneError(
-            f"the plan deletes layer {first}, but the norms of a layer of family {architecture.family!r} work on the "
-            "residual stream itself; something of every layer must stay"
+            f"the plan deletes layer {first}, but no layer of family {architecture.family!r} can be deleted: "
+            f"{architecture.why_layers_stay}; something of every layer must stay"
         )
 
 

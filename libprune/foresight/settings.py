@@ -18,8 +18,8 @@ from libprune.scoring.expression import asked_of, expression_faults, parse_crite
 from libprune.scoring.fusion import READS_LOSSES
 from libprune.scoring.score import foretold, require_scaling
 
-PARTS = ("attention", "mlp")
-"""The parts of a layer in every described family."""
+PARTS = {"attention": "attention", "mlp": "mlp"}
+"""Parts that layers of nearly every family have, by the key of their criteria."""
 HELD_OUT = 8
 """Calibration sequences that `slice.damping: auto` needs at least, since it holds out every eighth."""
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|mtia|xla|meta|vulkan|ipu|maia|privateuseone)(:\d+)?|auto")

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -116,6 +116,18 @@ def require_finite(values: Shaped[Tensor, "batch ..."], first: int, what: str) -
             f"{what} is not finite for calibration sequence {sequence}; try compute.dtype: float32, "
             "and check that the model is sound on this text"
         )
+
+
+def require_finite_rows(rows: Float[Tensor, "rows width"], sequences: Int[Tensor, " rows"], what: str) -> None:
+    """Stop if a value is not finite in rows that belong to sequences, such as the tokens of an expert.
+
+    Raises:
+        StatisticsError: naming the values and the sequence.
+    """
+    if not torch.isfinite(rows.sum()):
+        broken = sequences[~torch.isfinite(rows).all(1)]
+        if len(broken):
+            require_finite(rows.new_full((1,), torch.nan), int(broken.min()), what)
 
 
 def require_precise(network: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture
+from libprune.engine.stacks import StackedMap
 from libprune.engine.surgery import hooked
 from libprune.models.compute import per_sequence
 
@@ -102,14 +103,15 @@ def run_layer(
         differentiable: whether gradients can be taken of the results.
 
     Returns:
-        The output of the layer, or the input of `until`; and the outputs of the watched modules.
+        The output of the layer, or the input of `until`, of a stack its rows and their routing; and the outputs of the
+        watched modules.
     """
     result: list[Any] = []
     outputs: dict[nn.Module, Tensor] = {}
 
     def at_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        result.append(per_sequence(x, len(ids)))
+        result.append((x, args[1]) if isinstance(module, StackedMap) else per_sequence(x, len(ids)))
         raise _SeenError
 
     def at_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -237,6 +237,8 @@ class Score(Section):
     """Criteria for attention; null: those of `criterion`."""
     mlp: str | None = None
     """Criteria for the MLP; null: those of `criterion`."""
+    experts: str | None = None
+    """Criteria for whole experts of a mixture, such as `reap`; null: those of `criterion`."""
     fusion: Literal["weighted", "simple", "adaptive", "learned", "best"] = "weighted"
     """How several criteria become one. Their mean, weighted as written before them, 1 where no weight is (`weighted`),
     unweighted (`simple`), weighted by how far each distinguishes the units of a block (`adaptive`), or by weights
@@ -271,8 +273,8 @@ class Score(Section):
     @property
     def expressions(self) -> dict[str, str]:
         """Criteria by the key that names them; without keys that are null, or whose criteria apply to no part."""
-        own = {key: text for key, text in (("attention", self.attention), ("mlp", self.mlp)) if text is not None}
-        return own if len(own) == 2 else {"criterion": self.criterion} | own
+        own = {key: text for key in ("attention", "mlp", "experts") if (text := getattr(self, key)) is not None}
+        return own if {"attention", "mlp"} <= own.keys() else {"criterion": self.criterion} | own
 
 
 class Sensitivity(Section):

@@ -14,8 +14,9 @@ from libprune.engine.errors import ArtifactError, missing_key
 from libprune.pipeline.artifacts import damage, decode_meta, encode_meta, require, same_origin
 from libprune.pipeline.digests import require_digest, text_digest
 
-GRAM, HELD_OUT = ".input_gram", ".input_held_out"
-"""Endings of the names of a map's Gram matrix and of its held-out inputs, behind the module's path."""
+GRAM, HELD_OUT, ROUTED = ".input_gram", ".input_held_out", ".routed"
+"""Endings of the names of a map's Gram matrix, of its held-out inputs, and of how the experts of a mixture are used,
+behind the module's path."""
 BINS = 128
 """Number of bins of a histogram of activations x: halves of the octaves of |x| from 2^-20 to 2^12, negative values
 behind positive ones."""

@@ -199,7 +199,7 @@ def pruned_consumers(architecture: Architecture, plan: Plan) -> Iterator[tuple[M
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of a consumer's inputs in the dense model.
+    """What is known of a consumer's inputs in the dense model; of a stack for each of its copies.
 
     Attributes:
         gram: E[x x^T] over the sequences of the fit, ``[input, input]``.
@@ -207,9 +207,9 @@ class Inputs:
         curvature: E[delta^2], delta the gradient at each input, ``[input]``; for the Fisher weighting.
     """
 
-    gram: Float[Tensor, "input input"]
-    held_out: Float[Tensor, "rows input"] | None = None
-    curvature: Float[Tensor, " input"] | None = None
+    gram: Float[Tensor, "*copies input input"]
+    held_out: Float[Tensor, "*copies rows input"] | None = None
+    curvature: Float[Tensor, "*copies input"] | None = None
 
 
 def repair_local(
@@ -223,6 +223,9 @@ def repair_local(
 ) -> list[Fit]:
     """Closed-form repair of every pruned consumer, against the dense model's own inputs.
 
+    Mixtures that lose whole experts are left out: their tokens take other ways in the pruned model, which no Gram
+    matrix of the dense one knows.
+
     Args:
         plan: what is removed.
         weight_of: a parameter of the dense model by its name; columns behind those of the consumer's inputs, such as a
@@ -234,9 +237,15 @@ def repair_local(
     """
     fits = []
     for consumer, own in pruned_consumers(architecture, plan):
-        if (inputs := inputs_of(consumer)) is None:
+        if architecture.parts[consumer.part].router or (inputs := inputs_of(consumer)) is None:
             continue
-        weight = oriented(consumer, weight_of(consumer.weight))
+        like = weight_of(consumer.weight)
+        weight = oriented(consumer, like)
+        if consumer.stack:
+            from libprune.repair.experts import fit_channels  # which fits by functions of this module
+
+            fits.append(fit_channels(consumer, weight, own, inputs.gram, inputs.held_out, damping, like))
+            continue
         kept = torch.cat([own, own.new_ones(weight.shape[1] - len(own))])
         factors = fisher_weighting(inputs.gram, inputs.curvature, fisher_share)
         moments = Moments.of_dense(weight, inputs.gram * factors, kept)
@@ -300,12 +309,13 @@ def repair_bias(
     """
     fits = []
     for consumer, kept in pruned_consumers(architecture, plan):
-        bias, inputs = bias_of(consumer), inputs_of(consumer)
+        bias = None if consumer.stack else bias_of(consumer)
         if bias is None:
             raise LibpruneError(
                 f"slice.repair: bias needs a bias on {consumer.module}, and the config of this model cannot say one; "
                 "choose slice.repair: local or sequential"
             )
+        inputs = inputs_of(consumer)
         weight, mean = oriented(consumer, weight_of(consumer.weight)).double(), mean_of(consumer).double()
         old, shift = weight * kept, weight[:, ~kept] @ mean[~kept]
         fitted = Moments.of_dense(weight, inputs.gram, torch.ones_like(kept))

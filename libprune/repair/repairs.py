@@ -31,7 +31,11 @@ Repairing = Callable[[Layout, Architecture, Plan, Compute, Slice], list[Fit]]
 
 
 def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
-    """Fit every pruned consumer to what the dense model gives it, from the cached Gram matrices."""
+    """Fit every pruned consumer to what the dense model gives it, from the cached Gram matrices.
+
+    A mixture that loses experts sends their tokens to others. It is run on what the dense model gives it, and its
+    experts are fitted to what the dense mixture made of that.
+    """
     inputs = inputs_of(layout, architecture, params.fisher_share > 0)
     damping = None if params.damping == "auto" else params.damping
     weights, number = WeightFiles(own_model(layout, architecture)), sum(1 for _ in pruned_consumers(architecture, plan))
@@ -41,7 +45,9 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
             bar.update()
             return inputs(consumer)
 
-        return repair_local(architecture, plan, weights.__getitem__, read, damping, params.fisher_share)
+        fits = repair_local(architecture, plan, weights.__getitem__, read, damping, params.fisher_share)
+    rerouted = any(shape.router for shape in architecture.parts.values())
+    return fits + (_layer_by_layer(layout, architecture, plan, compute, params, own_inputs=True) if rerouted else [])
 
 
 def local_repair(layout: Layout, architecture: Architecture) -> Callable[[Plan], dict[str, Tensor]]:
@@ -105,10 +111,11 @@ def inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Ca
         def activation(kind: str) -> Tensor:
             return read_tensor(layout.activations, consumer.layer, consumer.module + kind, "activations")
 
-        rows = activation(HELD_OUT)[: int(activation(f"{HELD_OUT}.tokens"))]
+        rows, filled = activation(HELD_OUT), int(activation(f"{HELD_OUT}.tokens"))
+        rows = rows if consumer.stack else rows[:filled]
         name = f"{consumer.module}.input_gradient_square"
         squares = read_tensor(layout.gradients, consumer.layer, name, "gradients") if curvature else None
-        return Inputs(activation(GRAM), rows if len(rows) else None, squares)
+        return Inputs(activation(GRAM), rows if filled else None, squares)
 
     return read
 
@@ -117,15 +124,27 @@ def sequential_fits(
     layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice
 ) -> list[Fit]:
     """Fit layer by layer on what the pruned layers before hand on; goes on where an interrupted run stopped."""
+    return _layer_by_layer(layout, architecture, plan, compute, params)
+
+
+def _layer_by_layer(
+    layout: Layout,
+    architecture: Architecture,
+    plan: Plan,
+    compute: Compute,
+    params: Slice,
+    own_inputs: bool = False,
+) -> list[Fit]:
     run = set_up(layout, compute, params.sequences)
     require_own_weights(run)
     if run.world.size > 1:
         raise LibpruneError("the slice stage runs in one process; start it without torchrun")
     damping = None if params.damping == "auto" else params.damping
-    drift = None if params.drift == "auto" else params.drift
+    drift = 0.0 if own_inputs else None if params.drift == "auto" else params.drift
     batches = split_batches(run.sequences.to(run.device), run.at_once)
+    steps = 0 if own_inputs else params.producer_steps
     repair = SequentialRepair(
-        run.model, architecture, plan, batches, damping, drift, params.drift_cap, params.producer_steps
+        run.model, architecture, plan, batches, damping, drift, params.drift_cap, steps, own_inputs
     )
     identity = {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
     folder = run.work / "slice" / sums_identity(run, identity, ("repair",))

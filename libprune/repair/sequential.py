@@ -12,13 +12,15 @@ tokens; so each token's drift is cut to a multiple of the median of its sequence
 not cut: later layers need these states.
 
 Where each unit depends on its own token alone, what computes the units can be fitted too: `libprune.repair.producers`.
+The experts of a mixture are fitted together, on the tokens that the pruned router sends them; see
+`libprune.repair.experts`.
 
 Cost for each layer: the layer once in the dense model; in the pruned one the layer once, and once
 more up to every consumer after the first. Memory on the host: four times the hidden states of the
 text, and the inputs of one consumer; with producers also what `libprune.repair.producers.Flow` holds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +36,7 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked, oriented
 from libprune.models.layers import first_output, layers_of, run_layer
 from libprune.models.sequences import Sequences
+from libprune.repair.experts import Rows, fit_experts
 from libprune.repair.least_squares import Fit, Moments, fit_consumer, new_parameters, pruned_consumers
 from libprune.repair.producers import (
     Flow,
@@ -78,6 +81,7 @@ class SequentialRepair:
         drift: float | None = None,
         cap: float | None = None,
         steps: int = 0,
+        own_inputs: bool = False,
     ) -> None:
         """Begin before the first layer.
 
@@ -91,11 +95,13 @@ class SequentialRepair:
             cap: the longest drift of a token, in medians over the tokens of its sequence; None for no limit.
             steps: as in `libprune.repair.producers.fit_producers`, of parts where that can be; 0: what computes units
                 stays.
+            own_inputs: fit only mixtures that lose experts, each on what the dense model gives it: `local` repair.
         """
+        self._own_inputs = own_inputs
         self._model, self._architecture, self._plan = model, architecture, plan
         self._batches, self._damping, self._drift, self._cap, self._steps = batches, damping, drift, cap, steps
         self._layers = layers_of(model, architecture)
-        self._kept = {consumer.module: kept for consumer, kept in pruned_consumers(architecture, plan)}
+        self._kept = {c.module: kept for c, kept in _fitted_consumers(architecture, plan, own_inputs)}
         first = [run_layer(model, self._layers, 0, batch.ids, None, until=self._layers[0])[0] for batch in batches]
         self._dense = self._pruned = [state.cpu() for state in first]
 
@@ -133,12 +139,13 @@ class SequentialRepair:
             for index, consumer in enumerate(consumers if known is None else []):
                 states = None
                 if consumer.module in self._kept:
-                    fit, states = self._refit(layer, consumers, index, outputs, drift)
+                    refit = self._refit_stack if consumer.stack else self._refit
+                    fit, states = refit(layer, consumers, index, outputs, drift)
                     fits.append(fit)
             if states is None or not additive:
                 numbers = range(len(self._batches))
                 states = [first_output(self._run(layer, number, self._pruned)[0]) for number in numbers]
-        self._dense, self._pruned = after, [state.cpu() for state in states]
+        self._dense, self._pruned = after, after if self._own_inputs else [state.cpu() for state in states]
         return fits
 
     def _run(
@@ -176,6 +183,35 @@ class SequentialRepair:
         _set(self._model, new_parameters([fit]))
         device = module.get_parameter("weight").device
         return fit, [batch.pruned + module(batch.x.to(device)) for batch in seen]
+
+    @torch.no_grad()
+    def _refit_stack(
+        self, layer: int, consumers: Sequence[Map], index: int, outputs: Sequence[Sequence[Tensor]], share: float
+    ) -> tuple[Fit, list[Tensor]]:
+        """Fit the experts of a mixture and set their weights; also the residual stream behind them, for every batch."""
+        consumer, kept = consumers[index], self._kept[consumers[index].module]
+        *before, module = (self._model.get_submodule(c.module) for c in consumers[: index + 1])
+        like = self._model.get_parameter(consumer.weight).detach()
+        stays = kept.view(consumer.copies(self._architecture.sizes), -1).to(like.device)
+        batches, routes, streams = [], [], []
+        for number, batch in enumerate(self._batches):
+            (x, routing), given = self._run(layer, number, self._pruned, before, until=module)
+            pruned = sum(given, self._pruned[number].to(x.device))
+            dense = sum(outputs[number][: len(given)], self._dense[number].to(x.device))
+            x = x.masked_fill(~stays[routing.experts], 0)
+            target = outputs[number][len(given)].float() + share * _capped(dense.float() - pruned.float(), self._cap)
+            target = target.flatten(0, -2) - module(torch.zeros_like(x), routing).float()
+            batches.append(Rows(x.cpu(), routing.tokens.cpu(), routing.counts, target.cpu(), batch.held_out))
+            routes.append(routing)
+            streams.append(pruned)
+        weight = oriented(consumer, like.float()).cpu()
+        fit = fit_experts(consumer, weight, kept, batches, self._damping, like.device, like)
+        _set(self._model, new_parameters([fit]))
+        states = [
+            stream + module(rows.x.to(like), routing).view_as(stream)
+            for stream, rows, routing in zip(streams, batches, routes, strict=True)
+        ]
+        return fit, states
 
     def _see(
         self,
@@ -249,6 +285,27 @@ class SequentialRepair:
             sums[batch.held_out].add(pair.x[..., kept].to(device).float(), pair.y.to(device))
         kept_out = sums[True].finish() if sums[True].tokens else None
         return fit_consumer(consumer, weight, kept, sums[False].finish(), kept_out, self._damping, refit)
+
+
+def _fitted_consumers(
+    architecture: Architecture, plan: Plan, own_inputs: bool
+) -> Iterator[tuple[Map, Bool[Tensor, " input"]]]:
+    """The consumers that are fitted, with the input positions that stay.
+
+    Beside those that lose inputs these are the ones that run behind a mixture which loses experts, such as a shared
+    expert: they can give what the mixture no longer does.
+    """
+    pruned = {consumer.module: (consumer, kept) for consumer, kept in pruned_consumers(architecture, plan)}
+    for layer in range(architecture.layers):
+        parts = architecture.parts_of(layer)
+        routed = [part for part in parts if architecture.parts[part].router and not plan.keep[layer, part].all()]
+        behind = {part for part in parts if routed and parts.index(part) >= parts.index(routed[0])}
+        for part in parts:
+            for consumer in architecture.consumers(layer, part):
+                if consumer.module in pruned and (consumer.part in routed or not own_inputs):
+                    yield pruned.pop(consumer.module)
+                elif part in behind and part not in routed and not own_inputs and not plan.gone(layer, part):
+                    yield consumer, torch.ones(consumer.input.size(architecture.sizes), dtype=torch.bool)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Units
 from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError, nearest
 from libprune.engine.tables import Columns, Values, check_rows, numbers
 from libprune.pipeline.artifacts import read_architecture, read_table, same_origin
@@ -35,6 +36,7 @@ class Criterion:
             for a component that a factor on a layer's gradients does not change.
         columns: reads further per-unit columns from the stages' shards; None if the tables are enough.
         terms: names of the components, where they are neither the criterion's own name nor those in `orders`.
+        only: the kind of units that it is about; None for all.
     """
 
     components: Callable[[Columns, Score], dict[str, Values]]
@@ -45,6 +47,7 @@ class Criterion:
     orders: Mapping[str, int] = field(default_factory=dict)
     columns: Callable[[Layout, Architecture, Score], Columns] | None = None
     terms: tuple[str, ...] = ()
+    only: Units | None = None
 
 
 def _magnitude(table: Columns, params: Score) -> dict[str, Values]:
@@ -136,6 +139,16 @@ def _fisher_obs(table: Columns, params: Score) -> dict[str, Values]:
     return {"fisher_obs": _unit_fisher(table, params)["unit_fisher"] * numbers(table, "obs_share")}
 
 
+def _reap(table: Columns, params: Score) -> dict[str, Values]:
+    """Mean over the tokens routed to the expert of the router's weight times the norm of the expert's output."""
+    return {"reap": numbers(table, "reap")}
+
+
+def _routed_frequency(table: Columns, params: Score) -> dict[str, Values]:
+    """Share of the calibration tokens that are routed to the expert."""
+    return {"routed_frequency": numbers(table, "routed_frequency")}
+
+
 def _random(table: Columns, params: Score) -> dict[str, Values]:
     """Seeded noise per parameter, the floor that every criterion must clear."""
     cost = numbers(table, "cost")
@@ -224,6 +237,8 @@ CRITERIA = {
         columns=_cooperative_columns,
         terms=TERMS["cooperative"],
     ),
+    "reap": Criterion(_reap, ("activations",), False, "activation", "Lasby et al. 2025 (REAP)", only="experts"),
+    "routed_frequency": Criterion(_routed_frequency, ("activations",), False, "none", "", only="experts"),
     "random": Criterion(_random, (), True, "none", ""),
 }
 
@@ -281,13 +296,14 @@ def join_tables(layout: Layout, criterion: Criterion, params: Score) -> tuple[Co
     return joined, origin
 
 
-def score_units(table: Columns, params: Score) -> Columns:
+def score_units(table: Columns, params: Score, asked: NDArray[np.bool_] | None = None) -> Columns:
     """The importance table of one criterion.
 
     Args:
         table: joined per-unit columns: `layer_idx`, `group_type`, `group_idx`, `cost` (parameters)
             and those that the criterion reads.
         params: criterion and scaling.
+        asked: the rows that are scored by this criterion, ``[units]``; None for all. The others may have no value.
 
     Returns:
         The index columns, `importance`, `cost`, `score`, and the criterion's components. `score`
@@ -299,7 +315,7 @@ def score_units(table: Columns, params: Score) -> Columns:
     """
     components = find_criterion(params.criterion).components(table, params)
     importance = np.sum(list(components.values()), axis=0)
-    _require_finite(importance, table, params.criterion)
+    _require_finite(importance if asked is None else np.where(asked, importance, 0.0), table, params.criterion)
     cost = numbers(table, "cost")
     if params.scaling == "none":
         score = importance / cost

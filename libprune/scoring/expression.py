@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Units
 from libprune.engine.errors import LibpruneError, nearest
 from libprune.pipeline.sections import Score
 from libprune.scoring.criteria import CRITERIA, unknown_criterion
@@ -91,14 +91,17 @@ def criteria_of(architecture: Architecture, params: Score) -> dict[str, Weights]
     Raises:
         LibpruneError: if an expression cannot be read.
     """
-    return {
-        part: parse_criteria(text, params.fusion, key) for part, (key, text) in asked_of(architecture.parts, params)
-    }
+    parts = {part: KEYS[shape.units] for part, shape in architecture.parts.items()}
+    return {part: parse_criteria(text, params.fusion, key) for part, (key, text) in asked_of(parts, params)}
 
 
-def asked_of(parts: Iterable[str], params: Score) -> Iterator[tuple[str, tuple[str, str]]]:
-    """The key and the expression that each part is scored by."""
+KEYS: Mapping[Units, str] = {"groups": "attention", "channels": "mlp", "experts": "experts"}
+"""The key of the score section that names the criteria of parts with such units, where it is not null."""
+
+
+def asked_of(parts: Mapping[str, str], params: Score) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The key and the expression that each part is scored by, given the key of its units in `KEYS`."""
     asked = {"criterion": params.criterion} | params.expressions
-    for part in parts:
-        key = part if part in asked else "criterion"
+    for part, own in parts.items():
+        key = own if own in asked else "criterion"
         yield part, (key, asked[key])

@@ -5,16 +5,17 @@ from dataclasses import asdict
 import numpy as np
 
 from libprune.engine.architecture import Architecture
+from libprune.engine.errors import LibpruneError
 from libprune.engine.surgery import oriented
 from libprune.engine.tables import Columns, Values
 from libprune.models.compute import PATIENCE
 from libprune.models.folder import WeightFiles, own_model
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
-from libprune.pipeline.shards import GRAM, read_tensor
+from libprune.pipeline.shards import GRAM, ROUTED, read_tensor
 from libprune.pipeline.terminal import Bar
 from libprune.scoring.correlation import unit_graph
-from libprune.scoring.obs import obs_removal
+from libprune.scoring.obs import obs_removal, stack_removal
 
 
 def read_gram_columns(layout: Layout, architecture: Architecture, params: Score, in_nats: bool) -> Columns:
@@ -38,14 +39,13 @@ def read_gram_columns(layout: Layout, architecture: Architecture, params: Score,
             gram = read_tensor(layout.activations, layer, consumer.module + GRAM, "activations")
             square = f"{consumer.module}.output_gradient_square"
             curvature = read_tensor(layout.gradients, layer, square, "gradients") / 2 if in_nats else None
-            removal = obs_removal(
-                oriented(consumer, weights[consumer.weight]),
-                gram,
-                consumer.input.units(architecture.parts[part].axis, architecture.sizes),
-                min(params.obs_rounds, units),
-                params.obs_damping,
-                curvature,
-            )
+            of = consumer.input.units(architecture.parts[part].axis, architecture.sizes)
+            weight, rounds = oriented(consumer, weights[consumer.weight]), min(params.obs_rounds, units)
+            if consumer.stack:
+                tokens = read_tensor(layout.activations, layer, f"{consumer.module}{ROUTED}.frequency", "activations")
+                removal = stack_removal(weight, gram, tokens, of, rounds, params.obs_damping, curvature)
+            else:
+                removal = obs_removal(weight, gram, of, rounds, params.obs_damping, curvature)
             error, share = error + removal.error, share + removal.share / len(consumers)
         errors.append(error)
         shares.append(share)
@@ -63,6 +63,11 @@ def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> 
     Raises:
         ArtifactError: if statistics are missing.
     """
+    if any(entry.stack for entry in architecture.maps):
+        raise LibpruneError(
+            "the criterion cooperative compares inputs that the same tokens have, which those of different experts are "
+            "not; choose another criterion for a mixture of experts"
+        )
     weights = WeightFiles(own_model(layout, architecture))
     columns: dict[str, list[Values]] = {}
     for layer, part in Bar(list(architecture.blocks()), desc="score", unit="block", delay=PATIENCE):

@@ -82,6 +82,51 @@ def obs_removal(
     return RemovalCost(errors, share)
 
 
+def stack_removal(
+    weight: Float[Tensor, "output input"],
+    grams: Float[Tensor, "copies each each"],
+    frequency: Float[Tensor, " copies"],
+    units: Int[np.ndarray, " input"],
+    rounds: int,
+    damping: float,
+    output_weights: Float[Tensor, " output"] | None = None,
+) -> RemovalCost:
+    """The cost of removing units of a stack of maps, such as experts, whose inputs are not read together.
+
+    Each copy is refitted by itself: a unit that is a whole copy costs all that it adds, and one that has inputs in
+    every copy costs the sum over the copies.
+
+    Args:
+        weight: the weights of all copies side by side, ``[output, copies * each]``.
+        grams: E[x x^T] over the rows of each copy.
+        frequency: the share of tokens that go through each copy.
+        units: the unit of each input position.
+        rounds: as in `obs_removal`.
+        damping: as in `obs_removal`.
+        output_weights: as in `obs_removal`.
+
+    Raises:
+        StatisticsError: if a damped Gram matrix is not positive definite.
+    """
+    copies, each = grams.shape[:2]
+    of_copy, count = units.reshape(copies, each), int(units.max()) + 1
+    error, alone = np.zeros(count), np.zeros(count)
+    for copy in range(copies):
+        if not frequency[copy]:
+            continue
+        gram = grams[copy].double() * float(frequency[copy])
+        own, inputs = of_copy[copy], weight[:, copy * each : (copy + 1) * each]
+        w = inputs.double() if output_weights is None else inputs.double() * output_weights.double().sqrt()[:, None]
+        added = ((w @ gram) * w).sum(0).numpy()
+        alone += np.bincount(own, added, count)
+        whole = (own == own[0]).all()
+        if whole:
+            error[own[0]] += added.sum()
+        else:
+            error += obs_removal(inputs, gram, own, rounds, damping, output_weights).error
+    return RemovalCost(error, np.divide(error, alone, out=np.zeros(count), where=alone > 0).clip(0, 1))
+
+
 def positions_of(units: Int[np.ndarray, " input"]) -> Int[Tensor, "units positions"]:
     """The input positions of each unit; all units own equally many."""
     order = np.argsort(units, kind="stable")[int((units < 0).sum()) :]

@@ -12,7 +12,7 @@ from libprune.pipeline.artifacts import read_architecture, read_table, same_orig
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.scoring.criteria import CRITERIA, find_criterion, join_tables, score_units
-from libprune.scoring.expression import Weights, criteria_of, format_criteria, named_criteria
+from libprune.scoring.expression import Weights, criteria_of, format_criteria
 from libprune.scoring.fusion import NATS, READS_LOSSES, CriterionScores, PartScores, score_part
 
 
@@ -25,7 +25,8 @@ def score_layout(layout: Layout, params: Score) -> tuple[Columns, dict[str, Any]
     architecture = read_architecture(layout)
     asked = criteria_of(architecture, params)
     require_scaling(asked, params)
-    alone, table, origin = _alone(layout, named_criteria(params), params)
+    _require_units(architecture, asked)
+    alone, table, origin = _alone(layout, asked, params)
     measured: Columns = {}
     if params.fusion in READS_LOSSES and any(len(weights) > 1 for weights in asked.values()):
         measured = _measured(layout, architecture, origin)
@@ -35,6 +36,22 @@ def score_layout(layout: Layout, params: Score) -> tuple[Columns, dict[str, Any]
     }
     _require_one_text(layout, origin)
     return assemble(table, scored, params), origin | params.model_dump() | _nature(asked, scored, params)
+
+
+def _require_units(architecture: Architecture, asked: Mapping[str, Weights]) -> None:
+    """Stop where a criterion is asked of units that it is not about.
+
+    Raises:
+        LibpruneError: naming the criterion and the part.
+    """
+    for part, weights in asked.items():
+        for name in weights:
+            only = CRITERIA[name].only
+            if only is not None and architecture.parts[part].units != only:
+                raise LibpruneError(
+                    f"the criterion {name} is about {only}, and the {part} of this model has none; set score.experts: "
+                    f"{name}, and score.criterion to a criterion of all units"
+                )
 
 
 def _require_one_text(layout: Layout, origin: Mapping[str, Any]) -> None:
@@ -72,18 +89,23 @@ def require_scaling(asked: Mapping[str, Weights], params: Score) -> None:
 
 
 def _alone(
-    layout: Layout, names: list[str], params: Score
+    layout: Layout, asked: Mapping[str, Weights], params: Score
 ) -> tuple[dict[str, CriterionScores], Columns, dict[str, Any]]:
-    """Every criterion by itself, the index columns and costs, and the common origin."""
+    """Every criterion by itself, the index columns and costs, and the common origin.
+
+    Args:
+        asked: the criteria of every part.
+    """
     alone: dict[str, CriterionScores] = {}
     origin: dict[str, Any] = {}
     index: Columns = {}
-    for name in names:
+    for name in dict.fromkeys(name for weights in asked.values() for name in weights):
         criterion, own = find_criterion(name), params.model_copy(update={"criterion": name, "scaling": "none"})
         table, source = join_tables(layout, criterion, own)
         same_origin(layout.root, source, {key: origin[key] for key in origin.keys() & source.keys()})
         origin |= source
-        scores = score_units(table, own)
+        parts = [part for part, weights in asked.items() if name in weights]
+        scores = score_units(table, own, np.isin(table["group_type"], parts))
         index = {key: scores[key] for key in ("layer_idx", "group_type", "group_idx", "cost")}
         components = {key: scores[key] for key in scores if key not in {*index, "importance", "score"}}
         alone[name] = CriterionScores(

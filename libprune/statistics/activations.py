@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from libprune.collection.accumulator import Accumulator, Group
 from libprune.collection.calibration import HELD_OUT_EVERY, Run, held_out, set_up
 from libprune.collection.records import (
+    HELD_OUT_SEQUENCES,
+    HELD_OUT_TOKENS,
     Cosine,
     Gram,
     HeldOut,
@@ -22,18 +24,21 @@ from libprune.collection.records import (
     InputMoments,
     State,
     Statistic,
+    count,
     entropy,
     frequency,
 )
 from libprune.collection.resumable import Collection, collecting, write_artifact
+from libprune.collection.stacked import Routed, RoutedHeldOut, Stacked
 from libprune.engine.architecture import Architecture, Map
-from libprune.engine.surgery import hooked
+from libprune.engine.stacks import Routing, StackedMap
+from libprune.engine.surgery import hooked, oriented
 from libprune.engine.tables import Columns
-from libprune.models.compute import per_sequence, require_finite
+from libprune.models.compute import per_sequence, require_finite, require_finite_rows
 from libprune.models.sequences import Pass
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Activations, Compute
-from libprune.pipeline.shards import GRAM, HELD_OUT
+from libprune.pipeline.shards import GRAM, HELD_OUT, ROUTED
 from libprune.statistics.unit_sums import sum_positions, unit_sums
 
 NORMS = ("l1", "l2", "mean", "max")
@@ -97,12 +102,17 @@ def _layer_group(architecture: Architecture, layer: int, section: Activations) -
     for part in architecture.parts_of(layer):
         consumers = architecture.consumers(layer, part)
         for entry in architecture.maps_of(layer, part):
-            width = entry.input.size(architecture.sizes)
-            group[entry.module] = InputMoments(width)
+            width, copies = entry.each_input(architecture.sizes), entry.copies(architecture.sizes)
+            own: dict[str, Statistic] = {"": InputMoments(width)}
             if entry in consumers:
-                group[entry.module + GRAM] = Gram(width, getattr(torch, section.storage_dtype))
-                group[entry.module + _HISTOGRAM] = Histogram(width)
-                group[entry.module + HELD_OUT] = HeldOut(width)
+                own |= {GRAM: Gram(width, getattr(torch, section.storage_dtype)), _HISTOGRAM: Histogram(width)}
+            if entry.stack:
+                own = {name: Stacked(copies, statistic) for name, statistic in own.items()}
+            if entry in consumers:
+                own[HELD_OUT] = RoutedHeldOut(copies, width) if entry.stack else HeldOut(width)
+            if entry in consumers and entry.stack:
+                own[ROUTED] = Routed(copies)
+            group |= {entry.module + name: statistic for name, statistic in own.items()}
     return group
 
 
@@ -122,11 +132,13 @@ def collect_activations(
     Raises:
         StatisticsError: naming the module and sequence whose input is not finite.
     """
-    inputs = InputSums(sums)
+    inputs, names = InputSums(sums, architecture.sizes), {name for group in sums.groups for name in group}
     with hooked(model) as handles, torch.no_grad():
         for entry in architecture.maps:
             module = model.get_submodule(entry.module)
             handles.append(module.register_forward_pre_hook(partial(_add_input, inputs, entry)))
+            if isinstance(module, StackedMap):
+                module.watch = partial(_add_routed, sums, entry) if f"{entry.module}{ROUTED}" in names else None
         for layer in range(architecture.layers):
             module = model.get_submodule(f"{architecture.layers_path}.{layer}")
             handles.append(module.register_forward_hook(partial(_add_layer, sums, layer), with_kwargs=True))
@@ -141,9 +153,9 @@ class InputSums:
     Sequences may be the samples of a network, and tokens the rows that one sample gives a map.
     """
 
-    def __init__(self, sums: Accumulator) -> None:
-        """Take the sums of the `activation_groups`."""
-        self._sums = sums
+    def __init__(self, sums: Accumulator, sizes: Mapping[str, int]) -> None:
+        """Take the sums of the `activation_groups`, and the sizes of the axes."""
+        self._sums, self._sizes = sums, sizes
 
     def begin(self, first: int, sequences: int) -> None:
         """Begin a batch, given the index of its first sequence and their number."""
@@ -164,6 +176,35 @@ class InputSums:
         if entry.module + GRAM in group:
             self._add_to_gram(entry, each)
 
+    def add_rows(self, entry: Map, x: Float[Tensor, "rows input"], routing: Routing) -> None:
+        """Add what the experts of a stack take from a batch, row by row.
+
+        Raises:
+            StatisticsError: naming the module and the sequence whose input is not finite.
+        """
+        length = routing.total // self._sequences
+        sequence, position = routing.tokens // length, routing.tokens % length
+        require_finite_rows(x, sequence + self._first, f"the input of {entry.module}")
+        group = self._sums.groups[entry.layer]
+
+        def add(name: str, chosen: Tensor) -> None:
+            counts = torch.bincount(routing.experts[chosen], minlength=entry.copies(self._sizes)).cpu()
+            self._sums.update(entry.layer, entry.module + name, x[chosen].float(), counts)
+
+        add("", torch.ones_like(sequence, dtype=torch.bool))
+        if entry.module + GRAM not in group:
+            return
+        add(_HISTOGRAM, (sequence + self._first + position) % HISTOGRAM_STRIDE == 0)
+        held = held_out(self._first, self._sequences).to(x.device)[sequence]
+        add(GRAM, ~held)
+        slots = torch.full((length,), -1, device=x.device)
+        tokens = min(HELD_OUT_TOKENS, length)
+        slots[torch.arange(tokens, device=x.device) * length // tokens] = torch.arange(tokens, device=x.device)
+        number = (sequence + self._first) // HELD_OUT_EVERY
+        kept = held & (slots[position] >= 0) & (number < HELD_OUT_SEQUENCES)
+        places = (number * tokens + slots[position])[kept]
+        self._sums.update(entry.layer, entry.module + HELD_OUT, x[kept], routing.experts[kept], places)
+
     def _add_to_gram(self, consumer: Map, x: Float[Tensor, "sequences tokens input"]) -> None:
         """Add a consumer's input to its histogram, its Gram matrix, and the inputs that are held out of the matrix."""
         self._sums.update(consumer.layer, consumer.module + _HISTOGRAM, _sampled(x, self._first))
@@ -176,9 +217,17 @@ class InputSums:
             self._sums.update(consumer.layer, consumer.module + HELD_OUT, x[held], numbers)
 
 
-def _add_input(inputs: InputSums, entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _add_input(inputs: InputSums, entry: Map, module: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of a map that adds its input to the sums."""
-    inputs.add(entry, args[0])
+    if entry.stack:
+        inputs.add_rows(entry, args[0], args[1])
+    else:
+        inputs.add(entry, args[0])
+
+
+def _add_routed(sums: Accumulator, entry: Map, added: Tensor, routing: Routing) -> None:
+    """Add what experts give their tokens to the sums."""
+    sums.update(entry.layer, entry.module + ROUTED, added, routing.experts, count(routing.total))
 
 
 def _add_layer(
@@ -223,22 +272,39 @@ def activation_columns(
     for entry in architecture.consumers(layer, part):
         of = entry.input.units(architecture.parts[part].axis, architecture.sizes)
         columns["fluctuation"] += sum_positions(_fluctuation(entry, tensors, weights), of, number).numpy()
+    if any(shape.router for shape in architecture.parts.values()):
+        columns |= _routed(architecture, tensors, layer, part)
     for name, values in _features(tensors, consumer.module).items():
         columns[f"activation_{name}"] = (sum_positions(values.double(), units, number) / positions).numpy()
     return columns
+
+
+def _routed(
+    architecture: Architecture, tensors: Mapping[str, Tensor], layer: int, part: str
+) -> dict[str, NDArray[np.float64]]:
+    """`reap` and `routed_frequency` of the experts of a mixture; NaN for the units of other parts."""
+    if not architecture.parts[part].router:
+        return {name: np.full(architecture.units(part), np.nan) for name in ("reap", "routed_frequency")}
+    module = architecture.consumers(layer, part)[0].module
+    return {
+        "reap": tensors[f"{module}{ROUTED}.reap"].double().numpy(),
+        "routed_frequency": tensors[f"{module}{ROUTED}.frequency"].double().numpy(),
+    }
 
 
 def _weighted(entry: Map, weight: Tensor, tensors: Mapping[str, Tensor], kind: str) -> Tensor:
     """|W_ij| a_j of every weight of a map, in its own layout, with a_j the named norm of input feature j."""
     of = f"{entry.module}.input_mean" if kind == "mean" else f"{entry.module}.input_norm_{kind}"
     norm = tensors[of].abs()
+    if entry.stack:
+        return weight.abs().float() * norm.unsqueeze(2 if entry.transposed else 1)
     return weight.abs().float() * (norm[:, None] if entry.transposed else norm.view(weight.shape[1:]))
 
 
 def _fluctuation(consumer: Map, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
     """Variance of each input of a consumer times the squared norm of the weights that read it, ``[input]``."""
-    squares = weights[consumer.weight].double().square().sum(1 if consumer.transposed else 0)
-    return squares.flatten() * tensors[f"{consumer.module}.input_variance"].double()
+    squares = oriented(consumer, weights[consumer.weight].double()).square().sum(0)
+    return squares * tensors[f"{consumer.module}.input_variance"].double().flatten()
 
 
 def _features(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
@@ -246,11 +312,12 @@ def _features(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
     variance, mean = tensors[f"{module}.input_variance"], tensors[f"{module}.input_mean"]
     counts = tensors[module + _HISTOGRAM]
     root_mean_square = float((variance + mean.square()).mean().sqrt())
-    tokens = float(tensors[f"{module}.input_tokens"])
-    return {
-        "magnitude": tensors[f"{module}.input_norm_l1"] / tokens,
+    tokens = tensors[f"{module}.input_tokens"].clamp(min=1).double()
+    features = {
+        "magnitude": tensors[f"{module}.input_norm_l1"] / tokens[..., None],
         "variance": variance,
         "range": tensors[f"{module}.input_max"] - tensors[f"{module}.input_min"],
         "entropy": entropy(counts),
         "frequency": frequency(counts, ACTIVE * root_mean_square),
     }
+    return {name: values.flatten().nan_to_num(0.0) for name, values in features.items()}

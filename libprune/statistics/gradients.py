@@ -16,9 +16,11 @@ from libprune.collection.backward import watching, weight_gradient
 from libprune.collection.calibration import Run, set_up
 from libprune.collection.records import BatchRows, Gram, MaskGradient, Pending, Statistic, Sum, count
 from libprune.collection.resumable import ColumnsOf, RowsOf, collecting, write_artifact
-from libprune.collection.summary import print_keys
+from libprune.collection.stacked import Squares, Stacked
+from libprune.collection.summary import mean_cell, print_keys
 from libprune.engine.architecture import Architecture, Map, Parameter
 from libprune.engine.errors import StatisticsError
+from libprune.engine.stacks import Routing
 from libprune.engine.tables import Columns
 from libprune.models.compute import require_finite, sequence_losses
 from libprune.models.sequences import Pass
@@ -106,12 +108,26 @@ def _layer_group(
         consumers = architecture.consumers(layer, part)
         for entry in architecture.maps_of(layer, part):
             sides = {"output": entry.output} | ({"input": entry.input} if entry in consumers else {})
+            if entry.stack:
+                if entry in consumers:
+                    group |= _stack_group(architecture, entry)
+                continue
             for side, expr in sides.items():
                 width = expr.size(architecture.sizes)
                 group[f"{entry.module}.{side}_gradient_square"] = Sum((width,), sums=torch.float64)
                 if section.second_moments == "full" and entry in consumers:
                     group[f"{entry.module}.{side}_gradient_gram"] = Gram(width)
     return group
+
+
+def _stack_group(architecture: Architecture, consumer: Map) -> Group:
+    """The second moments of the gradients at both sides of a stack: of each expert's rows, and of all tokens."""
+    sizes = architecture.sizes
+    rows = Squares(consumer.each_input(sizes))
+    return {
+        f"{consumer.module}.input_gradient_square": Stacked(consumer.copies(sizes), rows),
+        f"{consumer.module}.output_gradient_square": Sum((consumer.output.size(sizes),), sums=torch.float64),
+    }
 
 
 def collect_gradients(
@@ -140,16 +156,19 @@ def collect_gradients(
     collector = _Collector(architecture, sums)
     vectors = {p.name: p for block in architecture.blocks() for p in architecture.parameters_of(*block)}
     for entry in architecture.maps:
-        vectors.pop(entry.weight)
-        vectors.pop(f"{entry.module}.bias", None)
-    with watching(model, architecture, collector.output, collector.input, recompute) as tape, torch.enable_grad():
+        if not entry.stack:
+            vectors.pop(entry.weight)
+            vectors.pop(entry.bias, None)
+    watched = watching(model, architecture, collector.output, collector.input, recompute, collector.rows)
+    with watched as tape, torch.enable_grad():
         handles = [_watch_vector(model, parameter, collector) for parameter in vectors.values()]
         try:
             for number, first, batch in batches:
                 end = first + len(batch)
                 for chunk in batch.passes(at_once):
                     tape.begin(first, len(chunk))
-                    collector.begin(number, len(batch), first, chunk.counted, last=first + len(chunk) == end)
+                    last = first + len(chunk) == end
+                    collector.begin(number, len(batch), first, len(chunk), chunk.counted, last)
                     first += len(chunk)
                     losses = sequence_losses(model, chunk)
                     require_finite(losses.detach(), tape.first, "the loss")
@@ -175,18 +194,19 @@ class _Collector:
         self.sums = sums
         self._named = {p.name for p in architecture.parameters}
 
-    def begin(self, number: int, sequences: int, first: int, n_tok: int, last: bool) -> None:
+    def begin(self, number: int, sequences: int, first: int, in_pass: int, n_tok: int, last: bool) -> None:
         """Begin a pass over some sequences of a batch.
 
         Args:
             number: of the batch.
             sequences: in the batch.
             first: index of the first sequence of the pass.
+            in_pass: sequences in the pass.
             n_tok: loss-counted tokens of a sequence.
             last: whether this is the last pass of the batch.
         """
         self._number, self._sequences, self._last = number, sequences, last
-        self._first = first
+        self._first, self._n_sequences = first, in_pass
         self._n_tok = n_tok
 
     def vector(self, name: str, layer: int, parameter: Tensor) -> None:
@@ -201,7 +221,13 @@ class _Collector:
         self._take(name, layer, gradient)
 
     def output(self, entry: Map, x: Tensor, delta: Tensor) -> None:
-        """Add the gradients of a map's weight and bias, and the second moment of the gradient at its output."""
+        """Add the gradients of a map's weight and bias, and the second moment of the gradient at its output.
+
+        Autograd gives the gradients of a stack's weights and biases themselves.
+        """
+        if entry.stack:
+            add_second_moment(self.sums, entry, "output", delta, self._n_tok)
+            return
         gradient = weight_gradient(entry, x, delta)
         if not torch.isfinite(gradient.sum(dtype=torch.float32)):
             each = torch.stack([weight_gradient(entry, *pair) for pair in zip(x, delta, strict=True)])
@@ -223,6 +249,20 @@ class _Collector:
         require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
         self.sums.update(entry.layer, UNITS + entry.part, mask)
         add_second_moment(self.sums, entry, "input", delta, self._n_tok)
+
+    def rows(self, entry: Map, x: Tensor, delta: Tensor, routing: Routing) -> None:
+        """Add the mask gradients of a stack's units, and the second moments of the gradients at each expert's input."""
+        sizes, axis = self.architecture.sizes, self.architecture.parts[entry.part].axis
+        units = torch.from_numpy(entry.input.units(axis, sizes)).view(entry.copies(sizes), -1).to(x.device)
+        number = self.architecture.units(entry.part)
+        mask = torch.zeros(routing.total * number, device=x.device)
+        places = routing.tokens[:, None] * number + units[routing.experts]
+        mask.index_add_(0, places.flatten(), (x.float() * delta.float()).flatten())
+        mask = mask.view(self._n_sequences, -1, number)
+        require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
+        self.sums.update(entry.layer, UNITS + entry.part, mask)
+        name = f"{entry.module}.input_gradient_square"
+        self.sums.update(entry.layer, name, delta.float() * self._n_tok, torch.tensor(routing.counts))
 
     def _take(self, name: str, layer: int, gradient: Tensor) -> None:
         """Keep the gradient of a pass, a sum over its sequences, and add that of a whole batch to the sums."""
@@ -313,8 +353,9 @@ def print_gradients(rows: Columns, folder: Path) -> None:
     parts = list(dict.fromkeys(rows["group_type"]))
     note(f"{'layer':>5}" + "".join(f"{f'mean |g| {part}':>22}" for part in parts))
     for layer in np.unique(rows["layer_idx"]):
-        means = [rows["mean_abs"][(rows["layer_idx"] == layer) & (rows["group_type"] == part)].mean() for part in parts]
-        note(f"{layer:>5}" + "".join(f"{mean:>22.3e}" for mean in means))
+        own = rows["layer_idx"] == layer
+        values = [rows["mean_abs"][own & (rows["group_type"] == part)] for part in parts]
+        note(f"{layer:>5}" + "".join(mean_cell(some, 22) for some in values))
     print_keys(folder)
     ratio = gradient_ratio(rows)
     say(f"gradient ratio between layers: {ratio:,.1f} ({verdict(ratio)})")

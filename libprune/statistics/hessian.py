@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,8 @@ def measure_hessian(layout: Layout, compute: Compute, section: Hessian) -> Colum
             finite.
     """
     run = set_up(layout, compute, section.sequences)
+    if bare_parameters(run.architecture):  # whose squares for each sequence take a pass for each
+        run = replace(run, at_once=1)
     probing = section.estimator == "hutchinson"
     if probing:
         require_probes_possible(compute, run.world.sharded)
@@ -83,13 +87,19 @@ def hessian_groups(architecture: Architecture, n_tok: int, section: Hessian) -> 
 
 def curved_parameters(architecture: Architecture, layer: int, part: str) -> list[Parameter]:
     """The parameters of a block whose diagonal is estimated: those of its linear maps, and others that carry units."""
-    modules = {entry.module for entry in architecture.maps_of(layer, part)}
-    carriers = {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}
-    return [
-        parameter
-        for parameter in architecture.parameters_of(layer, part)
-        if parameter.name in carriers or parameter.name.rpartition(".")[0] in modules
-    ]
+    mapped = {name for entry in architecture.maps_of(layer, part) for name in (entry.weight, entry.bias)}
+    wanted = mapped | {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}
+    return [parameter for parameter in architecture.parameters_of(layer, part) if parameter.name in wanted]
+
+
+def bare_parameters(architecture: Architecture) -> dict[str, Parameter]:
+    """The curved parameters that belong to no map that sees whole sequences, by name: stacks, routers, heads' numbers.
+
+    Autograd gives their gradients, of all sequences of a pass together.
+    """
+    mapped = {name for entry in architecture.maps if not entry.stack for name in (entry.weight, entry.bias)}
+    curved = (p for block in architecture.blocks() for p in curved_parameters(architecture, *block))
+    return {parameter.name: parameter for parameter in curved if parameter.name not in mapped}
 
 
 def collect_squared_gradients(
@@ -105,7 +115,7 @@ def collect_squared_gradients(
     inputs over that sequence's tokens, so autograd only computes the former.
 
     Args:
-        batches: each of sequences of one length.
+        batches: each of sequences of one length; of one sequence where there are `bare_parameters`.
         sums: of the `hessian_groups`.
         recompute: whether the layers are computed again in backward.
 
@@ -122,12 +132,28 @@ def collect_squared_gradients(
         if bias in biases:
             sums.update(entry.layer, bias, deltas.sum(1, dtype=torch.float32).square().sum(0), count(len(x)))
 
+    def add_bare(bare: Parameter, tensor: Tensor) -> None:
+        assert tensor.grad is not None and bare.layer is not None
+        squares, tensor.grad = tensor.grad.float().square(), None
+        _require_no_overflow(squares, bare.name, tape.first)
+        sums.update(bare.layer, bare.name, squares, count(1))
+
+    bare = bare_parameters(architecture)
     with watching(model, architecture, add, recompute=recompute) as tape, torch.enable_grad():
-        for _, first, sequences in batches:
-            tape.begin(first, len(sequences))
-            losses = sequence_losses(model, sequences)
-            require_finite(losses.detach(), first, "the loss")
-            tape.backward(losses.sum())
+        taken = [
+            model.get_parameter(name).requires_grad_(True).register_post_accumulate_grad_hook(partial(add_bare, own))
+            for name, own in bare.items()
+        ]
+        try:
+            for _, first, sequences in batches:
+                assert not bare or len(sequences) == 1
+                tape.begin(first, len(sequences))
+                losses = sequence_losses(model, sequences)
+                require_finite(losses.detach(), first, "the loss")
+                tape.backward(losses.sum())
+        finally:
+            for handle in taken:
+                handle.remove()
 
 
 def _sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:

@@ -158,7 +158,7 @@ def _add_activations(
     """Add the inputs of all calls of every map that carries units."""
     with watched_inputs(network, architecture.maps, len(batch)) as seen, torch.no_grad():
         network(batch.inputs)
-    inputs = InputSums(sums)
+    inputs = InputSums(sums, architecture.sizes)
     inputs.begin(first, len(batch))
     for entry, calls in seen.items():
         if entry.module in sums.groups[0]:

@@ -1,0 +1,237 @@
+"""Fitting the second maps of a mixture's experts, to what the dense mixture gave to the tokens that go through them.
+
+When experts go, their tokens are routed to others. What those give is not what the removed ones gave, and the experts
+that are left can be fitted to it, all together. With x_r the input of row r, a token t(r) on its way through expert
+e(r) of the pruned mixture, times the router's weight, and y_t what token t is to be given:
+
+    W' = argmin sum_t |y_t - sum_(r of t) W'_e(r) x_r|^2 + lambda sum_e |(W'_e - W_e) D_e^1/2|^2
+
+with D_e the diagonal of sum x_r x_r^T over the rows of the expert. The experts of a token share its error, so that
+they are fitted jointly: by conjugate gradients on the rows, preconditioned with each expert's own damped Gram matrix.
+Memory: the rows, and for each expert its weights three times and its Gram matrix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from libprune.engine.architecture import Map
+from libprune.engine.errors import LibpruneError
+from libprune.engine.surgery import stored
+from libprune.repair.least_squares import DAMPINGS, SILENT, Fit, Moments, fit_consumer
+
+STEPS = 12
+"""The most steps of conjugate gradients for one ridge."""
+CLOSE = 1e-3
+"""The residual, relative to that of the old weights, at which they end."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a batch shows of a stack that consumes; on the host.
+
+    Attributes:
+        x: the input of each row, times the router's weight, zero where inputs are removed; sorted by expert.
+        tokens: the token of each row.
+        counts: rows of each expert.
+        y: what each token is to be given.
+        held_out: whether the fit is not to see these tokens.
+    """
+
+    x: Float[Tensor, "rows input"]
+    tokens: Int[Tensor, " rows"]
+    counts: tuple[int, ...]
+    y: Float[Tensor, "tokens output"]
+    held_out: bool
+
+    def given(self, weights: Float[Tensor, "copies input output"]) -> Float[Tensor, "tokens output"]:
+        """What weights give each token."""
+        x, tokens = self.x.to(weights), self.tokens.to(weights.device)
+        out = weights.new_zeros(self.y.shape)
+        for copy, (rows, of) in enumerate(zip(x.split(self.counts), tokens.split(self.counts), strict=True)):
+            if len(rows):
+                out.index_add_(0, of, rows @ weights[copy])
+        return out
+
+    def pulled(self, missed: Float[Tensor, "tokens output"]) -> Float[Tensor, "copies input output"]:
+        """The transpose of `given`: the products of each expert's inputs with what its tokens miss."""
+        x, tokens = self.x.to(missed), self.tokens.to(missed.device)
+        pairs = zip(x.split(self.counts), tokens.split(self.counts), strict=True)
+        return torch.stack([rows.T @ missed[of] for rows, of in pairs])
+
+
+def fit_experts(
+    consumer: Map,
+    weight: Float[Tensor, "output input"],
+    kept: Bool[Tensor, " input"],
+    batches: Sequence[Rows],
+    damping: float | None,
+    device: torch.device,
+    like: Tensor,
+) -> Fit:
+    """Fit all experts of a layer that are left, together.
+
+    Args:
+        consumer: the stack.
+        weight: its old weights, the inputs of all experts side by side.
+        kept: the input positions that stay.
+        batches: rows of the pruned mixture.
+        damping: the ridge; None for that of `DAMPINGS` that does best on the held-out tokens.
+        device: where to compute.
+        like: a tensor in the storage order and shape of the weights.
+
+    Raises:
+        LibpruneError: if the damping is to be chosen and nothing is held out.
+    """
+    copies = len(batches[0].counts)
+    places = kept.view(copies, -1, 1).to(device)
+    old = weight.unflatten(1, (copies, -1)).movedim(0, -1).to(device, torch.float32) * places
+    fitted, kept_out = [b for b in batches if not b.held_out], [b for b in batches if b.held_out]
+    if damping is None and not kept_out:
+        raise LibpruneError(
+            "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
+            "use more calibration sequences, or set slice.damping to a number such as 0.001"
+        )
+    normal = _Normal(fitted, old)
+    tried = {value: normal.solve(value) for value in (_TRIED if damping is None else (damping,))}
+    errors = {value: _error(kept_out, new) if kept_out else np.nan for value, new in tried.items()}
+    best = min(tried, key=lambda value: errors[value])
+    new = tried[best]
+    after, held_out_after = _error(fitted, new), errors[best]
+    if kept_out:
+        new = _Normal(batches, old).solve(best)
+    return Fit(
+        consumer=consumer,
+        weight=stored(consumer, new.movedim(-1, 0).flatten(1).to(like.dtype), like).cpu(),
+        bias=None,
+        damping=best,
+        before=_error(fitted, old),
+        after=after,
+        held_out_before=_error(kept_out, old) if kept_out else np.nan,
+        held_out_after=held_out_after,
+    )
+
+
+_TRIED = tuple(value for value in DAMPINGS if 1e-3 <= value <= 10)
+"""Ridges that are tried; smaller ones than these take many steps and were never the best."""
+
+
+class _Normal:
+    """The normal equations of a fit."""
+
+    def __init__(self, batches: Sequence[Rows], old: Float[Tensor, "copies input output"]) -> None:
+        self._batches, self._old = batches, old
+        self._grams = old.new_zeros(len(old), old.shape[1], old.shape[1])
+        self._right = torch.zeros_like(old)
+        for batch in batches:
+            missed = batch.y.to(old) - batch.given(old)
+            self._right += batch.pulled(missed)
+            for copy, rows in enumerate(batch.x.to(old).split(batch.counts)):
+                self._grams[copy] += rows.T @ rows
+        diagonal = self._grams.diagonal(dim1=1, dim2=2)
+        self._scale = diagonal.clamp_min(SILENT * float(diagonal.max()))
+
+    def solve(self, damping: float) -> Float[Tensor, "copies input output"]:
+        """The weights for one ridge; each output by conjugate gradients of its own."""
+        ridge = damping * self._scale
+        factors, info = torch.linalg.cholesky_ex(self._grams + torch.diag_embed(ridge))
+        if info.any():  # rounding of few rows; the ridge alone is a preconditioner too
+            factors[info != 0] = torch.diag_embed(ridge[info != 0].sqrt())
+        change = torch.zeros_like(self._old)
+        residual = self._right.clone()
+        direction = ready = torch.cholesky_solve(residual, factors)
+        gain = start = _dot(residual, ready)
+        for _ in range(STEPS):
+            product = sum((b.pulled(b.given(direction)) for b in self._batches), ridge[..., None] * direction)
+            step = gain / _dot(direction, product).clamp_min(torch.finfo(gain.dtype).tiny)
+            change += step * direction
+            residual -= step * product
+            ready = torch.cholesky_solve(residual, factors)
+            after = _dot(residual, ready)
+            if bool((after <= CLOSE**2 * start).all()):
+                break
+            direction = ready + after / gain.clamp_min(torch.finfo(gain.dtype).tiny) * direction
+            gain = after
+        return self._old + change
+
+
+def _dot(one: Tensor, two: Tensor) -> Float[Tensor, " output"]:
+    """The inner product of the weights of each output."""
+    return (one * two).sum((0, 1))
+
+
+def _error(batches: Sequence[Rows], weights: Float[Tensor, "copies input output"]) -> float:
+    """The share of what tokens are to be given that weights leave out."""
+    missed = sum(float((batch.y.to(weights) - batch.given(weights)).double().square().sum()) for batch in batches)
+    whole = sum(float(batch.y.double().square().sum()) for batch in batches)
+    return missed / whole if whole else 0.0
+
+
+def fit_channels(
+    consumer: Map,
+    weight: Float[Tensor, "output input"],
+    kept: Bool[Tensor, " input"],
+    grams: Float[Tensor, "copies each each"],
+    held_out: Float[Tensor, "copies rows each"] | None,
+    damping: float | None,
+    like: Tensor,
+) -> Fit:
+    """Fit each expert that loses channels to what it gave in the dense model, from its own cached Gram matrix.
+
+    Args:
+        consumer: the stack.
+        weight: its old weights, the inputs of all experts side by side.
+        kept: the input positions that stay.
+        grams: E[x x^T] over the rows of each expert.
+        held_out: rows that the Gram matrices have not seen, zero where there is none; None without any.
+        damping: the ridge; None for the best of `DAMPINGS` in each expert, by its held-out rows.
+        like: a tensor in the storage order and shape of the weights.
+
+    Raises:
+        LibpruneError: if the damping is to be chosen and nothing is held out.
+    """
+    copies, each = grams.shape[:2]
+    if damping is None and held_out is None:
+        raise LibpruneError(
+            "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
+            "use more calibration sequences, or set slice.damping to a number such as 0.001"
+        )
+    whole, fits = weight * kept, []
+    for copy in range(copies):
+        own = slice(copy * each, (copy + 1) * each)
+        stays = kept[own]
+        if not stays.any() or stays.all() or not grams[copy].any():
+            continue
+        moments, unseen = Moments.of_dense(weight[:, own], grams[copy], stays), None
+        if held_out is not None and held_out[copy].any():
+            rows = held_out[copy].double()
+            unseen = Moments.of_dense(weight[:, own], rows.T @ rows / len(rows), stays)
+        ridge = _RARE if damping is None and unseen is None else damping
+        fit = fit_consumer(consumer, weight[:, own], stays, moments, unseen, ridge)
+        assert fit.weight is not None
+        whole[:, own] = fit.weight.T if consumer.transposed else fit.weight
+        fits.append(fit)
+    return Fit(
+        consumer=consumer,
+        weight=stored(consumer, whole, like),
+        bias=None,
+        damping=_mean([fit.damping for fit in fits]),
+        before=_mean([fit.before for fit in fits]),
+        after=_mean([fit.after for fit in fits]),
+        held_out_before=_mean([fit.held_out_before for fit in fits]),
+        held_out_after=_mean([fit.held_out_after for fit in fits]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of the values that are numbers; NaN without any."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+_RARE = 0.1
+"""The ridge of an expert that no held-out token goes through, where ridges are chosen by held-out tokens."""
