@@ -19,8 +19,6 @@ from tests.support.predictions import assert_same
 
 CASES = [(family, "holes") for family in FAMILIES if family not in MIXTURES]
 CASES += [(family, "uniform") for family in ("llama", "phi3", "gpt2")]
-    (family, "uniform") for family in ("llama", "phi3", "gpt2")
-]
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
