@@ -6,7 +6,7 @@ model is needed: costs, score tables and plans are computed from the description
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
@@ -31,6 +31,18 @@ Experts = Literal["whole", "channels"]
 """Units of a mixture: whole experts, or channels inside of them, the same in all experts of a layer."""
 STAND_IN = ".stacked_"
 """What stands before the name of a stacked tensor in the name of the module that stands in for it."""
+OWN_FAMILIES: dict[str, Mapping[str, Any]] = {}
+"""The families of the user's own that this process has read, from a file or an artifact: by name what the file says."""
+
+
+def know_family(content: Mapping[str, Any] | None) -> None:
+    """Add a family of the user's own to those that are known; of two with one name the last counts. None adds none."""
+    if content is not None:
+        OWN_FAMILIES[content["family"]] = content
+
+
+WITH_LAYER = "layer"
+"""In place of a part: what several parts of a layer read, so that it goes with the last of them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,8 @@ class Parameter:
     Attributes:
         dims: the axes of each of its dimensions, in storage order.
         layer: the layer that it lies in; None outside the layers.
-        part: the part that it goes with; None if it goes with none, or loses only the units that it carries.
+        part: the part that it goes with, or `WITH_LAYER`; None if it goes with none, or loses only the units that it
+            carries.
     """
 
     name: str
@@ -152,6 +165,7 @@ class Architecture:
         buffers: what a model stores beside its parameters, such as running statistics or biases on a choice of experts.
         tower: whether this is the language model inside a larger one, whose layers can only be written all alike.
         numbered: whether something is added behind layers by their number, so that none can be deleted.
+        own_family: the content of the family file if it is the user's own; None if libprune ships it.
     """
 
     family: str
@@ -168,6 +182,7 @@ class Architecture:
     buffers: tuple[Parameter, ...] = ()
     tower: bool = False
     numbered: bool = False
+    own_family: Mapping[str, Any] | None = None
 
     def units(self, part: str) -> int:
         """Number of units of a part in one layer."""
@@ -313,9 +328,9 @@ class Architecture:
         data |= {
             "cache": None if data["cache"] is None else parse_expr(data["cache"]),
             "parts": {name: PartShape(**_with_tuples(part)) for name, part in data["parts"].items()},
-            "parameters": tuple(map(_parameter, data["parameters"])),
+            "parameters": _stored(data["parameters"]),
             "maps": tuple(Map(**m | {side: parse_expr(m[side]) for side in ("input", "output")}) for m in data["maps"]),
-            "buffers": tuple(map(_parameter, data["buffers"])),
+            "buffers": _stored(data["buffers"]),
         }
         return Architecture(**data)
 
@@ -327,8 +342,8 @@ def _plain(value: Any) -> Any:
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
-def _parameter(entry: Mapping[str, Any]) -> Parameter:
-    return Parameter(**{**entry, "dims": tuple(map(parse_expr, entry["dims"]))})
+def _stored(tensors: Sequence[Mapping[str, Any]]) -> tuple[Parameter, ...]:
+    return tuple(Parameter(**{**one, "dims": tuple(map(parse_expr, one["dims"]))}) for one in tensors)
 
 
 def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class Prepare(Section):
     experts: Literal["whole", "channels"] = "whole"
     """Units of a mixture of experts: `whole` experts, or `channels` inside of them, alike in every expert of a layer.
     A run cuts one kind; its result can be the model of a run that cuts the other."""
+    families: Source | None = None
+    """File, or folder of YAML files, that describe model types which libprune ships no family for; null: none."""
 
 
 class Tokenize(Section):

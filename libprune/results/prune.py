@@ -95,6 +95,8 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     }
     if architecture.experts:
         made["experts"] = architecture.experts
+    if architecture.own_family is not None:
+        made["own_family"] = architecture.own_family
     write_provenance(folder, made | versions())
     write_card(folder)
     return proof | errors, fits
