@@ -132,9 +132,15 @@ def _part_cost(architecture: Architecture, objective: str, layer: int, part: str
 
 
 def _cache(architecture: Architecture, part: str, sizes: Mapping[str, int]) -> int:
-    """Elements of the KV cache that a part of one layer holds per token."""
+    """Elements of the KV cache that a part of one layer holds per token.
+
+    A cache that has none of the units, such as that of latent attention, goes only with the whole attention.
+    """
     cache = architecture.cache
-    return cache.size(sizes) if cache is not None and architecture.parts[part].axis in cache.names else 0
+    if cache is None:
+        return 0
+    shared = part == "attention" and not any(shape.axis in cache.names for shape in architecture.parts.values())
+    return cache.size(sizes) if shared or architecture.parts[part].axis in cache.names else 0
 
 
 def _macs(entry: Map, sizes: Mapping[str, int]) -> int:

@@ -144,6 +144,8 @@ def pruned_config(
     data = {key: value for key, value in new.to_dict().items() if not key.endswith("name_or_path")}
     if shape == "uniform":
         data["architectures"] = config.architectures
+        sized = family.sized(data)
+        sized.update({other: sized[key] for key, other in family.config.also.items()})
         said = version_4(family.sized(new))
         if family.tower is not None:  # where version 4 looks for it
             family.sized(data)["tie_word_embeddings"] = new.tie_word_embeddings
