@@ -49,6 +49,7 @@ class Shape:
         removed: the removed share of the decoder's parameters.
         weights: bytes of the weights.
         cache: bytes of the KV cache a token.
+        state: bytes of the states a sequence, in float32, in which recurrent ones are kept; 0 where there are none.
         tensor_parallel: numbers of devices that it can be divided over.
         refused: why there is no such shape; the figures are then those of the dense model.
         spared: the part that loses as little as it can, where the scores will decide; empty where nothing is open.
@@ -62,6 +63,7 @@ class Shape:
     removed: float
     weights: int
     cache: int
+    state: int
     tensor_parallel: Sequence[int]
     refused: str = ""
     spared: str = ""
@@ -276,6 +278,7 @@ def _shape(
         removed=1 - size.decoder / architecture.decoder_parameters,
         weights=size.total * dtype.itemsize,
         cache=size.cache * dtype.itemsize,
+        state=size.state * torch.float32.itemsize,
         tensor_parallel=tensor_parallel_sizes(architecture, plan),
         refused=refused,
         spared=spared,

@@ -42,7 +42,8 @@ def _what(inspection: Inspection) -> str:
     mixture = _mixture(architecture)
     if mixture is not None:
         facts += [("mixture", line) for line in _mixture_lines(mixture)]
-    return "\n".join(f"{name:<10} {fact}" for name, fact in facts)
+    width = max(10, *(len(name) for name, _ in facts))
+    return "\n".join(f"{name:<{width}} {fact}" for name, fact in facts)
 
 
 def _mixture(architecture: Architecture) -> dict[str, Any] | None:
@@ -90,11 +91,13 @@ def _counts(counts: tuple[int, ...]) -> str:
 
 def _parameters(architecture: Architecture) -> str:
     total = architecture.total_parameters
-    rows: list[Row] = [("layer 0", "axes", "shape", "parameters", "")]
+    rows: list[Row] = []
+    shown = None
     for part in architecture.parts:
         layers = architecture.with_part(part)
-        if layers[0]:
-            rows.append((f"layer {layers[0]}", "", "", "", ""))
+        if layers[0] != shown:
+            shown = layers[0]
+            rows.append((f"layer {shown}", *(("", "", "", "") if rows else ("axes", "shape", "parameters", ""))))
         before = f"{architecture.layers_path}.{layers[0]}."
         rows += [_parameter(architecture, p, before) for p in architecture.parameters_of(layers[0], part)]
         rows.append(_sum(f"{part}, {len(layers)} layers", _part_parameters(architecture, part), total))
@@ -145,7 +148,8 @@ def _bytes(number: int) -> str:
 
 def _shapes(shapes: Sequence[Shape], parts: list[str], division: str) -> str:
     least = ("least from",) if any(shape.spared for shape in shapes) else ()
-    header = ("remove", *least, *parts, "removed", "all", "weights", "cache a token", "loads")
+    states = ("state a sequence",) if any(shape.state for shape in shapes) else ()
+    header = ("remove", *least, *parts, "removed", "all", "weights", "cache a token", *states, "loads")
     rows: list[Row] = [header]
     notes: list[str] = []
     divided: dict[str, list[str]] = {}
@@ -158,7 +162,8 @@ def _shapes(shapes: Sequence[Shape], parts: list[str], division: str) -> str:
         counts = f"{100 * shape.removed:.1f} %", f"{shape.total:,}"
         loads = "stock" if shape.loads == "uniform" else "own code"
         spared = (shape.spared,) if least else ()
-        rows.append((name, *spared, *kept, *counts, _bytes(shape.weights), _bytes(shape.cache), loads))
+        state = (_bytes(shape.state),) if states else ()
+        rows.append((name, *spared, *kept, *counts, _bytes(shape.weights), _bytes(shape.cache), *state, loads))
         divided.setdefault(", ".join(map(str, shape.tensor_parallel)), []).append(f"{name} {shape.spared}".strip())
     sizes = "; ".join(f"{', '.join(names)}: {devices}" for devices, names in divided.items())
     parallel = fill(f"devices of tensor parallelism: {sizes}", 100)

@@ -122,6 +122,7 @@ class PartShape:
         expressible: the unit counts that the stock config can say; None: any.
         coupled: modules by which only all units can go together: norms whose statistics run over them, and what all
             layers share.
+        norm: the RMS norm in front of the consumer, whose mean runs over the units that remain; "" without one.
         units: what the units are.
         layers: the layers that have the part; None: all.
         groups: units lie in so many groups of neighbours, which all keep the same number.
@@ -133,6 +134,7 @@ class PartShape:
     module: str
     expressible: tuple[int, ...] | None
     coupled: tuple[str, ...] = ()
+    norm: str = ""
     units: Units = "channels"
     layers: tuple[int, ...] | None = None
     groups: int = 1
@@ -163,6 +165,7 @@ class Architecture:
         head: what the model is for, a name of `libprune.engine.heads.HEADS`, or `network`.
         head_macs: multiply-accumulates a token of the linear maps behind the layers; 0 where they run once a sequence.
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
+        state: what the cache holds per sequence and layer, however long it is; None where there is none.
         buffers: what a model stores beside its parameters, such as running statistics or biases on a choice of experts.
         tower: whether this is the language model inside a larger one, whose layers can only be written all alike.
         numbered: whether something is added behind layers by their number, so that none can be deleted.
@@ -183,6 +186,7 @@ class Architecture:
     parameters: tuple[Parameter, ...]
     maps: tuple[Map, ...]
     buffers: tuple[Parameter, ...] = ()
+    state: Expr | None = None
     tower: bool = False
     numbered: bool = False
     own_family: Mapping[str, Any] | None = None
@@ -335,7 +339,7 @@ class Architecture:
         """
         data: dict[str, Any] = json.loads(text)
         data |= {
-            "cache": None if data["cache"] is None else parse_expr(data["cache"]),
+            **{kept: None if data[kept] is None else parse_expr(data[kept]) for kept in ("cache", "state")},
             "parts": {name: PartShape(**_with_tuples(part)) for name, part in data["parts"].items()},
             "parameters": _stored(data["parameters"]),
             "maps": tuple(Map(**m | {side: parse_expr(m[side]) for side in ("input", "output")}) for m in data["maps"]),

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from libprune.engine.architecture import WITH_LAYER, Architecture, Block, Map, Parameter
+from libprune.engine.axes import Expr
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 
@@ -21,6 +22,7 @@ class Size:
         macs: multiply-accumulates of linear maps per token, or per sample of a network, with the output head and
             without the attention products (which depend on the context).
         cache: elements of the KV cache per token; 0 where there is none.
+        state: elements of the cache per sequence, however long it is: recurrent states; 0 where there are none.
         active: parameters inside the layers that one token goes through: all but those of experts not chosen for it.
     """
 
@@ -28,6 +30,7 @@ class Size:
     total: int
     macs: int
     cache: int
+    state: int
     active: int
 
 
@@ -126,21 +129,20 @@ def _part_cost(architecture: Architecture, objective: str, layer: int, part: str
     axis = architecture.parts[part].axis
     sizes = {**architecture.sizes, axis: architecture.sizes[axis] - fewer}
     if objective == "cache":
-        return _cache(architecture, part, sizes)
+        return _held(architecture, architecture.cache, part, sizes)
     others = sum(architecture.numel(parameter, sizes) for parameter in architecture.matrices_of(layer, part))
     return sum(_macs(entry, sizes) for entry in architecture.maps_of(layer, part)) + others
 
 
-def _cache(architecture: Architecture, part: str, sizes: Mapping[str, int]) -> int:
-    """Elements of the KV cache that a part of one layer holds per token.
+def _held(architecture: Architecture, held: Expr | None, part: str, sizes: Mapping[str, int]) -> int:
+    """Elements of the cache that a part of one layer holds, per token or per sequence as `held` says.
 
     A cache that has none of the units, such as that of latent attention, goes only with the whole attention.
     """
-    cache = architecture.cache
-    if cache is None:
+    if held is None:
         return 0
-    shared = part == "attention" and not any(shape.axis in cache.names for shape in architecture.parts.values())
-    return cache.size(sizes) if shared or architecture.parts[part].axis in cache.names else 0
+    shared = part == "attention" and not any(shape.axis in held.names for shape in architecture.parts.values())
+    return held.size(sizes) if shared or architecture.parts[part].axis in held.names else 0
 
 
 def _macs(entry: Map, sizes: Mapping[str, int]) -> int:
@@ -167,12 +169,16 @@ def size(architecture: Architecture, plan: Plan) -> Size:
     macs = sum(_macs(m, sizes[m.layer]) for m in architecture.maps if (m.layer, m.part) not in gone)
     others = {(layer, p) for layer, part in left for p in architecture.matrices_of(layer, part) if p.part == part}
     macs += sum(architecture.numel(parameter, sizes[layer]) for layer, parameter in others)
-    cache = sum(_cache(architecture, part, sizes[layer]) for layer, part in left)
+    cache, state = (
+        sum(_held(architecture, held, part, sizes[layer]) for layer, part in left)
+        for held in (architecture.cache, architecture.state)
+    )
     outside = architecture.total_parameters - architecture.decoder_parameters
     stacked = [m for m in architecture.maps if m.stack and (m.layer, m.part) not in gone]
     idle = sum(m.input.size(sizes[m.layer]) * m.output.size(sizes[m.layer]) - _macs(m, sizes[m.layer]) for m in stacked)
     total = decoder + outside
-    return Size(decoder, total, macs=macs + architecture.head_macs, cache=cache, active=decoder - idle)
+    macs += architecture.head_macs
+    return Size(decoder, total, macs=macs, cache=cache, state=state, active=decoder - idle)
 
 
 def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) -> tuple[int, ...]:

@@ -74,6 +74,7 @@ def describe(
         maps=tuple(_rejoined(entry, joined) for entry in maps),
         own_family=None if family.family in shipped() else family.model_dump(mode="json"),
         cache=None if family.cache is None else parse_expr(family.cache),
+        state=None if family.state is None else parse_expr(family.state),
         fingerprint=fingerprint,
         tower=family.tower is not None,
         numbered=family.tower is not None and family.tower.layers_stay,
@@ -116,6 +117,7 @@ def _shape(
         module=part.module,
         expressible=(sizes[axis],) if coupled else expressible(family, whole, sizes, axis),
         coupled=coupled,
+        norm=part.norm or "",
         units=usual if inside or part.units is None else part.units,
         layers=_with_part(model, family, part),
         groups=groups,
@@ -270,7 +272,9 @@ def _walk(
         inside = f"{family.layers}.{layer}."
         carries = part in family.parts and isinstance(entry, Expr) and family.parts[part].axis in entry.names
         if part and carries and not _depthwise(module):
-            coupled[part] = list(dict.fromkeys([*coupled[part], path.removeprefix(inside)]))
+            norm = path.removeprefix(inside)
+            if norm not in (family.parts[part].norm, *coupled[part]):
+                coupled[part].append(norm)
         for name, own_part in family.parts.items():
             if layer is None and own_part.axis in entry.names:  # all layers share it
                 coupled[name].append(path)

@@ -85,6 +85,9 @@ class Part(_Strict):
     """A submodule or tensor of the layer; only layers that have it have the part. None: all layers."""
     groups: str | None = None
     """The config key of a number of groups of neighbouring units that must all keep the same number."""
+    norm: str | None = None
+    """An RMS norm over all units, or over those of each group, in front of the map that takes them in. Once units are
+    gone it takes its mean over those that remain. Any other norm over units couples them."""
     router: Router | None = None
     """How the experts of a token are chosen, where the units are experts."""
     within: str | None = None
@@ -235,6 +238,9 @@ class Family(_Strict):
     """The heads that models of the family have, each with the modules outside the layers that only it has."""
     cache: ExprText | None = None
     """What the KV cache holds per token and layer; none in models that read all tokens at once."""
+    state: ExprText | None = None
+    """What the cache holds per sequence and layer, however long the sequence is: the states of recurrent parts and of
+    the convolutions in front of them; none in models without such parts."""
     config: ConfigKeys
     gguf: Gguf | None = None
     """How llama.cpp stores models of the family; null where libprune writes no GGUF file of it."""
@@ -274,6 +280,9 @@ class Family(_Strict):
             for axis in filter(None, (part.axis, part.within)):
                 if axis not in part.consumed:
                     raise ValueError(f"no map of the part takes axis {axis!r} as its input")
+            entry = part.parsed.get(part.norm or "")
+            if part.norm and not (isinstance(entry, Expr) and part.axis in entry.names):
+                raise ValueError(f"norm {part.norm!r} is no vector of the part that has axis {part.axis!r}")
         return parts
 
 

@@ -53,14 +53,22 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
 
     A removed unit is a zero at the consumer's input (the consumer's bias stays); a removed part is
     a zero contribution to the residual stream, bias included. A removed expert is one that the router never chooses.
+    A norm over units takes its statistics over those that are kept.
     Mixtures of experts are `libprune.engine.stacks.exposed` from then on.
     """
     exposed(model, architecture)
     handles = []
     with ExitStack() as chosen:
         for layer, part in architecture.blocks():
-            if architecture.parts[part].router:
+            shape = architecture.parts[part]
+            if shape.router:
                 chosen.enter_context(only_experts(model, architecture, layer, part, plan.keep[layer, part]))
+            if shape.norm:
+                norm = model.get_submodule(f"{architecture.layers_path}.{layer}.{shape.norm}")
+                expr = next(consumer.input for consumer in architecture.consumers(layer, part))
+                groups = expr.units(shape.axis, architecture.sizes) // (architecture.units(part) // shape.groups)
+                kept = positions_kept(architecture, plan, layer, expr)
+                chosen.enter_context(_norm_over_kept(norm, kept, groups))
         for consumer in architecture.maps:
             kept = input_mask(architecture, plan, consumer)
             module = model.get_submodule(consumer.module)
@@ -103,6 +111,37 @@ def features_last(module: nn.Module, values: Shaped[Tensor, "..."]) -> Shaped[Te
     return values.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else values
 
 
+@contextmanager
+def _norm_over_kept(norm: nn.Module, kept: NDArray[np.bool_], groups: NDArray[np.int64]) -> Iterator[None]:
+    """Inside the context an RMS norm takes its means over the kept positions of each group.
+
+    The mean of squares over K kept positions of G is G/K times that over all of them, the others being zero. So the
+    input is multiplied by s = sqrt(G/K), and the output divided by it:
+
+        s x / sqrt(mean_G((s x)^2) + eps) / s = x / sqrt(mean_K(x^2) + eps)
+    """
+    if kept.all() or not kept.any():
+        yield
+        return
+    forward, before = norm.forward, vars(norm).get("forward")
+    of_group = np.maximum(np.bincount(groups, weights=kept), 1)
+    mask = torch.from_numpy(kept)
+    scale = torch.from_numpy(np.sqrt(np.bincount(groups) / of_group)[groups]).float()
+
+    def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        s, wide = scale.to(x.device), x.to(torch.promote_types(x.dtype, torch.float32))
+        normed: Tensor = forward(wide.masked_fill(~mask.to(x.device), 0) * s, *args, **kwargs) / s
+        return normed.to(x.dtype)
+
+    norm.forward = over_kept
+    try:
+        yield
+    finally:
+        vars(norm).pop("forward")
+        if before is not None:
+            norm.forward = before
+
+
 def _zero_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 
@@ -134,10 +173,12 @@ def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: P
         state: those of the dense model by name; read one at a time, so it may be lazy.
 
     Raises:
-        LibpruneError: if some but not all of the units go that a norm couples, or a whole layer that norms stay of.
+        LibpruneError: if some but not all of the units go that a norm couples, a whole layer that norms stay of, or all
+            layers that count the tokens of a cache.
     """
     _require_whole(architecture, plan)
     _require_layers(architecture, plan)
+    _require_count(architecture, plan)
     sliced, gone = {}, plan.removed
     for parameter in (*architecture.parameters, *architecture.buffers):
         if (parameter.layer, parameter.part) not in gone:
@@ -152,6 +193,20 @@ def _require_layers(architecture: Architecture, plan: Plan) -> None:
         raise LibpruneError(
             f"the plan deletes layer {first}, but no layer of family {architecture.family!r} can be deleted: "
             f"{architecture.layers_stay}; something of every layer must stay"
+        )
+
+
+def _require_count(architecture: Architecture, plan: Plan) -> None:
+    """Beside recurrent layers, transformers counts the tokens of a cache in a layer that holds something of each."""
+    cache = architecture.cache
+    if cache is None or architecture.state is None or not plan.layers:
+        return
+    parts = [part for part, shape in architecture.parts.items() if shape.axis in cache.names]
+    counting = {layer for part in parts for layer in architecture.with_part(part)}
+    if counting and not counting & set(plan.layers):
+        raise LibpruneError(
+            f"the plan deletes all {len(counting)} layers with {' or '.join(parts)}, in which transformers counts the "
+            "tokens of a cache; something of one of them must stay"
         )
 
 

@@ -1,7 +1,8 @@
 """Loading the dense model from a package, a file, a folder or the hub."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,15 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             config.quantization_config["dequantize"] = True
             where["config"] = config
     how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below
-    with naming(f"the weights of prepare.model = {masked(params.model)!r} cannot be loaded"):
+    with _passed_over() as unused, naming(f"the weights of prepare.model = {masked(params.model)!r} cannot be loaded"):
         model, loading = head.loader.from_pretrained(name, use_safetensors=True, **how, **where)
     _follow_weights(model, name, where)
     _require_weights(params, model, loading)
+    if unused := sorted(name for name in unused if not _OF_OTHER_HEADS.search(name)):
+        say(
+            f"{masked(params.model)} holds {len(unused)} tensors that a {type(model).__name__} does not use, the first "
+            f"{unused[0]!r}; they are left out of every result"
+        )
     with naming(f"the tokenizer of prepare.model = {masked(params.model)!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     _forget_quantization(model)
@@ -77,6 +83,27 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 DEQUANTISED = ("fp8", "mxfp4")
 """Formats in which models are trained or published, with no unquantized form beside them. transformers dequantises
 them where it loads them."""
+
+
+@contextmanager
+def _passed_over() -> Iterator[Collection[str]]:
+    """Inside, gather the tensors that a model class lists as not its own, of which transformers says nothing.
+
+    Such are the layers of published checkpoints that predict several tokens ahead.
+    """
+    names: set[str] = set()
+    adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
+
+    def gather(model: PreTrainedModel, info: Any) -> None:
+        before = set(info.unexpected_keys)
+        adjust(model, info)
+        names.update(before - set(info.unexpected_keys))
+
+    PreTrainedModel._adjust_missing_and_unexpected_keys = gather
+    try:
+        yield names
+    finally:
+        PreTrainedModel._adjust_missing_and_unexpected_keys = adjust
 
 
 def processor_files(params: Prepare) -> dict[str, Path]:

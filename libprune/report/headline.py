@@ -25,7 +25,7 @@ SIMILARITY = {"cosine": "cosine to the dense embedding", "rank_correlation": "ra
 """Names of the figures of a model that gives embeddings, by their keys; those of the dense model itself are 1."""
 _WIDEST = 300.0
 """Half of the width of an interval, in nats, beyond which it says nothing."""
-_CACHE = {"KV cache, bytes a token": "cache_bytes"}
+_CACHE = {"KV cache, bytes a token": "cache_bytes", "recurrent states, bytes a sequence": "state_bytes"}
 
 
 def headline_rows(result: Metrics) -> Rows:

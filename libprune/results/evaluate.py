@@ -309,6 +309,7 @@ def _one(
         "total_parameters": size.total,
         "bytes": size.total * dtype.itemsize,
         "cache_bytes": size.cache * dtype.itemsize,
+        "state_bytes": size.state * torch.float32.itemsize,
         "macs_per_token": size.macs,
         "prefill": speed.prefill,
         "decode": speed.decode,

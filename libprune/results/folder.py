@@ -142,6 +142,7 @@ def pruned_config(
         sizes |= {axis: size for layer in plan.layers for axis, size in _left(architecture, plan, layer).items()}
     new = new_config(family, config, sizes, plan.layers)
     data = {key: value for key, value in new.to_dict().items() if not key.endswith("name_or_path")}
+    data[family.config.layers] = len(plan.layers)  # which some classes count themselves and leave out
     if shape == "uniform":
         data["architectures"] = config.architectures
         sized = family.sized(data)
@@ -237,6 +238,7 @@ def _modeling_code(family: Family, config: PreTrainedConfig, head: Head) -> str:
         open=repr(OPEN),
         layers=_layers_of_base(family),
         parts=repr(parts),
+        per_layer_lists=repr(family.config.per_layer_lists),
         built_with=repr({key: getattr(config, key) for key in _unsaid_keys(family)}),
     )
 

@@ -153,7 +153,7 @@ def collect_gradients(
         StatisticsError: naming the first layer, from the output, and the sequence whose loss or
             gradient is not finite.
     """
-    collector = _Collector(architecture, sums)
+    collector = _Collector(model, architecture, sums)
     vectors = {p.name: p for block in architecture.blocks() for p in architecture.parameters_of(*block)}
     for entry in architecture.maps:
         if not entry.stack:
@@ -189,7 +189,8 @@ def _watch_vector(model: PreTrainedModel, parameter: Parameter, collector: "_Col
 class _Collector:
     """Turns what backward brings into updates of the sums."""
 
-    def __init__(self, architecture: Architecture, sums: Accumulator) -> None:
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, sums: Accumulator) -> None:
+        self._model = model
         self.architecture = architecture
         self.sums = sums
         self._named = {p.name for p in architecture.parameters}
@@ -246,9 +247,30 @@ class _Collector:
         """Add the mask gradients of a consumer's units, and the second moment of the gradient at its input."""
         units = entry.input.units(self.architecture.parts[entry.part].axis, self.architecture.sizes)
         mask = sum_positions(x.float() * delta.float(), units, self.architecture.units(entry.part))
+        if norm := self.architecture.parts[entry.part].norm:
+            weight = self._model.get_parameter(f"{self.architecture.layers_path}.{entry.layer}.{norm}.weight")
+            normed = torch.where(weight == 0, 0, x.float() / weight.float())
+            mask = mask - self._renormed(mask, sum_positions(normed.square(), units, mask.shape[-1]), len(units), entry)
         require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
         self.sums.update(entry.layer, UNITS + entry.part, mask)
         add_second_moment(self.sums, entry, "input", delta, self._n_tok)
+
+    def _renormed(self, mask: Tensor, squares: Tensor, width: int, entry: Map) -> Tensor:
+        """What a norm over the units that remain takes of their mask gradients.
+
+        With a mask m on the units, the norm of a group of H units, G positions, gives
+
+            y = w m x / sqrt(S + eps),   S = sum_u(m_u |x_u|^2) / sum_u(m_u G / H)
+
+        so that the mask of a unit also moves S, and with it all outputs of its group: their mask gradients without that
+        add up to A, and the squares z of what the norm divides to, so that y = w z, give
+
+            A / 2 (|z_u|^2 - |z|^2 / H) / G
+        """
+        groups = (self.architecture.parts[entry.part].groups, -1)
+        each, all_of_group = squares.unflatten(-1, groups), mask.unflatten(-1, groups).sum(-1, keepdim=True)
+        moved = (each - each.mean(-1, keepdim=True)) * (groups[0] / width)
+        return (all_of_group / 2 * moved).flatten(-2)
 
     def rows(self, entry: Map, x: Tensor, delta: Tensor, routing: Routing) -> None:
         """Add the mask gradients of a stack's units, and the second moments of the gradients at each expert's input."""

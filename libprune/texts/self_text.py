@@ -105,9 +105,9 @@ class SelfText:
         remove(self._work)
 
     def at_once(self, length: int) -> int:
-        """The most sequences of `length` tokens whose KV cache takes no more memory than the weights; at least 1."""
+        """The most sequences of `length` tokens whose cache takes no more memory than the weights; at least 1."""
         size = cost.size(self._architecture, Plan.dense(self._architecture))
-        return max(1, size.total // max(1, size.cache * length))
+        return max(1, size.total // max(1, size.cache * length + size.state))
 
     def _batch(self, frame: Frame, count: int, length: int, key: int, bar: Any) -> Ids:
         width = frame.room(length)

@@ -43,6 +43,7 @@ def test_uniform_shapes_are_those_of_the_allocate_stage(tmp_path):
         assert shape.loads == meta["shape"]
         assert {part: plan.kept(0, part) for part in architecture.parts} == shape.kept
         assert (size.decoder, size.total, 4 * size.cache) == (shape.decoder, shape.total, shape.cache)
+        assert 4 * size.state == shape.state
         assert shape.weights == 4 * size.total
         assert shape.kept["mlp"] % 4 == 0
         assert shape.tensor_parallel == meta["tensor_parallel"]
@@ -64,7 +65,7 @@ def test_a_share_that_the_floors_forbid_is_shown_as_refused(tmp_path):
     assert "min_channels" in shapes[-1].refused
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_next"])
 def test_a_model_is_described_from_its_config_as_from_its_weights(tmp_path, name):
     model = FAMILIES[name](0)
     model.config.save_pretrained(tmp_path)

@@ -74,6 +74,7 @@ def test_smollm2_has_its_published_size(smollm2):
         total=134_515_008,
         macs=106_202_880 - 30 * 2 * 576 + 49152 * 576,
         cache=30 * 2 * 3 * 64,
+        state=0,
         active=106_202_880,
     )
 

@@ -25,9 +25,9 @@ def test_no_model_type_is_described_twice():
 
 def test_an_unknown_model_type_is_told_what_is_known_and_what_to_write():
     with pytest.raises(FamilyError) as error:
-        family_of("qwen3_next")
+        family_of("no_such_model")
     known = ", ".join(sorted(name for family in families().values() for name in family.model_types))
-    assert f"'qwen3_next'; known: {known}" in str(error.value)
+    assert f"'no_such_model'; known: {known}" in str(error.value)
     assert "name it in prepare.families" in str(error.value)
 
 
@@ -99,6 +99,12 @@ def test_an_expression_that_cannot_be_read_is_refused_when_the_file_is(edited, o
 def test_a_part_must_have_a_map_that_takes_its_axis(edited, new):
     with pytest.raises(FamilyError, match="no map of the part takes axis 'ffn' as its input"):
         edited("mlp.down_proj: ffn -> model", f"mlp.down_proj: {new}")
+
+
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "input_layernorm", "missing"], ids=["map", "no unit", "unknown"])
+def test_a_norm_over_what_remains_is_a_vector_of_the_part(edited, name):
+    with pytest.raises(FamilyError, match=f"norm '{name}' is no vector of the part that has axis 'kv'"):
+        edited("    axis: kv\n", f"    axis: kv\n    norm: {name}\n")
 
 
 @pytest.mark.parametrize("expr", ["(ffn)", "ffn+ffn"])

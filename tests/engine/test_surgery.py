@@ -12,9 +12,10 @@ from torch import Tensor
 from libprune.engine.architecture import Architecture, Map, Parameter, PartShape
 from libprune.engine.axes import LinearMap, parse_expr, parse_map
 from libprune.engine.describe import describe
+from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked, slice_state
-from tests.support.models import FAMILIES, tokens
+from tests.support.models import FAMILIES, tiny_exposed, tokens
 from tests.support.shapes import plan_without
 
 # An attention of 3 heads of size 2 over a residual stream of 4, in the layouts of several families.
@@ -196,6 +197,48 @@ def test_the_mask_is_lifted_even_after_an_error(llama):
         assert not torch.allclose(logits(llama), before)
         raise KeyError
     assert_close(logits(llama), before)
+
+
+# Norms over what remains, on Mamba heads in two groups of three, each head of size 5
+
+
+@pytest.fixture
+def hybrid():
+    return tiny_exposed("nemotron_h")
+
+
+@pytest.mark.parametrize("gone", [(1,), (0, 4), (1, 2, 3, 5), (3, 4, 5)], ids=str)
+def test_a_norm_takes_its_means_over_the_kept_heads_of_each_group(hybrid, gone):
+    """Also where the groups keep different numbers, as without one head alone, and where one keeps none."""
+    norm, seen = hybrid.model.layers[0].mixer.norm, []
+    norm.register_forward_hook(lambda module, args, output: seen.extend([*args, output]))
+    logits(hybrid)
+    x, gate, _ = seen.copy()
+    kept = ~np.isin(np.arange(6), gone)
+    with masked(hybrid, describe(hybrid), plan_without(describe(hybrid), 0, "mamba", *gone)):
+        found = norm(x, gate).unflatten(-1, (6, 5))
+    gated = (x * torch.nn.functional.silu(gate)).unflatten(-1, (6, 5))
+    assert not found[..., torch.from_numpy(~kept), :].any()
+    for group in (slice(0, 3), slice(3, 6)):
+        heads = [head for head in range(6)[group] if kept[head]]
+        if heads:
+            left = gated[..., heads, :]
+            mean = left.square().mean((-1, -2), keepdim=True)
+            expected = left / (mean + norm.variance_epsilon).sqrt() * norm.weight.view(6, 5)[heads]
+            assert_close(found[..., heads, :], expected)
+    assert "forward" not in vars(norm)
+
+
+def test_a_layer_that_counts_the_tokens_of_the_cache_must_stay(hybrid):
+    architecture = describe(hybrid)
+    state = {**dict(hybrid.named_parameters()), **dict(hybrid.named_buffers())}
+    plan = Plan.dense(architecture)
+    for number, layer in enumerate(architecture.with_part("attention"), start=1):
+        plan = plan.without((layer, "attention"), slice(None))
+        if number < 2:
+            slice_state(state, architecture, plan)
+    with pytest.raises(LibpruneError, match="deletes all 2 layers with attention, in which transformers counts"):
+        slice_state(state, architecture, plan)
 
 
 # Plans

@@ -202,11 +202,12 @@ def edited(tmp_path: Path, edit: Edit, family: str = "llama") -> str:
 
 def layers(change: int) -> Edit:
     def edit(weights: dict, config: dict) -> None:
-        key = next(name for name in ("num_hidden_layers", "n_layers", "n_layer") if name in config)
-        config[key] += change
-        for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):  # one entry a layer
+        key = next((name for name in ("num_hidden_layers", "n_layers", "n_layer") if name in config), "")
+        number = (config[key] if key else len(config["layers_block_type"])) + change
+        config |= {key: number} if key else {}
+        for name in ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type"):  # one entry a layer
             if config.get(name):
-                config[name] = (config[name] * 2)[: config[key]]
+                config[name] = (config[name] * 2)[:number]
 
     return edit
 
@@ -307,6 +308,19 @@ def test_tensors_of_other_heads_in_published_checkpoints_are_left_out(tmp_path):
     others = ("bert.pooler.dense.weight", "cls.seq_relationship.bias", "bert.embeddings.position_ids")
     save_file(weights | {name: torch.ones(2) for name in others}, tmp_path / "model.safetensors")
     load_dense(Prepare(model=str(tmp_path)))
+
+
+def test_layers_that_predict_several_tokens_are_left_out_and_told(tmp_path, capsys):
+    write_model(tmp_path)
+    FAMILIES["qwen3_next"](0).save_pretrained(tmp_path)
+    load_dense(Prepare(model=str(tmp_path)))
+    assert "does not use" not in capsys.readouterr().out
+    weights = load_file(tmp_path / "model.safetensors")
+    others = {name: torch.ones(2) for name in ("mtp.fc.weight", "mtp.layers.0.mlp.gate.weight")}
+    save_file(weights | others, tmp_path / "model.safetensors")
+    load_dense(Prepare(model=str(tmp_path)))
+    told = f"{tmp_path} holds 2 tensors that a Qwen3NextForCausalLM does not use, the first 'mtp.fc.weight'; they are"
+    assert told in capsys.readouterr().out
 
 
 def test_an_adapter_a_pointer_and_a_pickle_are_named_for_what_they_are(folder, tmp_path):

@@ -23,10 +23,11 @@ from libprune.models.sequences import Sequences
 from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_local
 from libprune.repair.sequential import SequentialRepair, factors_of, split_batches
 from tests.support.collected import activations, assert_untouched, of_layers
-from tests.support.models import ENCODERS, FAMILIES, LAYOUTS, VOCAB, plan_of, random_plan, tokens
+from tests.support.models import ENCODERS, FAMILIES, LAYOUTS, MAMBA, VOCAB, plan_of, random_plan, tokens
 from tests.support.predictions import masked_logits
 
 MODELS = {name: FAMILIES[name] for name in LAYOUTS}
+RECURRENT = {"qwen3_5": FAMILIES["qwen3_5"], "mamba": MAMBA}
 POST_NORM = {"gemma2", "gemma3", "olmo2", "olmo3", "glm4", "exaone4"}
 """Families with a norm between what a consumer gives and the residual stream."""
 DAMPING = 1e-2
@@ -124,7 +125,7 @@ def forward(model: PreTrainedModel, architecture: Architecture, ids: Tensor) -> 
 
 def in_order(architecture: Architecture, layer: int) -> list[Map]:
     """The consumers of a layer in the order in which they add to the residual stream."""
-    return [consumer for part in ("attention", "mlp") for consumer in architecture.consumers(layer, part)]
+    return [consumer for part in architecture.parts_of(layer) for consumer in architecture.consumers(layer, part)]
 
 
 def slow_repair(
@@ -182,10 +183,10 @@ def ridge(x: np.ndarray, y: np.ndarray, old: np.ndarray, damping: float) -> np.n
 
 
 @pytest.mark.parametrize(
-    ("name", "drift"), [*((name, None) for name in (*MODELS, "granite")), ("qwen3", 0.0), ("gpt2", 0.5)]
+    ("name", "drift"), [*((name, None) for name in (*MODELS, "granite", *RECURRENT)), ("qwen3", 0.0), ("gpt2", 0.5)]
 )
 def test_every_consumer_is_fitted_to_the_dense_output_and_the_drift_from_the_pruned_inputs(name, drift):
-    model, ids = FAMILIES[name](0), tokens(18, 12)
+    model, ids = (FAMILIES | RECURRENT)[name](0), tokens(18, 12)
     plan = a_third(describe(model))
     all_of_it = 0.0 if name in POST_NORM else 1.0
     expected, _ = slow_repair(model, plan, ids, DAMPING, all_of_it if drift is None else drift)

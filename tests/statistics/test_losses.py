@@ -88,7 +88,7 @@ def assert_measured_as_the_full_masked_model(model: PreTrainedModel, architectur
     assert prefix.losses.dtype == torch.float64
     assert torch.equal(prefix.losses, full(model, at_once))
     for layer, part in architecture.blocks():
-        plan = plan_without(architecture, layer, part, 1)
+        plan = plan_without(architecture, layer, part, 0, 1)  # of experts, no token may go through one of them
         found = prefix.losses_of(plan)
         assert torch.equal(found, full_masked(model, architecture, plan, at_once))
         assert not torch.equal(found, prefix.losses)

@@ -41,9 +41,14 @@ def test_the_vectors_of_all_units_are_the_matrices_of_the_block(family):
         spaces = unit_vectors(architecture, weights, layer, part)
         assert {len(vectors) for vectors in spaces} == {architecture.units(part)}
         if architecture.parts[part].units != "experts":
-            assert [vectors.shape[2] for vectors in spaces] == [architecture.sizes["model"]]
-        of_block = {parameter.name for parameter, _, _ in architecture.carriers(layer, part) if len(parameter.dims) > 1}
-        squares = sum(float(weights[name].detach().double().square().sum()) for name in of_block)
+            widths = {vectors.shape[2] for vectors in spaces} - {architecture.sizes.get("w")}  # of depthwise kernels
+            assert widths == {architecture.sizes["model"]}
+        of_block = {
+            parameter.name: weights[parameter.name].detach().movedim(dim, 0)[units >= 0]
+            for parameter, dim, units in architecture.carriers(layer, part)
+            if len(parameter.dims) > 1
+        }
+        squares = sum(float(weight.double().square().sum()) for weight in of_block.values())
         assert sum(float(v.double().square().sum()) for v in spaces) == pytest.approx(squares)
 
 

@@ -40,6 +40,7 @@ from transformers import (
     ModernBertConfig,
     MPNetConfig,
     NanoChatConfig,
+    NemotronHConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoeConfig,
@@ -50,8 +51,11 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     Qwen3VLConfig,
     RobertaConfig,
     SeedOssConfig,
@@ -84,6 +88,12 @@ _LATENT = {"hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 4
     "qk_rope_head_dim": 4,
     "v_head_dim": 5,
 }
+_DELTA_NET = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4}
+_DELTA_NET |= {"linear_key_head_dim": 5, "linear_value_head_dim": 7}
+_HYBRID = ["linear_attention", "full_attention"] * 2
+_ONE_PART_EACH = ["linear_attention", "moe", *["full_attention", "linear_attention"] * 2, "moe", "mlp"]
+_MAMBA = {"mamba_num_heads": 6, "mamba_head_dim": 5, "n_groups": 2, "ssm_state_size": 7, "conv_kernel": 3}
+_MAMBA |= {"chunk_size": 8}
 _MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
 _LONG_ROPE = {
     "rope_type": "llama3",
@@ -224,6 +234,42 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
         q_lora_rank=5,
         mlp_layer_types=["dense", "sparse", "dense", "sparse"],
     ),
+    "qwen3_next": tiny_model(
+        Qwen3NextConfig,
+        **FFN,
+        **heads(28, 3, 2, 6),
+        **EXPERTS,
+        **_DELTA_NET,
+        shared_expert_intermediate_size=5,
+        num_experts=6,
+        mlp_only_layers=[1],
+        layer_types=_HYBRID,
+    ),
+    "qwen3_5": tiny_model(
+        Qwen3_5TextConfig, **FFN, **heads(30, 2, 3, 6), **_DELTA_NET, layer_types=_HYBRID, tie_word_embeddings=True
+    ),
+    "qwen3_5_moe": tiny_model(
+        Qwen3_5MoeTextConfig,
+        **heads(28, 3, 2, 6),
+        **EXPERTS,
+        **_DELTA_NET,
+        shared_expert_intermediate_size=5,
+        num_experts=6,
+        layer_types=_HYBRID,
+    ),
+    "nemotron_h": tiny_model(
+        NemotronHConfig,
+        **FFN,
+        **heads(28, 3, 2, 6),
+        **EXPERTS,
+        **_MAMBA,
+        moe_shared_expert_intermediate_size=5,
+        n_routed_experts=6,
+        num_hidden_layers=len(_ONE_PART_EACH),
+        layers_block_type=_ONE_PART_EACH,
+        use_bias=True,
+        mlp_bias=True,
+    ),
     "granite": tiny_model(
         GraniteConfig,
         **FFN,
@@ -360,7 +406,17 @@ LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 [in, out] storage, heads side by side with parallel parts, an MLP on flattened tokens."""
 
 
-KINDS = (*LAYOUTS, "bert", "bert_classifier", "qwen3_moe")
+MAMBA = tiny_model(
+    NemotronHConfig,
+    **FFN,
+    **heads(28, 3, 2, 6),
+    **_MAMBA,
+    layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
+    use_bias=True,
+    mlp_hidden_act="gelu",
+)
+"""Nemotron-H without a mixture of experts, and without channels that no token needs."""
+KINDS = (*LAYOUTS, "bert", "bert_classifier", "qwen3_moe", "qwen3_next", "nemotron_h")
 """Families that together have every mechanism of the engine; all others are described by the same means."""
 
 

@@ -15,6 +15,9 @@ _GEMMA = {"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, 
 _BERT = {"model_type": "bert", "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1}
 
 
+_DELTA_NET = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+
+
 _QWEN3_VL = {
     "model_type": "qwen3_vl",
     "architectures": ["Qwen3VLForConditionalGeneration"],
@@ -372,6 +375,45 @@ CONFIGS = {
     | {"num_attention_heads": 24, "num_hidden_layers": 30, "num_key_value_heads": 2, "residual_dropout": 0.1}
     | {"rope_theta": 999999.4420358813, "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True}
     | {"sliding_window": 4096, "use_bias": True, "use_cache": True, "vocab_size": 49152},
+    "Qwen3-Next-80B-A3B": _QWEN
+    | {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "attention_bias": False}
+    | {"decoder_sparse_step": 1, "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048}
+    | {"intermediate_size": 5120, "max_position_embeddings": 262144, "mlp_only_layers": [], "use_cache": True}
+    | {"moe_intermediate_size": 512, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 512}
+    | {"num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2, "output_router_logits": False}
+    | {"partial_rotary_factor": 0.25, "rope_scaling": None, "rope_theta": 10000000, "router_aux_loss_coef": 0.001}
+    | {"shared_expert_intermediate_size": 512, "tie_word_embeddings": False, "vocab_size": 151936}
+    | _DELTA_NET
+    | {"linear_num_key_heads": 16, "linear_num_value_heads": 32},
+    "Qwen3.5-27B": {"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"], "attn_output_gate": True}
+    | {"full_attention_interval": 4, "head_dim": 256, "hidden_size": 5120, "intermediate_size": 17408}
+    | {"layer_types": [*["linear_attention"] * 3, "full_attention"] * 16, "mamba_ssm_dtype": "float32"}
+    | {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 24}
+    | {"num_hidden_layers": 64, "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 248320}
+    | _DELTA_NET
+    | {"linear_num_key_heads": 16, "linear_num_value_heads": 48},
+    "Qwen3.5-35B-A3B": {"model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"]}
+    | {"attn_output_gate": True, "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048}
+    | {"mamba_ssm_dtype": "float32", "mlp_only_layers": [], "mtp_num_hidden_layers": 1, "moe_intermediate_size": 512}
+    | {"mtp_use_dedicated_embeddings": False, "num_attention_heads": 16, "num_experts": 256}
+    | {"num_experts_per_tok": 8, "num_hidden_layers": 40, "num_key_value_heads": 2, "output_router_logits": False}
+    | {"shared_expert_intermediate_size": 512, "tie_word_embeddings": False, "vocab_size": 248320}
+    | _DELTA_NET
+    | {"linear_num_key_heads": 16, "linear_num_value_heads": 32},
+    "Nemotron-3-Nano-30B-A3B": {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"]}
+    | {"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "chunk_size": 128, "conv_kernel": 4}
+    | {"eos_token_id": 2, "expand": 2, "head_dim": 128, "hidden_dropout": 0.0, "hidden_size": 2688}
+    | {"hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "n_group": 1}
+    | {"initializer_range": 0.02, "intermediate_size": 1856, "layer_norm_epsilon": 1e-5, "mamba_head_dim": 64}
+    | {"mamba_hidden_act": "silu", "mamba_num_heads": 64, "mamba_proj_bias": False, "mlp_bias": False}
+    | {"max_position_embeddings": 262144, "mlp_hidden_act": "relu2", "moe_intermediate_size": 1856, "n_groups": 8}
+    | {"moe_shared_expert_intermediate_size": 3712, "n_routed_experts": 128, "n_shared_experts": 1}
+    | {"norm_topk_prob": True, "num_attention_heads": 32, "num_experts_per_tok": 6, "num_hidden_layers": 52}
+    | {"num_key_value_heads": 2, "num_logits_to_keep": 1, "partial_rotary_factor": 1.0, "residual_in_fp32": False}
+    | {"rescale_prenorm_residual": True, "rope_theta": 10000, "routed_scaling_factor": 2.5, "ssm_state_size": 128}
+    | {"tie_word_embeddings": False, "time_step_floor": 0.0001, "time_step_limit": [0.0, 1e9], "time_step_max": 0.1}
+    | {"time_step_min": 0.001, "topk_group": 1, "use_bias": False, "use_conv_bias": True, "use_mamba_kernels": True}
+    | {"mamba_ssm_cache_dtype": "float32", "norm_eps": 1e-5, "vocab_size": 131072, "sliding_window": None},
     "bert-base-uncased": _BERT | {"architectures": ["BertForMaskedLM"], "gradient_checkpointing": False},
     "bert-base-uncased-SST-2": _BERT
     | {"architectures": ["BertForSequenceClassification"], "finetuning_task": "sst-2", "_num_labels": 2},

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import StatisticsError
+from libprune.statistics.hessian import bare_parameters
 from tests.support.collected import (
     LENGTH,
     N_TOK,
@@ -22,14 +24,16 @@ from tests.support.collected import (
     hessian,
     of_layers,
 )
-from tests.support.models import FAMILIES, LAYOUTS, tokens
+from tests.support.models import FAMILIES, LAYOUTS, MAMBA, tokens
 
 __all__ = ["architecture"]
 
+MODELS = {name: FAMILIES[name] for name in (*LAYOUTS, "qwen3_5")} | {"mamba": MAMBA}
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request) -> PreTrainedModel:
-    return FAMILIES[request.param](0)
+    return MODELS[request.param](0)
 
 
 def of_blocks(model: PreTrainedModel, architecture: Architecture) -> dict[str, Tensor]:
@@ -67,13 +71,14 @@ def test_gradients_are_those_of_autograd(model, architecture):
 
 
 def test_the_fisher_diagonal_is_the_sum_of_squares_over_sequences(model, architecture):
-    found, parameters = of_layers(hessian(model)), of_blocks(model, architecture)
+    bare = bare_parameters(architecture)
+    found, parameters = of_layers(hessian(model, 1 if bare else 2)), of_blocks(model, architecture)
     rows = [
         torch.autograd.grad(loss_of(model, row[None]), list(parameters.values())) for row in tokens(SEQUENCES, LENGTH)
     ]
     expected = {name: torch.stack(of_one).square().mean(0) for name, *of_one in zip(parameters, *rows, strict=True)}
     scale = max(float(value.max()) for value in expected.values())
-    described = {f"{entry.module}.{kind}" for entry in architecture.maps for kind in ("weight", "bias")}
+    described = {f"{entry.module}.{kind}" for entry in architecture.maps for kind in ("weight", "bias")} | bare.keys()
     for name in described & expected.keys():
         assert_close_beside(found[name] / N_TOK, expected[name], scale)
 
@@ -86,6 +91,11 @@ def masks(model: PreTrainedModel, architecture: Architecture) -> Iterator[dict[t
         axis = architecture.parts[block[1]].axis
         ones[block] = torch.ones(architecture.units(block[1]), requires_grad=True)
         wide = ones[block][torch.from_numpy(consumer.input.units(axis, architecture.sizes))]
+        if path := architecture.parts[block[1]].norm:
+            norm = model.get_submodule(f"{architecture.layers_path}.{block[0]}.{path}")
+            groups = (architecture.parts[block[1]].groups, -1)
+            handles.append(norm.register_forward_hook(partial(masked_norm, wide, groups)))
+            continue
         module = model.get_submodule(consumer.module)
         handles.append(module.register_forward_pre_hook(lambda _, args, wide=wide: (args[0] * wide, *args[1:])))
     try:
@@ -93,6 +103,16 @@ def masks(model: PreTrainedModel, architecture: Architecture) -> Iterator[dict[t
     finally:
         for handle in handles:
             handle.remove()
+
+
+def masked_norm(
+    mask: Tensor, groups: tuple[int, int], norm: nn.Module, args: tuple[Tensor, Tensor], _: Tensor
+) -> Tensor:
+    """The output of a norm of x times silu(gate), whose means are over what the mask keeps of each group."""
+    x = args[0] * nn.functional.silu(args[1])
+    left = (mask * x.square()).unflatten(-1, groups).sum(-1) / mask.unflatten(-1, groups).sum(-1)
+    divisor = (left + norm.variance_epsilon).sqrt().repeat_interleave(x.shape[-1] // groups[0], -1)
+    return norm.weight * mask * x / divisor
 
 
 def test_mask_gradients_are_those_of_explicit_masks(model, architecture):

@@ -35,6 +35,10 @@ PARAMETERS = {
     "SmolLM3-3B": 3_075_098_624,
     "OLMo-2-1124-7B": 7_298_617_344,
     "starcoder2-3b": 3_030_371_328,
+    "Qwen3-Next-80B-A3B": 79_674_391_296,
+    "Qwen3.5-27B": 26_895_998_464,
+    "Qwen3.5-35B-A3B": 34_660_610_688,
+    "Nemotron-3-Nano-30B-A3B": 31_577_937_344,
     "bert-base-uncased": 109_514_298,
     "bert-base-uncased-SST-2": 109_483_778,
     "Qwen3-VL-4B-Instruct": 4_437_815_808,
@@ -64,6 +68,13 @@ PARAMETERS = {
     "all-mpnet-base-v2": 109_486_464,
     "ModernBERT-base": 149_655_232,
 }
+"""As the hub or llama.cpp counts them, without vision and without layers that predict several tokens."""
+ACTIVE = {
+    "Qwen3-Next-80B-A3B": 3_252_597_504,
+    "Qwen3.5-35B-A3B": 2_437_868_160,
+    "Nemotron-3-Nano-30B-A3B": 2_875_427_648,
+}
+"""Of mixtures, those in the layers that a token goes through."""
 
 
 TOTAL_AND_ACTIVE = {
@@ -86,7 +97,10 @@ count."""
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_configs_are_understood_and_counted(name):
-    assert described(CONFIGS[name]).total_parameters == PARAMETERS[name]
+    architecture = described(CONFIGS[name])
+    assert architecture.total_parameters == PARAMETERS[name]
+    active = cost.size(architecture, Plan.dense(architecture)).active
+    assert active == ACTIVE.get(name, architecture.decoder_parameters)
 
 
 def described(config: dict) -> Architecture:
