@@ -5,6 +5,7 @@ their count a multiple, or all units at once where a norm couples them. What dif
 methods is how far each block goes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,7 +45,8 @@ def build_ladders(architecture: Architecture, scores: Columns, params: Allocate,
         rank, importance = scores[params.rank_by][rows], scores["importance"][rows]
         unit, rest = prices.unit[layer, part], prices.rest[layer, part]
         multiple = 1 if architecture.grouped(part) else params.channel_multiple
-        multiple = len(rank) if architecture.parts[part].coupled else multiple * architecture.parts[part].groups
+        multiple = math.lcm(multiple, architecture.multiple(part)) * architecture.parts[part].groups
+        multiple = len(rank) if architecture.parts[part].coupled else multiple
         floor, order = floor_of(architecture, part, params), _order(rank, architecture.parts[part].groups)
         ladders[layer, part] = () if frozen else _ladder(rank, importance, order, unit, rest, multiple, floor)
     return ladders

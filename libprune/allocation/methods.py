@@ -72,12 +72,11 @@ def allocate_uniform(
     spent = {part: _totals([[step.cost for step in ladders[layer, part]] for layer in having[part]]) for part in first}
     lost = {part: _totals([_losses(ladders, evidence, (layer, part)) for layer in having[part]]) for part in first}
     gone = {part: _totals([[len(step.units) for step in first[part]]]) / architecture.units(part) for part in first}
+    kinds = {tuple(architecture.parts_of(layer)) for layer in layers}
     may_empty = params.allow_layer_removal and len(layers) < architecture.layers
 
     def allowed(split: Split) -> bool:
-        return may_empty or all(
-            any(gone[part][split[part]] < 1 for part in architecture.parts_of(layer)) for layer in layers
-        )
+        return may_empty or all(any(gone[part][split[part]] < 1 for part in kind) for kind in kinds)
 
     splits = _splits(options, spent, target, allowed)
 

@@ -1,5 +1,7 @@
 """Widths that other programs want: multiples that blocks of quantized weights fill, and counts that devices divide."""
 
+from collections.abc import Mapping
+
 from libprune.engine.architecture import Architecture
 from libprune.engine.plan import Plan
 from libprune.pipeline.sections import Allocate
@@ -36,10 +38,8 @@ def tensor_parallel_sizes(architecture: Architecture, plan: Plan) -> list[int]:
         plan: alike in all layers.
     """
     kept = {part: plan.kept(layer, part) for layer in plan.layers for part in architecture.parts_of(layer)}
-    units = {part: architecture.parts[part].units for part in kept}
-    groups = [count for part, count in kept.items() if units[part] == "groups"]
-    channels = [count for part, count in kept.items() if units[part] == "channels"]
-    channels += [m.each_input(architecture.sizes) for m in architecture.maps if m.stack and units[m.part] == "experts"]
+    groups = [count for part, count in kept.items() if architecture.parts[part].units == "groups"]
+    channels = [_width(architecture, part, kept) for part in kept if architecture.parts[part].units != "groups"]
     divided = [count * architecture.sizes.get("q", 1) for count in groups] + channels
     return [
         size
@@ -47,6 +47,14 @@ def tensor_parallel_sizes(architecture: Architecture, plan: Plan) -> list[int]:
         if all(count % size == 0 for count in divided)
         and all(count % size == 0 or size % count == 0 for count in groups)
     ]
+
+
+def _width(architecture: Architecture, part: str, kept: Mapping[str, int]) -> int:
+    """The channels of a part of which so much is kept; of whole experts those of each, or of all if all are used."""
+    if architecture.parts[part].units == "channels":
+        return kept[part]
+    sizes = {**architecture.sizes, architecture.parts[part].axis: kept[part]}
+    return architecture.consumers(architecture.with_part(part)[0], part)[0].each_input(sizes)
 
 
 def explain_multiple(architecture: Architecture, asked: Allocate, multiple: int, removed: float) -> str | None:

@@ -24,7 +24,7 @@ from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns
 from libprune.models.families import use_families
-from libprune.models.source import dense_dtype, load_dense_config
+from libprune.models.source import dense_dtype, load_dense_config, stored_format
 from libprune.pipeline.artifacts import read_architecture, read_json, read_scores, require
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import Params, load_params
@@ -77,6 +77,7 @@ class Inspection:
         model: the source of the model, as given.
         model_class: its class in transformers.
         dtype: storage type of the dense model.
+        stored: the format of its files that it is dequantised from; empty where it is stored in that type.
         architecture: the description of the dense model.
         shapes: the dense model, then the uniform shapes at the asked ratio and at each of the `RATIOS`.
         division: how the budget of these shapes is divided between the parts, in words.
@@ -86,6 +87,7 @@ class Inspection:
     model: str
     model_class: str
     dtype: str
+    stored: str
     architecture: Architecture
     shapes: Sequence[Shape]
     division: str
@@ -112,6 +114,7 @@ def inspect_model(params: Params, layout: Layout | None = None) -> Inspection:
         model=params.prepare.model,
         model_class=type(model).__name__,
         dtype=dtype_name(stored),
+        stored=stored_format(params.prepare),
         architecture=architecture,
         shapes=shapes,
         division=_division(divisions, params.allocate),
@@ -137,7 +140,8 @@ def _described(section: Prepare) -> tuple[PreTrainedModel, Architecture, torch.d
     config = load_dense_config(section)
     family_of(config.model_type, config.to_dict())
     model = without_weights(config, section.trust_remote_code)
-    return model, describe(model, accept=section.accept_config), dense_dtype(section, config)
+    architecture = describe(model, accept=section.accept_config, experts=section.experts)
+    return model, architecture, dense_dtype(section, config)
 
 
 def dense_architecture(params: Params, layout: Layout, described: bool) -> tuple[Architecture, torch.dtype]:
@@ -157,7 +161,9 @@ def dense_architecture(params: Params, layout: Layout, described: bool) -> tuple
     return architecture, stored
 
 
-def params_for(model: str, revision: str | None, trust_remote_code: bool, file: Path | None) -> Params:
+def params_for(
+    model: str, revision: str | None, trust_remote_code: bool, file: Path | None, experts: str | None = None
+) -> Params:
     """The params of a file, or the defaults, with another model.
 
     Args:
@@ -165,11 +171,13 @@ def params_for(model: str, revision: str | None, trust_remote_code: bool, file: 
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python code that comes with the model.
         file: the params file; None for params.yaml if it exists, else the defaults.
+        experts: as in `prepare.experts`; None for what the params say.
 
     Raises:
         ParamsError: if the file is missing or not valid.
     """
     source = {"model": model, "revision": revision, "trust_remote_code": trust_remote_code}
+    source |= {} if experts is None else {"experts": experts}
     usual = Path("params.yaml")
     if file is None and not usual.exists():
         return Params.model_validate({"prepare": source, "tokenize": {"text": "self"}})

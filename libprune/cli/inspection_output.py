@@ -1,6 +1,6 @@
 """An inspection as text, aligned and at most 100 columns wide, and as data for other programs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from textwrap import fill
 from typing import Any
@@ -9,6 +9,7 @@ from libprune.cli.footprint import Footprint
 from libprune.cli.inspection import Inspection, Shape
 from libprune.engine import cost
 from libprune.engine.architecture import WHOLE, WITH_LAYER, Architecture, Parameter
+from libprune.engine.plan import Plan
 from libprune.pipeline.terminal import gigabytes
 
 Row = tuple[str, ...]
@@ -25,9 +26,10 @@ def as_text(inspection: Inspection) -> str:
 def _what(inspection: Inspection) -> str:
     architecture = inspection.architecture
     kind = f"{architecture.family} ({inspection.model_class})"
+    stored = f"{inspection.dtype}, dequantised from {inspection.stored}" if inspection.stored else inspection.dtype
     facts = [
         ("model", inspection.model),
-        ("family", f"{kind}, {architecture.layers} layers, stored as {inspection.dtype}"),
+        ("family", f"{kind}, {architecture.layers} layers, stored as {stored}"),
         ("axes", ", ".join(f"{axis} {size:,}" for axis, size in _axes(architecture).items())),
     ]
     for part, shape in architecture.parts.items():
@@ -35,11 +37,46 @@ def _what(inspection: Inspection) -> str:
         said = "" if shape.expressible is None else f"; a stock config says {_counts(shape.expressible)}"
         if shape.coupled:
             said = f"; they go together, coupled by {' and '.join(shape.coupled)}"
-        facts.append(
-            (part, f"{architecture.units(part):,} units a layer (axis {shape.axis}), {each:,} parameters each{said}")
-        )
+        units = f"{architecture.units(part):,} {shape.units} a layer (axis {shape.axis})"
+        facts.append((part, f"{units}, {each:,} parameters each{said}"))
+    mixture = _mixture(architecture)
+    if mixture is not None:
+        facts += [("mixture", line) for line in _mixture_lines(mixture)]
     width = max(10, *(len(name) for name, _ in facts))
     return "\n".join(f"{name:<{width}} {fact}" for name, fact in facts)
+
+
+def _mixture(architecture: Architecture) -> dict[str, Any] | None:
+    """What a mixture of experts is made of, for programs; None for a dense model."""
+    stacks = [entry for entry in architecture.maps if entry.stack]
+    if not stacks:
+        return None
+    inside = any(architecture.multiple(part) > 1 for part in architecture.parts)
+    size = cost.size(architecture, Plan.dense(architecture))
+    return {
+        "layers": len({entry.layer for entry in stacks}),
+        "experts": stacks[0].copies(architecture.sizes),
+        "experts_per_token": stacks[0].active,
+        "least_experts": max((shape.least for shape in architecture.parts.values() if shape.router), default=None),
+        "groups": max(shape.groups for shape in architecture.parts.values()),
+        "units": "channels" if inside else "whole",
+        "active_parameters": size.total - size.decoder + size.active,
+        "total_parameters": size.total,
+    }
+
+
+def _mixture_lines(mixture: Mapping[str, Any]) -> Iterator[str]:
+    active, total = mixture["active_parameters"], mixture["total_parameters"]
+    each, chosen = f"{mixture['experts']} experts in each of {mixture['layers']} layers", mixture["experts_per_token"]
+    yield f"{each}, {chosen} for a token"
+    yield f"{active:,} parameters are active for a token, {100 * active / total:.1f} % of all"
+    if mixture["units"] == "channels":
+        yield "this run cuts channels, the same in all experts of a layer, in multiples of 8"
+        yield "prepare.experts: whole cuts whole experts; a result can be the model of the other run"
+        return
+    groups = f", as many in each of its {mixture['groups']} groups" if mixture["groups"] > 1 else ""
+    yield f"this run cuts whole experts; a layer keeps {mixture['least_experts']} or more{groups}"
+    yield "prepare.experts: channels cuts inside of experts; a result can be the model of the other run"
 
 
 def _axes(architecture: Architecture) -> dict[str, int]:
@@ -149,18 +186,21 @@ def as_data(inspection: Inspection) -> dict[str, Any]:
         "model": inspection.model,
         "class": inspection.model_class,
         "dtype": inspection.dtype,
+        "stored": inspection.stored,
         "family": architecture.family,
         "layers": architecture.layers,
         "axes": _axes(architecture),
         "parts": {
             part: {
                 "axis": shape.axis,
+                "units": shape.units,
                 "units_per_layer": architecture.units(part),
                 "parameters_per_unit": cost.unit_parameters(architecture, architecture.with_part(part)[0], part),
                 "parameters": _part_parameters(architecture, part),
             }
             for part, shape in architecture.parts.items()
         },
+        "mixture": _mixture(architecture),
         "outside": _part_parameters(architecture, None),
         "decoder_parameters": architecture.decoder_parameters,
         "total_parameters": architecture.total_parameters,

@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -77,6 +77,10 @@ OtherParams = Annotated[
     Path | None,
     typer.Option("--params", help="The params that the stages would read; by default params.yaml, if there is one."),
 ]
+Experts = Annotated[
+    Literal["whole", "channels"] | None,
+    typer.Option("--experts", help="Units of a mixture of experts; by default those that the params say."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: numbers unrounded, and the bytes of every file.")]
 
 
@@ -86,6 +90,7 @@ def inspect(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     params: OtherParams = None,
+    experts: Experts = None,
     as_json: Json = False,
 ) -> None:
     """Show the parts of a model, the files that stages would write and its uniform shapes; no weight is read."""
@@ -96,7 +101,7 @@ def inspect(
     from libprune.engine.errors import printable
 
     with stage.user_errors():
-        inspection = inspect_model(params_for(model, revision, trust_remote_code, params))
+        inspection = inspect_model(params_for(model, revision, trust_remote_code, params, experts))
     typer.echo(json.dumps(as_data(inspection), indent=2) if as_json else printable(as_text(inspection)))
 
 

@@ -27,6 +27,8 @@ Block = tuple[int, str]
 """A layer, from 0, and the name of one of its parts."""
 Units = Literal["groups", "channels", "experts"]
 """What the units of a part are: attention groups and other heads, channels, or whole experts of a mixture."""
+Experts = Literal["whole", "channels"]
+"""Units of a mixture: whole experts, or channels inside of them, the same in all experts of a layer."""
 STAND_IN = ".stacked_"
 """What stands before the name of a stacked tensor in the name of the module that stands in for it."""
 OWN_FAMILIES: dict[str, Mapping[str, Any]] = {}
@@ -206,6 +208,22 @@ class Architecture:
     def grouped(self, part: str) -> bool:
         """Whether the units of a part are heads or experts, which floors and multiples of channels do not concern."""
         return self.parts[part].units != "channels"
+
+    def multiple(self, part: str) -> int:
+        """The multiple in which units of a part are kept, for programs that run the result.
+
+        PyTorch multiplies the experts of a mixture by kernels that take rows of whole 16 bytes: 8 channels of 2 bytes.
+        """
+        axis = self.parts[part].axis
+        inside = any(entry.stack not in {None, axis} and axis in entry.input.names for entry in self.maps)
+        return 8 if inside else 1
+
+    @property
+    def experts(self) -> Experts | None:
+        """Which units of a mixture of experts are described; None for a dense model."""
+        if not any(entry.stack for entry in self.maps):
+            return None
+        return "channels" if any(self.multiple(part) > 1 for part in self.parts) else "whole"
 
     def parts_of(self, layer: int) -> list[str]:
         """The parts that a layer has."""

@@ -135,8 +135,14 @@ def _part_cost(architecture: Architecture, objective: str, layer: int, part: str
 
 
 def _held(architecture: Architecture, held: Expr | None, part: str, sizes: Mapping[str, int]) -> int:
-    """Elements of the cache that a part of one layer holds, per token or per sequence as `held` says."""
-    return held.size(sizes) if held is not None and architecture.parts[part].axis in held.names else 0
+    """Elements of the cache that a part of one layer holds, per token or per sequence as `held` says.
+
+    A cache that has none of the units, such as that of latent attention, goes only with the whole attention.
+    """
+    if held is None:
+        return 0
+    shared = part == "attention" and not any(shape.axis in held.names for shape in architecture.parts.values())
+    return held.size(sizes) if shared or architecture.parts[part].axis in held.names else 0
 
 
 def _macs(entry: Map, sizes: Mapping[str, int]) -> int:

@@ -4,14 +4,24 @@ the family file does not speak of stops here, by name.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from libprune.engine.architecture import STAND_IN, WHOLE, WITH_LAYER, Architecture, Map, Parameter, PartShape, Units
+from libprune.engine.architecture import (
+    STAND_IN,
+    WHOLE,
+    WITH_LAYER,
+    Architecture,
+    Experts,
+    Map,
+    Parameter,
+    PartShape,
+    Units,
+)
 from libprune.engine.axes import Entry, Equation, Expr, LinearMap, Stack, parse_entry, parse_expr, solve
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
 from libprune.engine.family import Family, Part, described_by, families, family_of, shipped
@@ -26,7 +36,7 @@ def describe(
     model: PreTrainedModel,
     fingerprint: str = "",
     accept: tuple[str, ...] = (),
-    experts: Literal["whole", "channels"] = "whole",
+    experts: Experts = "whole",
 ) -> Architecture:
     """Solve the axes of a model; meta tensors are enough.
 
@@ -49,7 +59,9 @@ def describe(
     shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
     equations = _config_equations(family, model.config) + tensor_equations([*parameters, *buffers], shapes)
     sizes = solve_for(family.family, "model", equations)
-    parts = {name: _shape(model, family, name, sizes, tuple(coupled[name]), experts) for name in family.parts}
+    joined = _joined(family) if experts == "channels" else {}
+    own = [name for name in family.parts if name not in joined]
+    parts = {name: _shape(model, family, name, sizes, tuple(coupled[name]), experts) for name in own}
     return Architecture(
         family=family.family,
         head=head.name,
@@ -58,8 +70,8 @@ def describe(
         layers=_layers(model, family),
         layers_path=family.layers,
         parts={name: shape for name, shape in parts.items() if shape.layers != ()},
-        parameters=tuple(parameters),
-        maps=tuple(maps),
+        parameters=tuple(_rejoined(parameter, joined) for parameter in parameters),
+        maps=tuple(_rejoined(entry, joined) for entry in maps),
         own_family=None if family.family in shipped() else family.model_dump(mode="json"),
         cache=None if family.cache is None else parse_expr(family.cache),
         state=None if family.state is None else parse_expr(family.state),
@@ -71,13 +83,26 @@ def describe(
     )
 
 
+def _joined(family: Family) -> dict[str | None, str]:
+    """The parts whose channels are those of an earlier part, with that part; where channels are the units."""
+    first = {part.within: name for name, part in reversed(family.parts.items())}
+    return {name: first[p.within] for name, p in family.parts.items() if p.within and first[p.within] != name}
+
+
+_Entry = TypeVar("_Entry", Parameter, Map)
+
+
+def _rejoined(entry: _Entry, joined: Mapping[str | None, str]) -> _Entry:
+    return replace(entry, part=joined[entry.part]) if entry.part in joined else entry
+
+
 def _shape(
     model: PreTrainedModel,
     family: Family,
     name: str,
     sizes: dict[str, int],
     coupled: tuple[str, ...],
-    experts: Literal["whole", "channels"],
+    experts: Experts,
 ) -> PartShape:
     """A part of a model, whose units are whole experts or their channels as it is asked."""
     part, whole = family.parts[name], model.config
@@ -325,7 +350,8 @@ def _described(
         for name, part in family.parts.items():
             if _has(model, f"{family.layers}.{layer}", part.where):
                 for path, description in part.parsed.items():
-                    yield f"{family.layers}.{layer}.{path}", layer, name, description
+                    if path not in part.optional or _has(model, f"{family.layers}.{layer}", path):
+                        yield f"{family.layers}.{layer}.{path}", layer, name, description
         for kind, vectors in ((WITH_LAYER, family.shared), (None, family.stream)):
             for path, text in vectors.items():
                 yield f"{family.layers}.{layer}.{path}", layer, kind, parse_entry(text)

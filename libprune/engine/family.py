@@ -65,8 +65,8 @@ class Router(_Strict):
         top_k, groups = getattr(config, self.top_k), self.groups_in(config)
         if self.groups is None:
             return int(top_k)
-        chosen = getattr(config, self.from_groups) if self.from_groups else groups
-        return max(2, -(-top_k // chosen)) * groups
+        chosen = getattr(config, self.from_groups) if self.from_groups else None
+        return max(2, -(-top_k // (chosen or groups))) * groups
 
     def groups_in(self, config: Any) -> int:
         """The number of groups that a config says; 1 without groups."""
@@ -91,13 +91,16 @@ class Part(_Strict):
     router: Router | None = None
     """How the experts of a token are chosen, where the units are experts."""
     within: str | None = None
-    """The axis of the channels inside of each expert, which are the units instead if the user asks for channels."""
+    """The axis of the channels inside of each expert, which are the units instead if the user asks for channels. A part
+    with the axis of an earlier part, such as that of shared experts, then belongs to that part."""
     module: str
     """The submodule of the layer that computes the part, or all of it up to the modules that do not lie in it: a norm
     around it, a map behind it."""
     modules: dict[str, EntryText]
     """Path inside the layer of a module, or of a tensor that is no module's weight or bias, to its map, vector or
     tensor. All of them go when the part goes."""
+    optional: list[str] = Field(default_factory=list)
+    """Those of the modules that some models of the family lack."""
     attributes: dict[str, ExprText] = Field(default_factory=dict)
     """Path of an attribute that the code works out from the dense width, to the expression that it must equal."""
 
@@ -135,6 +138,11 @@ class ConfigKeys(_Strict):
     """Keys of which only the listed values are understood."""
     positions_after: str | None = None
     """Key of a token's id behind whose number the positions begin; null if they begin at 0."""
+    written: dict[str, Any] = Field(default_factory=dict)
+    """Keys to the value that every result has in their place, such as a number of layers that libprune does not load.
+    """
+    also: dict[str, str] = Field(default_factory=dict)
+    """Key to the name under which other programs read it, where transformers writes one name only."""
     biases: dict[str, str] = Field(default_factory=dict)
     """Part to the key that gives all its maps a bias when it is true, where the model has none."""
     inert: list[str] = Field(default_factory=list)
@@ -159,7 +167,7 @@ class ConfigKeys(_Strict):
     def known(self) -> frozenset[str]:
         """Every key that the family file speaks of."""
         return frozenset(
-            {self.layers, *self.sizes, *self.fixed, *self.biases.values(), *self.inert}
+            {self.layers, *self.sizes, *self.fixed, *self.written, *self.biases.values(), *self.inert}
             | {*self.per_layer_lists, *self.layer_numbers, *self.leading_layers}
         )
 

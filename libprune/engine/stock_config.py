@@ -135,6 +135,8 @@ def new_config(
     whole = config.to_dict()
     data = family.sized(whole)
     for key, expressions in family.config.expressions.items():
+        if not expressions[0].names <= sizes.keys():  # of modules that this model lacks
+            continue
         values = {str(expr): expr.size(sizes) for expr in expressions}
         if len(set(values.values())) > 1:
             both = " and ".join(f"{text} = {value}" for text, value in values.items())
@@ -150,6 +152,7 @@ def new_config(
     for key in family.config.leading_layers:
         if data.get(key) is not None:
             data[key] = sum(layer < data[key] for layer in layers)
+    data |= {key: value for key, value in family.config.written.items() if key in data}
     try:
         return type(config).from_dict(whole)
     except Exception as error:  # the strict config classes raise their own, undocumented types

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from libprune.engine.errors import ExportError
 from libprune.export.comparison import WRITTEN, Agreement, choose_prompts, compare, speed_sentence
 from libprune.export.formats import Format, asked_for
 from libprune.export.padding import write_padded
@@ -137,6 +138,11 @@ def export_layout(layout: Layout, params: Export, folder: Path, scratch: Path = 
     """
     formats = asked_for(params)
     architecture = read_architecture(layout)
+    if architecture.experts and (formats or params.pad_channels > 1):
+        raise ExportError(
+            f"export.formats: {architecture.family} models are mixtures of experts, which libprune writes as a Hugging "
+            "Face folder alone; ask for no format and no padding"
+        )
     windows, meta = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
     pruned = read_whole(layout.pruned, layout, {"model": architecture.fingerprint})
     same_origin(layout.evaluation_tokens, meta, {"calibration": pruned.provenance.get("tokens")})

@@ -38,7 +38,7 @@ def budget_faults(params: Params) -> Iterator[Fault]:
     try:
         config = load_dense_config(params.prepare)
         model = without_weights(config, params.prepare.trust_remote_code)
-        architecture = describe(model, accept=params.prepare.accept_config)
+        architecture = describe(model, accept=params.prepare.accept_config, experts=params.prepare.experts)
     except LibpruneError as error:
         yield Fault(f"prepare.model: {error}", ("prepare", "model"))
         return

@@ -25,6 +25,20 @@ Folds = dict[str, Float64[np.ndarray, " output"]]
 """By bias what it has to hold, ``[output]``; only where that is not zero."""
 
 
+def of_dense(architecture: Architecture) -> Architecture:
+    """The description of a dense model, as it is.
+
+    Raises:
+        LibpruneError: for a mixture of experts.
+    """
+    if architecture.experts:
+        raise LibpruneError(
+            f"this {architecture.family} model is a mixture of experts; a mask in one of its weights does not say that "
+            "the router chooses an expert no more, so masks are only made and read of dense models"
+        )
+    return architecture
+
+
 @dataclass(frozen=True)
 class Decision:
     """What becomes of wholly masked units.

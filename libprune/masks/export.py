@@ -13,6 +13,7 @@ from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import LibpruneError, SourceError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import entries_kept
+from libprune.masks.decision import of_dense
 from libprune.models.folder import WeightFiles, fingerprint, load_config
 from libprune.pipeline.artifacts import encode_meta, read_plan
 from libprune.pipeline.atomic import writing
@@ -71,7 +72,7 @@ def export_masks(source: Path, dense: Path, target: Path, orig: bool) -> int:
     if not source.is_dir() and source.name != PLAN:
         raise SourceError(f"{source} is no folder and no {PLAN}; name a pruned folder or a plan")
     config = load_config(dense)
-    architecture = describe(without_weights(config), fingerprint(dense), accept=tuple(config.to_dict()))
+    architecture = of_dense(describe(without_weights(config), fingerprint(dense), accept=tuple(config.to_dict())))
     plan, _ = read_plan(Layout(source if source.is_dir() else source.parent), architecture)
     masks = dict(plan_masks(architecture, plan))
     if not masks:

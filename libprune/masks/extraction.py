@@ -19,7 +19,7 @@ from libprune.engine.stock_config import bias_key
 from libprune.engine.surgery import slice_state
 from libprune.engine.tables import join_blocks, unit_index
 from libprune.masks.contributions import language_contributions
-from libprune.masks.decision import Decision, settle
+from libprune.masks.decision import Decision, of_dense, settle
 from libprune.masks.files import Masked, Model, fresh
 from libprune.models.folder import fingerprint, load_model
 from libprune.pipeline.artifacts import write_table
@@ -175,7 +175,7 @@ def extraction(masked: Masked[PreTrainedModel]) -> LanguageExtraction:
     model = masked.model
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    own = describe(model, accept=tuple(config.to_dict()))
+    own = of_dense(describe(model, accept=tuple(config.to_dict())))
     names = {parameter.name for parameter in own.parameters}
 
     def obstacle(model: nn.Module, consumer: Map) -> str:

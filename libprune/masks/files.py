@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import LibpruneError, SourceError, missing_key, naming
 from libprune.engine.heads import head_of
+from libprune.masks.decision import of_dense
 from libprune.models.folder import WeightFiles, load_config, open_tensors, require_own_files
 from libprune.models.source import untied
 from libprune.pipeline.artifacts import read_json
@@ -152,7 +153,7 @@ def read_masked(folder: Path, masks: Path | None = None) -> Masked:
 def _require_described(folder: Path) -> None:
     """Refuse by its config what no family describes, or is no dense model, before any weight is read."""
     config = load_config(folder)
-    describe(without_weights(config), accept=tuple(config.to_dict()))
+    of_dense(describe(without_weights(config), accept=tuple(config.to_dict())))
 
 
 def multiplied(

@@ -18,6 +18,7 @@ from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import LibpruneError
 from libprune.engine.module_family import NetworkFamily
 from libprune.engine.plan import Plan
+from libprune.masks.decision import of_dense
 from libprune.masks.export import register
 from libprune.masks.extraction import LanguageExtraction, extraction
 from libprune.masks.files import of_model
@@ -109,7 +110,7 @@ def apply(model: nn.Module, family: Family | Plan | None = None, plan: Plan | No
     if isinstance(asked, Plan) and described is None and isinstance(model, PreTrainedModel):
         with torch.device("meta"):
             bare = type(model)(copy.deepcopy(model.config))
-        register(model, describe(bare, accept=tuple(model.config.to_dict())), asked)
+        register(model, of_dense(describe(bare, accept=tuple(model.config.to_dict()))), asked)
     elif isinstance(asked, Plan) and described is not None and not isinstance(described, Plan):
         architecture = describe_module(of_model(model, language=False).model, NetworkFamily.of(described), None)
         require_fits(architecture, asked)

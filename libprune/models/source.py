@@ -38,8 +38,9 @@ GGUFReader._get = _read_fast
 def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the dense model, on the CPU, and its tokenizer.
 
-    A GGUF file is dequantised to float32 unless another dtype is asked for. Its quantization marks are removed, so that
-    the model can be saved again.
+    A GGUF file is dequantised to float32 unless another dtype is asked for, and a checkpoint in a format of
+    `DEQUANTISED` to the type that its config names. The quantization marks are removed, so that the model can be saved
+    again.
 
     Raises:
         SourceError: if the model cannot be found or read, is quantized, or its weights are not those of its config.
@@ -51,9 +52,13 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     if "gguf_file" in where:
         head, dtype = CAUSAL_LM, torch.float32 if dtype == "auto" else dtype
     else:
-        head = head_of(load_dense_config(params).architectures)
+        config, method = _read_config(params)
+        head = head_of(config.architectures)
         if isinstance(name, Path):
             require_safetensors(params.model, name)
+        if method:
+            config.quantization_config["dequantize"] = True
+            where["config"] = config
     how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below
     with _passed_over() as unused, naming(f"the weights of prepare.model = {masked(params.model)!r} cannot be loaded"):
         model, loading = head.loader.from_pretrained(name, use_safetensors=True, **how, **where)
@@ -66,10 +71,18 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         )
     with naming(f"the tokenizer of prepare.model = {masked(params.model)!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    _forget_quantization(model)
     if "gguf_file" in where:
-        _forget_quantization(model)
         follow_gguf(tokenizer, Path(name) / where["gguf_file"])
+    elif method:
+        written = str(model.dtype).removeprefix("torch.")
+        say(f"the model is stored in {method}; it is dequantised, and what is made of it is written in {written}")
     return model.eval(), tokenizer
+
+
+DEQUANTISED = ("fp8", "mxfp4")
+"""Formats in which models are trained or published, with no unquantized form beside them. transformers dequantises
+them where it loads them."""
 
 
 @contextmanager
@@ -261,23 +274,44 @@ def find_sentence_files(params: Prepare) -> dict[str, Path]:
 def load_dense_config(params: Prepare) -> PreTrainedConfig:
     """Load the config of the dense model without its weights; of a GGUF file only the metadata are read.
 
+    The config of a model in a format of `DEQUANTISED` is that of the dequantised one.
+
     Raises:
-        SourceError: if the config cannot be found or read, or says that the model is quantized: transformers would look
-            for the quantizer's package, or dequantise without being asked.
+        SourceError: if the config cannot be found or read, or says that the model is quantized in another format:
+            transformers would look for the quantizer's package, or dequantise without being asked.
     """
+    config, method = _read_config(params)
+    if method:
+        del config.quantization_config
+    return config
+
+
+def stored_format(params: Prepare) -> str:
+    """The format of `DEQUANTISED` that the dense model is stored in; "" for plain weights and GGUF files.
+
+    Raises:
+        SourceError: as `load_dense_config`.
+    """
+    return _read_config(params)[1]
+
+
+def _read_config(params: Prepare) -> tuple[PreTrainedConfig, str]:
+    """The config as it is stored, and the format of `DEQUANTISED` that it names."""
     name, where = _place(params)
     with naming(f"the config of prepare.model = {params.model!r} cannot be loaded"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
     if "gguf_file" in where and not experts_of(config.to_dict()):
         _refuse_experts(params.model, Path(name) / where["gguf_file"])
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if quantization is None:
+        return config, ""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if method not in DEQUANTISED:
         raise SourceError(
             f"prepare.model = {params.model!r} is quantized ({method}); prune the unquantized model and quantize "
             "the result"
         )
-    return config
+    return config, method
 
 
 def _refuse_experts(model: str, path: Path) -> None:
@@ -329,7 +363,7 @@ def follow_gguf(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """Remove the GGUF marks of a dequantised model, with which `save_pretrained` would refuse it."""
+    """Remove the marks of a dequantised model, with which `save_pretrained` would refuse it."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):

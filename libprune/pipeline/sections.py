@@ -63,6 +63,9 @@ class Prepare(Section):
     """Run Python code that comes with the model."""
     accept_config: tuple[str, ...] = Field(default=(), strict=False)
     """Config keys that the family file does not know and that no size depends on."""
+    experts: Literal["whole", "channels"] = "whole"
+    """Units of a mixture of experts: `whole` experts, or `channels` inside of them, alike in every expert of a layer.
+    A run cuts one kind; its result can be the model of a run that cuts the other."""
     families: Source | None = None
     """File, or folder of YAML files, that describe model types which libprune ships no family for; null: none."""
     pooling: Literal["mean", "cls"] | None = None

@@ -20,6 +20,7 @@ from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
 from libprune.engine.heads import HEADS
 from libprune.engine.plan import Plan
+from libprune.engine.stacks import exposed
 from libprune.engine.stock_config import keys_of
 from libprune.engine.surgery import masked
 from libprune.models.folder import fingerprint, load_model
@@ -251,7 +252,8 @@ def _against_dense(
     model = load_model(dense, torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(record.dtype).float()
-    architecture = describe(model, accept=keys_of(model.config.to_dict()))
+    architecture = describe(model, accept=keys_of(model.config.to_dict()), experts=record.experts)
+    exposed(model, architecture)
     with masked(model, architecture, record.plan):
         wanted = reference_logits(model, ids)
     scale, difference = float(wanted.abs().max()), float((logits - wanted).abs().max())

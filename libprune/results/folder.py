@@ -145,6 +145,8 @@ def pruned_config(
     data[family.config.layers] = len(plan.layers)  # which some classes count themselves and leave out
     if shape == "uniform":
         data["architectures"] = config.architectures
+        sized = family.sized(data)
+        sized.update({other: sized[key] for key, other in family.config.also.items()})
         said = version_4(family.sized(new))
         if family.tower is not None:  # where version 4 looks for it
             family.sized(data)["tie_word_embeddings"] = new.tie_word_embeddings

@@ -1,7 +1,7 @@
 """From a plan to a pruned model folder: repair, slice, write, prove."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,19 @@ _CHECKED_SEQUENCES, _CHECKED_LENGTH = 2, 64
 
 @dataclass(frozen=True)
 class _Weights(Mapping[str, Tensor]):
-    """The dense weights with repaired ones in their place and zeros for added ones, cast when they are read."""
+    """The dense weights with repaired ones in their place and zeros for added ones, cast when they are read.
+
+    What is no parameter, such as biases on the choice of experts, keeps its type.
+    """
 
     dense: Mapping[str, Tensor]
     new: Mapping[str, Tensor]
     dtype: torch.dtype
+    kept: Collection[str] = ()
 
     def __getitem__(self, name: str) -> Tensor:
-        return (self.new if name in self.new else self.dense)[name].to(self.dtype)
+        tensor = (self.new if name in self.new else self.dense)[name]
+        return tensor if name in self.kept else tensor.to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.dense.keys() | self.new.keys())
@@ -69,7 +74,8 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     added = sorted({fit.consumer.part for fit in fits if fit.bias is not None and fit.consumer.bias not in dense})
     own, (architecture, config) = architecture, with_biases(architecture, load_config(layout.model), added)
     stored = named_dtype(params.dtype, dense[architecture.parameters[0].name].dtype)
-    weights = _Weights(dense, added_biases(own, architecture) | new_parameters(fits), stored)
+    buffers = [buffer.name for buffer in architecture.buffers]
+    weights = _Weights(dense, added_biases(own, architecture) | new_parameters(fits), stored, buffers)
     state = slice_state(weights, architecture, plan)
     write_pruned(folder, layout.model, architecture, plan, meta["shape"], state, config)
     shutil.copyfile(layout.plan, folder / "plan.parquet")
@@ -87,6 +93,8 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
         "parameters": {name: {"all": size.total, "decoder": size.decoder} for name, size in sizes.items()},
         "proof": proof,
     }
+    if architecture.experts:
+        made["experts"] = architecture.experts
     if architecture.own_family is not None:
         made["own_family"] = architecture.own_family
     write_provenance(folder, made | versions())

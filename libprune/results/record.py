@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from libprune.engine.architecture import Architecture, know_family
+from libprune.engine.architecture import Architecture, Experts, know_family
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
@@ -138,7 +138,12 @@ class Record:
     @cached_property
     def architecture(self) -> Architecture:
         """The architecture of the remaining layers, as wide as the stock config says."""
-        return describe(self.stock_model, accept=keys_of(self.config))
+        return describe(self.stock_model, accept=keys_of(self.config), experts=self.experts)
+
+    @property
+    def experts(self) -> Experts:
+        """The units of a mixture of experts that the plan is of; of no matter to a dense model."""
+        return self.provenance.get("experts", "whole")
 
     def stored(self, shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
         """Shapes of parameters by the names that the weight files use.

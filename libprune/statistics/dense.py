@@ -12,7 +12,7 @@ from libprune.models.families import use_families
 from libprune.models.folder import write_dense
 from libprune.models.origin import find_origin
 from libprune.models.sentences import pooling_of
-from libprune.models.source import find_sentence_files, load_dense, load_dense_config, processor_files
+from libprune.models.source import find_sentence_files, load_dense, load_dense_config, processor_files, stored_format
 from libprune.pipeline.artifacts import write_architecture, write_units
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.digests import sealed
@@ -35,7 +35,8 @@ def _require_content(section: Prepare) -> None:
     held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     model = without_weights(load_dense_config(section), section.trust_remote_code)
     promised = sum(parameter.numel() for parameter in model.parameters())
-    if 0 < held < promised:
+    fewest = 2 if stored_format(section) == "mxfp4" else 1  # parameters in a byte
+    if 0 < held * fewest < promised:
         raise SourceError(
             f"prepare.model = {section.model!r}: by its config.json it has {promised:,} parameters, but its "
             f".safetensors files have only {held:,} bytes; one of the two is of another model"
@@ -70,7 +71,7 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     use_families(section.families)
     _require_content(section)
     model, tokenizer = load_dense(section)
-    described = describe(model, accept=section.accept_config)
+    described = describe(model, accept=section.accept_config, experts=section.experts)
     pooling, files = _pooling(section, described)
     written = write_dense(layout.model, model, tokenizer, files | processor_files(section))
     architecture = replace(described, fingerprint=written, pooling=pooling)

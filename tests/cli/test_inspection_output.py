@@ -9,7 +9,7 @@ import pytest
 from libprune.cli.inspection import inspect_model, params_for
 from libprune.cli.inspection_output import as_data, as_text
 from libprune.pipeline.terminal import gigabytes
-from tests.support.published import CONFIGS, write_config
+from tests.support.published import CONFIGS, MIXTURES, write_config
 
 
 def test_a_published_config_alone_is_enough_and_fits_a_hundred_columns(tmp_path, monkeypatch):
@@ -52,6 +52,28 @@ def test_what_stays_whole_beside_a_language_model_is_one_row(tmp_path):
     assert re.search(rf"^  beside the language model, {len(vision)} tensors +{held:,}$", text, re.MULTILINE)
     assert "axes       model 2,560, ffn 256, kv 8, d 128, vocab 151,936, q 4\n" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("experts", "units", "said"),
+    [
+        ("whole", "128 experts a layer (axis experts)", "this run cuts whole experts; a layer keeps 8 or more"),
+        ("channels", "768 channels a layer (axis inner)", "this run cuts channels, the same in all experts of a layer"),
+    ],
+)
+def test_a_mixture_says_what_a_token_goes_through_and_which_units_are_cut(tmp_path, experts, units, said):
+    write_config(tmp_path / "model", MIXTURES["Qwen3-30B-A3B"] | {"num_hidden_layers": 2})
+    inspection = inspect_model(params_for(str(tmp_path / "model"), None, False, None, experts))
+    text, mixture = as_text(inspection), as_data(inspection)["mixture"]
+    assert f"experts    {units}, " in text
+    assert "mixture    128 experts in each of 2 layers, 8 for a token" in text
+    assert f"mixture    {said}" in text
+    idle = 2 * 120 * 3 * 768 * 2048
+    assert mixture["active_parameters"] == inspection.architecture.total_parameters - idle
+    assert f"{mixture['active_parameters']:,} parameters are active for a token" in text
+    kept = [shape.kept["experts"] for shape in inspection.shapes if not shape.refused]
+    assert min(kept) < max(kept)
+    assert experts == "whole" or all(count % 8 == 0 for count in kept)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

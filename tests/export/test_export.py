@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
+from libprune.engine.describe import describe
 from libprune.engine.errors import ExportError
 from libprune.export import comparison, llama_cpp
 from libprune.export.export import export_layout
 from libprune.export.gguf_file import write_gguf
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens, write_tokens
-from libprune.pipeline.artifacts import read_architecture
+from libprune.pipeline.artifacts import read_architecture, write_architecture
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import NOTE, Layout
 from libprune.pipeline.sections import Compute, Export, Slice
@@ -19,6 +21,7 @@ from libprune.results.prune import prune
 from libprune.results.record import read_record
 from stages import export as stage
 from tests.support.exported import run_here, texts, write_tokenizer
+from tests.support.models import FAMILIES
 from tests.support.sliced import write_collected, write_trained
 from tests.support.tiny import write_params
 
@@ -108,6 +111,13 @@ def test_the_stage_writes_what_the_report_reads_and_nothing_of_a_failure(layout,
         stage.main(params, layout.root, tmp_path / "metrics")
     assert sorted(path.name for path in layout.exported.iterdir()) == before
     assert json.loads(layout.export.read_text()) == written
+
+
+def test_a_mixture_of_experts_is_refused_by_name(tmp_path):
+    layout = Layout(tmp_path)
+    write_architecture(layout, replace(describe(FAMILIES["mixtral"](0)), fingerprint="a"))
+    with pytest.raises(ExportError, match=r"export\.formats: mixtral models are mixtures of experts"):
+        export_layout(layout, Export(formats=("gguf",)), tmp_path)
 
 
 def test_no_format_is_no_work(layout, tmp_path):

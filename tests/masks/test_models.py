@@ -14,10 +14,11 @@ from libprune.engine.surgery import masked
 from libprune.masks.files import of_model
 from libprune.masks.models import extract
 from tests.support.masked_models import DOWN, logits, removed, under_plan, zero
-from tests.support.models import FAMILIES, random_plan
+from tests.support.models import FAMILIES, MIXTURES, random_plan
 from tests.support.predictions import assert_same
 
-CASES = [(family, "holes") for family in FAMILIES] + [(family, "uniform") for family in ("llama", "phi3", "gpt2")]
+CASES = [(family, "holes") for family in FAMILIES if family not in MIXTURES]
+CASES += [(family, "uniform") for family in ("llama", "phi3", "gpt2")]
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -34,6 +35,13 @@ def test_a_plan_as_masks_computes_what_the_plan_does_and_is_extracted_again(fami
     assert not found.decision.folds
     assert_same(under_plan(found, family) if kind == "holes" else logits(found.smaller()), expected)
     assert all(torch.equal(p, before[name.removesuffix("_orig")]) for name, p in model.named_parameters())
+
+
+def test_a_mixture_of_experts_is_refused_by_name():
+    model = FAMILIES["qwen3_moe"](0)
+    for call in (masks.inspect, masks.extract, lambda model: masks.apply(model, Plan.dense(describe(model)))):
+        with pytest.raises(LibpruneError, match="this qwen3_moe model is a mixture of experts"):
+            call(model)
 
 
 def test_what_is_neither_a_language_model_nor_described_is_refused():

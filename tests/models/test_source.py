@@ -13,15 +13,18 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
 
+from libprune.engine.describe import describe
 from libprune.engine.errors import SourceError
-from libprune.models.folder import write_dense
-from libprune.models.source import follow_gguf, load_dense, load_dense_config, processor_files
+from libprune.models.folder import load_model, write_dense
+from libprune.models.source import follow_gguf, load_dense, load_dense_config, processor_files, stored_format
 from libprune.models.tokens import Frame, frame_of
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Prepare
-from tests.support.models import FAMILIES, TOWERS
-from tests.support.tiny import write_model, write_tokenizer
+from libprune.statistics.dense import prepare_layout
+from tests.support.models import FAMILIES, TOWERS, Dense, heads, prune, random_plan
+from tests.support.tiny import VOCABULARY, write_model, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path):
         load_dense(Prepare(model=str(tmp_path / "model.gguf")))
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "mxfp4", "unheard-of"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fbgemm_fp8", "unheard-of"])
 def test_a_quantized_model_is_refused_with_its_method(folder, tmp_path, method):
     for path in folder.iterdir():
         (tmp_path / path.name).hardlink_to(path)
@@ -71,6 +74,81 @@ def test_a_quantized_model_is_refused_with_its_method(folder, tmp_path, method):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=rf"is quantized \({method}\); prune the unquantized model"):
         load_dense(Prepare(model=str(tmp_path)))
+
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+"""What the 16 codes of four bits mean: a sign, two bits of exponent and one of mantissa."""
+
+
+def stored_again(folder: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> None:
+    """Put other tensors in the place of those of a folder, and say in its config how they are quantized."""
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+@pytest.fixture
+def gpt_oss(tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A GPT-OSS with its experts in MXFP4, laid out as published, and what the blocks of them mean."""
+    sizes = {"intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": len(VOCABULARY)}
+    config = GptOssConfig(**sizes, **heads(64, 2, 2, 8), num_local_experts=4, num_experts_per_tok=2, dtype="bfloat16")
+    model = GptOssForCausalLM(config).bfloat16()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    stored, meant = load_file(tmp_path / "model.safetensors"), {}
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = stored.pop(name).shape
+        blocks = torch.randint(256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(119, 125, (experts, outputs, inputs // 32), dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        numbers = torch.stack([FP4[(blocks & 15).long()], FP4[(blocks >> 4).long()]], -1).flatten(-2)
+        meant[name] = (numbers * 2.0 ** (scales.float() - 127)[..., None]).flatten(-2).mT
+    stored_again(tmp_path, stored, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]})
+    return tmp_path, meant
+
+
+def test_mxfp4_is_dequantised_as_it_is_loaded_and_the_result_has_no_mark_of_it(gpt_oss, tmp_path_factory, capsys):
+    folder, meant = gpt_oss
+    params = Prepare(model=str(folder))
+    layout = Layout(tmp_path_factory.mktemp("artifacts"))
+    prepare_layout(layout, params)
+    assert (
+        "is stored in mxfp4; it is dequantised, and what is made of it is written in bfloat16"
+        in capsys.readouterr().out
+    )
+    model = load_model(layout.model, torch.bfloat16)
+    assert stored_format(params) == "mxfp4"
+    for name, expected in meant.items():
+        assert torch.equal(model.get_parameter(name).float(), expected)
+    architecture = describe(model)
+    pruned = tmp_path_factory.mktemp("pruned")
+    dense = Dense(layout.model, model, architecture)
+    result = prune(dense, random_plan(architecture, "uniform"), False, pruned)
+    for written in (layout.model, pruned):
+        assert "quantization_config" not in json.loads((written / "config.json").read_text())
+        assert {tensor.dtype for tensor in load_file(written / "model.safetensors").values()} == {torch.bfloat16}
+    assert result.model.config.num_local_experts < 4
+
+
+def test_fp8_is_dequantised_as_it_is_loaded(tmp_path):
+    FAMILIES["deepseek_v3"](0).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    stored, meant = load_file(tmp_path / "model.safetensors"), {}
+    for name in [name for name in stored if name.endswith("proj.weight")]:
+        scale = torch.rand(1, 1) / 64
+        quantized = (stored[name] / scale).to(torch.float8_e4m3fn)
+        stored |= {name: quantized, f"{name}_scale_inv": scale}
+        meant[name] = quantized.float() * scale
+    about = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    stored_again(tmp_path, stored, about)
+    model, _ = load_dense(Prepare(model=str(tmp_path)))
+    assert not hasattr(model.config, "quantization_config")
+    plain, experts = model.get_parameter("model.layers.2.self_attn.o_proj.weight"), model.model.layers[2].mlp.experts
+    assert torch.equal(plain, meant["model.layers.2.self_attn.o_proj.weight"])
+    assert torch.equal(experts.down_proj[3], meant["model.layers.2.mlp.experts.3.down_proj.weight"])
+    assert torch.equal(experts.gate_up_proj[3][16:], meant["model.layers.2.mlp.experts.3.up_proj.weight"])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +205,7 @@ def layers(change: int) -> Edit:
         key = next((name for name in ("num_hidden_layers", "n_layers", "n_layer") if name in config), "")
         number = (config[key] if key else len(config["layers_block_type"])) + change
         config |= {key: number} if key else {}
-        for name in ("layer_types", "no_rope_layers", "layers_block_type"):  # one entry a layer
+        for name in ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type"):  # one entry a layer
             if config.get(name):
                 config[name] = (config[name] * 2)[:number]
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from libprune.cli.main import app
 from libprune.engine.surgery import slice_state
-from libprune.models.folder import WeightFiles
+from libprune.models.folder import WeightFiles, fingerprint
 from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
@@ -21,7 +22,8 @@ from libprune.results.check import Finding, check_folder
 from libprune.results.folder import MODELING_FILE, write_pruned
 from libprune.results.prune import prune
 from libprune.results.record import PLAN, PROVENANCE, read_provenance, write_provenance
-from tests.support.models import random_plan
+from tests.support.models import FAMILIES, random_plan, write_dense
+from tests.support.models import prune as prune_tiny
 from tests.support.sealing import edit_json
 from tests.support.sliced import write_plan, write_project, write_trained
 
@@ -83,6 +85,22 @@ def test_a_healthy_folder_of_any_widths_passes_with_its_own_code(layout, per_lay
     findings = list(check_folder(per_layer, trust_remote_code=True, dense=layout.model))
     assert kinds(findings) == GOOD | {"dense": "note"}
     assert "changed weights" in findings[-1].text
+
+
+def test_a_mixture_is_checked_by_the_units_that_it_was_cut_in(uniform, tmp_path, quick_proof):
+    dense = write_dense(FAMILIES["deepseek_v3"](0), tmp_path / "dense", "channels")
+    architecture, folder = replace(dense.architecture, fingerprint=fingerprint(dense.folder)), tmp_path / "pruned"
+    folder.mkdir()
+    plan = random_plan(architecture, "uniform")
+    write_plan(folder / PLAN, architecture, plan, "uniform")
+    prune_tiny(dense, plan, False, folder)
+    made = read_provenance(uniform)
+    made |= {"plan": made["plan"] | {"model": architecture.fingerprint}, "slice": {"repair": "none"}}
+    write_provenance(folder, made | {"experts": "channels"})
+    assert kinds(list(check_folder(folder, dense=dense.folder))) == GOOD | {"dense": "ok"}
+    (folder / PROVENANCE).unlink()
+    write_provenance(folder, made | {"experts": "whole"})
+    assert "keeps asks for" in faults(folder)[0]
 
 
 def test_the_code_of_a_folder_runs_only_when_it_is_trusted(per_layer, tmp_path):

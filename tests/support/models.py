@@ -4,7 +4,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from transformers import (
     ArceeConfig,
     BertConfig,
     Cohere2Config,
+    DeepseekV2Config,
+    DeepseekV3Config,
     DistilBertConfig,
     Ernie4_5Config,
     Exaone4Config,
@@ -21,27 +23,34 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
     LlavaConfig,
+    MiniMaxM2Config,
     Ministral3Config,
     Mistral3Config,
     MistralConfig,
+    MixtralConfig,
     ModernBertConfig,
     MPNetConfig,
     NanoChatConfig,
     NemotronHConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
@@ -70,8 +79,15 @@ WINDOW = 5
 
 _SHORT = {"vocab_size": VOCAB, "num_hidden_layers": 4, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 FFN = {"intermediate_size": 13}
-EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 """Widths in multiples of 16 bytes, which the grouped kernels of PyTorch need."""
+_TOP_2 = {"num_local_experts": 6, "num_experts_per_tok": 2}
+_IN_GROUPS = EXPERTS | {"n_routed_experts": 10, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 2}
+_LATENT = {"hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 10} | {
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
 _DELTA_NET = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4}
 _DELTA_NET |= {"linear_key_head_dim": 5, "linear_value_head_dim": 7}
 _HYBRID = ["linear_attention", "full_attention"] * 2
@@ -96,7 +112,7 @@ def tiny_model(
 
     def make(seed: int) -> PreTrainedModel:
         common = {} if "text_config" in settings else _SHORT
-        model: PreTrainedModel = HEADS[head].loader.from_config(config_class(**common | settings))
+        model: PreTrainedModel = HEADS[head].loader.from_config(config_class(**{**common, **settings}))
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
@@ -170,6 +186,53 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
         num_local_experts=6,
         mlp_only_layers=[1],
         norm_topk_prob=True,
+    ),
+    "mixtral": tiny_model(
+        MixtralConfig, intermediate_size=16, **heads(28, 3, 2, 4), num_local_experts=6, sliding_window=WINDOW
+    ),
+    "olmoe": tiny_model(
+        OlmoeConfig, intermediate_size=16, **heads(24, 3, 2), num_experts=5, num_experts_per_tok=2, clip_qkv=2.0
+    ),
+    "qwen2_moe": tiny_model(
+        Qwen2MoeConfig,
+        **FFN,
+        **heads(36, 3, 2),
+        **EXPERTS,
+        **_MIXED_LAYERS,
+        num_experts=5,
+        shared_expert_intermediate_size=7,
+        mlp_only_layers=[2],
+    ),
+    "glm4_moe": tiny_model(
+        Glm4MoeConfig,
+        **FFN,
+        **heads(28, 3, 2, 4),
+        **_IN_GROUPS,
+        n_shared_experts=1,
+        use_qk_norm=True,
+        attention_bias=True,
+    ),
+    "minimax_m2": tiny_model(MiniMaxM2Config, intermediate_size=16, **heads(28, 3, 2, 4), **_TOP_2),
+    "gpt_oss": tiny_model(GptOssConfig, intermediate_size=16, **heads(28, 3, 2, 4), **_TOP_2, sliding_window=WINDOW),
+    "deepseek_v3": tiny_model(DeepseekV3Config, **FFN, **_LATENT, **_IN_GROUPS, n_shared_experts=2, q_lora_rank=5),
+    "deepseek_v2": tiny_model(
+        DeepseekV2Config,
+        **FFN,
+        **_LATENT,
+        **_IN_GROUPS,
+        n_shared_experts=2,
+        q_lora_rank=None,
+        topk_method="group_limited_greedy",
+    ),
+    "glm4_moe_lite": tiny_model(
+        Glm4MoeLiteConfig,
+        **FFN,
+        **_LATENT,
+        **EXPERTS,
+        n_routed_experts=6,
+        n_shared_experts=1,
+        q_lora_rank=5,
+        mlp_layer_types=["dense", "sparse", "dense", "sparse"],
     ),
     "qwen3_next": tiny_model(
         Qwen3NextConfig,
@@ -322,8 +385,21 @@ EMBEDDINGS = ("bert_embedding", "roberta", "distilbert", "mpnet", "modernbert")
 """Those without a head."""
 ENCODERS = ("bert", "bert_classifier", *EMBEDDINGS)
 """Those that read all tokens at once, and do not write."""
+MIXTURES = (
+    "qwen3_moe",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "glm4_moe",
+    "minimax_m2",
+    "gpt_oss",
+    "deepseek_v3",
+    "deepseek_v2",
+    "glm4_moe_lite",
+)
+"""Mixtures of experts."""
 OF_ONE_FILE = ("granite", "ministral3", "glm4", "olmo3", "exaone4", "seed_oss", "hunyuan_v1_dense", "apertus")
-OF_ONE_FILE += ("ernie4_5", "gemma", "arcee", "nanochat", "qwen3_5_moe")
+OF_ONE_FILE += ("ernie4_5", "gemma", "arcee", "nanochat", "deepseek_v2", "glm4_moe_lite", "qwen3_5_moe")
 """Families whose layers are made as those of others, in other names and keys: two kinds of plans show all of it."""
 LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 """Families that differ in what statistics and repair meet: biases, norms on heads, fused maps, norms behind the parts,
@@ -382,8 +458,8 @@ def some_counts(architecture: Architecture, part: str) -> list[int]:
     shape, units = architecture.parts[part], architecture.units(part)
     if shape.coupled:
         return [units]
-    least = max(shape.least, shape.groups)
-    return list(range(least, units + 1, shape.groups))
+    step = shape.groups * architecture.multiple(part)
+    return list(range(max(shape.least, step), units + 1, step))
 
 
 def _uniform(architecture: Architecture, rng: np.random.Generator) -> Counts:
@@ -400,10 +476,9 @@ def _per_layer(architecture: Architecture, rng: np.random.Generator) -> Counts:
 
 
 def _channels(architecture: Architecture, rng: np.random.Generator) -> Counts:
-    """Heads and experts all stay, and every MLP of a kind loses as many channels."""
-    channels = [part for part in architecture.parts if not architecture.grouped(part)]
-    count = {part: int(rng.integers(1, architecture.units(part))) for part in channels}
-    return lambda layer, part: count.get(part, architecture.units(part))
+    """All attentions stay whole, and all other parts lose as many units."""
+    fewer = _uniform(architecture, rng)
+    return lambda layer, part: architecture.units(part) if part == "attention" else fewer(layer, part)
 
 
 def _holes(architecture: Architecture, rng: np.random.Generator) -> Counts:
@@ -460,11 +535,11 @@ class Pruned:
         return load_model(self.folder, torch.float32, trust_remote_code=self.custom)
 
 
-def write_dense(model: PreTrainedModel, folder: Path) -> Dense:
+def write_dense(model: PreTrainedModel, folder: Path, experts: Literal["whole", "channels"] = "whole") -> Dense:
     """Save a model and load it again, as the pipeline has it."""
     model.save_pretrained(folder, save_original_format=False)
     loaded = load_model(folder, torch.float32)
-    architecture = describe(loaded)
+    architecture = describe(loaded, experts=experts)
     return Dense(folder, exposed(loaded, architecture), architecture)
 
 

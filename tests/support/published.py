@@ -427,6 +427,148 @@ CONFIGS = {
 }
 
 
+_MOE = {"hidden_act": "silu", "initializer_range": 0.02, "tie_word_embeddings": False, "torch_dtype": "bfloat16"} | {
+    "attention_dropout": 0.0,
+    "use_cache": True,
+}
+
+
+_LATENT = {"attention_bias": False, "aux_loss_alpha": 0.001, "ep_size": 1, "moe_layer_freq": 1, "pretraining_tp": 1} | {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "seq_aux": True,
+    "rms_norm_eps": 1e-6,
+}
+
+
+MIXTURES = {
+    "Mixtral-8x7B-v0.1": _MOE
+    | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2}
+    | {"hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32}
+    | {"num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8}
+    | {"output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_aux_loss_coef": 0.02}
+    | {"sliding_window": None, "vocab_size": 32000},
+    "Qwen3-30B-A3B": _MOE
+    | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "head_dim": 128}
+    | {"bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "hidden_size": 2048}
+    | {"intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": []}
+    | {"moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128}
+    | {"num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False}
+    | {"rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1e6, "router_aux_loss_coef": 0.001}
+    | {"sliding_window": None, "use_sliding_window": False, "vocab_size": 151936},
+    "OLMoE-1B-7B-0924": _MOE
+    | {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "clip_qkv": None}
+    | {"eos_token_id": 50279, "hidden_size": 2048, "intermediate_size": 1024, "max_position_embeddings": 4096}
+    | {"norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8}
+    | {"num_hidden_layers": 16, "num_key_value_heads": 16, "output_router_logits": False, "pad_token_id": 1}
+    | {"rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01}
+    | {"vocab_size": 50304},
+    "Qwen1.5-MoE-A2.7B": _MOE
+    | {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "bos_token_id": 151643}
+    | {"decoder_sparse_step": 1, "eos_token_id": 151643, "hidden_size": 2048, "intermediate_size": 5632}
+    | {"max_position_embeddings": 8192, "max_window_layers": 21, "moe_intermediate_size": 1408}
+    | {"norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 60, "num_experts_per_tok": 4}
+    | {"num_hidden_layers": 24, "num_key_value_heads": 16, "output_router_logits": False, "rms_norm_eps": 1e-6}
+    | {"rope_theta": 1e6, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 5632}
+    | {"sliding_window": 32768, "use_sliding_window": False, "vocab_size": 151936},
+    "GLM-4.5-Air": _MOE
+    | {"model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "head_dim": 128}
+    | {"eos_token_id": [151329, 151336, 151338], "first_k_dense_replace": 1, "hidden_size": 4096, "n_group": 1}
+    | {"intermediate_size": 10944, "max_position_embeddings": 131072, "moe_intermediate_size": 1408}
+    | {"n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96}
+    | {"num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1}
+    | {"pad_token_id": 151329, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_scaling": None}
+    | {"rope_theta": 1000000, "routed_scaling_factor": 1.0, "topk_group": 1, "use_qk_norm": False}
+    | {"vocab_size": 151552},
+    "MiniMax-M2": _MOE
+    | {"model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"], "attn_type_list": [1] * 62}
+    | {"head_dim": 128, "hidden_size": 3072, "intermediate_size": 1536, "max_position_embeddings": 196608}
+    | {"mtp_transformer_layers": 1, "num_attention_heads": 48, "num_experts_per_tok": 8, "num_hidden_layers": 62}
+    | {"num_key_value_heads": 8, "num_local_experts": 256, "num_mtp_modules": 3, "qk_norm_type": "per_layer"}
+    | {"rms_norm_eps": 1e-6, "rope_theta": 5000000, "rotary_dim": 64, "scoring_func": "sigmoid"}
+    | {"shared_intermediate_size": 0, "use_mtp": True, "use_qk_norm": True, "use_routing_bias": True}
+    | {"vocab_size": 200064},
+    "gpt-oss-20b": _MOE
+    | {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "attention_bias": True, "head_dim": 64}
+    | {"eos_token_id": 200002, "experts_per_token": 4, "hidden_size": 2880, "initial_context_length": 4096}
+    | {"intermediate_size": 2880, "layer_types": ["sliding_attention", "full_attention"] * 12}
+    | {"max_position_embeddings": 131072, "num_attention_heads": 64, "num_experts_per_tok": 4}
+    | {"num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False}
+    | {"pad_token_id": 199999, "rms_norm_eps": 1e-5, "rope_theta": 150000, "router_aux_loss_coef": 0.9}
+    | {"sliding_window": 128, "swiglu_limit": 7.0, "vocab_size": 201088}
+    | {
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        }
+    },
+    "DeepSeek-V3": _MOE
+    | _LATENT
+    | {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "bos_token_id": 0, "eos_token_id": 1}
+    | {"first_k_dense_replace": 3, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048}
+    | {"max_position_embeddings": 163840, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1}
+    | {"norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61}
+    | {"num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "rope_theta": 10000}
+    | {"routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_group": 4, "topk_method": "noaux_tc"}
+    | {"vocab_size": 129280}
+    | {
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        }
+    },
+    "Moonlight-16B-A3B": _MOE
+    | _LATENT
+    | {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "bos_token_id": 163584}
+    | {"eos_token_id": 163585, "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 11264}
+    | {"max_position_embeddings": 8192, "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64}
+    | {"n_shared_experts": 2, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts_per_tok": 6}
+    | {"num_hidden_layers": 27, "num_key_value_heads": 16, "num_nextn_predict_layers": 0, "q_lora_rank": None}
+    | {"rope_scaling": None, "rope_theta": 50000.0, "routed_scaling_factor": 2.446, "scoring_func": "sigmoid"}
+    | {"topk_group": 1, "topk_method": "noaux_tc", "vocab_size": 163840},
+    "DeepSeek-V2-Lite": _MOE
+    | _LATENT
+    | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "bos_token_id": 100000}
+    | {"eos_token_id": 100001, "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 10944}
+    | {"max_position_embeddings": 163840, "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64}
+    | {"n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6}
+    | {"num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None, "rope_theta": 10000}
+    | {"routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_group": 1, "topk_method": "greedy"}
+    | {"vocab_size": 102400}
+    | {
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        }
+    },
+    "GLM-4.7-Flash": _MOE
+    | {"model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"], "attention_bias": False}
+    | {"eos_token_id": [154820, 154827, 154829], "first_k_dense_replace": 1, "hidden_size": 2048, "n_group": 1}
+    | {"intermediate_size": 10240, "kv_lora_rank": 512, "max_position_embeddings": 202752, "n_shared_experts": 1}
+    | {"moe_intermediate_size": 1536, "n_routed_experts": 64, "norm_topk_prob": True, "num_attention_heads": 20}
+    | {"num_experts_per_tok": 4, "num_hidden_layers": 47, "num_key_value_heads": 20, "num_nextn_predict_layers": 1}
+    | {"pad_token_id": 154820, "partial_rotary_factor": 1.0, "q_lora_rank": 768, "qk_nope_head_dim": 192}
+    | {"qk_rope_head_dim": 64, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 1000000}
+    | {"routed_scaling_factor": 1.8, "topk_group": 1, "topk_method": "noaux_tc", "v_head_dim": 256}
+    | {"vocab_size": 154880},
+}
+"""Mixtures of experts."""
 _PATTERN = ["sliding_attention"] * 3 + ["full_attention"]
 
 

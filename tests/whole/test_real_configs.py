@@ -4,11 +4,12 @@ import pytest
 from transformers import AutoConfig
 
 from libprune.engine import cost
+from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import check_config
-from tests.support.published import _BERT, _GEMMA, _LLAMA, _QWEN, CONFIGS
+from tests.support.published import _BERT, _GEMMA, _LLAMA, _QWEN, CONFIGS, MIXTURES
 
 _LLAMA |= {"initializer_range": 0.02, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "pretraining_tp": 1}
 _QWEN |= {"initializer_range": 0.02, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False}
@@ -76,12 +77,41 @@ ACTIVE = {
 """Of mixtures, those in the layers that a token goes through."""
 
 
+TOTAL_AND_ACTIVE = {
+    "Mixtral-8x7B-v0.1": (46_702_792_704, 12_879_925_248),
+    "Qwen3-30B-A3B": (30_532_122_624, 3_353_032_704),
+    "OLMoE-1B-7B-0924": (6_919_161_856, 1_282_017_280),
+    "Qwen1.5-MoE-A2.7B": (14_315_784_192, 2_689_173_504),
+    "GLM-4.5-Air": (106_852_245_504, 13_424_123_904),  # 12B without both embeddings
+    "MiniMax-M2": (228_689_748_992, 11_030_537_216),  # 9.8B without both
+    "gpt-oss-20b": (20_914_757_184, 4_193_246_784),  # 3.61B without the first
+    "DeepSeek-V3": (671_026_404_352, 37_552_282_624),
+    "Moonlight-16B-A3B": (15_960_108_544, 2_914_774_528),
+    "DeepSeek-V2-Lite": (15_706_484_224, 2_661_150_208),  # 2.4B without the first
+    "GLM-4.7-Flash": (29_943_390_976, 3_896_763_136),
+}
+"""Parameters in all, and those that a token goes through, both embeddings with them. Publishers differ in the latter;
+what they leave out stands beside it. Neither layers that predict further tokens nor biases on the choice of experts
+count."""
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_configs_are_understood_and_counted(name):
-    data = dict(CONFIGS[name])
-    config = AutoConfig.for_model(data.pop("model_type"), **data)
-    check_config(family_of(config.model_type), config)
-    architecture = describe(without_weights(config))
+    architecture = described(CONFIGS[name])
     assert architecture.total_parameters == PARAMETERS[name]
     active = cost.size(architecture, Plan.dense(architecture)).active
     assert active == ACTIVE.get(name, architecture.decoder_parameters)
+
+
+def described(config: dict) -> Architecture:
+    data = dict(config)
+    made = AutoConfig.for_model(data.pop("model_type"), **data)
+    check_config(family_of(made.model_type), made)
+    return describe(without_weights(made))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_published_mixtures_are_understood_and_counted_in_all_and_by_token(name):
+    architecture = described(MIXTURES[name])
+    size = cost.size(architecture, Plan.dense(architecture))
+    assert (size.total, size.total - size.decoder + size.active) == TOTAL_AND_ACTIVE[name]
