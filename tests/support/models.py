@@ -269,6 +269,7 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
         layers_block_type=_ONE_PART_EACH,
         use_bias=True,
         mlp_bias=True,
+        mlp_hidden_act="gelu",
     ),
     "granite": tiny_model(
         GraniteConfig,
