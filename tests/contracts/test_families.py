@@ -208,6 +208,9 @@ def test_any_plan_is_sliced_as_masked(family, dense, tmp_path_factory, data):
             prune(dense, plan, True, tmp_path_factory.mktemp("any"))
         return
     pruned = prune(dense, plan, True, tmp_path_factory.mktemp("any"))
+    for module in pruned.model.modules():  # grouped kernels take no float64
+        if hasattr(module, "has_gate"):
+            module.config._experts_implementation_internal = "eager"
     exact = replace(dense, model=deepcopy(dense.model).double())
     assert_close(logits(pruned.model.double(), tokens()), masked_logits(exact, plan, tokens()))
     assert cost.size(dense.architecture, plan).total == count(pruned.model)
