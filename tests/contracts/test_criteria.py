@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from libprune.engine.describe import describe
-from libprune.engine.errors import ArtifactError, StatisticsError
+from libprune.engine.errors import ArtifactError, LibpruneError, StatisticsError
 from libprune.engine.tables import Columns, unit_index
 from libprune.models.folder import fingerprint
 from libprune.pipeline.artifacts import read_architecture, read_table, write_architecture, write_units
@@ -24,14 +24,15 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Score
 from libprune.pipeline.shards import shard_path, write_shard
 from libprune.scoring.criteria import CRITERIA, join_tables, score_units
-from libprune.scoring.obs import obs_removal
+from libprune.scoring.obs import obs_removal, stack_removal
 from libprune.scoring.scaling import SCALINGS, scale
+from libprune.scoring.score import score_layout
 from libprune.statistics.activations import NORMS, activation_columns
 from libprune.statistics.gradients import gradient_columns
 from libprune.statistics.hessian import hessian_columns
 from libprune.statistics.weights import weight_columns
 from tests.support.collected import activations, gradients, hessian
-from tests.support.models import FAMILIES, tokens
+from tests.support.models import FAMILIES, tiny_exposed, tokens
 from tests.support.tables import block_rows
 
 VARIANTS = {
@@ -41,7 +42,8 @@ VARIANTS = {
 }
 CASES = [
     pytest.param(Score(**{"criterion": name, key: value}), id=f"{name}-{value}")
-    for name in CRITERIA
+    for name, criterion in CRITERIA.items()
+    if criterion.only is None
     for key, values in VARIANTS.get(name, {"criterion": (name,)}).items()
     for value in values
 ]
@@ -54,17 +56,26 @@ every_case = pytest.mark.parametrize("params", CASES)
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory) -> Layout:
     """A tiny model, and its per-unit tables and shards, as the stages write them."""
-    layout = Layout(tmp_path_factory.mktemp("artifacts"))
-    model = FAMILIES["llama"](0)
+    return written("llama", Layout(tmp_path_factory.mktemp("artifacts")))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Layout:
+    """The artifacts of a mixture of experts."""
+    return written("qwen3_moe", Layout(tmp_path_factory.mktemp("mixture")))
+
+
+def written(family: str, layout: Layout) -> Layout:
+    model = tiny_exposed(family)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    model.save_pretrained(layout.model)
+    model.save_pretrained(layout.model, save_original_format=False)
     origin = fingerprint(layout.model)
     architecture = describe(model, fingerprint=origin)
     write_architecture(layout, architecture)
     ids = tokens(4, 12)
     collected = {
         "gradients": (gradients(model, 4, ids), gradient_columns),
-        "hessian": (hessian(model, 4, ids), hessian_columns),
+        "hessian": (hessian(model, 1, ids), hessian_columns),
         "activations": (activations(model, 4, ids), activation_columns),
     }
     write_units(layout.weights, architecture, partial(weight_columns, architecture, weights), {"model": origin})
@@ -269,6 +280,54 @@ def test_surgeon_criteria_are_those_of_the_consumers_weight_and_inputs(layout, c
             "fisher_obs": removal.share * fisher["importance"][rows],
         }
         np.testing.assert_allclose(found, expected[criterion], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "cooperative"])
+def test_a_mixture_has_a_finite_value_for_each_expert(mixture, name):
+    """Also an expert that no token of the text is routed to."""
+    table, meta = score_layout(mixture, Score(experts=name, obs_rounds=2))
+    rows = table["group_type"] == "experts"
+    assert np.isfinite(table["importance"]).all()
+    assert (table["importance"][rows] >= 0).all()
+    assert meta["criterion"] == (
+        name
+        if name == "unit_fisher"
+        else ", ".join(
+            f"{part}: {name if part == 'experts' else 'unit_fisher'}" for part in ("attention", "mlp", "experts")
+        )
+    )
+
+
+def test_criteria_about_experts_refuse_other_units_and_models_without_them(layout, mixture):
+    for one in (layout, mixture):
+        with pytest.raises(
+            LibpruneError, match=r"the criterion reap is about experts, and the attention of this model"
+        ):
+            score_layout(one, Score(criterion="reap"))
+
+
+def test_the_criterion_cooperative_refuses_a_mixture(mixture):
+    with pytest.raises(LibpruneError, match="those of different experts are not"):
+        score_layout(mixture, Score(experts="cooperative"))
+
+
+def test_obs_of_an_expert_is_what_it_adds_and_of_a_channel_the_sum_over_experts():
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(40, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
+    weight = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    grams, share = torch.stack([one.T @ one / 40 for one in x]), torch.tensor([0.25, 0.75])
+    whole = stack_removal(weight, grams, share, np.repeat([0, 1], 3), 1, 1e-9)
+    added = [
+        float(s) * float((one @ weight[:, k : k + 3].T).square().sum()) / 40
+        for one, s, k in zip(x, share, (0, 3), strict=True)
+    ]
+    np.testing.assert_allclose(whole.error, added, rtol=1e-6)
+    np.testing.assert_allclose(whole.share, 1.0)
+    channels = stack_removal(weight, grams, share, np.tile([0, 1, 2], 2), 1, 1e-9)
+    each = [
+        obs_removal(weight[:, k : k + 3], g, np.arange(3), 1, 1e-9).error for g, k in zip(grams, (0, 3), strict=True)
+    ]
+    np.testing.assert_allclose(channels.error, 0.25 * each[0] + 0.75 * each[1], rtol=1e-6)
 
 
 def test_the_params_offer_what_exists():

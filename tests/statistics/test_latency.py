@@ -20,7 +20,7 @@ from libprune.pipeline.sections import Latency
 from libprune.statistics import latency
 from libprune.statistics.latency import Timing, fit_lines, measured_widths, time_layers
 from tests.support import tiny
-from tests.support.models import FAMILIES
+from tests.support.models import FAMILIES, KINDS
 from tests.support.shapes import Shape, shapes
 
 
@@ -46,7 +46,7 @@ def parameters_of(model: Any, ids: torch.Tensor, **more: Any) -> float:
     return float(sum(parameter.numel() for parameter in model.parameters()))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "qwen3_moe"])
 def test_the_layers_that_are_timed_have_the_widths(name, monkeypatch):
     """With the number of parameters in place of the time, the lines are the costs that the axes give."""
     monkeypatch.setattr(latency, "_seconds", parameters_of)
@@ -63,6 +63,12 @@ def test_the_layers_that_are_timed_have_the_widths(name, monkeypatch):
     assert found["fixed"] == pytest.approx(fixed)
     assert found["outside"] == architecture.total_parameters - architecture.decoder_parameters
     assert found["misfit"] == pytest.approx(0, abs=1e-9)
+
+
+def test_layers_of_several_kinds_are_refused_by_the_parts_that_only_some_have():
+    model = FAMILIES["qwen3_moe"](0)
+    with pytest.raises(LibpruneError, match="only some have mlp and experts"):
+        measured_widths(describe(model), 4)
 
 
 WIDTHS = tuple({"attention": a, "mlp": m} for a, m in ((4, 12), (2, 12), (1, 12), (4, 8), (4, 4)))

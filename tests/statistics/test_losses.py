@@ -22,7 +22,7 @@ from libprune.statistics import losses as prefix_module
 from libprune.statistics.losses import Prefix, SequenceLosses, first_changed, measuring
 from tests.support import measured
 from tests.support.measured import USED, interrupt, run_stage, write_project
-from tests.support.models import FAMILIES, PLANS, random_plan, tokens
+from tests.support.models import FAMILIES, KINDS, PLANS, random_plan, tiny_exposed, tokens
 from tests.support.shapes import plan_without
 
 SEQUENCES = 5
@@ -62,9 +62,9 @@ def inventory(model: nn.Module) -> list[object]:
     ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=KINDS)
 def model(request) -> PreTrainedModel:
-    return FAMILIES[request.param](0)
+    return tiny_exposed(request.param)
 
 
 @pytest.fixture(scope="module")

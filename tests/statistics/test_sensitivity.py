@@ -22,7 +22,7 @@ from stages.sensitivity import main
 from tests.support import tiny
 from tests.support.closure import run_without_torch
 from tests.support.measured import AT_ONCE, LENGTH, PASSES, SEQUENCES, USED, interrupt, patch_losses, write_project
-from tests.support.models import FAMILIES, tokens
+from tests.support.models import FAMILIES, KINDS, tiny_exposed, tokens
 
 
 def params(folder: Path, method: str = "hgsp", sequences: int | None = USED) -> Path:
@@ -53,19 +53,20 @@ def zeroed(model: PreTrainedModel, architecture: Architecture, layer: int, parts
     copy = deepcopy(model)
     for part in parts:
         for consumer in architecture.consumers(layer, part):
-            for parameter in copy.get_submodule(consumer.module).parameters():
-                parameter.data.zero_()
+            for name in (consumer.weight, consumer.bias):
+                if name in dict(copy.named_parameters()):
+                    copy.get_parameter(name).data.zero_()
     return copy
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_what_is_removed_contributes_what_zero_weights_and_biases_do(family):
-    model, ids = FAMILIES[family](0), tokens(2, LENGTH)
+    model, ids = tiny_exposed(family), tokens(2, LENGTH)
     architecture = describe(model)
     plans = list(removal_plans(architecture).values())
     with torch.no_grad():
         for (layer, what), plan in zip(removals(architecture), plans, strict=True):
-            parts = list(architecture.parts) if what == LAYER else [what]
+            parts = architecture.parts_of(layer) if what == LAYER else [what]
             with masked(model, architecture, plan):
                 found = model(ids).logits
             assert torch.equal(found, zeroed(model, architecture, layer, parts)(ids).logits)

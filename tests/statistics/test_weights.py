@@ -9,7 +9,7 @@ from torch import Tensor
 
 from libprune.engine.describe import describe
 from libprune.statistics.weights import effective_rank, singular_values, unit_vectors, weight_columns
-from tests.support.models import FAMILIES
+from tests.support.models import FAMILIES, KINDS
 from tests.support.weights import SEPARATE, conv1d_stored, elements, one_part
 
 EVEN = ("weight_nonzero", "weight_entropy", "weight_effective_rank")
@@ -32,17 +32,19 @@ def test_columns_are_those_of_the_weights_that_carry_a_units_index(family):
             assert found["weight_entropy"][unit] == pytest.approx(-(shares * np.log(shares)).sum() / np.log(w.size))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_the_vectors_of_all_units_are_the_matrices_of_the_block(family):
     """Whatever the storage order, also where projections are fused: as many elements, and the same sum of squares."""
     model = FAMILIES[family](0)
     architecture, weights = describe(model), dict(model.named_parameters())
     for layer, part in architecture.blocks():
-        (vectors,) = unit_vectors(architecture, weights, layer, part)
-        assert vectors.shape[::2] == (architecture.units(part), architecture.sizes["model"])
+        spaces = unit_vectors(architecture, weights, layer, part)
+        assert {len(vectors) for vectors in spaces} == {architecture.units(part)}
+        if architecture.parts[part].units != "experts":
+            assert [vectors.shape[2] for vectors in spaces] == [architecture.sizes["model"]]
         of_block = {parameter.name for parameter, _, _ in architecture.carriers(layer, part) if len(parameter.dims) > 1}
         squares = sum(float(weights[name].detach().double().square().sum()) for name in of_block)
-        assert float(vectors.double().square().sum()) == pytest.approx(squares)
+        assert sum(float(v.double().square().sum()) for v in spaces) == pytest.approx(squares)
 
 
 def test_storage_order_changes_no_column():

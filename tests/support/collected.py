@@ -54,10 +54,11 @@ def gradients(
     ids: Tensor | None = None,
     at_once: int = 99,
     recompute: bool = False,
+    architecture: Architecture | None = None,
     **section: Any,
 ) -> Accumulator:
     """The sums of the gradients stage."""
-    architecture = describe(model)
+    architecture = architecture or describe(model)
     section = {"storage_dtype": "float32"} | section
     length = LENGTH if ids is None else ids.shape[1]
     sums = Accumulator(gradient_groups(architecture, length - 1, SEQUENCES, Gradients(**section), at_once < size))

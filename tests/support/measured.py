@@ -27,7 +27,7 @@ PASSES = 2
 
 def write_project(model: PreTrainedModel, folder: Path) -> Path:
     layout = Layout(folder / "artifacts")
-    model.save_pretrained(layout.model)
+    model.save_pretrained(layout.model, save_original_format=False)
     digest = fingerprint(layout.model)
     layout.architecture.write_text(describe(model, digest).to_json())
     write_tokens(layout.calibration_tokens, Sequences(tokens(SEQUENCES, LENGTH)), {"model": digest})

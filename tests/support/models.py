@@ -128,6 +128,16 @@ LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 [in, out] storage, heads side by side with parallel parts, an MLP on flattened tokens."""
 
 
+KINDS = (*LAYOUTS, "bert", "bert_classifier", "qwen3_moe")
+"""Families that together have every mechanism of the engine; all others are described by the same means."""
+
+
+def tiny_exposed(name: str) -> PreTrainedModel:
+    """A tiny model of a family, its mixtures run by modules that hooks can watch."""
+    model = FAMILIES[name](0)
+    return exposed(model, describe(model))
+
+
 def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
     """Token ids, the same in every call; longer than the window of the sliding layers."""
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
