@@ -16,7 +16,7 @@ from libprune.engine.architecture import Architecture, Map, Parameter
 from libprune.engine.axes import Expr
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
-from libprune.engine.stacks import StackedMap, only_experts
+from libprune.engine.stacks import StackedMap, exposed, only_experts
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 """Modules whose input has its features before the dimensions of space."""
@@ -53,8 +53,10 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
 
     A removed unit is a zero at the consumer's input (the consumer's bias stays); a removed part is
     a zero contribution to the residual stream, bias included. A removed expert is one that the router never chooses.
+    The mixtures of the model stay `exposed`.
     """
     handles = []
+    exposed(model, architecture)
     with ExitStack() as chosen:
         for layer, part in architecture.blocks():
             if architecture.parts[part].router:
