@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from libprune.report.markdown import markdown_table
-from tests.support.models import FAMILIES
+from tests.support.models import MODELS
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +21,7 @@ def outcomes(report: Path) -> dict[tuple[str, str], Counter[str]]:
     found: dict[tuple[str, str], Counter[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         check, _, ids = case.attrib["name"].removesuffix("]").partition("[")
-        family = next((name for name in ids.split("-") if name in FAMILIES), "llama")
+        family = next((name for name in ids.split("-") if name in MODELS), "llama")
         outcome = "skipped" if case.find("skipped") is not None else "failed" if len(case) else "passed"
         found.setdefault((check.removeprefix("test_").replace("_", " "), family), Counter())[outcome] += 1
     return found
@@ -44,8 +44,8 @@ def main() -> None:
         done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, stdout=sys.stderr, check=False)
         found = outcomes(report)
     checks = list(dict.fromkeys(check for check, _ in found))
-    rows = [(check, *(cell(found.get((check, family))) for family in FAMILIES)) for check in checks]
-    print(markdown_table(rows, ("check", *FAMILIES)))
+    rows = [(check, *(cell(found.get((check, family))) for family in MODELS)) for check in checks]
+    print(markdown_table(rows, ("check", *MODELS)))
     raise SystemExit(done.returncode)
 
 

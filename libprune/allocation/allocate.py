@@ -103,8 +103,8 @@ def allocate(
     """
     if architecture.layers_stay and params.allow_layer_removal:
         raise LibpruneError(
-            f"allocate.allow_layer_removal is true, but no layer of family {architecture.family!r} can be deleted: its "
-            "norms work on the residual stream itself; set it to false"
+            f"allocate.allow_layer_removal is true, but no layer of family {architecture.family!r} can be deleted: "
+            f"{architecture.why_layers_stay}; set it to false"
         )
     prices = cost.prices(architecture, params.objective, evidence.get("latency"))
     evidence = {**evidence, "scores": scores}

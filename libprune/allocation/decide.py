@@ -133,9 +133,15 @@ def result_shape(architecture: Architecture, plan: Plan, params: Allocate) -> st
     """`uniform` or `per_layer`, as asked for or as the plan allows.
 
     Raises:
-        BudgetError: if `uniform` is asked for and the plan is not.
+        BudgetError: if `uniform` is asked for, or nothing else can be written, and the plan is not.
     """
     reason = _not_uniform(architecture, plan)
+    if architecture.tower and (reason or params.shape == "per_layer"):
+        raise BudgetError(
+            f"the layers of a {architecture.family} model can only be written all alike, but "
+            f"{reason or 'allocate.shape is per_layer'}; choose allocate.method: uniform without frozen layers, and "
+            "allocate.shape: auto"
+        )
     if params.shape == "uniform" and reason:
         raise BudgetError(
             f"allocate.shape is uniform, but {reason}; choose allocate.method: uniform without frozen layers, "

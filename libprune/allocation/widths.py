@@ -29,15 +29,17 @@ def fitting_multiples(architecture: Architecture) -> list[int]:
 def tensor_parallel_sizes(architecture: Architecture, plan: Plan) -> list[int]:
     """The numbers of devices that tensor parallelism can divide the model over, ascending.
 
-    They divide the query heads and the channels, and divide the key-value heads or are a multiple of them (vLLM,
+    They divide the query heads and the channels, also those inside of each expert, and divide the key-value heads or are a multiple of them (vLLM,
     vllm/model_executor/models/llama.py, which then gives devices copies of the heads).
 
     Args:
         plan: alike in all layers.
     """
     kept = {part: plan.kept(layer, part) for layer in plan.layers for part in architecture.parts_of(layer)}
-    groups = [count for part, count in kept.items() if architecture.grouped(part)]
-    channels = [count for part, count in kept.items() if not architecture.grouped(part)]
+    units = {part: architecture.parts[part].units for part in kept}
+    groups = [count for part, count in kept.items() if units[part] == "groups"]
+    channels = [count for part, count in kept.items() if units[part] == "channels"]
+    channels += [m.each_input(architecture.sizes) for m in architecture.maps if m.stack and units[m.part] == "experts"]
     divided = [count * architecture.sizes.get("q", 1) for count in groups] + channels
     return [
         size

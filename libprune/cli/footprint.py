@@ -334,7 +334,8 @@ def _recover(architecture: Architecture, params: Params, sliced: Footprint) -> F
     files = {name.replace("pruned/", "recovered/"): size for name, size in sliced.files.items()}
     files["recovered/libprune.json"] += _CURVE
     left = architecture.total_parameters - _removed(architecture, allocate)
-    trained = left if recover.method == "full" else _lora_parameters(architecture, recover, allocate)
+    beside = sum(architecture.numel(parameter) for parameter in architecture.parameters if parameter.whole)
+    trained = left - beside if recover.method == "full" else _lora_parameters(architecture, recover, allocate)
     computed = compute_dtype(params.compute)
     dense = 0 if recover.top_k is not None else architecture.total_parameters * computed.itemsize
     teacher = "teacher stored" if recover.top_k is not None else f"teacher in {dtype_name(computed)}"

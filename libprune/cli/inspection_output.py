@@ -8,7 +8,7 @@ from typing import Any
 from libprune.cli.footprint import Footprint
 from libprune.cli.inspection import Inspection, Shape
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture, Parameter
+from libprune.engine.architecture import WHOLE, Architecture, Parameter
 from libprune.pipeline.terminal import gigabytes
 
 Row = tuple[str, ...]
@@ -28,7 +28,7 @@ def _what(inspection: Inspection) -> str:
     facts = [
         ("model", inspection.model),
         ("family", f"{kind}, {architecture.layers} layers, stored as {inspection.dtype}"),
-        ("axes", ", ".join(f"{axis} {size:,}" for axis, size in architecture.sizes.items())),
+        ("axes", ", ".join(f"{axis} {size:,}" for axis, size in _axes(architecture).items())),
     ]
     for part, shape in architecture.parts.items():
         each = cost.unit_parameters(architecture, architecture.with_part(part)[0], part)
@@ -39,6 +39,11 @@ def _what(inspection: Inspection) -> str:
             (part, f"{architecture.units(part):,} units a layer (axis {shape.axis}), {each:,} parameters each{said}")
         )
     return "\n".join(f"{name:<10} {fact}" for name, fact in facts)
+
+
+def _axes(architecture: Architecture) -> dict[str, int]:
+    """The axes with their sizes, without those of tensors that stay whole."""
+    return {axis: size for axis, size in architecture.sizes.items() if not axis.startswith(WHOLE)}
 
 
 def _counts(counts: tuple[int, ...]) -> str:
@@ -61,7 +66,11 @@ def _parameters(architecture: Architecture) -> str:
         rows += [_parameter(architecture, p, f"{architecture.layers_path}.0.") for p in staying if p.layer == 0]
         rows.append(_sum("norms that stay", sum(map(architecture.numel, staying)), total))
     outside = [parameter for parameter in architecture.parameters if parameter.layer is None]
-    rows += [_parameter(architecture, parameter, "") for parameter in outside]
+    rows += [_parameter(architecture, parameter, "") for parameter in outside if not parameter.whole]
+    whole = [parameter for parameter in outside if parameter.whole]
+    if whole:
+        number = f"{sum(map(architecture.numel, whole)):,}"
+        rows.append((f"  beside the language model, {len(whole)} tensors", "", "", number, ""))
     rows += [_sum("outside the layers", _part_parameters(architecture, None), total), _sum("all", total, total)]
     return _aligned(rows, right=(3, 4))
 
@@ -136,7 +145,7 @@ def as_data(inspection: Inspection) -> dict[str, Any]:
         "dtype": inspection.dtype,
         "family": architecture.family,
         "layers": architecture.layers,
-        "axes": dict(architecture.sizes),
+        "axes": _axes(architecture),
         "parts": {
             part: {
                 "axis": shape.axis,

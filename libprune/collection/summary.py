@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from libprune.engine.tables import Columns
+from libprune.engine.tables import Columns, Values
 from libprune.pipeline.terminal import note
 
 
@@ -17,9 +17,14 @@ def print_units(units: Columns, names: Sequence[str], folder: Path) -> None:
     note(f"{'layer':>5}" + "".join(f"{f'{name} {part}':>32}" for name, part in heads))
     for layer in np.unique(units["layer_idx"]):
         here = units["layer_idx"] == layer
-        values = [units[name][here & (units["group_type"] == part)].mean() for name, part in heads]
-        note(f"{layer:>5}" + "".join(f"{value:>32.3e}" for value in values))
+        values = [units[name][here & (units["group_type"] == part)] for name, part in heads]
+        note(f"{layer:>5}" + "".join(mean_cell(some, 32) for some in values))
     print_keys(folder)
+
+
+def mean_cell(values: Values, width: int) -> str:
+    """The mean of some values in a column of a table, empty where a layer lacks the part and there are none."""
+    return f"{values.mean():>{width}.3e}" if values.size else " " * width
 
 
 def print_keys(folder: Path) -> None:

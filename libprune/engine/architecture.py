@@ -18,6 +18,11 @@ from numpy.typing import NDArray
 from libprune.engine.axes import Expr, parse_expr
 from libprune.engine.heads import HeadName
 
+NORMS_STAY = "its norms work on the residual stream itself"
+NUMBERED = "image features are added behind layers by their number"
+"""Why no layer can be deleted, in words that follow a colon."""
+WHOLE = "whole_"
+"""What the names of axes begin with that belong to tensors which stay whole; their size follows."""
 Block = tuple[int, str]
 """A layer, from 0, and the name of one of its parts."""
 Units = Literal["groups", "channels", "experts"]
@@ -40,6 +45,11 @@ class Parameter:
     dims: tuple[Expr, ...]
     layer: int | None
     part: str | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it belongs to modules beside the language model that stay whole."""
+        return any(name.startswith(WHOLE) for dim in self.dims for name in dim.names)
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,8 @@ class Architecture:
         head_macs: multiply-accumulates a token of the linear maps behind the layers; 0 where they run once a sequence.
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
         buffers: what a model stores beside its parameters, such as running statistics or biases on a choice of experts.
+        tower: whether this is the language model inside a larger one, whose layers can only be written all alike.
+        numbered: whether something is added behind layers by their number, so that none can be deleted.
     """
 
     family: str
@@ -152,6 +164,8 @@ class Architecture:
     parameters: tuple[Parameter, ...]
     maps: tuple[Map, ...]
     buffers: tuple[Parameter, ...] = ()
+    tower: bool = False
+    numbered: bool = False
 
     def units(self, part: str) -> int:
         """Number of units of a part in one layer."""
@@ -180,8 +194,16 @@ class Architecture:
 
     @property
     def layers_stay(self) -> bool:
-        """Whether no layer can be deleted: without its parts it still changes the residual stream, by its norms."""
-        return self.layered and any(p.layer is not None and p.part is None for p in self.parameters)
+        """Whether no layer can be deleted, because without its parts it still changes the residual stream.
+
+        It does so by its norms, or by what is added behind it.
+        """
+        return self.layered and (self.numbered or any(p.layer is not None and p.part is None for p in self.parameters))
+
+    @property
+    def why_layers_stay(self) -> str:
+        """The reason for `layers_stay`, in words that follow a colon."""
+        return NUMBERED if self.numbered else NORMS_STAY
 
     def blocks(self) -> Iterator[Block]:
         """Every (layer, part), layer by layer."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from libprune.engine.architecture import STAND_IN, Architecture, Map, Parameter, PartShape, Units
+from libprune.engine.architecture import STAND_IN, WHOLE, Architecture, Map, Parameter, PartShape, Units
 from libprune.engine.axes import Entry, Equation, Expr, LinearMap, Stack, parse_entry, parse_expr, solve
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
-from libprune.engine.family import Family, Part, described_by, family_of
+from libprune.engine.family import Family, Part, described_by, families, family_of
 from libprune.engine.heads import SEQUENCE_CLASSIFICATION, Head, head_of
 from libprune.engine.stock_config import bias_key, check_config, expressible, require_sizes
 
@@ -60,6 +60,8 @@ def describe(
         maps=tuple(maps),
         cache=None if family.cache is None else parse_expr(family.cache),
         fingerprint=fingerprint,
+        tower=family.tower is not None,
+        numbered=family.tower is not None and family.tower.layers_stay,
         buffers=tuple(buffers),
     )
 
@@ -73,7 +75,8 @@ def _shape(
     experts: Literal["whole", "channels"],
 ) -> PartShape:
     """A part of a model, whose units are whole experts or their channels as it is asked."""
-    part, config = family.parts[name], model.config
+    part, whole = family.parts[name], model.config
+    config = family.sized(whole)
     inside = part.within is not None and experts == "channels"
     axis = part.within if inside and part.within else part.axis
     usual: Units = "groups" if name == "attention" else "experts" if part.router and not inside else "channels"
@@ -82,7 +85,7 @@ def _shape(
     return PartShape(
         axis=axis,
         module=part.module,
-        expressible=(sizes[axis],) if coupled else expressible(family, config, sizes, axis),
+        expressible=(sizes[axis],) if coupled else expressible(family, whole, sizes, axis),
         coupled=coupled,
         units=usual if inside or part.units is None else part.units,
         layers=_with_part(model, family, part),
@@ -124,6 +127,8 @@ def with_biases(
         if keys[part] is None:
             raise NotExpressibleError(f"the config of this {config.model_type} model cannot say biases in its {part}")
     said = {keys[part]: True for part in parts}
+    data = config.to_dict()
+    families()[architecture.family].sized(data).update(said)
     biases = {
         entry.weight: Parameter(entry.bias, (entry.output,), entry.layer, entry.part)
         for entry in architecture.maps
@@ -135,7 +140,7 @@ def with_biases(
         parameters.append(parameter)
         if (bias := biases.get(parameter.name)) and bias.name not in known:
             parameters.append(bias)
-    return replace(architecture, parameters=tuple(parameters)), type(config).from_dict(config.to_dict() | said)
+    return replace(architecture, parameters=tuple(parameters)), type(config).from_dict(data)
 
 
 def added_biases(own: Architecture, architecture: Architecture) -> dict[str, Tensor]:
@@ -159,11 +164,12 @@ def _require_head(family: Family, head: Head, model: PreTrainedModel) -> None:
 
 
 def _config_equations(family: Family, config: PreTrainedConfig) -> list[Equation]:
+    own = family.sized(config)
     return [
-        Equation(expr, getattr(config, key), f"config key {key!r}")
+        Equation(expr, getattr(own, key), f"config key {key!r}")
         for key, expressions in family.config.expressions.items()
         for expr in expressions
-        if getattr(config, key, None) is not None
+        if getattr(own, key, None) is not None
     ]
 
 
@@ -213,7 +219,9 @@ def _walk(
             tensors[path] = Parameter(path, _bare_dims(entry), layer, part)
             if isinstance(entry, Stack) and isinstance(entry.each, LinearMap):
                 assert layer is not None and part is not None
-                maps.append(_stacked(path, layer, part, entry, entry.each, _active(family, model.config, part)))
+                maps.append(
+                    _stacked(path, layer, part, entry, entry.each, _active(family, family.sized(model.config), part))
+                )
             continue
         module = _module(model, path, family)
         transposed = isinstance(module, _TRANSPOSED)
@@ -226,6 +234,11 @@ def _walk(
         inside = f"{family.layers}.{layer}."
         if part and isinstance(entry, Expr) and family.parts[part].axis in entry.names and not _depthwise(module):
             coupled[part] = list(dict.fromkeys([*coupled[part], path.removeprefix(inside)]))
+    tensors |= {
+        name: Parameter(name, tuple(map(_whole, tensor.shape)), None, None)
+        for name, tensor in own.items()
+        if family.untouched(name)
+    }
     undescribed = [name for name in own if name not in tensors]
     if undescribed:
         raise FamilyError(
@@ -285,6 +298,11 @@ def _active(family: Family, config: PreTrainedConfig, part: str) -> int:
     """How many copies of a part's stacks a token goes through."""
     router = family.parts[part].router
     return int(getattr(config, router.top_k)) if router else 1
+
+
+def _whole(size: int) -> Expr:
+    """A dimension of a tensor that stays whole: an axis of its own for each size."""
+    return parse_expr(f"{WHOLE}{size}")
 
 
 def _described(

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from libprune.engine.architecture import Units
+from libprune.engine.architecture import NORMS_STAY, NUMBERED, Units
 from libprune.engine.axes import Entry, Expr, LinearMap, parse_entry, parse_expr
 from libprune.engine.errors import FamilyError, cause, nearest
 from libprune.engine.heads import HeadName
@@ -181,6 +181,27 @@ class Gguf(_Strict):
     """Metadata key without the architecture, to the config key that holds its value; for what other families lack."""
 
 
+class Tower(_Strict):
+    """The language model inside a model that reads images too: a known family, by reference, under another prefix."""
+
+    family: str
+    """The family that describes the language model; its file lies beside this one, or ships with libprune."""
+    model_types: list[str]
+    """The `model_type` values that the nested config of such a language model may have."""
+    prefix: str
+    """Path of the language model, in place of what the paths of the family begin with (`model`)."""
+    config: str
+    """The key of the config under which that of the language model lies."""
+    untouched: list[str]
+    """Paths of the modules that stay whole, whatever they hold: the vision part, and what joins the two."""
+    inert: list[str]
+    """Keys, beside the nested config or in it, that no prunable size depends on."""
+    sizes: dict[str, ExprText | list[ExprText]] = Field(default_factory=dict)
+    """Config keys that hold something else than in the family: their expression(s), or none."""
+    layers_stay: bool = False
+    """Whether something is added behind layers by their number, so that none can be deleted."""
+
+
 class Family(_Strict):
     """The description of one architecture family."""
 
@@ -202,6 +223,25 @@ class Family(_Strict):
     config: ConfigKeys
     gguf: Gguf | None = None
     """How llama.cpp stores models of the family; null where libprune writes no GGUF file of it."""
+    tower: Tower | None = None
+    """Where the family lies inside a larger model; null where it is the whole model."""
+
+    def sized(self, config: Any) -> Any:
+        """The part of a config, or of the content of a config.json, that holds the sizes: of a tower the nested one."""
+        if self.tower is None:
+            return config
+        return config[self.tower.config] if isinstance(config, Mapping) else getattr(config, self.tower.config)
+
+    @property
+    def why_layers_stay(self) -> str | None:
+        """Why no layer can be deleted, in words that follow a colon; None where layers can."""
+        if self.tower is not None and self.tower.layers_stay:
+            return NUMBERED
+        return NORMS_STAY if self.stream else None
+
+    def untouched(self, parameter: str) -> bool:
+        """Whether a parameter belongs to the modules that stay whole, whatever they hold."""
+        return self.tower is not None and parameter.startswith(tuple(f"{path}." for path in self.tower.untouched))
 
     @field_validator("parts")
     @classmethod
@@ -211,6 +251,47 @@ class Family(_Strict):
                 if axis not in part.consumed:
                     raise ValueError(f"no map of the part takes axis {axis!r} as its input")
         return parts
+
+
+class _Reference(_Strict):
+    """The file of a tower: all that it does not say is that of the family that it names."""
+
+    family: str
+    model_types: list[str]
+    tower: Tower
+
+    def resolved(self, of: Family) -> Family:
+        """The family that the tower names, under the prefix of the tower.
+
+        Raises:
+            ValueError: if models of that family do not predict the next token.
+        """
+        if "causal_lm" not in of.heads:
+            raise ValueError(f"tower.family {of.family!r} describes no models that predict the next token")
+        root = of.layers.partition(".")[0]
+
+        def moved(entries: Mapping[str, str]) -> dict[str, str]:
+            return {self._path(root, path): text for path, text in entries.items()}
+
+        return Family(
+            family=self.family,
+            model_types=self.model_types,
+            layers=self._path(root, of.layers),
+            parts=of.parts,
+            stream=of.stream,
+            outside=moved(of.outside),
+            heads={"image_text_to_text": moved(of.heads["causal_lm"])},
+            cache=of.cache,
+            config=of.config.model_copy(update={"sizes": self._sizes(of)}),
+            tower=self.tower,
+        )
+
+    def _sizes(self, of: Family) -> dict[str, str | list[str]]:
+        return {key: texts for key, texts in {**of.config.sizes, **self.tower.sizes}.items() if texts}
+
+    def _path(self, root: str, path: str) -> str:
+        first, _, rest = path.partition(".")
+        return f"{self.tower.prefix}.{rest}" if first == root else path
 
 
 @cache
@@ -227,9 +308,22 @@ def load_family(path: Path) -> Family:
         FamilyError: if the file is not valid, with the place.
     """
     try:
-        return Family.model_validate(read_yaml(path))
+        data = read_yaml(path)
+        if "tower" not in data:
+            return Family.model_validate(data)
+        reference = _Reference.model_validate(data)
+        named = read_yaml(_file_of(reference.tower.family, path))
+        if "tower" in named:
+            raise FamilyError(f"tower.family {reference.tower.family!r} is one of a tower itself; name that of its own")
+        return reference.resolved(Family.model_validate(named))
     except ValueError as error:  # of pydantic, or of read_yaml
         raise FamilyError(f"family file {path}: {cause(error)}") from error
+
+
+def _file_of(family: str, tower: Path) -> Path:
+    """The file of the family that a tower names, which lies beside its own file or ships with libprune."""
+    beside = tower.with_name(f"{family}.yaml")
+    return beside if beside.exists() else FOLDER / beside.name
 
 
 def described_by(model_type: str) -> Family | None:

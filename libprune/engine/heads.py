@@ -1,4 +1,7 @@
-"""What a model is for, as transformers says it by the class of its head: the next token, masked tokens, a label."""
+"""What a model is for, as transformers says it by the class of its head: the next token, masked tokens, a label.
+
+A model that reads images as well predicts the next token too; its language model can be pruned on text alone.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,7 +9,7 @@ from typing import Any, Literal
 
 from libprune.engine.errors import FamilyError
 
-HeadName = Literal["causal_lm", "masked_lm", "sequence_classification", "network"]
+HeadName = Literal["causal_lm", "image_text_to_text", "masked_lm", "sequence_classification", "network"]
 """`network` stands for the head of a network that is not of transformers, with a loss of its own."""
 
 
@@ -19,12 +22,14 @@ class Head:
         auto_class: transformers' class that loads models with it.
         mapping: transformers' table from config classes to model classes with it.
         ending: how the names of these classes end.
+        writes: whether models with it predict the next token, and so can write.
     """
 
     name: HeadName
     auto_class: str
     mapping: str
     ending: str
+    writes: bool = False
 
     @cached_property
     def loader(self) -> Any:
@@ -41,7 +46,14 @@ class Head:
         return name
 
 
-CAUSAL_LM = Head("causal_lm", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING", "")
+CAUSAL_LM = Head("causal_lm", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING", "", writes=True)
+IMAGE_TEXT_TO_TEXT = Head(
+    "image_text_to_text",
+    "AutoModelForImageTextToText",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "ForConditionalGeneration",
+    writes=True,
+)
 MASKED_LM = Head("masked_lm", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING", "ForMaskedLM")
 SEQUENCE_CLASSIFICATION = Head(
     "sequence_classification",
@@ -49,7 +61,12 @@ SEQUENCE_CLASSIFICATION = Head(
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "ForSequenceClassification",
 )
-HEADS = {head.name: head for head in (MASKED_LM, SEQUENCE_CLASSIFICATION, CAUSAL_LM)}
+HEADS = {head.name: head for head in (MASKED_LM, SEQUENCE_CLASSIFICATION, IMAGE_TEXT_TO_TEXT, CAUSAL_LM)}
+
+
+def writes(head: HeadName) -> bool:
+    """Whether models with the head predict the next token; networks that are not of transformers do not."""
+    return head in HEADS and HEADS[head].writes
 
 
 def head_of(architectures: object) -> Head:
@@ -66,7 +83,7 @@ def head_of(architectures: object) -> Head:
     for head in HEADS.values():
         if head.ending and name.endswith(head.ending):
             return head
-    if "For" in name and not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
+    if "For" in name and not name.endswith("ForCausalLM"):
         known = ", ".join(head.ending or "ForCausalLM" for head in HEADS.values())
         raise FamilyError(f"the model is a {name}; libprune knows the heads {known}")
     return CAUSAL_LM

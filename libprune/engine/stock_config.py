@@ -1,6 +1,8 @@
 """What the Hugging Face config of a family can say: which keys are known, which sizes and biases they allow."""
 
 import random
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -10,17 +12,39 @@ from libprune.engine.family import Family, families
 
 def bias_key(family: str, config: PreTrainedConfig, part: str) -> str | None:
     """The config key that gives all maps of a part a bias; None if this config class has none."""
-    key = families()[family].config.biases.get(part)
-    return key if key in type(config)().to_dict() else None  # not hasattr: configs keep stray keys that nothing reads
+    told = families()[family]
+    key = told.config.biases.get(part)
+    known = type(told.sized(config))().to_dict()  # not hasattr: configs keep stray keys that nothing reads
+    return key if key in known else None
 
 
 def check_config(family: Family, config: PreTrainedConfig, accept: tuple[str, ...] = ()) -> None:
-    """Refuse config keys and values that the family file does not speak of."""
-    for key, advice in _NOT_DENSE.items():
-        if config.to_dict().get(key) is not None:
-            raise FamilyError(f"this {config.model_type} model has {key!r} in its config: {advice}")
-    known = family.config.known | set(accept) | PreTrainedConfig().to_dict().keys() | _BOOKKEEPING | _NOT_DENSE.keys()
+    """Refuse config keys and values that the family file does not speak of, in a nested config too."""
+    own: PreTrainedConfig = family.sized(config)
+    described = family.config.known | set(accept)
+    if family.tower is not None:
+        if own.model_type not in family.tower.model_types:
+            raise FamilyError(
+                f"the language model of this {config.model_type} model is of model_type {own.model_type!r}; family "
+                f"{family.family!r} describes {', '.join(family.tower.model_types)}"
+            )
+        _check_keys(family, config, {family.tower.config, *family.tower.inert, *accept})
+        described |= set(family.tower.inert)
+    values = _check_keys(family, own, described)
+    for key, allowed in family.config.fixed.items():
+        if key in values and values[key] not in allowed:
+            raise FamilyError(
+                f"config key {key!r} = {values[key]!r} is not supported by family {family.family!r}: {allowed}"
+            )
+
+
+def _check_keys(family: Family, config: PreTrainedConfig, described: Collection[str]) -> dict[str, Any]:
+    """Refuse keys of a config that are not described, and those of models that are not dense; return its values."""
     values = config.to_dict()
+    for key, advice in _NOT_DENSE.items():
+        if values.get(key) is not None:
+            raise FamilyError(f"this {config.model_type} model has {key!r} in its config: {advice}")
+    known = {*described, *PreTrainedConfig().to_dict(), *_BOOKKEEPING, *_NOT_DENSE}
     unknown = [key for key in values if key not in known]
     if unknown:
         listed = ", ".join(f"{key!r} = {values[key]!r}" for key in unknown)
@@ -29,11 +53,13 @@ def check_config(family: Family, config: PreTrainedConfig, accept: tuple[str, ..
             f"{family.family!r} says nothing{nearest(unknown[0], known)}; if no size depends on it, list it in "
             "prepare.accept_config"
         )
-    for key, allowed in family.config.fixed.items():
-        if key in values and values[key] not in allowed:
-            raise FamilyError(
-                f"config key {key!r} = {values[key]!r} is not supported by family {family.family!r}: {allowed}"
-            )
+    return values
+
+
+def keys_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """All keys of a config as a mapping, those of nested configs too, but not the numbers that stand for labels."""
+    nested = (key for value in config.values() if isinstance(value, dict) for key in value)
+    return *config, *(key for key in nested if isinstance(key, str))
 
 
 _NOT_DENSE = {
@@ -54,7 +80,7 @@ def require_sizes(family: Family, config: PreTrainedConfig) -> None:
     """
     limits = dict.fromkeys(family.config.sizes, _SIZE) | {family.config.layers: _LAYERS}
     for key, limit in limits.items():
-        value = getattr(config, key, None)
+        value = getattr(family.sized(config), key, None)
         given = [] if value is None else value if isinstance(value, list) else [value]
         for size in given:
             if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= limit:
@@ -106,7 +132,8 @@ def new_config(
     Raises:
         NotExpressibleError: if a key would need two values, or the config class refuses the shape.
     """
-    data = config.to_dict()
+    whole = config.to_dict()
+    data = family.sized(whole)
     for key, expressions in family.config.expressions.items():
         values = {str(expr): expr.size(sizes) for expr in expressions}
         if len(set(values.values())) > 1:
@@ -124,7 +151,7 @@ def new_config(
         if data.get(key) is not None:
             data[key] = sum(layer < data[key] for layer in layers)
     try:
-        return type(config).from_dict(data)
+        return type(config).from_dict(whole)
     except Exception as error:  # the strict config classes raise their own, undocumented types
         raise NotExpressibleError(f"{type(config).__name__} refuses the pruned shape: {_last_line(error)}") from error
 
@@ -135,10 +162,12 @@ def expressible(family: Family, config: PreTrainedConfig, sizes: dict[str, int],
     The config class itself is asked. On a long axis some counts are asked first, and if none of
     them is refused the rest is taken as said; writing the pruned config asks again.
     """
+    own, alone = family.sized(config), family.model_copy(update={"tower": None})
+    layers = tuple(range(getattr(own, family.config.layers)))
 
     def fits(count: int) -> bool:
         try:
-            new_config(family, config, {**sizes, axis: count}, tuple(range(getattr(config, family.config.layers))))
+            new_config(alone, own, {**sizes, axis: count}, layers)
         except NotExpressibleError:
             return False
         return True

@@ -53,10 +53,10 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
 
     A removed unit is a zero at the consumer's input (the consumer's bias stays); a removed part is
     a zero contribution to the residual stream, bias included. A removed expert is one that the router never chooses.
-    The mixtures of the model stay `exposed`.
+    Mixtures of experts are `libprune.engine.stacks.exposed` from then on.
     """
-    handles = []
     exposed(model, architecture)
+    handles = []
     with ExitStack() as chosen:
         for layer, part in architecture.blocks():
             if architecture.parts[part].router:
@@ -150,8 +150,8 @@ def _require_layers(architecture: Architecture, plan: Plan) -> None:
     if architecture.layers_stay and len(plan.layers) < architecture.layers:
         first = min(set(range(architecture.layers)) - set(plan.layers))
         raise LibpruneError(
-            f"the plan deletes layer {first}, but the norms of a layer of family {architecture.family!r} work on the "
-            "residual stream itself; something of every layer must stay"
+            f"the plan deletes layer {first}, but no layer of family {architecture.family!r} can be deleted: "
+            f"{architecture.why_layers_stay}; something of every layer must stay"
         )
 
 

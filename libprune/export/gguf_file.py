@@ -18,6 +18,7 @@ from torch import Tensor
 
 from libprune.engine.errors import ExportError
 from libprune.engine.family import Gguf
+from libprune.engine.heads import writes
 from libprune.export.source import Layer, Source
 from libprune.export.vocabulary import write_vocabulary
 
@@ -78,7 +79,7 @@ def told_by(source: Source) -> Gguf:
         raise ExportError(
             f"{source.folder} is of family {family.family!r} ({config.architectures[0]}), of which libprune writes no "
             "GGUF file; take gguf out of export.formats"
-            + ("" if source.head != "causal_lm" else ", or use convert_hf_to_gguf.py of llama.cpp")
+            + (", or use convert_hf_to_gguf.py of llama.cpp" if writes(source.head) else "")
         )
     for key, allowed in told.fixed.items():
         if getattr(config, key, allowed[0]) not in allowed:

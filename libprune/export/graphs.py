@@ -21,6 +21,7 @@ from transformers.exporters import AutoHfExporter, ExportedModel, OnnxConfig, Op
 from transformers.exporters.utils import decompose_for_generation
 
 from libprune.engine.errors import ExportError, cause
+from libprune.engine.heads import writes
 from libprune.export.source import Source
 from libprune.models.folder import load_model
 
@@ -51,7 +52,8 @@ def write_graph(folder: Path, source: Source, kind: str) -> None:
         ExportError: if the model has no KV cache, or transformers cannot make the graph.
     """
     if source.head != "causal_lm":
-        raise ExportError(f"{source.folder} predicts no next token, and libprune writes graphs of models that do")
+        what = "reads images" if writes(source.head) else "predicts no next token"
+        raise ExportError(f"{source.folder} {what}; libprune writes graphs of models that read and write text alone")
     model = load_model(source.folder, torch.float32, trust_remote_code=source.record.remote)
     model.generation_config.eos_token_id = None  # the exporter writes some tokens, and must not end early
     sample = torch.arange(16).reshape(2, 8) % source.config.vocab_size

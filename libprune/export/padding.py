@@ -1,5 +1,6 @@
 """Channels of zeros, up to a multiple that the blocks of quantised types and the devices of a server want."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,9 +96,10 @@ def _config(source: Source, channels: list[int]) -> dict[str, Any]:
     def said(count: int) -> Mapping[str, int]:
         return {key: expr.size({**sizes, axis: count}) for key, expr in keys.items()}
 
-    config = dict(record.config)
+    config = copy.deepcopy(record.config)
     if source.uniform:
-        return {**config, **said(channels[0])}
+        source.family.sized(config).update(said(channels[0]))
+        return config
     own = config["per_layer_config"]
     filled = {str(index): said(count) for index, count in enumerate(channels) if count}
     return {**config, "per_layer_config": {index: {**own[index], **filled.get(index, {})} for index in own}}

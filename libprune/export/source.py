@@ -101,7 +101,7 @@ class Source:
         groups, channels = keys[attention], keys[mlp]
         heads = keys.get(f"{attention} q", groups)
         own: Mapping[str, Mapping[str, Any]] = self.record.config.get("per_layer_config") or {}
-        stock = self.config.to_dict()
+        stock = self.family.sized(self.config.to_dict())
         layers = []
         for index in range(stock[self.family.config.layers]):
             said = {**stock, **own.get(str(index), {})}

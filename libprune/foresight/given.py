@@ -13,6 +13,7 @@ from libprune.engine.family import Family, described_by, family_of
 from libprune.foresight.settings import refused
 from libprune.models.given import require_content, require_model, require_safetensors
 from libprune.pipeline.faults import Fault
+from libprune.pipeline.methods import METHODS
 from libprune.pipeline.params import Params
 from libprune.pipeline.sections import Recover, Share, Tokenize
 from libprune.pipeline.sources import resolve
@@ -147,7 +148,7 @@ def _fits(params: Params, config: Config) -> Iterator[Fault]:
             "recover.text lists several texts, but a model that tells classes apart takes one; name one",
             ("recover", "text"),
         )
-    layers = config.get(family.config.layers)
+    layers = family.sized(config).get(family.config.layers) if _nested(family, config) else None
     frozen = params.allocate.freeze_first + params.allocate.freeze_last
     if isinstance(layers, int) and frozen >= layers:
         yield Fault(
@@ -155,12 +156,46 @@ def _fits(params: Params, config: Config) -> Iterator[Fault]:
             f"{params.allocate.freeze_last} keep all {layers} layers of this model whole, so that nothing can go",
             ("allocate", "freeze_first" if params.allocate.freeze_first else "freeze_last"),
         )
-    if family.stream and params.allocate.allow_layer_removal:
+    if (why := family.why_layers_stay) and params.allocate.allow_layer_removal:
         yield Fault(
-            f"allocate.allow_layer_removal is true, but no layer of family {family.family!r} can be deleted: its norms "
-            "work on the residual stream itself; set it to false",
+            f"allocate.allow_layer_removal is true, but no layer of family {family.family!r} can be deleted: {why}; "
+            "set it to false",
             ("allocate", "allow_layer_removal"),
         )
+    if family.tower is not None:
+        yield from _of_a_tower(params, family)
+
+
+def _nested(family: Family, config: Config) -> bool:
+    """Whether a config holds the nested one that its family speaks of, if it speaks of one."""
+    return family.tower is None or isinstance(config.get(family.tower.config), dict)
+
+
+def _of_a_tower(params: Params, family: Family) -> Iterator[Fault]:
+    """Settings that need layers of different widths, or a program that runs no language model inside another model."""
+    allocate = params.allocate
+    alike = f"and the layers of a {family.family} model can only be written all alike"
+    method = METHODS[allocate.method]
+    if not method.alike and not (method.improves and allocate.shape == "uniform"):
+        yield Fault(
+            f"allocate.method: {allocate.method} decides each layer's own width, {alike}; choose allocate.method: "
+            "uniform",
+            ("allocate", "method"),
+        )
+    if allocate.shape == "per_layer":
+        yield Fault(
+            f"allocate.shape: per_layer gives layers widths of their own, {alike}; set it to auto",
+            ("allocate", "shape"),
+        )
+    for key in ("freeze_first", "freeze_last"):
+        if getattr(allocate, key):
+            yield Fault(f"allocate.{key} keeps layers wider than the others, {alike}; set it to 0", ("allocate", key))
+    for kind in params.export.formats:
+        if kind in {"onnx", "openvino"}:
+            yield Fault(
+                f"export.formats has {kind}, and libprune writes no graph of a {family.family} model; take it out",
+                ("export", "formats"),
+            )
 
 
 def _positions(params: Params, family: Family, config: Config) -> Iterator[Fault]:

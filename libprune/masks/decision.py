@@ -143,12 +143,12 @@ def _adds(model: nn.Module, architecture: Architecture, consumer: Map, sent: Con
 
 
 def _leave_layers(architecture: Architecture, gone: Units, stays: dict[Block, str]) -> None:
-    """Leave a unit in every layer, where norms on the residual stream itself forbid that a layer goes."""
+    """Leave a unit in every layer, where no layer can be deleted."""
     last = list(architecture.parts)[-1]
     for layer in range(architecture.layers):
         if all(gone[layer, part].all() for part in architecture.parts_of(layer)):
             gone[layer, last][: None if architecture.parts[last].coupled else 1] = False
-            stays[layer, last] = "norms of the block work on the residual stream itself; something of a layer must stay"
+            stays[layer, last] = f"{architecture.why_layers_stay}; something of a layer must stay"
 
 
 def _with_one_each(left: Plan, stays: dict[Block, str]) -> Plan:

@@ -73,10 +73,10 @@ def _flat(rope: Rope, kind: str, theta: str, share: str) -> dict[str, Any]:
     said = {theta: rope["rope_theta"]}
     if "partial_rotary_factor" in rope:
         said[share] = rope["partial_rotary_factor"]
-    if rope["rope_type"] == "default":
-        return said
     own = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}
     scaling = {key: value for key, value in rope.items() if key not in own and value is not None}
+    if rope["rope_type"] == "default" and not scaling:  # but for the sections of positions in an image
+        return said
     if rope["rope_type"] == "longrope":
         said["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
     return said | {"rope_scaling": {kind: rope["rope_type"]} | scaling}

@@ -1,5 +1,6 @@
 """Hugging Face model folders: reading and loading them, their fingerprint, and writing that of the dense model."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CHAT_TEMPLATE_DIR
+from transformers.utils import (
+    CHAT_TEMPLATE_DIR,
+    IMAGE_PROCESSOR_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, ParamsError, SourceError, missing_key, naming
@@ -54,6 +61,8 @@ class WeightFiles(Mapping[str, Tensor]):
         return len(self._files)
 
 
+PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)
+"""The files by which a model that reads images prepares them; nothing in them depends on what is pruned."""
 _OF_A_MODEL = {".json", ".safetensors", ".jinja", ".model", ".txt", ".py"}
 """Endings of the files by which a model and its tokenizer are loaded."""
 
@@ -185,8 +194,16 @@ def require_positions(config: PreTrainedConfig, architecture: Architecture, leng
             )
 
 
-def write_dense(target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+def write_dense(
+    target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, beside: Mapping[str, Path] | None = None
+) -> str:
     """Write the dense model as a plain folder that reloads bit-equal, and return its fingerprint.
+
+    Args:
+        target: the folder.
+        model: the dense model.
+        tokenizer: its tokenizer.
+        beside: further files by the names that they get, which are copied as they are.
 
     Raises:
         ArtifactError: if a weight reads back differently.
@@ -194,6 +211,8 @@ def write_dense(target: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     with writing_folder(target) as folder:
         model.save_pretrained(folder, save_original_format=False)  # tensors by the names of the model's parameters
         tokenizer.save_pretrained(folder)
+        for name, path in (beside or {}).items():
+            shutil.copyfile(path, folder / name)
         written = WeightFiles(folder)
         for name, parameter in model.named_parameters():
             if not torch.equal(written[name], parameter.detach()):

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from libprune.engine.errors import SourceError, naming
-from libprune.engine.heads import CAUSAL_LM, head_of
-from libprune.models.folder import require_own_files
+from libprune.engine.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, head_of
+from libprune.engine.stock_config import keys_of
+from libprune.models.folder import PROCESSOR_FILES, require_own_files
 from libprune.models.given import require_model, require_safetensors
 from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Prepare
@@ -53,6 +55,7 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below
     with naming(f"the weights of prepare.model = {masked(params.model)!r} cannot be loaded"):
         model, loading = head.loader.from_pretrained(name, use_safetensors=True, **how, **where)
+    _follow_weights(model, name, where)
     _require_weights(params, model, loading)
     with naming(f"the tokenizer of prepare.model = {masked(params.model)!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
@@ -60,6 +63,25 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         _forget_quantization(model)
         follow_gguf(tokenizer, Path(name) / where["gguf_file"])
     return model.eval(), tokenizer
+
+
+def processor_files(params: Prepare) -> dict[str, Path]:
+    """The files of a dense model by which it prepares images, by their names; none of a model that reads text alone.
+
+    Raises:
+        SourceError: if one of them is on the hub and cannot be loaded.
+    """
+    name, where = _place(params)
+    if "gguf_file" in where or head_of(load_dense_config(params).architectures) is not IMAGE_TEXT_TO_TEXT:
+        return {}
+    if isinstance(name, Path):
+        return {file: name / file for file in PROCESSOR_FILES if (name / file).is_file()}
+    with naming(f"the processor of prepare.model = {masked(params.model)!r} cannot be loaded"):
+        found = {
+            file: cached_file(name, file, revision=params.revision, _raise_exceptions_for_missing_entries=False)
+            for file in PROCESSOR_FILES
+        }
+    return {file: Path(path) for file, path in found.items() if path is not None}
 
 
 _WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
@@ -90,6 +112,26 @@ def _require_weights(params: Prepare, model: PreTrainedModel, loading: Mapping[s
     )
     if fault:
         raise SourceError(f"prepare.model = {params.model!r} {fault}")
+
+
+def _follow_weights(model: PreTrainedModel, name: str | Path, where: Mapping[str, Any]) -> None:
+    """Let the config say that the head is not the embedding, where config.json leaves it open and weights have both.
+
+    Newer versions of transformers take for granted what older ones did not.
+
+    Args:
+        model: as it was loaded.
+        name: its name or path.
+        where: the other arguments that it was loaded by.
+    """
+    if "gguf_file" in where or not untied(model):
+        return
+    stated, _ = PreTrainedConfig.get_config_dict(name, **where)
+    if _TIED not in keys_of(stated):
+        setattr(model.config, _TIED, False)
+
+
+_TIED = "tie_word_embeddings"
 
 
 def _wrapped(unexpected: list[str]) -> str:
@@ -141,7 +183,9 @@ def _layer(name: str) -> int:
 
 
 def _counted(model: PreTrainedModel) -> str:
-    return f"its config.json says {model.config.num_hidden_layers} layers, make the number fit the files"
+    return (
+        f"its config.json says {model.config.get_text_config().num_hidden_layers} layers, make the number fit the files"
+    )
 
 
 def untied(model: PreTrainedModel) -> str:

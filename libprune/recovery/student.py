@@ -1,5 +1,6 @@
 """The model that is trained: a pruned folder, with all of its weights or with small matrices beside its linear maps."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.engine.errors import LibpruneError
+from libprune.engine.family import described_by
 from libprune.models.folder import load_model
 from libprune.pipeline.sections import Recover
 from libprune.results.record import Record
@@ -33,18 +35,28 @@ def load_student(record: Record, params: Recover) -> PreTrainedModel:
 def prepare(student: PreTrainedModel, params: Recover) -> nn.Module:
     """The model with the parameters that are trained: all of them, or those of `lora` beside its linear maps.
 
+    Modules that a family leaves whole, such as a vision part, are not trained.
+
     Raises:
         LibpruneError: if the package peft is not installed, or no map has a name that `recover.lora_targets` names.
     """
+    family = described_by(student.config.model_type)
+    whole = () if family is None or family.tower is None else family.tower.untouched
     if params.method == "full":
-        return student.requires_grad_(True)
+        student.requires_grad_(True)
+        for path in whole:
+            student.get_submodule(path).requires_grad_(False)
+        return student
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise LibpruneError("recover.method: lora needs peft; run `pip install 'libprune[lora]'`") from error
     targets = params.lora_targets if isinstance(params.lora_targets, str) else list(params.lora_targets)
     rank = params.lora_rank
-    config = LoraConfig(r=rank, lora_alpha=params.lora_alpha or 2 * rank, target_modules=targets)
+    without = "|".join(rf"{re.escape(path)}\..*" for path in whole) or None
+    config = LoraConfig(
+        r=rank, lora_alpha=params.lora_alpha or 2 * rank, target_modules=targets, exclude_modules=without
+    )
     torch.manual_seed(params.seed)  # one of the two matrices beside each map begins with random numbers
     try:
         with warnings.catch_warnings():  # of names in transformers, and of maps that are stored as [in, out]
@@ -89,4 +101,9 @@ def finished_weights(record: Record, params: Recover, checkpoint: Path | None) -
         read_weights(trained, checkpoint)
         if params.method == "lora":
             student = trained.merge_and_unload()
-    return {name: parameter.detach() for name, parameter in student.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in student.named_parameters()}
+    family = described_by(student.config.model_type)
+    if family is not None and family.tower is not None:  # as they are stored: the type of the training may round them
+        own = load_model(record.folder, record.dtype)
+        weights |= {name: parameter for name, parameter in own.named_parameters() if family.untouched(name)}
+    return weights

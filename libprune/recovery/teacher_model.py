@@ -11,6 +11,7 @@ from libprune.collection.calibration import place
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.errors import ParamsError, SourceError
+from libprune.engine.stock_config import keys_of
 from libprune.models.folder import fingerprint, load_model, own_model
 from libprune.models.parallel import World
 from libprune.models.source import load_dense
@@ -56,7 +57,7 @@ def load_teacher(
             f"recover.teacher: {params.teacher} has another vocabulary ({len(tokenizer):,} tokens) than the model that "
             f"is pruned ({len(own):,} tokens); their predictions cannot be compared"
         )
-    return place(model, describe(model, accept=tuple(model.config.to_dict())), compute, world, device)
+    return place(model, describe(model, accept=keys_of(model.config.to_dict())), compute, world, device)
 
 
 def _source(name: str, dtype: torch.dtype) -> Prepare:

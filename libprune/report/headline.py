@@ -16,6 +16,7 @@ HEADER = ("", "dense", "pruned", "change")
 """Names of the columns of the headline table."""
 PERPLEXITY = {
     "causal_lm": "perplexity",
+    "image_text_to_text": "perplexity",
     "masked_lm": "perplexity of masked tokens",
     "sequence_classification": "perplexity of labels",
 }

@@ -7,7 +7,7 @@ demo's model, with the versions that stand in `TRIED` and in docs/serving.md.
 from pathlib import Path
 
 from libprune.engine.family import family_of
-from libprune.engine.heads import HEADS, HeadName
+from libprune.engine.heads import HEADS, HeadName, writes
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.story import Earlier, earlier_result
 from libprune.pipeline.terminal import Rows, text_table
@@ -113,17 +113,17 @@ def describe_loading(result: Metrics, layout: Layout) -> list[str]:
     """
     shape, folder = result["plan"]["shape"], str(final_folder(result, layout))
     head = result["model"]["head"]
-    line, writes = how_to_load(folder, shape, head), head == "causal_lm"
+    line, written = how_to_load(folder, shape, head), writes(head)
     kind = {
         "uniform": "all layers alike, under a stock config and without code of its own",
         "per_layer": "layers of different widths, with a modeling file of a few lines inside",
     }[shape]
-    takers = [_transformers(result), *((_vllm(result), _llama_cpp(result), _onnx(result)) if writes else ())]
+    takers = [_transformers(result), *((_vllm(result), _llama_cpp(result), _onnx(result)) if written else ())]
     return [
         "## How to load it",
         f"{code(folder)} has the shape `{shape}`: {kind}.",
         f"```python\nfrom transformers import {line.partition('.')[0]}\nmodel = {line}\n```",
-        _proof(result, layout, ", and it generates" if writes else ""),
+        _proof(result, layout, ", and it generates" if written else ""),
         markdown_table(takers, ("program", "takes this shape", "remarks")).replace("---:", "---"),
         *_commands(folder, shape, [program for program, verdict, _ in takers if verdict.startswith("yes")]),
         *_exported(result, layout),
@@ -154,7 +154,7 @@ def _commands(folder: str, shape: str, programs: list[str]) -> list[str]:
 def _transformers(result: Metrics) -> _Row:
     version = result["pruning"]["versions"]["transformers"]
     if result["plan"]["shape"] == "uniform":
-        more = "; KV cache and `generate` included" if result["model"]["head"] == "causal_lm" else ""
+        more = "; KV cache and `generate` included" if writes(result["model"]["head"]) else ""
         return "transformers", "yes, tried", f"with {code(version)}{more}; its config says the same to versions 4 and 5"
     return "transformers", "yes, tried", f"with {code(version)}, 5.15 or later; only with `trust_remote_code=True`"
 
@@ -199,6 +199,8 @@ def _llama_cpp(result: Metrics) -> _Row:
 def _onnx(result: Metrics) -> _Row:
     if tried := _agreement(result, "onnx"):
         return "ONNX Runtime", "yes, tried", tried
+    if result["model"]["head"] != "causal_lm":
+        return "ONNX Runtime", "not tried", "libprune writes no graph of a model that reads images"
     return "ONNX Runtime", "not tried", "`export.formats: [onnx]` writes the graph with a KV cache and tries it"
 
 

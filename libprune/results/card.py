@@ -8,13 +8,15 @@ from typing import Any
 import yaml
 
 from libprune.engine.errors import ArtifactError
-from libprune.engine.heads import CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
+from libprune.engine.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
 from libprune.models.dialect import STOP
+from libprune.models.folder import PROCESSOR_FILES
 from libprune.models.origin import CARD, Origin
 from libprune.results.record import PROVENANCE, Record, read_provenance, read_record
 
 _TASKS = {
     CAUSAL_LM.name: "text-generation",
+    IMAGE_TEXT_TO_TEXT.name: "image-text-to-text",
     MASKED_LM.name: "fill-mask",
     SEQUENCE_CLASSIFICATION.name: "text-classification",
 }
@@ -88,17 +90,24 @@ def _opening(record: Record, origin: Origin) -> Iterator[str]:
         kept = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
         rows.append((f"{part} units in a layer", f"{units:,}", kept))
     yield _table(rows, ("", "dense", "pruned"))
+    if head_of(record.config["architectures"]) is IMAGE_TEXT_TO_TEXT:
+        yield (
+            "Only the language model was pruned, and only text was read for it. The part that reads images is that of "
+            "the dense model."
+        )
 
 
 def _loading(record: Record) -> Iterator[str]:
     loader = head_of(record.config["architectures"]).auto_class
     remote = ", trust_remote_code=True" if record.remote else ""
+    sees = any((record.folder / name).is_file() for name in PROCESSOR_FILES)
+    reader, kind = ("AutoProcessor", "processor") if sees else ("AutoTokenizer", "tokenizer")
     yield "## How to load"
     yield (
-        f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
+        f"```python\nfrom transformers import {loader}, {reader}\n\n"
         'name = "."  # this folder, or its name on the hub\n'
         f"model = {loader}.from_pretrained(name{remote})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained(name{remote})\n```"
+        f"{kind} = {reader}.from_pretrained(name{remote})\n```"
     )
     if record.remote:
         yield (

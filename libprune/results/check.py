@@ -19,6 +19,7 @@ from libprune.engine.describe import describe
 from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
+from libprune.engine.stock_config import keys_of
 from libprune.engine.surgery import masked
 from libprune.models.folder import fingerprint, load_model
 from libprune.models.origin import CARD
@@ -109,14 +110,15 @@ def _config(record: Record) -> Iterator[Finding]:
     path, architecture, layers = record.folder / "config.json", record.architecture, len(record.left.layers)
     family = family_of(record.stock_config.model_type)
     if architecture.layers != layers:
-        said = f"{family.config.layers} = {architecture.layers}, but {PLAN} leaves {layers} layers"
-        yield Finding("fault", "config", f"{path} says {said}")
+        number = f"{family.config.layers} = {architecture.layers}, but {PLAN} leaves {layers} layers"
+        yield Finding("fault", "config", f"{path} says {number}")
         return
-    expected = pruned_config(family, record.stock_config, architecture, record.left, record.shape)
+    expected = family.sized(pruned_config(family, record.stock_config, architecture, record.left, record.shape))
+    said = family.sized(record.config)
     wrong = [
         difference
         for key in [*family.config.expressions, "per_layer_config"]
-        for difference in _differences(key, record.config.get(key), expected.get(key))
+        for difference in _differences(key, said.get(key), expected.get(key))
     ]
     for where, stated, wanted in wrong:
         yield Finding("fault", "config", f"{path} says {where} = {stated!r}, what {PLAN} keeps asks for {wanted!r}")
@@ -246,7 +248,7 @@ def _against_dense(
     model = load_model(dense, torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(record.dtype).float()
-    architecture = describe(model, accept=tuple(model.config.to_dict()))
+    architecture = describe(model, accept=keys_of(model.config.to_dict()))
     with masked(model, architecture, record.plan):
         wanted = reference_logits(model, ids)
     scale, difference = float(wanted.abs().max()), float((logits - wanted).abs().max())

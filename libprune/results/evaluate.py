@@ -14,6 +14,7 @@ from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import with_biases
 from libprune.engine.errors import LibpruneError
+from libprune.engine.heads import writes
 from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_config, load_model, own_model, require_positions
@@ -112,7 +113,7 @@ class _Run:
     @property
     def writes(self) -> bool:
         """Whether the models write, and do not only read."""
-        return self.architecture.head == "causal_lm"
+        return writes(self.architecture.head)
 
     @property
     def prompt_tokens(self) -> int:

@@ -21,13 +21,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from libprune.engine.architecture import Architecture
 from libprune.engine.axes import LinearMap, parse_expr
 from libprune.engine.describe import without_weights
-from libprune.engine.errors import SourceError, cause
+from libprune.engine.errors import NotExpressibleError, SourceError, cause
 from libprune.engine.family import Family, Part, families
 from libprune.engine.heads import HEADS, Head
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import new_config
 from libprune.models.dialect import OPEN, OWN_TYPE, STOP, only_with_code, tokenizer_settings, version_4
-from libprune.models.folder import load_config
+from libprune.models.folder import PROCESSOR_FILES, load_config
 
 MODELING_FILE = "modeling_pruned.py"
 _TEMPLATE = Path(__file__).with_name("modeling_pruned.py.tmpl")
@@ -56,7 +56,8 @@ def write_pruned(
 
     Args:
         folder: an existing, empty folder.
-        dense: the dense model's folder; tokenizer, chat templates and generation config come from it.
+        dense: the dense model's folder; tokenizer, chat templates, processor and generation config come from
+            it.
         shape: `uniform` or `per_layer`.
         state: the pruned parameters by their new names (`libprune.engine.surgery.slice_state`).
         config: of the dense shape; the dense folder's if None.
@@ -77,8 +78,9 @@ def write_pruned(
     (folder / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
     if any((dense / name).is_file() for name in _TOKENIZER_FILES):
         _save_tokenizer(dense, folder)
-    if (dense / GENERATION_CONFIG_NAME).is_file():
-        shutil.copyfile(dense / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
+    for name in (GENERATION_CONFIG_NAME, *PROCESSOR_FILES):
+        if (dense / name).is_file():
+            shutil.copyfile(dense / name, folder / name)
 
 
 def _save_tokenizer(dense: Path, folder: Path) -> None:
@@ -117,14 +119,27 @@ def pruned_config(
     """The content of config.json for the shape that a plan leaves.
 
     It does not say where the dense model lay. A uniform one speaks to transformers 4 as well.
+
+    Raises:
+        NotExpressibleError: if the family's config cannot hold the shape.
     """
+    if family.tower is not None and shape != "uniform":
+        raise NotExpressibleError(
+            f"the layers of a {family.family} model can only be written all alike, under a stock config; this plan "
+            "gives them widths of their own"
+        )
     sizes = dict(architecture.sizes)
     if shape == "uniform":  # each part in a layer that has it
         sizes |= {axis: size for layer in plan.layers for axis, size in _left(architecture, plan, layer).items()}
     new = new_config(family, config, sizes, plan.layers)
     data = {key: value for key, value in new.to_dict().items() if not key.endswith("name_or_path")}
     if shape == "uniform":
-        return data | {"architectures": config.architectures} | version_4(new)
+        data["architectures"] = config.architectures
+        said = version_4(family.sized(new))
+        if family.tower is not None:  # where version 4 looks for it
+            family.sized(data)["tie_word_embeddings"] = new.tie_word_embeddings
+        (data if said == STOP else family.sized(data)).update(said)
+        return data
     head = HEADS[architecture.head]
     stock = _stock_classes(family, config, head)
     classes = {"AutoConfig": "config_class", "AutoModel": "base_class", head.auto_class: "model_class"}

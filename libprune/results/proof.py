@@ -17,7 +17,7 @@ from torch import Tensor
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
-from libprune.engine.heads import HEADS, HeadName
+from libprune.engine.heads import HEADS, HeadName, writes
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 from libprune.pipeline.atomic import scratch_folder
@@ -31,7 +31,7 @@ _SCRIPT = (
     + """
 import sys
 sys.modules["libprune"] = None
-folder, remote, loader, tokens, result = sys.argv[1:]
+folder, remote, loader, writes, tokens, result = sys.argv[1:]
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -42,7 +42,7 @@ model = getattr(transformers, loader).from_pretrained(
 computed = {"parameters": torch.tensor(sum(parameter.numel() for parameter in model.parameters()))}
 with torch.no_grad():
     computed["logits"] = model(input_ids=ids).logits
-    if loader == "AutoModelForCausalLM":
+    if writes == "writes":
         half = max(1, ids.shape[1] // 2)
         first = model(input_ids=ids[:, :half], use_cache=True)
         cached = model(input_ids=ids[:, half:], past_key_values=first.past_key_values, use_cache=True).logits
@@ -132,7 +132,7 @@ def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: H
     with scratch_folder() as scratch:
         tokens, result = Path(scratch, "tokens.safetensors"), Path(scratch, "result.safetensors")
         save_file({"ids": ids.contiguous()}, tokens)
-        how = ["remote" if remote else "stock", HEADS[head].auto_class]
+        how = ["remote" if remote else "stock", HEADS[head].auto_class, "writes" if writes(head) else "reads"]
         command = [sys.executable, "-I", "-c", _SCRIPT, str(folder.resolve()), *how]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
         done = run_bound([*command, str(tokens), str(result)], cwd=scratch, env=environment)
@@ -160,5 +160,7 @@ def masked_logits(
     with torch.no_grad():
         for parameter in architecture.parameters:
             model.get_parameter(parameter.name).copy_(weights[parameter.name])
+        for buffer in architecture.buffers:
+            model.get_buffer(buffer.name).copy_(weights[buffer.name])
     with masked(model, architecture, plan):
         return reference_logits(model, ids)

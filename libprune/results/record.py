@@ -21,6 +21,7 @@ from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
+from libprune.engine.stock_config import keys_of
 from libprune.models.dialect import OPEN, OWN_TYPE, STOP
 from libprune.models.given import require_files
 from libprune.models.origin import CARD
@@ -137,7 +138,7 @@ class Record:
     @cached_property
     def architecture(self) -> Architecture:
         """The architecture of the remaining layers, as wide as the stock config says."""
-        return describe(self.stock_model, accept=tuple(self.config))
+        return describe(self.stock_model, accept=keys_of(self.config))
 
     def stored(self, shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
         """Shapes of parameters by the names that the weight files use.

@@ -7,7 +7,7 @@ from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import SourceError
 from libprune.models.folder import write_dense
 from libprune.models.origin import find_origin
-from libprune.models.source import load_dense, load_dense_config
+from libprune.models.source import load_dense, load_dense_config, processor_files
 from libprune.pipeline.artifacts import write_architecture, write_units
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.digests import sealed
@@ -49,7 +49,7 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     _require_content(section)
     model, tokenizer = load_dense(section)
     described = describe(model, accept=section.accept_config)
-    architecture = replace(described, fingerprint=write_dense(layout.model, model, tokenizer))
+    architecture = replace(described, fingerprint=write_dense(layout.model, model, tokenizer, processor_files(section)))
     write_architecture(layout, architecture)
     write_json(layout.origin, sealed(asdict(find_origin(section)) | {"model": architecture.fingerprint}))
     columns = partial(weight_columns, architecture, dict(model.named_parameters()))

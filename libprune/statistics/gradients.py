@@ -17,7 +17,7 @@ from libprune.collection.calibration import Run, set_up
 from libprune.collection.records import BatchRows, Gram, MaskGradient, Pending, Statistic, Sum, count
 from libprune.collection.resumable import ColumnsOf, RowsOf, collecting, write_artifact
 from libprune.collection.stacked import Squares, Stacked
-from libprune.collection.summary import print_keys
+from libprune.collection.summary import mean_cell, print_keys
 from libprune.engine.architecture import Architecture, Map, Parameter
 from libprune.engine.errors import StatisticsError
 from libprune.engine.stacks import Routing
@@ -353,8 +353,9 @@ def print_gradients(rows: Columns, folder: Path) -> None:
     parts = list(dict.fromkeys(rows["group_type"]))
     note(f"{'layer':>5}" + "".join(f"{f'mean |g| {part}':>22}" for part in parts))
     for layer in np.unique(rows["layer_idx"]):
-        means = [rows["mean_abs"][(rows["layer_idx"] == layer) & (rows["group_type"] == part)].mean() for part in parts]
-        note(f"{layer:>5}" + "".join(f"{mean:>22.3e}" for mean in means))
+        own = rows["layer_idx"] == layer
+        values = [rows["mean_abs"][own & (rows["group_type"] == part)] for part in parts]
+        note(f"{layer:>5}" + "".join(mean_cell(some, 22) for some in values))
     print_keys(folder)
     ratio = gradient_ratio(rows)
     say(f"gradient ratio between layers: {ratio:,.1f} ({verdict(ratio)})")

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.engine.family import families
-from libprune.engine.heads import HEADS
+from libprune.engine.heads import HEADS, writes
 from libprune.engine.stock_config import new_config
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_config, own_model, require_positions
@@ -87,15 +87,17 @@ def time_layers(
     Raises:
         LibpruneError: if the config can say no smaller layer.
     """
-    widths = measured_widths(architecture, params.widths)
+    widths, family = measured_widths(architecture, params.widths), families()[architecture.family]
 
     def make(kind: Any, units: Mapping[str, int] | None) -> PreTrainedModel:
         """A model of one layer or of none, with random weights."""
         parts = architecture.parts
         sizes = dict(architecture.sizes) | {parts[part].axis: count for part, count in (units or {}).items()}
-        one = new_config(families()[architecture.family], config, sizes, () if units is None else (0,))
+        one = new_config(family, config, sizes, () if units is None else (0,))
         with device:
             model: PreTrainedModel = kind.from_config(one, dtype=dtype)
+        for path in () if family.tower is None else family.tower.untouched:  # which text does not pass
+            model.base_model.set_submodule(path.partition(".")[2], nn.Identity())
         return model.eval()
 
     nothing, rest = make(AutoModel, None), make(HEADS[architecture.head].loader, None)
@@ -106,7 +108,7 @@ def time_layers(
     ids = torch.zeros((params.batch, params.tokens), dtype=torch.long, device=device)
     rounds = []
     for _ in Bar(range(params.rounds + 1), desc="latency", unit="round"):
-        head = _seconds(rest, ids, **({"logits_to_keep": 1} if architecture.head == "causal_lm" else {}))
+        head = _seconds(rest, ids, **({"logits_to_keep": 1} if writes(architecture.head) else {}))
         rounds.append([_seconds(nothing, ids), head, *(_seconds(layer, ids) for layer in layers)])
     empty, outside, *seconds = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
     return Timing(tuple(widths), np.array(seconds) - empty, outside)

@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import SourceError
+from libprune.engine.heads import writes
 from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_model
@@ -75,7 +76,7 @@ class SelfText:
         Raises:
             SourceError: if the model does not generate text, or `length` leaves no room for any.
         """
-        if self._architecture.head != "causal_lm":
+        if not writes(self._architecture.head):
             raise SourceError(
                 "this model does not write text; name a text in tokenize.text or recover.text instead of self"
             )

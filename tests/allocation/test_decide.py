@@ -1,6 +1,7 @@
 """Decisions: the shape, the split, which scores may be used, and the allocate stage under a gradient fix."""
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -45,6 +46,20 @@ def test_an_even_plan_has_the_shape_that_is_asked_for(shape):
     architecture = Shape(expressible=(2, 4)).architecture()
     asked = result_shape(architecture, Plan.dense(architecture), Allocate(shape=shape))
     assert asked == ("per_layer" if shape == "per_layer" else "uniform")
+
+
+@pytest.mark.parametrize(("shape", "found"), [("auto", None), ("per_layer", "but allocate.shape is per_layer")])
+def test_a_language_model_inside_another_has_layers_all_alike(shape, found):
+    architecture = replace(Shape().architecture(), tower=True)
+    dense, asked = Plan.dense(architecture), Allocate(shape=shape)
+    if found is None:
+        assert result_shape(architecture, dense, asked) == "uniform"
+        dense, found = (
+            Plan(dense.keep | {(0, "mlp"): np.arange(architecture.units("mlp")) > 0}),
+            "but the layers of this plan differ",
+        )
+    with pytest.raises(BudgetError, match=f"can only be written all alike, {found}.*; choose allocate.method: uniform"):
+        result_shape(architecture, dense, asked)
 
 
 def test_scores_that_do_not_compare_are_refused_in_global_unless_scaled():

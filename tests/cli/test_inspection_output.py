@@ -41,6 +41,19 @@ def test_the_parts_and_what_lies_outside_them_make_the_total_in_text_and_data(tm
     assert json.loads(json.dumps(data)) == data
 
 
+def test_what_stays_whole_beside_a_language_model_is_one_row(tmp_path):
+    smaller = {"num_hidden_layers": 2, "intermediate_size": 256}
+    config = CONFIGS["Qwen3-VL-4B-Instruct"]
+    write_config(tmp_path / "model", config | {"text_config": config["text_config"] | smaller})
+    inspection = inspect_model(params_for(str(tmp_path / "model"), None, False, None))
+    text, vision = as_text(inspection), [p for p in inspection.architecture.parameters if p.whole]
+    assert {p.name.partition(".visual.")[0] for p in vision} == {"model"}
+    held = sum(map(inspection.architecture.numel, vision))
+    assert re.search(rf"^  beside the language model, {len(vision)} tensors +{held:,}$", text, re.MULTILINE)
+    assert "axes       model 2,560, ffn 256, kv 8, d 128, vocab 151,936, q 4\n" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_training_has_rows_and_a_line_that_fit_a_hundred_columns(tmp_path, method):
     smaller = {"num_hidden_layers": 2, "intermediate_size": 256, "torch_dtype": "bfloat16"}

@@ -11,7 +11,7 @@ from libprune.engine.architecture import Architecture, Map, Parameter
 from libprune.engine.describe import describe
 from libprune.engine.describe_module import describe_module
 from libprune.engine.module_family import NetworkFamily
-from tests.support.models import FAMILIES
+from tests.support.models import FAMILIES, TOWERS
 from tests.support.networks import CASES
 
 
@@ -69,3 +69,4 @@ def test_only_attention_of_a_language_model_has_groups():
 def test_layers_stay_where_norms_work_on_the_residual_stream_itself():
     stay = {name for name in (*FAMILIES, *CASES) if description(name).layers_stay}
     assert stay == {name for name in FAMILIES if name.startswith("bert")}
+    assert {name for name in TOWERS if describe(TOWERS[name](0)).layers_stay} == {"qwen3_vl"}

@@ -86,6 +86,73 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         load_family(path)
 
 
+# A family by reference
+
+TOWER = """
+family: seeing
+model_types: [seeing]
+tower:
+  family: llama
+  model_types: [llama]
+  prefix: model.reader
+  config: text_config
+  untouched: [model.eye]
+  inert: [vision_config]
+"""
+
+
+def test_a_tower_has_the_modules_of_its_family_under_its_own_prefix(tmp_path):
+    path = tmp_path / "seeing.yaml"
+    path.write_text(TOWER)
+    family, llama = load_family(path), families()["llama"]
+    assert family.layers == "model.reader.layers"
+    assert family.outside.keys() == {"model.reader.embed_tokens", "model.reader.norm", "lm_head"}
+    assert (family.parts, family.cache, family.config) == (llama.parts, llama.cache, llama.config)
+    assert family.heads == {"image_text_to_text": {}}
+    assert family.gguf is None
+    assert family.untouched("model.eye.0.weight")
+    assert not family.untouched("model.eyelid.weight")
+    nested = {"text_config": {"hidden_size": 3}, "hidden_size": 5}
+    assert family.sized(nested) == {"hidden_size": 3}
+    assert llama.sized(nested) is nested
+
+
+def test_a_tower_may_say_its_sizes_by_other_keys(tmp_path):
+    path = tmp_path / "seeing.yaml"
+    path.write_text(TOWER + "  sizes: {hidden_size: [model, kv q d], head_dim: []}\n")
+    sizes, whole = load_family(path).config.expressions, families()["llama"].config.expressions
+    assert sizes.keys() == whole.keys() - {"head_dim"}
+    assert [str(one) for one in sizes["hidden_size"]] == ["model", "kv q d"]
+    assert all(sizes[key] == whole[key] for key in sizes if key != "hidden_size")
+
+
+def test_the_family_of_a_tower_may_lie_beside_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        (FOLDER / "llama.yaml").read_text().replace("cache: kv d + kv d", "cache: kv d")
+    )
+    path = tmp_path / "seeing.yaml"
+    path.write_text(TOWER.replace("family: llama", "family: mine"))
+    assert load_family(path).cache == "kv d"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("family: llama", "family: lama", r"seeing\.yaml: .*lama\.yaml does not exist"),
+        ("family: llama", "family: mistral3", r"seeing\.yaml: tower\.family 'mistral3' is one of a tower itself"),
+        ("family: llama", "family: bert", "tower.family 'bert' describes no models that predict the next token"),
+        ("  inert:", "  colour: red\n  inert:", r"seeing\.yaml(.|\n)*colour(.|\n)*Extra inputs"),
+        ("  prefix: model.reader\n", "", r"seeing\.yaml(.|\n)*prefix(.|\n)*Field required"),
+    ],
+    ids=["unknown", "a tower itself", "another head", "key", "missing"],
+)
+def test_a_tower_that_cannot_be_read_is_refused_by_name(tmp_path, old, new, message):
+    path = tmp_path / "seeing.yaml"
+    path.write_text(TOWER.replace(old, new))
+    with pytest.raises(FamilyError, match=message):
+        load_family(path)
+
+
 # The config
 
 

@@ -4,7 +4,15 @@ import pytest
 import transformers
 
 from libprune.engine.errors import FamilyError
-from libprune.engine.heads import CAUSAL_LM, HEADS, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
+from libprune.engine.heads import (
+    CAUSAL_LM,
+    HEADS,
+    IMAGE_TEXT_TO_TEXT,
+    MASKED_LM,
+    SEQUENCE_CLASSIFICATION,
+    head_of,
+    writes,
+)
 
 
 @pytest.mark.parametrize(
@@ -12,7 +20,7 @@ from libprune.engine.heads import CAUSAL_LM, HEADS, MASKED_LM, SEQUENCE_CLASSIFI
     [
         (["LlamaForCausalLM"], CAUSAL_LM),
         (["GPT2LMHeadModel"], CAUSAL_LM),
-        (["Gemma3ForConditionalGeneration"], CAUSAL_LM),
+        (["Gemma3ForConditionalGeneration"], IMAGE_TEXT_TO_TEXT),
         (["BertForMaskedLM"], MASKED_LM),
         (["BertForSequenceClassification", "BertForMaskedLM"], SEQUENCE_CLASSIFICATION),
         ([], CAUSAL_LM),
@@ -32,7 +40,12 @@ def test_a_head_whose_weights_would_be_lost_is_refused():
 def test_the_stock_class_of_a_config_has_the_ending_of_its_head(name):
     head = HEADS[name]
     assert head.loader is getattr(transformers, head.auto_class)
-    assert head_of([head.model_class(transformers.BertConfig(is_decoder=True))]) in (head, CAUSAL_LM)
+    config = transformers.Gemma3Config() if head is IMAGE_TEXT_TO_TEXT else transformers.BertConfig(is_decoder=True)
+    assert head_of([head.model_class(config)]) in (head, CAUSAL_LM)
+
+
+def test_models_that_predict_the_next_token_write():
+    assert {name for name in (*HEADS, "network") if writes(name)} == {"causal_lm", "image_text_to_text"}
 
 
 @pytest.mark.parametrize("architectures", [3, "LlamaForCausalLM", [3], {"a": 1}, True])

@@ -8,8 +8,8 @@ from transformers import GPT2Config, PreTrainedConfig
 from libprune.engine.describe import describe
 from libprune.engine.errors import FamilyError, NotExpressibleError
 from libprune.engine.family import Family, family_of
-from libprune.engine.stock_config import check_config, new_config, require_sizes
-from tests.support.models import FAMILIES
+from libprune.engine.stock_config import check_config, keys_of, new_config, require_sizes
+from tests.support.models import FAMILIES, TOWERS
 
 
 @pytest.fixture
@@ -71,6 +71,40 @@ def test_a_shape_that_the_config_class_refuses_is_not_expressible(llama):
     message = ["LlamaConfig refuses the pruned shape: ", "hidden size (30) is not a multiple"]
     with pytest.raises(NotExpressibleError, match=".*".join(map(re.escape, message))):
         new_config(family_of("llama"), llama.config, {**architecture.sizes, "kv": 2}, (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("nested", "key", "value", "message"),
+    [
+        (False, "colour", 3, "'colour' = 3, of which family 'llava' says nothing"),
+        (True, "colour", 3, "'colour' = 3, of which family 'llava' says nothing"),
+        (True, "pretraining_tp", 2, "'pretraining_tp' = 2 is not supported by family 'llava'"),
+        (False, "quantization_config", {}, "has 'quantization_config' in its config"),
+    ],
+)
+def test_of_a_tower_both_configs_are_checked(nested, key, value, message):
+    config, family = TOWERS["llava"](0).config, family_of("llava")
+    check_config(family, config)
+    setattr(config.text_config if nested else config, key, value)
+    with pytest.raises(FamilyError, match=message):
+        check_config(family, config)
+    if key == "colour":
+        check_config(family, config, accept=("colour",))
+        assert "colour" in keys_of(config.to_dict())
+        assert {type(key) for key in keys_of(config.to_dict())} == {str}
+
+
+def test_a_tower_of_another_language_model_is_refused():
+    config = TOWERS["mistral3"](0).config
+    with pytest.raises(FamilyError, match="is of model_type 'mistral'; family 'qwen3_vl' describes qwen3_vl_text"):
+        check_config(family_of("qwen3_vl"), config)
+
+
+def test_sizes_of_a_tower_are_those_of_its_nested_config():
+    config = TOWERS["llava"](0).config
+    config.text_config.intermediate_size = 0
+    with pytest.raises(FamilyError, match="'intermediate_size' = '0' is no size of a llava model"):
+        require_sizes(family_of("llava"), config)
 
 
 def test_entries_of_deleted_layers_leave_per_layer_lists():

@@ -132,6 +132,7 @@ def test_a_window_that_llama_cpp_ignores_is_told(tmp_path):
     [
         ("phi3", "uniform", "of which libprune writes no GGUF file.*convert_hf_to_gguf.py"),
         ("bert", "uniform", "of which libprune writes no GGUF file; take gguf out"),
+        ("mistral3", "uniform", "of family 'mistral3' .*of which libprune writes no GGUF file.*convert_hf_to_gguf.py"),
         ("qwen3", "uniform", r"has model\.layers\.0\.self_attn\.o_proj\.bias, and llama\.cpp's"),
         ("qwen2", "uniform", "wants heads that are together as wide as the hidden state, 36; keep all attention"),
         ("qwen2", "per_layer", "has one width for all of them; set allocate.shape to uniform"),

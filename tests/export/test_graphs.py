@@ -54,9 +54,10 @@ def test_a_graph_that_cannot_be_made_is_told_and_not_hidden(tmp_path, monkeypatc
         graphs.write_graph(tmp_path, source, "onnx")
 
 
-def test_an_encoder_is_refused(tmp_path):
-    _, source = write_pruned(tmp_path, "bert", "uniform")
-    with pytest.raises(ExportError, match="predicts no next token"):
+@pytest.mark.parametrize(("name", "message"), [("bert", "predicts no next token"), ("llava", "reads images")])
+def test_a_model_that_does_not_read_and_write_text_alone_is_refused(tmp_path, name, message):
+    _, source = write_pruned(tmp_path, name, "uniform")
+    with pytest.raises(ExportError, match=message):
         graphs.write_graph(tmp_path, source, "onnx")
 
 

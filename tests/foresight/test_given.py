@@ -118,6 +118,36 @@ def test_what_this_model_cannot_do_is_found(told, tmp_path):
     assert told(prepare={"model": gemma}, allocate={"allow_layer_removal": False}) == []
 
 
+def test_what_a_language_model_inside_another_cannot_do_is_found(told, tmp_path):
+    nested = {"model_type": "qwen3_vl_text", "num_hidden_layers": 4}
+    seeing = write_config(
+        tmp_path / "vl", model_type="qwen3_vl", architectures=["Qwen3VLForConditionalGeneration"], text_config=nested
+    )
+    usual = {"method": "uniform", "shape": "auto", "freeze_first": 0, "freeze_last": 0}
+
+    def asked(**changes: Any) -> list[str]:
+        return told(prepare={"model": seeing}, allocate=usual | {"allow_layer_removal": False} | changes)
+
+    assert asked() == []
+    assert asked(method="search", shape="uniform") == []
+    for changes, message in {
+        ("method", "global"): "allocate.method: global decides each layer's own width",
+        ("method", "search"): "allocate.method: search decides each layer's own width",
+        ("shape", "per_layer"): "allocate.shape: per_layer gives layers widths of their own",
+        ("freeze_last", 1): "allocate.freeze_last keeps layers wider than the others",
+        ("allow_layer_removal", True): "can be deleted: image features are added behind layers by their number",
+    }.items():
+        (fault,) = asked(**dict([changes]))
+        assert message in fault
+        assert "qwen3_vl" in fault
+    found = told(prepare={"model": seeing}, allocate=usual, export={"formats": ["gguf", "onnx", "openvino"]})
+    assert [fault.partition(",")[0] for fault in found] == [
+        f"export.formats has {kind}" for kind in ("gguf", "onnx", "openvino")
+    ]
+    llama = write_config(tmp_path / "vl", model_type="mistral3", text_config="none", architectures=3)
+    assert told(prepare={"model": llama}, allocate=usual) == []
+
+
 WRITERS = {
     "jsonl": lambda path: path.write_text('{"body": "a", "n": 1}\n{"body": "b", "n": 2}\n'),
     "json": lambda path: path.write_text('[{"body": "a", "n": 1}]'),

@@ -13,15 +13,15 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from libprune.engine.errors import SourceError
 from libprune.models.folder import write_dense
-from libprune.models.source import follow_gguf, load_dense
+from libprune.models.source import follow_gguf, load_dense, processor_files
 from libprune.models.tokens import Frame, frame_of
 from libprune.pipeline.sections import Prepare
-from tests.support.models import FAMILIES
-from tests.support.tiny import write_model
+from tests.support.models import FAMILIES, TOWERS
+from tests.support.tiny import write_model, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,34 @@ def test_a_config_that_says_tied_while_the_file_holds_another_head_is_refused(tm
         weights[head] = model.get_parameter(embedding).detach() + 1
 
     assert "tie_word_embeddings: true, by which the two are one" in edited(tmp_path, edit, family)
+
+
+def test_where_the_config_leaves_it_open_the_weights_say_that_the_head_is_its_own(tmp_path):
+    """Newer versions of transformers take the key for true that a published config does not hold."""
+    TOWERS["mistral3"](0).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["tie_word_embeddings"]
+    config["text_config"].pop("tie_word_embeddings", None)
+    path.write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained(tmp_path).tie_word_embeddings
+    model, _ = load_dense(Prepare(model=str(tmp_path)))
+    assert model.config.tie_word_embeddings is False
+    assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+
+
+def test_the_files_of_a_processor_are_those_of_a_model_that_reads_images(folder, tmp_path):
+    shutil.copyfile(folder / "config.json", folder / "preprocessor_config.json")
+    assert processor_files(Prepare(model=str(folder))) == {}
+    (folder / "preprocessor_config.json").unlink()
+    TOWERS["llava"](0).config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["LlavaForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("preprocessor_config.json", "chat_template.json", "notes.json"):
+        (tmp_path / name).write_text("{}")
+    found = processor_files(Prepare(model=str(tmp_path)))
+    assert found == {name: tmp_path / name for name in ("preprocessor_config.json", "chat_template.json")}
 
 
 def renamed(prefix: str) -> Edit:

@@ -73,6 +73,20 @@ def test_lora_trains_matrices_beside_the_maps_that_are_named(record):
     assert {parameter.shape["lora_B" in name] for name, parameter in names.items()} == {2}
 
 
+def test_a_vision_part_is_not_trained_and_stays_as_it_is_stored(tmp_path, quick_proof):
+    record = read_record(write_pruned_layout(tmp_path, "qwen3_vl", "uniform").pruned)
+    student, lora = load_student(record, short()), short(method="lora")
+    vision = {name for name, _ in student.named_parameters() if name.startswith("model.visual.")}
+    assert len(vision) > 20
+    assert trained_parameters(prepare(student, short())).keys() == dict(student.named_parameters()).keys() - vision
+    beside = trained_parameters(prepare(load_student(record, lora), lora))
+    assert not any("visual" in name for name in beside)
+    assert len([name for name in beside if "language_model" in name and "lora_B" in name]) == 4 * 7
+    rough = short(dtype="bfloat16")  # in which the weights of the vision part are others
+    weights, stored = finished_weights(record, rough, None), dict(load_student(record, short()).named_parameters())
+    assert all(torch.equal(weights[name], stored[name]) for name in vision)
+
+
 def test_a_map_that_does_not_exist_is_named(record):
     params = short(method="lora", lora_targets=["no_such_map"])
     with pytest.raises(LibpruneError, match=r"recover\.lora_targets: .*no_such_map"):

@@ -20,7 +20,7 @@ from libprune.pipeline.sections import Latency
 from libprune.statistics import latency
 from libprune.statistics.latency import Timing, fit_lines, measured_widths, time_layers
 from tests.support import tiny
-from tests.support.models import FAMILIES, KINDS
+from tests.support.models import KINDS, MODELS
 from tests.support.shapes import Shape, shapes
 
 
@@ -46,11 +46,11 @@ def parameters_of(model: Any, ids: torch.Tensor, **more: Any) -> float:
     return float(sum(parameter.numel() for parameter in model.parameters()))
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "qwen3_moe"])
+@pytest.mark.parametrize("name", [*(name for name in KINDS if name != "qwen3_moe"), "qwen3_vl"])
 def test_the_layers_that_are_timed_have_the_widths(name, monkeypatch):
     """With the number of parameters in place of the time, the lines are the costs that the axes give."""
     monkeypatch.setattr(latency, "_seconds", parameters_of)
-    model = FAMILIES[name](0)
+    model = MODELS[name](0)
     architecture = describe(model)
     timing = time_layers(model.config, architecture, torch.device("cpu"), torch.float32, Latency(widths=4, rounds=1))
     found = fit_lines(architecture, timing)
@@ -61,12 +61,13 @@ def test_the_layers_that_are_timed_have_the_widths(name, monkeypatch):
         assert found["unit"][part] == pytest.approx(unit if timed else 0)
         fixed += cost.part_overhead(architecture, 0, part) + (0 if timed else unit * units)
     assert found["fixed"] == pytest.approx(fixed)
-    assert found["outside"] == architecture.total_parameters - architecture.decoder_parameters
+    unread = sum(map(architecture.numel, (parameter for parameter in architecture.parameters if parameter.whole)))
+    assert found["outside"] == architecture.total_parameters - architecture.decoder_parameters - unread
     assert found["misfit"] == pytest.approx(0, abs=1e-9)
 
 
 def test_layers_of_several_kinds_are_refused_by_the_parts_that_only_some_have():
-    model = FAMILIES["qwen3_moe"](0)
+    model = MODELS["qwen3_moe"](0)
     with pytest.raises(LibpruneError, match="only some have mlp and experts"):
         measured_widths(describe(model), 4)
 

@@ -11,7 +11,7 @@ from libprune.export.formats import Format
 from libprune.export.source import Source
 from libprune.models.folder import load_model
 from libprune.results.record import Record, read_provenance, write_provenance
-from tests.support.models import FAMILIES, VOCAB, prune, random_plan, write_dense
+from tests.support.models import FAMILIES, TOWERS, VOCAB, prune, random_plan, write_dense
 
 _SPACE = "\u0120"
 """How byte-level tokenizers write a space."""
@@ -37,10 +37,10 @@ def write_pruned(root: Path, name: str, kind: str) -> tuple[Source, Source]:
 
     Args:
         root: a folder; the dense model comes to lie in `dense`, the pruned one in `pruned`.
-        name: of `tests.support.models.FAMILIES`.
+        name: of `tests.support.models.FAMILIES` or `TOWERS`.
         kind: of plan, one of `tests.support.models.PLANS`.
     """
-    dense = write_dense(FAMILIES[name](0), root / "dense")
+    dense = write_dense((FAMILIES | TOWERS)[name](0), root / "dense")
     write_tokenizer(dense.folder)
     (root / "pruned").mkdir()
     custom = kind in {"holes", "per_layer"}

@@ -1,6 +1,7 @@
 """Tiny random models, one entry a family; kinds of plans; and the way from a model and a plan to a pruned folder."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,26 @@ import torch
 from transformers import (
     BertConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlavaConfig,
+    Mistral3Config,
     MistralConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3VLConfig,
     SmolLM3Config,
+    SmolVLMConfig,
     Starcoder2Config,
 )
 
@@ -61,7 +68,8 @@ def tiny_model(
     """Makes a model of the config from a seed, every parameter random, norms and biases too."""
 
     def make(seed: int) -> PreTrainedModel:
-        model: PreTrainedModel = HEADS[head].loader.from_config(config_class(**_SHORT, **settings))
+        common = {} if "text_config" in settings else _SHORT
+        model: PreTrainedModel = HEADS[head].loader.from_config(config_class(**common, **settings))
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
@@ -74,6 +82,25 @@ def heads(hidden: int, groups: int, queries: int, head_dim: int | None = None) -
     """Hidden size, `groups` KV heads, `queries` query heads for each; without a head size the config's own rule."""
     explicit = {} if head_dim is None else {"head_dim": head_dim}
     return {"hidden_size": hidden, "num_key_value_heads": groups, "num_attention_heads": groups * queries, **explicit}
+
+
+def tiny_tower(
+    config_class: type[PreTrainedConfig], text: dict[str, Any], vision: dict[str, Any], **settings: Any
+) -> Callable[[int], PreTrainedModel]:
+    """Makes a model that reads images too; both parts have odd sizes, and image tokens are the last of the vocabulary.
+
+    Args:
+        text: the nested config of the language model, beside `_SHORT` and `FFN`.
+        vision: that of the vision part, beside what all of them have.
+        settings: the keys beside the two.
+    """
+    seen = {"hidden_size": 20, "intermediate_size": 11, "patch_size": 2} | vision
+    nested = {"text_config": {**_SHORT, **FFN, **text}, "vision_config": seen}
+
+    def make(seed: int) -> PreTrainedModel:
+        return tiny_model(config_class, "image_text_to_text", **deepcopy(nested), **settings)(seed)
+
+    return make
 
 
 _ENCODER = {"hidden_size": 24, "num_attention_heads": 4, "max_position_embeddings": 50}
@@ -121,6 +148,70 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
 }
 
 
+_IMAGE = VOCAB - 1
+_SIGHT = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 4}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+TOWERS: dict[str, Callable[[int], PreTrainedModel]] = {
+    "qwen3_vl": tiny_tower(
+        Qwen3VLConfig,
+        {**heads(26, 3, 3, 8), "attention_bias": True, "rope_parameters": _MROPE},
+        {"depth": 2, "num_heads": 5, "out_hidden_size": 26, "num_position_embeddings": 9}
+        | {"deepstack_visual_indexes": [0, 1]},
+        image_token_id=_IMAGE,
+        video_token_id=VOCAB - 2,
+        vision_start_token_id=VOCAB - 3,
+        vision_end_token_id=VOCAB - 4,
+        tie_word_embeddings=True,
+    ),
+    "qwen2_5_vl": tiny_tower(
+        Qwen2_5_VLConfig,
+        {**heads(36, 3, 2), "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}},
+        {"depth": 2, "num_heads": 5, "out_hidden_size": 36, "window_size": 8, "fullatt_block_indexes": [1]},
+        image_token_id=_IMAGE,
+        video_token_id=VOCAB - 2,
+        vision_start_token_id=VOCAB - 3,
+        vision_end_token_id=VOCAB - 4,
+    ),
+    "gemma3_vision": tiny_tower(
+        Gemma3Config,
+        {**heads(24, 4, 2, 6), "sliding_window": WINDOW, "sliding_window_pattern": 2},
+        {"model_type": "siglip_vision_model", **_SIGHT},
+        mm_tokens_per_image=1,
+        image_token_index=_IMAGE,
+        boi_token_index=VOCAB - 3,
+        eoi_token_index=VOCAB - 4,
+    ),
+    "mistral3": tiny_tower(
+        Mistral3Config,
+        {"model_type": "mistral", **heads(28, 2, 3, 10), "tie_word_embeddings": False},
+        {"model_type": "pixtral", **_SIGHT, "head_dim": 10, "image_size": 8},
+        image_token_index=_IMAGE,
+        tie_word_embeddings=False,
+    ),
+    "ministral3": tiny_tower(
+        Mistral3Config,
+        {"model_type": "ministral3", **heads(28, 2, 3, 10)},
+        {"model_type": "pixtral", **_SIGHT, "head_dim": 10, "image_size": 8},
+        image_token_index=_IMAGE,
+    ),
+    "llava": tiny_tower(
+        LlavaConfig,
+        {"model_type": "llama", **heads(36, 3, 2)},
+        {"model_type": "clip_vision_model", **_SIGHT, "projection_dim": 9},
+        image_token_index=_IMAGE,
+    ),
+    "smolvlm": tiny_tower(
+        SmolVLMConfig,
+        {"model_type": "llama", **heads(30, 3, 2, 8)},
+        _SIGHT,
+        image_token_id=_IMAGE,
+        tie_word_embeddings=True,
+    ),
+}
+"""Language models inside models that read images, whose layers can only be written all alike."""
+
+MODELS = FAMILIES | {name: TOWERS[name] for name in ("qwen3_vl", "qwen2_5_vl", "gemma3_vision", "mistral3")}
+"""Those that pass the whole contract; the other towers have the same code, and tests/whole/test_towers.py runs them."""
 ENCODERS = ("bert", "bert_classifier")
 """Those that read all tokens at once, and do not write."""
 LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")

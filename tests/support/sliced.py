@@ -24,7 +24,7 @@ from libprune.results.record import read_record
 from tests.support import tiny
 from tests.support.collected import activations
 from tests.support.evaluated import RECOVERY
-from tests.support.models import FAMILIES, random_plan, tokens
+from tests.support.models import MODELS, random_plan, tokens
 
 DECIDED = {"criterion": "taylor", "method": "uniform"}
 """What a plan's metadata say of how it was made."""
@@ -60,7 +60,7 @@ def write_collected(
 
     `finish` adds to the dense model's folder before its digest is taken.
     """
-    layout, model, ids = Layout(root), FAMILIES[name](0), tokens(17, 32)
+    layout, model, ids = Layout(root), MODELS[name](0), tokens(17, 32)
     model.save_pretrained(layout.model, save_original_format=False)
     finish(layout.model)
     origin = fingerprint(layout.model)

@@ -36,7 +36,8 @@ def added(tmp_path, monkeypatch):
 
 def test_before_it_is_refused_with_what_to_write():
     with pytest.raises(
-        FamilyError, match=r"'granite'; known: bert, gemma2, gemma3_text, gpt2, .*libprune/families/granite\.yaml"
+        FamilyError,
+        match=r"'granite'; known: bert, gemma2, gemma3, gemma3_text, gpt2, .*libprune/families/granite\.yaml",
     ):
         describe(granite())
 

@@ -34,6 +34,12 @@ PARAMETERS = {
     "starcoder2-3b": 3_030_371_328,
     "bert-base-uncased": 109_514_298,
     "bert-base-uncased-SST-2": 109_483_778,
+    "Qwen3-VL-4B-Instruct": 4_437_815_808,
+    "Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+    "gemma-3-4b-it": 4_300_079_472,
+    "Mistral-Small-3.1-24B": 24_011_361_280,
+    "llava-1.5-7b": 7_063_427_072,
+    "SmolVLM2-500M": 507_482_304,
 }
 
 
