@@ -24,7 +24,7 @@ from libprune.pipeline.stage import quiet, user_errors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 EVALUATION_SHARE = 0.15
 """Share of the documents, at the end of the text, that the model never sees."""
@@ -35,7 +35,8 @@ _DROPOUT = 0.2
 """Of embeddings, and of what attention and the experts add."""
 _WEIGHT_DECAY = 0.1
 _BALANCE = 0.02
-"""Weight of the loss that spreads tokens over the experts (Fedus et al. 2021, "Switch Transformers", section 2.2)."""
+"""Weight of the loss that spreads the tokens of each layer over its experts (Fedus et al. 2021, "Switch Transformers",
+section 2.2)."""
 _LARGEST_GRADIENT = 1.0
 
 
@@ -79,7 +80,7 @@ class Schedule:
     """
 
     epochs: int = 12
-    batch: int = 16
+    batch: int = 8
     rate: float = 3e-3
 
 
@@ -156,7 +157,8 @@ def new_model(shape: Shape, tokenizer: "PreTrainedTokenizerFast", seed: int) -> 
         num_experts=shape.experts,
         num_experts_per_tok=shape.chosen,
         norm_topk_prob=True,
-        router_aux_loss_coef=_BALANCE,
+        router_aux_loss_coef=0.0,  # it lets a layer use one expert if another layer does not
+        initializer_range=shape.hidden**-0.5,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
@@ -201,13 +203,22 @@ def epochs_of(
                 ids = training[begins + torch.arange(_LENGTH)]
                 found = model(input_ids=ids, labels=ids, output_router_logits=True)
                 optimizer.zero_grad()
-                found.loss.backward()
+                (found.loss + _BALANCE * _imbalance(model.config, found.router_logits)).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), _LARGEST_GRADIENT)
                 optimizer.step()
                 rates.step()
-                total += (found.loss - _BALANCE * found.aux_loss).item() / steps
+                total += found.loss.item() / steps
         seconds = time.perf_counter() - start
         yield Epoch(total, mean_loss(model.eval(), validation), seconds)
+
+
+def _imbalance(config: "Qwen3MoeConfig", logits: tuple["Tensor", ...]) -> "Tensor":
+    """The loss of uneven use of experts, mean over layers; 1 if all are used alike, times the experts of a token."""
+    import torch
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    each = [load_balancing_loss_func((layer,), config.num_experts, config.num_experts_per_tok) for layer in logits]
+    return torch.stack(each).mean()
 
 
 def _groups(model: "nn.Module") -> list[dict[str, Any]]:
@@ -261,12 +272,12 @@ def main(
     seed: Annotated[int, typer.Option(help="Of weights, sequences and dropout.")] = 0,
 ) -> None:
     """Train a mixture of experts on a text, and write model and tokenizer as a folder."""
+    quiet()  # before anything that shows progress is imported
     from libprune.pipeline.atomic import writing_folder
     from libprune.pipeline.sections import Tokenize
     from libprune.texts.chosen import calibration_source
     from libprune.texts.source import open_text
 
-    quiet()
     with user_errors():
         parts = divide(list(open_text(calibration_source(Tokenize(text=text))).documents()))
         tokenizer = learn_tokenizer(parts.training, vocabulary)
