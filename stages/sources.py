@@ -17,6 +17,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     texts += [None] * (MOST_TEXTS - len(texts))
     named = {
         "model": ("prepare.model", settings.prepare.model),
+        "families": ("prepare.families", settings.prepare.families),
         "text": ("tokenize.text", settings.tokenize.text),
         "evaluation": ("tokenize.evaluation_text", settings.tokenize.evaluation_text),
         "teacher": ("recover.teacher", settings.recover.teacher),

@@ -29,8 +29,8 @@ def fitting_multiples(architecture: Architecture) -> list[int]:
 def tensor_parallel_sizes(architecture: Architecture, plan: Plan) -> list[int]:
     """The numbers of devices that tensor parallelism can divide the model over, ascending.
 
-    They divide the query heads and the channels, also those inside of each expert, and divide the key-value heads or are a multiple of them (vLLM,
-    vllm/model_executor/models/llama.py, which then gives devices copies of the heads).
+    They divide the query heads and the channels, also those inside of each expert, and divide the key-value heads or
+    are a multiple of them (vLLM, vllm/model_executor/models/llama.py, which then gives devices copies of the heads).
 
     Args:
         plan: alike in all layers.

@@ -23,6 +23,7 @@ from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns
+from libprune.models.families import use_families
 from libprune.models.source import dense_dtype, load_dense_config
 from libprune.pipeline.artifacts import read_architecture, read_json, read_scores, require
 from libprune.pipeline.layout import Layout
@@ -130,8 +131,9 @@ def _division(divisions: Mapping[str, Columns] | None, allocate: Allocate) -> st
 
 def _described(section: Prepare) -> tuple[PreTrainedModel, Architecture, torch.dtype]:
     """The dense model on the meta device, its description, and its storage type."""
+    use_families(section.families)
     config = load_dense_config(section)
-    family_of(config.model_type)
+    family_of(config.model_type, config.to_dict())
     model = without_weights(config, section.trust_remote_code)
     return model, describe(model, accept=section.accept_config), dense_dtype(section, config)
 

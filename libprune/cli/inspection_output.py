@@ -8,7 +8,7 @@ from typing import Any
 from libprune.cli.footprint import Footprint
 from libprune.cli.inspection import Inspection, Shape
 from libprune.engine import cost
-from libprune.engine.architecture import WHOLE, Architecture, Parameter
+from libprune.engine.architecture import WHOLE, WITH_LAYER, Architecture, Parameter
 from libprune.pipeline.terminal import gigabytes
 
 Row = tuple[str, ...]
@@ -61,10 +61,11 @@ def _parameters(architecture: Architecture) -> str:
         before = f"{architecture.layers_path}.{layers[0]}."
         rows += [_parameter(architecture, p, before) for p in architecture.parameters_of(layers[0], part)]
         rows.append(_sum(f"{part}, {len(layers)} layers", _part_parameters(architecture, part), total))
-    staying = [p for p in architecture.parameters if p.layer is not None and p.part is None]
-    if staying:
-        rows += [_parameter(architecture, p, f"{architecture.layers_path}.0.") for p in staying if p.layer == 0]
-        rows.append(_sum("norms that stay", sum(map(architecture.numel, staying)), total))
+    for kind, said in ((WITH_LAYER, "what several parts read"), (None, "norms that stay")):
+        norms = [p for p in architecture.parameters if p.layer is not None and p.part == kind]
+        if norms:
+            rows += [_parameter(architecture, p, f"{architecture.layers_path}.0.") for p in norms if p.layer == 0]
+            rows.append(_sum(said, sum(map(architecture.numel, norms)), total))
     outside = [parameter for parameter in architecture.parameters if parameter.layer is None]
     rows += [_parameter(architecture, parameter, "") for parameter in outside if not parameter.whole]
     whole = [parameter for parameter in outside if parameter.whole]

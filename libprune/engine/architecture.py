@@ -29,6 +29,18 @@ Units = Literal["groups", "channels", "experts"]
 """What the units of a part are: attention groups and other heads, channels, or whole experts of a mixture."""
 STAND_IN = ".stacked_"
 """What stands before the name of a stacked tensor in the name of the module that stands in for it."""
+OWN_FAMILIES: dict[str, Mapping[str, Any]] = {}
+"""The families of the user's own that this process has read, from a file or an artifact: by name what the file says."""
+
+
+def know_family(content: Mapping[str, Any] | None) -> None:
+    """Add a family of the user's own to those that are known; of two with one name the last counts. None adds none."""
+    if content is not None:
+        OWN_FAMILIES[content["family"]] = content
+
+
+WITH_LAYER = "layer"
+"""In place of a part: what several parts of a layer read, so that it goes with the last of them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,8 @@ class Parameter:
     Attributes:
         dims: the axes of each of its dimensions, in storage order.
         layer: the layer that it lies in; None outside the layers.
-        part: the part that it goes with; None if it goes with none, or loses only the units that it carries.
+        part: the part that it goes with, or `WITH_LAYER`; None if it goes with none, or loses only the units that it
+            carries.
     """
 
     name: str
@@ -150,6 +163,7 @@ class Architecture:
         buffers: what a model stores beside its parameters, such as running statistics or biases on a choice of experts.
         tower: whether this is the language model inside a larger one, whose layers can only be written all alike.
         numbered: whether something is added behind layers by their number, so that none can be deleted.
+        own_family: the content of the family file if it is the user's own; None if libprune ships it.
     """
 
     family: str
@@ -166,6 +180,7 @@ class Architecture:
     buffers: tuple[Parameter, ...] = ()
     tower: bool = False
     numbered: bool = False
+    own_family: Mapping[str, Any] | None = None
 
     def units(self, part: str) -> int:
         """Number of units of a part in one layer."""
@@ -281,8 +296,7 @@ class Architecture:
 
     def to_json(self) -> str:
         """The description as JSON, readable by `from_json`."""
-        buffers = [{"name": buffer.name, "dims": buffer.dims, "layer": buffer.layer} for buffer in self.buffers]
-        return json.dumps(_plain(self) | {"buffers": buffers}, indent=1, default=_plain)
+        return json.dumps(self, indent=1, default=_plain)
 
     @staticmethod
     def from_json(text: str) -> "Architecture":
@@ -296,9 +310,9 @@ class Architecture:
         data |= {
             "cache": None if data["cache"] is None else parse_expr(data["cache"]),
             "parts": {name: PartShape(**_with_tuples(part)) for name, part in data["parts"].items()},
-            "parameters": tuple(Parameter(**p | {"dims": _parsed(p["dims"])}) for p in data["parameters"]),
+            "parameters": _stored(data["parameters"]),
             "maps": tuple(Map(**m | {side: parse_expr(m[side]) for side in ("input", "output")}) for m in data["maps"]),
-            "buffers": tuple(Parameter(b["name"], _parsed(b["dims"]), b["layer"], None) for b in data["buffers"]),
+            "buffers": _stored(data["buffers"]),
         }
         return Architecture(**data)
 
@@ -310,8 +324,8 @@ def _plain(value: Any) -> Any:
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
-def _parsed(dims: Sequence[str]) -> tuple[Expr, ...]:
-    return tuple(map(parse_expr, dims))
+def _stored(tensors: Sequence[Mapping[str, Any]]) -> tuple[Parameter, ...]:
+    return tuple(Parameter(**{**one, "dims": tuple(map(parse_expr, one["dims"]))}) for one in tensors)
 
 
 def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:

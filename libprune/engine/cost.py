@@ -1,11 +1,12 @@
 """What units cost and what a plan leaves, counted from the axes alone."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from libprune.engine.architecture import Architecture, Block, Map, Parameter
+from libprune.engine.architecture import WITH_LAYER, Architecture, Block, Map, Parameter
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 
@@ -47,7 +48,7 @@ class Prices:
 
     Attributes:
         unit: by (layer, part), what goes with one unit.
-        rest: by (layer, part), what goes only with the whole part.
+        rest: by (layer, part), what goes only with the whole part; by (layer, `WITH_LAYER`), only with the whole layer.
         decoder: all that the layers of the dense model take.
         total: the same with embeddings and head.
     """
@@ -60,7 +61,7 @@ class Prices:
     def removed(self, plan: Plan) -> int:
         """How much a plan removes."""
         units = sum(int((~keep).sum()) * self.unit[block] for block, keep in plan.keep.items())
-        return units + sum(self.rest[block] for block in plan.keep if plan.gone(*block))
+        return units + sum(self.rest.get(block, 0) for block in plan.removed)
 
 
 def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any] | None = None) -> Prices:
@@ -85,7 +86,7 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
     blocks, dense = list(architecture.blocks()), size(architecture, Plan.dense(architecture))
     if objective == "parameters":
         unit = {block: unit_parameters(architecture, *block) for block in blocks}
-        rest = {block: part_overhead(architecture, *block) for block in blocks}
+        rest = {block: part_overhead(architecture, *block) for block in blocks} | _with_layers(architecture)
         decoder, total = dense.decoder, dense.total
     else:
         cost = partial(_part_cost, architecture, objective)
@@ -96,6 +97,15 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
     if not architecture.layered:  # no part of a network goes as a whole
         rest = dict.fromkeys(rest, 0)
     return Prices(unit, rest, decoder, total)
+
+
+def _with_layers(architecture: Architecture) -> dict[Block, int]:
+    """Parameters that go only with a whole layer, where there are any."""
+    with_layers = Counter[Block]()
+    for parameter in architecture.parameters:
+        if parameter.layer is not None and parameter.part == WITH_LAYER:
+            with_layers[parameter.layer, WITH_LAYER] += architecture.numel(parameter)
+    return with_layers
 
 
 def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> Prices:
@@ -140,7 +150,7 @@ def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
 
 def size(architecture: Architecture, plan: Plan) -> Size:
     """The exact size of the model that a plan leaves."""
-    gone = {block for block in architecture.blocks() if architecture.layered and plan.gone(*block)}
+    gone = plan.removed if architecture.layered else frozenset()
     sizes = [_sizes(architecture, plan, layer) for layer in range(architecture.layers)]
     decoder = sum(
         architecture.numel(parameter, sizes[parameter.layer])

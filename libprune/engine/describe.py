@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from libprune.engine.architecture import STAND_IN, WHOLE, Architecture, Map, Parameter, PartShape, Units
+from libprune.engine.architecture import STAND_IN, WHOLE, WITH_LAYER, Architecture, Map, Parameter, PartShape, Units
 from libprune.engine.axes import Entry, Equation, Expr, LinearMap, Stack, parse_entry, parse_expr, solve
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
-from libprune.engine.family import Family, Part, described_by, families, family_of
+from libprune.engine.family import Family, Part, described_by, families, family_of, shipped
 from libprune.engine.heads import SEQUENCE_CLASSIFICATION, Head, head_of
 from libprune.engine.stock_config import bias_key, check_config, expressible, require_sizes
 
@@ -39,12 +39,12 @@ def describe(
     Raises:
         FamilyError: for an unknown family, head, config key or parameter, or sizes that contradict.
     """
-    family, head = family_of(model.config.model_type), head_of([type(model).__name__])
+    family, head = family_of(model.config.model_type, model.config.to_dict()), head_of([type(model).__name__])
     _require_head(family, head, model)
     check_config(family, model.config, accept)
     require_sizes(family, model.config)
     parameters, buffers, maps, coupled = _walk(model, family, head)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
     equations = _config_equations(family, model.config) + tensor_equations([*parameters, *buffers], shapes)
     sizes = solve_for(family.family, "model", equations)
     parts = {name: _shape(model, family, name, sizes, tuple(coupled[name]), experts) for name in family.parts}
@@ -58,6 +58,7 @@ def describe(
         parts={name: shape for name, shape in parts.items() if shape.layers != ()},
         parameters=tuple(parameters),
         maps=tuple(maps),
+        own_family=None if family.family in shipped() else family.model_dump(mode="json"),
         cache=None if family.cache is None else parse_expr(family.cache),
         fingerprint=fingerprint,
         tower=family.tower is not None,
@@ -202,6 +203,12 @@ def solve_for(family: str, kind: str, equations: list[Equation]) -> dict[str, in
         raise FamilyError(f"family {family!r} does not fit this {kind}: {error}") from error
 
 
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a checkpoint of a model holds, by name: every parameter once, and then buffers."""
+    stored = model.state_dict(keep_vars=True)
+    return dict(model.named_parameters()) | {name: tensor for name, tensor in model.named_buffers() if name in stored}
+
+
 def _walk(
     model: PreTrainedModel, family: Family, head: Head
 ) -> tuple[list[Parameter], list[Parameter], list[Map], dict[str, list[str]]]:
@@ -209,7 +216,7 @@ def _walk(
 
     Parameters stand in the model's own order.
     """
-    own = {**dict(model.named_parameters()), **_stored_buffers(model)}
+    own = stored_tensors(model)
     tensors: dict[str, Parameter] = {}
     maps: list[Map] = []
     coupled: dict[str, list[str]] = {name: [] for name in family.parts}
@@ -227,12 +234,14 @@ def _walk(
         transposed = isinstance(module, _TRANSPOSED)
         if isinstance(entry, LinearMap) and isinstance(module, _MAPS) and layer is not None and part is not None:
             maps.append(Map(path, layer, part, entry.input, entry.output, transposed))
-        for name, tensor in module.named_parameters(recurse=False):
-            if isinstance(entry, Expr) or name in {"weight", "bias"}:
-                dims = tensor_dims(name, entry, transposed, tensor if _depthwise(module) else None)
-                tensors[f"{path}.{name}"] = Parameter(f"{path}.{name}", dims, layer, part)
+        for name in (*module._parameters, *module._buffers):
+            full = f"{path}.{name}"
+            if full in own and (isinstance(entry, Expr) or name in {"weight", "bias"}):
+                dims = tensor_dims(name, entry, transposed, own[full] if _depthwise(module) else None)
+                tensors[full] = Parameter(full, dims if own[full].ndim else (), layer, part)
         inside = f"{family.layers}.{layer}."
-        if part and isinstance(entry, Expr) and family.parts[part].axis in entry.names and not _depthwise(module):
+        carries = part in family.parts and isinstance(entry, Expr) and family.parts[part].axis in entry.names
+        if part and carries and not _depthwise(module):
             coupled[part] = list(dict.fromkeys([*coupled[part], path.removeprefix(inside)]))
     tensors |= {
         name: Parameter(name, tuple(map(_whole, tensor.shape)), None, None)
@@ -243,16 +252,10 @@ def _walk(
     if undescribed:
         raise FamilyError(
             f"family {family.family!r} does not describe {len(undescribed)} parameter(s) of this model, the first "
-            f"{undescribed[0]!r}; add its module to libprune/families/{family.family}.yaml (docs/notation.md)"
+            f"{undescribed[0]!r}; add its module to the family file (docs/notation.md)"
         )
-    parameters = [tensors[name] for name, _ in model.named_parameters()]
-    return parameters, [tensors[name] for name in _stored_buffers(model)], maps, coupled
-
-
-def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a checkpoint of the model holds, by name."""
-    stored = model.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    buffers = [name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)]
+    return [tensors[name] for name in own if name not in buffers], [tensors[name] for name in buffers], maps, coupled
 
 
 _MAPS = (nn.Linear, Conv1D)
@@ -313,8 +316,9 @@ def _described(
             if _has(model, f"{family.layers}.{layer}", part.where):
                 for path, description in part.parsed.items():
                     yield f"{family.layers}.{layer}.{path}", layer, name, description
-        for path, text in family.stream.items():
-            yield f"{family.layers}.{layer}.{path}", layer, None, parse_entry(text)
+        for kind, vectors in ((WITH_LAYER, family.shared), (None, family.stream)):
+            for path, text in vectors.items():
+                yield f"{family.layers}.{layer}.{path}", layer, kind, parse_entry(text)
     for path, text in {**family.outside, **family.heads[head.name]}.items():
         yield path, None, None, parse_entry(text)
 

@@ -4,17 +4,19 @@ A family file is all that anyone writes for a new architecture. `docs/notation.m
 statistics, scores, costs, masks, slices and the pruned config are derived from it.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from libprune.engine.architecture import NORMS_STAY, NUMBERED, Units
+from libprune.engine.architecture import NORMS_STAY, NUMBERED, OWN_FAMILIES, Units
 from libprune.engine.axes import Entry, Expr, LinearMap, parse_entry, parse_expr
 from libprune.engine.errors import FamilyError, cause, nearest
-from libprune.engine.heads import HeadName
+from libprune.engine.heads import EXPERTS, HeadName, experts_of
 from libprune.engine.yaml_file import read_yaml
 
 FOLDER = Path(__file__).parents[1] / "families"
@@ -214,6 +216,9 @@ class Family(_Strict):
     stream: dict[str, ExprText] = Field(default_factory=dict)
     """Path of a norm inside the layer to its vector, where it works on the residual stream itself and not for one part;
     it stays whatever goes, so that no layer can be deleted."""
+    shared: dict[str, ExprText] = Field(default_factory=dict)
+    """Path of a norm inside the layer to its vector, where several parts read what it gives; it goes with the last of
+    them."""
     outside: dict[str, EntryText]
     """Module path to map or vector, for what lies outside the layers."""
     heads: dict[HeadName, dict[str, EntryText]] = {"causal_lm": {}}
@@ -279,6 +284,7 @@ class _Reference(_Strict):
             layers=self._path(root, of.layers),
             parts=of.parts,
             stream=of.stream,
+            shared=of.shared,
             outside=moved(of.outside),
             heads={"image_text_to_text": moved(of.heads["causal_lm"])},
             cache=of.cache,
@@ -295,10 +301,27 @@ class _Reference(_Strict):
 
 
 @cache
-def families() -> Mapping[str, Family]:
+def shipped() -> Mapping[str, Family]:
     """All families that ship with libprune, by name."""
-    shipped = [load_family(path) for path in sorted(FOLDER.glob("*.yaml"))]
-    return {family.family: family for family in shipped}
+    return {family.family: family for family in map(load_family, sorted(FOLDER.glob("*.yaml")))}
+
+
+def families() -> Mapping[str, Family]:
+    """All families that are known, by name: those that ship with libprune, and the user's own.
+
+    Raises:
+        FamilyError: if an artifact holds a family that this version does not read.
+    """
+    own = {name: _own(json.dumps(content)) for name, content in OWN_FAMILIES.items()}
+    return {**own, **shipped()}
+
+
+@cache
+def _own(content: str) -> Family:
+    try:
+        return Family.model_validate_json(content)
+    except ValueError as error:
+        raise FamilyError(f"the family that an artifact holds cannot be read: {cause(error)}") from error
 
 
 def load_family(path: Path) -> Family:
@@ -331,17 +354,58 @@ def described_by(model_type: str) -> Family | None:
     return next((family for family in families().values() if model_type in family.model_types), None)
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str, config: Mapping[str, Any] = MappingProxyType({})) -> Family:
     """The family that describes a `model_type`.
 
+    Args:
+        config: what the config of the model says, by which a message says what kind of model it is.
+
     Raises:
-        FamilyError: for an unknown one, with the known ones and what to write.
+        FamilyError: for an unknown one, with the known ones and what to do.
     """
     known = {name: family for family in families().values() for name in family.model_types}
-    if model_type not in known:
-        raise FamilyError(
-            f"no family file describes model_type {model_type!r}; known: {', '.join(sorted(known))}"
-            f"{nearest(model_type, known)}. To add it, write libprune/families/{model_type}.yaml: "
-            "the axes of each module of a layer and the config keys of their sizes (docs/notation.md)"
+    if model_type in known:
+        return known[model_type]
+    kind = kind_of(config)
+    if kind is not None:
+        raise FamilyError(f"no family file describes model_type {model_type!r}: {kind}")
+    like = nearest(model_type, known) or "."
+    raise FamilyError(
+        f"no family file describes model_type {model_type!r}; known: {', '.join(sorted(known))}{like} To add it, "
+        "write a family file (docs/add-a-family.md), and name it in prepare.families"
+    )
+
+
+_OTHER_TOWERS = {"vision_config": "images", "audio_config": "sound", "video_config": "videos"}
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers, in `layer_types` of a config, that differ in nothing but what their attention sees."""
+
+
+def mixtures() -> list[str]:
+    """The `model_type` values of the known families of mixtures of experts."""
+    having = (family for family in families().values() if family.config.known & EXPERTS)
+    return sorted(name for family in having for name in family.model_types)
+
+
+def of_experts(number: int) -> str:
+    """What a message says of a mixture of experts whose family is not known."""
+    known = ", ".join(mixtures())
+    return f"it is a mixture of {number} experts; the mixtures that are known are {known or 'none so far'}"
+
+
+def kind_of(config: Mapping[str, Any]) -> str | None:
+    """What sets a model apart from a decoder of like, dense layers, by its config; None if nothing does."""
+    parts = [f"{name} ({what})" for name, what in _OTHER_TOWERS.items() if config.get(name)]
+    if parts:
+        text = config.get("text_config")
+        inner = text.get("model_type") if isinstance(text, Mapping) else None
+        described = described_by(str(inner))
+        part = f"; its text part is of type {inner!r}, " + (
+            f"which family {described.family!r} describes, but only as a model of its own" if described else "unknown"
         )
-    return known[model_type]
+        return f"it is a model of more than text, with {' and '.join(parts)}{part if inner else ''}"
+    if number := experts_of(config):
+        return of_experts(number)
+    listed = config.get("layer_types")
+    kinds = sorted(set(listed) - _ATTENTION) if isinstance(listed, list | tuple) else []
+    return f"it has layers of other kinds than attention ({', '.join(kinds)})" if kinds else None

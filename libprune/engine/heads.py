@@ -3,6 +3,7 @@
 A model that reads images as well predicts the next token too; its language model can be pruned on text alone.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -87,3 +88,14 @@ def head_of(architectures: object) -> Head:
         known = ", ".join(head.ending or "ForCausalLM" for head in HEADS.values())
         raise FamilyError(f"the model is a {name}; libprune knows the heads {known}")
     return CAUSAL_LM
+
+
+EXPERTS = frozenset({"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"})
+"""The keys by which configs say how many experts a layer has."""
+
+
+def experts_of(config: Mapping[str, Any]) -> int:
+    """How many experts a layer of a model has by its config, or that of its text part; 0 in a dense model."""
+    texts = [config, *(part for part in (config.get("text_config"),) if isinstance(part, Mapping))]
+    counts = (part.get(key) for part in texts for key in sorted(EXPERTS))
+    return next((count for count in counts if isinstance(count, int) and count > 1), 0)

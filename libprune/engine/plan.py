@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.engine.architecture import Architecture, Block
+from libprune.engine.architecture import WITH_LAYER, Architecture, Block
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ class Plan:
     def layers(self) -> tuple[int, ...]:
         """The layers that are left, by their index in the dense model."""
         return tuple(sorted({layer for layer, part in self.keep if not self.gone(layer, part)}))
+
+    @cached_property
+    def removed(self) -> frozenset[Block]:
+        """Every (layer, part) that is removed whole, and `WITH_LAYER` of every layer that is deleted."""
+        deleted = {layer for layer, _ in self.keep} - set(self.layers)
+        gone = {block for block in self.keep if self.gone(*block)}
+        return frozenset(gone | {(layer, WITH_LAYER) for layer in deleted})
 
     @property
     def column(self) -> NDArray[np.bool_]:

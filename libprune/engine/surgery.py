@@ -128,17 +128,17 @@ def sliced_name(architecture: Architecture, plan: Plan, parameter: Parameter) ->
 
 
 def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: Plan) -> dict[str, Tensor]:
-    """All parameters of the pruned model by their new names.
+    """All parameters and stored buffers of the pruned model by their new names.
 
     Args:
-        state: the dense model's parameters by name; read one at a time, so it may be lazy.
+        state: those of the dense model by name; read one at a time, so it may be lazy.
 
     Raises:
         LibpruneError: if some but not all of the units go that a norm couples, or a whole layer that norms stay of.
     """
     _require_whole(architecture, plan)
     _require_layers(architecture, plan)
-    sliced, gone = {}, {block for block in plan.keep if plan.gone(*block)}
+    sliced, gone = {}, plan.removed
     for parameter in (*architecture.parameters, *architecture.buffers):
         if (parameter.layer, parameter.part) not in gone:
             tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from libprune.engine.architecture import Architecture, Parameter
-from libprune.engine.describe import without_weights
+from libprune.engine.describe import stored_tensors, without_weights
 from libprune.engine.errors import ExportError
 from libprune.export.source import Source
 from libprune.models.folder import load_model
@@ -54,7 +54,7 @@ def write_padded(source: Source, multiple: int, folder: Path) -> Source:
     model = load_model(source.folder, record.dtype, trust_remote_code=record.remote)
     owned = {parameter.name: parameter for parameter in architecture.parameters if parameter.layer is not None}
     state = {}
-    for name, values in model.named_parameters():
+    for name, values in stored_tensors(model).items():
         parameter = owned.get(name)
         old, new = (0, 0) if parameter is None or parameter.layer is None else widths[parameter.layer]
         state[name] = values.detach()

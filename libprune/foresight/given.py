@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from libprune.engine.errors import LibpruneError, SourceError, naming
 from libprune.engine.family import Family, described_by, family_of
 from libprune.foresight.settings import refused
+from libprune.models.families import use_families
 from libprune.models.given import require_content, require_model, require_safetensors
 from libprune.pipeline.faults import Fault
 from libprune.pipeline.methods import METHODS
@@ -39,6 +40,9 @@ def given_faults(params: Params) -> Iterator[Fault]:
     if nothing := list(_nothing(params)):
         yield from nothing
         return
+    if own := list(refused(("prepare", "families"), use_families, params.prepare.families)):
+        yield from own
+        return
     config = yield from _model("prepare.model", params.prepare.model, params.prepare.trust_remote_code)
     if params.recover.method != "none" and params.recover.teacher is not None:
         yield from _model("recover.teacher", params.recover.teacher, False)
@@ -65,6 +69,7 @@ def _nothing(params: Params) -> Iterator[Fault]:
     """Words for nothing, which YAML reads as the name of a source."""
     given = {
         ("prepare", "model"): params.prepare.model,
+        ("prepare", "families"): params.prepare.families,
         ("tokenize", "text"): params.tokenize.text,
         ("tokenize", "evaluation_text"): params.tokenize.evaluation_text,
         ("recover", "teacher"): params.recover.teacher,
@@ -109,7 +114,7 @@ def _read_model(model: str, trusted: bool) -> Config | None:
     if config.get("auto_map") and trusted:
         return None
     if isinstance(kind := config.get("model_type"), str):
-        family_of(kind)
+        family_of(kind, config)
     if isinstance(told := config.get("quantization_config"), dict):
         raise SourceError(
             f"prepare.model = {model!r} is quantized ({told.get('quant_method')}); prune the unquantized model and "

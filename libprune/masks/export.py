@@ -28,7 +28,7 @@ def plan_masks(architecture: Architecture, plan: Plan) -> Iterator[tuple[str, Te
     whole all is masked, the consumers' bias too.
     """
     maps = {name for entry in architecture.maps for name in (entry.weight, entry.bias)}
-    gone = {block for block in plan.keep if plan.gone(*block)}
+    gone = plan.removed
     for parameter in architecture.parameters:
         if parameter.name in maps or not architecture.layered:
             kept = entries_kept(architecture, plan, parameter)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import cached_file
 
 from libprune.engine.errors import SourceError, naming
-from libprune.engine.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, head_of
+from libprune.engine.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, experts_of, head_of
 from libprune.engine.stock_config import keys_of
 from libprune.models.folder import PROCESSOR_FILES, require_own_files
 from libprune.models.given import require_model, require_safetensors
@@ -159,7 +159,7 @@ def _missing(model: PreTrainedModel, missing: list[str]) -> str:
         return ""
     lacks = f"has no weights for {len(missing)} parameters of a {type(model).__name__}, the first {missing[0]!r}"
     first = min(_layer(name) for name in missing)
-    last_layers = {name for name, _ in model.named_parameters() if _layer(name) >= first}
+    last_layers = {name for name in model.state_dict() if _layer(name) >= first}
     if first >= 0 and last_layers == set(missing):
         return f"{lacks}; {_counted(model)}"
     return f"{lacks}; name the class that they were saved from under architectures in its config.json"
@@ -234,6 +234,8 @@ def load_dense_config(params: Prepare) -> PreTrainedConfig:
     name, where = _place(params)
     with naming(f"the config of prepare.model = {params.model!r} cannot be loaded"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
+    if "gguf_file" in where and not experts_of(config.to_dict()):
+        _refuse_experts(params.model, Path(name) / where["gguf_file"])
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -242,6 +244,24 @@ def load_dense_config(params: Prepare) -> PreTrainedConfig:
             "the result"
         )
     return config
+
+
+def _refuse_experts(model: str, path: Path) -> None:
+    """Stop at a GGUF file of a mixture of experts whose architecture transformers reads as a dense model.
+
+    Raises:
+        SourceError: naming the number of experts.
+    """
+    with naming(f"prepare.model = {masked(model)!r} cannot be read as GGUF"):
+        fields = GGUFReader(path).fields
+        kind = fields.get("general.architecture")
+        field = None if kind is None else fields.get(f"{kind.contents()}.expert_count")
+        number = 0 if field is None else int(field.contents())
+    if number > 1:
+        raise SourceError(
+            f"prepare.model = {masked(model)!r} is a GGUF file of a mixture of {number} experts, which transformers "
+            "reads as a dense model; give its Hugging Face folder"
+        )
 
 
 def dense_dtype(params: Prepare, config: PreTrainedConfig) -> torch.dtype:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, know_family
 from libprune.engine.errors import ArtifactError, LibpruneError, MeansError, cause, lacking
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, check_rows, column, split_blocks, unit_index
@@ -175,7 +175,9 @@ def read_architecture(layout: Layout) -> Architecture:
     with damage(path, "prepare"):
         content = path.read_bytes()
     try:
-        return Architecture.from_json(json.dumps(unsealed(path, json.loads(content))))
+        architecture = Architecture.from_json(json.dumps(unsealed(path, json.loads(content))))
+        know_family(architecture.own_family)
+        return architecture
     except ChangedError as error:
         raise ArtifactError(f"{error}; run `dvc repro prepare`") from error
     except (ValueError, KeyError, TypeError) as error:

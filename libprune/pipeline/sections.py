@@ -63,6 +63,8 @@ class Prepare(Section):
     """Run Python code that comes with the model."""
     accept_config: tuple[str, ...] = Field(default=(), strict=False)
     """Config keys that the family file does not know and that no size depends on."""
+    families: Source | None = None
+    """File, or folder of YAML files, that describe model types which libprune ships no family for; null: none."""
 
 
 class Tokenize(Section):

@@ -16,8 +16,8 @@ from libprune.project.pipeline_file import TEMPLATES
 _OF_THE_DEMO = {"preset": "balanced", "recover.method": "none"}
 """Values for a project where those of the repository serve its demo."""
 _SOURCES = (
-    *("prepare.model", "tokenize.text", "tokenize.evaluation_text", "recover.teacher", "recover.text"),
-    "evaluate.task_folder",
+    *("prepare.model", "prepare.families", "tokenize.text", "tokenize.evaluation_text"),
+    *("recover.teacher", "recover.text", "evaluate.task_folder"),
 )
 _WIDTH = 1 << 16
 _NAME = "params"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from libprune.engine.describe import stored_tensors
 from libprune.engine.errors import LibpruneError
 from libprune.engine.family import described_by
 from libprune.models.folder import load_model
@@ -88,7 +89,7 @@ def read_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def finished_weights(record: Record, params: Recover, checkpoint: Path | None) -> Mapping[str, Tensor]:
-    """The weights of the pruned model after training, by the names of its parameters; matrices of `lora` are added.
+    """The tensors of the pruned model after training by their names; matrices of `lora` are added.
 
     Args:
         record: the record of the pruned folder.
@@ -101,7 +102,7 @@ def finished_weights(record: Record, params: Recover, checkpoint: Path | None) -
         read_weights(trained, checkpoint)
         if params.method == "lora":
             student = trained.merge_and_unload()
-    weights = {name: parameter.detach() for name, parameter in student.named_parameters()}
+    weights = {name: tensor.detach() for name, tensor in stored_tensors(student).items()}
     family = described_by(student.config.model_type)
     if family is not None and family.tower is not None:  # as they are stored: the type of the training may round them
         own = load_model(record.folder, record.dtype)

@@ -4,7 +4,10 @@ Two streams of hidden states go through the model layer by layer: h of the dense
 pruned one. A consumer's new weights see the pruned stream's inputs, and their target is not only what
 the dense consumer gave but also the drift that the layers before it have left in the residual stream:
 
-    y = W x + drift (h - h^),   W' = argmin E|y - W' x^_K|^2 + lambda |(W' - W_K) D^1/2|^2
+    y = W x + drift (h - h^) / c,   W' = argmin E|y - W' x^_K|^2 + lambda |(W' - W_K) D^1/2|^2
+
+c is what the layer multiplies the consumer's output by before it adds it to the stream: 1 in most models, and measured
+on the dense one. A layer that does more with it, such as a norm, takes no drift back.
 
 A few tokens, often the first of a sequence, have states hundreds of times larger than the others, and as much
 larger a drift, which is small beside the state and which no later layer can predict. In squares it outweighs all other
@@ -125,14 +128,15 @@ class SequentialRepair:
         modules = [self._model.get_submodule(consumer.module) for consumer in consumers]
         ran = [self._run(layer, number, self._dense, modules) for number in range(len(self._batches))]
         after, outputs = [first_output(state).cpu() for state, _ in ran], [given for _, given in ran]
-        additive = _adds(self._dense[0], after[0], outputs[0])
-        drift = float(additive) if self._drift is None else self._drift
-        if drift and not additive:
+        factors = factors_of(self._dense[0], after[0], outputs[0])
+        drift = float(factors is not None) if self._drift is None else self._drift
+        if drift and factors is None:
             raise LibpruneError(
                 f"slice.drift takes back what is left in the residual stream, but {self._architecture.layers_path}."
-                f"{layer} does more with the outputs of {consumers[0].module} than to add them; set slice.drift to auto"
+                f"{layer} does more with the outputs of {consumers[0].module} than to add them, or a multiple; set "
+                "slice.drift to auto"
             )
-        fits: list[Fit] = []
+        multiples, fits = factors or (1.0,) * len(consumers), list[Fit]()
         states: list[Tensor] | None = None
         with masked(self._model, self._architecture, self._plan):
             _set(self._model, known or {})
@@ -140,9 +144,9 @@ class SequentialRepair:
                 states = None
                 if consumer.module in self._kept:
                     refit = self._refit_stack if consumer.stack else self._refit
-                    fit, states = refit(layer, consumers, index, outputs, drift)
+                    fit, states = refit(layer, consumers, index, outputs, drift, multiples)
                     fits.append(fit)
-            if states is None or not additive:
+            if states is None or factors is None:
                 numbers = range(len(self._batches))
                 states = [first_output(self._run(layer, number, self._pruned)[0]) for number in numbers]
         self._dense, self._pruned = after, after if self._own_inputs else [state.cpu() for state in states]
@@ -162,7 +166,13 @@ class SequentialRepair:
 
     @torch.no_grad()
     def _refit(
-        self, layer: int, consumers: Sequence[Map], index: int, outputs: Sequence[Sequence[Tensor]], share: float
+        self,
+        layer: int,
+        consumers: Sequence[Map],
+        index: int,
+        outputs: Sequence[Sequence[Tensor]],
+        share: float,
+        factors: Sequence[float],
     ) -> tuple[Fit, list[Tensor]]:
         """Fit one consumer and set its weights; also the residual stream behind it, for every batch."""
         consumer = consumers[index]
@@ -172,7 +182,7 @@ class SequentialRepair:
         any_held_out = any(batch.held_out for batch in self._batches)
         producers = producers_of(self._architecture, consumer, kept) if self._steps and any_held_out else ()
         seen: Sequence[_Seen] = [
-            self._see(layer, number, consumers[: index + 1], outputs[number], share, producers)
+            self._see(layer, number, consumers[: index + 1], outputs[number], share, factors, producers)
             for number in range(len(self._batches))
         ]
         weight = oriented(consumer, module.get_parameter("weight").detach()).float().cpu()
@@ -182,11 +192,17 @@ class SequentialRepair:
         fit = fit or self._fit(consumer, weight, seen, refit=True)
         _set(self._model, new_parameters([fit]))
         device = module.get_parameter("weight").device
-        return fit, [batch.pruned + module(batch.x.to(device)) for batch in seen]
+        return fit, [batch.pruned + factors[index] * module(batch.x.to(device)) for batch in seen]
 
     @torch.no_grad()
     def _refit_stack(
-        self, layer: int, consumers: Sequence[Map], index: int, outputs: Sequence[Sequence[Tensor]], share: float
+        self,
+        layer: int,
+        consumers: Sequence[Map],
+        index: int,
+        outputs: Sequence[Sequence[Tensor]],
+        share: float,
+        factors: Sequence[float],
     ) -> tuple[Fit, list[Tensor]]:
         """Fit the experts of a mixture and set their weights; also the residual stream behind them, for every batch."""
         consumer, kept = consumers[index], self._kept[consumers[index].module]
@@ -196,10 +212,9 @@ class SequentialRepair:
         batches, routes, streams = [], [], []
         for number, batch in enumerate(self._batches):
             (x, routing), given = self._run(layer, number, self._pruned, before, until=module)
-            pruned = sum(given, self._pruned[number].to(x.device))
-            dense = sum(outputs[number][: len(given)], self._dense[number].to(x.device))
+            pruned, drift = self._drifted(number, given, outputs[number], factors)
             x = x.masked_fill(~stays[routing.experts], 0)
-            target = outputs[number][len(given)].float() + share * _capped(dense.float() - pruned.float(), self._cap)
+            target = outputs[number][index].float() + share / factors[index] * drift
             target = target.flatten(0, -2) - module(torch.zeros_like(x), routing).float()
             batches.append(Rows(x.cpu(), routing.tokens.cpu(), routing.counts, target.cpu(), batch.held_out))
             routes.append(routing)
@@ -208,7 +223,7 @@ class SequentialRepair:
         fit = fit_experts(consumer, weight, kept, batches, self._damping, like.device, like)
         _set(self._model, new_parameters([fit]))
         states = [
-            stream + module(rows.x.to(like), routing).view_as(stream)
+            stream + factors[index] * module(rows.x.to(like), routing).view_as(stream)
             for stream, rows, routing in zip(streams, batches, routes, strict=True)
         ]
         return fit, states
@@ -220,22 +235,37 @@ class SequentialRepair:
         consumers: Sequence[Map],
         outputs: Sequence[Tensor],
         share: float,
+        factors: Sequence[float],
         producers: Sequence[Producer],
     ) -> "_Seen":
         """Run a batch up to the last of some consumers; record what this one gets and should give."""
         *before, module = (self._model.get_submodule(consumer.module) for consumer in consumers)
-        state = self._pruned[number]
         with outputs_as_leaves(self._model, producers) as watched:
             x, given = self._run(layer, number, self._pruned, before, until=module, differentiable=bool(producers))
         with torch.enable_grad():
             slopes = slopes_of(x[..., self._kept[consumers[-1].module]], producers, watched) if producers else ()
         x, given = x.detach(), [output.detach() for output in given]
-        pruned = sum(given, state.to(x.device))
-        dense = sum(outputs[: len(given)], self._dense[number].to(x.device))
-        drift = _capped(dense.float() - pruned.float(), self._cap)
-        y = _without_bias(module, outputs[len(given)]).float() + share * drift
+        pruned, drift = self._drifted(number, given, outputs, factors)
+        y = _without_bias(module, outputs[len(given)]).float() + share / factors[len(given)] * drift
         inputs = tuple(watched[producer.entry.module][0].flatten(0, -2).cpu() for producer in producers if slopes)
         return _Seen(x.cpu(), y.cpu(), pruned, inputs, tuple(part.cpu() for part in slopes))
+
+    def _drifted(
+        self, number: int, given: Sequence[Tensor], outputs: Sequence[Tensor], factors: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """The pruned stream of a batch behind some consumers of a layer, and what it lacks of the dense one, cut.
+
+        Args:
+            number: of the batch.
+            given: what these consumers gave in the pruned model.
+            outputs: what they and those behind them gave in the dense model.
+            factors: as of `factors_of`.
+        """
+        device = outputs[0].device
+        pruned, dense = self._pruned[number].to(device), self._dense[number].to(device)
+        for factor, now, then in zip(factors, given, outputs, strict=False):
+            pruned, dense = pruned + factor * now, dense + factor * then
+        return pruned, _capped(dense.float() - pruned.float(), self._cap)
 
     def _fit_producers(
         self, layer: int, consumer: Map, weight: Tensor, seen: Sequence["_Seen"], producers: Sequence[Producer]
@@ -357,16 +387,41 @@ class _Sums:
         return Moments(gram, cross, self.square / self.tokens, self.tokens)
 
 
-def _adds(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether a layer only adds its consumers' outputs to the residual stream, as far as rounding can tell.
+def factors_of(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> tuple[float, ...] | None:
+    """What a layer multiplies each consumer's output by before it adds it to the residual stream.
+
+    Factors of 1 are tried first. Others are fitted, each element weighed by what rounding does to it, and must explain
+    all elements.
+
+    Returns:
+        The factors, none of them 0; None if the layer does more with the outputs.
+    """
+    stream, given = before.double(), torch.stack([output.cpu().double() for output in outputs])
+    ones = torch.ones(len(outputs), dtype=torch.float64)
+    if _explained(stream, after, given, ones):
+        return tuple(ones.tolist())
+    factors = ones
+    for _ in range(2):  # the first factors give the weights of the second
+        size = _terms(stream, given, factors).abs().sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+        columns, change = (given / size).flatten(1), ((after.double() - stream) / size).flatten()
+        factors = torch.linalg.lstsq(columns @ columns.T, columns @ change, driver="gelsd").solution
+    return tuple(factors.tolist()) if factors.all() and _explained(stream, after, given, factors) else None
+
+
+def _explained(before: Tensor, after: Tensor, outputs: Tensor, factors: Tensor) -> bool:
+    """Whether a layer adds its consumers' outputs times some factors, as far as rounding can tell.
 
     Every element is asked by itself, against what the rounding of so many additions can do to it: in the norm of all, a
     few large states would hide what a norm behind the consumers does to the others.
     """
-    terms = [before.double(), *(output.cpu().double() for output in outputs)]
+    terms = _terms(before, outputs, factors)
     rounding = len(outputs) * torch.finfo(after.dtype).eps
-    missed = (torch.stack(terms).sum(0) - after.double()).abs()
-    return bool((missed <= rounding * torch.stack(terms).abs().sum(0)).all())
+    missed = (terms.sum(0) - after.double()).abs()
+    return bool((missed <= rounding * terms.abs().sum(0)).all())
+
+
+def _terms(before: Tensor, outputs: Tensor, factors: Tensor) -> Tensor:
+    return torch.cat([before[None], outputs * factors.view(-1, *[1] * before.ndim)])
 
 
 def _capped(drift: Float[Tensor, "batch length model"], cap: float | None) -> Float[Tensor, "batch length model"]:

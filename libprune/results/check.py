@@ -145,8 +145,8 @@ def _weights(record: Record) -> Iterator[Finding]:
     """Check that the safetensors files hold the tensors that config and plan ask for, in their shapes; none is read."""
     shapes = {
         parameter.name: list(cost.shape_after(record.architecture, record.left, parameter))
-        for parameter in record.architecture.parameters
-        if parameter.layer is None or parameter.part is None or not record.left.gone(parameter.layer, parameter.part)
+        for parameter in (*record.architecture.parameters, *record.architecture.buffers)
+        if (parameter.layer, parameter.part) not in record.left.removed
     }
     expected = record.stored(shapes)
     present: dict[str, list[int]] = {}

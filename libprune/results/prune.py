@@ -87,6 +87,8 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
         "parameters": {name: {"all": size.total, "decoder": size.decoder} for name, size in sizes.items()},
         "proof": proof,
     }
+    if architecture.own_family is not None:
+        made["own_family"] = architecture.own_family
     write_provenance(folder, made | versions())
     write_card(folder)
     return proof | errors, fits

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, know_family
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
@@ -116,7 +116,7 @@ class Record:
             key: value for key, value in copy.deepcopy(self.config).items() if key not in _OWN_CODE and value != OPEN
         }
         data["model_type"] = str(data.get("model_type")).removeprefix(OWN_TYPE)
-        family_of(data["model_type"])
+        family_of(data["model_type"], data)
         return CONFIG_MAPPING[data["model_type"]].from_dict(data)
 
     @cached_property
@@ -201,6 +201,7 @@ def read_record(folder: Path) -> Record:
         raise ArtifactError(f"{path} does not exist: this is no folder that the slice stage has written")
     require_files(folder)
     provenance = read_provenance(folder)
+    know_family(provenance.get("own_family"))
     try:
         known = _Provenance.model_validate(provenance, strict=True)
     except ValidationError as error:

@@ -5,6 +5,7 @@ from functools import partial
 
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import SourceError
+from libprune.models.families import use_families
 from libprune.models.folder import write_dense
 from libprune.models.origin import find_origin
 from libprune.models.source import load_dense, load_dense_config, processor_files
@@ -46,6 +47,7 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     Raises:
         LibpruneError: if the model cannot be loaded, or is not wholly described by its family.
     """
+    use_families(section.families)
     _require_content(section)
     model, tokenizer = load_dense(section)
     described = describe(model, accept=section.accept_config)

@@ -5,7 +5,6 @@ A family joins by one entry in `tests/support/models.py`.
 
 import json
 import logging
-import math
 import os
 import re
 import subprocess
@@ -14,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +26,8 @@ from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture, Parameter
+from libprune.engine.architecture import Architecture
+from libprune.engine.describe import stored_tensors, without_weights
 from libprune.engine.errors import LibpruneError, NotExpressibleError
 from libprune.engine.family import families
 from libprune.engine.heads import HEADS, writes
@@ -36,6 +37,7 @@ from libprune.models.folder import WeightFiles, load_model
 from libprune.results.folder import write_pruned
 from tests.support.models import (
     MODELS,
+    OF_ONE_FILE,
     PLANS,
     WINDOW,
     Dense,
@@ -55,12 +57,19 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def dense(request, tmp_path_factory) -> Dense:
-    return write_dense(MODELS[request.param](0), tmp_path_factory.mktemp("dense"))
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def dense(family, tmp_path_factory) -> Dense:
+    return write_dense(MODELS[family](0), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module", params=PLANS)
-def pruned(request, dense, tmp_path_factory) -> Pruned:
+def pruned(request, family, dense, tmp_path_factory) -> Pruned:
+    if family in OF_ONE_FILE and request.param not in {"uniform", "holes"}:
+        pytest.skip("other plans show nothing new of this family")
     if request.param == "shallow" and dense.architecture.layers_stay:
         pytest.skip("no layer of this family can be deleted")
     if request.param in CUSTOM and dense.architecture.tower:
@@ -129,9 +138,10 @@ def test_units_and_overhead_add_up(dense):
         coupled = tuple(f".{module}.weight" for module in architecture.parts[part].coupled)
         own = architecture.parameters_of(layer, part)
         whole = [p for p in own if all(axis not in d.names for d in p.dims) or p.name.endswith(coupled)]
-        assert overhead == sum(map(architecture.numel, whole)) > 0
+        assert overhead == sum(map(architecture.numel, whole))
         total += cost.unit_parameters(architecture, layer, part) * architecture.units(part) + overhead
-    norms = sum(architecture.numel(p) for p in architecture.parameters if p.layer is not None and p.part is None)
+    inside = [p for p in architecture.parameters if p.layer is not None]
+    norms = sum(architecture.numel(p) for p in inside if p.part not in architecture.parts)
     assert total + norms == architecture.decoder_parameters == count(decoder(dense.model, architecture))
 
 
@@ -174,8 +184,13 @@ def counts_of(architecture: Architecture, part: str) -> list[int]:
 
 @settings(max_examples=6)
 @given(data=st.data())
-def test_any_plan_is_sliced_as_masked(dense, tmp_path_factory, data):
-    """Any count anywhere: whole parts, whole layers and the whole decoder gone included."""
+def test_any_plan_is_sliced_as_masked(family, dense, tmp_path_factory, data):
+    """Any count anywhere: whole parts, whole layers and the whole decoder gone included.
+
+    In float64, since a norm behind a part that gives nearly nothing enlarges what float32 rounds.
+    """
+    if family in OF_ONE_FILE:
+        pytest.skip("other plans show nothing new of this family")
     blocks = list(dense.architecture.blocks())
     counts = {
         block: data.draw(st.sampled_from(counts_of(dense.architecture, block[1])), str(block)) for block in blocks
@@ -191,7 +206,8 @@ def test_any_plan_is_sliced_as_masked(dense, tmp_path_factory, data):
             prune(dense, plan, True, tmp_path_factory.mktemp("any"))
         return
     pruned = prune(dense, plan, True, tmp_path_factory.mktemp("any"))
-    assert_close(logits(pruned.model, tokens()), masked_logits(dense, plan, tokens()))
+    exact = replace(dense, model=deepcopy(dense.model).double())
+    assert_close(logits(pruned.model.double(), tokens()), masked_logits(exact, plan, tokens()))
     assert cost.size(dense.architecture, plan).total == count(pruned.model)
 
 
@@ -304,11 +320,7 @@ def test_tied_weights_stay_tied_and_are_stored_once(pruned):
         tied = pruned.dense.model.config.tie_word_embeddings
         assert (pruned.model.get_input_embeddings().weight is head.weight) is tied
     stored = sum(tensor.numel() for tensor in WeightFiles(pruned.folder).values())
-    assert stored == count(pruned.model) + sum(size(pruned, buffer) for buffer in pruned.dense.architecture.buffers)
-
-
-def size(pruned: Pruned, buffer: Parameter) -> int:
-    return math.prod(cost.shape_after(pruned.dense.architecture, pruned.plan, buffer))
+    assert stored == sum(tensor.numel() for tensor in stored_tensors(pruned.model).values())
 
 
 @contextmanager
@@ -391,7 +403,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize(("dense", "pruned"), [("llama", "holes")], indirect=True)
+@pytest.mark.parametrize(("family", "pruned"), [("llama", "holes")], indirect=True)
 def test_a_fresh_process_computes_the_same_and_says_nothing(pruned, tmp_path):
     """What classes and modules this process has already loaded hides defects of the modeling file."""
     result = tmp_path / "result.safetensors"
@@ -417,8 +429,13 @@ def complaints(caplog):
 
 
 def test_loading_and_generating_say_nothing(pruned, complaints: Callable[[], list[str]]):
+    """Nothing but what transformers says of any model of the family, as of an activation without a kernel."""
+    without_weights(pruned.dense.model.config)
+    of_any = complaints()
+    logging.Logger.warning_once.cache_clear()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         again = pruned.reload()
         greedy(again) if again.can_generate() else logits(again, tokens())
-    assert [str(warning.message) for warning in warned] + complaints() == []
+    said = [str(warning.message) for warning in warned] + complaints()[len(of_any) :]
+    assert [message for message in said if message not in of_any] == []

@@ -140,7 +140,7 @@ def test_every_objective_counts_what_a_unit_takes_with_it(name, objective):
         found = [prices.removed(plan) for plan in without]
         each, rest = prices.unit[layer, part], prices.rest[layer, part]
         assert found == [gone * each + (rest if gone == number else 0) for gone in counts]
-    staying = [p for p in architecture.parameters if p.layer is not None and p.part is None]
+    staying = [p for p in architecture.parameters if p.layer is not None and p.part not in architecture.parts]
     units = (prices.unit[block] * architecture.units(block[1]) + prices.rest[block] for block in architecture.blocks())
     norms = sum(map(architecture.numel, staying)) if objective == "parameters" else 0
     assert prices.decoder == sum(units) + norms

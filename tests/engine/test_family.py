@@ -28,7 +28,35 @@ def test_an_unknown_model_type_is_told_what_is_known_and_what_to_write():
         family_of("qwen3_next")
     known = ", ".join(sorted(name for family in families().values() for name in family.model_types))
     assert f"'qwen3_next'; known: {known}" in str(error.value)
-    assert "libprune/families/qwen3_next.yaml" in str(error.value)
+    assert "name it in prepare.families" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_local_experts": 8}, "it is a mixture of 8 experts; the mixtures that are known are"),
+        ({"n_routed_experts": 64, "layer_types": ["linear_attention"]}, "it is a mixture of 64 experts"),
+        ({"text_config": {"num_experts": 128}}, "it is a mixture of 128 experts"),
+        (
+            {"vision_config": {"depth": 2}, "text_config": {"model_type": "mistral", "num_experts": 4}},
+            "with vision_config (images); its text part is of type 'mistral', which family 'llama' describes, but",
+        ),
+        ({"audio_config": {"d": 2}, "text_config": {"model_type": "new"}}, "its text part is of type 'new', unknown"),
+        ({"vision_config": {"d": 2}, "audio_config": {"d": 2}}, "vision_config (images) and audio_config (sound)"),
+        ({"layer_types": ["linear_attention", "full_attention", "mamba"]}, "(linear_attention, mamba)"),
+    ],
+)
+def test_an_unknown_model_of_another_kind_is_told_as_such_and_is_near_to_no_family(config, message):
+    with pytest.raises(FamilyError) as error:
+        family_of("mistral9", config)
+    assert message in str(error.value)
+    assert "did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [{}, {"num_experts": 1}, {"layer_types": ["full_attention", "sliding_attention"]}])
+def test_an_unknown_dense_model_is_near_to_its_like(config):
+    with pytest.raises(FamilyError, match=r"did you mean '.*'\? To add it"):
+        family_of("mistral9", config)
 
 
 @pytest.fixture

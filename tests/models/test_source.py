@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from libprune.engine.errors import SourceError
 from libprune.models.folder import write_dense
-from libprune.models.source import follow_gguf, load_dense, processor_files
+from libprune.models.source import follow_gguf, load_dense, load_dense_config, processor_files
 from libprune.models.tokens import Frame, frame_of
 from libprune.pipeline.sections import Prepare
 from tests.support.models import FAMILIES, TOWERS
@@ -244,3 +244,16 @@ def test_an_adapter_a_pointer_and_a_pickle_are_named_for_what_they_are(folder, t
     (target / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(SourceError, match=r"no \.safetensors file but pytorch_model\.bin, a pickle"):
         load_dense(Prepare(model=str(target)))
+
+
+def test_a_gguf_file_of_experts_is_not_taken_for_a_dense_model(tmp_path):
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in {"block_count": 1, "embedding_length": 8, "feed_forward_length": 8, "expert_count": 8}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_uint32("llama.attention.head_count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(SourceError, match=r"m\.gguf' is a GGUF file of a mixture of 8 experts"):
+        load_dense_config(Prepare(model=str(tmp_path / "m.gguf")))

@@ -21,13 +21,13 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import input_mask, masked, oriented
 from libprune.models.sequences import Sequences
 from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_local
-from libprune.repair.sequential import SequentialRepair, split_batches
+from libprune.repair.sequential import SequentialRepair, factors_of, split_batches
 from tests.support.collected import activations, assert_untouched, of_layers
-from tests.support.models import FAMILIES, LAYOUTS, VOCAB, plan_of, random_plan, tokens
+from tests.support.models import ENCODERS, FAMILIES, LAYOUTS, VOCAB, plan_of, random_plan, tokens
 from tests.support.predictions import masked_logits
 
 MODELS = {name: FAMILIES[name] for name in LAYOUTS}
-POST_NORM = {"gemma2"}
+POST_NORM = {"gemma2", "gemma3", "olmo2", "olmo3", "glm4", "exaone4"}
 """Families with a norm between what a consumer gives and the residual stream."""
 DAMPING = 1e-2
 
@@ -136,7 +136,7 @@ def slow_repair(
     cap: float = np.inf,
 ) -> tuple[dict[str, Tensor], PreTrainedModel]:
     """The new weights by name, and the repaired model: two whole passes for each consumer, in float64."""
-    architecture = describe(model)
+    architecture, factor = describe(model), getattr(model.config, "residual_multiplier", 1.0)
     dense, repaired = deepcopy(model).double(), deepcopy(model).double()
     found = {}
     truth = forward(dense, architecture, ids)
@@ -146,11 +146,11 @@ def slow_repair(
             if not plan.gone(layer, consumer.part) and not plan.keep[layer, consumer.part].all():
                 with masked(repaired, architecture, plan):
                     now = forward(repaired, architecture, ids)
-                h = truth.states[block] + sum(truth.outputs[name] for name in before)
-                h_pruned = now.states[block] + sum(now.outputs[name] for name in before)
+                h = truth.states[block] + factor * sum(truth.outputs[name] for name in before)
+                h_pruned = now.states[block] + factor * sum(now.outputs[name] for name in before)
                 module = repaired.get_submodule(consumer.module)
                 bias = 0 if getattr(module, "bias", None) is None else module.bias.detach()
-                y = truth.outputs[consumer.module] - bias + drift * cut(h - h_pruned, cap)
+                y = truth.outputs[consumer.module] - bias + drift / factor * cut(h - h_pruned, cap)
                 kept = input_mask(architecture, plan, consumer)
                 x = now.inputs[consumer.module].flatten(0, 1).numpy()[:, kept]
                 weight = module.weight.detach().T if consumer.transposed else module.weight.detach()
@@ -181,9 +181,11 @@ def ridge(x: np.ndarray, y: np.ndarray, old: np.ndarray, damping: float) -> np.n
     return np.linalg.lstsq(rows, np.concatenate([y, size[:, None] * old.T]), rcond=None)[0].T
 
 
-@pytest.mark.parametrize(("name", "drift"), [*((name, None) for name in MODELS), ("qwen3", 0.0), ("gpt2", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "drift"), [*((name, None) for name in (*MODELS, "granite")), ("qwen3", 0.0), ("gpt2", 0.5)]
+)
 def test_every_consumer_is_fitted_to_the_dense_output_and_the_drift_from_the_pruned_inputs(name, drift):
-    model, ids = MODELS[name](0), tokens(18, 12)
+    model, ids = FAMILIES[name](0), tokens(18, 12)
     plan = a_third(describe(model))
     all_of_it = 0.0 if name in POST_NORM else 1.0
     expected, _ = slow_repair(model, plan, ids, DAMPING, all_of_it if drift is None else drift)
@@ -367,11 +369,48 @@ def halving(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def factors_in(model: PreTrainedModel) -> tuple[float, ...] | None:
+    """What the first layer multiplies the outputs of its consumers by."""
+    architecture = describe(model)
+    seen = forward(model, architecture, tokens())
+    first, second = (seen.states[f"{architecture.layers_path}.{layer}"] for layer in (0, 1))
+    return factors_of(first, second, [seen.outputs[entry.module] for entry in in_order(architecture, 0)])
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - set(ENCODERS)))
+def test_what_a_layer_multiplies_its_consumers_by_is_measured(name):
+    model = FAMILIES[name](0)
+    factor = getattr(model.config, "residual_multiplier", 1.0)
+    assert factors_in(model) == (None if name in POST_NORM else pytest.approx((factor, factor), rel=1e-5))
+
+
+def test_every_consumer_has_its_own_factor():
+    assert factors_in(halving(FAMILIES["llama"](0))) == pytest.approx((1.0, 0.5), rel=1e-5)
+
+
+@given(
+    st.lists(st.floats(0.01, 20), min_size=1, max_size=3),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(0, 99),
+)
+def test_factors_are_found_in_what_was_rounded(factors, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    before, *outputs = (torch.randn(4, 16, 32, generator=generator).to(dtype) for _ in range(1 + len(factors)))
+    after = before
+    for factor, output in zip(factors, outputs, strict=True):
+        after = after + factor * output
+    nearly = pytest.approx(tuple(factors), abs=8 * torch.finfo(dtype).eps * max(1, *factors))
+    assert factors_of(before, after, outputs) == nearly
+    other = after * (1 + (torch.arange(32) == 0) * 64 * torch.finfo(dtype).eps).to(dtype)
+    assert factors_of(before, other, outputs) is None
+
+
 def test_drift_is_refused_where_a_block_does_more_than_add_the_outputs():
-    model = halving(FAMILIES["llama"](0))
+    model = FAMILIES["gemma2"](0)
     message = r"slice\.drift takes back .* model\.layers\.0 does more with the outputs of .*; set slice\.drift to auto"
     with pytest.raises(LibpruneError, match=message):
         repair(model, a_third(describe(model)), tokens(9, 12), drift=1.0)
+    assert all(map(torch.equal, model.parameters(), FAMILIES["gemma2"](0).parameters()))
     assert_untouched(model)
 
 
@@ -397,7 +436,7 @@ def test_rounding_is_not_taken_for_more_than_an_addition(name):
 
 @pytest.mark.parametrize("drift", [0.0, None])
 def test_without_drift_a_block_may_do_what_it_likes(drift):
-    model, ids = halving(FAMILIES["llama"](0)), tokens(18, 12)
+    model, ids = FAMILIES["gemma2"](0), tokens(18, 12)
     plan = a_third(describe(model))
     expected, _ = slow_repair(model, plan, ids, DAMPING, 0.0)
     assert_weights_close(weights_of(repair(model, plan, ids, DAMPING, drift)), expected)

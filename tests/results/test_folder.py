@@ -121,5 +121,6 @@ def test_a_uniform_result_can_be_pruned_again(tmp_path, family):
         torch.testing.assert_close(twice.model(tokens()).logits, again.model(tokens()).logits)
     first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("once", "twice"))
     widths = {key for key, several in families()[again.architecture.family].config.expressions.items() if several}
-    (second.get("rope_parameters") or {}).pop("type", None)  # the older name of rope_type, which it read as well
+    for said in (first, second):
+        (said.get("rope_parameters") or {}).pop("type", None)  # the older name of rope_type, which it read as well
     assert {k: v for k, v in first.items() if k not in widths} == {k: v for k, v in second.items() if k not in widths}

@@ -9,17 +9,29 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    ApertusConfig,
+    ArceeConfig,
     BertConfig,
+    Cohere2Config,
+    Ernie4_5Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     LlavaConfig,
+    Ministral3Config,
     Mistral3Config,
     MistralConfig,
+    NanoChatConfig,
     Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -29,6 +41,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3VLConfig,
+    SeedOssConfig,
     SmolLM3Config,
     SmolVLMConfig,
     Starcoder2Config,
@@ -143,6 +156,30 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
         mlp_only_layers=[1],
         norm_topk_prob=True,
     ),
+    "granite": tiny_model(
+        GraniteConfig,
+        **FFN,
+        **heads(36, 3, 2),
+        attention_bias=True,
+        residual_multiplier=0.3,
+        attention_multiplier=0.4,
+        embedding_multiplier=3.0,
+        logits_scaling=0.5,
+    ),
+    "ministral3": tiny_model(Ministral3Config, **FFN, **heads(28, 2, 3, 10), sliding_window=WINDOW),
+    "glm4": tiny_model(Glm4Config, **FFN, **heads(26, 3, 3, 4)),
+    "olmo3": tiny_model(Olmo3Config, **FFN, **heads(36, 3, 2), sliding_window=WINDOW),
+    "exaone4": tiny_model(Exaone4Config, **FFN, **heads(24, 2, 2, 6), sliding_window=WINDOW, sliding_window_pattern=2),
+    "seed_oss": tiny_model(SeedOssConfig, **FFN, **heads(26, 3, 2, 6), attention_out_bias=True, mlp_bias=True),
+    "hunyuan_v1_dense": tiny_model(HunYuanDenseV1Config, **FFN, **heads(26, 3, 2, 6), tie_word_embeddings=True),
+    "apertus": tiny_model(ApertusConfig, **FFN, **heads(36, 3, 2), attention_bias=True),
+    "ernie4_5": tiny_model(Ernie4_5Config, **FFN, **heads(28, 2, 3, 10), use_bias=True),
+    "cohere2": tiny_model(
+        Cohere2Config, **FFN, **heads(36, 3, 2), sliding_window=WINDOW, sliding_window_pattern=2, logit_scale=1.0
+    ),
+    "gemma": tiny_model(GemmaConfig, **FFN, **heads(28, 2, 3, 10)),
+    "arcee": tiny_model(ArceeConfig, **FFN, **heads(30, 3, 2, 8), mlp_bias=True),
+    "nanochat": tiny_model(NanoChatConfig, **FFN, **heads(36, 3, 2)),
     "bert": tiny_model(BertConfig, "masked_lm", **FFN, **_ENCODER),
     "bert_classifier": tiny_model(BertConfig, "sequence_classification", **FFN, **_ENCODER, num_labels=3),
 }
@@ -214,6 +251,9 @@ MODELS = FAMILIES | {name: TOWERS[name] for name in ("qwen3_vl", "qwen2_5_vl", "
 """Those that pass the whole contract; the other towers have the same code, and tests/whole/test_towers.py runs them."""
 ENCODERS = ("bert", "bert_classifier")
 """Those that read all tokens at once, and do not write."""
+OF_ONE_FILE = ("granite", "ministral3", "glm4", "olmo3", "exaone4", "seed_oss", "hunyuan_v1_dense", "apertus")
+OF_ONE_FILE += ("ernie4_5", "gemma", "arcee", "nanochat")
+"""Families whose layers are made as those of others, in other names and keys: two kinds of plans show all of it."""
 LAYOUTS = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt")
 """Families that differ in what statistics and repair meet: biases, norms on heads, fused maps, norms behind the parts,
 [in, out] storage, heads side by side with parallel parts, an MLP on flattened tokens."""

