@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
-from libprune.engine.stacks import exposed
+from libprune.engine.stacks import IMPLEMENTATION, exposed
 from libprune.models.compute import PATIENCE, resolve_device, resolve_dtype
 from libprune.models.folder import WeightFiles, load_model, own_model
 from libprune.models.memory import offload_maps, recompute_layers
@@ -22,6 +22,7 @@ from libprune.models.tokens import read_tokens, require_sequences
 from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute
+from libprune.pipeline.terminal import note
 
 Items = TypeVar("Items", Sequences, Samples)
 """Calibration sequences of a language model, or samples of a network."""
@@ -113,6 +114,8 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     require_equal_passes(chosen, world)
     device, dtype = own_device(compute, world)
     require_whole_stacks(architecture, compute, world)
+    if world.first and any(entry.stack for entry in architecture.maps):
+        note(f"experts run by the implementation {IMPLEMENTATION}, which shows each expert's tokens")
     model = place(load_model(own_model(layout, architecture), dtype), architecture, compute, world, device)
     meta = {
         "model": architecture.fingerprint,

@@ -377,7 +377,7 @@ def factors_in(model: PreTrainedModel) -> tuple[float, ...] | None:
     return factors_of(first, second, [seen.outputs[entry.module] for entry in in_order(architecture, 0)])
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - set(ENCODERS)))
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {*ENCODERS, "qwen3_moe"}))
 def test_what_a_layer_multiplies_its_consumers_by_is_measured(name):
     model = FAMILIES[name](0)
     factor = getattr(model.config, "residual_multiplier", 1.0)
