@@ -102,6 +102,7 @@ def measure(layout: Layout, seed: int, known: set[tuple[Any, ...]]) -> Iterator[
             losses, after = run()
         change, size = estimate_ratio(dense, losses), cost.size(architecture, plan)
         routing = routing_changes(before, {"pruned": after}, architecture, plan)
+        assert routing is not None
         yield {
             "seed": seed,
             "removed": removed,
