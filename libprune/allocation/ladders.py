@@ -86,9 +86,9 @@ def _ladder(
 
 
 def floor_of(architecture: Architecture, part: str, params: Allocate) -> int:
-    """Units that every block of a part keeps."""
-    asked = params.min_groups if architecture.grouped(part) else params.min_channels
-    return max(asked, architecture.parts[part].least)
+    """Units that every block of a part keeps; of experts as many as the router needs."""
+    asked = {"groups": params.min_groups, "channels": params.min_channels, "experts": 0}
+    return max(asked[architecture.parts[part].units], architecture.parts[part].least)
 
 
 def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block) -> bool:

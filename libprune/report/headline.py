@@ -37,6 +37,7 @@ def headline_rows(result: Metrics) -> Rows:
     dense, pruned, speed = result["dense"], result["pruned"], result["speed"]
     return [
         *(_similarities(result) if embeds(result) else _perplexities(result)),
+        *_rerouted(result.get("routing")),
         _count("decoder parameters", dense["decoder_parameters"], pruned["decoder_parameters"]),
         _count("all parameters", dense["total_parameters"], pruned["total_parameters"]),
         _count("weights, MB", dense["bytes"] / 1e6, pruned["bytes"] / 1e6),
@@ -93,6 +94,15 @@ def _perplexity(model: Metrics, ratio: Metrics) -> tuple[str, str]:
 
 def _ratio(ratio: Metrics) -> str:
     return f"× {ratio['value']:.3f} ± {ratio['se']:.3f}"
+
+
+def _rerouted(routing: Metrics | None) -> Rows:
+    """The shares of tokens that go through other experts than in the dense model; no rows without mixtures."""
+    changed = routing["changed"] if routing else {}
+    ends = {"pruned": "", "recovered": ", recovered"}
+    return [
+        (f"tokens sent to other experts{ends[name]}", "", f"{100 * share:.1f} %", "") for name, share in changed.items()
+    ]
 
 
 def _accuracy(task: str, models: Metrics) -> Rows:

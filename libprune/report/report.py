@@ -53,6 +53,7 @@ def compose_report(
         _gradients(result, gradient_ratio, pictures),
         _sensitivity(pictures),
         _repair(result["pruning"]["repair"]),
+        _routing(result),
         _recovery(result, pictures),
         _draft(result),
         _continuations(result),
@@ -176,6 +177,37 @@ def _repair(errors: Metrics) -> Section:
         f"On average over the repaired maps, pruning lost {before} of their squared output, and the repair left "
         f"{after}; on calibration sequences that the fit did not see, {held_before} and {held_after}. "
         "`repair.parquet` in the model's folder has them map by map.",
+    ]
+
+
+def _routing(result: Metrics) -> Section:
+    """How many tokens go through other experts than in the dense model, mixture by mixture."""
+    routing = result.get("routing")
+    if not routing:
+        return []
+    rows = [
+        (
+            str(one["layer"]),
+            f"{one['kept']} of {one['experts']}",
+            f"{100 * one['removed_weight']:.1f} %",
+            *(f"{100 * share:.1f} %" for share in one["changed"].values()),
+        )
+        for one in routing["mixtures"]
+    ]
+    changed = " and ".join(f"{100 * share:.1f} % in the {name}" for name, share in routing["changed"].items())
+    header = (
+        "layer",
+        "experts kept",
+        "weight on removed experts",
+        *(f"changed, {name}" for name in routing["changed"]),
+    )
+    return [
+        "## What routing does after the cut",
+        f"In the dense model, {100 * routing['removed_weight']:.1f} % of the weight that routers give to experts went "
+        f"to experts that are removed. Of the tokens of the evaluation windows, {changed} model go through other "
+        "experts than in the dense model: where one of their experts is gone, or where their hidden states have "
+        "changed. Both are means over the mixtures; the table has each.",
+        markdown_table(rows, header),
     ]
 
 

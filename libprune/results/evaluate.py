@@ -28,6 +28,7 @@ from libprune.results.continuations import Beginnings, choose_beginnings, decode
 from libprune.results.draft import Overlap, draft_figures, window_overlaps
 from libprune.results.perplexity import Losses, accuracy, estimate_perplexity, estimate_ratio, label_hits, window_losses
 from libprune.results.record import read_recovered, read_whole
+from libprune.results.routing import Choices, routing_changes, watched
 from libprune.results.similarity import Embeddings, similarity, window_embeddings
 from libprune.results.speed import Speed, SpeedComparison, compare_speed
 from libprune.results.tasks import zero_shot
@@ -50,6 +51,7 @@ def evaluate_result(layout: Layout, compute: Compute, params: Evaluate) -> dict[
         **_facts(run),
         **_figures(run, measured, speed),
         "tasks": {task: {name: one.tasks[task] for name, one in measured.items()} for task in tasks},
+        **_routing(run, measured),
         "continuations": show_continuations(run.tokenizer, run.beginnings, written) if run.writes else [],
         "speed": {name: value for name, value in asdict(speed).items() if name not in {"dense", "pruned"}},
         "protocol": _protocol(run),
@@ -84,6 +86,7 @@ class _Measured:
         tasks: accuracies by task.
         written: token ids of its continuations.
         overlap: of its predictions with the dense model's; None of the dense model, and of models that do not write.
+        choices: the experts that the tokens of the windows went through.
     """
 
     losses: Losses
@@ -91,6 +94,7 @@ class _Measured:
     tasks: dict[str, dict[str, float]]
     written: Ids
     overlap: Overlap | None
+    choices: Choices
 
 
 @dataclass(frozen=True)
@@ -188,10 +192,12 @@ class _Run:
         params, tokens, tasks = self.params, self.compute.batch_tokens, dict[str, dict[str, float]]()
         bar.set_description(f"evaluate: {name}", refresh=False)
         losses, embeddings, beginnings = np.zeros(0), None, self.beginnings
-        if self.embeds:
-            embeddings = window_embeddings(model, self.windows, tokens, bar)
-        else:
-            losses = window_losses(model, self.windows, tokens, bar)
+        plan = self.plan if beside is not None else Plan.dense(self.architecture)
+        with watched(model, self.architecture, plan) as choices:
+            if self.embeds:
+                embeddings = window_embeddings(model, self.windows, tokens, bar)
+            else:
+                losses = window_losses(model, self.windows, tokens, bar)
         if params.tasks:
             given = (params.tasks, params.task_folder, params.task_limit, params.task_batch)
             tasks = zero_shot(model, self.tokenizer, *given)
@@ -204,7 +210,7 @@ class _Run:
             bar.update()
         if self.writes and beside is not None:
             overlap = window_overlaps(beside, model, self.windows, tokens, bar)
-        return _Measured(losses, embeddings, tasks, written, overlap)
+        return _Measured(losses, embeddings, tasks, written, overlap, choices)
 
 
 def _facts(run: _Run) -> dict[str, Any]:
@@ -270,6 +276,13 @@ def _figures(run: _Run, measured: Mapping[str, _Measured], speed: SpeedCompariso
         compared = {"perplexity_ratio": ratios["recovered"], "draft": drafts["recovered"]}
         figures["recovered"] = quality["recovered"] | compared
     return figures
+
+
+def _routing(run: _Run, measured: Mapping[str, _Measured]) -> dict[str, Any]:
+    """What became of the dense model's routing; empty for models without mixtures."""
+    others = {name: one.choices for name, one in measured.items() if name != "dense"}
+    changes = routing_changes(measured["dense"].choices, others, run.architecture, run.plan)
+    return {"routing": changes} if changes else {}
 
 
 def _draft(measured: _Measured, speed: SpeedComparison) -> dict[str, Any] | None:
@@ -341,11 +354,13 @@ def headline_metrics(result: dict[str, Any]) -> dict[str, Any]:
     )
     recovered, recovery = result["recovered"], result["recovery"]
     trained = {name: recovery[name] for name in ("tokens", "seconds", "trained_parameters")} if recovery else {}
+    routing = result.get("routing")
     return {
         **({"dense": dense} if dense else {}),
         "pruned": {name: result["pruned"][name] for name in (*_QUALITY, *shares, "draft") if name in result["pruned"]},
         **({"perplexity_ratio": ratio} if ratio else {}),
         **({"recovered": recovered | trained} if recovered else {}),
+        **({"routing": {name: routing[name] for name in ("removed_weight", "changed")}} if routing else {}),
         **({"tasks": result["tasks"]} if result["tasks"] else {}),
         "speed": {name: result["speed"][name] for name in ("prefill_ratio", "decode_ratio")},
     }

@@ -7,10 +7,12 @@ from torch import nn
 
 from libprune.allocation.ladders import build_ladders
 from libprune.engine.cost import prices
+from libprune.engine.describe import describe
 from libprune.engine.describe_module import describe_module
 from libprune.engine.module_family import NetworkFamily
 from libprune.engine.tables import unit_index
 from libprune.pipeline.sections import Allocate
+from tests.support.models import FAMILIES
 from tests.support.shapes import Shape, ladders_of
 
 
@@ -31,6 +33,16 @@ def test_attention_groups_have_a_floor_of_their_own_and_no_multiple():
     ladders = ladders_of(shape.architecture(), scores, params)
     assert [len(step.units) for step in ladders[0, "attention"]] == [1, 1]
     assert [len(step.units) for step in ladders[0, "mlp"]] == [4, 4]
+
+
+@pytest.mark.parametrize("floor", [0, 1, 3])
+def test_experts_stay_as_their_router_needs_them_whatever_the_floor_of_attention_groups(floor):
+    architecture = describe(FAMILIES["qwen3_moe"](0))
+    scores = {name: np.arange(1.0, 1 + len(unit_index(architecture)["layer_idx"])) for name in ("score", "importance")}
+    params = Allocate(min_groups=floor, channel_multiple=1)
+    ladders = build_ladders(architecture, scores, params, prices(architecture, "parameters"))
+    assert len(ladders[0, "experts"]) == architecture.units("experts") - architecture.parts["experts"].least == 4
+    assert len(ladders[0, "attention"]) == architecture.units("attention") - floor
 
 
 @pytest.mark.parametrize("name", ["attention", "hidden"])

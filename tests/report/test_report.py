@@ -13,7 +13,7 @@ from libprune.report.markdown import markdown_table
 from libprune.report.page import html_page
 from libprune.report.programs import how_to_load
 from libprune.report.report import compose_report
-from tests.support.evaluated import EVALUATION, LAYOUT, PICTURES, PROVENANCE, changed, report_of, trained
+from tests.support.evaluated import EVALUATION, LAYOUT, PICTURES, PROVENANCE, ROUTING, changed, report_of, trained
 from tests.support.page import SKELETON, TABLE, Page
 
 
@@ -71,6 +71,19 @@ def test_provenance_names_model_texts_seed_versions_commit_and_params():
     assert "| `gradient_flow.snr` | `0.25` |" in mixed
     assert "cooperative" not in mixed
     assert "git commit" not in compose_report(EVALUATION, LAYOUT, replace(PROVENANCE, commit=None), [], None)
+
+
+def test_the_routing_of_a_mixture_is_told_in_the_headline_and_layer_by_layer():
+    result = trained() | {"routing": ROUTING}
+    text = report_of(result)
+    assert "21.5 % of the weight that routers give" in text
+    assert "45.6 % in the pruned and 44.4 % in the recovered model" in text
+    assert "| 2 | 6 of 8 | 33.0 % | 71.2 % | 67.8 % |" in text
+    rows = {row[0]: row[1:] for row in headline_rows(result)}
+    assert rows["tokens sent to other experts"] == ("", "45.6 %", "")
+    assert rows["tokens sent to other experts, recovered"] == ("", "44.4 %", "")
+    for other in (report_of(trained()), report_of(EVALUATION)):
+        assert "experts" not in other
 
 
 # Recovery

@@ -126,6 +126,15 @@ EVALUATION: dict[str, Any] = {
 }
 
 
+ROUTING: dict[str, Any] = {
+    "removed_weight": 0.215,
+    "changed": {"pruned": 0.456, "recovered": 0.444},
+    "mixtures": [
+        {"layer": 0, "experts": 8, "kept": 6, "removed_weight": 0.1, "changed": {"pruned": 0.2, "recovered": 0.21}},
+        {"layer": 2, "experts": 8, "kept": 6, "removed_weight": 0.33, "changed": {"pruned": 0.712, "recovered": 0.678}},
+    ],
+}
+"""What became of the routing of a mixture of experts that was pruned and trained."""
 RECOVERY: dict[str, Any] = {
     "params": Recover(method="full", text="another text", tokens=40_960).model_dump(mode="json"),
     "learning_rate": 1e-4,

@@ -48,12 +48,19 @@ def test_every_stage_runs_and_the_result_is_what_it_says(repair, tmp_path, monke
     found = json.loads(Path("artifacts/evaluation.json").read_text())
     assert found["pruned"]["decoder_share_removed"] == pytest.approx(0.25, abs=0.08)
     assert found["perplexity_ratio"]["value"] != 1
+    routing = found["routing"]
+    assert [row["layer"] for row in routing["mixtures"]] == [0, 2, 3]
+    assert json.loads(Path("metrics/evaluation.json").read_text())["routing"].items() <= routing.items()
+    assert "## What routing does after the cut" in Path("report/report.md").read_text()
     assert {one.kind for one in check_folder(Path("artifacts/pruned"), shape == "per_layer")} == {"ok"}
     table, _ = read_table(Layout(Path("artifacts")).plan, "allocate")
     experts = table["group_type"] == "experts"
     kept = np.array([table["keep"][experts & (table["layer_idx"] == layer)].sum() for layer in (0, 2, 3)])
     assert (kept >= 2).all(), "a token goes through two experts"
     assert (kept < 6).any()
+    assert [row["kept"] for row in routing["mixtures"]] == list(kept)
+    assert 0 < routing["removed_weight"] < 1
+    assert routing["changed"]["pruned"] > 0
     if shape == "uniform":
         assert len(set(kept)) == 1
         model = AutoModelForCausalLM.from_pretrained("artifacts/pruned", dtype=torch.float32)
