@@ -1,7 +1,7 @@
 """The report in Markdown, section by section; the HTML page is made from it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from libprune.pipeline.layout import Layout
@@ -117,8 +117,7 @@ def _cut(result: Metrics, pictures: Sequence[Picture]) -> Section:
         "## What was cut",
         f"Removed {100 * pruned['decoder_share_removed']:.2f} % of the decoder's parameters, "
         f"{100 * pruned['total_share_removed']:.2f} % of all, and {100 * pruned['macs_share_removed']:.2f} % of the "
-        "multiplications a token. Attention is cut in groups (a key-value head with its query heads), the MLP in "
-        f"channels{kept}.",
+        f"multiplications a token. {_units_cut(result['unit_kinds'], kept)}",
         *_shown(pictures, "kept_share"),
         _layers(result),
         *(
@@ -126,6 +125,19 @@ def _cut(result: Metrics, pictures: Sequence[Picture]) -> Section:
             for name, value in result["plan"]["kept_set_overlap"].items()
         ),
     ]
+
+
+def _units_cut(kinds: Mapping[str, str], kept: str) -> str:
+    """What the units of each part are, in a sentence.
+
+    Args:
+        kinds: by part, `groups`, `channels` or `experts`.
+        kept: of which multiple channels stay, in words; empty for none.
+    """
+    words = {"groups": "heads", "channels": f"channels{kept}", "experts": "whole experts"}
+    attention = "groups (a key-value head with its query heads)"
+    parts = [f"{part} in {attention if part == 'attention' else words[kind]}" for part, kind in kinds.items()]
+    return f"The parts are cut in these units: {'; '.join(parts)}."
 
 
 def _layers(result: Metrics) -> str:

@@ -228,6 +228,7 @@ def _facts(run: _Run) -> dict[str, Any]:
             "biases": [part for part in left.parts if _biased(left, part)],
         },
         "units": {part: architecture.units(part) for part in architecture.parts},
+        "unit_kinds": {part: shape.units for part, shape in architecture.parts.items()},
         "kept": [
             {part: run.plan.kept(layer, part) for part in architecture.parts_of(layer)}
             for layer in range(architecture.layers)

@@ -37,8 +37,8 @@ def test_the_report_says_what_was_cut_what_it_cost_and_how_to_load_it(shape):
 
 
 def test_the_multiple_of_the_channels_is_named_where_there_is_one():
-    assert "the MLP in channels, of which a multiple of 32 stays." in report_of(changed(plan={"channel_multiple": 32}))
-    assert "the MLP in channels." in report_of(EVALUATION)
+    assert "mlp in channels, of which a multiple of 32 stays." in report_of(changed(plan={"channel_multiple": 32}))
+    assert "mlp in channels." in report_of(EVALUATION)
 
 
 def test_layers_that_keep_the_same_share_a_row():

@@ -91,6 +91,7 @@ EVALUATION: dict[str, Any] = {
         "biases": [],
     },
     "units": {"attention": 3, "mlp": 1536},
+    "unit_kinds": {"attention": "groups", "mlp": "channels"},
     "kept": [{"attention": 3, "mlp": 1200}, {"attention": 2, "mlp": 1111}],
     "perplexity_ratio": {"value": 1.2715, "se": 0.0086},
     "recovered": None,
