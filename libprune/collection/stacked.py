@@ -108,11 +108,15 @@ class RoutedHeldOut(Statistic):
 
     def measure(self, *batch: Tensor) -> State:
         """The state of rows ``[rows, width]``, given with the expert and the place of each."""
-        x, experts, places = batch
         state = self.init()
+        self.update(state, *batch)
+        return state
+
+    def update(self, state: State, *batch: Tensor) -> None:
+        """Put rows ``[rows, width]`` into their places, given with the expert and the place of each."""
+        x, experts, places = batch
         state["rows"][experts.cpu(), places.cpu()] = x.float().cpu()
         state["count"] += len(x)
-        return state
 
     def finish(self, state: State) -> dict[str, Tensor]:
         """The rows of every expert, zero where a kept token did not go through it; and the number of filled rows."""

@@ -150,6 +150,13 @@ def _macs(entry: Map, sizes: Mapping[str, int]) -> int:
     return products * min(entry.active, entry.copies(sizes)) // entry.copies(sizes) if entry.stack else products
 
 
+def _idle(architecture: Architecture, stack: Map, sizes: Mapping[str, int]) -> int:
+    """Parameters of the copies of a stack that a token does not go through."""
+    copies = stack.copies(sizes)
+    own = (p for p in architecture.parameters_of(stack.layer, stack.part) if p.name in {stack.weight, stack.bias})
+    return sum(architecture.numel(p, sizes) for p in own) * max(0, copies - stack.active) // max(1, copies)
+
+
 def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
     """Parameters that no unit carries and that go only with the whole part: norms, the consumer's bias."""
     carried = unit_parameters(architecture, layer, part) * architecture.units(part)
@@ -175,7 +182,7 @@ def size(architecture: Architecture, plan: Plan) -> Size:
     )
     outside = architecture.total_parameters - architecture.decoder_parameters
     stacked = [m for m in architecture.maps if m.stack and (m.layer, m.part) not in gone]
-    idle = sum(m.input.size(sizes[m.layer]) * m.output.size(sizes[m.layer]) - _macs(m, sizes[m.layer]) for m in stacked)
+    idle = sum(_idle(architecture, m, sizes[m.layer]) for m in stacked)
     total = decoder + outside
     macs += architecture.head_macs
     return Size(decoder, total, macs=macs, cache=cache, state=state, active=decoder - idle)

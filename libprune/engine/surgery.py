@@ -176,15 +176,25 @@ def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: P
         LibpruneError: if some but not all of the units go that a norm couples, a whole layer that norms stay of, or all
             layers that count the tokens of a cache.
     """
-    _require_whole(architecture, plan)
-    _require_layers(architecture, plan)
-    _require_count(architecture, plan)
+    require_sliceable(architecture, plan)
     sliced, gone = {}, plan.removed
     for parameter in (*architecture.parameters, *architecture.buffers):
         if (parameter.layer, parameter.part) not in gone:
             tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
             sliced[sliced_name(architecture, plan, parameter)] = tensor
     return sliced
+
+
+def require_sliceable(architecture: Architecture, plan: Plan) -> None:
+    """Stop at a plan that no model can be sliced by.
+
+    Raises:
+        LibpruneError: if some but not all of the units go that a norm couples, groups would differ, a router would have
+            too few experts, a layer that must stay would go, or all layers that count the tokens of a cache.
+    """
+    _require_whole(architecture, plan)
+    _require_layers(architecture, plan)
+    _require_count(architecture, plan)
 
 
 def _require_layers(architecture: Architecture, plan: Plan) -> None:

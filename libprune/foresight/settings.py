@@ -54,7 +54,8 @@ def refused(place: Place, check: Callable[..., object], *args: object) -> Iterat
 
 def _criteria(params: Params) -> Iterator[Fault]:
     """Expressions, what they read, and what the fusion and the allocation ask of them."""
-    score, asked = params.score, dict(asked_of(PARTS, params.score))
+    score = params.score
+    asked = dict(asked_of(PARTS | ({} if score.experts is None else {"experts": "experts"}), score))
     unreadable = {key: list(expression_faults(text, score.fusion, key)) for key, text in asked.values()}
     for key, texts in unreadable.items():
         yield from (Fault(text, ("score", key)) for text in dict.fromkeys(texts))

@@ -158,8 +158,8 @@ def _adds(model: nn.Module, architecture: Architecture, consumer: Map, sent: Con
 
 def _leave_layers(architecture: Architecture, gone: Units, stays: dict[Block, str]) -> None:
     """Leave a unit in every layer, where no layer can be deleted."""
-    last = list(architecture.parts)[-1]
     for layer in range(architecture.layers):
+        last = architecture.parts_of(layer)[-1]
         if all(gone[layer, part].all() for part in architecture.parts_of(layer)):
             gone[layer, last][: None if architecture.parts[last].coupled else 1] = False
             stays[layer, last] = f"{architecture.layers_stay}; something of a layer must stay"

@@ -13,6 +13,7 @@ from libprune.collection.accumulator import discard
 from libprune.collection.calibration import own_device
 from libprune.collection.resumable import ROOMS, mention_others, only_one, work_identity
 from libprune.engine.architecture import Architecture
+from libprune.engine.describe import stored_tensors
 from libprune.models.folder import load_model
 from libprune.models.memory import recompute_layers, require_room
 from libprune.models.parallel import World, join_world
@@ -155,8 +156,8 @@ class _Run:
         ids = self.sequences.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
         model = load_model(self.record.folder, torch.float32, trust_remote_code=self.record.remote)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name].to(self.record.dtype))
+            for name, tensor in stored_tensors(model).items():
+                tensor.copy_(weights[name])
         expected, head = reference_logits(model, ids), self.architecture.head
         proof = verify_folder(folder, ids, expected, self.record.remote, head)
         return {"logit_difference": proof.difference, "logit_scale": proof.scale}
@@ -211,11 +212,10 @@ def write_weights(folder: Path, record: Record, weights: Mapping[str, Tensor]) -
     Args:
         folder: an existing, empty folder.
         record: the record of the pruned folder.
-        weights: by the names of the parameters; they are stored in the type of the pruned ones.
+        weights: by the names of the parameters and buffers, in the types in which they are stored.
     """
     copy_files(record, folder)
-    stored = {name: tensor.to(record.dtype) for name, tensor in weights.items()}
-    save_weights(folder, None if record.remote else record.stock_model, stored)
+    save_weights(folder, None if record.remote else record.stock_model, weights)
 
 
 def write_recovery(folder: Path, record: Record, recovery: Recovery, proof: Mapping[str, float]) -> None:

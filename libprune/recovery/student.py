@@ -89,7 +89,7 @@ def read_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def finished_weights(record: Record, params: Recover, checkpoint: Path | None) -> Mapping[str, Tensor]:
-    """The tensors of the pruned model after training by their names; matrices of `lora` are added.
+    """The tensors of the pruned model after training by their names, as they are stored; matrices of `lora` are added.
 
     Args:
         record: the record of the pruned folder.
@@ -103,8 +103,12 @@ def finished_weights(record: Record, params: Recover, checkpoint: Path | None) -
         if params.method == "lora":
             student = trained.merge_and_unload()
     weights = {name: tensor.detach() for name, tensor in stored_tensors(student).items()}
-    family = described_by(student.config.model_type)
-    if family is not None and family.tower is not None:  # as they are stored: the type of the training may round them
-        own = load_model(record.folder, record.dtype)
-        weights |= {name: parameter for name, parameter in own.named_parameters() if family.untouched(name)}
-    return weights
+    family, buffers = described_by(student.config.model_type), weights.keys() - dict(student.named_parameters()).keys()
+    if buffers or (family is not None and family.tower is not None):  # the type of the training may round what it keeps
+        own = load_model(record.folder, record.dtype, trust_remote_code=record.remote)
+        kept = [name for name in weights if name in buffers or (family is not None and family.untouched(name))]
+        weights |= {name: tensor.detach() for name, tensor in stored_tensors(own).items() if name in kept}
+    return {
+        name: tensor if name in buffers else tensor.to(record.dtype)  # a buffer has a type of its own
+        for name, tensor in weights.items()
+    }

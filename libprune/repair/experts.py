@@ -22,7 +22,7 @@ from torch import Tensor
 from libprune.engine.architecture import Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.surgery import stored
-from libprune.repair.least_squares import DAMPINGS, SILENT, Fit, Moments, fit_consumer
+from libprune.repair.least_squares import DAMPINGS, SILENT, Fit, Inputs, Moments, fisher_weighting, fit_consumer
 
 STEPS = 12
 """The most steps of conjugate gradients for one ridge."""
@@ -175,9 +175,9 @@ def fit_channels(
     consumer: Map,
     weight: Float[Tensor, "output input"],
     kept: Bool[Tensor, " input"],
-    grams: Float[Tensor, "copies each each"],
-    held_out: Float[Tensor, "copies rows each"] | None,
+    inputs: Inputs,
     damping: float | None,
+    fisher_share: float,
     like: Tensor,
 ) -> Fit:
     """Fit each expert that loses channels to what it gave in the dense model, from its own cached Gram matrix.
@@ -186,14 +186,15 @@ def fit_channels(
         consumer: the stack.
         weight: its old weights, the inputs of all experts side by side.
         kept: the input positions that stay.
-        grams: E[x x^T] over the rows of each expert.
-        held_out: rows that the Gram matrices have not seen, zero where there is none; None without any.
+        inputs: what is known of the inputs of each expert; held-out rows are zero where there is none.
         damping: the ridge; None for the best of `DAMPINGS` in each expert, by its held-out rows.
+        fisher_share: as in `libprune.repair.least_squares.fisher_weighting`.
         like: a tensor in the storage order and shape of the weights.
 
     Raises:
         LibpruneError: if the damping is to be chosen and nothing is held out.
     """
+    grams, held_out = inputs.gram, inputs.held_out
     copies, each = grams.shape[:2]
     if damping is None and held_out is None:
         raise LibpruneError(
@@ -206,10 +207,12 @@ def fit_channels(
         stays = kept[own]
         if not stays.any() or stays.all() or not grams[copy].any():
             continue
-        moments, unseen = Moments.of_dense(weight[:, own], grams[copy], stays), None
+        curvature = None if inputs.curvature is None else inputs.curvature[copy]
+        factors = fisher_weighting(grams[copy], curvature, fisher_share)
+        moments, unseen = Moments.of_dense(weight[:, own], grams[copy] * factors, stays), None
         if held_out is not None and held_out[copy].any():
             rows = held_out[copy].double()
-            unseen = Moments.of_dense(weight[:, own], rows.T @ rows / len(rows), stays)
+            unseen = Moments.of_dense(weight[:, own], rows.T @ rows / len(rows) * factors, stays)
         ridge = _RARE if damping is None and unseen is None else damping
         fit = fit_consumer(consumer, weight[:, own], stays, moments, unseen, ridge)
         assert fit.weight is not None

@@ -245,7 +245,7 @@ def repair_local(
         if consumer.stack:
             from libprune.repair.experts import fit_channels  # which fits by functions of this module
 
-            fits.append(fit_channels(consumer, weight, own, inputs.gram, inputs.held_out, damping, like))
+            fits.append(fit_channels(consumer, weight, own, inputs, damping, fisher_share, like))
             continue
         kept = torch.cat([own, own.new_ones(weight.shape[1] - len(own))])
         factors = fisher_weighting(inputs.gram, inputs.curvature, fisher_share)

@@ -46,7 +46,13 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
             return inputs(consumer)
 
         fits = repair_local(architecture, plan, weights.__getitem__, read, damping, params.fisher_share)
-    rerouted = any(shape.router for shape in architecture.parts.values())
+    routed = [part for part, shape in architecture.parts.items() if shape.router]
+    rerouted = any(not keep.all() for (_, part), keep in plan.keep.items() if part in routed)
+    if rerouted and params.fisher_share:
+        raise LibpruneError(
+            f"slice.fisher_share = {params.fisher_share:g} weighs Gram matrices, by which whole experts are not "
+            "fitted; set it to 0"
+        )
     return fits + (_layer_by_layer(layout, architecture, plan, compute, params, own_inputs=True) if rerouted else [])
 
 

@@ -13,7 +13,7 @@ from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import added_biases, with_biases
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import slice_state
+from libprune.engine.surgery import require_sliceable, slice_state
 from libprune.models.compute import named_dtype
 from libprune.models.folder import WeightFiles, load_config, load_model, own_model
 from libprune.models.sequences import Sequences
@@ -70,6 +70,7 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     text, about = read_tokens(layout.calibration_tokens, architecture.fingerprint)
     same_origin(layout.plan, meta, {"tokens": about["tokens"]} if "tokens" in meta else {})
     dense = WeightFiles(own_model(layout, architecture))
+    require_sliceable(architecture, plan)
     fits = REPAIRS[params.repair].repair(layout, architecture, plan, compute, params)
     added = sorted({fit.consumer.part for fit in fits if fit.bias is not None and fit.consumer.bias not in dense})
     own, (architecture, config) = architecture, with_biases(architecture, load_config(layout.model), added)

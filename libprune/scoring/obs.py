@@ -112,7 +112,7 @@ def stack_removal(
     of_copy, count = units.reshape(copies, each), int(units.max()) + 1
     error, alone = np.zeros(count), np.zeros(count)
     for copy in range(copies):
-        if not frequency[copy]:
+        if not frequency[copy] or not grams[copy].any():  # no token of the fit went through it
             continue
         gram = grams[copy].double() * float(frequency[copy])
         own, inputs = of_copy[copy], weight[:, copy * each : (copy + 1) * each]

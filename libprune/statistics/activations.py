@@ -323,7 +323,12 @@ def _weighted(entry: Map, weight: Tensor, tensors: Mapping[str, Tensor], kind: s
 def _fluctuation(consumer: Map, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
     """Variance of each input of a consumer times the squared norm of the weights that read it, ``[input]``."""
     squares = oriented(consumer, weights[consumer.weight].double()).square().sum(0)
-    return squares * tensors[f"{consumer.module}.input_variance"].double().flatten()
+    variance = tensors[f"{consumer.module}.input_variance"].double()
+    if consumer.stack:  # over all tokens: the input of an expert is 0 where a token does not go through it
+        share = tensors[f"{consumer.module}{ROUTED}.frequency"].double()[:, None]
+        mean = tensors[f"{consumer.module}.input_mean"].double()
+        variance = share * (variance + mean.square()) - (share * mean).square()
+    return squares * variance.flatten()
 
 
 def _features(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:

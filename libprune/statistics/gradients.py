@@ -18,7 +18,7 @@ from libprune.collection.records import BatchRows, Gram, MaskGradient, Pending, 
 from libprune.collection.resumable import ColumnsOf, RowsOf, collecting, write_artifact
 from libprune.collection.stacked import Squares, Stacked
 from libprune.collection.summary import mean_cell, print_keys
-from libprune.engine.architecture import Architecture, Map, Parameter
+from libprune.engine.architecture import Architecture, Block, Map, Parameter
 from libprune.engine.errors import StatisticsError
 from libprune.engine.stacks import Routing
 from libprune.engine.tables import Columns
@@ -194,6 +194,7 @@ class _Collector:
         self.architecture = architecture
         self.sums = sums
         self._named = {p.name for p in architecture.parameters}
+        self._masks: dict[Block, list[Tensor]] = {}
 
     def begin(self, number: int, sequences: int, first: int, in_pass: int, n_tok: int, last: bool) -> None:
         """Begin a pass over some sequences of a batch.
@@ -209,6 +210,7 @@ class _Collector:
         self._number, self._sequences, self._last = number, sequences, last
         self._first, self._n_sequences = first, in_pass
         self._n_tok = n_tok
+        self._masks.clear()
 
     def vector(self, name: str, layer: int, parameter: Tensor) -> None:
         """Add the gradient that autograd gave a parameter of no map, such as a norm's weight."""
@@ -251,8 +253,7 @@ class _Collector:
             weight = self._model.get_parameter(f"{self.architecture.layers_path}.{entry.layer}.{norm}.weight")
             normed = torch.where(weight == 0, 0, x.float() / weight.float())
             mask = mask - self._renormed(mask, sum_positions(normed.square(), units, mask.shape[-1]), len(units), entry)
-        require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
-        self.sums.update(entry.layer, UNITS + entry.part, mask)
+        self._mask(entry, mask)
         add_second_moment(self.sums, entry, "input", delta, self._n_tok)
 
     def _renormed(self, mask: Tensor, squares: Tensor, width: int, entry: Map) -> Tensor:
@@ -281,10 +282,18 @@ class _Collector:
         places = routing.tokens[:, None] * number + units[routing.experts]
         mask.index_add_(0, places.flatten(), (x.float() * delta.float()).flatten())
         mask = mask.view(self._n_sequences, -1, number)
-        require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
-        self.sums.update(entry.layer, UNITS + entry.part, mask)
+        self._mask(entry, mask)
         name = f"{entry.module}.input_gradient_square"
         self.sums.update(entry.layer, name, delta.float() * self._n_tok, torch.tensor(routing.counts))
+
+    def _mask(self, entry: Map, mask: Tensor) -> None:
+        """Add the mask gradients at the input of a consumer; those of a part with several enter the sums together."""
+        require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
+        block = entry.layer, entry.part
+        masks = self._masks.setdefault(block, [])
+        masks.append(mask)
+        if len(masks) == len(self.architecture.consumers(*block)):
+            self.sums.update(entry.layer, UNITS + entry.part, torch.stack(self._masks.pop(block)).sum(0))
 
     def _take(self, name: str, layer: int, gradient: Tensor) -> None:
         """Keep the gradient of a pass, a sum over its sequences, and add that of a whole batch to the sums."""

@@ -157,6 +157,40 @@ def test_the_mask_gradient_is_that_of_what_units_add(mixture, stack, experts):
     )
 
 
+def test_mask_gradients_of_a_channel_add_up_over_experts_and_shared_experts():
+    """They are consumers of one part then, and enter the sums together, once a sequence."""
+    model = FAMILIES["deepseek_v3"](0)
+    architecture = describe(model, experts="channels")
+    exposed(model, architecture)
+    layer, unit, step = 2, 1, 1e-3
+    assert len(architecture.consumers(layer, "experts")) == 2
+    found = collected.gradients(model, architecture=architecture).finish(layer)
+
+    def losses(factor: float) -> Tensor:
+        handles = []
+        for consumer in architecture.consumers(layer, "experts"):
+            units = torch.from_numpy(consumer.input.units(architecture.parts["experts"].axis, architecture.sizes))
+            module = model.get_submodule(consumer.module)
+            factors = torch.where(units == unit, factor, 1.0)
+
+            def scale(module: nn.Module, args: tuple, factors: Tensor = factors) -> tuple:
+                own = factors.view(module.copies, -1)[args[1].experts] if len(args) > 1 else factors
+                return args[0] * own, *args[1:]
+
+            handles.append(module.register_forward_pre_hook(scale))
+        with torch.no_grad():
+            measured = sequence_losses(model.double(), Sequences(tokens(collected.SEQUENCES, collected.LENGTH)))
+        for handle in handles:
+            handle.remove()
+        return measured
+
+    slope = (losses(1 + step) - losses(1 - step)) / (2 * step)
+    model.float()
+    assert float(found[f"{UNITS}experts.mask_gradient"][unit]) == pytest.approx(float(slope.mean()), rel=2e-2, abs=1e-6)
+    square = float(found[f"{UNITS}experts.mask_gradient_square"][unit])
+    assert square == pytest.approx(float(slope.square().mean()), rel=4e-2)
+
+
 def test_gradients_and_squares_of_experts_and_routers_are_those_of_autograd(mixture):
     model, architecture = mixture
     bare = bare_parameters(architecture)

@@ -330,6 +330,13 @@ def test_obs_of_an_expert_is_what_it_adds_and_of_a_channel_the_sum_over_experts(
     np.testing.assert_allclose(channels.error, 0.25 * each[0] + 0.75 * each[1], rtol=1e-6)
 
 
+def test_an_expert_without_tokens_in_the_fit_costs_nothing():
+    """It may have some among the sequences that are held out."""
+    weight, grams = torch.ones(2, 4), torch.stack([torch.eye(2), torch.zeros(2, 2)])
+    cost = stack_removal(weight, grams, torch.tensor([0.5, 0.01]), np.array([0, 1, 0, 1]), 1, 1e-9)
+    np.testing.assert_allclose(cost.error, [1.0, 1.0], rtol=1e-6)
+
+
 def test_the_params_offer_what_exists():
     offered = {name: set(get_args(field.annotation)) for name, field in Score.model_fields.items()}
     assert offered["scaling"] == {"none", *SCALINGS}

@@ -148,6 +148,17 @@ def test_every_objective_counts_what_a_unit_takes_with_it(name, objective):
     assert prices.total == {"parameters": size.total, "macs": size.macs, "cache": size.cache}[objective]
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_active_parameters_leave_out_the_experts_that_are_not_chosen(name):
+    model = FAMILIES[name](0)
+    architecture, idle = describe(model), 0
+    for module in model.modules():
+        if hasattr(module, "has_gate"):
+            chosen = model.config.num_experts_per_tok
+            idle += sum(p[chosen:].numel() for p in module.parameters())
+    assert cost.size(architecture, Plan.dense(architecture)).active == architecture.decoder_parameters - idle
+
+
 seconds = st.floats(1e-6, 1e-2)
 
 

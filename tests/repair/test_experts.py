@@ -16,7 +16,7 @@ from libprune.engine.stacks import exposed
 from libprune.engine.surgery import masked, oriented
 from libprune.models.sequences import Sequences
 from libprune.repair.experts import Rows, fit_channels, fit_experts
-from libprune.repair.least_squares import Moments, new_parameters, solve
+from libprune.repair.least_squares import Inputs, Moments, fisher_weighting, new_parameters, solve
 from libprune.repair.sequential import SequentialRepair, split_batches
 from tests.support.models import FAMILIES, VOCAB
 
@@ -89,7 +89,7 @@ def test_nothing_held_out_is_refused_where_the_ridge_is_to_be_chosen():
     with pytest.raises(LibpruneError, match=r"set slice\.damping to a number"):
         fit_experts(stack(), old, keep, [rows(0, 9)], None, CPU, stored_like(False))
     with pytest.raises(LibpruneError, match=r"set slice\.damping to a number"):
-        fit_channels(stack(), old, ~keep, torch.zeros(COPIES, WIDTH, WIDTH), None, None, stored_like(False))
+        fit_channels(stack(), old, ~keep, Inputs(torch.zeros(COPIES, WIDTH, WIDTH)), None, 0.0, stored_like(False))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -102,13 +102,26 @@ def test_channels_are_fitted_in_each_expert_by_itself(transposed):
     grams = torch.stack([*(one.T @ one / 30 for one in x), torch.zeros(WIDTH, WIDTH)])
     old = torch.randn(OUT, COPIES * WIDTH, generator=torch.Generator().manual_seed(3))
     keep = torch.tensor([True, False, True, True, True, False])
-    fit = fit_channels(stack(transposed), old, keep, grams, None, 1e-3, stored_like(transposed))
+    fit = fit_channels(stack(transposed), old, keep, Inputs(grams), 1e-3, 0.0, stored_like(transposed))
     found = oriented(stack(transposed), fit.weight)
     expected, _ = solve(Moments.of_dense(old[:, :2], grams[0], keep[:2]), old[:, :2][:, keep[:2]].double(), 1e-3)
     torch.testing.assert_close(found[:, :1].double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(found[:, 2:5], old[:, 2:5])
     assert not found[:, [1, 5]].any()
     assert fit.after < fit.before
+
+
+def test_the_fisher_weighting_holds_in_each_expert():
+    x = torch.randn(COPIES, 30, WIDTH, generator=torch.Generator().manual_seed(0))
+    grams, curvature = x.mT @ x / 30, torch.tensor([[1.0, 9.0], [4.0, 1.0], [1.0, 1.0]])
+    old = torch.randn(OUT, COPIES * WIDTH, generator=torch.Generator().manual_seed(3))
+    keep = torch.tensor([True, False] * COPIES)
+    fit = fit_channels(stack(), old, keep, Inputs(grams, None, curvature), 1e-3, 0.5, stored_like(False))
+    for copy in range(COPIES):
+        own = old[:, 2 * copy : 2 * copy + 2]
+        weighted = grams[copy] * fisher_weighting(grams[copy], curvature[copy], 0.5)
+        expected, _ = solve(Moments.of_dense(own, weighted, keep[:2]), own[:, :1].double(), 1e-3)
+        torch.testing.assert_close(fit.weight[copy][:, :1].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 # On a model
