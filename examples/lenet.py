@@ -200,7 +200,7 @@ def demo(out: Path, ratio: float, seed: int, epochs: int) -> list[Result]:
     digits = load_digits(seed)
     dense = train(digits.train, seed, epochs)
     network = Network(dense, FAMILY, digits.calibration, out / "statistics")
-    results = [prune_by(network, criterion, ratio) for criterion in CRITERIA]
+    results = [prune_by(network, name, ratio) for name, criterion in CRITERIA.items() if criterion.only is None]
     typer.echo(f"{table(results, dense, digits.test)}\n")
     best, repair = best_of(results, digits.judge)
     loaded = save(best.pruned[repair], out / "best", digits.test)

@@ -113,7 +113,7 @@ class StackedMap(nn.Module):
         if self.watch is not None:
             self.watch(out, routing)
         by_token = out[torch.argsort(routing.order)].unflatten(0, (routing.total, -1))
-        return by_token.sum(1, dtype=torch.float32).to(out.dtype)
+        return by_token.sum(1, dtype=torch.promote_types(out.dtype, torch.float32)).to(out.dtype)
 
 
 def run_experts(

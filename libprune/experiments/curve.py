@@ -101,7 +101,8 @@ def draw_curve(rows: Sequence[Experiment], chosen: Experiment) -> Figure:
         )
     axes.set_xlabel("size in MB (of the pruned model's folder)" if in_bytes else "kept share of the decoder in %")
     trained = " after recovery" if figures is not rows else ""
-    axes.set_ylabel(f"{rows[0].measure.scale}{trained}")
+    measure = rows[0].measure
+    axes.set_ylabel(f"{measure.name}{trained}{measure.scale.removeprefix(measure.name)}")
     return figure
 
 

@@ -19,7 +19,7 @@ NOTHING = "–"
 """The text of a cell whose value is unknown."""
 
 
-def times(value: float) -> str:
+def times(value: float | int) -> str:
     """A ratio as text, with the sign for times."""
     return f"× {value:,.0f}" if value >= 100 else f"× {value:.3f}"
 

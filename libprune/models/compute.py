@@ -81,7 +81,7 @@ def per_sequence(x: Shaped[Tensor, "..."], sequences: int) -> Shaped[Tensor, "se
     """The input or output of a module as ``[sequences, tokens, width]``, also if the layer has joined the first two
     dimensions, as OPT's layers do before their MLP.
     """
-    return x if x.ndim > 2 else x.unflatten(0, (sequences, -1))
+    return x.unflatten(0, (sequences, -1)) if x.ndim == 2 else x if x.ndim == 3 else x.flatten(1, -2)
 
 
 def sequence_losses(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, " batch"]:

@@ -115,6 +115,11 @@ def _config(record: Record) -> Iterator[Finding]:
         number = f"{family.config.layers} = {architecture.layers}, but {PLAN} leaves {layers} layers"
         yield Finding("fault", "config", f"{path} says {number}")
         return
+    described, planned = ({part for _, part in blocks} for blocks in (architecture.blocks(), record.left.keep))
+    if described != planned:
+        names = [", ".join(sorted(parts)) for parts in (described, planned)]
+        yield Finding("fault", "config", f"{path} has the parts {names[0]}, what {PLAN} keeps asks for {names[1]}")
+        return
     expected = family.sized(pruned_config(family, record.stock_config, architecture, record.left, record.shape))
     said = family.sized(record.config)
     wrong = [

@@ -48,7 +48,7 @@ FACTORS = np.array([3.0, 0.25, 1.0, 7.5])
 def scaled_gradients(factors: np.ndarray):
     """Inside the context every gradient of a layer, wherever it is collected, is multiplied by the layer's factor."""
 
-    def scaled(model, architecture, on_output, on_input=None, recompute=False):
+    def scaled(model, architecture, on_output, on_input=None, recompute=False, on_rows=None):
         def taking(take):
             return take and (lambda entry, x, delta: take(entry, x, delta * float(factors[entry.layer])))
 
@@ -107,7 +107,7 @@ def test_every_component_of_a_criterion_from_gradients_has_an_order():
     without = {name for name, criterion in CRITERIA.items() if not criterion.orders}
     assert without == {
         *("magnitude", "weight_stats", "wanda", "fluctuation", "activation_stats"),
-        *("obs", "obs_share", "cooperative", "random"),
+        *("obs", "obs_share", "cooperative", "random", "reap", "routed_frequency"),
     }
     assert {
         name for name in CRITERIA if {"gradients", "hessian"} & set(CRITERIA[name].stages)

@@ -23,7 +23,7 @@ from libprune.models.sequences import Sequences
 from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_local
 from libprune.repair.sequential import SequentialRepair, factors_of, split_batches
 from tests.support.collected import activations, assert_untouched, of_layers
-from tests.support.models import ENCODERS, FAMILIES, LAYOUTS, MAMBA, VOCAB, plan_of, random_plan, tokens
+from tests.support.models import ENCODERS, FAMILIES, LAYOUTS, MAMBA, MIXTURES, VOCAB, plan_of, random_plan, tokens
 from tests.support.predictions import masked_logits
 
 MODELS = {name: FAMILIES[name] for name in LAYOUTS}
@@ -378,7 +378,7 @@ def factors_in(model: PreTrainedModel) -> tuple[float, ...] | None:
     return factors_of(first, second, [seen.outputs[entry.module] for entry in in_order(architecture, 0)])
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {*ENCODERS, "qwen3_moe"}))
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {*ENCODERS, *MIXTURES}))
 def test_what_a_layer_multiplies_its_consumers_by_is_measured(name):
     model = FAMILIES[name](0)
     factor = getattr(model.config, "residual_multiplier", 1.0)

@@ -397,6 +397,9 @@ MIXTURES = (
     "deepseek_v3",
     "deepseek_v2",
     "glm4_moe_lite",
+    "qwen3_next",
+    "qwen3_5_moe",
+    "nemotron_h",
 )
 """Mixtures of experts."""
 OF_ONE_FILE = ("granite", "ministral3", "glm4", "olmo3", "exaone4", "seed_oss", "hunyuan_v1_dense", "apertus")

@@ -110,13 +110,13 @@ def test_a_budget_out_of_reach_says_which_part_cannot_go(gpt2):
 
 @pytest.mark.parametrize(
     ("model_type", "key"),
-    [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts"), ("deepseek_v3", "n_routed_experts")],
+    [("granitemoe", "num_local_experts"), ("flex_olmo", "num_experts"), ("dots1", "n_routed_experts")],
 )
-def test_a_mixture_of_experts_is_refused_by_its_name(model_type, key):
+def test_a_mixture_that_no_family_describes_is_refused_as_one(model_type, key):
     config = AutoConfig.for_model(model_type)
     small = {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 8, "intermediate_size": 8, key: 2}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 1}
-    small |= {"n_group": 1, "topk_group": 1}
+    small |= {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "pad_token_id": None}
     for name, value in small.items():
         if hasattr(config, name):
             setattr(config, name, value)
