@@ -163,18 +163,18 @@ def size(architecture: Architecture, plan: Plan) -> Size:
     decoder = sum(
         architecture.numel(parameter, sizes[parameter.layer])
         for parameter in architecture.parameters
-        if parameter.layer is not None and (parameter.layer, parameter.part) not in gone
+        if parameter.layer is not None and architecture.home(parameter) not in gone
     )
     left = [block for block in architecture.blocks() if block not in gone]
-    macs = sum(_macs(m, sizes[m.layer]) for m in architecture.maps if (m.layer, m.part) not in gone)
-    others = {(layer, p) for layer, part in left for p in architecture.matrices_of(layer, part) if p.part == part}
-    macs += sum(architecture.numel(parameter, sizes[layer]) for layer, parameter in others)
+    macs = sum(_macs(m, sizes[m.layer]) for m in architecture.maps if architecture.home(m) not in gone)
+    others = {p for block in left for p in architecture.matrices_of(*block) if p.part == block[1]}
+    macs += sum(architecture.numel(p, sizes[p.layer]) for p in others if p.layer is not None)
     cache, state = (
         sum(_held(architecture, held, part, sizes[layer]) for layer, part in left)
         for held in (architecture.cache, architecture.state)
     )
     outside = architecture.total_parameters - architecture.decoder_parameters
-    stacked = [m for m in architecture.maps if m.stack and (m.layer, m.part) not in gone]
+    stacked = [m for m in architecture.maps if m.stack and architecture.home(m) not in gone]
     idle = sum(m.input.size(sizes[m.layer]) * m.output.size(sizes[m.layer]) - _macs(m, sizes[m.layer]) for m in stacked)
     total = decoder + outside
     macs += architecture.head_macs
@@ -189,5 +189,5 @@ def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) ->
 
 def _sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
     """The sizes of all axes in a layer as the plan leaves it."""
-    kept = {architecture.parts[part].axis: plan.kept(layer, part) for part in architecture.parts_of(layer)}
+    kept = {architecture.parts[part].axis: plan.kept(owner, part) for owner, part in architecture.uses(layer)}
     return {**architecture.sizes, **kept}

@@ -125,7 +125,7 @@ class SequentialRepair:
                 with what a consumer gives than to add it to the residual stream.
         """
         architecture = self._architecture
-        consumers = [c for part in architecture.parts_of(layer) for c in architecture.consumers(layer, part)]
+        consumers = architecture.consumers_in(layer)
         modules = [self._model.get_submodule(consumer.module) for consumer in consumers]
         self._scales = list[dict[str, Tensor]]()
         with hooked(self._model) as handles:

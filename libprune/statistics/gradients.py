@@ -18,7 +18,7 @@ from libprune.collection.records import BatchRows, Gram, MaskGradient, Pending, 
 from libprune.collection.resumable import ColumnsOf, RowsOf, collecting, write_artifact
 from libprune.collection.stacked import Squares, Stacked
 from libprune.collection.summary import mean_cell, print_keys
-from libprune.engine.architecture import Architecture, Map, Parameter
+from libprune.engine.architecture import Architecture, Block, Map, Parameter
 from libprune.engine.errors import StatisticsError
 from libprune.engine.stacks import Routing
 from libprune.engine.tables import Columns
@@ -97,16 +97,21 @@ def _layer_group(
 ) -> Group:
     group: dict[str, Statistic] = {}
     dtype = getattr(torch, section.storage_dtype)
-    for part in architecture.parts_of(layer):
-        for parameter in architecture.parameters_of(layer, part):
+    for owner, part in architecture.uses(layer):
+        for parameter in architecture.parameters_of(owner, part):
+            if parameter.layer != layer:
+                continue
             shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
             group[parameter.name] = Sum(shape, dtype=dtype)
             group[ROWS + parameter.name] = BatchRows(batches)
             if in_pieces:
                 group[PENDING + parameter.name] = Pending(shape)
-        group[UNITS + part] = MaskGradient(architecture.units(part), n_tok)
-        consumers = architecture.consumers(layer, part)
-        for entry in architecture.maps_of(layer, part):
+        if owner == layer:
+            group[UNITS + part] = MaskGradient(architecture.units(part), n_tok)
+        consumers = architecture.consumers(owner, part)
+        for entry in architecture.maps_of(owner, part):
+            if entry.layer != layer:
+                continue
             sides = {"output": entry.output} | ({"input": entry.input} if entry in consumers else {})
             if entry.stack:
                 if entry in consumers:
@@ -194,6 +199,7 @@ class _Collector:
         self.architecture = architecture
         self.sums = sums
         self._named = {p.name for p in architecture.parameters}
+        self._shared: dict[Block, Tensor] = {}
 
     def begin(self, number: int, sequences: int, first: int, in_pass: int, n_tok: int, last: bool) -> None:
         """Begin a pass over some sequences of a batch.
@@ -208,6 +214,7 @@ class _Collector:
         """
         self._number, self._sequences, self._last = number, sequences, last
         self._first, self._n_sequences = first, in_pass
+        self._shared.clear()
         self._n_tok = n_tok
 
     def vector(self, name: str, layer: int, parameter: Tensor) -> None:
@@ -244,7 +251,11 @@ class _Collector:
         add_second_moment(self.sums, entry, "output", delta, self._n_tok)
 
     def input(self, entry: Map, x: Tensor, delta: Tensor) -> None:
-        """Add the mask gradients of a consumer's units, and the second moment of the gradient at its input."""
+        """Add the mask gradients of a consumer's units, and the second moment of the gradient at its input.
+
+        Those of units that several layers use add up over these layers, before anything is made of them. Backward comes
+        to the layer that the units belong to last.
+        """
         units = entry.input.units(self.architecture.parts[entry.part].axis, self.architecture.sizes)
         mask = sum_positions(x.float() * delta.float(), units, self.architecture.units(entry.part))
         if norm := self.architecture.parts[entry.part].norm:
@@ -252,8 +263,14 @@ class _Collector:
             normed = torch.where(weight == 0, 0, x.float() / weight.float())
             mask = mask - self._renormed(mask, sum_positions(normed.square(), units, mask.shape[-1]), len(units), entry)
         require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
-        self.sums.update(entry.layer, UNITS + entry.part, mask)
         add_second_moment(self.sums, entry, "input", delta, self._n_tok)
+        home = self.architecture.home(entry)
+        if home in self._shared:
+            mask = mask + self._shared.pop(home).to(mask.device)
+        if home[0] == entry.layer:
+            self.sums.update(entry.layer, UNITS + entry.part, mask)
+        else:
+            self._shared[home] = mask
 
     def _renormed(self, mask: Tensor, squares: Tensor, width: int, entry: Map) -> Tensor:
         """What a norm over the units that remain takes of their mask gradients.
@@ -340,8 +357,10 @@ def gradient_columns(
 def layer_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int, batches: int) -> Columns:
     """A table with one row a batch and parameter of a layer: mean |g|, standard deviation and norm of its gradient."""
     table: dict[str, list[object]] = {name: [] for name in LAYER_COLUMNS}
-    for part in architecture.parts_of(layer):
-        for parameter in architecture.parameters_of(layer, part):
+    for owner, part in architecture.uses(layer):
+        for parameter in architecture.parameters_of(owner, part):
+            if parameter.layer != layer:
+                continue
             rows = tensors[f"{ROWS}{parameter.name}"][:batches]
             kind = _kind(architecture, parameter)
             for batch, row in enumerate(rows.tolist()):
@@ -352,7 +371,8 @@ def layer_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer:
 
 def tensor_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int) -> Columns:
     """A table with one row a parameter of the layer: the norm of its mean gradient over all sequences."""
-    parameters = [(part, p) for part in architecture.parts_of(layer) for p in architecture.parameters_of(layer, part)]
+    found = ((part, p) for owner, part in architecture.uses(layer) for p in architecture.parameters_of(owner, part))
+    parameters = [(part, p) for part, p in found if p.layer == layer]
     return {
         "layer_idx": np.full(len(parameters), layer),
         "group_type": np.array([part for part, _ in parameters], dtype=object),
