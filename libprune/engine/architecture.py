@@ -249,6 +249,10 @@ class Architecture:
         owners = self.parts[part].owners
         return [layer] if owners is None else [other for other, owner in enumerate(owners) if owner == layer]
 
+    def read(self, part: str) -> list[int]:
+        """The layers whose units other layers use too."""
+        return [layer for layer in self.with_part(part) if len(self.users(layer, part)) > 1]
+
     def home(self, entry: Parameter | Map) -> Block:
         """The block that a map or parameter of a layer goes with."""
         assert entry.layer is not None
