@@ -105,7 +105,7 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
 def _with_layers(architecture: Architecture) -> dict[Block, int]:
     """Parameters that go only with a whole layer, where there are any."""
     with_layers = Counter[Block]()
-    for parameter in architecture.parameters:
+    for parameter in () if architecture.layers_stay else architecture.parameters:
         if parameter.layer is not None and parameter.part == WITH_LAYER:
             with_layers[parameter.layer, WITH_LAYER] += architecture.numel(parameter)
     return with_layers
@@ -159,6 +159,8 @@ def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
 def size(architecture: Architecture, plan: Plan) -> Size:
     """The exact size of the model that a plan leaves."""
     gone = plan.removed if architecture.layered else frozenset()
+    if architecture.layers_stay:
+        gone = frozenset(block for block in gone if block[1] != WITH_LAYER)
     sizes = [_sizes(architecture, plan, layer) for layer in range(architecture.layers)]
     decoder = sum(
         architecture.numel(parameter, sizes[parameter.layer])
