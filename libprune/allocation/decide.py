@@ -136,7 +136,7 @@ def result_shape(architecture: Architecture, plan: Plan, params: Allocate) -> st
         BudgetError: if `uniform` is asked for, or nothing else can be written, and the plan is not.
     """
     reason = _not_uniform(architecture, plan)
-    if architecture.tower and (reason or params.shape == "per_layer"):
+    if architecture.alike and (reason or params.shape == "per_layer"):
         raise BudgetError(
             f"the layers of a {architecture.family} model can only be written all alike, but "
             f"{reason or 'allocate.shape is per_layer'}; choose allocate.method: uniform without frozen layers, and "

@@ -345,7 +345,9 @@ def write_artifact(
             stored = {name: tensor for name, tensor in tensors.items() if not name.startswith((PENDING, ROWS, UNITS))}
             write_shard(folder, layer, stored, meta)
             for part in architecture.parts_of(layer):
-                blocks.append(columns_of(architecture, tensors, run.weights, layer, part))
+                _, *others = architecture.users(layer, part)
+                spanned = {name: tensor for user in others for name, tensor in sums.finish(user).items()} | tensors
+                blocks.append(columns_of(architecture, spanned, run.weights, layer, part))
             for name, rows_of in tables_of.items():
                 rows[name].append(rows_of(architecture, tensors, layer))
         tables = {"units": unit_index(architecture) | _joined(blocks)}

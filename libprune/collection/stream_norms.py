@@ -34,8 +34,7 @@ def watch_norms(model: nn.Module, architecture: Architecture, layer: int, take: 
     norms, waiting = stream_norms(architecture, layer), list[tuple[Map, Tensor]]()
     if not norms:
         return []
-    consumers = [entry for part in architecture.parts_of(layer) for entry in architecture.consumers(layer, part)]
-    hooks = {entry.module: partial(_wait, waiting, entry) for entry in consumers}
+    hooks = {entry.module: partial(_wait, waiting, entry) for entry in architecture.consumers_in(layer)}
     hooks |= {name: partial(_give, waiting, take) for name in norms}
     return [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
 

@@ -20,6 +20,7 @@ from libprune.engine.heads import HeadName, Pooling
 
 NORMS_STAY = "its norms work on the residual stream itself"
 NUMBERED = "image features are added behind layers by their number"
+SHARING = "some of its layers use the units of others"
 """Why no layer can be deleted, in words that follow a colon."""
 WHOLE = "whole_"
 """What the names of axes begin with that belong to tensors which stay whole; their size follows."""
@@ -128,6 +129,8 @@ class PartShape:
         groups: units lie in so many groups of neighbours, which all keep the same number.
         least: the fewest units that stay in each layer, unless the whole layer goes; 0 where the part can go alone.
         router: the module of the layer that chooses among the units by its logits; "" where all units are used.
+        owners: for each layer of the model the layer whose units it uses, itself or an earlier one; None: always
+            itself. The part of such a layer belongs to the block of that earlier one.
     """
 
     axis: str
@@ -140,6 +143,7 @@ class PartShape:
     groups: int = 1
     least: int = 0
     router: str = ""
+    owners: tuple[int, ...] | None = None
 
     def says(self, count: int) -> bool:
         """Whether the stock config can say this many units in every layer."""
@@ -163,7 +167,8 @@ class Architecture:
         maps: the linear maps of all layers.
         cache: what the KV cache holds per token and layer; None where there is none.
         head: what the model is for, a name of `libprune.engine.heads.HEADS`, or `network`.
-        head_macs: multiply-accumulates a token of the linear maps behind the layers; 0 where they run once a sequence.
+        head_macs: multiply-accumulates a token of the linear maps that stay whole: those outside the layers, and those
+            that go only with a whole layer; 0 where they run once a sequence.
         fingerprint: digest of the dense model's weights and config; names the model in artifacts.
         state: what the cache holds per sequence and layer, however long it is; None where there is none.
         buffers: what a model stores beside its parameters, such as running statistics or biases on a choice of experts.
@@ -226,13 +231,48 @@ class Architecture:
         return "channels" if any(self.multiple(part) > 1 for part in self.parts) else "whole"
 
     def parts_of(self, layer: int) -> list[str]:
-        """The parts that a layer has."""
+        """The parts of a layer that have units of their own."""
         return [part for part, shape in self.parts.items() if shape.layers is None or layer in shape.layers]
 
+    def owner(self, layer: int, part: str) -> int:
+        """The layer whose units a part of a layer uses."""
+        owners = self.parts[part].owners if part in self.parts else None
+        return layer if owners is None else owners[layer]
+
+    def uses(self, layer: int) -> list[Block]:
+        """The blocks whose units a layer uses: its own, and those of earlier layers that it shares."""
+        own, shared = self.parts_of(layer), [part for part, shape in self.parts.items() if shape.owners is not None]
+        return [(self.owner(layer, part), part) for part in self.parts if part in (*own, *shared)]
+
+    def users(self, layer: int, part: str) -> list[int]:
+        """The layers that use the units of a block, its own first."""
+        owners = self.parts[part].owners
+        return [layer] if owners is None else [other for other, owner in enumerate(owners) if owner == layer]
+
+    def read(self, part: str) -> list[int]:
+        """The layers whose units other layers use too."""
+        return [layer for layer in self.with_part(part) if len(self.users(layer, part)) > 1]
+
+    def home(self, entry: Parameter | Map) -> Block:
+        """The block that a map or parameter of a layer goes with."""
+        assert entry.layer is not None
+        part = entry.part or ""
+        return self.owner(entry.layer, part), part
+
+    @property
+    def shares(self) -> bool:
+        """Whether layers use the units of others."""
+        return any(shape.owners is not None for shape in self.parts.values())
+
     def with_part(self, part: str) -> tuple[int, ...]:
-        """The layers that have a part."""
+        """The layers that have a part with units of their own."""
         layers = self.parts[part].layers
         return tuple(range(self.layers)) if layers is None else layers
+
+    @property
+    def alike(self) -> bool:
+        """Whether the layers can only be written all alike, under a stock config."""
+        return self.tower or self.shares
 
     @property
     def layers_stay(self) -> str:
@@ -241,6 +281,8 @@ class Architecture:
             return ""
         if self.numbered:
             return NUMBERED
+        if self.shares:
+            return SHARING
         if any(p.layer is not None and p.part is None for p in self.parameters):
             return NORMS_STAY
         first, second = (self._inside(layer) for layer in (0, 1))
@@ -270,13 +312,13 @@ class Architecture:
             names = frozenset[str]().union(*(expr.names for expr in dims))
             if entry.layer is None:
                 continue
-            for part in self.parts_of(entry.layer):
+            for owner, part in self.uses(entry.layer):
                 if entry.part == part or self.parts[part].axis in names:
-                    table[entry.layer, part].append(entry)
+                    table[owner, part].append(entry)
         return {block: tuple(members) for block, members in table.items()}
 
     def maps_of(self, layer: int, part: str) -> tuple[Map, ...]:
-        """The linear maps of a block."""
+        """The linear maps of a block, those of later layers that use its units included."""
         return self._maps_of[layer, part]
 
     def parameters_of(self, layer: int, part: str) -> tuple[Parameter, ...]:
@@ -293,9 +335,17 @@ class Architecture:
         return frozenset(entry.weight for entry in self.maps) | frozenset(entry.bias for entry in self.maps)
 
     def consumers(self, layer: int, part: str) -> tuple[Map, ...]:
-        """The maps whose *input* carries the part's axis; masking that input is what removal means."""
+        """The maps whose *input* carries the part's axis; masking that input is what removal means.
+
+        Those of later layers that use the units of the block are among them, behind its own.
+        """
         axis = self.parts[part].axis
         return tuple(entry for entry in self.maps_of(layer, part) if axis in entry.input.names)
+
+    def consumers_in(self, layer: int) -> list[Map]:
+        """The consumers that lie in a layer, whosever units they take in."""
+        found = (entry for block in self.uses(layer) for entry in self.consumers(*block))
+        return [entry for entry in found if entry.layer == layer]
 
     def carriers(self, layer: int, part: str) -> Iterator[tuple[Parameter, int, NDArray[np.int64]]]:
         """Every (parameter, dimension, unit of each position) of a block that carries the part's axis.

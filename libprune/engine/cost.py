@@ -105,7 +105,7 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
 def _with_layers(architecture: Architecture) -> dict[Block, int]:
     """Parameters that go only with a whole layer, where there are any."""
     with_layers = Counter[Block]()
-    for parameter in architecture.parameters:
+    for parameter in () if architecture.layers_stay else architecture.parameters:
         if parameter.layer is not None and parameter.part == WITH_LAYER:
             with_layers[parameter.layer, WITH_LAYER] += architecture.numel(parameter)
     return with_layers
@@ -166,22 +166,24 @@ def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
 def size(architecture: Architecture, plan: Plan) -> Size:
     """The exact size of the model that a plan leaves."""
     gone = plan.removed if architecture.layered else frozenset()
+    if architecture.layers_stay:
+        gone = frozenset(block for block in gone if block[1] != WITH_LAYER)
     sizes = [_sizes(architecture, plan, layer) for layer in range(architecture.layers)]
     decoder = sum(
         architecture.numel(parameter, sizes[parameter.layer])
         for parameter in architecture.parameters
-        if parameter.layer is not None and (parameter.layer, parameter.part) not in gone
+        if parameter.layer is not None and architecture.home(parameter) not in gone
     )
     left = [block for block in architecture.blocks() if block not in gone]
-    macs = sum(_macs(m, sizes[m.layer]) for m in architecture.maps if (m.layer, m.part) not in gone)
-    others = {(layer, p) for layer, part in left for p in architecture.matrices_of(layer, part) if p.part == part}
-    macs += sum(architecture.numel(parameter, sizes[layer]) for layer, parameter in others)
+    macs = sum(_macs(m, sizes[m.layer]) for m in architecture.maps if architecture.home(m) not in gone)
+    others = {p for block in left for p in architecture.matrices_of(*block) if p.part == block[1]}
+    macs += sum(architecture.numel(p, sizes[p.layer]) for p in others if p.layer is not None)
     cache, state = (
         sum(_held(architecture, held, part, sizes[layer]) for layer, part in left)
         for held in (architecture.cache, architecture.state)
     )
     outside = architecture.total_parameters - architecture.decoder_parameters
-    stacked = [m for m in architecture.maps if m.stack and (m.layer, m.part) not in gone]
+    stacked = [m for m in architecture.maps if m.stack and architecture.home(m) not in gone]
     idle = sum(_idle(architecture, m, sizes[m.layer]) for m in stacked)
     total = decoder + outside
     macs += architecture.head_macs
@@ -196,5 +198,5 @@ def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) ->
 
 def _sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
     """The sizes of all axes in a layer as the plan leaves it."""
-    kept = {architecture.parts[part].axis: plan.kept(layer, part) for part in architecture.parts_of(layer)}
+    kept = {architecture.parts[part].axis: plan.kept(owner, part) for owner, part in architecture.uses(layer)}
     return {**architecture.sizes, **kept}

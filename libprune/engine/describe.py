@@ -112,6 +112,7 @@ def _shape(
     usual: Units = "groups" if name == "attention" else "experts" if part.router and not inside else "channels"
     choosing = part.router if usual == "experts" else None
     groups = choosing.groups_in(config) if choosing else getattr(config, part.groups) if part.groups else 1
+    owners = _owners(model, family, part)
     return PartShape(
         axis=axis,
         module=part.module,
@@ -119,7 +120,8 @@ def _shape(
         coupled=coupled,
         norm=part.norm or "",
         units=usual if inside or part.units is None else part.units,
-        layers=_with_part(model, family, part),
+        layers=_with_part(model, family, part) if owners is None else tuple(sorted(set(owners))),
+        owners=owners,
         groups=groups,
         least=choosing.least(config) if choosing else 1 if part.router else 0,
         router=choosing.module if choosing else "",
@@ -262,7 +264,7 @@ def _walk(
             continue
         module = _module(model, path, family)
         transposed = isinstance(module, _TRANSPOSED)
-        if isinstance(entry, LinearMap) and isinstance(module, _MAPS) and layer is not None and part is not None:
+        if isinstance(entry, LinearMap) and isinstance(module, _MAPS) and layer is not None and part in family.parts:
             maps.append(Map(path, layer, part, entry.input, entry.output, transposed))
         for name in (*module._parameters, *module._buffers):
             full = f"{path}.{name}"
@@ -376,10 +378,21 @@ def _with_part(model: PreTrainedModel, family: Family, part: Part) -> tuple[int,
     return None if len(having) == len(layers) else having
 
 
+def _owners(model: PreTrainedModel, family: Family, part: Part) -> tuple[int, ...] | None:
+    """For each layer the one whose units its part uses; None if these are always its own."""
+    if part.sharing is None:
+        return None
+    layers = range(_layers(model, family))
+    having = [_has(model, f"{family.layers}.{layer}", part.sharing.lack) for layer in layers]
+    return part.sharing.owners(having, getattr(family.sized(model.config), part.sharing.among))
+
+
 def _head_macs(model: PreTrainedModel, family: Family, head: Head) -> int:
     if head in (SEQUENCE_CLASSIFICATION, EMBEDDING):
         return 0
-    outside = {**family.outside, **family.heads[head.name]}
+    within = [f"{family.layers}.{layer}.{path}" for layer in range(_layers(model, family)) for path in family.shared]
+    own = stored_tensors(model)
+    outside = [path for path in (*family.outside, *family.heads[head.name], *within) if path not in own]
     modules = [_module(model, path, family) for path in outside]
     return sum(module.get_parameter("weight").numel() for module in modules if isinstance(module, nn.Linear | Conv1D))
 

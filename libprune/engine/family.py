@@ -5,7 +5,7 @@ statistics, scores, costs, masks, slices and the pruned config are derived from 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -73,6 +73,37 @@ class Router(_Strict):
         return int(getattr(config, self.groups) or 1) if self.groups else 1
 
 
+class Sharing(_Strict):
+    """Layers without units of their own, which use those of an earlier layer."""
+
+    lack: str
+    """The submodule of the layer that these layers lack."""
+    among: str
+    """The config key that lists a kind for each layer. The earlier layer is the last one of the same kind that has
+    units of its own."""
+
+    def owners(self, having: Sequence[bool], kinds: Sequence[str]) -> tuple[int, ...] | None:
+        """For each layer the one whose units it uses; None if all layers have units of their own.
+
+        Args:
+            having: whether each layer has units of its own.
+            kinds: what kind it is of.
+
+        Raises:
+            FamilyError: for a layer before which there is none to share with.
+        """
+        if all(having):
+            return None
+        owners, last = [], dict[str, int]()
+        for layer, kind in enumerate(kinds):
+            if having[layer]:
+                last[kind] = layer
+            if kind not in last:
+                raise FamilyError(f"layer {layer} lacks {self.lack}, and no layer of kind {kind!r} before it has it")
+            owners.append(last[kind])
+        return tuple(owners)
+
+
 class Part(_Strict):
     """A part of a layer, attention or MLP, whose output is added to the residual stream."""
 
@@ -83,6 +114,8 @@ class Part(_Strict):
     """
     where: str | None = None
     """A submodule or tensor of the layer; only layers that have it have the part. None: all layers."""
+    sharing: Sharing | None = None
+    """Which layers use units of an earlier layer. They have the part, but no units of their own."""
     groups: str | None = None
     """The config key of a number of groups of neighbouring units that must all keep the same number."""
     norm: str | None = None
@@ -229,9 +262,9 @@ class Family(_Strict):
     stream: dict[str, ExprText] = Field(default_factory=dict)
     """Path of a norm inside the layer to its vector, where it works on the residual stream itself and not for one part;
     it stays whatever goes, so that no layer can be deleted."""
-    shared: dict[str, ExprText] = Field(default_factory=dict)
-    """Path of a norm inside the layer to its vector, where several parts read what it gives; it goes with the last of
-    them."""
+    shared: dict[str, EntryText] = Field(default_factory=dict)
+    """Path inside the layer to the description of what belongs to no single part, such as a norm that several parts
+    read; it goes with the last of them, with the layer."""
     outside: dict[str, EntryText]
     """Module path to map or vector, for what lies outside the layers."""
     heads: dict[HeadName, dict[str, EntryText]] = {"causal_lm": {}}

@@ -42,7 +42,7 @@ def _check_keys(family: Family, config: PreTrainedConfig, described: Collection[
     """Refuse keys of a config that are not described, and those of models that are not dense; return its values."""
     values = config.to_dict()
     for key, advice in _NOT_DENSE.items():
-        if values.get(key) is not None:
+        if values.get(key) is not None and key not in family.config.fixed:
             raise FamilyError(f"this {config.model_type} model has {key!r} in its config: {advice}")
     known = {*described, *PreTrainedConfig().to_dict(), *_BOOKKEEPING, *_NOT_DENSE}
     unknown = [key for key in values if key not in known]

@@ -25,10 +25,10 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 def positions_kept(architecture: Architecture, plan: Plan, layer: int, expr: Expr) -> NDArray[np.bool_]:
     """Which positions of a dimension of a layer stay; shape ``[size]``."""
     kept = np.ones(expr.size(architecture.sizes), dtype=bool)
-    for part in architecture.parts_of(layer):
+    for owner, part in architecture.uses(layer):
         axis = architecture.parts[part].axis
         if axis in expr.names:
-            kept &= expr.kept(axis, architecture.sizes, plan.keep[layer, part])
+            kept &= expr.kept(axis, architecture.sizes, plan.keep[owner, part])
     return kept
 
 
@@ -179,7 +179,7 @@ def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: P
     require_sliceable(architecture, plan)
     sliced, gone = {}, plan.removed
     for parameter in (*architecture.parameters, *architecture.buffers):
-        if (parameter.layer, parameter.part) not in gone:
+        if parameter.layer is None or architecture.home(parameter) not in gone:
             tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
             sliced[sliced_name(architecture, plan, parameter)] = tensor
     return sliced

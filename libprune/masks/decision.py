@@ -150,7 +150,7 @@ def _removable(
 def _adds(model: nn.Module, architecture: Architecture, consumer: Map, sent: Contribution) -> bool:
     """Whether a consumer adds something to every token once all its units have gone."""
     axis, sends = architecture.parts[consumer.part].axis, np.zeros(1)
-    if any(parameter.name == consumer.bias for parameter in architecture.parameters_of(consumer.layer, consumer.part)):
+    if any(parameter.name == consumer.bias for parameter in architecture.parameters_of(*architecture.home(consumer))):
         sends = model.get_parameter(consumer.bias).detach().double().numpy()
     removed = consumer.input.units(axis, architecture.sizes) >= 0
     return bool((sends + _sent(model, consumer, sent.constants[consumer.module], removed)).any())

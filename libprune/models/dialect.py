@@ -6,6 +6,7 @@ spelling is that of a model is asked of its config class of version 5, which mus
 """
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -52,10 +53,18 @@ def version_4(config: PreTrainedConfig) -> dict[str, Any]:
     rest = {key: value for key, value in config.to_dict().items() if key != "rope_parameters"}
     # The bases are doubled, so that the right ones cannot come from the defaults of the class.
     for said, probe in zip(_spellings(rope), _spellings(_doubled(rope)), strict=True):
-        read = type(config).from_dict(copy.deepcopy(rest | probe)).rope_parameters
-        if _plain(read) == _plain(_doubled(rope)):
+        if _plain(_read(config, rest | probe)) == _plain(_doubled(rope)):
             return copy.deepcopy(said)
     return STOP
+
+
+def _read(config: PreTrainedConfig, data: dict[str, Any]) -> Rope:
+    """The rotary positions that the class of a config reads out of other keys; none where it refuses them."""
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of keys that it no longer knows
+        try:
+            return type(config).from_dict(copy.deepcopy(data)).rope_parameters or {}
+        except KeyError:  # where it takes some of them for the whole
+            return {}
 
 
 def _spellings(rope: Rope) -> Iterator[dict[str, Any]]:

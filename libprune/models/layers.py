@@ -4,9 +4,10 @@ The model itself makes the embeddings, masks and position encodings. The layers 
 and the pass ends as soon as its results are there. So a family file need not describe the arguments of its layers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,17 +40,25 @@ def copy_output(output: Any, device: torch.device | str) -> Any:
 
 
 @contextmanager
-def skipped(layers: Sequence[nn.Module], output: Any, device: torch.device) -> Iterator[None]:
+def skipped(layers: Sequence[nn.Module], output: Any, device: torch.device, runs: bool = False) -> Iterator[None]:
     """Inside the context, consecutive layers compute nothing, and the last of them returns the given output.
 
     The outputs of the others are only passed on to the next layer. The modules stay where they are, with their
     attributes and hooks: only `forward` is another function.
+
+    Args:
+        layers: at least one.
+        output: what the last of them returns.
+        device: of the model.
+        runs: whether the first layer computes nevertheless, for what it hands to later ones beside its output.
     """
     own = [vars(layer).get("forward") for layer in layers]
     filler, last = copy_output(output, device), copy_output(output, device)
     try:
         for layer in layers:
-            layer.forward = partial(_return, last if layer is layers[-1] else filler)
+            returned = last if layer is layers[-1] else filler
+            run = layer.forward if runs and layer is layers[0] else None
+            layer.forward = partial(_return, returned, run)
         yield
     finally:
         for layer, forward in zip(layers, own, strict=True):
@@ -58,7 +67,9 @@ def skipped(layers: Sequence[nn.Module], output: Any, device: torch.device) -> I
                 layer.forward = forward
 
 
-def _return(output: Any, *args: Any, **kwargs: Any) -> Any:
+def _return(output: Any, run: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    if run is not None:
+        run(*args, **kwargs)
     return output
 
 
@@ -90,6 +101,7 @@ def run_layer(
     watched: Sequence[nn.Module] = (),
     until: nn.Module | None = None,
     differentiable: bool = False,
+    earlier: Mapping[int, Any] = MappingProxyType({}),
 ) -> tuple[Any, list[Tensor]]:
     """Run one layer on the output of the layer before it.
 
@@ -101,6 +113,8 @@ def run_layer(
         watched: modules of the layer whose outputs are wanted.
         until: the layer itself or a module in it, at whose input the pass ends.
         differentiable: whether gradients can be taken of the results.
+        earlier: by index the layers before it whose keys and values it uses, with the output of the layer before each;
+            they run too.
 
     Returns:
         The output of the layer, or the input of `until`, of a stack its rows and their routing; and the outputs of the
@@ -127,12 +141,11 @@ def run_layer(
             handles.append(layers[layer].register_forward_hook(at_output))
         else:
             handles.append(until.register_forward_pre_hook(at_input, with_kwargs=True))
-        try:
-            if layer == 0:
-                model.base_model(input_ids=ids, use_cache=False)
-            else:
-                with skipped(layers[:layer], state, ids.device):
-                    model.base_model(input_ids=ids, use_cache=False)
-        except _SeenError:
-            pass
+        first = 0
+        with ExitStack() as stack, suppress(_SeenError):
+            for run, before in sorted({**earlier, layer: state}.items(), key=lambda item: item[0]):
+                if run > 0:
+                    stack.enter_context(skipped(layers[first:run], before, ids.device, runs=first in earlier))
+                first = run
+            model.base_model(input_ids=ids, use_cache=False)
     return result[0], [outputs[module] for module in watched]

@@ -71,7 +71,7 @@ def producers_of(architecture: Architecture, consumer: Map, kept: Bool[Tensor, "
     """The maps that compute a consumer's inputs, if each of these is a unit of its own; none otherwise."""
     axis = architecture.parts[consumer.part].axis
     units = consumer.input.units(axis, architecture.sizes)
-    if consumer.stack:
+    if consumer.stack or architecture.home(consumer)[0] in architecture.read(consumer.part):
         return ()
     if (units < 0).any() or len(np.unique(units)) < len(units):
         return ()

@@ -108,6 +108,7 @@ class SequentialRepair:
         self._kept = {c.module: kept for c, kept in _fitted_consumers(architecture, plan, own_inputs)}
         first = [run_layer(model, self._layers, 0, batch.ids, None, until=self._layers[0])[0] for batch in batches]
         self._dense = self._pruned = [state.cpu() for state in first]
+        self._read: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def step(self, layer: int, known: Mapping[str, Tensor] | None = None) -> list[Fit]:
         """Repair one layer and take both streams through it.
@@ -125,7 +126,9 @@ class SequentialRepair:
                 with what a consumer gives than to add it to the residual stream.
         """
         architecture = self._architecture
-        consumers = [c for part in architecture.parts_of(layer) for c in architecture.consumers(layer, part)]
+        consumers = architecture.consumers_in(layer)
+        if any(layer in architecture.read(part) for part in architecture.parts):
+            self._read[layer] = self._dense, self._pruned
         modules = [self._model.get_submodule(consumer.module) for consumer in consumers]
         self._scales = list[dict[str, Tensor]]()
         with hooked(self._model) as handles:
@@ -152,13 +155,13 @@ class SequentialRepair:
                     fits.append(fit)
             if states is None or factors is None:
                 numbers = range(len(self._batches))
-                states = [first_output(self._run(layer, number, self._pruned)[0]) for number in numbers]
+                states = [first_output(self._run(layer, number)[0]) for number in numbers]
         self._dense, self._pruned = after, after if self._own_inputs else [state.cpu() for state in states]
         return fits
 
     def _run_dense(self, layer: int, number: int, watched: Sequence[nn.Module]) -> tuple[Any, list[Tensor]]:
         self._scales.append({})
-        return self._run(layer, number, self._dense, watched)
+        return self._run(layer, number, watched, dense=True)
 
     def _keep_scale(self, consumer: Map, x: Tensor, scale: Tensor) -> None:
         """Keep by how much the norm behind a consumer divides each token of the batch that runs."""
@@ -168,13 +171,16 @@ class SequentialRepair:
         self,
         layer: int,
         number: int,
-        states: Sequence[Tensor],
         watched: Sequence[nn.Module] = (),
         until: nn.Module | None = None,
         differentiable: bool = False,
+        dense: bool = False,
     ) -> tuple[Any, list[Tensor]]:
-        ids, state = self._batches[number].ids, states[number]
-        return run_layer(self._model, self._layers, layer, ids, state, watched, until, differentiable)
+        """Run a layer of the pruned model, or of the dense one, on the stream behind the layer before it."""
+        ids, state = self._batches[number].ids, (self._dense if dense else self._pruned)[number]
+        owners = {owner for owner, _ in self._architecture.uses(layer)} - {layer}
+        earlier = {owner: self._read[owner][0 if dense else 1][number] for owner in owners}
+        return run_layer(self._model, self._layers, layer, ids, state, watched, until, differentiable, earlier)
 
     @torch.no_grad()
     def _refit(
@@ -223,7 +229,7 @@ class SequentialRepair:
         stays = kept.view(consumer.copies(self._architecture.sizes), -1).to(like.device)
         batches, routes, streams = [], [], []
         for number, batch in enumerate(self._batches):
-            (x, routing), given = self._run(layer, number, self._pruned, before, until=module)
+            (x, routing), given = self._run(layer, number, before, until=module)
             pruned, drift = self._drifted(number, given, outputs[number], factors)
             x = x.masked_fill(~stays[routing.experts], 0)
             target = outputs[number][index].float() + share / factors[index] * drift
@@ -253,7 +259,7 @@ class SequentialRepair:
         """Run a batch up to the last of some consumers; record what this one gets and should give."""
         *before, module = (self._model.get_submodule(consumer.module) for consumer in consumers)
         with outputs_as_leaves(self._model, producers) as watched:
-            x, given = self._run(layer, number, self._pruned, before, until=module, differentiable=bool(producers))
+            x, given = self._run(layer, number, before, until=module, differentiable=bool(producers))
         with torch.enable_grad():
             slopes = slopes_of(x[..., self._kept[consumers[-1].module]], producers, watched) if producers else ()
         x, given = x.detach(), [output.detach() for output in given]
@@ -305,7 +311,7 @@ class SequentialRepair:
         }
         _set(self._model, new)
         numbers = range(len(self._batches))
-        inputs = [self._run(layer, number, self._pruned, until=module)[0].cpu() for number in numbers]
+        inputs = [self._run(layer, number, until=module)[0].cpu() for number in numbers]
         moved = [replace(pair, x=x, inputs=(), slopes=()) for pair, x in zip(seen, inputs, strict=True)]
         second = self._fit(consumer, fitted, moved, refit=True)
         if not second.held_out_after < first.held_out_after:

@@ -78,9 +78,9 @@ def write_pruned(
     dtype = next(iter(state.values())).dtype
     pruned = pruned_config(family, config, architecture, plan, shape)
     pruned["dtype"] = pruned["torch_dtype"] = str(dtype).removeprefix("torch.")  # before and since version 4.56
-    if "per_layer_config" in pruned:
+    if shape == "per_layer":
         (folder / MODELING_FILE).write_text(_modeling_code(family, config, HEADS[architecture.head]))
-    stock = None if "per_layer_config" in pruned else without_weights(type(config).from_dict(copy.deepcopy(pruned)))
+    stock = None if shape == "per_layer" else without_weights(type(config).from_dict(copy.deepcopy(pruned)))
     save_weights(folder, stock, state)
     (folder / "config.json").write_text(json.dumps(pruned, indent=2, sort_keys=True) + "\n")
     if any((dense / name).is_file() for name in _TOKENIZER_FILES):
@@ -132,7 +132,7 @@ def pruned_config(
     Raises:
         NotExpressibleError: if the family's config cannot hold the shape.
     """
-    if family.tower is not None and shape != "uniform":
+    if architecture.alike and shape != "uniform":
         raise NotExpressibleError(
             f"the layers of a {family.family} model can only be written all alike, under a stock config; this plan "
             "gives them widths of their own"
@@ -175,7 +175,7 @@ def _layer_sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str
 
 
 def _left(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
-    return {architecture.parts[part].axis: max(1, plan.kept(layer, part)) for part in architecture.parts_of(layer)}
+    return {architecture.parts[part].axis: max(1, plan.kept(owner, part)) for owner, part in architecture.uses(layer)}
 
 
 def _layer_overrides(family: Family, architecture: Architecture, plan: Plan, layer: int) -> dict[str, Any]:

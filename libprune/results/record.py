@@ -31,7 +31,7 @@ from libprune.pipeline.layout import NOTE, Layout
 
 PLAN = "plan.parquet"
 """The file of a pruned folder that says which units are kept."""
-_OWN_CODE = {"per_layer_config", "auto_map", *STOP}
+_OWN_CODE = {"per_layer_config", "auto_map"}
 """Keys of a config that belong to the folder's own modeling file."""
 
 
@@ -112,9 +112,8 @@ class Record:
     @cached_property
     def stock_config(self) -> PreTrainedConfig:
         """The config without what only the folder's own code reads."""
-        data = {
-            key: value for key, value in copy.deepcopy(self.config).items() if key not in _OWN_CODE and value != OPEN
-        }
+        own = {*STOP, *(_OWN_CODE if self.shape == "per_layer" else ())}
+        data = {key: value for key, value in copy.deepcopy(self.config).items() if key not in own and value != OPEN}
         data["model_type"] = str(data.get("model_type")).removeprefix(OWN_TYPE)
         family_of(data["model_type"], data)
         return CONFIG_MAPPING[data["model_type"]].from_dict(data)

@@ -36,13 +36,15 @@ def read_gram_columns(layout: Layout, architecture: Architecture, params: Score,
         units = architecture.units(part)
         error, share = np.zeros(units), np.zeros(units)
         for consumer in consumers:
-            gram = read_tensor(layout.activations, layer, consumer.module + GRAM, "activations")
+            gram = read_tensor(layout.activations, consumer.layer, consumer.module + GRAM, "activations")
             square = f"{consumer.module}.output_gradient_square"
-            curvature = read_tensor(layout.gradients, layer, square, "gradients") / 2 if in_nats else None
+            curvature = read_tensor(layout.gradients, consumer.layer, square, "gradients") / 2 if in_nats else None
             of = consumer.input.units(architecture.parts[part].axis, architecture.sizes)
             weight, rounds = oriented(consumer, weights[consumer.weight]), min(params.obs_rounds, units)
             if consumer.stack:
-                tokens = read_tensor(layout.activations, layer, f"{consumer.module}{ROUTED}.frequency", "activations")
+                tokens = read_tensor(
+                    layout.activations, consumer.layer, f"{consumer.module}{ROUTED}.frequency", "activations"
+                )
                 removal = stack_removal(weight, gram, tokens, of, rounds, params.obs_damping, curvature)
             else:
                 removal = obs_removal(weight, gram, of, rounds, params.obs_damping, curvature)
@@ -75,8 +77,8 @@ def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> 
         for consumer in architecture.consumers(layer, part):
             name = consumer.module + GRAM
             graph = unit_graph(
-                read_tensor(layout.activations, layer, name, "activations"),
-                read_tensor(layout.activations, layer, f"{name}.mean", "activations"),
+                read_tensor(layout.activations, consumer.layer, name, "activations"),
+                read_tensor(layout.activations, consumer.layer, f"{name}.mean", "activations"),
                 oriented(consumer, weights[consumer.weight]),
                 consumer.input.units(architecture.parts[part].axis, architecture.sizes),
                 params.cooperative_threshold,

@@ -100,9 +100,11 @@ def activation_groups(architecture: Architecture, section: Activations) -> list[
 
 def _layer_group(architecture: Architecture, layer: int, section: Activations) -> Group:
     group: dict[str, Statistic] = {_LAYER: Cosine()} if architecture.layers_path else {}
-    for part in architecture.parts_of(layer):
-        consumers = architecture.consumers(layer, part)
-        for entry in architecture.maps_of(layer, part):
+    for owner, part in architecture.uses(layer):
+        consumers = architecture.consumers(owner, part)
+        for entry in architecture.maps_of(owner, part):
+            if entry.layer != layer:
+                continue
             width, copies = entry.each_input(architecture.sizes), entry.copies(architecture.sizes)
             own: dict[str, Statistic] = {"": InputMoments(width)}
             if entry in consumers:
@@ -272,7 +274,7 @@ def activation_columns(
 
     `wanda_*`: sum over the unit's weights of |W_ij| a_j, for every norm a of the input features.
     `fluctuation`: sum over the unit's positions at the consumer's input of variance times |W_:,p|^2.
-    `activation_*`: mean over the unit's own positions at the consumer's input of
+    `activation_*`: mean over the layers that use the unit, and its own positions at the consumer's input there, of
     magnitude (mean |x|), variance, range (max - min), entropy (nats, over `BINS` bins), and
     frequency (share of values of at least `ACTIVE` times the layer's root mean square).
     """
@@ -283,18 +285,22 @@ def activation_columns(
             for entry in architecture.maps_of(layer, part)
         }
         columns[f"wanda_{kind}"] = unit_sums(architecture, layer, part, terms, only=terms)
-    consumer = architecture.consumers(layer, part)[0]
+    consumers = architecture.consumers(layer, part)
+    consumer = consumers[0]
     units = consumer.input.units(architecture.parts[part].axis, architecture.sizes)
     number = architecture.units(part)
     positions = sum_positions(torch.ones(len(units), dtype=torch.float64), units, number)
     columns["fluctuation"] = np.zeros(number)
-    for entry in architecture.consumers(layer, part):
+    for entry in consumers:
         of = entry.input.units(architecture.parts[part].axis, architecture.sizes)
         columns["fluctuation"] += sum_positions(_fluctuation(entry, tensors, weights), of, number).numpy()
     if any(shape.router for shape in architecture.parts.values()):
         columns |= _routed(architecture, tensors, layer, part)
-    for name, values in _features(tensors, consumer.module).items():
-        columns[f"activation_{name}"] = (sum_positions(values.double(), units, number) / positions).numpy()
+    firsts = [next(c for c in consumers if c.layer == user) for user in architecture.users(layer, part)]
+    features = [_features(tensors, first.module) for first in firsts]
+    for name in features[0]:
+        values = torch.stack([own[name].double() for own in features]).mean(0)
+        columns[f"activation_{name}"] = (sum_positions(values, units, number) / positions).numpy()
     return columns
 
 

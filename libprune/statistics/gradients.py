@@ -97,16 +97,21 @@ def _layer_group(
 ) -> Group:
     group: dict[str, Statistic] = {}
     dtype = getattr(torch, section.storage_dtype)
-    for part in architecture.parts_of(layer):
-        for parameter in architecture.parameters_of(layer, part):
+    for owner, part in architecture.uses(layer):
+        for parameter in architecture.parameters_of(owner, part):
+            if parameter.layer != layer:
+                continue
             shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
             group[parameter.name] = Sum(shape, dtype=dtype)
             group[ROWS + parameter.name] = BatchRows(batches)
             if in_pieces:
                 group[PENDING + parameter.name] = Pending(shape)
-        group[UNITS + part] = MaskGradient(architecture.units(part), n_tok)
-        consumers = architecture.consumers(layer, part)
-        for entry in architecture.maps_of(layer, part):
+        if owner == layer:
+            group[UNITS + part] = MaskGradient(architecture.units(part), n_tok)
+        consumers = architecture.consumers(owner, part)
+        for entry in architecture.maps_of(owner, part):
+            if entry.layer != layer:
+                continue
             sides = {"output": entry.output} | ({"input": entry.input} if entry in consumers else {})
             if entry.stack:
                 if entry in consumers:
@@ -287,13 +292,18 @@ class _Collector:
         self.sums.update(entry.layer, name, delta.float() * self._n_tok, torch.tensor(routing.counts))
 
     def _mask(self, entry: Map, mask: Tensor) -> None:
-        """Add the mask gradients at the input of a consumer; those of a part with several enter the sums together."""
+        """Add the mask gradients at the input of a consumer.
+
+        Those of a block with several consumers, such as shared experts or layers that use its units too, add up before
+        anything is made of them.
+        """
         require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
-        block = entry.layer, entry.part
-        masks = self._masks.setdefault(block, [])
+        home = self.architecture.home(entry)
+        masks = self._masks.setdefault(home, [])
         masks.append(mask)
-        if len(masks) == len(self.architecture.consumers(*block)):
-            self.sums.update(entry.layer, UNITS + entry.part, torch.stack(self._masks.pop(block)).sum(0))
+        if len(masks) == len(self.architecture.consumers(*home)):
+            whole = torch.stack([one.to(mask.device) for one in self._masks.pop(home)]).sum(0)
+            self.sums.update(home[0], UNITS + home[1], whole)
 
     def _take(self, name: str, layer: int, gradient: Tensor) -> None:
         """Keep the gradient of a pass, a sum over its sequences, and add that of a whole batch to the sums."""
@@ -349,8 +359,10 @@ def gradient_columns(
 def layer_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int, batches: int) -> Columns:
     """A table with one row a batch and parameter of a layer: mean |g|, standard deviation and norm of its gradient."""
     table: dict[str, list[object]] = {name: [] for name in LAYER_COLUMNS}
-    for part in architecture.parts_of(layer):
-        for parameter in architecture.parameters_of(layer, part):
+    for owner, part in architecture.uses(layer):
+        for parameter in architecture.parameters_of(owner, part):
+            if parameter.layer != layer:
+                continue
             rows = tensors[f"{ROWS}{parameter.name}"][:batches]
             kind = _kind(architecture, parameter)
             for batch, row in enumerate(rows.tolist()):
@@ -361,7 +373,8 @@ def layer_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer:
 
 def tensor_rows(architecture: Architecture, tensors: Mapping[str, Tensor], layer: int) -> Columns:
     """A table with one row a parameter of the layer: the norm of its mean gradient over all sequences."""
-    parameters = [(part, p) for part in architecture.parts_of(layer) for p in architecture.parameters_of(layer, part)]
+    found = ((part, p) for owner, part in architecture.uses(layer) for p in architecture.parameters_of(owner, part))
+    parameters = [(part, p) for part, p in found if p.layer == layer]
     return {
         "layer_idx": np.full(len(parameters), layer),
         "group_type": np.array([part for part, _ in parameters], dtype=object),

@@ -77,11 +77,12 @@ def hessian_groups(architecture: Architecture, n_tok: int, section: Hessian) -> 
     groups: list[Group] = []
     for layer in range(architecture.layers):
         group: dict[str, Statistic] = {}
-        for part in architecture.parts_of(layer):
-            for parameter in curved_parameters(architecture, layer, part):
-                shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
-                group[parameter.name] = Sum(shape, factor, dtype)
-            if section.estimator == "hutchinson":
+        for owner, part in architecture.uses(layer):
+            for parameter in curved_parameters(architecture, owner, part):
+                if parameter.layer == layer:
+                    shape = tuple(dim.size(architecture.sizes) for dim in parameter.dims)
+                    group[parameter.name] = Sum(shape, factor, dtype)
+            if owner == layer and section.estimator == "hutchinson":
                 group[UNITS + part] = WeightedMean(architecture.units(part))
         groups.append(group)
     return groups
@@ -232,15 +233,16 @@ def _add_probe(
 ) -> None:
     """Add one probe's products to the sums, and their sums by unit to the values of the batch."""
     for layer, part in architecture.blocks():
-        names = [p.name for p in curved_parameters(architecture, layer, part)]
-        for name in names:
+        layers = {p.name: p.layer for p in curved_parameters(architecture, layer, part)}
+        for name, own in layers.items():
             if not torch.isfinite(diagonal[name]).all():
                 raise StatisticsError(
                     f"the probed Hessian of {name} is not finite in the batch from calibration sequence {first}; "
                     "try compute.dtype: float32"
                 )
-            sums.update(layer, name, diagonal[name].float() * sequences, count(sequences))
-        terms = {name: 0.5 * weights[name].detach().float().square() * diagonal[name].float() for name in names}
+            assert own is not None
+            sums.update(own, name, diagonal[name].float() * sequences, count(sequences))
+        terms = {name: 0.5 * weights[name].detach().float().square() * diagonal[name].float() for name in layers}
         value = torch.from_numpy(unit_sums(architecture, layer, part, terms))
         values[layer, part] = values.get((layer, part), torch.zeros(())) + value
 

@@ -72,7 +72,9 @@ class Prefix:
         self._layers = layers_of(model, architecture)
         self._passes = list(sequences.passes(at_once))
         self._measure = measure or _loss_of(model, sequences)
-        self._kept: dict[int, list[Any]] = {layer: [] for layer in layers if layer > 0}
+        read = (layer for part in architecture.parts for layer in architecture.read(part))
+        first_read = min(read, default=architecture.layers)  # what later layers read of it must be computed
+        self._kept: dict[int, list[Any]] = {layer: [] for layer in layers if 0 < layer <= first_read}
         with hooked(model) as handles:
             for layer, outputs in self._kept.items():
                 handles.append(self._layers[layer - 1].register_forward_hook(partial(_keep_output, outputs)))

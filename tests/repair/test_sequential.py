@@ -28,7 +28,7 @@ from tests.support.predictions import masked_logits
 
 MODELS = {name: FAMILIES[name] for name in LAYOUTS}
 RECURRENT = {"qwen3_5": FAMILIES["qwen3_5"], "mamba": MAMBA}
-POST_NORM = {"gemma2", "gemma3", "olmo2", "olmo3", "glm4", "exaone4"}
+POST_NORM = {"gemma2", "gemma3", "gemma4_text", "olmo2", "olmo3", "glm4", "exaone4"}
 """Families with a norm between what a consumer gives and the residual stream."""
 DAMPING = 1e-2
 
@@ -125,7 +125,7 @@ def forward(model: PreTrainedModel, architecture: Architecture, ids: Tensor) -> 
 
 def in_order(architecture: Architecture, layer: int) -> list[Map]:
     """The consumers of a layer in the order in which they add to the residual stream."""
-    return [consumer for part in architecture.parts_of(layer) for consumer in architecture.consumers(layer, part)]
+    return architecture.consumers_in(layer)
 
 
 def slow_repair(
@@ -144,7 +144,8 @@ def slow_repair(
     for layer in range(architecture.layers):
         block, before = f"{architecture.layers_path}.{layer}", []
         for consumer in in_order(architecture, layer):
-            if not plan.gone(layer, consumer.part) and not plan.keep[layer, consumer.part].all():
+            kept = input_mask(architecture, plan, consumer)
+            if kept.any() and not kept.all():
                 with masked(repaired, architecture, plan):
                     now = forward(repaired, architecture, ids)
                 h = truth.states[block] + factor * sum(truth.outputs[name] for name in before)
@@ -152,7 +153,6 @@ def slow_repair(
                 module = repaired.get_submodule(consumer.module)
                 bias = 0 if getattr(module, "bias", None) is None else module.bias.detach()
                 y = truth.outputs[consumer.module] - bias + drift / factor * cut(h - h_pruned, cap)
-                kept = input_mask(architecture, plan, consumer)
                 x = now.inputs[consumer.module].flatten(0, 1).numpy()[:, kept]
                 weight = module.weight.detach().T if consumer.transposed else module.weight.detach()
                 new = np.zeros(tuple(weight.shape))
@@ -183,7 +183,8 @@ def ridge(x: np.ndarray, y: np.ndarray, old: np.ndarray, damping: float) -> np.n
 
 
 @pytest.mark.parametrize(
-    ("name", "drift"), [*((name, None) for name in (*MODELS, "granite", *RECURRENT)), ("qwen3", 0.0), ("gpt2", 0.5)]
+    ("name", "drift"),
+    [*((name, None) for name in (*MODELS, "granite", "gemma4_text", *RECURRENT)), ("qwen3", 0.0), ("gpt2", 0.5)],
 )
 def test_every_consumer_is_fitted_to_the_dense_output_and_the_drift_from_the_pruned_inputs(name, drift):
     model, ids = (FAMILIES | RECURRENT)[name](0), tokens(18, 12)

@@ -21,6 +21,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -95,6 +96,10 @@ _ONE_PART_EACH = ["linear_attention", "moe", *["full_attention", "linear_attenti
 _MAMBA = {"mamba_num_heads": 6, "mamba_head_dim": 5, "n_groups": 2, "ssm_state_size": 7, "conv_kernel": 3}
 _MAMBA |= {"chunk_size": 8}
 _MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
+_SHARED_HEADS = {"num_hidden_layers": 6, "num_kv_shared_layers": 3}
+_SHARED_HEADS |= {
+    "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 2, *["full_attention"] * 2]
+}
 _LONG_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -163,6 +168,16 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
     "gemma2": tiny_model(Gemma2Config, **FFN, **heads(24, 2, 2, 6), sliding_window=WINDOW, query_pre_attn_scalar=6),
     "gemma3": tiny_model(
         Gemma3TextConfig, **FFN, **heads(24, 4, 2, 6), sliding_window=WINDOW, sliding_window_pattern=2
+    ),
+    "gemma4_text": tiny_model(
+        Gemma4TextConfig,
+        **FFN,
+        **heads(24, 3, 2, 4),
+        **_SHARED_HEADS,
+        global_head_dim=4,
+        hidden_size_per_layer_input=5,
+        vocab_size_per_layer_input=VOCAB,
+        sliding_window=WINDOW,
     ),
     "phi3": tiny_model(Phi3Config, **FFN, **heads(36, 3, 2)),
     "gpt2": tiny_model(GPT2Config, n_embd=24, n_head=4, n_positions=50, n_inner=13),
