@@ -365,8 +365,8 @@ def _export(architecture: Architecture, params: Params, stored: torch.dtype) -> 
 def _lora_parameters(architecture: Architecture, recover: Recover, allocate: Allocate) -> int:
     """Number of parameters in the matrices beside the layers' maps, if all units of the pruned model are left alike.
 
-    The one or two maps that an encoder has behind its layers are left out. For mixtures of experts it is an estimate:
-    which of their tensors peft trains differs by family.
+    The few maps outside the layers, such as those of an encoder's head, and those of no part are left out. For
+    mixtures of experts it is an estimate: which of their tensors peft trains differs by family.
     """
     prunable = sum(cost.unit_parameters(architecture, *b) * architecture.units(b[1]) for b in architecture.blocks())
     share = 1 - _removed(architecture, allocate) / prunable

@@ -180,7 +180,7 @@ def _constants(model: nn.Module, architecture: Architecture, plan: Plan, sent: M
     folds: Folds = {}
     for consumer in architecture.maps:
         removed = ~input_mask(architecture, plan, consumer)
-        if removed.any() and not (architecture.layered and plan.gone(consumer.layer, consumer.part)):
+        if removed.any() and not (architecture.layered and plan.gone(*architecture.home(consumer))):
             sends = _sent(model, consumer, constants[consumer.module], removed)
             folds |= {consumer.bias: sends} if sends.any() else {}
     return folds

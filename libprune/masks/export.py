@@ -33,7 +33,7 @@ def plan_masks(architecture: Architecture, plan: Plan) -> Iterator[tuple[str, Te
     for parameter in architecture.parameters:
         if parameter.name in maps or not architecture.layered:
             kept = entries_kept(architecture, plan, parameter)
-            if (parameter.layer, parameter.part) in gone:
+            if parameter.layer is not None and architecture.home(parameter) in gone:
                 kept = torch.zeros_like(kept)
             if not kept.all():
                 yield parameter.name, kept

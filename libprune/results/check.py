@@ -153,7 +153,7 @@ def _weights(record: Record) -> Iterator[Finding]:
     shapes = {
         parameter.name: list(cost.shape_after(record.architecture, record.left, parameter))
         for parameter in (*record.architecture.parameters, *record.architecture.buffers)
-        if (parameter.layer, parameter.part) not in record.left.removed
+        if parameter.layer is None or record.architecture.home(parameter) not in record.left.removed
     }
     expected = record.stored(shapes)
     present: dict[str, list[int]] = {}

@@ -101,7 +101,7 @@ def test_files_for_other_programs_are_foretold_by_their_types(project):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # said by peft of GPT-2, which it sets right itself
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {*ENCODERS, *MIXTURES}))
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {*ENCODERS, *MIXTURES, "gemma4_text"}))
 @pytest.mark.parametrize("targets", ["all-linear", ["down_proj", "1.self_attn.o_proj", "fc2"]])
 def test_the_matrices_of_lora_are_those_that_peft_makes(name, targets):
     model = FAMILIES[name](0)

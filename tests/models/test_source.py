@@ -216,6 +216,9 @@ def layers(change: int) -> Edit:
 def test_more_or_fewer_layers_in_the_files_than_in_the_config_are_refused(tmp_path, family):
     number = FAMILIES[family](0).config.num_hidden_layers
     said = edited(tmp_path, layers(-1), family)
+    if family == "gemma4_text":  # an embedding outside the layers has columns for each of them
+        assert "holds 2 tensors of other shapes than its config.json asks for" in said
+        return
     assert re.search(rf"no place for, the first '.*\.{number - 1}\..*'; its config.json says {number - 1} layers", said)
     said = edited(tmp_path, layers(1), family)
     assert re.search(rf"no weights for .* the first '.*\.{number}\..*'; its config.json says {number + 1} layers", said)
