@@ -115,7 +115,7 @@ class Part(_Strict):
     where: str | None = None
     """A submodule or tensor of the layer; only layers that have it have the part. None: all layers."""
     sharing: Sharing | None = None
-    """Which layers use units of an earlier layer. They have the part, but no units of their own."""
+    """Which layers use units of an earlier layer: all layers have the part, but these have no units of their own."""
     groups: str | None = None
     """The config key of a number of groups of neighbouring units that must all keep the same number."""
     norm: str | None = None
@@ -310,6 +310,8 @@ class Family(_Strict):
     @classmethod
     def _parts_readable(cls, parts: dict[str, Part]) -> dict[str, Part]:
         for part in parts.values():
+            if part.sharing and part.where:
+                raise ValueError("a part with sharing is in all layers, so it cannot have where as well")
             for axis in filter(None, (part.axis, part.within)):
                 if axis not in part.consumed:
                     raise ValueError(f"no map of the part takes axis {axis!r} as its input")

@@ -43,8 +43,9 @@ Measure = Callable[[int, Sequences], Tensor]
 class Prefix:
     """What the layers before chosen layers return, kept from one run of a model over a text.
 
-    It holds for models whose layers hand nothing to later layers but what they return. The model
-    may be masked when this is made, and changed further afterwards.
+    It holds for models whose layers hand nothing to later layers but what they return, and units
+    that these use, behind which no layer's input is kept. The model may be masked when this is
+    made, and changed further afterwards.
 
     Attributes:
         losses: the model's mean-token loss of every sequence, ``[sequences]``, nats, float64.

@@ -10,8 +10,9 @@ from libprune.engine import cost
 from libprune.engine.architecture import SHARING, Architecture
 from libprune.engine.describe import describe
 from libprune.engine.errors import FamilyError, LibpruneError
-from libprune.engine.family import Sharing
+from libprune.engine.family import Family, Sharing, families
 from libprune.engine.plan import Plan
+from libprune.engine.stock_config import check_config
 from libprune.engine.surgery import masked, slice_state
 from libprune.models.memory import recompute_layers
 from libprune.models.sequences import Sequences
@@ -58,6 +59,28 @@ def test_a_layer_without_one_to_share_with_is_refused():
         FamilyError, match=r"layer 1 lacks self_attn\.k_proj, and no layer of kind 'b' before it has it"
     ):
         sharing.owners([True, False], ["a", "b"])
+
+
+def test_a_part_that_only_some_layers_have_cannot_share():
+    file = families()["gemma4_text"].model_dump()
+    file["parts"]["attention"]["where"] = "self_attn.q_proj"
+    with pytest.raises(ValueError, match="a part with sharing is in all layers, so it cannot have where as well"):
+        Family.model_validate(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("per_layer_config", {1: {"head_dim": 8}}),
+        ("attention_k_eq_v", True),
+        ("enable_moe_block", True),
+        ("use_double_wide_mlp", True),
+    ],
+)
+def test_what_gemma_4_can_be_beside_that_is_refused_by_its_key(model, key, value):
+    config = type(model.config).from_dict(model.config.to_dict() | {key: value})
+    with pytest.raises(FamilyError, match=f"config key '{key}' = .* is not supported by family 'gemma4_text'"):
+        check_config(families()["gemma4_text"], config)
 
 
 def test_removing_a_unit_removes_it_in_every_layer_that_uses_it(model, architecture):
