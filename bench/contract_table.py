@@ -18,7 +18,7 @@ KINDS = {
     "described": ("every parameter", "tensor parallel plan", "units and overhead", "survives json"),
     "sliced equals masked": ("sliced equals masked", "any plan is sliced"),
     "size and cache": ("predicted",),
-    "loads": ("stock model", "config names", "refused", "loads", "tied weights", "stored type", "say nothing", "fresh process"),
+    "loads": ("stock model", "config names", "refused", "loads", "tied weights", "stored type", "say nothing", "fresh"),
     "attention": ("attention implementation",),
     "cached steps and generation": ("cached steps", "generation"),
     "gradients": ("gradients",),
