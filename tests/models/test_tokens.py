@@ -136,7 +136,7 @@ CONVENTIONS: dict[str, tuple[Callable[[], PreTrainedTokenizerBase], str, str]] =
 
 
 ONE_FILE = {"apertus", "arcee", "cohere2", "ernie4_5", "exaone4", "gemma", "glm4", "granite", "hunyuan_v1_dense"}
-ONE_FILE |= {"ministral3", "nanochat", "olmo3", "qwen3_5", "seed_oss", *MIXTURES}
+ONE_FILE |= {"gemma4_text", "ministral3", "nanochat", "olmo3", "qwen3_5", "seed_oss", *MIXTURES}
 """Families whose tokenizers are published as a tokenizer.json, whose template says what stands around a text. The cases
 that are made by `backend`, with one and without, are theirs too."""
 

@@ -84,7 +84,7 @@ TOTAL_AND_ACTIVE = {
     "Qwen1.5-MoE-A2.7B": (14_315_784_192, 2_689_173_504),
     "GLM-4.5-Air": (106_852_245_504, 13_424_123_904),  # 12B without both embeddings
     "MiniMax-M2": (228_689_748_992, 11_030_537_216),  # 9.8B without both
-    "gpt-oss-20b": (20_914_757_184, 4_193_246_784),  # 3.61B without the first
+    "gpt-oss-20b": (20_914_757_184, 4_187_440_704),  # 3.61B without the first
     "DeepSeek-V3": (671_026_404_352, 37_552_282_624),
     "Moonlight-16B-A3B": (15_960_108_544, 2_914_774_528),
     "DeepSeek-V2-Lite": (15_706_484_224, 2_661_150_208),  # 2.4B without the first
