@@ -91,12 +91,14 @@ def criteria_of(architecture: Architecture, params: Score) -> dict[str, Weights]
     Raises:
         LibpruneError: if an expression cannot be read.
     """
-    parts = {part: KEYS[shape.units] for part, shape in architecture.parts.items()}
+    routed = {part: shape.units != "experts" or shape.router != "" for part, shape in architecture.parts.items()}
+    parts = {part: KEYS[shape.units] if routed[part] else "mlp" for part, shape in architecture.parts.items()}
     return {part: parse_criteria(text, params.fusion, key) for part, (key, text) in asked_of(parts, params)}
 
 
 KEYS: Mapping[Units, str] = {"groups": "attention", "channels": "mlp", "experts": "experts"}
-"""The key of the score section that names the criteria of parts with such units, where it is not null."""
+"""The key of the score section that names the criteria of parts with such units, where it is not null. Shared experts,
+which all tokens go through, are scored as an MLP."""
 
 
 def asked_of(parts: Mapping[str, str], params: Score) -> Iterator[tuple[str, tuple[str, str]]]:

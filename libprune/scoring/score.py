@@ -47,7 +47,8 @@ def _require_units(architecture: Architecture, asked: Mapping[str, Weights]) -> 
     for part, weights in asked.items():
         for name in weights:
             only = CRITERIA[name].only
-            if only is not None and architecture.parts[part].units != only:
+            shape = architecture.parts[part]
+            if only is not None and not (shape.units == only and shape.router):
                 raise LibpruneError(
                     f"the criterion {name} is about {only}, and the {part} of this model has none; set score.experts: "
                     f"{name}, and score.criterion to a criterion of all units"

@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
 from libprune.pipeline.sections import Score
 from libprune.scoring.expression import criteria_of, format_criteria, named_criteria, parse_criteria
+from tests.support.models import FAMILIES
 from tests.support.shapes import Shape
 
 NAMES = st.lists(st.sampled_from(["taylor", "taylor_2nd", "wanda", "obs"]), min_size=1, max_size=4, unique=True)
@@ -61,4 +63,6 @@ def test_each_part_has_the_criteria_of_its_own_key_or_of_both():
     asked = criteria_of(architecture, Score(criterion="taylor", mlp="wanda + obs"))
     assert asked == {"attention": {"taylor": 1}, "mlp": {"wanda": 0.5, "obs": 0.5}}
     assert criteria_of(architecture, Score(criterion="fisher")) == {part: {"fisher": 1} for part in architecture.parts}
+    shared = criteria_of(describe(FAMILIES["deepseek_v3"](0)), Score(criterion="taylor", mlp="wanda", experts="reap"))
+    assert shared == {"attention": {"taylor": 1}, "mlp": {"wanda": 1}, "experts": {"reap": 1}, "shared": {"wanda": 1}}
     assert named_criteria(Score(criterion="taylor + wanda", mlp="wanda + obs")) == ["taylor", "wanda", "obs"]
