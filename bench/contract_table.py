@@ -15,13 +15,12 @@ from tests.support.models import MODELS
 
 ROOT = Path(__file__).parents[1]
 KINDS = {
-    "described": ("every parameter", "tensor parallel plan", "units and overhead", "survives json"),
+    "described, trainable": ("every parameter", "tensor parallel plan", "units and overhead", "survives json"),
     "sliced equals masked": ("sliced equals masked", "any plan is sliced"),
     "size and cache": ("predicted",),
     "loads": ("stock model", "config names", "refused", "loads", "tied weights", "stored type", "say nothing", "fresh"),
     "attention": ("attention implementation",),
     "cached steps and generation": ("cached steps", "generation"),
-    "gradients": ("gradients",),
 }
 """By the column of the table, what the names of its checks hold; the first that fits counts."""
 
