@@ -114,7 +114,7 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     require_equal_passes(chosen, world)
     device, dtype = own_device(compute, world)
     require_whole_stacks(architecture, compute, world)
-    if world.first and any(entry.stack for entry in architecture.maps):
+    if world.first and architecture.experts is not None:
         note(f"experts run by the implementation {IMPLEMENTATION}, which shows each expert's tokens")
     model = place(load_model(own_model(layout, architecture), dtype), architecture, compute, world, device)
     meta = {
@@ -145,7 +145,7 @@ def require_whole_stacks(architecture: Architecture, compute: Compute, world: Wo
     Raises:
         LibpruneError: saying which setting to change.
     """
-    if (world.sharded or compute.offload != "none") and any(entry.stack for entry in architecture.maps):
+    if (world.sharded or compute.offload != "none") and architecture.experts is not None:
         raise LibpruneError(
             "the experts of a mixture must lie whole on the device so far; set compute.offload: none and unset "
             "LIBPRUNE_SHARD"

@@ -331,6 +331,11 @@ class Architecture:
         return tuple(p for p in self.parameters_of(layer, part) if len(p.dims) > 1 and p.name not in weights)
 
     @cached_property
+    def mapped(self) -> frozenset[str]:
+        """The weights and biases of maps that see all tokens of a sequence, by name; not those of stacks."""
+        return frozenset(name for entry in self.maps if not entry.stack for name in (entry.weight, entry.bias))
+
+    @cached_property
     def _weights(self) -> frozenset[str]:
         return frozenset(entry.weight for entry in self.maps) | frozenset(entry.bias for entry in self.maps)
 

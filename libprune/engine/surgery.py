@@ -253,12 +253,10 @@ def oriented(consumer: Map, weight: Tensor) -> Float[Tensor, "output input"]:
     return weight.T if consumer.transposed else weight.flatten(1)
 
 
-def stored(consumer: Map, weight: Float[Tensor, "output input"], like: Tensor) -> Tensor:
-    """A weight that `oriented` gave, in the storage order and shape of another one."""
-    if consumer.stack:
-        each = weight.unflatten(1, (like.shape[0], -1)).transpose(0, 1)
-        return (each.mT if consumer.transposed else each).contiguous()
-    return (weight.T if consumer.transposed else weight.reshape(like.shape)).contiguous()
+def stacked(consumer: Map, weight: Float[Tensor, "output input"], like: Tensor) -> Tensor:
+    """The weight of a stack that `oriented` gave, in the storage order and shape of another one."""
+    each = weight.unflatten(1, (like.shape[0], -1)).transpose(0, 1)
+    return (each.mT if consumer.transposed else each).contiguous()
 
 
 @contextmanager

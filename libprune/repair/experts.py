@@ -20,9 +20,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from libprune.engine.architecture import Map
-from libprune.engine.errors import LibpruneError
-from libprune.engine.surgery import stored
-from libprune.repair.least_squares import DAMPINGS, SILENT, Fit, Inputs, Moments, fisher_weighting, fit_consumer
+from libprune.engine.surgery import stacked
+from libprune.repair.least_squares import (
+    DAMPINGS,
+    SILENT,
+    Fit,
+    Inputs,
+    Moments,
+    fisher_weighting,
+    fit_consumer,
+    require_choice,
+)
 
 STEPS = 12
 """The most steps of conjugate gradients for one ridge."""
@@ -91,11 +99,7 @@ def fit_experts(
     places = kept.view(copies, -1, 1).to(device)
     old = weight.unflatten(1, (copies, -1)).movedim(0, -1).to(device, torch.float32) * places
     fitted, kept_out = [b for b in batches if not b.held_out], [b for b in batches if b.held_out]
-    if damping is None and not kept_out:
-        raise LibpruneError(
-            "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
-            "use more calibration sequences, or set slice.damping to a number such as 0.001"
-        )
+    require_choice(damping, bool(kept_out))
     normal = _Normal(fitted, old)
     tried = {value: normal.solve(value) for value in (_TRIED if damping is None else (damping,))}
     errors = {value: _error(kept_out, new) if kept_out else np.nan for value, new in tried.items()}
@@ -106,7 +110,7 @@ def fit_experts(
         new = _Normal(batches, old).solve(best)
     return Fit(
         consumer=consumer,
-        weight=stored(consumer, new.movedim(-1, 0).flatten(1).to(like.dtype), like).cpu(),
+        weight=stacked(consumer, new.movedim(-1, 0).flatten(1).to(like.dtype), like).cpu(),
         bias=None,
         damping=best,
         before=_error(fitted, old),
@@ -196,11 +200,7 @@ def fit_channels(
     """
     grams, held_out = inputs.gram, inputs.held_out
     copies, each = grams.shape[:2]
-    if damping is None and held_out is None:
-        raise LibpruneError(
-            "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
-            "use more calibration sequences, or set slice.damping to a number such as 0.001"
-        )
+    require_choice(damping, held_out is not None)
     whole, fits = weight * kept, []
     for copy in range(copies):
         own = slice(copy * each, (copy + 1) * each)
@@ -220,7 +220,7 @@ def fit_channels(
         fits.append(fit)
     return Fit(
         consumer=consumer,
-        weight=stored(consumer, whole, like),
+        weight=stacked(consumer, whole, like),
         bias=None,
         damping=_mean([fit.damping for fit in fits]),
         before=_mean([fit.before for fit in fits]),

@@ -144,6 +144,19 @@ class Fit:
     producers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def require_choice(damping: float | None, held_out: bool) -> None:
+    """Stop where a ridge is to be chosen and nothing is held out to choose it by.
+
+    Raises:
+        LibpruneError: saying what to change.
+    """
+    if damping is None and not held_out:
+        raise LibpruneError(
+            "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
+            "use more calibration sequences, or set slice.damping to a number such as 0.001"
+        )
+
+
 def fit_consumer(
     consumer: Map,
     weight: Float[Tensor, "output input"],
@@ -170,11 +183,7 @@ def fit_consumer(
         LibpruneError: if the damping is to be chosen and nothing is held out.
     """
     old = weight[:, kept].double()
-    if damping is None and held_out is None:
-        raise LibpruneError(
-            "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
-            "use more calibration sequences, or set slice.damping to a number such as 0.001"
-        )
+    require_choice(damping, held_out is not None)
     solutions = [solve(moments, old, value, floor) for value in (DAMPINGS if damping is None else (damping,))]
     errors = [held_out.error(new) if held_out else np.nan for new, _ in solutions]
     best = int(np.argmin(errors))

@@ -65,7 +65,7 @@ def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> 
     Raises:
         ArtifactError: if statistics are missing.
     """
-    if any(entry.stack for entry in architecture.maps):
+    if architecture.experts is not None:
         raise LibpruneError(
             "the criterion cooperative compares inputs that the same tokens have, which those of different experts are "
             "not; choose another criterion for a mixture of experts"

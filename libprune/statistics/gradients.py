@@ -159,11 +159,8 @@ def collect_gradients(
             gradient is not finite.
     """
     collector = _Collector(model, architecture, sums)
-    vectors = {p.name: p for block in architecture.blocks() for p in architecture.parameters_of(*block)}
-    for entry in architecture.maps:
-        if not entry.stack:
-            vectors.pop(entry.weight)
-            vectors.pop(entry.bias, None)
+    blocks = (p for block in architecture.blocks() for p in architecture.parameters_of(*block))
+    vectors = {p.name: p for p in blocks if p.name not in architecture.mapped}
     watched = watching(model, architecture, collector.output, collector.input, recompute, collector.rows)
     with watched as tape, torch.enable_grad():
         handles = [_watch_vector(model, parameter, collector) for parameter in vectors.values()]

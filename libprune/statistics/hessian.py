@@ -100,9 +100,8 @@ def bare_parameters(architecture: Architecture) -> dict[str, Parameter]:
 
     Autograd gives their gradients, of all sequences of a pass together.
     """
-    mapped = {name for entry in architecture.maps if not entry.stack for name in (entry.weight, entry.bias)}
     curved = (p for block in architecture.blocks() for p in curved_parameters(architecture, *block))
-    return {parameter.name: parameter for parameter in curved if parameter.name not in mapped}
+    return {parameter.name: parameter for parameter in curved if parameter.name not in architecture.mapped}
 
 
 def collect_squared_gradients(
