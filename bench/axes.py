@@ -1,0 +1,189 @@
+"""Which axes to cut under one budget: channels, groups, query heads, layers and the residual width, alone and together.
+
+    python -m bench.axes --text wiki.valid.raw --work /tmp/axes "channels" "all, uniform"
+    python -m bench.axes --work /tmp/axes --table
+
+The first half of the text calibrates (256 sequences of 256 tokens; gradients on the first 128; levels, depth and width
+on the last 8), its second half judges (`--windows` of its windows of 1024 tokens, at even distances). `--of decoder`
+counts the share in the layers, `--of total` in the whole model. Nothing is trained. Every row is a sliced folder that
+was proved to load; a budget that a setting cannot reach is a row that says so. Rows go to WORK/rows.jsonl; those that
+are there are not measured again.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from bench.recovery import Judge, base_params
+from libprune.pipeline.layout import Layout
+from libprune.report.markdown import markdown_table
+
+COLLECTING = (
+    "prepare",
+    "tokenize",
+    "gradients",
+    "hessian",
+    "activations",
+    "ablation",
+    "score",
+    "levels",
+    "depth",
+    "width",
+)
+MEASURED = {"method": "search", "depth": "joint", "width": "auto"}
+"""Params by which the base measures all that any setting reads."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Which axes may be cut, and by what they are chosen.
+
+    Attributes:
+        heads: units of the attention, as `prepare.heads`.
+        allocate: the params of the allocation that differ from those of the bench.
+    """
+
+    heads: str
+    allocate: dict[str, Any]
+
+
+UNIFORM: dict[str, Any] = {"method": "uniform"}
+BY_LEVELS: dict[str, Any] = {"method": "search", "shape": "uniform"}
+PER_LAYER: dict[str, Any] = {"method": "search", "shape": "per_layer"}
+SETTINGS = {
+    "channels": Setting("groups", UNIFORM | {"min_groups": 3}),
+    "groups and channels": Setting("groups", UNIFORM),
+    "groups and channels, by levels": Setting("groups", BY_LEVELS),
+    "query heads and channels": Setting("queries", UNIFORM),
+    "query heads and channels, by levels": Setting("queries", BY_LEVELS),
+    "layers, the rest channels": Setting("groups", UNIFORM | {"depth": "joint", "min_groups": 3}),
+    "layers by cosine, the rest channels": Setting("groups", UNIFORM | {"depth": "cosine", "min_groups": 3}),
+    "width 512, the rest channels": Setting("groups", UNIFORM | {"width": 512, "min_groups": 3}),
+    "all, uniform": Setting("groups", BY_LEVELS | {"depth": "joint", "width": "auto"}),
+    "all with query heads, uniform": Setting("queries", BY_LEVELS | {"depth": "joint", "width": "auto"}),
+    "all without width, uniform": Setting("groups", BY_LEVELS | {"depth": "joint"}),
+    "groups and channels, per layer": Setting("groups", PER_LAYER),
+    "all, per layer": Setting("groups", PER_LAYER | {"depth": "joint", "width": "auto"}),
+}
+
+
+def write_params(path: Path, text: str, sections: dict[str, dict[str, Any]]) -> None:
+    """The params of the repository with the bench's text and some changes."""
+    params = base_params(text)
+    for section in ("levels", "depth", "width"):
+        params[section] |= {"sequences": 8}
+    for section, changes in sections.items():
+        params[section] = params[section] | changes
+    path.write_text(yaml.safe_dump(params))
+
+
+def run(stage: str, params: Path, root: Path) -> str:
+    """Run a stage on the artifacts of a folder, with its metrics beside them; what it printed if it failed."""
+    command = [sys.executable, "-m", f"stages.{stage}", "--params", str(params), "--artifacts", str(root)]
+    command += ["--metrics", str(root.parent / "metrics")] if stage in ("allocate", "slice") else []
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(done.stdout, flush=True)
+    return done.stdout if done.returncode else ""
+
+
+def collect(work: Path, text: str, heads: str) -> Path:
+    """The artifacts that all settings with these units of the attention read; each stage runs once."""
+    base = work / heads / "artifacts"
+    base.mkdir(parents=True, exist_ok=True)
+    write_params(base.parent / "params.yaml", text, {"prepare": {"heads": heads}, "allocate": MEASURED})
+    for stage in COLLECTING:
+        done = base.parent / f"{stage}.done"
+        if not done.exists():
+            if failed := run(stage, base.parent / "params.yaml", base):
+                raise SystemExit(failed)
+            done.touch()
+    return base
+
+
+def pruned(
+    work: Path, text: str, name: str, of: str, ratio: float, repair: str
+) -> tuple[Layout | None, dict[str, Any]]:
+    """A sliced folder, or None where the setting cannot reach the share; and how it was made."""
+    setting, root = SETTINGS[name], work / "run" / "artifacts"
+    base = collect(work, text, setting.heads)
+    subprocess.run(["rm", "-rf", str(root.parent)], check=True)
+    root.mkdir(parents=True)
+    for path in base.iterdir():
+        (root / path.name).symlink_to(path.resolve())
+    share = {"ratio": ratio, "ratio_of": of, "channel_multiple": 1}
+    changes = {"prepare": {"heads": setting.heads}, "allocate": share | setting.allocate, "slice": {"repair": repair}}
+    write_params(root.parent / "params.yaml", text, changes)
+    row: dict[str, Any] = {"setting": name, "of": of, "ratio": ratio, "repair": repair}
+    start = time.perf_counter()
+    failed = run("allocate", root.parent / "params.yaml", root)
+    planned = time.perf_counter()
+    if failed:
+        return None, row | {"why": failed.strip().splitlines()[-1]}
+    allocation = json.loads((root.parent / "metrics" / "allocation.json").read_text())
+    if failed := run("slice", root.parent / "params.yaml", root):
+        return None, row | {"why": failed.strip().splitlines()[-1]}
+    seconds = {"plan_seconds": planned - start, "slice_seconds": time.perf_counter() - planned}
+    return Layout(root), row | seconds | {"allocation": allocation}
+
+
+def shape_of(folder: Path) -> str:
+    """The shape of a pruned model in its config's own words."""
+    config = json.loads((folder / "config.json").read_text())
+    keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    return " ".join(str(config[key]) for key in keys)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a setting, scope and repair; one column a ratio."""
+    ratios = sorted({row["ratio"] for row in rows})
+    lines: dict[tuple[str, str, str], dict[float, str]] = {}
+    for row in rows:
+        text = (
+            f"× {row['own']['ratio']:.3f} ± {row['own']['se']:.3f} ({row['shape']})" if "own" in row else "not reached"
+        )
+        lines.setdefault((row["setting"], row["of"], row["repair"]), {})[row["ratio"]] = text
+    header = ("axes", "share of", "repair", *(f"{100 * ratio:.0f} %" for ratio in ratios))
+    return markdown_table([(*key, *(cells.get(r, "") for r in ratios)) for key, cells in lines.items()], header)
+
+
+def main(
+    settings: Annotated[list[str] | None, typer.Argument(help="Names of SETTINGS; none: all.")] = None,
+    work: Path = Path("/tmp/axes"),
+    text: Path | None = None,
+    ratio: list[float] = [0.2, 0.35, 0.5],  # noqa: B006
+    of: list[str] = ["decoder", "total"],  # noqa: B006
+    repair: list[str] = ["local"],  # noqa: B006
+    windows: int = 24,
+    show: Annotated[bool, typer.Option("--table", help="Only print what was measured.")] = False,
+) -> None:
+    """Measure settings."""
+    path = work / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(row["setting"], row["of"], row["ratio"], row["repair"]) for row in rows}
+    judge = None
+    todo = [
+        (name, scope, share, how) for how in repair for scope in of for share in ratio for name in settings or SETTINGS
+    ]
+    for key in todo if text is not None and not show else []:
+        if key in done:
+            continue
+        layout, row = pruned(work, str(text.resolve()), *key)
+        if layout is not None:
+            judge = judge or Judge(work, layout, windows, "", 0)
+            row |= judge.rows({"pruned": layout.pruned})["pruned"] | {"shape": shape_of(layout.pruned)}
+        rows.append(row)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print({name: value for name, value in row.items() if name != "allocation"}, flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
