@@ -1,6 +1,7 @@
 """Allocation: which units go, so that a given share of the parameters is removed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from libprune.allocation.advice import held_whole
 from libprune.allocation.hgsp import above_floors
@@ -48,7 +49,7 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
     """
     if params.channel_multiple != "auto":
         return _settle_ratio(architecture, scores, params, evidence)
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     single = settle(architecture, scores, params.model_copy(update={"channel_multiple": 1}), evidence)
     for multiple in fitting_multiples(architecture):
         coarse = params.model_copy(update={"channel_multiple": multiple})
@@ -58,7 +59,7 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
             plan = descend(architecture, ladders, prices, settled, {**evidence, "scores": scores})
         except BudgetError:
             continue
-        if abs(prices.removed(plan) - target_of(prices, single)) <= WITHIN * base_of(prices, params):
+        if abs(removed_by(prices, plan, params) - target_of(prices, single)) <= WITHIN * base_of(prices, params):
             return settled
     return single
 
@@ -67,7 +68,7 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
     """The params with a ratio: as given, or where it is null what `retention` finds that the scores allow."""
     if params.ratio is not None:
         return params
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     wanted = wanted_removals(architecture, scores, params.network_type)
     target = wanted_total(build_ladders(architecture, scores, params, prices), wanted)
     if target == 0:
@@ -76,6 +77,11 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
             "layers; set allocate.ratio"
         )
     return params.model_copy(update={"ratio": target / base_of(prices, params)})
+
+
+def removed_by(prices: Prices, plan: Plan, params: Allocate) -> int:
+    """How much of the objective a plan removes in the scope of the ratio, columns of the residual stream included."""
+    return prices.removed(plan) + prices.narrowing.get(params.ratio_of, 0)
 
 
 Improve = Callable[[Ladders, Depth, int, Allocate], Depth]
@@ -106,7 +112,7 @@ def allocate(
             f"allocate.allow_layer_removal is true, but no layer of family {architecture.family!r} can be deleted: "
             f"{architecture.layers_stay}; set it to false"
         )
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     evidence = {**evidence, "scores": scores}
     params = settle(architecture, scores, params, evidence)
     return descend(architecture, _ladders(architecture, scores, params, prices), prices, params, evidence, improve)
@@ -132,11 +138,11 @@ def descend(
     Raises:
         BudgetError: if the target cannot be reached under the floors.
     """
-    target = target_of(prices, params)
+    target = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
     depth = METHODS[params.method].allocate(architecture, ladders, target, params, evidence)
     if improve is not None:
         depth = improve(ladders, depth, target, params)
-    plan = plan_of(architecture, ladders, depth)
+    plan = replace(plan_of(architecture, ladders, depth), width=params.columns)
     _check_reached(architecture, ladders, plan, target, prices, params, evidence)
     return plan
 

@@ -51,6 +51,7 @@ from libprune.repair.producers import (
     producers_of,
     slopes_of,
 )
+from libprune.residual.axes import Narrowed
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class SequentialRepair:
         cap: float | None = None,
         steps: int = 0,
         own_inputs: bool = False,
+        narrow: Narrowed | None = None,
     ) -> None:
         """Begin before the first layer.
 
@@ -100,8 +102,10 @@ class SequentialRepair:
             steps: as in `libprune.repair.producers.fit_producers`, of parts where that can be; 0: what computes units
                 stays.
             own_inputs: fit only mixtures that lose experts, each on what the dense model gives it: `local` repair.
+            narrow: the weights for a narrower residual stream, along whose axes the model lies; what reads the stream
+                gets them, and every consumer is fitted. None where the plan leaves the stream as wide as it is.
         """
-        self._own_inputs = own_inputs
+        self._own_inputs, self._narrow = own_inputs, narrow
         self._model, self._architecture, self._plan = model, architecture, plan
         self._batches, self._damping, self._drift, self._cap, self._steps = batches, damping, drift, cap, steps
         self._layers = layers_of(model, architecture)
@@ -146,6 +150,7 @@ class SequentialRepair:
         multiples, fits = factors or (1.0,) * len(consumers), list[Fit]()
         states: list[Tensor] | None = None
         with masked(self._model, self._architecture, self._plan):
+            _set(self._model, {} if self._narrow is None else self._narrow.of_layer(layer))
             _set(self._model, known or {})
             for index, consumer in enumerate(consumers if known is None else []):
                 states = None
@@ -343,7 +348,7 @@ def _fitted_consumers(
     """The consumers that are fitted, with the input positions that stay.
 
     Beside those that lose inputs these are the ones that run behind a mixture which loses experts, such as a shared
-    expert: they can give what the mixture no longer does.
+    expert: they can give what the mixture no longer does. Where the residual stream is narrower these are all of them.
     """
     pruned = {consumer.module: (consumer, kept) for consumer, kept in pruned_consumers(architecture, plan)}
     for layer in range(architecture.layers):
@@ -354,7 +359,9 @@ def _fitted_consumers(
             for consumer in architecture.consumers(layer, part):
                 if consumer.module in pruned and (consumer.part in routed or not own_inputs):
                     yield pruned.pop(consumer.module)
-                elif part in behind and part not in routed and not own_inputs and not plan.gone(layer, part):
+                elif own_inputs or plan.gone(layer, part):
+                    continue
+                elif plan.width is not None or (part in behind and part not in routed):
                     yield consumer, torch.ones(consumer.input.size(architecture.sizes), dtype=torch.bool)
 
 
