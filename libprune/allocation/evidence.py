@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from libprune.allocation.hgsp import Increases
 from libprune.allocation.knapsack import divergence_curves
 from libprune.allocation.methods import Evidence
-from libprune.engine.architecture import Block
+from libprune.engine.architecture import RESIDUAL, Block
 from libprune.engine.errors import ArtifactError
 from libprune.pipeline.artifacts import Scores, read_json, read_table, same_origin
 from libprune.pipeline.layout import Layout
@@ -32,7 +32,8 @@ def read_evidence(layout: Layout, scores: Scores, params: Allocate) -> Evidence:
         ArtifactError: if it is missing, or was measured on another model or text, or with units in another order.
     """
     needed = allocation_reads(params.method, params.worth, params.objective, params.evaluations)
-    return {artifact: READERS[artifact](layout, scores) for artifact in needed}
+    found = {artifact: READERS[artifact](layout, scores) for artifact in needed}
+    return found | ({"width": read_widths(layout, scores)} if params.width == "auto" else {})
 
 
 def read_change(layout: Layout, scores: Scores) -> NDArray[np.float64]:
@@ -76,6 +77,18 @@ def read_curves(layout: Layout, scores: Scores) -> Mapping[Block, NDArray[np.flo
     order = order_digest(unit_orders(scores.architecture, scores.table))
     same_origin(layout.levels, meta, scores.origin | {"order": order})
     return divergence_curves(scores.architecture, levels)
+
+
+def read_widths(layout: Layout, scores: Scores) -> Mapping[int, float]:
+    """The measured divergence by the columns of the residual stream that stay, nats; 0 where all do.
+
+    Raises:
+        ArtifactError: if it is missing, or was measured on another model or text.
+    """
+    table, meta = read_table(layout.widths, "width")
+    same_origin(layout.widths, meta, scores.origin)
+    measured = zip(table["width"].tolist(), table["divergence"].tolist(), strict=True)
+    return {scores.architecture.sizes[RESIDUAL]: 0.0, **dict(measured)}
 
 
 def read_latency(layout: Layout, scores: Scores) -> Mapping[str, Any]:

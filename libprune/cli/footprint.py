@@ -12,7 +12,7 @@ import torch
 
 from libprune.collection.accumulator import PENDING, ROWS, UNITS, Group, finished, state_bytes
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture, Map
+from libprune.engine.architecture import RESIDUAL, Architecture, Map
 from libprune.models.compute import resolve_dtype
 from libprune.pipeline.methods import REPAIRS, allocation_reads, methods_that_read
 from libprune.pipeline.params import Params
@@ -137,6 +137,7 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
         Footprint("score", {"scores.parquet": scores.nbytes}, scored),
         _sensitivity(architecture, params.allocate),
         _levels(architecture, params),
+        _width(architecture, params),
         _latency(params.allocate),
         Footprint("allocate", {"plan.parquet": _plan(scores).nbytes}, f"allocate.method: {params.allocate.method}"),
         sliced,
@@ -264,6 +265,18 @@ def _levels(architecture: Architecture, params: Params) -> Footprint:
     return _losses("levels", rows, _only(used, _method(params.allocate, "levels")), 3)
 
 
+def _width(architecture: Architecture, params: Params) -> Footprint:
+    """The table of widths, the axes, and two matrices as wide as the stream for each of its norms."""
+    used, whole = params.allocate.width is not None, architecture.sizes.get(RESIDUAL, 0)
+    rows = (1 if isinstance(params.allocate.width, int) else params.width.number) if used else 0
+    norms = len(architecture.stream_norms) if used else 0
+    matrices = 2 * norms * whole * whole * torch.float32.itemsize
+    files = {"width.parquet": Table(rows, 2, runs=2).nbytes}
+    if used:
+        files["width/axes.safetensors"] = matrices + (norms + whole) * whole * torch.float32.itemsize
+    return Footprint("width", files, _only(used, "width"), matrices)
+
+
 def _method(allocate: Allocate, artifact: str) -> str:
     """The setting that asks for an artifact: the chosen method if it reads the artifact, else all methods that do."""
     reads = artifact in allocation_reads(allocate.method)
@@ -307,7 +320,13 @@ def _foretold(allocate: Allocate) -> bool:
 def _removed(architecture: Architecture, allocate: Allocate) -> int:
     """Number of parameters that slicing removes; 0 where it is not foretold."""
     base = architecture.decoder_parameters if allocate.ratio_of == "decoder" else architecture.total_parameters
-    return round((allocate.ratio or 0) * base) if _foretold(allocate) else 0
+    if not _foretold(allocate):
+        return 0
+    narrow, removed = architecture.narrowed(allocate.columns), round((allocate.ratio or 0) * base)
+    if allocate.ratio_of == "decoder":  # columns of the embedding go too
+        removed += architecture.total_parameters - architecture.decoder_parameters
+        removed -= narrow.total_parameters - narrow.decoder_parameters
+    return removed
 
 
 def _teacher(architecture: Architecture, recover: Recover) -> Footprint:

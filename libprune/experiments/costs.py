@@ -124,7 +124,8 @@ def pruning_stages(params: Params) -> tuple[str, ...]:
     """The stages from the scores to the pruned model that have something to do under these params."""
     read = allocation_reads(params.allocate.method, params.allocate.worth, params.allocate.objective)
     measuring = (stage for stage in ("sensitivity", "levels", "latency") if stage in read)
-    return ("score", *measuring, "allocate", "slice")
+    narrowed = [] if params.allocate.width is None else ["width"]
+    return ("score", *measuring, *narrowed, "allocate", "slice")
 
 
 def recovering_stages(params: Params) -> tuple[str, ...]:

@@ -109,6 +109,7 @@ def _sequences(params: Params) -> Iterator[Fault]:
         "ablation": params.ablation.units > 0,
         "sensitivity": "sensitivity" in reads,
         "levels": "levels" in reads,
+        "width": allocate.width is not None,
         "slice": params.slice.repair == "sequential",
     }
     asked = {section: getattr(params, section).sequences or stored for section in used}

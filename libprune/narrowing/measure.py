@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from libprune.collection.calibration import Calibration, held_out, require_own_weights, set_up
+from libprune.collection.stream import Norm, Stream, read_stream, require_narrowable, unit_states, watch
+from libprune.collection.stream_axes import Axes, choose_kind, find_axes, turn_model, write_axes
 from libprune.engine.architecture import RESIDUAL, Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
@@ -26,8 +28,6 @@ from libprune.pipeline.atomic import writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Width
 from libprune.pipeline.terminal import Bar
-from libprune.residual.axes import Axes, choose_kind, find_axes, turn_model, write_axes
-from libprune.residual.stream import Norm, Stream, read_stream, require_narrowable, unit_states, watch
 from libprune.statistics.divergence import Divergence
 from libprune.statistics.losses import measuring
 
@@ -179,7 +179,7 @@ def measure_widths(layout: Layout, compute: Compute, section: Width, asked: int 
         }
 
     identity = {"widths": widths, "axes": axes.digest}
-    rooms = ("residual", "narrowing")
+    rooms = ("narrowing",)
     with measuring(last, "width", layout.widths, plans, identity, divergence, mended, rooms) as losses:
         if losses is None:
             return None

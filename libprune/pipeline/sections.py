@@ -313,6 +313,11 @@ class Width(Section):
     turned to its principal axes, which loses less and needs an output head of its own and RMS norms; `auto`: the latter
     where the model can have it."""
 
+    @property
+    def number(self) -> int:
+        """How many widths are measured, where `allocate.width` does not name one."""
+        return self.widths if isinstance(self.widths, int) else len(set(self.widths))
+
 
 class Latency(Section):
     """The measured time of a layer by its width; for `allocate.objective: latency`."""

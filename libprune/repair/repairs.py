@@ -13,6 +13,7 @@ from torch import Tensor
 
 from libprune.collection.calibration import require_own_weights, set_up
 from libprune.collection.resumable import sums_identity
+from libprune.collection.stream_axes import Narrowed, read_axes, turn_model
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
@@ -26,7 +27,6 @@ from libprune.pipeline.shards import GRAM, HELD_OUT, read_meta, read_tensor
 from libprune.pipeline.terminal import Bar, note
 from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
 from libprune.repair.sequential import SequentialRepair, split_batches
-from libprune.residual.axes import Narrowed, read_axes, turn_model
 
 Repairing = Callable[[Layout, Architecture, Plan, Compute, Slice], list[Fit]]
 """From the artifacts, the dense model's description, the plan, how to run the model, and the params to the fits."""
@@ -161,7 +161,7 @@ def _layer_by_layer(
     repair = SequentialRepair(
         run.model, architecture, plan, batches, damping, drift, params.drift_cap, steps, own_inputs, narrow
     )
-    folder = run.work / "slice" / sums_identity(run, identity, ("repair", "residual"))
+    folder = run.work / "slice" / sums_identity(run, identity, ("repair",))
     fits = []
     for layer in Bar(range(architecture.layers), desc="repair", unit="layer"):
         path = folder / f"layer-{layer:03d}.safetensors"

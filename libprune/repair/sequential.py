@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.collection.calibration import held_out
+from libprune.collection.stream_axes import Narrowed
 from libprune.collection.stream_norms import watch_norms
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
@@ -51,7 +52,6 @@ from libprune.repair.producers import (
     producers_of,
     slopes_of,
 )
-from libprune.residual.axes import Narrowed
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libprune.collection.stream_axes import Narrowed, read_axes
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import added_biases, with_biases
@@ -23,7 +24,6 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
 from libprune.repair.least_squares import Fit, fit_table, mean_errors, new_parameters
-from libprune.residual.axes import Narrowed, read_axes
 from libprune.results.card import write_card
 from libprune.results.folder import write_pruned
 from libprune.results.proof import masked_logits, verify_folder

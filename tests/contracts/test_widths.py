@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from libprune.collection.stream import read_stream, require_narrowable
+from libprune.collection.stream_axes import Narrowed, choose_kind, turn_model
 from libprune.engine import cost
 from libprune.engine.architecture import RESIDUAL
 from libprune.engine.describe import describe, stored_tensors
@@ -12,8 +14,6 @@ from libprune.engine.errors import LibpruneError
 from libprune.engine.family import families
 from libprune.engine.stacks import exposed
 from libprune.engine.surgery import masked, slice_state
-from libprune.residual.axes import Narrowed, choose_kind, turn_model
-from libprune.residual.stream import read_stream, require_narrowable
 from libprune.results.folder import pruned_config
 from tests.support.models import FAMILIES, MODELS, outputs, random_plan, tokens
 from tests.support.widths import NARROWING, STAY, made_axes, width_of

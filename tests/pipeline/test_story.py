@@ -37,6 +37,7 @@ ASKS: dict[str, dict[str, dict[str, Any]]] = {
     "ablation": {"ablation": {"units": 1}},
     "sensitivity": {"allocate": {"method": "hgsp"}},
     "levels": {"allocate": {"method": "search"}},
+    "width": {"allocate": {"width": 36}},
     "latency": {"allocate": {"objective": "latency"}},
     "teacher": {"recover": {"method": "lora"}},
     "recover": {"recover": {"method": "full"}},

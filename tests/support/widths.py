@@ -3,9 +3,9 @@
 import torch
 from transformers import PreTrainedModel
 
+from libprune.collection.stream import read_stream
+from libprune.collection.stream_axes import Axes, Kind
 from libprune.engine.architecture import RESIDUAL, Architecture
-from libprune.residual.axes import Axes, Kind
-from libprune.residual.stream import read_stream
 from tests.support.models import FAMILIES
 
 STAY = {

@@ -14,7 +14,6 @@ FLOORS = [
     {"engine"},
     {"pipeline"},
     {"models"},
-    {"residual"},
     {"texts", "collection"},
     {"statistics", "scoring", "repair"},
     {"narrowing"},

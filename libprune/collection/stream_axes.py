@@ -21,11 +21,11 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from libprune.collection.stream import Norm, Stream
 from libprune.engine.architecture import RESIDUAL, Architecture, Parameter
 from libprune.engine.errors import LibpruneError
 from libprune.pipeline.artifacts import damage, decode_meta, require, same_origin
 from libprune.pipeline.shards import load_tensor, save_tensors
-from libprune.residual.stream import Norm, Stream
 
 FILE = "axes.safetensors"
 Kind = Literal["selected", "principal"]
