@@ -47,9 +47,10 @@ def collect(work: Path, text: str) -> None:
     """Run the stages that have not run yet."""
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["tokenize"] |= {"text": text, "calibration_sequences": 136, "calibration_length": 128}
-    params["tokenize"] |= {"evaluation_share": 0.5, "evaluation_length": 512, "evaluation_windows": 8}
-    params["activations"] |= {"sequences": 64}
-    params["depth"] |= {"removals": MOST}
+    params["tokenize"] |= {"evaluation_share": 0.5, "evaluation_length": 512, "evaluation_windows": 6}
+    params["activations"] |= {"sequences": 16}
+    params["sensitivity"] |= {"sequences": 4}
+    params["depth"] |= {"removals": MOST, "sequences": 4}
     params["allocate"] |= {"depth": "joint", "method": "hgsp"}
     work.mkdir(parents=True, exist_ok=True)
     path = work / "params.yaml"
@@ -171,9 +172,9 @@ def compensated(
 def main(
     work: Path = Path("/tmp/depth"),
     text: Path | None = None,
-    windows: int = 8,
-    removed: Annotated[list[int], typer.Option(help="Layers out, for the rescaling.")] = [3, 6, 10],  # noqa: B006
-    sequences: int = 128,
+    windows: int = 6,
+    removed: Annotated[list[int], typer.Option(help="Layers out, for the rescaling.")] = [6],  # noqa: B006
+    sequences: int = 64,
 ) -> None:
     """Measure orders, then the rescaling."""
     if text is not None:
@@ -230,7 +231,8 @@ def main(
             return judge(plan, w | scaled)
 
         cells.append(measured(f"sequential, gaps without {gone}", after))
-        body.append((str(number), *(f"{c['divergence']:.3f}, × {c['ratio']:.3f} ± {c['ratio_se']:.3f}" for c in cells)))
+        shown = (f"{row['divergence']:.3f}, × {row['ratio']:.3f} ± {row['ratio_se']:.3f}" for row in cells)
+        body.append((str(number), *shown))
     header = ("layers", "none", "rescaled at gaps", "rescaled everywhere", "sequential", "sequential, then rescaled")
     print(markdown_table(body, header))
 
