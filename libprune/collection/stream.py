@@ -67,11 +67,7 @@ def require_narrowable(architecture: Architecture, config: PreTrainedConfig, wid
         raise LibpruneError(
             f"allocate.width = {width}, but the residual stream of this model has {whole} columns; choose fewer or null"
         )
-    if why := _stays(architecture):
-        raise LibpruneError(
-            f"allocate.width = {width}, but the residual stream of a {architecture.family} model cannot be narrower: "
-            f"{why}; set it to null"
-        )
+    require_described(architecture)
     narrow = architecture.narrowed(width)
     try:
         new = new_config(families()[architecture.family], config, dict(narrow.sizes), tuple(range(narrow.layers)))
@@ -86,6 +82,19 @@ def require_narrowable(architecture: Architecture, config: PreTrainedConfig, wid
                 f"shape {list(found)}, where {list(shape)} is kept, because this size follows from the width; set it "
                 "to null"
             )
+
+
+def require_described(architecture: Architecture) -> None:
+    """Stop at a model whose residual stream keeps its width, whatever its config could say.
+
+    Raises:
+        LibpruneError: saying why.
+    """
+    if why := _stays(architecture):
+        raise LibpruneError(
+            f"allocate.width is set, but the residual stream of a {architecture.family} model cannot be narrower: "
+            f"{why}; set it to null"
+        )
 
 
 def _stays(architecture: Architecture) -> str:

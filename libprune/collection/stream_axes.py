@@ -30,7 +30,7 @@ from libprune.pipeline.shards import load_tensor, save_tensors
 FILE = "axes.safetensors"
 Kind = Literal["selected", "principal"]
 """Whether columns are ordered by what they hold, or turned to the principal axes."""
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Ridges, relative to each column's mean square, that the mending of a norm's readers is chosen from."""
 _DAMPING = (1e-3,)
 
@@ -217,7 +217,7 @@ def _not_turned(stream: Stream) -> str:
 
 
 def find_axes(
-    kind: Kind, stream: Stream, moments: Float[Tensor, "model model"], gain_of: Mapping[str, Tensor]
+    kind: Kind, moments: Float[Tensor, "model model"], gain_of: Mapping[str, Tensor]
 ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
     """The order or the turn of a stream, and the gains that go into the readers.
 
@@ -229,14 +229,14 @@ def find_axes(
     if kind == "selected":
         return torch.argsort(moments.diagonal(), descending=True, stable=True), None, {}
     _, vectors = torch.linalg.eigh(moments.double())
-    return None, vectors.flip(1).float().contiguous(), {name: gain_of[name].float() for name in stream.norms}
+    return None, vectors.flip(1).float().contiguous(), {name: gain.float() for name, gain in gain_of.items()}
 
 
 def write_axes(folder: Path, axes: Axes, meta: Mapping[str, Any]) -> None:
     """Write axes into an existing folder."""
     tensors = {"order": axes.order} if axes.turn is None else {"turn": axes.turn}
     for kind in _TABLES:
-        tensors |= {f"{kind}:{name}": tensor for name, tensor in getattr(axes, kind).items()}
+        tensors |= {f"{name}.{kind}": tensor for name, tensor in getattr(axes, kind).items()}
     stream = axes.stream
     about = {
         "norms": [vars(norm) for norm in stream.norms.values()],
@@ -265,7 +265,7 @@ def read_axes(folder: Path, architecture: Architecture) -> Axes:
     about = meta["stream"]
     norms = {one["module"]: Norm(**one) for one in about["norms"]}
     tables = [
-        {name.partition(":")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{kind}:")}
+        {name.removesuffix(f".{kind}"): tensor for name, tensor in tensors.items() if name.endswith(f".{kind}")}
         for kind in _TABLES
     ]
     stream = Stream(norms, about["readers"], about["tied"])

@@ -14,7 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from libprune.collection.calibration import Calibration, held_out, require_own_weights, set_up
-from libprune.collection.stream import Norm, Stream, read_stream, require_narrowable, unit_states, watch
+from libprune.collection.stream import (
+    Norm,
+    Stream,
+    read_stream,
+    require_described,
+    require_narrowable,
+    unit_states,
+    watch,
+)
 from libprune.collection.stream_axes import Axes, choose_kind, find_axes, turn_model, write_axes
 from libprune.engine.architecture import RESIDUAL, Architecture
 from libprune.engine.errors import LibpruneError
@@ -42,6 +50,7 @@ def choose_widths(architecture: Architecture, config: PreTrainedConfig, section:
     Raises:
         LibpruneError: if the model or a width that was named cannot be had.
     """
+    require_described(architecture)
     whole = architecture.sizes[RESIDUAL]
     named = [asked] if isinstance(asked, int) else [] if isinstance(section.widths, int) else list(section.widths)
     for width in named:
@@ -51,7 +60,6 @@ def choose_widths(architecture: Architecture, config: PreTrainedConfig, section:
     multiples = range(whole // 2 // section.multiple * section.multiple, whole, section.multiple)
     fitting = [width for width in multiples if width and _fits(architecture, config, width)]
     if not fitting:
-        require_narrowable(architecture, config, max(1, whole - section.multiple))
         raise LibpruneError(
             f"no multiple of width.multiple = {section.multiple} between half of {whole} columns and all of them can "
             "be said by the config of this model; lower it"
@@ -94,7 +102,7 @@ def collect_axes(run: Calibration, asked: str) -> Axes:
         pass
     parameters = {name: run.model.get_parameter(norm.weight).detach() for name, norm in stream.norms.items()}
     gain_of = {name: parameters[name].float().cpu() + norm.shift for name, norm in stream.norms.items()}
-    order, turn, gains = find_axes(kind, stream, moments.cpu(), gain_of)
+    order, turn, gains = find_axes(kind, moments.cpu(), gain_of)
     axes = Axes(stream, order, turn, gains, {}, {}, {})
     turn_model(run.model, run.architecture, axes)
     ratios, grams = _along(run, stream, read)
