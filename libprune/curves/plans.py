@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from libprune.allocation.allocate import base_of
 from libprune.allocation.decide import Ground, decide, read_ground
 from libprune.allocation.evidence import read_latency
+from libprune.allocation.methods import Evidence
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture, Block
 from libprune.engine.cost import Prices, Size
@@ -41,7 +41,7 @@ class Planned:
         cache: bytes of the KV cache for a token.
         state: bytes of recurrent states for a sequence.
         seconds: of one forward pass, by the lines that the latency stage has fitted; None if it has not measured.
-        divergence: summed measured divergence of the blocks' levels, nats a token; None for methods that measure none.
+        divergence: what its parts lose by measurement, summed, nats a token; None for methods that measure no levels.
         importance: the share of the summed importance that goes; None where importances do not compare between blocks.
     """
 
@@ -157,7 +157,6 @@ class _Counting:
     def of(self, ratio: float, plan: Plan, shape: str) -> Planned:
         """The plan with what it promises."""
         size, times = cost.size(self._architecture, plan), self._times
-        curves = self._evidence.get("levels")
         return Planned(
             ratio,
             plan,
@@ -168,7 +167,7 @@ class _Counting:
             cache=size.cache * self._itemsize,
             state=size.state * STATE_BYTES,
             seconds=None if times is None else (times.total - times.removed(plan)) / 1e12,
-            divergence=None if curves is None else summed_divergence(curves, plan),
+            divergence=predicted_divergence(self._evidence, plan),
             importance=self._lost(plan),
         )
 
@@ -179,14 +178,28 @@ class _Counting:
         return float(self._importance[~keep].sum()) / total if total > 0 else None
 
 
-def summed_divergence(curves: Mapping[Block, Any], plan: Plan) -> float:
-    """What a plan loses by the measured levels of its blocks, which add up, nats a token.
+def predicted_divergence(evidence: Evidence, plan: Plan) -> float | None:
+    """What a plan loses by what was measured of its parts, as if that added up, nats a token.
+
+    Of an order of whole removals that was measured jointly the longest beginning counts that the plan has; blocks that
+    are not in it count by the measured levels of each alone, and the width of the residual stream by its own.
 
     Args:
-        curves: for every block the divergence by the number of units removed.
+        evidence: what the method reads; without levels nothing is predicted.
         plan: which units stay.
+
+    Returns:
+        The sum; None where no levels were measured.
     """
-    return sum(float(curves[block][int((~keep).sum())]) for block, keep in plan.keep.items())
+    if "levels" not in evidence:
+        return None
+    joint: tuple[frozenset[Block], float] = (frozenset(), 0.0)
+    for gone, divergence in evidence.get("depth", ()):
+        if gone <= plan.removed:
+            joint = gone, float(divergence)
+    blocks = ((block, keep) for block, keep in plan.keep.items() if block not in joint[0])
+    levels = sum(float(evidence["levels"][block][int((~keep).sum())]) for block, keep in blocks)
+    return joint[1] + levels + (float(evidence["width"][plan.width]) if plan.width is not None else 0.0)
 
 
 def _itemsize(layout: Layout, params: Params) -> int:

@@ -200,7 +200,7 @@ def workspace_kept(echo: Echo) -> Iterator[None]:
                 path.unlink()
         for path, content in kept.items():
             _write(path, content)
-        if LOCK in kept and (reason := _check_out(kept[LOCK].decode())):
+        if LOCK in kept and (reason := _check_out(kept[LOCK].decode())) is not None:
             echo(f"params.yaml, dvc.lock and metrics are restored, but not all artifacts: {reason}; run `dvc repro`")
 
 
@@ -210,11 +210,11 @@ def _check_out(lock: str) -> str | None:
     DVC counts it as a failure if stages have never run; so those that have are asked for alone then.
     """
     for stages in ([], list(lock_stages(lock))):
-        command = [sys.executable, "-m", "dvc", "checkout", "-q", *stages]
+        command = [sys.executable, "-m", "dvc", "checkout", *stages]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return None
-    return " ".join(done.stderr.split())
+    return reason_of(done.stderr, done.returncode)
 
 
 def _tracked() -> list[Path]:

@@ -1,11 +1,12 @@
 """Plans of a curve are those of single runs of the stage allocate, and their figures are those of the models."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from libprune.curves.plans import DEFAULT, parse_ratios, plan_curve, summed_divergence
+from libprune.curves.plans import DEFAULT, parse_ratios, plan_curve, predicted_divergence
 from libprune.engine import cost
 from libprune.engine.errors import ArtifactError, ParamsError
 from libprune.pipeline.artifacts import read_architecture, read_json, read_plan, read_table
@@ -93,14 +94,22 @@ def test_what_is_missing_is_named(project):
     tiny.change_params(project, "allocate", method="uniform")
 
 
-def test_divergences_of_blocks_add_up():
+def test_divergences_of_blocks_add_up_and_joint_ones_take_the_place_of_single_ones():
     shape = Shape()
-    architecture, curves = shape.architecture(), shape.evidence("search")["levels"]
+    architecture, evidence = shape.architecture(), shape.evidence("search")
+    curves = evidence["levels"]
     plan = plan_without(architecture, 1, "mlp", 0, 1, 2)
-    assert summed_divergence(curves, plan) == curves[1, "mlp"][3]
-    assert summed_divergence(curves, plan.without((2, "attention"), slice(None))) == pytest.approx(
-        curves[1, "mlp"][3] + curves[2, "attention"][-1]
-    )
+    assert predicted_divergence(evidence, plan) == curves[1, "mlp"][3]
+    first, second = (2, "attention"), (0, "attention")
+    more = plan.without(first, slice(None))
+    assert predicted_divergence(evidence, more) == pytest.approx(curves[1, "mlp"][3] + curves[first][-1])
+    order = [(frozenset(), 0.0), (frozenset({first}), 7.0), (frozenset({first, second}), 9.0)]
+    joint = evidence | {"depth": order, "width": {4: 0.5, 5: 0.0}}
+    assert predicted_divergence(joint, plan) == curves[1, "mlp"][3]
+    assert predicted_divergence(joint, more) == pytest.approx(curves[1, "mlp"][3] + 7)
+    both = replace(more.without(second, slice(None)), width=4)
+    assert predicted_divergence(joint, both) == pytest.approx(curves[1, "mlp"][3] + 9.5)
+    assert predicted_divergence({}, plan) is None
 
 
 def test_ratios_are_read_in_any_form_and_sorted():
