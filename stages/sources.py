@@ -18,6 +18,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     named = {
         "model": ("prepare.model", settings.prepare.model),
         "families": ("prepare.families", settings.prepare.families),
+        "vocabulary": ("prepare.vocabulary.text", settings.prepare.vocabulary and settings.prepare.vocabulary.text),
         "text": ("tokenize.text", settings.tokenize.text),
         "evaluation": ("tokenize.evaluation_text", settings.tokenize.evaluation_text),
         "teacher": ("recover.teacher", settings.recover.teacher),

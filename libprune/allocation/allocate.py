@@ -21,14 +21,15 @@ NO_EVIDENCE: Evidence = {}
 
 
 def target_of(prices: Prices, params: Allocate) -> int:
-    """How much of the objective is to go; the ratio is settled."""
+    """How much of the objective is to go; the ratio is settled. What went with the vocabulary counts, if it is of all."""
     assert params.ratio is not None
-    return round(params.ratio * base_of(prices, params))
+    gone = base_of(prices, params) - (prices.decoder if params.ratio_of == "decoder" else prices.total)
+    return max(0, round(params.ratio * base_of(prices, params)) - gone)
 
 
 def base_of(prices: Prices, params: Allocate) -> int:
-    """How much of the objective the ratio is of."""
-    return prices.decoder if params.ratio_of == "decoder" else prices.total
+    """How much of the objective the ratio is of: in the layers, or in the whole model as it was given."""
+    return prices.decoder if params.ratio_of == "decoder" else prices.total + prices.gone
 
 
 def settle(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence = NO_EVIDENCE) -> Allocate:

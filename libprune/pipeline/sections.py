@@ -50,6 +50,29 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Vocabulary(Section):
+    """The text whose tokens stay in the vocabulary; rows of all others go."""
+
+    text: Source
+    """A text in one of the forms of `tokenize.text` but `self`."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    split: str | None = None
+    """Split of a hub data set; null: the preset's, or `train`."""
+    column: str | None = None
+    """Column that holds the text or the conversation; null: the preset's, or `text`."""
+    documents: Count | None = None
+    """Documents that are read, from the first; null: all."""
+    minimum: Count = 1
+    """How often the text must use a token for it to stay; above 1 the text itself is cut into other tokens."""
+    multiple: Count = 64
+    """The rows that stay are a multiple of this, for the kernels of GPUs; filled up with further tokens."""
+    keep: tuple[str, ...] = Field(default=(), strict=False)
+    """Further words or texts whose tokens stay."""
+
+
 class Prepare(Section):
     """The source of the dense model."""
 
