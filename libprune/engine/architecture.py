@@ -411,6 +411,11 @@ class Architecture:
         """All parameters, tied ones counted once."""
         return sum(self.numel(p) for p in self.parameters)
 
+    @property
+    def given_parameters(self) -> int:
+        """All parameters of the model as it was given, with those that went with rows of the vocabulary."""
+        return self.total_parameters + (self.trimmed.parameters if self.trimmed else 0)
+
     def to_json(self) -> str:
         """The description as JSON, readable by `from_json`."""
         return json.dumps(self, indent=1, default=_plain)

@@ -94,6 +94,10 @@ class Prepare(Section):
     pooling: Literal["mean", "cls"] | None = None
     """How a model without a head makes the embedding of a text: by the mean of its last hidden states over the tokens,
     or by that of the first token; null: as the files of sentence-transformers beside it say, or `mean`."""
+    vocabulary: Vocabulary | None = None
+    """The text whose tokens stay: rows of all others go from the embedding, the head and the tokenizer. A mapping with
+    the keys `text`, `minimum`, `multiple`, `keep`, `documents`, `config`, `revision`, `split` and `column`; null: all
+    tokens stay."""
 
 
 class Tokenize(Section):

@@ -100,8 +100,8 @@ def _without_rows(model: PreTrainedModel, trimmed: Cut, section: Prepare) -> Arc
     after = describe(model, accept=section.accept_config, experts=section.experts)
     gone, choice = trimmed.prove(model, after), trimmed.choice
     say(
-        f"vocabulary: {gone.tokens:,} tokens before, {len(choice.tokenizer):,} now, by {choice.documents:,} documents of "
-        f"{masked(choice.text)}; {gone.parameters:,} of {gone.parameters + after.total_parameters:,} parameters went"
+        f"vocabulary: {gone.tokens:,} tokens before, {len(choice.tokenizer):,} now, by {choice.documents:,} documents "
+        f"of {masked(choice.text)}; {gone.parameters:,} of {gone.parameters + after.total_parameters:,} parameters went"
     )
     return replace(after, trimmed=gone)
 

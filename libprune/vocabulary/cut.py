@@ -47,9 +47,9 @@ class Cut:
         """
         if after.unused_positions != self.before.unused_positions:
             raise FamilyError(
-                f"prepare.vocabulary: the positions of a {after.family} model begin behind the id of a token, which has "
-                f"changed ({self.before.unused_positions} positions were unused before, {after.unused_positions} are "
-                "now); set it to null"
+                f"prepare.vocabulary: the positions of a {after.family} model begin behind the id of a token, which "
+                f"has changed ({self.before.unused_positions} positions were unused before, {after.unused_positions} "
+                "are now); set it to null"
             )
         pairs = list(zip(outputs(model, self.choice.proof), self.expected, strict=True))
         difference = max((float((found - other).abs().max()) for found, other in pairs), default=0.0)

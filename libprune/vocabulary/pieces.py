@@ -4,10 +4,13 @@ All three kinds look for pieces in a fixed order: of merges (BPE), of lengths (W
 text uses comes first in this order, and still does so where pieces go that it does not use.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
+from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from libprune.engine.errors import SourceError
@@ -40,10 +43,19 @@ class Pieces:
     def base(self) -> set[int]:
         """The pieces that stay whatever the text is, so that all that could be written can still be written.
 
-        These are the bytes where there are some, else all single characters; and the one for what is unknown.
+        These are the bytes where there are some, else all single characters; and the one for what is unknown. Beside
+        bytes those characters stay that stand for something else, such as a space, which their bytes do not.
         """
-        single = self._alphabet() if self.whole else [piece for piece in self.ids if self._is_single(piece)]
-        return {self.ids[piece] for piece in [*single, self.unknown] if piece in self.ids}
+        single = [piece for piece in self.ids if self._is_single(piece)]
+        if self.whole:
+            single = [*self._alphabet(), *self._signs(single)]
+        return {self.ids[piece] for piece in [*single, self.unknown or ""] if piece in self.ids}
+
+    def _signs(self, characters: Iterable[str]) -> Iterator[str]:
+        """The characters that do not stand for themselves in the text that tokens are put together to."""
+        decoder = Tokenizer.from_str(json.dumps(self.rules)).decoder
+        if decoder is not None and self.model.get("byte_fallback"):
+            yield from (one for one in characters if decoder.decode(["a", one, "a"]) != f"a{one}a")
 
     def closed(self, used: Collection[int]) -> set[int]:
         """The pieces that are used, and those that are needed to come to them."""
@@ -112,7 +124,17 @@ class Merged(Pieces):
         return found
 
     def more(self, kept: Collection[int]) -> Iterator[int]:
+        """Further pieces in the order of merges, then characters, and what is merged from these."""
         known = set(kept)
+        yield from self._results(known)
+        for index in sorted(index for piece, index in self.ids.items() if self._is_single(piece)):
+            if index not in known:
+                known.add(index)
+                yield index
+        yield from self._results(known)
+
+    def _results(self, known: set[int]) -> Iterator[int]:
+        """What known pieces are merged to, in the order of merges; each is known from then on."""
         for first, second in self._merges:
             result = self.ids[first + second]
             if result not in known and {self.ids[first], self.ids[second]} <= known:
@@ -120,6 +142,8 @@ class Merged(Pieces):
                 yield result
 
     def trimmed(self, new: Mapping[int, int]) -> Rules:
+        """The `model` without merges that lack a part or their result."""
+
         def stays(piece: str) -> bool:
             return self.ids[piece] in new
 
@@ -134,10 +158,10 @@ class Merged(Pieces):
         parts, found = self._characters(piece), set[int]()
         while True:
             found.update(self.ids[part] for part in parts if part in self.ids)
-            pairs = [(self._ranks[pair], place) for place, pair in enumerate(zip(parts, parts[1:])) if pair in self._ranks]
-            if not pairs:
+            ranks = [self._ranks.get(pair, len(self._merges)) for pair in pairwise(parts)]
+            if min(ranks, default=len(self._merges)) == len(self._merges):
                 return found
-            _, place = min(pairs)
+            place = ranks.index(min(ranks))
             parts = [*parts[:place], parts[place] + parts[place + 1], *parts[place + 2 :]]
 
     def _characters(self, piece: str) -> list[str]:
@@ -157,6 +181,7 @@ class Longest(Pieces):
     """WordPiece: a word is cut into the longest pieces from its beginning on, or it is unknown as a whole."""
 
     def looked_up(self, word: str) -> set[int]:
+        """The longest pieces from the beginning of a word on, up to where there is none."""
         start, found = 0, set[int]()
         while start < len(word):
             prefix = self.model["continuing_subword_prefix"] if start else ""
@@ -180,10 +205,12 @@ class Scored(Pieces):
     """
 
     def base(self) -> set[int]:
+        """The pieces that stay whatever the text is, the one with the lowest score among them."""
         scores = [score for _, score in self.model["vocab"]]
         return super().base() | {scores.index(min(scores))}
 
     def trimmed(self, new: Mapping[int, int]) -> Rules:
+        """The `model` with the kept pieces, whose places are their ids."""
         vocab = [entry for index, entry in enumerate(self.model["vocab"]) if index in new]
         unknown = self.model["unk_id"]
         return {**self.model, "vocab": vocab, "unk_id": None if unknown is None else new[unknown]}
@@ -193,6 +220,7 @@ class Scored(Pieces):
 
     @property
     def unknown(self) -> str | None:
+        """The piece for what is unknown; None if there is none."""
         index = self.model["unk_id"]
         return None if index is None else str(self.model["vocab"][index][0])
 

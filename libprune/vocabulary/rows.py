@@ -28,8 +28,8 @@ def token_axes(architecture: Architecture) -> tuple[str, ...]:
     sizes = {axis: architecture.sizes[axis] for axis in axes}
     if len(set(sizes.values())) != 1:
         raise FamilyError(
-            f"prepare.vocabulary: a model of family {architecture.family!r} has the token axes {sizes or 'none'}, which "
-            "must be as long as each other; set it to null"
+            f"prepare.vocabulary: a model of family {architecture.family!r} has the token axes {sizes or 'none'}, "
+            "which must be as long as each other; set it to null"
         )
     for parameter in (*architecture.parameters, *architecture.buffers):
         for dim in parameter.dims:

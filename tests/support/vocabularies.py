@@ -1,6 +1,8 @@
 """Small tokenizers of all kinds, trained on sentences in several languages."""
 
+import json
 from collections.abc import Callable
+from functools import cache
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -50,8 +52,6 @@ def byte_fallback(size: int = 620) -> PreTrainedTokenizerBase:
     learned.pre_tokenizer = pre_tokenizers.Metaspace()
     special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
     learned.train_from_iterator(SENTENCES * 3, trainers.BpeTrainer(vocab_size=size, special_tokens=special))
-    import json
-
     model = json.loads(learned.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     tokenizer = Tokenizer(models.BPE(model["vocab"], merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -96,5 +96,13 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "word_piece": word_piece,
     "unigram": unigram,
 }
+
+
+@cache
+def trained(kind: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of a kind, trained once; not to be changed."""
+    return KINDS[kind]()
+
+
 BYTES = ("byte_level", "byte_fallback")
 """Those that write any text."""
