@@ -24,9 +24,9 @@ from libprune.texts.chosen import (
     calibration_source,
     evaluation_source,
     require_other_text,
+    vocabulary_source,
 )
 from libprune.texts.local import read_rows, text_files
-from libprune.vocabulary.choose import vocabulary_source
 
 ROWS = 10_000
 """Rows of a text that are looked at for a column; where more follow, a column may still come."""

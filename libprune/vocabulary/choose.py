@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.errors import LibpruneError, ParamsError
-from libprune.pipeline.sections import Tokenize, Vocabulary
-from libprune.texts.chosen import SELF, TextSource, calibration_source
+from libprune.engine.errors import LibpruneError
+from libprune.pipeline.sections import Vocabulary
+from libprune.texts.chosen import vocabulary_source
 from libprune.texts.source import chat_writer, open_text
 from libprune.vocabulary.pieces import Pieces, Rules, pieces_of
 from libprune.vocabulary.rows import named_ids, token_axes
@@ -55,23 +55,6 @@ class Choice:
     def new(self) -> dict[int, int]:
         """The new ids by the old ones."""
         return {old: new for new, old in enumerate(self.tokens)}
-
-
-def vocabulary_source(params: Vocabulary) -> TextSource:
-    """The text whose tokens stay.
-
-    Raises:
-        ParamsError: if it is one that has no end, or that the model writes.
-    """
-    keys = {"text": params.text, "config": params.config, "revision": params.revision, "split": params.split}
-    source = calibration_source(Tokenize.model_validate(keys | {"column": params.column}))
-    if params.text == SELF:
-        raise ParamsError("prepare.vocabulary.text: self is written by the model, with any of its tokens; name a text")
-    if source.streaming and params.documents is None:
-        raise ParamsError(
-            f"prepare.vocabulary.text: {params.text} has no end; set prepare.vocabulary.documents to a number to read"
-        )
-    return source
 
 
 def choose(

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from libprune.engine.describe import describe, without_weights
-from libprune.engine.errors import LibpruneError, ParamsError, SourceError
+from libprune.engine.errors import LibpruneError, SourceError
 from libprune.pipeline.sections import Vocabulary
-from libprune.vocabulary.choose import Choice, choose, vocabulary_source
+from libprune.vocabulary.choose import Choice, choose
 from tests.support.vocabularies import BYTES, ENGLISH, GREEK, KINDS, OTHERS, SENTENCES, trained
 
 WORDS = " ".join(SENTENCES).split()
@@ -138,15 +138,6 @@ def test_what_the_tests_of_a_text_find_is_said(text, monkeypatch):
     monkeypatch.setattr("libprune.vocabulary.choose._needed", lambda given, pieces, *rest: pieces.base())
     with pytest.raises(LibpruneError, match=r"cuts the text 'The river .* into other tokens than before"):
         chosen("byte_level", text)
-
-
-def test_texts_without_an_end_or_by_the_model_are_refused():
-    with pytest.raises(ParamsError, match=r"c4 has no end; set prepare\.vocabulary\.documents"):
-        vocabulary_source(Vocabulary(text="c4"))
-    with pytest.raises(ParamsError, match="self is written by the model"):
-        vocabulary_source(Vocabulary(text="self"))
-    source = vocabulary_source(Vocabulary(text="c4", documents=9, config="de"))
-    assert (source.data_set, source.config, source.split) == ("allenai/c4", "de", "train")
 
 
 def test_a_text_that_is_not_there_is_refused(tmp_path):
