@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.allocation.ladders import Ladders, empties_layer, spent
+from libprune.allocation.ladders import Ladders, empties_layer, parts_left, spent
 from libprune.engine.architecture import Architecture, Block
 from libprune.engine.tables import Columns
 from libprune.pipeline.sections import Allocate
@@ -39,7 +39,7 @@ def least_divergence(
     ladders: Ladders,
     curves: Mapping[Block, NDArray[np.float64]],
     target: int,
-    allow_layer_removal: bool,
+    may_empty: bool,
 ) -> dict[Block, int]:
     """The depths of least summed divergence that reach the target to within a step between choices.
 
@@ -49,8 +49,9 @@ def least_divergence(
     if target <= 0:
         return dict.fromkeys(ladders, 0)
     tables = [
-        _layer_choices(architecture, ladders, curves, layer, target, allow_layer_removal)
+        _layer_choices(architecture, ladders, curves, layer, target, may_empty)
         for layer in range(architecture.layers)
+        if parts_left(architecture, ladders, layer)
     ]
     best = np.full(BINS + 1, np.inf)
     best[0] = 0.0
@@ -90,11 +91,11 @@ def _layer_choices(
     curves: Mapping[Block, NDArray[np.float64]],
     layer: int,
     target: int,
-    allow_layer_removal: bool,
+    may_empty: bool,
 ) -> list[_Choice]:
     """All joint choices of a layer's blocks; those that would leave nothing of it only where that is allowed."""
     choices = [(_Choice({}, 0, 0.0), 0, True)]
-    for part in architecture.parts_of(layer):
+    for part in parts_left(architecture, ladders, layer):
         block = layer, part
         costs = np.cumsum([0, *(step.cost for step in ladders[block])])
         gone = np.cumsum([0, *(len(step.units) for step in ladders[block])])
@@ -111,7 +112,7 @@ def _layer_choices(
     return [
         replace(one, bins=-(-cost * BINS // target))
         for one, cost, empty in choices
-        if cost <= target and (allow_layer_removal or not empty)
+        if cost <= target and (may_empty or not empty)
     ]
 
 
@@ -132,7 +133,7 @@ def fill(
             for block, steps in ladders.items()
             if filled[block] < len(steps)
             and steps[filled[block]].cost <= left
-            and (params.allow_layer_removal or not empties_layer(architecture, ladders, filled, block))
+            and (params.may_empty or not empties_layer(architecture, ladders, filled, block))
         }
         if not slopes:
             return filled

@@ -34,7 +34,7 @@ def problems(draw):
         min_groups=draw(st.integers(0, 1)),
         min_channels=draw(st.integers(0, 1)),
         freeze_first=draw(st.integers(0, 1)),
-        allow_layer_removal=draw(st.booleans()),
+        depth=draw(st.sampled_from(["none", "units"])),
     )
     target = draw(st.integers(shape.channel_cost, shape.decoder))
     return shape, params, target, shape.curves(np.random.default_rng(draw(st.integers(0, 2**32 - 1))))
@@ -50,7 +50,7 @@ def choices(shape: Shape, params: Allocate, layer: int) -> list[tuple[int, int]]
         return [(0, 0)]
     groups, channels = range(shape.kv - params.min_groups + 1), range(shape.ffn - params.min_channels + 1)
     whole = (shape.kv, shape.ffn)
-    return [pair for pair in product(groups, channels) if params.allow_layer_removal or pair != whole]
+    return [pair for pair in product(groups, channels) if params.may_empty or pair != whole]
 
 
 def parameters(shape: Shape, groups: int, channels: int) -> int:
@@ -84,7 +84,7 @@ def test_the_knapsack_finds_what_trying_all_choices_finds(problem):
     """
     shape, params, target, curves = problem
     architecture, ladders = shape.architecture(), all_ladders(shape, params)
-    depth = least_divergence(architecture, ladders, curves, target, params.allow_layer_removal)
+    depth = least_divergence(architecture, ladders, curves, target, params.may_empty)
     bins, losses = [], []
     for layer in range(shape.layers):
         pairs = choices(shape, params, layer)
@@ -116,22 +116,22 @@ def test_of_two_ways_to_remove_the_same_the_one_of_less_divergence_is_taken():
 def test_the_target_is_never_passed_and_layers_go_only_where_that_is_allowed(problem):
     shape, params, target, curves = problem
     architecture, ladders = shape.architecture(), all_ladders(shape, params)
-    start = least_divergence(architecture, ladders, curves, target, params.allow_layer_removal)
+    start = least_divergence(architecture, ladders, curves, target, params.may_empty)
     for depth in (start, fill(architecture, ladders, curves, start, target, params)):
         plan = plan_of(architecture, ladders, depth)
         assert spent(ladders, depth) == removed_parameters(shape, plan) <= target
-        assert params.allow_layer_removal or plan.layers == tuple(range(shape.layers))
+        assert params.may_empty or plan.layers == tuple(range(shape.layers))
 
 
 @given(problems())
 def test_the_target_is_reached_to_within_a_step_and_the_rounding_of_every_layer(problem):
     shape, params, target, curves = problem
     architecture, ladders = shape.architecture(), all_ladders(shape, params)
-    depth = least_divergence(architecture, ladders, curves, target, params.allow_layer_removal)
+    depth = least_divergence(architecture, ladders, curves, target, params.may_empty)
     left = target - spent(ladders, depth)
     for block, steps in ladders.items():
         last = depth[block] == len(steps)
-        if not last and (params.allow_layer_removal or not empties_layer(architecture, ladders, depth, block)):
+        if not last and (params.may_empty or not empties_layer(architecture, ladders, depth, block)):
             assert left < steps[depth[block]].cost + (shape.layers + 1) * (1 + target / BINS)
 
 
@@ -156,14 +156,14 @@ def test_the_fill_goes_on_from_any_depths_until_no_step_fits(problem, seed):
     architecture, ladders, rng = shape.architecture(), all_ladders(shape, params), np.random.default_rng(seed)
     start = {block: int(rng.integers(len(steps) + 1)) for block, steps in ladders.items()}
     assume(spent(ladders, start) <= target)
-    assume(params.allow_layer_removal or plan_of(architecture, ladders, start).layers == tuple(range(shape.layers)))
+    assume(params.may_empty or plan_of(architecture, ladders, start).layers == tuple(range(shape.layers)))
     found = fill(architecture, ladders, curves, start, target, params)
     assert all(found[block] >= depth for block, depth in start.items())
     left = target - spent(ladders, found)
     assert left >= 0
     for block, steps in ladders.items():
         if found[block] < len(steps) and steps[found[block]].cost <= left:
-            assert not params.allow_layer_removal
+            assert not params.may_empty
             assert empties_layer(architecture, ladders, found, block)
 
 
