@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from libprune.allocation.advice import advise, fixed_scores
+from libprune.allocation.advice import Fixed, advise, fixed_scores
 from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of, settle, target_of
 from libprune.allocation.block_worth import require_comparable, require_meaningful, with_worth
 from libprune.allocation.evidence import read_evidence
@@ -62,6 +63,37 @@ class Outcome:
     lines: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What a decision for a layout rests on; decisions for several ratios can share it.
+
+    Attributes:
+        fixed: the scores under the gradient fix.
+        scores: these scores with the worth of their blocks.
+        evidence: what else the method needs.
+    """
+
+    fixed: Fixed
+    scores: Scores
+    evidence: Evidence
+
+
+def read_ground(layout: Layout, asked: Allocate) -> Ground:
+    """Read what the decision for any ratio rests on.
+
+    Args:
+        layout: where the artifacts are.
+        asked: budget, method and limits; the ratio does not matter.
+
+    Raises:
+        LibpruneError: if an artifact is missing or foreign, or the scores may not be used as asked.
+    """
+    fixed = fixed_scores(layout, read_scores(layout), asked)
+    require_meaningful(asked, fixed.scores.meta["scaling"])
+    evidence = read_evidence(layout, fixed.scores, asked)
+    return Ground(fixed, with_worth(fixed.scores, asked, evidence), evidence)
+
+
 def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Levels) -> Outcome:
     """Turn the scores of a layout and a budget into a plan.
 
@@ -78,10 +110,8 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
         LibpruneError: if an artifact is missing or foreign, the scores may not be used as asked, or the budget or the
             shape cannot be had.
     """
-    fixed = fixed_scores(layout, read_scores(layout), asked)
-    require_meaningful(asked, fixed.scores.meta["scaling"])
-    evidence = read_evidence(layout, fixed.scores, asked)
-    scores = with_worth(fixed.scores, asked, evidence)
+    ground = read_ground(layout, asked)
+    fixed, scores, evidence = ground.fixed, ground.scores, ground.evidence
     search = None
     if METHODS[asked.method].improves and asked.evaluations:
         from libprune.allocation.search import Search  # needs transformers, which the other decisions do not
@@ -91,6 +121,7 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
     settled = decision.params
     diagnosis = advise(fixed, decision.plan, settled)
     result = summary(scores.architecture, decision) | {"diagnosis": diagnosis}
+    result |= whole_removals(scores.architecture, decision.plan, evidence)
     if search is not None and (best := search.refined) is not None:
         result |= {"divergence": best.divergence, "divergence_of": dict(best.starts), "trials": best.evaluations}
     made = {
@@ -111,12 +142,26 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
 
 def _lines(architecture: Architecture, result: Mapping[str, Any], asked: Allocate, decision: Decision) -> Iterator[str]:
     yield _removed(result, asked, decision.params, decision.shape)
+    if "depth" in result:
+        yield _whole(architecture, result["depth"])
     if why := explain_multiple(architecture, asked, result["channel_multiple"], result["share_removed"]):
         yield why
     if result["tensor_parallel"] is not None:
         sizes = ", ".join(map(str, result["tensor_parallel"]))
         yield f"tensor parallelism: {sizes} (numbers of devices that heads and channels can be divided over)"
     yield from (f"note: {text}" for text in result["diagnosis"]["advice"])
+
+
+def whole_removals(architecture: Architecture, plan: Plan, evidence: Evidence) -> dict[str, Any]:
+    """What `metrics/allocation.json` says of the layers and parts that go whole, in the order of the depth stage."""
+    if "depth" not in evidence:
+        return {}
+    steps = [(step, divergence) for step, (gone, divergence) in enumerate(evidence["depth"]) if gone <= plan.removed]
+    number, divergence = steps[-1]
+    order = [gone for gone, _ in evidence["depth"][: number + 1]]
+    taken = [sorted(after - before) for before, after in pairwise(order)]
+    named = [{"layer": blocks[0][0], "parts": [part for _, part in blocks]} for blocks in taken]
+    return {"depth": {"removals": named, "divergence": divergence}}
 
 
 def _removed(result: Mapping[str, Any], asked: Allocate, settled: Allocate, shape: str) -> str:
@@ -126,6 +171,20 @@ def _removed(result: Mapping[str, Any], asked: Allocate, settled: Allocate, shap
         f"{source} {100 * result['ratio']:.2f} % of the {settled.ratio_of} {settled.objective}, removed "
         "{:.2f} %: {:.2f} % of the decoder's parameters, {:.2f} % of all".format(*shares)
         + f"; shape {shape}"
+    )
+
+
+def _whole(architecture: Architecture, depth: Mapping[str, Any]) -> str:
+    """What goes whole, in the order in which it was decided."""
+    named = [
+        str(layer) if len(parts) == len(architecture.parts_of(layer)) else f"{layer} ({', '.join(parts)})"
+        for layer, parts in ((one["layer"], one["parts"]) for one in depth["removals"])
+    ]
+    if not named:
+        return "no whole layer or part fits into the ratio"
+    return (
+        f"whole layers or parts that go, in the order of the depth stage: {', '.join(named)}; divergence without them "
+        f"{depth['divergence']:.4f} nats per token"
     )
 
 

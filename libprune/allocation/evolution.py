@@ -184,7 +184,7 @@ def _move(
     trial[back] -= min(trial[back], int(rng.integers(1, most + 1)))
     room = target - spent(ladders, trial)
     while trial[on] < len(ladders[on]) and ladders[on][trial[on]].cost <= room and on != back:
-        if not params.allow_layer_removal and empties_layer(architecture, ladders, trial, on):
+        if not params.may_empty and empties_layer(architecture, ladders, trial, on):
             break
         room -= ladders[on][trial[on]].cost
         trial[on] += 1

@@ -39,7 +39,10 @@ class Step:
 
 
 Ladders = Mapping[Block, tuple[Step, ...]]
-"""For every block the removals that are allowed, in the order in which they happen."""
+"""For every block the removals that are allowed, in the order in which they happen.
+
+A block that may lose nothing has an empty ladder; a block that is gone as a whole already has none.
+"""
 
 
 def build_ladders(architecture: Architecture, scores: Columns, params: Allocate, prices: Prices) -> Ladders:
@@ -100,13 +103,18 @@ def floor_of(architecture: Architecture, part: str, params: Allocate) -> int:
     return max(asked[architecture.parts[part].units], architecture.parts[part].least)
 
 
+def parts_left(architecture: Architecture, ladders: Ladders, layer: int) -> list[str]:
+    """The parts of a layer that are not gone already."""
+    return [part for part in architecture.parts_of(layer) if (layer, part) in ladders]
+
+
 def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block) -> bool:
     """Whether one more removal in a block would leave its layer with nothing."""
     layer, _ = block
     if depth[block] + 1 < len(ladders[block]):
         return False
     left = 0
-    for part in architecture.parts_of(layer):
+    for part in parts_left(architecture, ladders, layer):
         other = (layer, part)
         taken = depth[other] + (1 if other == block else 0)
         left += architecture.units(part) - sum(len(step.units) for step in ladders[other][:taken])
@@ -119,8 +127,8 @@ def spent(ladders: Ladders, depth: Mapping[Block, int]) -> int:
 
 
 def plan_of(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int]) -> Plan:
-    """The plan of the given depths: each block loses the first steps of its ladder."""
-    keep = {block: np.ones(architecture.units(block[1]), dtype=bool) for block in ladders}
+    """The plan of the given depths: each block loses the first steps of its ladder, and all without a ladder."""
+    keep = {block: np.full(architecture.units(block[1]), block in ladders) for block in architecture.blocks()}
     for block, steps in depth.items():
         for step in ladders[block][:steps]:
             keep[block][list(step.units)] = False

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csc_array
 
-from libprune.allocation.ladders import Ladders, empties_layer, plan_of, spent
+from libprune.allocation.ladders import Ladders, empties_layer, spent
 from libprune.engine.architecture import WITH_LAYER, Architecture, Block
 from libprune.engine.cost import Prices
 from libprune.engine.errors import LibpruneError
@@ -78,12 +78,14 @@ class Solution:
 
     Attributes:
         depth: of every block.
+        removed: what they remove under each limit.
         divergence: what the curves predict for them, nats.
         bound: no solution loses less, nats.
         seconds: spent on it.
     """
 
     depth: dict[Block, int]
+    removed: tuple[int, ...]
     divergence: float
     bound: float
     seconds: float
@@ -246,8 +248,17 @@ class Programme:
             )
         if all(limit.most is None for limit in self._limits):
             options = self._given_back(options)
-        loss = self.lost(options)
-        return Solution(self.depth(options), loss, min(bound, loss), time.perf_counter() - start)
+        return self.solution(options, bound, start)
+
+    def solution(self, options: Sequence[int], bound: float, start: float) -> Solution:
+        """What options come to.
+
+        Args:
+            bound: no options lose less.
+            start: when the search for them began, by `time.perf_counter`.
+        """
+        loss, removed = self.lost(options), tuple(self.removed(options))
+        return Solution(self.depth(options), removed, loss, min(bound, loss), time.perf_counter() - start)
 
     def _least(self, bounds: Sequence[Range]) -> tuple[list[int] | None, float]:
         """The options of least loss, and a bound.
@@ -480,7 +491,7 @@ def least_divergence(
 
     def programme(least: int) -> Programme:
         limit = Limit("allocate.ratio", prices, max(0, least), target)
-        return Programme(architecture, ladders, curves, [limit], params.allow_layer_removal, alike)
+        return Programme(architecture, ladders, curves, [limit], params.may_empty, alike)
 
     cheapest = programme(0).cheapest(0)
     found = programme(target - cheapest + 1).solve()
@@ -491,14 +502,12 @@ def least_divergence(
     options = nearest.most(0)
     assert options is not None, "removing nothing passes no target"
     most = nearest.removed(options)[0]
-    found = programme(most - cheapest + 1).solve() or Solution(
-        nearest.depth(options), nearest.lost(options), programme(most).bound(), 0.0
-    )
+    found = programme(most - cheapest + 1).solve() or nearest.solution(options, programme(most).bound(), start)
     if alike:
         return replace(found, seconds=time.perf_counter() - start)
-    extra = prices.removed(plan_of(architecture, ladders, found.depth)) - spent(ladders, found.depth)
+    extra = found.removed[0] - spent(ladders, found.depth)  # of whole layers
     whole = any(part == WITH_LAYER for _, part in prices.rest)
-    cautious = params.model_copy(update={"allow_layer_removal": params.allow_layer_removal and not whole})
+    cautious = params.model_copy(update={"depth": "none"}) if whole else params
     depth = fill(architecture, ladders, curves, found.depth, target - extra, cautious)
     return replace(found, depth=depth, divergence=lost(ladders, curves, depth), seconds=time.perf_counter() - start)
 
@@ -525,7 +534,7 @@ def fill(
             for block, steps in ladders.items()
             if filled[block] < len(steps)
             and steps[filled[block]].cost <= left
-            and (params.allow_layer_removal or not empties_layer(architecture, ladders, filled, block))
+            and (params.may_empty or not empties_layer(architecture, ladders, filled, block))
         }
         if not slopes:
             return filled

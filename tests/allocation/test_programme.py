@@ -37,7 +37,7 @@ def problems(draw, layers: int = 3):
         min_groups=draw(st.integers(0, 1)),
         min_channels=draw(st.integers(0, 1)),
         freeze_first=draw(st.integers(0, 1)),
-        allow_layer_removal=draw(st.booleans()),
+        depth=draw(st.sampled_from(["none", "units"])),
     )
     target = draw(st.integers(shape.channel_cost, shape.decoder))
     return shape, params, target, shape.curves(np.random.default_rng(draw(st.integers(0, 2**32 - 1))))
@@ -76,9 +76,7 @@ def test_no_choice_that_comes_as_near_to_the_target_loses_less(problem):
     shape, params, target, curves = problem
     ladders, depth = all_ladders(shape, params), found_for(problem)
     cheapest = min((step.cost for steps in ladders.values() for step in steps), default=1)
-    near = [
-        d for d in choices(shape, ladders, params.allow_layer_removal) if 0 <= target - spent(ladders, d) < cheapest
-    ]
+    near = [d for d in choices(shape, ladders, params.may_empty) if 0 <= target - spent(ladders, d) < cheapest]
     if near:
         assert 0 <= target - spent(ladders, depth) < cheapest
         assert lost(ladders, curves, depth) == pytest.approx(min(lost(ladders, curves, d) for d in near), **CLOSE)
@@ -103,8 +101,8 @@ def test_the_target_is_never_passed_layers_go_only_where_that_is_allowed_and_no_
     depth = found_for(problem)
     plan = plan_of(architecture, ladders, depth)
     assert spent(ladders, depth) == removed_parameters(shape, plan) <= target
-    assert params.allow_layer_removal or plan.layers == tuple(range(shape.layers))
-    assert fill(architecture, ladders, curves, depth, target, params) == depth or params.allow_layer_removal
+    assert params.may_empty or plan.layers == tuple(range(shape.layers))
+    assert fill(architecture, ladders, curves, depth, target, params) == depth or params.may_empty
     assert found_for(problem) == depth, "the same again"
 
 
@@ -136,7 +134,7 @@ def met(shape: Shape, ladders: Ladders, depth: Mapping[Block, int], limits: list
 @given(budgets(), st.booleans())
 def test_several_limits_are_met_at_the_least_loss_and_only_as_far_as_needed(problem, in_two_steps):
     shape, params, curves, limits = problem
-    ladders, may_empty = all_ladders(shape, params), params.allow_layer_removal
+    ladders, may_empty = all_ladders(shape, params), params.may_empty
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programme, "FEW", 0 if in_two_steps else 10**9)
         found = Programme(shape.architecture(), ladders, curves, limits, may_empty).solve()
@@ -182,7 +180,7 @@ def test_all_layers_alike_are_met_at_the_least_loss_too(problem):
 @given(budgets())
 def test_the_bound_lies_below_and_the_most_is_the_most(problem):
     shape, params, curves, limits = problem
-    ladders, may_empty = all_ladders(shape, params), params.allow_layer_removal
+    ladders, may_empty = all_ladders(shape, params), params.may_empty
     whole = Programme(shape.architecture(), ladders, curves, limits, may_empty)
     found = whole.solve()
     assert whole.bound() <= (np.inf if found is None else found.divergence * (1 + 1e-9) + 1e-12)
@@ -214,14 +212,14 @@ def test_the_fill_goes_on_from_any_depths_until_no_step_fits(problem, seed):
     architecture, ladders, rng = shape.architecture(), all_ladders(shape, params), np.random.default_rng(seed)
     start = {block: int(rng.integers(len(steps) + 1)) for block, steps in ladders.items()}
     assume(spent(ladders, start) <= target)
-    assume(params.allow_layer_removal or plan_of(architecture, ladders, start).layers == tuple(range(shape.layers)))
+    assume(params.may_empty or plan_of(architecture, ladders, start).layers == tuple(range(shape.layers)))
     found = fill(architecture, ladders, curves, start, target, params)
     assert all(found[block] >= depth for block, depth in start.items())
     left = target - spent(ladders, found)
     assert left >= 0
     for block, steps in ladders.items():
         if found[block] < len(steps) and steps[found[block]].cost <= left:
-            assert not params.allow_layer_removal
+            assert not params.may_empty
             assert empties_layer(architecture, ladders, found, block)
 
 

@@ -80,7 +80,7 @@ cases = st.fixed_dictionaries(
         "min_channels": st.integers(0, 3),
         "channel_multiple": st.integers(1, 3),
         "freeze_first": st.integers(0, 1),
-        "allow_layer_removal": st.booleans(),
+        "depth": st.sampled_from(["none", "units"]),
         "evaluations": st.integers(0, 30),
         "seed": st.integers(0, 9),
     }
