@@ -213,25 +213,25 @@ def main(
     for number in removed:
         plan = plan_without(architecture, [(layer, LAYER) for layer in found["joint"][:number]])
         gone = sorted(found["joint"][:number])
-        cells = [measured(f"without {gone}", lambda plan=plan: judge(plan))]
+        made = [measured(f"without {gone}", lambda plan=plan: judge(plan))]
         for gaps in (True, False):
             way = "gaps" if gaps else "layers"
             weights = lambda plan=plan, gaps=gaps: compensated(judge.model, architecture, plan, ids, gaps)  # noqa: E731
-            cells.append(measured(f"{way} without {gone}", lambda plan=plan, w=weights: judge(plan, w())))
+            made.append(measured(f"{way} without {gone}", lambda plan=plan, w=weights: judge(plan, w())))
         section = Slice(repair="sequential", sequences=sequences)
         repaired: dict[str, torch.Tensor] = {}
         if f"sequential without {gone}" not in known or f"sequential, gaps without {gone}" not in known:
             fits = REPAIRS["sequential"].repair(layout, architecture, plan, Compute(), section)
             repaired = dict(new_parameters(fits))
-        cells.append(measured(f"sequential without {gone}", lambda plan=plan, w=repaired: judge(plan, w)))
+        made.append(measured(f"sequential without {gone}", lambda plan=plan, w=repaired: judge(plan, w)))
 
         def after(plan: Plan = plan, w: dict[str, torch.Tensor] = repaired) -> dict[str, Any]:
             with replaced(judge.model, w):
                 scaled = compensated(judge.model, architecture, plan, ids, True)
             return judge(plan, w | scaled)
 
-        cells.append(measured(f"sequential, gaps without {gone}", after))
-        shown = (f"{row['divergence']:.3f}, × {row['ratio']:.3f} ± {row['ratio_se']:.3f}" for row in cells)
+        made.append(measured(f"sequential, gaps without {gone}", after))
+        shown = (f"{row['divergence']:.3f}, × {row['ratio']:.3f} ± {row['ratio_se']:.3f}" for row in made)
         body.append((str(number), *shown))
     header = ("layers", "none", "rescaled at gaps", "rescaled everywhere", "sequential", "sequential, then rescaled")
     print(markdown_table(body, header))
