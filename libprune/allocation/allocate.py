@@ -51,6 +51,8 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
     if params.channel_multiple != "auto":
         return _settle_ratio(architecture, scores, params, evidence)
     prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    if "levels" in evidence:  # what is removed counts here, and not what it loses
+        evidence = {**evidence, "levels": {block: 0 * curve for block, curve in evidence["levels"].items()}}
     single = settle(architecture, scores, params.model_copy(update={"channel_multiple": 1}), evidence)
     for multiple in fitting_multiples(architecture):
         coarse = params.model_copy(update={"channel_multiple": multiple})
