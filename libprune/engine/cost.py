@@ -54,12 +54,14 @@ class Prices:
         rest: by (layer, part), what goes only with the whole part; by (layer, `WITH_LAYER`), only with the whole layer.
         decoder: all that the layers of the dense model take.
         total: the same with embeddings and head.
+        gone: what went with rows of the vocabulary before; not in `total`.
     """
 
     unit: Mapping[Block, int]
     rest: Mapping[Block, int]
     decoder: int
     total: int
+    gone: int = 0
 
     def removed(self, plan: Plan) -> int:
         """How much a plan removes."""
@@ -99,7 +101,8 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
         decoder = total if objective == "cache" else total - architecture.head_macs
     if not architecture.layered:  # no part of a network goes as a whole
         rest = dict.fromkeys(rest, 0)
-    return Prices(unit, rest, decoder, total)
+    gone = {"parameters": trimmed.parameters, "macs": trimmed.macs} if (trimmed := architecture.trimmed) else {}
+    return Prices(unit, rest, decoder, total, gone.get(objective, 0))
 
 
 def _with_layers(architecture: Architecture) -> dict[Block, int]:
