@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.allocation.hgsp import Increases
-from libprune.allocation.knapsack import divergence_curves
 from libprune.allocation.methods import Evidence, Order
-from libprune.engine.architecture import RESIDUAL, Block
+from libprune.engine.architecture import RESIDUAL, Architecture, Block
 from libprune.engine.errors import ArtifactError
+from libprune.engine.tables import Columns
 from libprune.pipeline.artifacts import Scores, read_json, read_table, same_origin
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import allocation_reads
@@ -86,6 +86,23 @@ def read_curves(layout: Layout, scores: Scores) -> Mapping[Block, NDArray[np.flo
     order = order_digest(unit_orders(scores.architecture, scores.table))
     same_origin(layout.levels, meta, scores.origin | {"order": order})
     return divergence_curves(scores.architecture, levels)
+
+
+def divergence_curves(architecture: Architecture, levels: Columns) -> dict[Block, NDArray[np.float64]]:
+    """For every block the divergence by the number of units removed, ``[units + 1]``, nats.
+
+    Measured levels are made non-decreasing (what is measured below an earlier level is noise) and
+    joined by straight lines from 0 without a removal.
+    """
+    curves = {}
+    for layer, part in architecture.blocks():
+        rows = (levels["layer_idx"] == layer) & (levels["group_type"] == part)
+        order = np.argsort(levels["removed"][rows])
+        removed, measured = levels["removed"][rows][order], levels["divergence"][rows][order]
+        rising = np.maximum.accumulate(np.maximum(measured, 0.0))
+        counts = np.arange(architecture.units(part) + 1)
+        curves[layer, part] = np.interp(counts, [0, *removed], [0.0, *rising])
+    return curves
 
 
 def read_widths(layout: Layout, scores: Scores) -> Mapping[int, float]:

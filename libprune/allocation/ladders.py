@@ -21,12 +21,21 @@ from libprune.pipeline.sections import Allocate
 
 @dataclass(frozen=True)
 class Step:
-    """The next removal in a block: which units, what they cost, their rank and summed importance."""
+    """The next removal in a block.
+
+    Attributes:
+        units: which go.
+        cost: what that saves.
+        rank: of the step among those of all blocks.
+        importance: of the units together.
+        forced: whether it happens in any case, as the first of its ladder.
+    """
 
     units: tuple[int, ...]
     cost: int
     rank: float
     importance: float
+    forced: bool = False
 
 
 Ladders = Mapping[Block, tuple[Step, ...]]

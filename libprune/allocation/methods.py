@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.allocation.hgsp import block_factors, weighted
-from libprune.allocation.knapsack import fill, least_divergence
 from libprune.allocation.ladders import Ladders, Step, empties_layer, parts_left
+from libprune.allocation.programme import least_divergence
 from libprune.allocation.retention import by_progress, wanted_removals
+from libprune.engine import cost
 from libprune.engine.architecture import Architecture, Block
 from libprune.pipeline.sections import Allocate
 
@@ -65,8 +66,7 @@ def allocate_uniform(
     """Every layer that is not frozen loses the same number of units of each part.
 
     Of all splits between the parts, those that come nearest to the target (within one removal of
-    the cheapest part in every layer) are considered; `split` chooses among them, or the least
-    divergence where that was measured.
+    the cheapest part in every layer) are considered; `split` chooses among them.
     """
     layers = _cuttable(architecture, ladders)
     if not layers:
@@ -75,7 +75,9 @@ def allocate_uniform(
     first = {part: ladders[own[0], part] for part, own in having.items() if own}
     options = {part: _options(architecture, first[part], part, params) for part in first}
     spent = {part: _totals([[step.cost for step in ladders[layer, part]] for layer in having[part]]) for part in first}
-    lost = {part: _totals([_losses(ladders, evidence, (layer, part)) for layer in having[part]]) for part in first}
+    lost = {
+        part: _totals([[step.importance for step in ladders[layer, part]] for layer in having[part]]) for part in first
+    }
     gone = {part: _totals([[len(step.units) for step in first[part]]]) / architecture.units(part) for part in first}
     kinds = {tuple(parts_left(architecture, ladders, layer)) for layer in layers}
     may_empty = params.may_empty and len(layers) < architecture.layers
@@ -89,7 +91,7 @@ def allocate_uniform(
         return abs(target - float(sum(spent[part][i] for part, i in split.items())))
 
     def preference(split: Split) -> float:
-        if params.split == "importance" or "levels" in evidence:
+        if params.split == "importance":
             return float(sum(lost[part][i] for part, i in split.items()))
         shares = [float(gone[part][i]) for part, i in split.items()]
         return max(shares) - min(shares)
@@ -104,14 +106,6 @@ def _cuttable(architecture: Architecture, ladders: Ladders) -> list[int]:
     """The layers that something can be removed from."""
     layers = range(architecture.layers)
     return [layer for layer in layers if any(ladders[layer, p] for p in parts_left(architecture, ladders, layer))]
-
-
-def _losses(ladders: Ladders, evidence: Evidence, block: Block) -> list[float]:
-    """What each step of a block's ladder loses: importance, or divergence where that was measured."""
-    if "levels" not in evidence:
-        return [step.importance for step in ladders[block]]
-    removed = np.cumsum([0, *(len(step.units) for step in ladders[block])])
-    return list(np.diff(evidence["levels"][block][removed]))
 
 
 Split = Mapping[str, int]
@@ -211,15 +205,13 @@ def _removable(ladders: Ladders, blocks: Sequence[Block]) -> int:
 def allocate_search(
     architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
 ) -> Depth:
-    """Least summed divergence of the blocks' levels for the target: a multiple-choice knapsack.
+    """Least summed divergence of the blocks' levels for the target, by an integer programme.
 
     The divergences of single blocks add up only roughly; `libprune.allocation.evolution` goes on from here with whole
     plans. A `uniform` shape takes the same level in every layer.
     """
-    if params.shape == "uniform":
-        return allocate_uniform(architecture, ladders, target, params, evidence)
-    depth = least_divergence(architecture, ladders, evidence["levels"], target, params.may_empty)
-    return fill(architecture, ladders, evidence["levels"], depth, target, params)
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    return least_divergence(architecture, ladders, evidence["levels"], target, prices, params).depth
 
 
 def allocate_hgsp(

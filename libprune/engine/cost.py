@@ -54,6 +54,7 @@ class Prices:
         rest: by (layer, part), what goes only with the whole part; by (layer, `WITH_LAYER`), only with the whole layer.
         decoder: all that the layers of the dense model take.
         total: the same with embeddings and head.
+        gone: what went with rows of the vocabulary before; not in `total`.
         narrowing: how much of `decoder` and of `total` goes with columns of the residual stream, whatever else does.
     """
 
@@ -61,6 +62,7 @@ class Prices:
     rest: Mapping[Block, int]
     decoder: int
     total: int
+    gone: int = 0
     narrowing: Mapping[str, int] = field(default_factory=dict)
 
     def removed(self, plan: Plan) -> int:
@@ -86,7 +88,7 @@ def prices(
     if width is not None and objective != "latency":
         whole, narrow = prices(architecture, objective), prices(architecture.narrowed(width), objective)
         narrowing = {"decoder": whole.decoder - narrow.decoder, "total": whole.total - narrow.total}
-        return replace(narrow, decoder=whole.decoder, total=whole.total, narrowing=narrowing)
+        return replace(narrow, decoder=whole.decoder, total=whole.total, gone=whole.gone, narrowing=narrowing)
     if objective == "latency":
         assert latency is not None
         return _measured_prices(architecture, latency)
@@ -108,7 +110,8 @@ def prices(
         decoder = total if objective == "cache" else total - architecture.head_macs
     if not architecture.layered:  # no part of a network goes as a whole
         rest = dict.fromkeys(rest, 0)
-    return Prices(unit, rest, decoder, total)
+    gone = {"parameters": trimmed.parameters, "macs": trimmed.macs} if (trimmed := architecture.trimmed) else {}
+    return Prices(unit, rest, decoder, total, gone.get(objective, 0))
 
 
 def _with_layers(architecture: Architecture) -> dict[Block, int]:

@@ -60,7 +60,7 @@ def search(
     record: Path | None = None,
     rivals: dict[str, Depth] | None = None,
 ) -> Refined:
-    """From the knapsack's plan of the `SHAPE`; without a record of an earlier run unless one is given."""
+    """From the integer programme's plan of the `SHAPE`; without a record of an earlier run unless one is given."""
     ladders, depth, target = start_of(SHAPE, params, seed)
     curves = SHAPE.evidence("search", seed)["levels"]
     with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ FLOORS = [
     {"pipeline"},
     {"models"},
     {"texts", "collection"},
+    {"vocabulary"},
     {"statistics", "scoring", "repair"},
     {"narrowing"},
     {"allocation", "results", "report"},
@@ -22,6 +23,7 @@ FLOORS = [
     {"foresight"},
     {"experiments", "masks"},
     {"networks", "project"},
+    {"curves"},
     {"cli"},
 ]
 """A room imports from floors below its own, and from itself."""
