@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.allocation.ladders import Ladders, floor_of, spent
+from libprune.allocation.ladders import Ladders, floor_of, spent, within_floor
 from libprune.engine.architecture import Architecture, Block
 from libprune.pipeline.sections import Allocate
 from libprune.statistics.sensitivity import LAYER
@@ -63,8 +63,7 @@ def above_floors(architecture: Architecture, ladders: Ladders, params: Allocate)
     """The ladders up to where a floor ends them."""
     cut = {}
     for (layer, part), steps in ladders.items():
-        left = architecture.units(part) - np.cumsum([len(step.units) for step in steps], dtype=np.int64)
-        cut[layer, part] = steps[: int((left >= floor_of(architecture, part, params)).sum())]
+        cut[layer, part] = within_floor(architecture, part, steps, floor_of(architecture, part, params))
     return cut
 
 

@@ -18,7 +18,7 @@ from libprune.allocation.widths import tensor_parallel_sizes
 from libprune.cli.footprint import Footprint, dtype_name, footprints
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe import describe, without_weights
+from libprune.engine.describe import describe, require_shared, without_weights
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
@@ -140,7 +140,8 @@ def _described(section: Prepare) -> tuple[PreTrainedModel, Architecture, torch.d
     config = load_dense_config(section)
     family_of(config.model_type, config.to_dict())
     model = without_weights(config, section.trust_remote_code)
-    architecture = describe(model, accept=section.accept_config, experts=section.experts)
+    architecture = describe(model, accept=section.accept_config, experts=section.experts, heads=section.heads)
+    require_shared(architecture)
     return model, architecture, dense_dtype(section, config)
 
 
@@ -162,7 +163,12 @@ def dense_architecture(params: Params, layout: Layout, described: bool) -> tuple
 
 
 def params_for(
-    model: str, revision: str | None, trust_remote_code: bool, file: Path | None, experts: str | None = None
+    model: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    file: Path | None,
+    experts: str | None = None,
+    heads: str | None = None,
 ) -> Params:
     """The params of a file, or the defaults, with another model.
 
@@ -172,12 +178,14 @@ def params_for(
         trust_remote_code: run Python code that comes with the model.
         file: the params file; None for params.yaml if it exists, else the defaults.
         experts: as in `prepare.experts`; None for what the params say.
+        heads: as in `prepare.heads`; None for what the params say.
 
     Raises:
         ParamsError: if the file is missing or not valid.
     """
     source = {"model": model, "revision": revision, "trust_remote_code": trust_remote_code}
     source |= {} if experts is None else {"experts": experts}
+    source |= {} if heads is None else {"heads": heads}
     usual = Path("params.yaml")
     if file is None and not usual.exists():
         return Params.model_validate({"prepare": source, "tokenize": {"text": "self"}})

@@ -2,9 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from libprune.engine.architecture import WITH_LAYER, Architecture, Block, Map, Parameter
 from libprune.engine.axes import Expr
@@ -45,6 +48,35 @@ def unit_parameters(architecture: Architecture, layer: int, part: str) -> int:
     return sum(architecture.numel(parameter) - architecture.numel(parameter, fewer) for parameter in carrying)
 
 
+def group_parameters(architecture: Architecture, layer: int, part: str) -> int:
+    """Parameters that go with the last unit of a group, beside those of the unit itself: keys and values.
+
+    0 where the groups have no axis, and so no rows of their own.
+    """
+    outer, own = architecture.parts[part].outer, architecture.parameters_of(layer, part)
+    if not outer:
+        return 0
+    fewer = {**architecture.sizes, outer: architecture.sizes[outer] - 1}
+    return sum(architecture.numel(parameter) - architecture.numel(parameter, fewer) for parameter in own)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups that the units of a block lie in.
+
+    Attributes:
+        number: of groups of equal size, which are neighbours.
+        each: what goes with the last unit of a group, beside the unit itself.
+    """
+
+    number: int
+    each: int
+
+    def removed(self, keep: NDArray[np.bool_]) -> int:
+        """What goes with the groups of which no unit stays."""
+        return int((~keep.reshape(self.number, -1).any(1)).sum()) * self.each
+
+
 @dataclass(frozen=True)
 class Prices:
     """What a budget is counted in: whole numbers of something, additive over what is removed.
@@ -54,17 +86,20 @@ class Prices:
         rest: by (layer, part), what goes only with the whole part; by (layer, `WITH_LAYER`), only with the whole layer.
         decoder: all that the layers of the dense model take.
         total: the same with embeddings and head.
+        groups: by (layer, part), the groups of its units, where they have rows of their own.
     """
 
     unit: Mapping[Block, int]
     rest: Mapping[Block, int]
     decoder: int
     total: int
+    groups: Mapping[Block, Groups] = field(default_factory=dict)
 
     def removed(self, plan: Plan) -> int:
         """How much a plan removes."""
         units = sum(int((~keep).sum()) * self.unit[block] for block, keep in plan.keep.items())
-        return units + sum(self.rest.get(block, 0) for block in plan.removed)
+        groups = sum(self.groups[block].removed(keep) for block, keep in plan.keep.items() if block in self.groups)
+        return units + groups + sum(self.rest.get(block, 0) for block in plan.removed)
 
 
 def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any] | None = None) -> Prices:
@@ -86,20 +121,26 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
             f"allocate.objective is cache, but a model of family {architecture.family!r} keeps no KV cache; choose "
             "parameters, macs or latency"
         )
-    blocks, dense = list(architecture.blocks()), size(architecture, Plan.dense(architecture))
+    shapes = {block: architecture.parts[block[1]] for block in architecture.blocks()}
+    dense = size(architecture, Plan.dense(architecture))
+    blocks, in_groups = list(shapes), [block for block, shape in shapes.items() if shape.outer]
     if objective == "parameters":
         unit = {block: unit_parameters(architecture, *block) for block in blocks}
+        each = {block: group_parameters(architecture, *block) for block in in_groups}
         rest = {block: part_overhead(architecture, *block) for block in blocks} | _with_layers(architecture)
         decoder, total = dense.decoder, dense.total
     else:
         cost = partial(_part_cost, architecture, objective)
-        unit = {(layer, part): cost(layer, part) - cost(layer, part, fewer=1) for layer, part in blocks}
+        unit = {block: cost(*block) - cost(*block, shapes[block].axis) for block in blocks}
+        each = {block: cost(*block) - cost(*block, shapes[block].outer) for block in in_groups}
         rest = {block: cost(*block) - architecture.units(block[1]) * unit[block] for block in blocks}
+        rest |= {block: rest[block] - shapes[block].groups * each[block] for block in in_groups}
         total = dense.cache if objective == "cache" else dense.macs
         decoder = total if objective == "cache" else total - architecture.head_macs
     if not architecture.layered:  # no part of a network goes as a whole
         rest = dict.fromkeys(rest, 0)
-    return Prices(unit, rest, decoder, total)
+    groups = {block: Groups(shapes[block].groups, each[block]) for block in in_groups}
+    return Prices(unit, rest, decoder, total, groups)
 
 
 def _with_layers(architecture: Architecture) -> dict[Block, int]:
@@ -115,19 +156,22 @@ def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> 
     """The prices of the lines that were fitted to measured times; fixed time goes in equal shares with whole parts."""
     ps = {part: round(1e12 * seconds) for part, seconds in latency["unit"].items()}
     fixed = round(1e12 * latency["fixed"] * architecture.layers / sum(1 for _ in architecture.blocks()))
+    shapes = {block: architecture.parts[block[1]] for block in architecture.blocks()}
+    groups = {block: Groups(shape.groups, ps[shape.outer]) for block, shape in shapes.items() if shape.outer}
     decoder = sum(fixed + ps[part] * architecture.units(part) for _, part in architecture.blocks())
+    decoder += sum(own.number * own.each for own in groups.values())
     return Prices(
         unit={(layer, part): ps[part] for layer, part in architecture.blocks()},
         rest=dict.fromkeys(architecture.blocks(), fixed),
         decoder=decoder,
         total=decoder + round(1e12 * latency["outside"]),
+        groups=groups,
     )
 
 
-def _part_cost(architecture: Architecture, objective: str, layer: int, part: str, fewer: int = 0) -> int:
-    """Multiply-accumulates or cache elements of a part that has lost some units."""
-    axis = architecture.parts[part].axis
-    sizes = {**architecture.sizes, axis: architecture.sizes[axis] - fewer}
+def _part_cost(architecture: Architecture, objective: str, layer: int, part: str, fewer: str | None = None) -> int:
+    """Multiply-accumulates or cache elements of a part, whole or with one index less of an axis."""
+    sizes = {axis: size - (axis == fewer) for axis, size in architecture.sizes.items()}
     if objective == "cache":
         return _held(architecture, architecture.cache, part, sizes)
     others = sum(architecture.numel(parameter, sizes) for parameter in architecture.matrices_of(layer, part))
@@ -141,8 +185,8 @@ def _held(architecture: Architecture, held: Expr | None, part: str, sizes: Mappi
     """
     if held is None:
         return 0
-    shared = part == "attention" and not any(shape.axis in held.names for shape in architecture.parts.values())
-    return held.size(sizes) if shared or architecture.parts[part].axis in held.names else 0
+    shared = part == "attention" and not any(shape.axes & held.names for shape in architecture.parts.values())
+    return held.size(sizes) if shared or architecture.parts[part].axes & held.names else 0
 
 
 def _macs(entry: Map, sizes: Mapping[str, int]) -> int:
@@ -160,6 +204,7 @@ def _idle(architecture: Architecture, stack: Map, sizes: Mapping[str, int]) -> i
 def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
     """Parameters that no unit carries and that go only with the whole part: norms, the consumer's bias."""
     carried = unit_parameters(architecture, layer, part) * architecture.units(part)
+    carried += group_parameters(architecture, layer, part) * architecture.parts[part].groups
     return sum(map(architecture.numel, architecture.parameters_of(layer, part))) - carried
 
 
@@ -198,5 +243,4 @@ def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) ->
 
 def _sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
     """The sizes of all axes in a layer as the plan leaves it."""
-    kept = {architecture.parts[part].axis: plan.kept(owner, part) for owner, part in architecture.uses(layer)}
-    return {**architecture.sizes, **kept}
+    return {**architecture.sizes, **plan.sizes(architecture, layer)}

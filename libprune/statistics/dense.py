@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe import describe, without_weights
+from libprune.engine.describe import describe, require_shared, without_weights
 from libprune.engine.errors import ParamsError, SourceError
 from libprune.engine.heads import EMBEDDING, Pooling
 from libprune.models.families import use_families
@@ -71,7 +71,8 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     use_families(section.families)
     _require_content(section)
     model, tokenizer = load_dense(section)
-    described = describe(model, accept=section.accept_config, experts=section.experts)
+    described = describe(model, accept=section.accept_config, experts=section.experts, heads=section.heads)
+    require_shared(described)
     pooling, files = _pooling(section, described)
     written = write_dense(layout.model, model, tokenizer, files | processor_files(section))
     architecture = replace(described, fingerprint=written, pooling=pooling)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture, Block
+from libprune.engine.cost import group_parameters, unit_parameters
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, mean_columns, split_blocks
 from libprune.pipeline.artifacts import read_scores, write_table
@@ -23,26 +24,118 @@ Orders = Mapping[Block, NDArray[np.int64]]
 """The units of every block, in the order in which they are removed."""
 
 
+Removals = tuple[tuple[int, ...], ...]
+"""The units of a block that are removed together, one removal after the other."""
+
+
 def unit_orders(architecture: Architecture, scores: Columns) -> Orders:
-    """The units of every block in the order in which they are removed: ascending score, ties by unit."""
-    return {block: np.argsort(score, kind="stable") for block, score in split_blocks(architecture, scores["score"])}
+    """The units of every block in the order in which they are removed: ascending score, ties by unit.
+
+    Query heads go in the order of their removals, all blocks through the same numbers of heads and groups.
+    """
+    orders = {block: np.argsort(score, kind="stable") for block, score in split_blocks(architecture, scores["score"])}
+    if architecture.heads == "groups":
+        return orders
+    heads = removals_of_heads(architecture, scores["importance"], alike=True)
+    return orders | {block: np.concatenate(removals).astype(np.int64) for block, removals in heads.items()}
 
 
-def choose_levels(architecture: Architecture, number: int) -> list[Level]:
-    """The levels to measure of every block: at most `number`, at even distances up to the whole block."""
+def removals_of_heads(
+    architecture: Architecture, importance: NDArray[np.float64], alike: bool, whole: bool = False, floor: int = 1
+) -> dict[Block, Removals]:
+    """The removals of every block whose units are query heads, up to the whole block.
+
+    Groups that stay must keep the same number of heads. So either the lowest head of each group goes, or the lowest
+    group, with its keys and values; each time that which loses less importance for the parameters that go.
+
+    Args:
+        importance: of all units, in the order of `libprune.engine.tables.unit_index`.
+        alike: whether all blocks go through the same numbers of heads and groups, by the sums of what they lose.
+        whole: whether only whole groups go.
+        floor: groups that stay until each has one head left; the last group stays so in any case.
+    """
+    values = {
+        block: values.reshape(architecture.parts[block[1]].groups, -1)
+        for block, values in split_blocks(architecture, importance)
+        if architecture.parts[block[1]].outer
+    }
+    removals: dict[Block, Removals] = {}
+    for part in dict.fromkeys(part for _, part in values):
+        blocks = [block for block in values if block[1] == part]
+        for together in [blocks] if alike else [[block] for block in blocks]:
+            prices = unit_parameters(architecture, *together[0]), group_parameters(architecture, *together[0])
+            removals |= _removals([values[block] for block in together], *prices, whole, max(1, floor), together)
+    return removals
+
+
+def _removals(
+    values: Sequence[NDArray[np.float64]],
+    unit: int,
+    group: int,
+    whole: bool,
+    floor: int,
+    blocks: Sequence[Block],
+) -> dict[Block, Removals]:
+    """The removals of blocks that go through the same numbers of heads and groups.
+
+    Args:
+        values: the importance of the units of each block, ``[groups, heads]``.
+        unit: parameters that go with a head.
+        group: parameters that go with a group beside its heads.
+        whole: whether only whole groups go.
+        floor: groups that stay until each has one head left.
+        blocks: the names of the blocks.
+    """
+    count, each = values[0].shape
+    orders = [np.argsort(of_block, axis=1, kind="stable") for of_block in values]
+    ranked = [np.take_along_axis(of_block, order, 1) for of_block, order in zip(values, orders, strict=True)]
+    left = [list(range(count)) for _ in values]
+    found: list[list[tuple[int, ...]]] = [[] for _ in values]
+    gone = 0
+    while left[0]:
+        groups, heads = len(left[0]), each - gone
+        lowest = [min(own, key=lambda g: float(v[g, gone:].sum())) for own, v in zip(left, ranked, strict=True)]
+        narrower = sum(float(v[own, gone].sum()) for own, v in zip(left, ranked, strict=True)) / (groups * unit)
+        fewer = sum(float(v[g, gone:].sum()) for g, v in zip(lowest, ranked, strict=True)) / (heads * unit + group)
+        if heads > 1 and not whole and (groups <= floor or narrower <= fewer):
+            for own, order, removed in zip(left, orders, found, strict=True):
+                removed.append(tuple(each * g + int(order[g, gone]) for g in own))
+            gone += 1
+            continue
+        for own, g, order, removed in zip(left, lowest, orders, found, strict=True):
+            removed.append(tuple(each * g + int(head) for head in order[g, gone:]))
+            own.remove(g)
+    return {block: tuple(removed) for block, removed in zip(blocks, found, strict=True)}
+
+
+def choose_levels(
+    architecture: Architecture, number: int, importance: NDArray[np.float64] | None = None
+) -> list[Level]:
+    """The levels to measure of every block: at most `number`, at even distances up to the whole block.
+
+    Args:
+        number: of levels.
+        importance: of all units, which says how many query heads go together; None: all alike.
+    """
+    heads: Mapping[Block, Removals] = {}
+    if architecture.heads == "queries":
+        units = sum(architecture.units(part) for _, part in architecture.blocks())
+        heads = removals_of_heads(architecture, np.ones(units) if importance is None else importance, alike=True)
     return [
         (layer, part, int(removed))
         for layer, part in architecture.blocks()
-        for removed in _counts(architecture, part, number)
+        for removed in _counts(architecture, part, number, heads.get((layer, part)))
     ]
 
 
-def _counts(architecture: Architecture, part: str, number: int) -> NDArray[np.int64]:
+def _counts(architecture: Architecture, part: str, number: int, removals: Removals | None) -> NDArray[np.int64]:
     """The numbers of removed units that are measured, up to the whole part or to what must stay of it."""
     shape, groups = architecture.parts[part], architecture.parts[part].groups
-    steps = (architecture.units(part) - shape.least) // groups
+    steps = (architecture.units(part) - shape.least) // groups if removals is None else len(removals)
     even = np.linspace(0, steps, (1 if shape.coupled else number) + 1).round().astype(np.int64)
-    return groups * np.unique(even)[1:]
+    if removals is None:
+        return groups * np.unique(even)[1:]
+    return np.cumsum([0, *map(len, removals)])[np.unique(even)[1:]]
 
 
 def order_digest(orders: Orders) -> str:
@@ -102,8 +195,9 @@ def measure_levels(
 
     run = set_up(layout, compute, section.sequences, last=True)
     require_own_weights(run)
-    orders = unit_orders(run.architecture, read_scores(layout).table)
-    levels = choose_levels(run.architecture, section.number)
+    scores = read_scores(layout).table
+    orders = unit_orders(run.architecture, scores)
+    levels = choose_levels(run.architecture, section.number, scores["importance"])
     plans, order = level_plans(run.architecture, orders, levels), order_digest(orders)
     repair, inputs = repairing()
     identity = {"order": order, "number": section.number, "inputs": inputs}
