@@ -4,7 +4,7 @@ No weight is read: the model is built on the meta device from its config.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ class Shape:
         tensor_parallel: numbers of devices that it can be divided over.
         refused: why there is no such shape; the figures are then those of the dense model.
         spared: the part that loses as little as it can, where the scores will decide; empty where nothing is open.
+        groups: groups that each layer keeps, by part, where the units are query heads.
     """
 
     ratio: float
@@ -67,6 +68,7 @@ class Shape:
     tensor_parallel: Sequence[int]
     refused: str = ""
     spared: str = ""
+    groups: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def uniform_shapes(
     prices = cost.prices(architecture, settings.objective)
     shapes = []
     for ratio in sorted({*RATIOS, *([] if limits.ratio is None else [limits.ratio])}):
-        found: dict[tuple[int, ...], Shape] = {}
+        found: dict[tuple[tuple[int, ...], ...], Shape] = {}
         for spared, table in divisions.items():
             try:
                 asked = settle(architecture, table, settings.model_copy(update={"ratio": ratio}))
@@ -223,7 +225,7 @@ def uniform_shapes(
                 shape = _shape(architecture, plan, ratio, result_shape(architecture, plan, asked), dtype, spared=spared)
             except BudgetError as error:
                 shape = _shape(architecture, Plan.dense(architecture), ratio, "uniform", dtype, str(error))
-            found.setdefault(tuple(shape.kept.values()), shape)
+            found.setdefault((tuple(shape.kept.values()), tuple(shape.groups.values())), shape)
         alike = len(found) == 1  # whatever the scores say
         shapes += [replace(shape, spared="") if alike else shape for shape in found.values()]
     return shapes
@@ -290,4 +292,9 @@ def _shape(
         tensor_parallel=tensor_parallel_sizes(architecture, plan),
         refused=refused,
         spared=spared,
+        groups={
+            part: min(int(shape.groups_left(keep).sum()) for (_, of), keep in plan.keep.items() if of == part)
+            for part, shape in architecture.parts.items()
+            if shape.outer
+        },
     )

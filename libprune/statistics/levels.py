@@ -97,7 +97,7 @@ def _removals(
         lowest = [min(own, key=lambda g: float(v[g, gone:].sum())) for own, v in zip(left, ranked, strict=True)]
         narrower = sum(float(v[own, gone].sum()) for own, v in zip(left, ranked, strict=True)) / (groups * unit)
         fewer = sum(float(v[g, gone:].sum()) for g, v in zip(lowest, ranked, strict=True)) / (heads * unit + group)
-        if heads > 1 and not whole and (groups <= floor or narrower <= fewer):
+        if heads > 1 and not whole and (groups <= floor or narrower < fewer):
             for own, order, removed in zip(left, orders, found, strict=True):
                 removed.append(tuple(each * g + int(order[g, gone]) for g in own))
             gone += 1
