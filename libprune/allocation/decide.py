@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from libprune.allocation.advice import advise, fixed_scores
+from libprune.allocation.advice import Fixed, advise, fixed_scores
 from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of, settle, target_of
 from libprune.allocation.block_worth import require_comparable, require_meaningful, with_worth
 from libprune.allocation.evidence import read_evidence
@@ -62,6 +62,37 @@ class Outcome:
     lines: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What a decision for a layout rests on; decisions for several ratios can share it.
+
+    Attributes:
+        fixed: the scores under the gradient fix.
+        scores: these scores with the worth of their blocks.
+        evidence: what else the method needs.
+    """
+
+    fixed: Fixed
+    scores: Scores
+    evidence: Evidence
+
+
+def read_ground(layout: Layout, asked: Allocate) -> Ground:
+    """Read what the decision for any ratio rests on.
+
+    Args:
+        layout: where the artifacts are.
+        asked: budget, method and limits; the ratio does not matter.
+
+    Raises:
+        LibpruneError: if an artifact is missing or foreign, or the scores may not be used as asked.
+    """
+    fixed = fixed_scores(layout, read_scores(layout), asked)
+    require_meaningful(asked, fixed.scores.meta["scaling"])
+    evidence = read_evidence(layout, fixed.scores, asked)
+    return Ground(fixed, with_worth(fixed.scores, asked, evidence), evidence)
+
+
 def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Levels) -> Outcome:
     """Turn the scores of a layout and a budget into a plan.
 
@@ -78,10 +109,8 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
         LibpruneError: if an artifact is missing or foreign, the scores may not be used as asked, or the budget or the
             shape cannot be had.
     """
-    fixed = fixed_scores(layout, read_scores(layout), asked)
-    require_meaningful(asked, fixed.scores.meta["scaling"])
-    evidence = read_evidence(layout, fixed.scores, asked)
-    scores = with_worth(fixed.scores, asked, evidence)
+    ground = read_ground(layout, asked)
+    fixed, scores, evidence = ground.fixed, ground.scores, ground.evidence
     search = None
     if METHODS[asked.method].improves and asked.evaluations:
         from libprune.allocation.search import Search  # needs transformers, which the other decisions do not

@@ -7,7 +7,7 @@ model is needed: costs, score tables and plans are computed from the description
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Literal, TypeVar
@@ -22,6 +22,8 @@ NORMS_STAY = "its norms work on the residual stream itself"
 NUMBERED = "image features are added behind layers by their number"
 SHARING = "some of its layers use the units of others"
 """Why no layer can be deleted, in words that follow a colon."""
+RESIDUAL = "model"
+"""The axis of the residual stream, which all layers share."""
 WHOLE = "whole_"
 """What the names of axes begin with that belong to tensors which stay whole; their size follows."""
 Block = tuple[int, str]
@@ -412,6 +414,16 @@ class Architecture:
             for dim, expr in enumerate(parameter.dims):
                 if axis in expr.names:
                     yield parameter, dim, expr.units(axis, self.sizes)
+
+    def narrowed(self, width: int | None) -> "Architecture":
+        """The description of the model whose residual stream has another width; None leaves it as it is.
+
+        The maps outside the layers that a token goes through, such as the output head, have the stream on one side.
+        """
+        if width is None:
+            return self
+        head_macs = self.head_macs * width // self.sizes[RESIDUAL]
+        return replace(self, sizes={**self.sizes, RESIDUAL: width}, head_macs=head_macs)
 
     def numel(self, parameter: Parameter, sizes: Mapping[str, int] | None = None) -> int:
         """Number of elements of a parameter, for other axis sizes if they are given."""

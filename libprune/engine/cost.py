@@ -210,6 +210,7 @@ def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
 
 def size(architecture: Architecture, plan: Plan) -> Size:
     """The exact size of the model that a plan leaves."""
+    architecture = architecture.narrowed(plan.width)
     gone = plan.removed if architecture.layered else frozenset()
     if architecture.layers_stay:
         gone = frozenset(block for block in gone if block[1] != WITH_LAYER)
@@ -237,6 +238,7 @@ def size(architecture: Architecture, plan: Plan) -> Size:
 
 def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) -> tuple[int, ...]:
     """The shape of a parameter that stays, in storage order."""
+    architecture = architecture.narrowed(plan.width)
     sizes = architecture.sizes if parameter.layer is None else _sizes(architecture, plan, parameter.layer)
     return tuple(dim.size(sizes) for dim in parameter.dims)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from libprune.engine.architecture import (
+    RESIDUAL,
     STAND_IN,
     WHOLE,
     WITH_LAYER,
@@ -438,10 +439,6 @@ def _stacked(path: str, layer: int, part: str, stack: Stack, each: LinearMap, ac
     owner, _, name = path.rpartition(".")
     module = f"{owner}{STAND_IN}{name}"
     return Map(module, layer, part, side(each.input), side(each.output), not each.backwards, stack=axis, active=active)
-
-
-RESIDUAL = "model"
-"""The axis of the residual stream, which the copies of a stack share."""
 
 
 def _active(family: Family, config: PreTrainedConfig, part: str) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +18,15 @@ class Plan:
 
     A part with no unit left contributes nothing to the residual stream; a layer with no part left
     is deleted.
+
+    Attributes:
+        keep: by block whether each unit stays.
+        width: how many columns of the residual stream stay, of those that its axes order; None: all
+            (`libprune.engine.residual`).
     """
 
     keep: Mapping[Block, NDArray[np.bool_]]
+    width: int | None = None
 
     @staticmethod
     def dense(architecture: Architecture) -> "Plan":
@@ -31,7 +37,7 @@ class Plan:
         """The plan that removes also these units of a block: a number, an array of numbers, or a slice."""
         keep = self.keep[block].copy()
         keep[units] = False
-        return Plan({**self.keep, block: keep})
+        return replace(self, keep={**self.keep, block: keep})
 
     def kept(self, layer: int, part: str) -> int:
         """Number of units kept."""
@@ -77,10 +83,12 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Digest of the kept units of every block, by which results name this plan."""
+        """Digest of the kept units of every block, and of the width, by which results name this plan."""
         digest = hashlib.sha256()
         for block, keep in sorted(self.keep.items()):
             digest.update(f"{block} {len(keep)} ".encode() + keep.tobytes())
+        if self.width is not None:
+            digest.update(f"width {self.width}".encode())
         return digest.hexdigest()[:16]
 
     @property

@@ -1,5 +1,6 @@
 """Costs counted from the axes equal the formulas that papers give, and the sizes of known models."""
 
+from dataclasses import replace
 from itertools import product
 from operator import attrgetter
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe import describe
+from libprune.engine.describe import describe, without_weights
 from libprune.engine.plan import Plan
 from tests.support.models import ENCODERS, FAMILIES, random_plan
 from tests.support.shapes import shapes
@@ -178,3 +179,17 @@ def test_a_budget_of_time_counts_what_the_lines_say(shape, fixed, group, channel
     assert prices.decoder == pytest.approx(1e12 * expected(dense), rel=1e-5)
     assert prices.total == pytest.approx(prices.decoder + 1e12 * outside, rel=1e-5)
     assert prices.decoder - prices.removed(plan) == pytest.approx(1e12 * expected(plan), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "deepseek_v3", "qwen3_next", "nemotron_h"])
+def test_a_narrower_stream_costs_what_a_model_of_that_width_has(name):
+    config = FAMILIES[name](0).config
+    architecture, width = describe(without_weights(config)), config.hidden_size - 10
+    config.hidden_size = width
+    narrow = describe(without_weights(config))
+    plan = replace(Plan.dense(architecture), width=width)
+    assert cost.size(architecture, plan) == cost.size(narrow, Plan.dense(narrow))
+    assert {p.name: cost.shape_after(architecture, plan, p) for p in architecture.parameters} == {
+        p.name: tuple(dim.size(narrow.sizes) for dim in p.dims) for p in narrow.parameters
+    }
+    assert architecture.narrowed(None) is architecture

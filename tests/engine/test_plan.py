@@ -44,3 +44,11 @@ def test_without_removes_also_these_units_and_leaves_the_plan_as_it_was():
         assert fewer.keep[0, "a"].tolist() == left
         assert fewer.keep[0, "m"].tolist() == [True]
     assert plan.keep[0, "a"].tolist() == [True, False, True]
+
+
+def test_a_width_is_part_of_the_decision_and_goes_with_it():
+    keep = {(0, "a"): np.array([True, True])}
+    whole, narrow = Plan(keep), Plan(keep, width=4)
+    assert len({whole.digest, narrow.digest, Plan(keep, width=5).digest}) == 3
+    assert narrow.without((0, "a"), 1).width == 4
+    assert narrow.uniform
