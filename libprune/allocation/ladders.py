@@ -5,7 +5,7 @@ their count a multiple, or all units at once where a norm couples them. What dif
 methods is how far each block goes.
 
 Query heads go in steps of two kinds: the lowest head of every group that is left, or the lowest group
-(`libprune.statistics.levels.removals_of_heads`).
+(`libprune.engine.cost.removals_of_heads`).
 """
 
 import math
@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture, Block
-from libprune.engine.cost import Prices
+from libprune.engine.cost import Prices, Removals, removals_of_heads
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns
 from libprune.pipeline.methods import METHODS, allocation_reads
 from libprune.pipeline.sections import Allocate
-from libprune.statistics.levels import Removals, removals_of_heads
 
 
 @dataclass(frozen=True)

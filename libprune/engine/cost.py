@@ -1,7 +1,7 @@
-"""What units cost and what a plan leaves, counted from the axes alone."""
+"""What units cost, what a plan leaves, counted from the axes alone, and in which order query heads go by their cost."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from libprune.engine.architecture import WITH_LAYER, Architecture, Block, Map, P
 from libprune.engine.axes import Expr
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
+from libprune.engine.tables import split_blocks
 
 
 @dataclass(frozen=True)
@@ -246,3 +247,75 @@ def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) ->
 def _sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
     """The sizes of all axes in a layer as the plan leaves it."""
     return {**architecture.sizes, **plan.sizes(architecture, layer)}
+
+
+Removals = tuple[tuple[int, ...], ...]
+"""The units of a block that are removed together, one removal after the other."""
+
+
+def removals_of_heads(
+    architecture: Architecture, importance: NDArray[np.float64], alike: bool, whole: bool = False, floor: int = 1
+) -> dict[Block, Removals]:
+    """The removals of every block whose units are query heads, up to the whole block.
+
+    Groups that stay must keep the same number of heads. So either the lowest head of each group goes, or the lowest
+    group, with its keys and values; each time that which loses less importance for the parameters that go.
+
+    Args:
+        importance: of all units, in the order of `libprune.engine.tables.unit_index`.
+        alike: whether all blocks go through the same numbers of heads and groups, by the sums of what they lose.
+        whole: whether only whole groups go.
+        floor: groups that stay until each has one head left; the last group stays so in any case.
+    """
+    values = {
+        block: values.reshape(architecture.parts[block[1]].groups, -1)
+        for block, values in split_blocks(architecture, importance)
+        if architecture.parts[block[1]].outer
+    }
+    removals: dict[Block, Removals] = {}
+    for part in dict.fromkeys(part for _, part in values):
+        blocks = [block for block in values if block[1] == part]
+        for together in [blocks] if alike else [[block] for block in blocks]:
+            prices = unit_parameters(architecture, *together[0]), group_parameters(architecture, *together[0])
+            removals |= _removals([values[block] for block in together], *prices, whole, max(1, floor), together)
+    return removals
+
+
+def _removals(
+    values: Sequence[NDArray[np.float64]],
+    unit: int,
+    group: int,
+    whole: bool,
+    floor: int,
+    blocks: Sequence[Block],
+) -> dict[Block, Removals]:
+    """The removals of blocks that go through the same numbers of heads and groups.
+
+    Args:
+        values: the importance of the units of each block, ``[groups, heads]``.
+        unit: parameters that go with a head.
+        group: parameters that go with a group beside its heads.
+        whole: whether only whole groups go.
+        floor: groups that stay until each has one head left.
+        blocks: the names of the blocks.
+    """
+    count, each = values[0].shape
+    orders = [np.argsort(of_block, axis=1, kind="stable") for of_block in values]
+    ranked = [np.take_along_axis(of_block, order, 1) for of_block, order in zip(values, orders, strict=True)]
+    left = [list(range(count)) for _ in values]
+    found: list[list[tuple[int, ...]]] = [[] for _ in values]
+    gone = 0
+    while left[0]:
+        groups, heads = len(left[0]), each - gone
+        lowest = [min(own, key=lambda g: float(v[g, gone:].sum())) for own, v in zip(left, ranked, strict=True)]
+        narrower = sum(float(v[own, gone].sum()) for own, v in zip(left, ranked, strict=True)) / (groups * unit)
+        fewer = sum(float(v[g, gone:].sum()) for g, v in zip(lowest, ranked, strict=True)) / (heads * unit + group)
+        if heads > 1 and not whole and (groups <= floor or narrower < fewer):
+            for own, order, removed in zip(left, orders, found, strict=True):
+                removed.append(tuple(each * g + int(order[g, gone]) for g in own))
+            gone += 1
+            continue
+        for own, g, order, removed in zip(left, lowest, orders, found, strict=True):
+            removed.append(tuple(each * g + int(head) for head in order[g, gone:]))
+            own.remove(g)
+    return {block: tuple(removed) for block, removed in zip(blocks, found, strict=True)}

@@ -96,7 +96,7 @@ one."""
 
 
 def _with_heads(architecture: Architecture, family: Family, config: PreTrainedConfig) -> Architecture:
-    """The same model with query heads as the units of its attention.
+    """A model with query heads as the units of its attention.
 
     Every product of the axis of groups and that of the heads in one, side by side as in `kv q d`, becomes one axis.
     """

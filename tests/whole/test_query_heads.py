@@ -1,6 +1,7 @@
 """Query heads as units: ladders, levels and plans, and all stages of the pipeline with them."""
 
 import json
+import re
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -12,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
 from libprune.allocation.allocate import allocate
 from libprune.allocation.decide import result_shape
 from libprune.allocation.hgsp import above_floors
 from libprune.allocation.ladders import Ladders, build_ladders, plan_of
 from libprune.allocation.widths import tensor_parallel_sizes
+from libprune.cli.main import app
 from libprune.engine.architecture import Architecture
 from libprune.engine.cost import prices, unit_parameters
 from libprune.engine.describe import describe
@@ -210,3 +213,19 @@ def test_search_measures_levels_of_heads_and_layers_get_numbers_of_their_own(tmp
     assert heads[-1] == 6
     own = json.loads(Path("artifacts/pruned/config.json").read_text())["per_layer_config"].values()
     assert all(one["num_attention_heads"] % one["num_key_value_heads"] == 0 for one in own)
+
+
+def test_inspect_shows_heads_in_their_groups(tmp_path):
+    source = tiny.write_model(tmp_path / "source")
+    found = CliRunner().invoke(app, ["inspect", str(source), "--heads", "queries"])
+    assert found.exit_code == 0, found.output
+    assert "6 query heads a layer in 3 groups (axes head, kv; 768 parameters more go with a group)" in found.output
+    assert re.search(r"20 % +mlp +4 in 2 +38 ", found.output)
+    refused = CliRunner().invoke(app, ["inspect", str(write_mha(tmp_path / "mha")), "--heads", "queries"])
+    assert "this model has one query head per key-value head" in " ".join(refused.output.split())
+
+
+def write_mha(folder: Path) -> Path:
+    FAMILIES["llama_mha"](0).save_pretrained(folder)
+    tiny.write_tokenizer(folder)
+    return folder
