@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,7 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
     settled = decision.params
     diagnosis = advise(fixed, decision.plan, settled)
     result = summary(scores.architecture, decision) | {"diagnosis": diagnosis}
+    result |= whole_removals(scores.architecture, decision.plan, evidence)
     if search is not None and (best := search.refined) is not None:
         result |= {"divergence": best.divergence, "divergence_of": dict(best.starts), "trials": best.evaluations}
     made = {
@@ -142,12 +144,26 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
 
 def _lines(architecture: Architecture, result: Mapping[str, Any], asked: Allocate, decision: Decision) -> Iterator[str]:
     yield _removed(result, asked, decision.params, decision.shape)
+    if "depth" in result:
+        yield _whole(architecture, result["depth"])
     if why := explain_multiple(architecture, asked, result["channel_multiple"], result["share_removed"]):
         yield why
     if result["tensor_parallel"] is not None:
         sizes = ", ".join(map(str, result["tensor_parallel"]))
         yield f"tensor parallelism: {sizes} (numbers of devices that heads and channels can be divided over)"
     yield from (f"note: {text}" for text in result["diagnosis"]["advice"])
+
+
+def whole_removals(architecture: Architecture, plan: Plan, evidence: Evidence) -> dict[str, Any]:
+    """What `metrics/allocation.json` says of the layers and parts that go whole, in the order of the depth stage."""
+    if "depth" not in evidence:
+        return {}
+    steps = [(step, divergence) for step, (gone, divergence) in enumerate(evidence["depth"]) if gone <= plan.removed]
+    number, divergence = steps[-1]
+    order = [gone for gone, _ in evidence["depth"][: number + 1]]
+    taken = [sorted(after - before) for before, after in pairwise(order)]
+    named = [{"layer": blocks[0][0], "parts": [part for _, part in blocks]} for blocks in taken]
+    return {"depth": {"removals": named, "divergence": divergence}}
 
 
 def _removed(result: Mapping[str, Any], asked: Allocate, settled: Allocate, shape: str) -> str:
@@ -157,6 +173,20 @@ def _removed(result: Mapping[str, Any], asked: Allocate, settled: Allocate, shap
         f"{source} {100 * result['ratio']:.2f} % of the {settled.ratio_of} {settled.objective}, removed "
         "{:.2f} %: {:.2f} % of the decoder's parameters, {:.2f} % of all".format(*shares)
         + f"; shape {shape}"
+    )
+
+
+def _whole(architecture: Architecture, depth: Mapping[str, Any]) -> str:
+    """What goes whole, in the order in which it was decided."""
+    named = [
+        str(layer) if len(parts) == len(architecture.parts_of(layer)) else f"{layer} ({', '.join(parts)})"
+        for layer, parts in ((one["layer"], one["parts"]) for one in depth["removals"])
+    ]
+    if not named:
+        return "no whole layer or part fits into the ratio"
+    return (
+        f"whole layers or parts that go, in the order of the depth stage: {', '.join(named)}; divergence without them "
+        f"{depth['divergence']:.4f} nats per token"
     )
 
 

@@ -26,16 +26,28 @@ from libprune.pipeline.sections import Allocate
 
 @dataclass(frozen=True)
 class Step:
-    """The next removal in a block: which units, what they cost, their rank and summed importance."""
+    """The next removal in a block.
+
+    Attributes:
+        units: which go.
+        cost: what that saves.
+        rank: of the step among those of all blocks.
+        importance: of the units together.
+        forced: whether it happens in any case, as the first of its ladder.
+    """
 
     units: tuple[int, ...]
     cost: int
     rank: float
     importance: float
+    forced: bool = False
 
 
 Ladders = Mapping[Block, tuple[Step, ...]]
-"""For every block the removals that are allowed, in the order in which they happen."""
+"""For every block the removals that are allowed, in the order in which they happen.
+
+A block that may lose nothing has an empty ladder; a block that is gone as a whole already has none.
+"""
 
 
 def build_ladders(architecture: Architecture, scores: Columns, params: Allocate, prices: Prices) -> Ladders:
@@ -163,13 +175,18 @@ def floor_of(architecture: Architecture, part: str, params: Allocate) -> int:
     return max(asked[architecture.parts[part].units], architecture.parts[part].least)
 
 
+def parts_left(architecture: Architecture, ladders: Ladders, layer: int) -> list[str]:
+    """The parts of a layer that are not gone already."""
+    return [part for part in architecture.parts_of(layer) if (layer, part) in ladders]
+
+
 def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int], block: Block) -> bool:
     """Whether one more removal in a block would leave its layer with nothing."""
     layer, _ = block
     if depth[block] + 1 < len(ladders[block]):
         return False
     left = 0
-    for part in architecture.parts_of(layer):
+    for part in parts_left(architecture, ladders, layer):
         other = (layer, part)
         taken = depth[other] + (1 if other == block else 0)
         left += architecture.units(part) - sum(len(step.units) for step in ladders[other][:taken])
@@ -182,8 +199,8 @@ def spent(ladders: Ladders, depth: Mapping[Block, int]) -> int:
 
 
 def plan_of(architecture: Architecture, ladders: Ladders, depth: Mapping[Block, int]) -> Plan:
-    """The plan of the given depths: each block loses the first steps of its ladder."""
-    keep = {block: np.ones(architecture.units(block[1]), dtype=bool) for block in ladders}
+    """The plan of the given depths: each block loses the first steps of its ladder, and all without a ladder."""
+    keep = {block: np.full(architecture.units(block[1]), block in ladders) for block in architecture.blocks()}
     for block, steps in depth.items():
         for step in ladders[block][:steps]:
             keep[block][list(step.units)] = False

@@ -23,6 +23,8 @@ from libprune.recovery.predictions import BYTES, sequences_at_once, shard_path
 from libprune.scoring.expression import criteria_of
 from libprune.scoring.score import component_columns
 from libprune.statistics.activations import activation_groups
+from libprune.statistics.depth import most_removals
+from libprune.statistics.depth import removals as in_order
 from libprune.statistics.gradients import gradient_groups
 from libprune.statistics.hessian import hessian_groups
 from libprune.statistics.levels import choose_levels
@@ -137,6 +139,7 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
         _losses("ablation", min(params.ablation.units, rows), f"ablation.units: {params.ablation.units}", 3),
         Footprint("score", {"scores.parquet": scores.nbytes}, scored),
         _sensitivity(architecture, params.allocate),
+        _depth(architecture, params),
         _levels(architecture, params),
         _latency(params.allocate),
         Footprint("allocate", {"plan.parquet": _plan(scores).nbytes}, f"allocate.method: {params.allocate.method}"),
@@ -257,6 +260,14 @@ def _sensitivity(architecture: Architecture, allocate: Allocate) -> Footprint:
     used = "sensitivity" in allocation_reads(allocate.method, allocate.worth)
     setting = "worth: sensitivity" if allocate.worth == "sensitivity" else _method(allocate, "sensitivity")
     return _losses("sensitivity", len(removals(architecture)) if used else 0, _only(used, setting), 2)
+
+
+def _depth(architecture: Architecture, params: Params) -> Footprint:
+    allocate = params.allocate
+    possible = len(in_order(architecture, params.depth.of))
+    rows = most_removals(possible, params.depth.removals) if allocate.ordered else 0
+    setting = f"depth: {allocate.depth}" if allocate.ordered else "depth: joint or cosine"
+    return Footprint("depth", {"depth.parquet": Table(rows, 4, runs=3).nbytes}, _only(allocate.ordered, setting))
 
 
 def _levels(architecture: Architecture, params: Params) -> Footprint:

@@ -27,6 +27,8 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import Params, load_params
 from libprune.pipeline.story import read_memory
 from libprune.pipeline.terminal import gigabytes, masked
+from libprune.statistics.depth import measurements, most_removals
+from libprune.statistics.depth import removals as removals_in_order
 from libprune.statistics.levels import choose_levels
 from libprune.statistics.sensitivity import removals
 
@@ -110,6 +112,10 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
     fits = _SOLVED * (1 - (params.allocate.ratio or 0)) ** 3 * sum(float(width) ** 3 for width in widths)
     rows = len(choose_levels(architecture, params.levels.number))
     levels = sequences(params.levels.sequences) * length * passed
+    ordered = removals_in_order(architecture, params.depth.of)
+    steps = most_removals(len(ordered), params.depth.removals)
+    joint = steps + measurements(len(ordered), params.depth) / 2
+    depth = {"joint": joint, "cosine": steps / 2}.get(params.allocate.depth, 0.0)
     recover, evaluate = params.recover, params.evaluate
     number = (1 + evaluate.rounds) * 2 * (evaluate.prompt_tokens + _DECODED * evaluate.decode_tokens)
     models = 2 if recover.method == "none" else 3
@@ -130,6 +136,7 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
         "ablation": params.ablation.units * sequences(params.ablation.sequences) * length * passed / 2,
         "score": 1.0,
         "sensitivity": len(removals(architecture)) * sequences(params.sensitivity.sequences) * length * passed / 2,
+        "depth": depth * sequences(params.depth.sequences) * length * passed + 1,
         "levels": rows * (levels / 2 + fits / max(1, len(widths))),
         "latency": float(params.latency.rounds * params.latency.widths * params.latency.tokens) * passed,
         "allocate": params.allocate.evaluations * (levels + fits) + 1,
@@ -166,7 +173,7 @@ def memory(
         "gradients": 2 * weights + sums["gradients"] + 4 * logits + kept,
         "hessian": 2 * weights + sums["hessian"] + 4 * logits + kept,
         "activations": weights + sums["activations"] + round(2.5 * logits) + layer,
-        **dict.fromkeys(("ablation", "sensitivity", "levels", "allocate"), 2 * weights + 4 * logits),
+        **dict.fromkeys(("ablation", "sensitivity", "depth", "levels", "allocate"), 2 * weights + 4 * logits),
         "slice": 3 * dense,
         "recover": trained.get("recover", 0) + round(4.5 * logits) + kept,
         "export": 3 * dense,

@@ -207,7 +207,8 @@ def uniform_shapes(
         divisions: importance tables that the budget is divided between the parts by, as `divisions_of` gives them;
             None: equal shares of each part.
     """
-    settings = limits.model_copy(update={"method": "uniform", "shape": "auto", "collapse_below": 0.0})
+    widths_alone = {"collapse_below": 0.0, "depth": "none", "layers": None}
+    settings = limits.model_copy(update={"method": "uniform", "shape": "auto"} | widths_alone)
     if divisions is None:
         divisions, settings = {"": _table(architecture, {})}, settings.model_copy(update={"split": "proportional"})
     elif settings.split == "auto":

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from libprune.allocation.allocate import allocate
+from libprune.allocation.allocate import allocate, require_layers_priced
+from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.plan import Plan
@@ -84,9 +85,14 @@ def removable(architecture: Architecture, params: Allocate) -> Plan:
     Raises:
         LibpruneError: if it cannot be removed.
     """
+    if params.collapse_below:
+        require_layers_priced(cost.prices(architecture, params.objective), params)
     alike = np.ones(sum(architecture.units(part) for _, part in architecture.blocks()))
     changes: dict[str, Any] = {"method": "uniform", "evaluations": 0, "split": "proportional"}
     if params.method != "uniform" and params.shape != "uniform":  # each removes no more than what may go anywhere
         empties = 0 in (params.min_groups, params.min_channels) and not architecture.layers_stay
-        changes |= {"method": "global", "allow_layer_removal": params.allow_layer_removal or empties}
+        changes |= {"method": "global", "depth": "units" if params.may_empty or empties else "none"}
+    if params.ordered or params.collapse_below:  # floors hold for what is not removed whole
+        freely = {"method": "global", "min_groups": 0, "min_channels": 0, "collapse_below": 0.0, "layers": None}
+        changes |= freely | {"depth": "none" if architecture.layers_stay else "units"}
     return allocate(architecture, {"score": alike, "importance": alike}, params.model_copy(update=changes))

@@ -161,11 +161,12 @@ def _fits(params: Params, config: Config) -> Iterator[Fault]:
             f"{params.allocate.freeze_last} keep all {layers} layers of this model whole, so that nothing can go",
             ("allocate", "freeze_first" if params.allocate.freeze_first else "freeze_last"),
         )
-    if (why := family.why_layers_stay) and params.allocate.allow_layer_removal:
+    depth = params.allocate.depth
+    if (why := family.why_layers_stay) and (depth == "units" or (depth != "none" and params.depth.of == "layers")):
         yield Fault(
-            f"allocate.allow_layer_removal is true, but no layer of family {family.family!r} can be deleted: {why}; "
-            "set it to false",
-            ("allocate", "allow_layer_removal"),
+            f"allocate.depth is {depth}, but no layer of family {family.family!r} can be deleted: {why}; set it to "
+            "none",
+            ("allocate", "depth"),
         )
     if family.tower is not None:
         yield from _of_a_tower(params, family)
@@ -192,6 +193,8 @@ def _of_a_tower(params: Params, family: Family) -> Iterator[Fault]:
             f"allocate.shape: per_layer gives layers widths of their own, {alike}; set it to auto",
             ("allocate", "shape"),
         )
+    if allocate.ordered and params.depth.of == "parts":
+        yield Fault(f"depth.of: parts leaves layers that differ, {alike}; set allocate.depth to none", ("depth", "of"))
     for key in ("freeze_first", "freeze_last"):
         if getattr(allocate, key):
             yield Fault(f"allocate.{key} keeps layers wider than the others, {alike}; set it to 0", ("allocate", key))

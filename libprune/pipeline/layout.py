@@ -57,6 +57,8 @@ class Layout:
     """The measured loss increase of masking single units."""
     sensitivity = Place("sensitivity.parquet")
     """The measured loss increase of removing whole layers, and each block alone."""
+    depth = Place("depth.parquet")
+    """The order in which whole layers or parts go, with the divergence without them."""
     levels = Place("levels.parquet")
     """The measured divergence of the model when one block alone is taken to a level."""
     latency = Place("latency.json")

@@ -292,6 +292,20 @@ class Sensitivity(Section):
     """Calibration sequences used, from the last; null: all."""
 
 
+class Depth(Section):
+    """The order in which whole layers or parts go, by divergence; for `allocate.depth: joint` or `cosine`."""
+
+    sequences: Count | None = 8
+    """Calibration sequences used, from the last; null: all."""
+    of: Literal["layers", "parts"] = "layers"
+    """What goes at a time: a whole layer, or an attention or MLP alone, which leaves layers that differ."""
+    removals: Count | None = None
+    """The most removals that are put into order; null: half of those that are possible."""
+    candidates: Annotated[int, Field(ge=2)] | None = None
+    """How many removals `joint` measures in each step after the first: those that added least when they were last
+    measured; null: all that are left."""
+
+
 class Levels(Section):
     """The measured divergence of the model when one block alone is taken to a level; for `allocate.method: search`."""
 
@@ -312,6 +326,10 @@ class Latency(Section):
     """Number of widths that each part is measured at, up to all of its units."""
     rounds: Count = 9
     """Timed rounds over all widths; the median counts."""
+
+
+ORDERS = ("joint", "cosine")
+"""The values of `allocate.depth` by which whole layers or parts go in the order of the depth stage."""
 
 
 class Allocate(Section):
@@ -343,7 +361,7 @@ class Allocate(Section):
     """Loss increase of a layer, in nats, up to which `hgsp` weighs by the layer instead of the block: a number
     (0: never), `blockwise` (never), `layerwise` (always), or `percentile:P` of the layers' own increases."""
     collapse_below: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """`hgsp` removes layers whole that would keep less than this share; 0: none. Needs `allow_layer_removal`."""
+    """`hgsp` removes layers whole that would keep less than this share; 0: none. Needs `depth: units`."""
     gradient_fix: Literal["none", "normalize", "adaptive", "depth", "adaptive+depth", "auto"] = "none"
     """Multiplies each layer's gradients against vanishing, in the cached sums: by 1 / their mean norm, the median
     norm / theirs (0.1 to 10), a weight that falls with depth, or both; `auto`: what the gradient ratio asks for.
@@ -369,8 +387,13 @@ class Allocate(Section):
     """Layers at the input that keep everything."""
     freeze_last: Floor = 0
     """Layers at the output that keep everything."""
-    allow_layer_removal: bool = False
-    """Whether a layer may lose both its attention and its MLP."""
+    depth: Literal["none", "units", "joint", "cosine"] = "none"
+    """How whole layers go. `none`: something of every layer stays; `units`: a layer goes when all of its units do, as
+    the method decides; `joint`: in the order of the depth stage, which removes what adds least divergence and measures
+    the rest again; `cosine`: the layers that change the direction of their input least go first."""
+    layers: Floor | None = None
+    """How many removals of that order go, for `depth: joint` and `cosine`; null: as many as fit into the ratio. The
+    method removes the rest of the ratio from what stays."""
     evaluations: Floor = 0
     """Whole plans that `search` measures to improve on the first one: those of `functional`, `global` and `uniform`,
     then changes of single layers of the best one."""
@@ -378,6 +401,24 @@ class Allocate(Section):
     """Time after which `search` ends even so; null: none, which alone gives the same result everywhere."""
     seed: Floor = 0
     """Seed of the changes that `search` tries."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_former_key(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "allow_layer_removal" in data:
+            instead = "units" if data["allow_layer_removal"] is True else "none"
+            conflicts(iter([f"allocate.allow_layer_removal is now allocate.depth; write depth: {instead} instead"]))
+        return data
+
+    @property
+    def may_empty(self) -> bool:
+        """Whether a layer may go because all of its units do."""
+        return self.depth == "units"
+
+    @property
+    def ordered(self) -> bool:
+        """Whether whole layers or parts go in the order of the depth stage."""
+        return self.depth in ORDERS
 
 
 class Slice(Section):

@@ -1,5 +1,6 @@
 """The report in Markdown, section by section; the HTML page is made from it."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -51,6 +52,7 @@ def compose_report(
         _cut(result, pictures),
         _scores(pictures),
         _gradients(result, gradient_ratio, pictures),
+        _depth(result),
         _sensitivity(pictures),
         _repair(result["pruning"]["repair"]),
         _routing(result),
@@ -184,6 +186,43 @@ def _sensitivity(pictures: Sequence[Picture]) -> Section:
     """The loss increase of removing each layer, if it was measured."""
     shown = _shown(pictures, "sensitivity")
     return ["## Sensitivity of the loss to each layer", *shown] if shown else []
+
+
+def _depth(result: Metrics) -> Section:
+    """The order in which whole layers or parts go, if it was measured, and how far it was followed."""
+    steps = result.get("depth")
+    if not steps:
+        return []
+    how = {
+        "joint": "Each step takes out what adds least to the divergence of the dense model, with all that is gone by "
+        "then, and all that is left is measured again.",
+        "cosine": "Layers that change the direction of their input least go first.",
+    }[result["plan"]["depth"]]
+    rows = [
+        (
+            str(step["step"]),
+            f"layer {step['layer']}" if step["removed"] == "layer" else f"{step['removed']} of layer {step['layer']}",
+            _with_error(step["divergence"], step["standard_error"]),
+            _plain(step["single_divergence"]),
+            f"{step['change']:.3f}",
+            "yes" if step["gone"] else "no",
+        )
+        for step in steps
+    ]
+    header = ("step", "removed", "divergence by then", "alone", "1 − cosine", "gone")
+    return [
+        "## Which layers go whole",
+        f"{how} Divergences are in nats per token, on calibration sequences and without repair.",
+        markdown_table(rows, header),
+    ]
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
+
+
+def _plain(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
 
 
 def _repair(errors: Metrics) -> Section:

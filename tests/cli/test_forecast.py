@@ -73,6 +73,8 @@ GROWS = [
     ("activations", "activations", {"sequences": 32}, {"sequences": 64}),
     ("hessian", "hessian", {"estimator": "hutchinson", "probes": 1}, {"estimator": "hutchinson", "probes": 4}),
     ("ablation", "ablation", {"units": 10}, {"units": 20}),
+    ("depth", "allocate", {"depth": "none"}, {"depth": "cosine"}),
+    ("depth", "allocate", {"depth": "cosine"}, {"depth": "joint"}),
     ("levels", "levels", {"number": 2}, {"number": 8}),
     ("allocate", "allocate", {"evaluations": 0}, {"evaluations": 8}),
     ("slice", "slice", {"repair": "none"}, {"repair": "local"}),

@@ -115,7 +115,7 @@ def test_what_this_model_cannot_do_is_found(told, tmp_path):
     assert "keep all 4 layers" in fault
     assert told(prepare={"model": llama}, allocate={"freeze_first": 2, "freeze_last": 1}) == []
     gemma = write_config(tmp_path / "opt", model_type="olmo2")
-    assert told(prepare={"model": gemma}, allocate={"allow_layer_removal": False}) == []
+    assert told(prepare={"model": gemma}, allocate={"depth": "none"}) == []
 
 
 def test_what_a_language_model_inside_another_cannot_do_is_found(told, tmp_path):
@@ -126,7 +126,7 @@ def test_what_a_language_model_inside_another_cannot_do_is_found(told, tmp_path)
     usual = {"method": "uniform", "shape": "auto", "freeze_first": 0, "freeze_last": 0}
 
     def asked(**changes: Any) -> list[str]:
-        return told(prepare={"model": seeing}, allocate=usual | {"allow_layer_removal": False} | changes)
+        return told(prepare={"model": seeing}, allocate=usual | {"depth": "none"} | changes)
 
     assert asked() == []
     assert asked(method="search", shape="uniform") == []
@@ -135,7 +135,7 @@ def test_what_a_language_model_inside_another_cannot_do_is_found(told, tmp_path)
         ("method", "search"): "allocate.method: search decides each layer's own width",
         ("shape", "per_layer"): "allocate.shape: per_layer gives layers widths of their own",
         ("freeze_last", 1): "allocate.freeze_last keeps layers wider than the others",
-        ("allow_layer_removal", True): "can be deleted: image features are added behind layers by their number",
+        ("depth", "units"): "can be deleted: image features are added behind layers by their number",
     }.items():
         (fault,) = asked(**dict([changes]))
         assert message in fault

@@ -43,7 +43,7 @@ def test_a_value_of_another_type_is_refused_with_its_place(load, place):
         ("allocate.min_channels", 1.5),
         ("allocate.channel_multiple", 0),
         ("allocate.freeze_first", True),
-        ("allocate.allow_layer_removal", 1),
+        ("allocate.depth", True),
         ("allocate.method", "Uniform"),
         ("tokenize.evaluation_share", 1.0),
         ("tokenize.calibration_length", 1),

@@ -36,6 +36,7 @@ ASKS: dict[str, dict[str, dict[str, Any]]] = {
     "hessian": {"hessian": {"estimator": "fisher"}},
     "ablation": {"ablation": {"units": 1}},
     "sensitivity": {"allocate": {"method": "hgsp"}},
+    "depth": {"allocate": {"depth": "joint"}},
     "levels": {"allocate": {"method": "search"}},
     "latency": {"allocate": {"objective": "latency"}},
     "teacher": {"recover": {"method": "lora"}},

@@ -99,6 +99,22 @@ def test_the_routing_of_a_mixture_is_told_in_the_headline_and_layer_by_layer():
         assert "experts" not in other
 
 
+def test_the_order_of_whole_layers_is_told_with_what_went():
+    nan = float("nan")
+    step = {"removed": "layer", "standard_error": 0.01, "single_divergence": 0.2, "change": 0.3}
+    steps = [
+        step | {"step": 1, "layer": 7, "divergence": 0.2, "gone": True},
+        step | {"step": 2, "layer": 3, "divergence": 0.5, "gone": False, "removed": "mlp"},
+    ]
+    text = report_of(changed(plan={"depth": "joint"}) | {"depth": steps})
+    assert "all that is left is measured again" in text
+    assert "| 1 | layer 7 | 0.2000 ± 0.0100 | 0.2000 | 0.300 | yes |" in text
+    assert "| 2 | mlp of layer 3 | 0.5000 ± 0.0100 | 0.2000 | 0.300 | no |" in text
+    bare = [steps[0] | {"standard_error": nan, "single_divergence": nan}]
+    assert "| 1 | layer 7 | 0.2000 |  | 0.300 | yes |" in report_of(changed(plan={"depth": "cosine"}) | {"depth": bare})
+    assert "go whole" not in report_of(EVALUATION)
+
+
 # Recovery
 
 

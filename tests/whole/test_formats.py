@@ -21,7 +21,7 @@ SECTIONS = documented.sections()
 CHANGES = {
     "gradients": {"sequences": 6, "second_moments": "full"},
     "ablation": {"units": 4, "sequences": 2},
-    "allocate": {"method": "search", "objective": "latency"},
+    "allocate": {"method": "search", "objective": "latency", "depth": "joint"},
     "latency": {"tokens": 4, "widths": 2, "rounds": 1},
     "recover": {"method": "full", "top_k": 3},
     "export": {"formats": ["transformers"], "pad_channels": 8},

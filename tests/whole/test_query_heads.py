@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from libprune.allocation.allocate import allocate
 from libprune.allocation.decide import result_shape
-from libprune.allocation.hgsp import above_floors
 from libprune.allocation.ladders import Ladders, build_ladders, plan_of
+from libprune.allocation.programme import Limit, Programme
 from libprune.allocation.widths import tensor_parallel_sizes
 from libprune.cli.main import app
 from libprune.engine.architecture import Architecture
@@ -126,13 +126,23 @@ def test_plans_meet_their_target_and_can_be_written(seed, method, ratio):
         assert (int(shape.groups_left(keep).sum()), int(keep.sum())) in (shape.pairs or ())
 
 
-def test_floors_cut_ladders_that_reach_below_them_by_groups():
-    deep = ladders_of(drawn(3), method="hgsp", min_groups=0, min_channels=0)
-    cut = above_floors(architecture(), deep, Allocate(min_groups=2, min_channels=1))
-    for (layer, part), steps in cut.items():
-        if part == "attention":
-            assert shape_path(cut, layer)[-1][0] >= 2
-            assert len(steps) < len(deep[layer, part])
+@given(SEEDS, st.floats(0.05, 0.4))
+@settings(max_examples=10)
+def test_the_programme_counts_groups_as_the_plan_does(seed, share):
+    """Under budgets of parameters and of the cache, which falls with groups alone."""
+    ladders = ladders_of(drawn(seed), method="search", min_groups=0, min_channels=0)
+    rng = np.random.default_rng(seed)
+    rises = {block: rng.exponential(size=architecture().units(block[1])) for block in ladders}
+    curves = {block: np.concatenate([[0.0], np.cumsum(rise)]) for block, rise in rises.items()}
+    limits = [
+        Limit(name, own := prices(architecture(), name), round(share * own.decoder)) for name in ("parameters", "cache")
+    ]
+    found = Programme(architecture(), ladders, curves, limits, may_empty=False).solve()
+    assert found is not None
+    plan = plan_of(architecture(), ladders, found.depth)
+    require_sliceable(architecture(), plan)
+    assert found.removed == tuple(limit.prices.removed(plan) for limit in limits)
+    assert all(value >= limit.least for value, limit in zip(found.removed, limits, strict=True))
 
 
 def test_single_heads_gain_no_cache_so_that_measured_levels_do_not_fit():
