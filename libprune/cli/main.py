@@ -8,6 +8,7 @@ import typer
 
 import libprune
 from libprune.cli import compare as compare_cli
+from libprune.cli import curve as curve_cli
 from libprune.cli import masks as masks_cli
 from libprune.cli import projects
 from libprune.pipeline import stage
@@ -39,6 +40,7 @@ def main(
 app.command()(projects.prune)
 app.command()(projects.new)
 app.command()(projects.update)
+app.command()(curve_cli.curve)
 
 
 @app.command()

@@ -87,6 +87,7 @@ class Prices:
         rest: by (layer, part), what goes only with the whole part; by (layer, `WITH_LAYER`), only with the whole layer.
         decoder: all that the layers of the dense model take.
         total: the same with embeddings and head.
+        gone: what went with rows of the vocabulary before; not in `total`.
         groups: by (layer, part), the groups of its units, where they have rows of their own.
     """
 
@@ -94,6 +95,7 @@ class Prices:
     rest: Mapping[Block, int]
     decoder: int
     total: int
+    gone: int = 0
     groups: Mapping[Block, Groups] = field(default_factory=dict)
 
     def removed(self, plan: Plan) -> int:
@@ -141,7 +143,8 @@ def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any
     if not architecture.layered:  # no part of a network goes as a whole
         rest = dict.fromkeys(rest, 0)
     groups = {block: Groups(shapes[block].groups, each[block]) for block in in_groups}
-    return Prices(unit, rest, decoder, total, groups)
+    gone = {"parameters": trimmed.parameters, "macs": trimmed.macs} if (trimmed := architecture.trimmed) else {}
+    return Prices(unit, rest, decoder, total, gone.get(objective, 0), groups)
 
 
 def _with_layers(architecture: Architecture) -> dict[Block, int]:
