@@ -84,7 +84,7 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
             "allocate.method: retention finds no block that can lose a unit under the floors, multiples and frozen "
             "layers; set allocate.ratio"
         )
-    return params.model_copy(update={"ratio": target / base_of(prices, params)})
+    return params.model_copy(update={"ratio": (target + gone_of(prices, params)) / base_of(prices, params)})
 
 
 Improve = Callable[[Ladders, Depth, int, Allocate], Depth]
