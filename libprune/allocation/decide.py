@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from libprune.allocation.advice import Fixed, advise, fixed_scores
-from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of, gone_of, settle, target_of
+from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, settle, share_of, target_of
 from libprune.allocation.block_worth import require_comparable, require_meaningful, with_worth
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.methods import Evidence
@@ -260,14 +260,14 @@ def summary(architecture: Architecture, decision: Decision) -> dict[str, Any]:
     """The content of `metrics/allocation.json`."""
     prices, params = decision.prices, decision.params
     counted = cost.prices(architecture, "parameters")
-    parameters, base = counted.removed(decision.plan), base_of(prices, params)
+    parameters = counted.removed(decision.plan)
     uniform = decision.shape == "uniform"
     return {
         "objective": params.objective,
         "ratio": params.ratio,
         "target": target_of(prices, params),
         "removed": prices.removed(decision.plan),
-        "share_removed": (prices.removed(decision.plan) + gone_of(prices, params)) / base,
+        "share_removed": share_of(prices, prices.removed(decision.plan), params),
         "removed_parameters": parameters,
         "decoder_share_removed": parameters / architecture.decoder_parameters,
         "total_share_removed": (parameters + counted.gone) / architecture.given_parameters,
