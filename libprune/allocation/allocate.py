@@ -1,6 +1,7 @@
 """Allocation: which units go, so that a given share of the parameters is removed."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
     """
     if params.channel_multiple != "auto":
         return _settle_ratio(architecture, scores, params, evidence)
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     if "levels" in evidence:  # what is removed counts here, and not what it loses
         evidence = {**evidence, "levels": {block: 0 * curve for block, curve in evidence["levels"].items()}}
     single = settle(architecture, scores, params.model_copy(update={"channel_multiple": 1}), evidence)
@@ -72,7 +73,7 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
             plan = descend(architecture, ladders, prices, settled, {**evidence, "scores": scores})
         except BudgetError:
             continue
-        if abs(prices.removed(plan) - target_of(prices, single)) <= WITHIN * base_of(prices, params):
+        if abs(removed_by(prices, plan, params) - target_of(prices, single)) <= WITHIN * base_of(prices, params):
             return settled
     return single
 
@@ -81,7 +82,7 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
     """The params with a ratio: as given, or where it is null what `retention` finds that the scores allow."""
     if params.ratio is not None:
         return params
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     wanted = wanted_removals(architecture, scores, params.network_type)
     target = wanted_total(build_ladders(architecture, scores, params, prices), wanted)
     if target == 0:
@@ -90,6 +91,11 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
             "layers; set allocate.ratio"
         )
     return params.model_copy(update={"ratio": share_of(prices, target, params)})
+
+
+def removed_by(prices: Prices, plan: Plan, params: Allocate) -> int:
+    """How much of the objective a plan removes in the scope of the ratio, columns of the residual stream included."""
+    return prices.removed(plan) + prices.narrowing.get(params.ratio_of, 0)
 
 
 Improve = Callable[[Ladders, Depth, int, Allocate], Depth]
@@ -120,7 +126,7 @@ def allocate(
             f"allocate.depth is units, but no layer of family {architecture.family!r} can be deleted: "
             f"{architecture.layers_stay}; set it to none"
         )
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     evidence = {**evidence, "scores": scores}
     params = settle(architecture, scores, params, evidence)
     ladders = build_ladders(architecture, scores, params, prices)
@@ -149,14 +155,14 @@ def descend(
     Raises:
         BudgetError: if the target cannot be reached under the floors, or has no room for so many whole removals.
     """
-    target = target_of(prices, params)
+    target = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
     gone = removed_whole(architecture, target, prices, params, evidence)
     left = {block: steps for block, steps in ladders.items() if block not in gone}
     rest = target - prices.removed(without(architecture, gone))
     depth = METHODS[params.method].allocate(architecture, left, rest, params, evidence)
     if improve is not None:
         depth = improve(left, depth, rest, params)
-    plan = plan_of(architecture, left, depth)
+    plan = replace(plan_of(architecture, left, depth), width=params.columns)
     _check_reached(architecture, left, plan, target, prices, params, evidence)
     return plan
 
