@@ -39,8 +39,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "wanda in ranks": (RANKS, {}),
     "wanda in ranks, uniform": (RANKS, {"method": "uniform"}),
     "wanda in ranks, global": (RANKS, {"method": "global"}),
-    "no floor": ({}, {"min_groups": 0, "min_channels": 0, "allow_layer_removal": True}),
-    "collapse below 0.4": ({}, {"collapse_below": 0.4, "allow_layer_removal": True}),
+    "no floor": ({}, {"min_groups": 0, "min_channels": 0, "depth": "units"}),
+    "collapse below 0.4": ({}, {"collapse_below": 0.4, "depth": "units"}),
 }
 """By name what is set of the score, and what differs in the allocation from the first."""
 

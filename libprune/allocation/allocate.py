@@ -1,15 +1,18 @@
 """Allocation: which units go, so that a given share of the parameters is removed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import numpy as np
 
 from libprune.allocation.advice import held_whole
-from libprune.allocation.hgsp import above_floors
+from libprune.allocation.hgsp import block_factors, collapsing, weighted
 from libprune.allocation.ladders import Ladders, build_ladders, plan_of
-from libprune.allocation.methods import Depth, Evidence
+from libprune.allocation.methods import Depth, Evidence, Order, allocate_global
 from libprune.allocation.retention import wanted_removals, wanted_total
 from libprune.allocation.widths import WITHIN, fitting_multiples
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.cost import Prices
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.plan import Plan
@@ -21,14 +24,24 @@ NO_EVIDENCE: Evidence = {}
 
 
 def target_of(prices: Prices, params: Allocate) -> int:
-    """How much of the objective is to go; the ratio is settled."""
+    """How much of the objective is to go, beyond what went with the vocabulary; the ratio is settled."""
     assert params.ratio is not None
-    return round(params.ratio * base_of(prices, params))
+    return max(0, round(params.ratio * base_of(prices, params)) - gone_of(prices, params))
 
 
 def base_of(prices: Prices, params: Allocate) -> int:
-    """How much of the objective the ratio is of."""
-    return prices.decoder if params.ratio_of == "decoder" else prices.total
+    """How much of the objective the ratio is of: in the layers, or in the whole model as it was given."""
+    return prices.decoder if params.ratio_of == "decoder" else prices.total + prices.gone
+
+
+def gone_of(prices: Prices, params: Allocate) -> int:
+    """How much of what the ratio is of went with rows of the vocabulary; the layers have none."""
+    return 0 if params.ratio_of == "decoder" else prices.gone
+
+
+def share_of(prices: Prices, removed: int, params: Allocate) -> float:
+    """The share of what the ratio is of that is gone, where so much is removed beside the rows of the vocabulary."""
+    return (removed + gone_of(prices, params)) / base_of(prices, params)
 
 
 def settle(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence = NO_EVIDENCE) -> Allocate:
@@ -48,17 +61,19 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
     """
     if params.channel_multiple != "auto":
         return _settle_ratio(architecture, scores, params, evidence)
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
+    if "levels" in evidence:  # what is removed counts here, and not what it loses
+        evidence = {**evidence, "levels": {block: 0 * curve for block, curve in evidence["levels"].items()}}
     single = settle(architecture, scores, params.model_copy(update={"channel_multiple": 1}), evidence)
     for multiple in fitting_multiples(architecture):
         coarse = params.model_copy(update={"channel_multiple": multiple})
         try:
             settled = _settle_ratio(architecture, scores, coarse, evidence)
-            ladders = _ladders(architecture, scores, settled, prices)
+            ladders = build_ladders(architecture, scores, settled, prices)
             plan = descend(architecture, ladders, prices, settled, {**evidence, "scores": scores})
         except BudgetError:
             continue
-        if abs(prices.removed(plan) - target_of(prices, single)) <= WITHIN * base_of(prices, params):
+        if abs(removed_by(prices, plan, params) - target_of(prices, single)) <= WITHIN * base_of(prices, params):
             return settled
     return single
 
@@ -67,7 +82,7 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
     """The params with a ratio: as given, or where it is null what `retention` finds that the scores allow."""
     if params.ratio is not None:
         return params
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     wanted = wanted_removals(architecture, scores, params.network_type)
     target = wanted_total(build_ladders(architecture, scores, params, prices), wanted)
     if target == 0:
@@ -75,7 +90,12 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
             "allocate.method: retention finds no block that can lose a unit under the floors, multiples and frozen "
             "layers; set allocate.ratio"
         )
-    return params.model_copy(update={"ratio": target / base_of(prices, params)})
+    return params.model_copy(update={"ratio": share_of(prices, target, params)})
+
+
+def removed_by(prices: Prices, plan: Plan, params: Allocate) -> int:
+    """How much of the objective a plan removes in the scope of the ratio, columns of the residual stream included."""
+    return prices.removed(plan) + prices.narrowing.get(params.ratio_of, 0)
 
 
 Improve = Callable[[Ladders, Depth, int, Allocate], Depth]
@@ -101,15 +121,16 @@ def allocate(
         BudgetError: if the target cannot be reached under the floors, or not in the asked shape.
         LibpruneError: if layers may be removed that the model cannot do without.
     """
-    if architecture.layers_stay and params.allow_layer_removal:
+    if architecture.layers_stay and params.may_empty:
         raise LibpruneError(
-            f"allocate.allow_layer_removal is true, but no layer of family {architecture.family!r} can be deleted: "
-            f"{architecture.layers_stay}; set it to false"
+            f"allocate.depth is units, but no layer of family {architecture.family!r} can be deleted: "
+            f"{architecture.layers_stay}; set it to none"
         )
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     evidence = {**evidence, "scores": scores}
     params = settle(architecture, scores, params, evidence)
-    return descend(architecture, _ladders(architecture, scores, params, prices), prices, params, evidence, improve)
+    ladders = build_ladders(architecture, scores, params, prices)
+    return descend(architecture, ladders, prices, params, evidence, improve)
 
 
 def descend(
@@ -122,36 +143,96 @@ def descend(
 ) -> Plan:
     """Decide which units stay, given the ladders; several ratios of one model can share them.
 
+    What goes whole is settled first; the method removes the rest of the target from what stays.
+
     Args:
-        ladders: the allowed removals.
+        ladders: the allowed removals of all blocks.
         prices: what they save.
         params: budget, method and limits, settled.
         evidence: what else the method needs.
         improve: goes on from the depths of the method; None to leave it there.
 
     Raises:
-        BudgetError: if the target cannot be reached under the floors.
+        BudgetError: if the target cannot be reached under the floors, or has no room for so many whole removals.
     """
-    target = target_of(prices, params)
-    depth = METHODS[params.method].allocate(architecture, ladders, target, params, evidence)
+    target = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
+    gone = removed_whole(architecture, target, prices, params, evidence)
+    left = {block: steps for block, steps in ladders.items() if block not in gone}
+    rest = target - prices.removed(without(architecture, gone))
+    depth = METHODS[params.method].allocate(architecture, left, rest, params, evidence)
     if improve is not None:
-        depth = improve(ladders, depth, target, params)
-    plan = plan_of(architecture, ladders, depth)
-    _check_reached(architecture, ladders, plan, target, prices, params, evidence)
+        depth = improve(left, depth, rest, params)
+    plan = replace(plan_of(architecture, left, depth), width=params.columns)
+    _check_reached(architecture, left, plan, target, prices, params, evidence)
     return plan
 
 
-def _ladders(architecture: Architecture, scores: Columns, params: Allocate, prices: Prices) -> Ladders:
-    """The ladders of the method: down to the floors, or to nothing where whole layers may collapse."""
+def without(architecture: Architecture, removed: Collection[Block]) -> Plan:
+    """The plan that removes some blocks whole, and nothing else."""
+    return Plan({block: np.full(architecture.units(block[1]), block not in removed) for block in architecture.blocks()})
+
+
+def removed_whole(
+    architecture: Architecture, target: int, prices: Prices, params: Allocate, evidence: Evidence
+) -> frozenset[Block]:
+    """The blocks that go whole before the method removes units: by a measured order, or as layers that collapse.
+
+    Args:
+        target: how much of the objective to remove.
+        prices: what it is counted in.
+        params: limits, settled.
+        evidence: the order, or what `hgsp` weighs layers by.
+
+    Raises:
+        BudgetError: if more removals are asked for than were measured, or than the target has room for.
+    """
+    if params.ordered:
+        return _first_of_the_order(architecture, target, prices, params, evidence["depth"])
     if not params.collapse_below:
-        return build_ladders(architecture, scores, params, prices)
+        return frozenset()
+    require_layers_priced(prices, params)
+    no_floors = params.model_copy(update={"min_groups": 0, "min_channels": 0})
+    ladders = build_ladders(architecture, evidence["scores"], no_floors, prices)
+    ranked = weighted(ladders, block_factors(architecture, evidence["sensitivity"], params))
+    depth = allocate_global(architecture, ranked, target, params, evidence)
+    gone = collapsing(architecture, ladders, depth, target, params.collapse_below)
+    return frozenset(block for block in architecture.blocks() if block[0] in gone)
+
+
+def _first_of_the_order(
+    architecture: Architecture, target: int, prices: Prices, params: Allocate, order: Order
+) -> frozenset[Block]:
+    """What the first removals of an order take away: as many as asked for, or as many as fit into the target."""
+    costs = [prices.removed(without(architecture, gone)) for gone, _ in order]
+    fitting = max(number for number, price in enumerate(costs) if price <= target)
+    wanted = fitting if params.layers is None else params.layers
+    if wanted >= len(order):
+        raise BudgetError(
+            f"allocate.layers is {wanted}, but the depth stage has put {len(order) - 1} removals into order; lower it, "
+            "or raise depth.removals"
+        )
+    if costs[wanted] > target:
+        share, what = share_of(prices, costs[wanted], params), params.objective
+        raise BudgetError(
+            f"allocate.layers: {wanted} removals take {share:.3f} of the {params.ratio_of} {what}, more "
+            f"than allocate.ratio = {params.ratio}, which has room for {fitting}; lower allocate.layers, or raise the "
+            "ratio"
+        )
+    return order[wanted][0]
+
+
+def require_layers_priced(prices: Prices, params: Allocate) -> None:
+    """Stop where layers are to collapse, but the objective gains nothing by one of their parts.
+
+    Raises:
+        LibpruneError: naming the part.
+    """
     free = [part for (_, part), unit in prices.unit.items() if unit == 0]
     if free:
         raise LibpruneError(
             f"allocate.collapse_below removes whole layers, but for allocate.objective: {params.objective} nothing is "
             f"gained by removing {free[0]} units; choose another objective, or collapse_below: 0"
         )
-    return build_ladders(architecture, scores, params.model_copy(update={"min_groups": 0, "min_channels": 0}), prices)
 
 
 def _check_reached(
@@ -168,27 +249,13 @@ def _check_reached(
     cheapest = min((step.cost for steps in ladders.values() for step in steps), default=0)
     if target - removed <= cheapest:
         return
-    most = _most(architecture, ladders, plan, prices, params, evidence)
+    deepest = METHODS[params.method].allocate(architecture, ladders, prices.total, params, evidence)
+    most = prices.removed(plan_of(architecture, ladders, deepest))
     if most < target:
-        base, what = base_of(prices, params), params.objective
+        share, what = share_of(prices, most, params), params.objective
         held = "".join(f"; {reason}" for reason in held_whole(architecture, params.shape == "per_layer"))
         raise BudgetError(
             f"allocate.ratio = {params.ratio} of the {params.ratio_of} {what} cannot be removed: under the floors, "
-            f"frozen layers and shape {params.method} removes at most {most / base:.3f} ({most:,} of {target:,} "
+            f"frozen layers and shape {params.method} removes at most {share:.3f} ({most:,} of {target:,} "
             f"{what} asked for). Lower the ratio, min_groups, min_channels or the number of frozen layers{held}"
         )
-
-
-def _most(
-    architecture: Architecture, ladders: Ladders, plan: Plan, prices: Prices, params: Allocate, evidence: Evidence
-) -> int:
-    """The most that this method could remove.
-
-    Which layers collapse depends on the target, so the plan's own choice of layers is kept.
-    """
-    if params.collapse_below:
-        bounded = above_floors(architecture, ladders, params)
-        deepest = {b: len((bounded if b[0] in plan.layers else ladders)[b]) for b in ladders}
-    else:
-        deepest = METHODS[params.method].allocate(architecture, ladders, prices.total, params, evidence)
-    return prices.removed(plan_of(architecture, ladders, deepest))

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from libprune.allocation.advice import Fixed, advise, fixed_scores
-from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of, settle, target_of
+from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, removed_by, settle, share_of, target_of
 from libprune.allocation.block_worth import require_comparable, require_meaningful, with_worth
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.methods import Evidence
@@ -120,6 +121,7 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
     settled = decision.params
     diagnosis = advise(fixed, decision.plan, settled)
     result = summary(scores.architecture, decision) | {"diagnosis": diagnosis}
+    result |= whole_removals(scores.architecture, decision.plan, evidence)
     if search is not None and (best := search.refined) is not None:
         result |= {"divergence": best.divergence, "divergence_of": dict(best.starts), "trials": best.evaluations}
     made = {
@@ -129,6 +131,8 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
         "kept_set_overlap": dict(decision.overlap),
         "diagnosis": diagnosis,
     }
+    if scores.architecture.heads == "queries":
+        made["heads"] = {part: shape.groups for part, shape in scores.architecture.parts.items() if shape.outer}
     return Outcome(
         decision,
         scores.table | {"keep": join_blocks(scores.architecture, decision.plan.keep)},
@@ -140,12 +144,26 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
 
 def _lines(architecture: Architecture, result: Mapping[str, Any], asked: Allocate, decision: Decision) -> Iterator[str]:
     yield _removed(result, asked, decision.params, decision.shape)
+    if "depth" in result:
+        yield _whole(architecture, result["depth"])
     if why := explain_multiple(architecture, asked, result["channel_multiple"], result["share_removed"]):
         yield why
     if result["tensor_parallel"] is not None:
         sizes = ", ".join(map(str, result["tensor_parallel"]))
         yield f"tensor parallelism: {sizes} (numbers of devices that heads and channels can be divided over)"
     yield from (f"note: {text}" for text in result["diagnosis"]["advice"])
+
+
+def whole_removals(architecture: Architecture, plan: Plan, evidence: Evidence) -> dict[str, Any]:
+    """What `metrics/allocation.json` says of the layers and parts that go whole, in the order of the depth stage."""
+    if "depth" not in evidence:
+        return {}
+    steps = [(step, divergence) for step, (gone, divergence) in enumerate(evidence["depth"]) if gone <= plan.removed]
+    number, divergence = steps[-1]
+    order = [gone for gone, _ in evidence["depth"][: number + 1]]
+    taken = [sorted(after - before) for before, after in pairwise(order)]
+    named = [{"layer": blocks[0][0], "parts": [part for _, part in blocks]} for blocks in taken]
+    return {"depth": {"removals": named, "divergence": divergence}}
 
 
 def _removed(result: Mapping[str, Any], asked: Allocate, settled: Allocate, shape: str) -> str:
@@ -155,6 +173,20 @@ def _removed(result: Mapping[str, Any], asked: Allocate, settled: Allocate, shap
         f"{source} {100 * result['ratio']:.2f} % of the {settled.ratio_of} {settled.objective}, removed "
         "{:.2f} %: {:.2f} % of the decoder's parameters, {:.2f} % of all".format(*shares)
         + f"; shape {shape}"
+    )
+
+
+def _whole(architecture: Architecture, depth: Mapping[str, Any]) -> str:
+    """What goes whole, in the order in which it was decided."""
+    named = [
+        str(layer) if len(parts) == len(architecture.parts_of(layer)) else f"{layer} ({', '.join(parts)})"
+        for layer, parts in ((one["layer"], one["parts"]) for one in depth["removals"])
+    ]
+    if not named:
+        return "no whole layer or part fits into the ratio"
+    return (
+        f"whole layers or parts that go, in the order of the depth stage: {', '.join(named)}; divergence without them "
+        f"{depth['divergence']:.4f} nats per token"
     )
 
 
@@ -183,9 +215,11 @@ def _not_uniform(architecture: Architecture, plan: Plan) -> str | None:
     if not plan.uniform:
         return "the layers of this plan differ in width"
     for layer, part in plan.keep:
-        shape = architecture.parts[part]
-        if layer in plan.layers and not shape.says(plan.kept(layer, part)):
-            return f"the stock config of this family cannot say {plan.kept(layer, part)} {part} units"
+        shape, kept = architecture.parts[part], plan.kept(layer, part)
+        groups = int(shape.groups_left(plan.keep[layer, part]).sum()) if shape.outer else None
+        if layer in plan.layers and not shape.says(kept, groups):
+            in_groups = f" in {groups} groups" if groups is not None else ""
+            return f"the stock config of this family cannot say {kept} {part} units{in_groups}"
     return None
 
 
@@ -200,11 +234,12 @@ def decide(
     """
     architecture, table, comparable = scores.architecture, scores.table, scores.compares(params.worth)
     require_comparable(scores.meta, params)
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    priced = params.objective, evidence.get("latency")
+    prices = cost.prices(architecture, *priced, params.columns)
     unit = table["cost"]
     if comparable and params.objective != "parameters":
         unit = np.concatenate([np.full(architecture.units(block[1]), prices.unit[block]) for block in prices.unit])
-        unit = np.maximum(unit, 1)  # a unit without a price is in no ladder
+        unit = np.maximum(unit, 1)  # a unit without a price is in no ladder, but for a query head in a group with one
         table = table | {"score": table["importance"] / unit}
     if params.split == "auto":
         params = params.model_copy(update={"split": "importance" if comparable else "proportional"})
@@ -215,7 +250,8 @@ def decide(
     for name in components if len(components) > 1 else []:
         alone = table | {"importance": table[name], "score": table[name] / unit}
         overlap[name] = jaccard(plan.column, allocate(architecture, alone, params, evidence).column)
-    return Decision(plan, result_shape(architecture, plan, params), params, overlap, prices)
+    shape, prices = result_shape(architecture, plan, params), cost.prices(architecture, *priced, plan.width)
+    return Decision(plan, shape, params.model_copy(update={"width": plan.width}), overlap, prices)
 
 
 COMPARED_COMPONENTS = ("taylor", "fisher")
@@ -225,17 +261,20 @@ COMPARED_COMPONENTS = ("taylor", "fisher")
 def summary(architecture: Architecture, decision: Decision) -> dict[str, Any]:
     """The content of `metrics/allocation.json`."""
     prices, params = decision.prices, decision.params
-    parameters = cost.prices(architecture, "parameters").removed(decision.plan)
+    left, gone = cost.size(architecture, decision.plan), cost.prices(architecture, "parameters").gone
+    removed, decoder = architecture.total_parameters - left.total, architecture.decoder_parameters - left.decoder
+    taken = removed_by(prices, decision.plan, params)
     uniform = decision.shape == "uniform"
     return {
         "objective": params.objective,
         "ratio": params.ratio,
         "target": target_of(prices, params),
-        "removed": prices.removed(decision.plan),
-        "share_removed": prices.removed(decision.plan) / base_of(prices, params),
-        "removed_parameters": parameters,
-        "decoder_share_removed": parameters / architecture.decoder_parameters,
-        "total_share_removed": parameters / architecture.total_parameters,
+        "removed": taken,
+        "share_removed": share_of(prices, taken, params),
+        "removed_parameters": removed,
+        "decoder_share_removed": decoder / architecture.decoder_parameters,
+        "total_share_removed": (removed + gone) / architecture.given_parameters,
+        "width": decision.plan.width,
         "channel_multiple": params.channel_multiple,
         "tensor_parallel": tensor_parallel_sizes(architecture, decision.plan) if uniform else None,
         "kept_set_overlap": dict(decision.overlap),

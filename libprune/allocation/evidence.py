@@ -7,15 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.allocation.hgsp import Increases
-from libprune.allocation.knapsack import divergence_curves
-from libprune.allocation.methods import Evidence
-from libprune.engine.architecture import Block
+from libprune.allocation.methods import Evidence, Order
+from libprune.engine.architecture import RESIDUAL, Architecture, Block
 from libprune.engine.errors import ArtifactError
+from libprune.engine.tables import Columns
 from libprune.pipeline.artifacts import Scores, read_json, read_table, same_origin
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import allocation_reads
 from libprune.pipeline.sections import Allocate
-from libprune.pipeline.shards import read_meta, read_tensor
+from libprune.statistics.depth import order_identity, order_of, read_change
 from libprune.statistics.levels import order_digest, unit_orders
 from libprune.statistics.sensitivity import increases_of, removals
 
@@ -31,22 +31,32 @@ def read_evidence(layout: Layout, scores: Scores, params: Allocate) -> Evidence:
     Raises:
         ArtifactError: if it is missing, or was measured on another model or text, or with units in another order.
     """
-    needed = allocation_reads(params.method, params.worth, params.objective, params.evaluations)
-    return {artifact: READERS[artifact](layout, scores) for artifact in needed}
+    needed = allocation_reads(params.method, params.worth, params.objective, params.evaluations, params.depth)
+    evidence = {artifact: READERS[artifact](layout, scores) for artifact in needed if artifact in READERS}
+    evidence |= {"depth": read_order(layout, scores, params)} if "depth" in needed else {}
+    return evidence | ({"width": read_widths(layout, scores)} if params.width == "auto" else {})
 
 
-def read_change(layout: Layout, scores: Scores) -> NDArray[np.float64]:
+def read_layer_change(layout: Layout, scores: Scores) -> NDArray[np.float64]:
     """1 - cosine between the input and the output of each layer, mean over tokens, ``[layers]``.
 
     Raises:
         ArtifactError: if it is missing, or was measured on another model or text.
     """
-    same_origin(layout.activations, read_meta(layout.activations, "activations"), scores.origin)
-    cosines = [
-        float(read_tensor(layout.activations, layer, "block.cosine_mean", "activations"))
-        for layer in range(scores.architecture.layers)
-    ]
-    return 1 - np.array(cosines)
+    return read_change(layout, scores.architecture.layers, scores.origin)
+
+
+def read_order(layout: Layout, scores: Scores, params: Allocate) -> Order:
+    """The order in which whole layers or parts go, with the divergence after each, nats.
+
+    Raises:
+        ArtifactError: if it is missing, or was measured on another model or text, in another way, or with other layers
+            frozen.
+    """
+    table, meta = read_table(layout.depth, "depth")
+    asked = order_identity(params.depth, (params.freeze_first, params.freeze_last))
+    same_origin(layout.depth, meta, {**scores.origin, **asked})
+    return order_of(scores.architecture, table)
 
 
 def read_increases(layout: Layout, scores: Scores) -> Increases:
@@ -78,6 +88,35 @@ def read_curves(layout: Layout, scores: Scores) -> Mapping[Block, NDArray[np.flo
     return divergence_curves(scores.architecture, levels)
 
 
+def divergence_curves(architecture: Architecture, levels: Columns) -> dict[Block, NDArray[np.float64]]:
+    """For every block the divergence by the number of units removed, ``[units + 1]``, nats.
+
+    Measured levels are made non-decreasing (what is measured below an earlier level is noise) and
+    joined by straight lines from 0 without a removal.
+    """
+    curves = {}
+    for layer, part in architecture.blocks():
+        rows = (levels["layer_idx"] == layer) & (levels["group_type"] == part)
+        order = np.argsort(levels["removed"][rows])
+        removed, measured = levels["removed"][rows][order], levels["divergence"][rows][order]
+        rising = np.maximum.accumulate(np.maximum(measured, 0.0))
+        counts = np.arange(architecture.units(part) + 1)
+        curves[layer, part] = np.interp(counts, [0, *removed], [0.0, *rising])
+    return curves
+
+
+def read_widths(layout: Layout, scores: Scores) -> Mapping[int, float]:
+    """The measured divergence by the columns of the residual stream that stay, nats; 0 where all do.
+
+    Raises:
+        ArtifactError: if it is missing, or was measured on another model or text.
+    """
+    table, meta = read_table(layout.widths, "width")
+    same_origin(layout.widths, meta, scores.origin)
+    measured = zip(table["width"].tolist(), table["divergence"].tolist(), strict=True)
+    return {scores.architecture.sizes[RESIDUAL]: 0.0, **dict(measured)}
+
+
 def read_latency(layout: Layout, scores: Scores) -> Mapping[str, Any]:
     """The straight lines fitted to the measured times of a layer.
 
@@ -94,9 +133,9 @@ def read_latency(layout: Layout, scores: Scores) -> Mapping[str, Any]:
 
 
 READERS: dict[str, Callable[[Layout, Scores], Any]] = {
-    "activations": read_change,
+    "activations": read_layer_change,
     "sensitivity": read_increases,
     "levels": read_curves,
     "latency": read_latency,
 }
-"""The function that reads each artifact for allocation, by the name of the artifact."""
+"""The function that reads each artifact for allocation, by its name; the order of whole removals depends on params."""

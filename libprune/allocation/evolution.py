@@ -1,6 +1,6 @@
 """Refinement: whole plans are measured, and a plan that diverges less takes the place of the one before.
 
-What single blocks lose adds up only roughly, so from the knapsack's plan on the search goes by the
+What single blocks lose adds up only roughly, so from the integer programme's plan on the search goes by the
 divergence of the whole pruned and locally repaired model. The first trials are the plans of other methods. Each
 one after them moves some of the budget of the best plan so far from one block to another and is kept if it is better: a
 (1 + 1) evolutionary search as in EvoPress (Sieberling et al. 2024) and Tyr-the-Pruner (Li et al. 2025). The best plan
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from libprune.allocation.knapsack import fill
 from libprune.allocation.ladders import Ladders, empties_layer, plan_of, spent
+from libprune.allocation.programme import fill
 from libprune.engine.architecture import Architecture, Block
 from libprune.engine.plan import Plan
 from libprune.models.layers import replaced
@@ -81,7 +81,7 @@ class Refined:
     Attributes:
         depth: its depths.
         divergence: its divergence, nats per token.
-        starts: the divergence of each plan that was there to start from, by method, as far as measured; the knapsack's
+        starts: the divergence of each plan that was there to start from, by method, as far as measured; the programme's
             is the first.
         evaluations: how many plans were tried beside the first.
     """
@@ -107,7 +107,7 @@ def refine(
     Args:
         judge: the divergence of a plan, nats.
         ladders: the allowed removals.
-        curves: as in `libprune.allocation.knapsack`, to fill what a trial leaves of the target.
+        curves: as in `libprune.allocation.programme`, to fill what a trial leaves of the target.
         starts: depths by the method that found them; the first are measured however few the evaluations.
         target: how much of the objective to remove.
         params: evaluations, minutes and seed.
@@ -184,7 +184,7 @@ def _move(
     trial[back] -= min(trial[back], int(rng.integers(1, most + 1)))
     room = target - spent(ladders, trial)
     while trial[on] < len(ladders[on]) and ladders[on][trial[on]].cost <= room and on != back:
-        if not params.allow_layer_removal and empties_layer(architecture, ladders, trial, on):
+        if not params.may_empty and empties_layer(architecture, ladders, trial, on):
             break
         room -= ladders[on][trial[on]].cost
         trial[on] += 1

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.allocation.ladders import Ladders, floor_of, spent
+from libprune.allocation.ladders import Ladders, spent
 from libprune.engine.architecture import Architecture, Block
 from libprune.pipeline.sections import Allocate
 from libprune.statistics.sensitivity import LAYER
@@ -57,15 +57,6 @@ def weighted(ladders: Ladders, factors: Mapping[Block, float]) -> Ladders:
         block: tuple(replace(step, rank=step.rank * factors[block]) for step in steps)
         for block, steps in ladders.items()
     }
-
-
-def above_floors(architecture: Architecture, ladders: Ladders, params: Allocate) -> Ladders:
-    """The ladders up to where a floor ends them."""
-    cut = {}
-    for (layer, part), steps in ladders.items():
-        left = architecture.units(part) - np.cumsum([len(step.units) for step in steps], dtype=np.int64)
-        cut[layer, part] = steps[: int((left >= floor_of(architecture, part, params)).sum())]
-    return cut
 
 
 def collapsing(

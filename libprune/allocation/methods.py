@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from libprune.allocation.hgsp import above_floors, block_factors, collapsing, weighted
-from libprune.allocation.knapsack import fill, least_divergence
-from libprune.allocation.ladders import Ladders, Step, empties_layer, spent
+from libprune.allocation.hgsp import block_factors, weighted
+from libprune.allocation.ladders import Ladders, Step, empties_layer, parts_left
+from libprune.allocation.programme import least_divergence
 from libprune.allocation.retention import by_progress, wanted_removals
+from libprune.engine import cost
 from libprune.engine.architecture import Architecture, Block
 from libprune.pipeline.sections import Allocate
 
@@ -20,7 +21,12 @@ Evidence = Mapping[str, Any]
 `scores` is the importance table; `activations` 1 - cosine between each layer's input and output, ``[layers]``;
 `sensitivity` the loss increases of removing layers and blocks, by what is removed, ``[layers]`` each, nats; `levels`
 for every block the divergence by the number of units removed, ``[units + 1]``, nats; `latency` the lines fitted to
-measured times. The scores are always there, the others where `libprune.pipeline.methods.allocation_reads` names them.
+measured times; `depth` the order of whole removals, each with what is gone by then and the divergence in nats, from
+nothing on. The scores are always there, the others where `libprune.pipeline.methods.allocation_reads` names them.
+"""
+Order = Sequence[tuple[frozenset[Block], float]]
+"""Whole removals one after the other: the blocks that are gone by then, and the divergence without them, nats per
+token. It begins with nothing gone and 0.
 """
 Depth = dict[Block, int]
 """How many steps of its ladder each block goes."""
@@ -48,7 +54,7 @@ def allocate_global(
         block = (layer, list(architecture.parts)[part_index])
         step = ladders[block][position]
         fits = removed + step.cost <= target and depth[block] == position
-        if fits and (params.allow_layer_removal or not empties_layer(architecture, ladders, depth, block)):
+        if fits and (params.may_empty or not empties_layer(architecture, ladders, depth, block)):
             depth[block] += 1
             removed += step.cost
     return depth
@@ -60,8 +66,7 @@ def allocate_uniform(
     """Every layer that is not frozen loses the same number of units of each part.
 
     Of all splits between the parts, those that come nearest to the target (within one removal of
-    the cheapest part in every layer) are considered; `split` chooses among them, or the least
-    divergence where that was measured.
+    the cheapest part in every layer) are considered; `split` chooses among them.
     """
     layers = _cuttable(architecture, ladders)
     if not layers:
@@ -70,10 +75,12 @@ def allocate_uniform(
     first = {part: ladders[own[0], part] for part, own in having.items() if own}
     options = {part: _options(architecture, first[part], part, params) for part in first}
     spent = {part: _totals([[step.cost for step in ladders[layer, part]] for layer in having[part]]) for part in first}
-    lost = {part: _totals([_losses(ladders, evidence, (layer, part)) for layer in having[part]]) for part in first}
+    lost = {
+        part: _totals([[step.importance for step in ladders[layer, part]] for layer in having[part]]) for part in first
+    }
     gone = {part: _totals([[len(step.units) for step in first[part]]]) / architecture.units(part) for part in first}
-    kinds = {tuple(architecture.parts_of(layer)) for layer in layers}
-    may_empty = params.allow_layer_removal and len(layers) < architecture.layers
+    kinds = {tuple(parts_left(architecture, ladders, layer)) for layer in layers}
+    may_empty = params.may_empty and len(layers) < architecture.layers
 
     def allowed(split: Split) -> bool:
         return may_empty or all(any(gone[part][split[part]] < 1 for part in kind) for kind in kinds)
@@ -84,7 +91,7 @@ def allocate_uniform(
         return abs(target - float(sum(spent[part][i] for part, i in split.items())))
 
     def preference(split: Split) -> float:
-        if params.split == "importance" or "levels" in evidence:
+        if params.split == "importance":
             return float(sum(lost[part][i] for part, i in split.items()))
         shares = [float(gone[part][i]) for part, i in split.items()]
         return max(shares) - min(shares)
@@ -98,15 +105,7 @@ def allocate_uniform(
 def _cuttable(architecture: Architecture, ladders: Ladders) -> list[int]:
     """The layers that something can be removed from."""
     layers = range(architecture.layers)
-    return [layer for layer in layers if any(ladders[layer, part] for part in architecture.parts_of(layer))]
-
-
-def _losses(ladders: Ladders, evidence: Evidence, block: Block) -> list[float]:
-    """What each step of a block's ladder loses: importance, or divergence where that was measured."""
-    if "levels" not in evidence:
-        return [step.importance for step in ladders[block]]
-    removed = np.cumsum([0, *(len(step.units) for step in ladders[block])])
-    return list(np.diff(evidence["levels"][block][removed]))
+    return [layer for layer in layers if any(ladders[layer, p] for p in parts_left(architecture, ladders, layer))]
 
 
 Split = Mapping[str, int]
@@ -120,10 +119,10 @@ def _totals(values: list[list[Any]]) -> NDArray[np.float64]:
 
 def _options(architecture: Architecture, ladder: tuple[Step, ...], part: str, params: Allocate) -> list[int]:
     """How many removals leave a count that the result's shape can hold."""
-    kept = architecture.units(part) - np.cumsum([0, *(len(step.units) for step in ladder)])
-    any_count = params.shape == "per_layer"
-    shape = architecture.parts[part]
-    return [i for i, count in enumerate(kept) if i == 0 or any_count or (count > 0 and shape.says(int(count)))]
+    shape, any_count = architecture.parts[part], params.shape == "per_layer"
+    left = shape.left_after(architecture.units(part), [step.units for step in ladder])
+    said = (any_count or (kept > 0 and shape.says(kept, groups)) for kept, groups in left)
+    return [i for i, fits in enumerate(said) if i == 0 or fits]
 
 
 def _splits(
@@ -159,17 +158,18 @@ def allocate_functional(
     depth = dict.fromkeys(ladders, 0)
     if not layers:
         return depth
-    sizes = np.array([_removable(ladders, [(layer, p) for p in architecture.parts_of(layer)]) for layer in layers])
+    left = {layer: [(layer, part) for part in parts_left(architecture, ladders, layer)] for layer in layers}
+    sizes = np.array([_removable(ladders, left[layer]) for layer in layers])
     shares = functional_shares(evidence["activations"][layers], sizes, target / max(1, int(sizes.sum())))
     owed = 0.0  # what the layers before could not remove in whole units is passed on
     for layer, budget in zip(layers, shares * sizes, strict=True):
-        blocks = [(layer, part) for part in architecture.parts_of(layer)]
+        blocks = left[layer]
         groups = [blocks] if params.split == "importance" else [[block] for block in blocks]
         whole = _removable(ladders, blocks)
         for group in groups:
             owed += float(budget) * _removable(ladders, group) / whole
             own = {block: ladders[block] if block in group else () for block in ladders}
-            if not params.allow_layer_removal and len(group) < len(blocks):
+            if not params.may_empty and len(group) < len(blocks):
                 own |= {block: _without_the_last(architecture, ladders, depth, block) for block in group}
             taken = allocate_global(architecture, own, round(owed), params, evidence)
             depth |= {block: taken[block] for block in group}
@@ -205,36 +205,21 @@ def _removable(ladders: Ladders, blocks: Sequence[Block]) -> int:
 def allocate_search(
     architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
 ) -> Depth:
-    """Least summed divergence of the blocks' levels for the target: a multiple-choice knapsack.
+    """Least summed divergence of the blocks' levels for the target, by an integer programme.
 
     The divergences of single blocks add up only roughly; `libprune.allocation.evolution` goes on from here with whole
     plans. A `uniform` shape takes the same level in every layer.
     """
-    if params.shape == "uniform":
-        return allocate_uniform(architecture, ladders, target, params, evidence)
-    depth = least_divergence(architecture, ladders, evidence["levels"], target, params.allow_layer_removal)
-    return fill(architecture, ladders, evidence["levels"], depth, target, params)
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    return least_divergence(architecture, ladders, evidence["levels"], target, prices, params).depth
 
 
 def allocate_hgsp(
     architecture: Architecture, ladders: Ladders, target: int, params: Allocate, evidence: Evidence
 ) -> Depth:
-    """The lowest ranks over all blocks first, each rank times the factor of its block (`libprune.allocation.hgsp`).
-
-    Layers that would keep less than `collapse_below` if there were no floors are then removed whole, as far as
-    the target goes, and the others share what is left of it. For that the ladders reach below the floors, which
-    hold for all layers that stay.
-    """
-    ordered = weighted(ladders, block_factors(architecture, evidence["sensitivity"], params))
-    bounded = above_floors(architecture, ordered, params)
-    gone: tuple[int, ...] = ()
-    if params.collapse_below:
-        free = allocate_global(architecture, ordered, target, params, evidence)
-        gone = collapsing(architecture, ladders, free, target, params.collapse_below)
-    collapsed = {block: len(steps) if block[0] in gone else 0 for block, steps in ladders.items()}
-    rest = {block: () if block[0] in gone else steps for block, steps in bounded.items()}
-    others = allocate_global(architecture, rest, target - spent(ladders, collapsed), params, evidence)
-    return {block: collapsed[block] or others[block] for block in ladders}
+    """The lowest ranks over all blocks first, each rank times the factor of its block (`libprune.allocation.hgsp`)."""
+    ranked = weighted(ladders, block_factors(architecture, evidence["sensitivity"], params))
+    return allocate_global(architecture, ranked, target, params, evidence)
 
 
 def allocate_retention(

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from libprune.allocation.evolution import Judge, Refined, refine
-from libprune.allocation.knapsack import fill
 from libprune.allocation.ladders import Ladders, spent
 from libprune.allocation.methods import Depth, Evidence
+from libprune.allocation.programme import fill
 from libprune.collection.calibration import require_own_weights, set_up
 from libprune.collection.resumable import sums_identity
 from libprune.engine.architecture import Architecture

@@ -5,14 +5,15 @@ estimated; they are small beside the tensors unless the model is tiny.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from libprune.collection.accumulator import PENDING, ROWS, UNITS, Group, finished, state_bytes
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture, Map
+from libprune.engine.architecture import RESIDUAL, Architecture, Map
+from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_dtype
 from libprune.pipeline.methods import REPAIRS, allocation_reads, methods_that_read
 from libprune.pipeline.params import Params
@@ -22,6 +23,8 @@ from libprune.recovery.predictions import BYTES, sequences_at_once, shard_path
 from libprune.scoring.expression import criteria_of
 from libprune.scoring.score import component_columns
 from libprune.statistics.activations import activation_groups
+from libprune.statistics.depth import most_removals
+from libprune.statistics.depth import removals as in_order
 from libprune.statistics.gradients import gradient_groups
 from libprune.statistics.hessian import hessian_groups
 from libprune.statistics.levels import choose_levels
@@ -136,7 +139,9 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
         _losses("ablation", min(params.ablation.units, rows), f"ablation.units: {params.ablation.units}", 3),
         Footprint("score", {"scores.parquet": scores.nbytes}, scored),
         _sensitivity(architecture, params.allocate),
+        _depth(architecture, params),
         _levels(architecture, params),
+        _width(architecture, params),
         _latency(params.allocate),
         Footprint("allocate", {"plan.parquet": _plan(scores).nbytes}, f"allocate.method: {params.allocate.method}"),
         sliced,
@@ -164,9 +169,16 @@ def _prepare(architecture: Architecture, stored: torch.dtype) -> Footprint:
         "model/config.json": _CONFIG,
         "model/tokenizer.json": _TOKEN_TEXT * architecture.sizes["vocab"],
         "architecture.json": len(architecture.to_json()),
+        "vocabulary.json": _vocabulary(architecture),
         "weights.parquet": _units(architecture, numbers=5, runs=4).nbytes,
     }
     return Footprint("prepare", files, f"stored as {dtype_name(stored)}")
+
+
+def _vocabulary(architecture: Architecture) -> int:
+    """The note that all tokens stay, or the ids of those that do and the tokenizer that was given."""
+    gone = architecture.trimmed
+    return _ABOUT if gone is None else _ABOUT + 8 * architecture.sizes["vocab"] + _TOKEN_TEXT * gone.tokens
 
 
 def _weights(architecture: Architecture, parameters: int, stored: torch.dtype) -> int:
@@ -258,10 +270,30 @@ def _sensitivity(architecture: Architecture, allocate: Allocate) -> Footprint:
     return _losses("sensitivity", len(removals(architecture)) if used else 0, _only(used, setting), 2)
 
 
+def _depth(architecture: Architecture, params: Params) -> Footprint:
+    allocate = params.allocate
+    possible = len(in_order(architecture, params.depth.of))
+    rows = most_removals(possible, params.depth.removals) if allocate.ordered else 0
+    setting = f"depth: {allocate.depth}" if allocate.ordered else "depth: joint or cosine"
+    return Footprint("depth", {"depth.parquet": Table(rows, 4, runs=3).nbytes}, _only(allocate.ordered, setting))
+
+
 def _levels(architecture: Architecture, params: Params) -> Footprint:
     used, number = "levels" in allocation_reads(params.allocate.method), params.levels.number
     rows = len(choose_levels(architecture, number)) if used else 0
     return _losses("levels", rows, _only(used, _method(params.allocate, "levels")), 3)
+
+
+def _width(architecture: Architecture, params: Params) -> Footprint:
+    """The table of widths, the axes, and two matrices as wide as the stream for each of its norms."""
+    used, whole = params.allocate.width is not None, architecture.sizes.get(RESIDUAL, 0)
+    rows = (1 if isinstance(params.allocate.width, int) else params.width.number) if used else 0
+    norms = len(architecture.stream_norms) if used else 0
+    matrices = 2 * norms * whole * whole * torch.float32.itemsize
+    files = {"width.parquet": Table(rows, 2, runs=2).nbytes}
+    if used:
+        files["width/axes.safetensors"] = matrices + (norms + whole) * whole * torch.float32.itemsize
+    return Footprint("width", files, _only(used, "width"), matrices)
 
 
 def _method(allocate: Allocate, artifact: str) -> str:
@@ -306,8 +338,12 @@ def _foretold(allocate: Allocate) -> bool:
 
 def _removed(architecture: Architecture, allocate: Allocate) -> int:
     """Number of parameters that slicing removes; 0 where it is not foretold."""
-    base = architecture.decoder_parameters if allocate.ratio_of == "decoder" else architecture.total_parameters
-    return round((allocate.ratio or 0) * base) if _foretold(allocate) else 0
+    ratio, narrow = (allocate.ratio or 0) if _foretold(allocate) else 0, architecture.narrowed(allocate.columns)
+    if allocate.ratio_of == "decoder":  # columns of the embedding go too
+        whole, left = (one.total_parameters - one.decoder_parameters for one in (architecture, narrow))
+        return round(ratio * architecture.decoder_parameters) + whole - left
+    gone = architecture.given_parameters - architecture.total_parameters
+    return max(0, round(ratio * architecture.given_parameters) - gone)
 
 
 def _teacher(architecture: Architecture, recover: Recover) -> Footprint:
@@ -368,9 +404,10 @@ def _lora_parameters(architecture: Architecture, recover: Recover, allocate: All
     The few maps outside the layers, such as those of an encoder's head, and those of no part are left out. For
     mixtures of experts it is an estimate: which of their tensors peft trains differs by family.
     """
-    prunable = sum(cost.unit_parameters(architecture, *b) * architecture.units(b[1]) for b in architecture.blocks())
+    nothing = Plan({block: ~keep for block, keep in Plan.dense(architecture).keep.items()})
+    prunable = replace(cost.prices(architecture, "parameters"), rest={}).removed(nothing)
     share = 1 - _removed(architecture, allocate) / prunable
-    pruned = {shape.axis for shape in architecture.parts.values()}
+    pruned = frozenset[str]().union(*(shape.axes for shape in architecture.parts.values()))
     sides = [side for one in architecture.maps if _targeted(one, recover) for side in (one.input, one.output)]
     widths = (side.size(architecture.sizes) * (share if side.names & pruned else 1) for side in sides)
     return round(recover.lora_rank * sum(widths))

@@ -27,6 +27,8 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import Params, load_params
 from libprune.pipeline.story import read_memory
 from libprune.pipeline.terminal import gigabytes, masked
+from libprune.statistics.depth import measurements, most_removals
+from libprune.statistics.depth import removals as removals_in_order
 from libprune.statistics.levels import choose_levels
 from libprune.statistics.sensitivity import removals
 
@@ -110,6 +112,10 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
     fits = _SOLVED * (1 - (params.allocate.ratio or 0)) ** 3 * sum(float(width) ** 3 for width in widths)
     rows = len(choose_levels(architecture, params.levels.number))
     levels = sequences(params.levels.sequences) * length * passed
+    ordered = removals_in_order(architecture, params.depth.of)
+    steps = most_removals(len(ordered), params.depth.removals)
+    joint = steps + measurements(len(ordered), params.depth) / 2
+    depth = {"joint": joint, "cosine": steps / 2}.get(params.allocate.depth, 0.0)
     recover, evaluate = params.recover, params.evaluate
     number = (1 + evaluate.rounds) * 2 * (evaluate.prompt_tokens + _DECODED * evaluate.decode_tokens)
     models = 2 if recover.method == "none" else 3
@@ -130,7 +136,9 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
         "ablation": params.ablation.units * sequences(params.ablation.sequences) * length * passed / 2,
         "score": 1.0,
         "sensitivity": len(removals(architecture)) * sequences(params.sensitivity.sequences) * length * passed / 2,
+        "depth": depth * sequences(params.depth.sequences) * length * passed + 1,
         "levels": rows * (levels / 2 + fits / max(1, len(widths))),
+        "width": _narrowing(architecture, params) * passed * length,
         "latency": float(params.latency.rounds * params.latency.widths * params.latency.tokens) * passed,
         "allocate": params.allocate.evaluations * (levels + fits) + 1,
         "slice": repaired + 1,
@@ -139,6 +147,13 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
         "evaluate": number * passed,
         "report": 1.0,
     }
+
+
+def _narrowing(architecture: Architecture, params: Params) -> int:
+    """Sequences that run in the width stage: all of them twice, and those measured, dense and at each width."""
+    stored, section = params.tokenize.calibration_sequences, params.width
+    measured = 1 if isinstance(params.allocate.width, int) else section.number
+    return 2 * stored + (1 + measured) * min(section.sequences or stored, stored)
 
 
 def _widths(architecture: Architecture) -> list[int]:
@@ -166,7 +181,8 @@ def memory(
         "gradients": 2 * weights + sums["gradients"] + 4 * logits + kept,
         "hessian": 2 * weights + sums["hessian"] + 4 * logits + kept,
         "activations": weights + sums["activations"] + round(2.5 * logits) + layer,
-        **dict.fromkeys(("ablation", "sensitivity", "levels", "allocate"), 2 * weights + 4 * logits),
+        **dict.fromkeys(("ablation", "sensitivity", "depth", "levels", "allocate"), 2 * weights + 4 * logits),
+        "width": 2 * weights + 4 * logits + sums["width"],
         "slice": 3 * dense,
         "recover": trained.get("recover", 0) + round(4.5 * logits) + kept,
         "export": 3 * dense,
@@ -211,6 +227,8 @@ def lines(architecture: Architecture, params: Params, found: Forecast, stages: S
     basis = "from earlier runs here" if len(gone) == len(found.seconds) else "from a measured product of matrices"
     if 0 < len(gone) < len(found.seconds):
         basis = "from earlier runs here and a measured product of matrices"
+    if params.prepare.vocabulary is not None and architecture.trimmed is None:
+        asked = f"rows of the vocabulary will go, which are still counted here, and {asked}"
     late = "; the export comes on top" if "export" in stages else ""
     return [
         f"{masked(Path(params.prepare.model).name)}: {size:,.1f} million parameters; {asked} will go",

@@ -262,6 +262,8 @@ class Family(_Strict):
     stream: dict[str, ExprText] = Field(default_factory=dict)
     """Path of a norm inside the layer to its vector, where it works on the residual stream itself and not for one part;
     it stays whatever goes, so that no layer can be deleted."""
+    stream_stays: str | None = None
+    """Why the residual stream cannot be narrower, in words that follow a colon; null where it can."""
     shared: dict[str, EntryText] = Field(default_factory=dict)
     """Path inside the layer to the description of what belongs to no single part, such as a norm that several parts
     read; it goes with the last of them, with the layer."""
@@ -279,6 +281,8 @@ class Family(_Strict):
     """How llama.cpp stores models of the family; null where libprune writes no GGUF file of it."""
     tower: Tower | None = None
     """Where the family lies inside a larger model; null where it is the whole model."""
+    tokens: list[str] = ["vocab"]
+    """The axes whose indices are token ids: rows of tokens that no text needs can go from all of them."""
 
     def sized(self, config: Any) -> Any:
         """The part of a config, or of the content of a config.json, that holds the sizes: of a tower the nested one."""
@@ -347,12 +351,14 @@ class _Reference(_Strict):
             layers=self._path(root, of.layers),
             parts=of.parts,
             stream=of.stream,
+            stream_stays=of.stream_stays,
             shared=of.shared,
             outside=moved(of.outside),
             heads={"image_text_to_text": moved(of.heads["causal_lm"])},
             cache=of.cache,
             config=of.config.model_copy(update={"sizes": self._sizes(of)}),
             tower=self.tower,
+            tokens=of.tokens,
         )
 
     def _sizes(self, of: Family) -> dict[str, str | list[str]]:

@@ -108,13 +108,13 @@ def collecting_stages(params: Params) -> tuple[str, ...]:
     from libprune.scoring.criteria import find_criterion
     from libprune.scoring.expression import named_criteria
 
-    read = allocation_reads(params.allocate.method, params.allocate.worth)
+    read = allocation_reads(params.allocate.method, params.allocate.worth, depth=params.allocate.depth)
     used = {
         *(stage for name in named_criteria(params.score) for stage in find_criterion(name).stages),
         *(["ablation"] if params.score.fusion in ("learned", "best") else []),
         *REPAIRS[params.slice.repair].reads,
         *read,
-        *(["activations"] if "levels" in read else []),  # levels are measured with a local repair
+        *(["activations"] if {"levels", "depth"} & {*read} else []),  # for a local repair, and for cosines
         *(["gradients"] if params.allocate.gradient_fix != "none" else []),
     }
     return tuple(stage for stage in ("gradients", "hessian", "activations", "ablation") if stage in used)
@@ -122,9 +122,11 @@ def collecting_stages(params: Params) -> tuple[str, ...]:
 
 def pruning_stages(params: Params) -> tuple[str, ...]:
     """The stages from the scores to the pruned model that have something to do under these params."""
-    read = allocation_reads(params.allocate.method, params.allocate.worth, params.allocate.objective)
-    measuring = (stage for stage in ("sensitivity", "levels", "latency") if stage in read)
-    return ("score", *measuring, "allocate", "slice")
+    allocate = params.allocate
+    read = allocation_reads(allocate.method, allocate.worth, allocate.objective, depth=allocate.depth)
+    measuring = (stage for stage in ("sensitivity", "depth", "levels", "latency") if stage in read)
+    narrowed = [] if allocate.width is None else ["width"]
+    return ("score", *measuring, *narrowed, "allocate", "slice")
 
 
 def recovering_stages(params: Params) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from libprune.allocation.allocate import allocate
+from libprune.allocation.allocate import allocate, require_layers_priced
+from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.plan import Plan
@@ -27,18 +28,22 @@ def budget_faults(params: Params) -> Iterator[Fault]:
     """
     allocate, biases = params.allocate, params.slice.repair == "bias"
     counted = allocate.ratio is not None and allocate.objective != "latency" and _strained(allocate)
+    if params.prepare.vocabulary is not None and allocate.ratio_of == "total":
+        counted = False  # how much of it goes with the vocabulary is known when its text is read
     if not counted and not biases:
         return
     if resolve(params.prepare.model) is None:
         return
-    from libprune.engine.describe import describe, without_weights
+    from libprune.engine.describe import describe, require_shared, without_weights
     from libprune.engine.stock_config import bias_key
     from libprune.models.source import load_dense_config
 
     try:
         config = load_dense_config(params.prepare)
         model = without_weights(config, params.prepare.trust_remote_code)
-        architecture = describe(model, accept=params.prepare.accept_config, experts=params.prepare.experts)
+        section = params.prepare
+        architecture = describe(model, accept=section.accept_config, experts=section.experts, heads=section.heads)
+        require_shared(architecture)
     except LibpruneError as error:
         yield Fault(f"prepare.model: {error}", ("prepare", "model"))
         return
@@ -82,9 +87,14 @@ def removable(architecture: Architecture, params: Allocate) -> Plan:
     Raises:
         LibpruneError: if it cannot be removed.
     """
+    if params.collapse_below:
+        require_layers_priced(cost.prices(architecture, params.objective), params)
     alike = np.ones(sum(architecture.units(part) for _, part in architecture.blocks()))
     changes: dict[str, Any] = {"method": "uniform", "evaluations": 0, "split": "proportional"}
     if params.method != "uniform" and params.shape != "uniform":  # each removes no more than what may go anywhere
         empties = 0 in (params.min_groups, params.min_channels) and not architecture.layers_stay
-        changes |= {"method": "global", "allow_layer_removal": params.allow_layer_removal or empties}
+        changes |= {"method": "global", "depth": "units" if params.may_empty or empties else "none"}
+    if params.ordered or params.collapse_below:  # floors hold for what is not removed whole
+        freely = {"method": "global", "min_groups": 0, "min_channels": 0, "collapse_below": 0.0, "layers": None}
+        changes |= freely | {"depth": "none" if architecture.layers_stay else "units"}
     return allocate(architecture, {"score": alike, "importance": alike}, params.model_copy(update=changes))

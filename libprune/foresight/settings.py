@@ -108,7 +108,9 @@ def _sequences(params: Params) -> Iterator[Fault]:
         "activations": True,
         "ablation": params.ablation.units > 0,
         "sensitivity": "sensitivity" in reads,
+        "depth": allocate.ordered,
         "levels": "levels" in reads,
+        "width": allocate.width is not None,
         "slice": params.slice.repair == "sequential",
     }
     asked = {section: getattr(params, section).sequences or stored for section in used}
@@ -139,6 +141,12 @@ def _shape(params: Params) -> Iterator[Fault]:
             f"allocate.shape: uniform asks for one width in all layers, and allocate.method: {allocate.method} decides "
             "each layer's own; choose allocate.method: uniform, or allocate.shape: auto",
             ("allocate", "shape"),
+        )
+    if allocate.ordered and params.depth.of == "parts":
+        yield Fault(
+            "allocate.shape: uniform asks for one width in all layers, and depth.of: parts takes attentions and MLPs "
+            "out of single layers; set depth.of to layers, or allocate.shape to auto",
+            ("depth", "of"),
         )
     frozen = [key for key in ("freeze_first", "freeze_last") if getattr(allocate, key)]
     if frozen:

@@ -7,7 +7,7 @@ a stage again. `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; LIBPRUNE_SHARD=1
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,14 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """The values that all processes have given, by rank; returned in all processes."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
 
 
 def join_world() -> World:

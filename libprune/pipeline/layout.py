@@ -37,6 +37,8 @@ class Layout:
     """Axes, sizes and parameters of the dense model."""
     origin = Place("origin.json")
     """Name, licence and place on the hub of the dense model."""
+    vocabulary = Place("vocabulary.json")
+    """Which tokens stayed, and the tokenizer that was given; a note where all did."""
     weights = Place("weights.parquet")
     """Per-unit costs and weight norms."""
     calibration_tokens = Place("tokens/calibration.parquet")
@@ -57,8 +59,14 @@ class Layout:
     """The measured loss increase of masking single units."""
     sensitivity = Place("sensitivity.parquet")
     """The measured loss increase of removing whole layers, and each block alone."""
+    depth = Place("depth.parquet")
+    """The order in which whole layers or parts go, with the divergence without them."""
     levels = Place("levels.parquet")
     """The measured divergence of the model when one block alone is taken to a level."""
+    widths = Place("width.parquet")
+    """The measured divergence of the model when its residual stream is narrower."""
+    width_axes = Place("width")
+    """The axes along which the residual stream is narrowed, and moments along them."""
     latency = Place("latency.json")
     """The measured time of a layer by its width."""
     scores = Place("scores.parquet")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
+from libprune.pipeline.sections import ORDERS
+
 
 @dataclass(frozen=True)
 class Method:
@@ -118,7 +120,7 @@ RIVALS = tuple(name for name, method in METHODS.items() if method.rival)
 
 
 def allocation_reads(
-    method: str, worth: str = "none", objective: str = "parameters", evaluations: int = 0
+    method: str, worth: str = "none", objective: str = "parameters", evaluations: int = 0, depth: str = "none"
 ) -> tuple[str, ...]:
     """The artifacts that allocation needs beside the scores, in alphabetical order.
 
@@ -127,11 +129,13 @@ def allocation_reads(
         worth: `allocate.worth`.
         objective: `allocate.objective`.
         evaluations: `allocate.evaluations`; with some, a search also needs what the methods of `RIVALS` read.
+        depth: `allocate.depth`.
     """
+    ordered = ("depth",) if depth in ORDERS else ()
     timed = ("latency",) if objective == "latency" else ()
     searches = METHODS[method].improves and evaluations
     rivals = [artifact for name in RIVALS for artifact in METHODS[name].reads] if searches else []
-    return tuple(sorted({*METHODS[method].reads, *WORTH_READS[worth], *timed, *rivals}))
+    return tuple(sorted({*METHODS[method].reads, *WORTH_READS[worth], *timed, *ordered, *rivals}))
 
 
 def methods_that_read(artifact: str) -> str:

@@ -18,6 +18,7 @@ from libprune.pipeline.sections import (
     Activations,
     Allocate,
     Compute,
+    Depth,
     Evaluate,
     Export,
     Gradients,
@@ -31,6 +32,7 @@ from libprune.pipeline.sections import (
     Sensitivity,
     Slice,
     Tokenize,
+    Width,
 )
 
 
@@ -76,7 +78,9 @@ class Params(Section):
     ablation: Ablation = Ablation()
     score: Score = Score()
     sensitivity: Sensitivity = Sensitivity()
+    depth: Depth = Depth()
     levels: Levels = Levels()
+    width: Width = Width()
     latency: Latency = Latency()
     allocate: Allocate = Allocate()
     slice: Slice = Slice()
@@ -117,10 +121,27 @@ class Params(Section):
                 yield f"slice.{key} belongs to slice.repair: {' or '.join(owners)}, not {repair}"
         if allocate.evaluations and method.improves and allocate.shape == "uniform":
             yield "allocate.evaluations changes single layers; set it to 0 with allocate.shape: uniform"
+        if allocate.width is not None and repair == "bias":
+            yield "allocate.width leaves no input without which a bias could stand; choose slice.repair: local"
+        if allocate.width is not None and allocate.evaluations and method.improves:
+            yield "allocate.evaluations measures plans that keep the whole width; set it to 0 with allocate.width"
+        if allocate.width == "auto" and "levels" not in method.reads:
+            yield f"allocate.width: auto is chosen by allocate.method: search, not by {allocate.method}; name a number"
+        if allocate.width is not None and allocate.objective == "latency":
+            yield "allocate.objective: latency times layers of the whole width; choose another one with allocate.width"
         if allocate.collapse_below and not method.collapses:
             yield f"allocate.collapse_below belongs to allocate.method: hgsp, not {allocate.method}"
-        if allocate.collapse_below and not allocate.allow_layer_removal:
-            yield "allocate.collapse_below removes whole layers; set allocate.allow_layer_removal: true too"
+        if allocate.collapse_below and not allocate.may_empty:
+            yield f"allocate.collapse_below needs allocate.depth: units, not {allocate.depth}"
+        if allocate.layers is not None and not allocate.ordered:
+            yield f"allocate.layers counts removals of allocate.depth: joint or cosine, not {allocate.depth}"
+        if allocate.depth == "cosine" and self.depth.of == "parts":
+            yield "allocate.depth: cosine puts whole layers into order; set depth.of: layers"
+        if allocate.layers is not None and self.depth.removals is not None and allocate.layers > self.depth.removals:
+            yield (
+                f"allocate.layers: {allocate.layers} is more than depth.removals: {self.depth.removals}; raise the "
+                "latter, or write null"
+            )
         if allocate.ratio is None and not method.finds_ratio:
             yield f"allocate.ratio: null leaves the ratio to allocate.method: retention, not to {allocate.method}"
         uses = {

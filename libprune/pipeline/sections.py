@@ -50,6 +50,29 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Vocabulary(Section):
+    """The text whose tokens stay in the vocabulary; rows of all others go."""
+
+    text: Source
+    """A text in one of the forms of `tokenize.text` but `self`."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    split: str | None = None
+    """Split of a hub data set; null: the preset's, or `train`."""
+    column: str | None = None
+    """Column that holds the text or the conversation; null: the preset's, or `text`."""
+    documents: Count | None = None
+    """Documents that are read, from the first; null: all."""
+    minimum: Count = 1
+    """How often the text must use a token for it to stay; above 1 the text itself is cut into other tokens."""
+    multiple: Count = 64
+    """The rows that stay are a multiple of this, for the kernels of GPUs; filled up with further tokens."""
+    keep: tuple[str, ...] = Field(default=(), strict=False)
+    """Further words or texts whose tokens stay."""
+
+
 class Prepare(Section):
     """The source of the dense model."""
 
@@ -66,11 +89,18 @@ class Prepare(Section):
     experts: Literal["whole", "channels"] = "whole"
     """Units of a mixture of experts: `whole` experts, or `channels` inside of them, alike in every expert of a layer.
     A run cuts one kind; its result can be the model of a run that cuts the other."""
+    heads: Literal["groups", "queries"] = "groups"
+    """Units of an attention whose query heads share key-value heads: `groups` cuts a key-value head with its query
+    heads; `queries` cuts query heads, as many in every group that stays, and whole groups."""
     families: Source | None = None
     """File, or folder of YAML files, that describe model types which libprune ships no family for; null: none."""
     pooling: Literal["mean", "cls"] | None = None
     """How a model without a head makes the embedding of a text: by the mean of its last hidden states over the tokens,
     or by that of the first token; null: as the files of sentence-transformers beside it say, or `mean`."""
+    vocabulary: Vocabulary | None = None
+    """The text whose tokens stay: rows of all others go from the embedding, the head and the tokenizer. A mapping with
+    the keys `text`, `minimum`, `multiple`, `keep`, `documents`, `config`, `revision`, `split` and `column`; null: all
+    tokens stay."""
 
 
 class Tokenize(Section):
@@ -289,6 +319,20 @@ class Sensitivity(Section):
     """Calibration sequences used, from the last; null: all."""
 
 
+class Depth(Section):
+    """The order in which whole layers or parts go, by divergence; for `allocate.depth: joint` or `cosine`."""
+
+    sequences: Count | None = 8
+    """Calibration sequences used, from the last; null: all."""
+    of: Literal["layers", "parts"] = "layers"
+    """What goes at a time: a whole layer, or an attention or MLP alone, which leaves layers that differ."""
+    removals: Count | None = None
+    """The most removals that are put into order; null: half of those that are possible."""
+    candidates: Annotated[int, Field(ge=2)] | None = None
+    """How many removals `joint` measures in each step after the first: those that added least when they were last
+    measured; null: all that are left."""
+
+
 class Levels(Section):
     """The measured divergence of the model when one block alone is taken to a level; for `allocate.method: search`."""
 
@@ -296,6 +340,27 @@ class Levels(Section):
     """Calibration sequences used, from the last; null: all."""
     number: Count = 8
     """Number of levels of every block, at even distances up to all of its units."""
+
+
+class Width(Section):
+    """The measured divergence of the model with fewer columns in its residual stream; for `allocate.width`."""
+
+    sequences: Count | None = 8
+    """Calibration sequences that the divergence is measured on, from the last; null: all."""
+    widths: Count | Annotated[tuple[Count, ...], Field(min_length=1, strict=False)] = 4
+    """Number of widths that are measured, at even distances from half of the columns to all of them, such as the
+    model's config can say; or a list of widths. Where `allocate.width` is a number, that one is measured alone."""
+    multiple: Count = 8
+    """Widths are multiples of this, where they are not named."""
+    axes: Literal["auto", "principal", "selected"] = "auto"
+    """`selected`: whole columns of the dense model stay, those with the largest values; `principal`: the stream is
+    turned to its principal axes, which loses less and needs an output head of its own and RMS norms; `auto`: the latter
+    where the model can have it."""
+
+    @property
+    def number(self) -> int:
+        """How many widths are measured, where `allocate.width` does not name one."""
+        return self.widths if isinstance(self.widths, int) else len(set(self.widths))
 
 
 class Latency(Section):
@@ -309,6 +374,10 @@ class Latency(Section):
     """Number of widths that each part is measured at, up to all of its units."""
     rounds: Count = 9
     """Timed rounds over all widths; the median counts."""
+
+
+ORDERS = ("joint", "cosine")
+"""The values of `allocate.depth` by which whole layers or parts go in the order of the depth stage."""
 
 
 class Allocate(Section):
@@ -340,7 +409,7 @@ class Allocate(Section):
     """Loss increase of a layer, in nats, up to which `hgsp` weighs by the layer instead of the block: a number
     (0: never), `blockwise` (never), `layerwise` (always), or `percentile:P` of the layers' own increases."""
     collapse_below: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """`hgsp` removes layers whole that would keep less than this share; 0: none. Needs `allow_layer_removal`."""
+    """`hgsp` removes layers whole that would keep less than this share; 0: none. Needs `depth: units`."""
     gradient_fix: Literal["none", "normalize", "adaptive", "depth", "adaptive+depth", "auto"] = "none"
     """Multiplies each layer's gradients against vanishing, in the cached sums: by 1 / their mean norm, the median
     norm / theirs (0.1 to 10), a weight that falls with depth, or both; `auto`: what the gradient ratio asks for.
@@ -366,8 +435,16 @@ class Allocate(Section):
     """Layers at the input that keep everything."""
     freeze_last: Floor = 0
     """Layers at the output that keep everything."""
-    allow_layer_removal: bool = False
-    """Whether a layer may lose both its attention and its MLP."""
+    depth: Literal["none", "units", "joint", "cosine"] = "none"
+    """How whole layers go. `none`: something of every layer stays; `units`: a layer goes when all of its units do, as
+    the method decides; `joint`: in the order of the depth stage, which removes what adds least divergence and measures
+    the rest again; `cosine`: the layers that change the direction of their input least go first."""
+    layers: Floor | None = None
+    """How many removals of that order go, for `depth: joint` and `cosine`; null: as many as fit into the ratio. The
+    method removes the rest of the ratio from what stays."""
+    width: Count | Literal["auto"] | None = None
+    """Columns of the residual stream that stay, in all layers, the embedding and the output head (the width stage);
+    null: all. What goes with them counts towards the ratio. `auto`: the width with which `search` loses least."""
     evaluations: Floor = 0
     """Whole plans that `search` measures to improve on the first one: those of `functional`, `global` and `uniform`,
     then changes of single layers of the best one."""
@@ -375,6 +452,29 @@ class Allocate(Section):
     """Time after which `search` ends even so; null: none, which alone gives the same result everywhere."""
     seed: Floor = 0
     """Seed of the changes that `search` tries."""
+
+    @property
+    def columns(self) -> int | None:
+        """The columns of the residual stream that stay, where a number is given."""
+        return self.width if isinstance(self.width, int) else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_former_key(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "allow_layer_removal" in data:
+            instead = "units" if data["allow_layer_removal"] is True else "none"
+            conflicts(iter([f"allocate.allow_layer_removal is now allocate.depth; write depth: {instead} instead"]))
+        return data
+
+    @property
+    def may_empty(self) -> bool:
+        """Whether a layer may go because all of its units do."""
+        return self.depth == "units"
+
+    @property
+    def ordered(self) -> bool:
+        """Whether whole layers or parts go in the order of the depth stage."""
+        return self.depth in ORDERS
 
 
 class Slice(Section):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from libprune.engine.tables import Columns
 from libprune.pipeline.artifacts import damage, read_json, read_table, same_origin
 from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
@@ -36,6 +37,7 @@ def publish_report(
     same_origin(layout.evaluation, meta, plan_meta)
     origin = {"model": meta["model"], "tokens": result["pruning"]["tokens"]}
     result = result | _exported(layout, plan_meta, result["protocol"]["tokens"])
+    result |= {"depth": _depth(layout, origin, plan)}
     rows, gradients = read_table(layout.gradients / "layers.parquet", "gradients")
     same_origin(layout.gradients, gradients, origin)
     provenance = gather_provenance(layout, origin, project)
@@ -60,6 +62,23 @@ def _exported(layout: Layout, plan: Mapping[str, Any], tokens: str) -> dict[str,
             same_origin(layout.export, outcome["plan"], plan)
             same_origin(layout.export, outcome, {"tokens": tokens})
         return {"exported": outcome["files"], "export_notes": outcome.get("notes", [])}
+
+
+def _depth(layout: Layout, origin: Mapping[str, str], plan: Columns) -> list[dict[str, Any]]:
+    """The steps of the order of whole layers or parts, each with whether the plan has removed it; none without one."""
+    table, meta = read_table(layout.depth, "depth")
+    if not len(table["step"]):
+        same_origin(layout.depth, meta, {"model": origin["model"]})
+        return []
+    same_origin(layout.depth, meta, origin)
+    steps = []
+    for step, layer, removed, *values in zip(*(table[name].tolist() for name in table), strict=True):
+        own = (plan["layer_idx"] == layer) & ((plan["group_type"] == removed) | (removed == "layer"))
+        named = dict(zip(list(table)[3:], values, strict=True))
+        steps.append(
+            {"step": step, "layer": layer, "removed": removed, "gone": not bool(plan["keep"][own].any())} | named
+        )
+    return steps
 
 
 def _sensitivity(layout: Layout, origin: Mapping[str, str]) -> list[Picture]:

@@ -1,5 +1,6 @@
 """The report in Markdown, section by section; the HTML page is made from it."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -48,9 +49,11 @@ def compose_report(
         _warnings(result, provenance.text),
         beside,
         _request(result, provenance.model),
+        _vocabulary(result),
         _cut(result, pictures),
         _scores(pictures),
         _gradients(result, gradient_ratio, pictures),
+        _depth(result),
         _sensitivity(pictures),
         _repair(result["pruning"]["repair"]),
         _routing(result),
@@ -127,27 +130,62 @@ def _cut(result: Metrics, pictures: Sequence[Picture]) -> Section:
     ]
 
 
+def _vocabulary(result: Metrics) -> Section:
+    """The vocabulary before and after, and the tokens of the evaluation text; none where all tokens stay."""
+    found = result.get("vocabulary")
+    if not found:
+        return []
+    names = {
+        "tokens": "tokens of the tokenizer",
+        "rows": "rows of the embedding",
+        "parameters": "parameters of the whole model",
+    }
+    cut = found["per_1000_characters"]
+    rows: Rows = [(name, *(f"{found[key][when]:,}" for when in ("before", "after"))) for key, name in names.items()]
+    rows.append(("weights, MB", *(f"{found['bytes'][when] / 1e6:,.1f}" for when in ("before", "after"))))
+    rows.append(("tokens in 1,000 characters of the evaluation text", *(f"{cut[when]:.1f}" for when in cut)))
+    more = 100 * (cut["after"] / cut["before"] - 1)
+    return [
+        "## What went with the vocabulary",
+        f"Tokens that {code(found['text'])} never needs went before anything was measured, from the embedding, the "
+        "head and the tokenizer. Both models of this report have the smaller vocabulary, and their predictions are "
+        "probabilities over fewer tokens.",
+        markdown_table(rows, ("", "before", "after")),
+        f"The evaluation text has {more:.1f} % more tokens than with all of the vocabulary: words that have no token "
+        "of their own any more are put together from smaller ones. This is the price; it takes time, and room in the "
+        "cache. A perplexity is per token, so that it does not compare with that of another vocabulary.",
+    ]
+
+
 def _units_cut(kinds: Mapping[str, str], kept: str) -> str:
     """What the units of each part are, in a sentence.
 
     Args:
-        kinds: by part, `groups`, `channels` or `experts`.
+        kinds: by part, `groups`, `heads`, `channels` or `experts`.
         kept: of which multiple channels stay, in words; empty for none.
     """
     words = {"groups": "heads", "channels": f"channels{kept}", "experts": "whole experts"}
     attention = "groups (a key-value head with its query heads)"
+    if kinds.get("attention") == "heads":
+        attention = "query heads (as many in each group that stays; a group without any loses its key-value head)"
     parts = [f"{part} in {attention if part == 'attention' else words[kind]}" for part, kind in kinds.items()]
     return f"The parts are cut in these units: {'; '.join(parts)}."
 
 
 def _layers(result: Metrics) -> str:
     """A table of the kept units; neighbouring layers that keep the same share a row."""
-    units, rows = result["units"], Rows()
-    for _, run in groupby(enumerate(result["kept"]), key=lambda pair: pair[1]):
+    units, groups, rows = result["units"], result.get("groups", {}), Rows()
+    in_groups = result.get("kept_groups", [{}] * len(result["kept"]))
+
+    def cell(part: str, kept: Mapping[str, int], of: Mapping[str, int]) -> str:
+        counts = f"{kept[part]:,} of {units[part]:,}" if part in kept else "–"
+        return f"{counts} in {of[part]} of {groups[part]} groups" if part in of else counts
+
+    for _, run in groupby(enumerate(zip(result["kept"], in_groups, strict=True)), key=lambda pair: pair[1]):
         layers = list(run)
-        (first, kept), (last, _) = layers[0], layers[-1]
+        (first, (kept, of)), (last, _) = layers[0], layers[-1]
         name = str(first) if first == last else f"{first} to {last}"
-        rows.append((name, *(f"{kept[part]:,} of {units[part]:,}" if part in kept else "–" for part in units)))
+        rows.append((name, *(cell(part, kept, of) for part in units)))
     return markdown_table(rows, ("layer", *units))
 
 
@@ -176,6 +214,43 @@ def _sensitivity(pictures: Sequence[Picture]) -> Section:
     """The loss increase of removing each layer, if it was measured."""
     shown = _shown(pictures, "sensitivity")
     return ["## Sensitivity of the loss to each layer", *shown] if shown else []
+
+
+def _depth(result: Metrics) -> Section:
+    """The order in which whole layers or parts go, if it was measured, and how far it was followed."""
+    steps = result.get("depth")
+    if not steps:
+        return []
+    how = {
+        "joint": "Each step takes out what adds least to the divergence of the dense model, with all that is gone by "
+        "then, and all that is left is measured again.",
+        "cosine": "Layers that change the direction of their input least go first.",
+    }[result["plan"]["depth"]]
+    rows = [
+        (
+            str(step["step"]),
+            f"layer {step['layer']}" if step["removed"] == "layer" else f"{step['removed']} of layer {step['layer']}",
+            _with_error(step["divergence"], step["standard_error"]),
+            _plain(step["single_divergence"]),
+            f"{step['change']:.3f}",
+            "yes" if step["gone"] else "no",
+        )
+        for step in steps
+    ]
+    header = ("step", "removed", "divergence by then", "alone", "1 − cosine", "gone")
+    return [
+        "## Which layers go whole",
+        f"{how} Divergences are in nats per token, on calibration sequences and without repair.",
+        markdown_table(rows, header),
+    ]
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
+
+
+def _plain(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
 
 
 def _repair(errors: Metrics) -> Section:

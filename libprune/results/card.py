@@ -74,11 +74,13 @@ def _opening(record: Record, origin: Origin) -> Iterator[str]:
     yield f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---"
     yield f"# {origin.name}, pruned" + (" and trained" if record.recovery else "")
     dense, pruned = (record.provenance["parameters"][name] for name in ("dense", "pruned"))
+    attention = "attention groups, each a key-value head with its query heads"
+    if record.heads == "queries":
+        attention = "query heads, as many in each group that stays, and whole groups with their key-value head"
     yield (
         f"This is `{origin.base_model or origin.name}` without "
         f"{100 * (1 - pruned['decoder'] / dense['decoder']):.1f} % of the parameters of its layers. Whole units were "
-        "removed by structured pruning: attention groups, each a key-value head with its query heads, and MLP "
-        "channels. So the matrices are smaller; none is sparse."
+        f"removed by structured pruning: {attention}, and MLP channels. So the matrices are smaller; none is sparse."
     )
     rows = [
         ("parameters", f"{dense['all']:,}", f"{pruned['all']:,}"),
@@ -91,6 +93,14 @@ def _opening(record: Record, origin: Origin) -> Iterator[str]:
         kept = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
         rows.append((f"{part} units in a layer", f"{units:,}", kept))
     yield _table(rows, ("", "dense", "pruned"))
+    if (trimmed := record.provenance.get("vocabulary")) is not None:
+        rows = trimmed["rows"]
+        yield (
+            f"The vocabulary was made smaller first: of {rows['before']:,} rows for tokens {rows['after']:,} stay, and "
+            f"{trimmed['parameters_removed']:,} parameters of the embedding and the head went with the others. The "
+            "dense model of these tables has the smaller vocabulary too. Text that was not thought of is cut into more "
+            "tokens than by the tokenizer of the given model."
+        )
     if head_of(record.config["architectures"]) is IMAGE_TEXT_TO_TEXT:
         yield (
             "Only the language model was pruned, and only text was read for it. The part that reads images is that of "

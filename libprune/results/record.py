@@ -5,7 +5,7 @@ import json
 import platform
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from libprune.engine.architecture import Architecture, Experts, know_family
+from libprune.engine.architecture import Architecture, Experts, Heads, know_family
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
@@ -100,11 +100,14 @@ class Record:
             raise ArtifactError(f"{path} is of the model {meta['model']}, {PROVENANCE} says {model}")
         layers, parts = table["layer_idx"], table["group_type"]
         blocks = dict.fromkeys(zip(layers.tolist(), parts.tolist(), strict=True))
-        return Plan({(layer, part): table["keep"][(layers == layer) & (parts == part)] for layer, part in blocks})
+        return Plan(
+            {(layer, part): table["keep"][(layers == layer) & (parts == part)] for layer, part in blocks},
+            meta.get("width"),
+        )
 
     @cached_property
     def left(self) -> Plan:
-        """The plan of the remaining layers, by their index in the pruned model."""
+        """The plan of the remaining layers, by their index in the pruned model, whose width is its own."""
         layers = self.plan.layers
         kept = {(layers.index(layer), part): keep for (layer, part), keep in self.plan.keep.items() if layer in layers}
         return Plan(kept)
@@ -137,7 +140,15 @@ class Record:
     @cached_property
     def architecture(self) -> Architecture:
         """The architecture of the remaining layers, as wide as the stock config says."""
-        return describe(self.stock_model, accept=keys_of(self.config), experts=self.experts)
+        grouped: Mapping[str, int] = self.provenance["plan"].get("heads") or {}
+        own = describe(self.stock_model, accept=keys_of(self.config), experts=self.experts, heads=self.heads)
+        of_dense = {part: replace(own.parts[part], groups=number) for part, number in grouped.items()}
+        return replace(own, parts={**own.parts, **of_dense})  # as the plan counts them
+
+    @property
+    def heads(self) -> Heads:
+        """The units of an attention that the plan is of."""
+        return "queries" if self.provenance["plan"].get("heads") else "groups"
 
     @property
     def experts(self) -> Experts:

@@ -167,7 +167,7 @@ def test_the_stage_says_which_multiple_it_chose_and_what_devices_divide(project,
 
 
 def test_layers_that_collapse_are_gone_from_the_saved_model(project, quick_proof):
-    collapse = {"collapse_below": 0.95, "allow_layer_removal": True, "ratio": 0.4}
+    collapse = {"collapse_below": 0.95, "depth": "units", "ratio": 0.4}
     plan, _, metrics = allocated(project, gradient_fix="none", **collapse)
     architecture = read_architecture(Layout(project / "artifacts"))
     assert 0 < len(plan.layers) < architecture.layers
@@ -176,7 +176,7 @@ def test_layers_that_collapse_are_gone_from_the_saved_model(project, quick_proof
     import_module("stages.slice").main(project / "params.yaml", project / "artifacts", project / "metrics")
     config = json.loads((project / "artifacts/pruned/config.json").read_text())
     assert config["num_hidden_layers"] == len(plan.layers)
-    allocated(project, **collapse | {"collapse_below": 0.0, "allow_layer_removal": False, "ratio": 0.2})
+    allocated(project, **collapse | {"collapse_below": 0.0, "depth": "none", "ratio": 0.2})
 
 
 @pytest.mark.parametrize("artifact", ["sensitivity.parquet", "gradients/layers.parquet", "gradients/tensors.parquet"])

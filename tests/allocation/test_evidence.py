@@ -1,11 +1,16 @@
 """What allocation reads beside the scores: just that, and nothing of another model, text or order of units."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from libprune.allocation.evidence import read_evidence
+from libprune.allocation.evidence import divergence_curves, read_evidence
 from libprune.engine.errors import ArtifactError
+from libprune.engine.tables import Columns
 from libprune.pipeline.artifacts import Scores, write_table
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import Layout
@@ -107,3 +112,61 @@ def test_what_was_not_measured_names_the_stage_that_is_missing(tmp_path, scores)
         read_evidence(layout, scores, Allocate(objective="latency"))
     with pytest.raises(ArtifactError, match="run `dvc repro activations` first"):
         read_evidence(layout, scores, Allocate(method="functional"))
+
+
+@st.composite
+def measured(draw):
+    """A shape, and for every block some levels with their divergences, in any order of rows."""
+    shape = Shape(layers=draw(st.integers(1, 3)), kv=draw(st.integers(1, 4)), ffn=draw(st.integers(1, 9)))
+    value = st.integers(-4, 40).map(lambda k: k / 8)
+    rows = [
+        (layer, part, removed, draw(value))
+        for layer in range(shape.layers)
+        for part, units in shape.units.items()
+        for removed in draw(st.sets(st.integers(1, units), min_size=1))
+    ]
+    return shape, draw(st.permutations(rows))
+
+
+def table_of(rows: list[tuple[int, str, int, float]]) -> Columns:
+    layers, parts, removed, divergence = zip(*rows, strict=True)
+    return {
+        "layer_idx": np.array(layers),
+        "group_type": np.array(parts, dtype=object),
+        "removed": np.array(removed),
+        "divergence": np.array(divergence),
+    }
+
+
+@given(measured())
+def test_a_curve_starts_at_0_never_falls_and_is_the_highest_so_far_at_every_measured_level(problem):
+    shape, rows = problem
+    curves = divergence_curves(shape.architecture(), table_of(rows))
+    assert list(curves) == list(shape.architecture().blocks())
+    for (layer, part), curve in curves.items():
+        own = {removed: value for i, name, removed, value in rows if (i, name) == (layer, part)}
+        assert curve.shape == (shape.architecture().units(part) + 1,)
+        assert curve[0] == 0
+        assert (np.diff(curve) >= -1e-12).all()
+        for removed in own:
+            highest = max(0.0, *(value for other, value in own.items() if other <= removed))
+            assert curve[removed] == pytest.approx(highest, abs=1e-12)
+
+
+@given(measured())
+def test_between_measured_levels_a_curve_is_a_straight_line(problem):
+    shape, rows = problem
+    for (layer, part), curve in divergence_curves(shape.architecture(), table_of(rows)).items():
+        knots = sorted({0} | {removed for i, name, removed, _ in rows if (i, name) == (layer, part)})
+        for one, two in pairwise(knots):
+            np.testing.assert_allclose(np.diff(curve[one : two + 1], 2), 0, atol=1e-12)
+        assert (curve[knots[-1] :] == curve[knots[-1]]).all()
+
+
+def test_levels_that_rise_are_passed_through_and_a_fall_is_levelled():
+    shape = Shape(layers=1, kv=2, ffn=6)
+    rows = [(0, "attention", 1, 0.5), (0, "attention", 2, 2.0)]
+    rows += [(0, "mlp", 2, 1.0), (0, "mlp", 4, 0.6), (0, "mlp", 6, 3.0)]
+    curves = divergence_curves(shape.architecture(), table_of(rows))
+    assert curves[0, "attention"].tolist() == [0, 0.5, 2]
+    assert curves[0, "mlp"].tolist() == [0, 0.5, 1, 1, 1, 2, 3]

@@ -50,7 +50,7 @@ def test_no_plan_that_is_measured_passes_the_target_or_the_limits(case, seed):
     search(judge, params, seed)
     for plan in judge.seen:
         assert removed_parameters(SHAPE, plan) <= target
-        assert params.allow_layer_removal or plan.layers == tuple(range(SHAPE.layers))
+        assert params.may_empty or plan.layers == tuple(range(SHAPE.layers))
         for (layer, part), score in split_blocks(SHAPE.architecture(), scores["score"]):
             keep = plan.keep[layer, part]
             if layer not in SHAPE.unfrozen(params):

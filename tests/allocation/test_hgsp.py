@@ -145,7 +145,7 @@ def collapses(draw):
         update={
             "ratio": draw(st.floats(0.1, 0.8)),
             "collapse_below": draw(st.floats(0.05, 1)),
-            "allow_layer_removal": True,
+            "depth": "units",
             "temperature": draw(st.sampled_from([0.0, 1.0, 2.0])),
             "freeze_first": draw(st.integers(0, 1)),
             "min_channels": draw(st.integers(1, 2)),
@@ -206,7 +206,7 @@ def test_a_layer_goes_only_if_it_would_have_kept_less_and_the_weakest_go_first(c
 def test_a_budget_that_collapse_and_floors_leave_out_of_reach_is_refused():
     shape = Shape(layers=4)
     scores, evidence = shape.table(1.0 + np.arange(len(shape.unit_costs()))), shape.evidence("hgsp")
-    floors = {"min_groups": 4, "min_channels": 11, "allow_layer_removal": True}
+    floors = {"min_groups": 4, "min_channels": 11, "depth": "units"}
     params = HGSP.model_copy(update=floors | {"ratio": 0.5, "collapse_below": 0.05})
     with pytest.raises(BudgetError, match=r"hgsp removes at most 0\.2"):
         allocate(shape.architecture(), scores, params, evidence)
@@ -214,7 +214,7 @@ def test_a_budget_that_collapse_and_floors_leave_out_of_reach_is_refused():
 
 def test_collapse_is_refused_where_a_part_costs_nothing():
     shape = Shape()
-    params = HGSP.model_copy(update={"objective": "cache", "collapse_below": 0.5, "allow_layer_removal": True})
+    params = HGSP.model_copy(update={"objective": "cache", "collapse_below": 0.5, "depth": "units"})
     scores = shape.table(np.ones(len(shape.unit_costs())))
     with pytest.raises(LibpruneError, match="nothing is gained by removing mlp units"):
         allocate(shape.architecture(), scores, params, shape.evidence("hgsp"))
@@ -226,7 +226,7 @@ def test_layers_that_kept_their_widths_make_a_stock_shape_with_fewer_layers():
     costs = len(shape.unit_costs()) // 4
     scores = shape.table(np.repeat([5.0, 0.1, 0.2, 5.0], costs) + np.linspace(0, 0.01, 4 * costs))
     params = HGSP.model_copy(
-        update={"ratio": 0.5, "collapse_below": 0.9, "allow_layer_removal": True, "temperature": 0.0, "shape": "auto"}
+        update={"ratio": 0.5, "collapse_below": 0.9, "depth": "units", "temperature": 0.0, "shape": "auto"}
     )
     plan = allocate(shape.architecture(), scores, params, shape.evidence("hgsp"))
     assert plan.layers == (0, 3)
@@ -244,8 +244,8 @@ def prices_of(shape: Shape, plan: Plan) -> int:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "hgsp", "collapse_below": 0.3}, "allow_layer_removal: true too"),
-        ({"method": "global", "collapse_below": 0.3, "allow_layer_removal": True}, "belongs to allocate.method: hgsp"),
+        ({"method": "hgsp", "collapse_below": 0.3}, "needs allocate.depth: units, not none"),
+        ({"method": "global", "collapse_below": 0.3, "depth": "units"}, "belongs to allocate.method: hgsp"),
     ],
 )
 def test_collapse_needs_its_method_and_leave_to_remove_layers(changes, message, tmp_path):

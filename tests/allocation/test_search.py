@@ -36,7 +36,7 @@ def test_the_plans_of_other_methods_come_first_and_the_search_goes_on_from_the_b
         assert found.divergence == min(found.starts.values())
 
 
-def test_a_rival_is_filled_up_to_the_target_as_far_as_the_knapsack_is():
+def test_a_rival_is_filled_up_to_the_target_as_far_as_the_plan_of_the_programme_is():
     for seed in range(5):
         params = asked()
         ladders, depth, target = start_of(SHAPE, params, seed)

@@ -108,7 +108,7 @@ LAYER_REMOVAL = list(product(METHODS, (True, False), ("importance", "proportiona
 @given(st.permutations(range(18)), st.floats(0.5, 0.99))
 def test_a_layer_goes_only_where_that_is_allowed(method, allowed, split, order, ratio):
     shape = Shape(kv=2, ffn=4)
-    limits = {"min_groups": 0, "min_channels": 0, "allow_layer_removal": allowed, "shape": "per_layer"}
+    limits = {"min_groups": 0, "min_channels": 0, "depth": "units" if allowed else "none", "shape": "per_layer"}
     params = Allocate(method=method, ratio=ratio, split=split, **limits)
     evidence = shape.evidence(method, order[0])
     try:

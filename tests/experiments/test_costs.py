@@ -115,6 +115,7 @@ def params(**sections):
         ({"score": {"criterion": "taylor_2nd"}}, ("gradients", "hessian")),
         ({"score": {"criterion": "magnitude"}, "slice": {"repair": "local"}}, ("activations",)),
         ({"score": {"criterion": "magnitude"}, "allocate": {"method": "functional"}}, ("activations",)),
+        ({"score": {"criterion": "magnitude"}, "allocate": {"depth": "joint"}}, ("activations",)),
     ],
 )
 def test_what_a_setting_reads_follows_from_its_criterion_allocation_and_repair(sections, read):
@@ -126,6 +127,10 @@ def test_only_stages_that_measure_for_the_method_are_counted(preset):
     settings = validate_params(DATA | {"preset": preset}, "")
     expected = {"search": ["levels"], "hgsp": ["sensitivity"]}.get(settings.allocate.method, [])
     assert pruning_stages(settings) == ("score", *expected, "allocate", "slice")
+
+
+def test_the_order_of_whole_layers_is_counted():
+    assert "depth" in pruning_stages(params(allocate={"depth": "cosine"}))
 
 
 def test_only_settings_that_train_have_stages_of_recovery():

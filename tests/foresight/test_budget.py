@@ -32,7 +32,7 @@ limits = st.fixed_dictionaries(
         "channel_multiple": st.sampled_from([1, 3, "auto"]),
         "freeze_first": st.integers(0, 2),
         "freeze_last": st.integers(0, 2),
-        "allow_layer_removal": st.booleans(),
+        "depth": st.sampled_from(["none", "units"]),
         "shape": st.sampled_from(["auto", "per_layer"]),
         "ratio_of": st.sampled_from(["decoder", "total"]),
     }

@@ -1,6 +1,7 @@
 """Models and texts that lie here: what is known to fail is found, and what would run is let alone."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_what_this_model_cannot_do_is_found(told, tmp_path):
     assert "keep all 4 layers" in fault
     assert told(prepare={"model": llama}, allocate={"freeze_first": 2, "freeze_last": 1}) == []
     gemma = write_config(tmp_path / "opt", model_type="olmo2")
-    assert told(prepare={"model": gemma}, allocate={"allow_layer_removal": False}) == []
+    assert told(prepare={"model": gemma}, allocate={"depth": "none"}) == []
 
 
 def test_what_a_language_model_inside_another_cannot_do_is_found(told, tmp_path):
@@ -126,7 +127,7 @@ def test_what_a_language_model_inside_another_cannot_do_is_found(told, tmp_path)
     usual = {"method": "uniform", "shape": "auto", "freeze_first": 0, "freeze_last": 0}
 
     def asked(**changes: Any) -> list[str]:
-        return told(prepare={"model": seeing}, allocate=usual | {"allow_layer_removal": False} | changes)
+        return told(prepare={"model": seeing}, allocate=usual | {"depth": "none"} | changes)
 
     assert asked() == []
     assert asked(method="search", shape="uniform") == []
@@ -135,7 +136,7 @@ def test_what_a_language_model_inside_another_cannot_do_is_found(told, tmp_path)
         ("method", "search"): "allocate.method: search decides each layer's own width",
         ("shape", "per_layer"): "allocate.shape: per_layer gives layers widths of their own",
         ("freeze_last", 1): "allocate.freeze_last keeps layers wider than the others",
-        ("allow_layer_removal", True): "can be deleted: image features are added behind layers by their number",
+        ("depth", "units"): "can be deleted: image features are added behind layers by their number",
     }.items():
         (fault,) = asked(**dict([changes]))
         assert message in fault
@@ -202,6 +203,25 @@ def test_a_text_that_cannot_be_read_is_found(told, tmp_path, name, content, mess
     (tmp_path / name).write_text(content)
     (fault,) = told(tokenize={"text": name})
     assert fault.startswith("tokenize.text: ") and message in fault
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text": "./nowhere"}, "prepare.vocabulary.text: .*does not exist"),
+        ({"text": "none"}, "prepare.vocabulary = 'none' is the name of no source; write null"),
+        ({"text": "self"}, "prepare.vocabulary.text: self is written by the model"),
+        ({"text": "c4"}, "prepare.vocabulary.text: c4 has no end"),
+        ({"text": "./text.txt", "column": "body"}, "prepare.vocabulary.column: text './text.txt' has no column 'body'"),
+    ],
+)
+def test_a_text_whose_tokens_cannot_stay_is_found(told, given, message):
+    (fault,) = told(prepare={"vocabulary": given})
+    assert re.match(message, fault)
+
+
+def test_a_text_whose_tokens_stay_may_be_that_of_the_calibration(told):
+    assert told(prepare={"vocabulary": {"text": "./text.txt"}}) == []
 
 
 def test_conversations_are_text(told, tmp_path):

@@ -47,6 +47,19 @@ def test_layers_that_keep_the_same_share_a_row():
     assert rows == [("0 to 2", "9"), ("3", "8"), ("4 to 5", "9")]
 
 
+def test_query_heads_are_told_with_the_groups_that_they_lie_in():
+    kept = [{"attention": 6, "mlp": 9}, {"attention": 6, "mlp": 9}, {"attention": 0, "mlp": 9}]
+    of = [{"attention": 3}, {"attention": 2}, {"attention": 0}]
+    result = changed(kept=kept, units={"attention": 9, "mlp": 9}, unit_kinds={"attention": "heads", "mlp": "channels"})
+    text = report_of(result | {"groups": {"attention": 3}, "kept_groups": of})
+    assert "attention in query heads (as many in each group that stays" in text
+    rows = re.findall(r"^\| (\d.*?) \| (\d of 9 in \d of 3 groups) \|", text, re.MULTILINE)
+    assert rows == [
+        (str(layer), f"{k['attention']} of 9 in {o['attention']} of 3 groups")
+        for layer, (k, o) in enumerate(zip(kept, of, strict=True))
+    ]
+
+
 def test_every_picture_given_is_shown_once_and_no_other():
     for pictures in (PICTURES, PICTURES[:2], PICTURES[3:5], []):
         shown = re.findall(r"!\[.*?\]\(gradient_analysis/(.*?)\.png\)", report_of(trained(), pictures))
@@ -84,6 +97,22 @@ def test_the_routing_of_a_mixture_is_told_in_the_headline_and_layer_by_layer():
     assert rows["tokens sent to other experts, recovered"] == ("", "44.4 %", "")
     for other in (report_of(trained()), report_of(EVALUATION)):
         assert "experts" not in other
+
+
+def test_the_order_of_whole_layers_is_told_with_what_went():
+    nan = float("nan")
+    step = {"removed": "layer", "standard_error": 0.01, "single_divergence": 0.2, "change": 0.3}
+    steps = [
+        step | {"step": 1, "layer": 7, "divergence": 0.2, "gone": True},
+        step | {"step": 2, "layer": 3, "divergence": 0.5, "gone": False, "removed": "mlp"},
+    ]
+    text = report_of(changed(plan={"depth": "joint"}) | {"depth": steps})
+    assert "all that is left is measured again" in text
+    assert "| 1 | layer 7 | 0.2000 ± 0.0100 | 0.2000 | 0.300 | yes |" in text
+    assert "| 2 | mlp of layer 3 | 0.5000 ± 0.0100 | 0.2000 | 0.300 | no |" in text
+    bare = [steps[0] | {"standard_error": nan, "single_divergence": nan}]
+    assert "| 1 | layer 7 | 0.2000 |  | 0.300 | yes |" in report_of(changed(plan={"depth": "cosine"}) | {"depth": bare})
+    assert "go whole" not in report_of(EVALUATION)
 
 
 # Recovery
@@ -167,3 +196,27 @@ def test_continuations_show_every_letter_of_models_and_text_and_nothing_of_it_is
 def test_without_continuations_the_report_does_not_speak_of_them():
     assert "beginnings" in report_of(EVALUATION)
     assert "beginnings" not in report_of(changed(continuations=[]))
+
+
+def test_a_smaller_vocabulary_has_its_sizes_and_its_price():
+    found = {
+        "text": "news.txt",
+        "documents": 3,
+        "tokens": {"before": 49_152, "after": 9_984},
+        "rows": {"before": 49_152, "after": 9_984},
+        "parameters": {"before": 134_515_008, "after": 111_954_240},
+        "bytes": {"before": 269_030_016, "after": 223_908_480},
+        "evaluation": {"characters": 2_000, "tokens": {"before": 400, "after": 410}},
+        "per_1000_characters": {"before": 200.0, "after": 205.0},
+    }
+    told = report_of(changed(vocabulary=found))
+    assert "## What went with the vocabulary" in told
+    for row in (
+        "| tokens of the tokenizer | 49,152 | 9,984 |",
+        "| parameters of the whole model | 134,515,008 | 111,954,240 |",
+        "| weights, MB | 269.0 | 223.9 |",
+        "| tokens in 1,000 characters of the evaluation text | 200.0 | 205.0 |",
+        "The evaluation text has 2.5 % more tokens",
+    ):
+        assert row in told
+    assert "vocabulary" not in report_of(EVALUATION)

@@ -13,6 +13,7 @@ from libprune.models.tokens import write_tokens
 from libprune.pipeline.artifacts import write_table
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import Layout
+from libprune.statistics.depth import empty_table
 from tests.support.evaluated import EVALUATION, trained
 from tests.support.models import FAMILIES
 from tests.support.tables import gradient_rows, sensitivity_rows
@@ -44,4 +45,5 @@ def write_artifacts(root: Path, measured: int, recovered: bool = False) -> Layou
     result = trained() if recovered else EVALUATION
     write_json(layout.evaluation, result | {"plan": plan, "pruning": result["pruning"] | {"tokens": text}})
     write_table(layout.sensitivity, sensitivity_rows(measured), made)
+    write_table(layout.depth, empty_table(), {"model": "cafe"})
     return layout

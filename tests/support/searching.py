@@ -60,7 +60,7 @@ def search(
     record: Path | None = None,
     rivals: dict[str, Depth] | None = None,
 ) -> Refined:
-    """From the knapsack's plan of the `SHAPE`; without a record of an earlier run unless one is given."""
+    """From the integer programme's plan of the `SHAPE`; without a record of an earlier run unless one is given."""
     ladders, depth, target = start_of(SHAPE, params, seed)
     curves = SHAPE.evidence("search", seed)["levels"]
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +80,7 @@ cases = st.fixed_dictionaries(
         "min_channels": st.integers(0, 3),
         "channel_multiple": st.integers(1, 3),
         "freeze_first": st.integers(0, 1),
-        "allow_layer_removal": st.booleans(),
+        "depth": st.sampled_from(["none", "units"]),
         "evaluations": st.integers(0, 30),
         "seed": st.integers(0, 9),
     }

@@ -93,10 +93,18 @@ class Shape:
         return {"levels": self.curves(rng)} if method == "search" else {}
 
     def curves(self, rng: np.random.Generator) -> dict[Block, np.ndarray]:
-        """For every block a divergence by units removed that starts at 0 and never falls, level in places."""
+        """For every block a divergence by units removed that starts at 0 and never falls, level in places.
+
+        Of many units it is a straight line between eight levels, as what was measured is.
+        """
         counts = {(layer, part): units for layer in range(self.layers) for part, units in self.units.items()}
         rises = {block: rng.exponential(size=count) * (rng.random(count) < 0.8) for block, count in counts.items()}
-        return {block: np.concatenate([[0.0], np.cumsum(rise)]) for block, rise in rises.items()}
+        curves = {block: np.concatenate([[0.0], np.cumsum(rise)]) for block, rise in rises.items()}
+        for block, count in counts.items():
+            if count > 32:
+                levels = np.linspace(0, count, 9).round().astype(int)
+                curves[block] = np.interp(np.arange(count + 1), levels, curves[block][levels])
+        return curves
 
 
 @cache

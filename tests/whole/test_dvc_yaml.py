@@ -21,6 +21,7 @@ BEHIND = (
     "results",
     "report",
     "experiments",
+    "curves",
     "masks",
     "networks",
     "project",
@@ -83,7 +84,7 @@ def test_declared_code_covers_the_import_closure_and_nothing_idle(stage):
 
 
 def test_code_is_declared_in_few_lines():
-    assert sum(len(code(stage["deps"])) for stage in PIPELINE.values()) <= 170
+    assert sum(len(code(stage["deps"])) for stage in PIPELINE.values()) <= 190
 
 
 @pytest.mark.parametrize("stage", COLLECTING)

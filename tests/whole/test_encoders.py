@@ -42,7 +42,7 @@ from tests.support import tiny
 from tests.support.models import FAMILIES, VOCAB
 
 STAGES = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "latency", "score")
-STAGES += ("sensitivity", "levels", "allocate", "slice", "teacher", "recover", "export", "evaluate", "report")
+STAGES += ("sensitivity", "depth", "levels", "allocate", "slice", "teacher", "recover", "export", "evaluate", "report")
 KINDS = {"bert": "masked_lm", "bert_classifier": "sequence_classification"}
 
 
@@ -313,7 +313,7 @@ def test_labels_by_name_and_as_other_types_write_them_are_the_models_own(written
 
 def test_no_layer_of_a_model_whose_norms_stay_can_be_deleted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_project(tmp_path, "bert", allocate={"allow_layer_removal": True})
+    write_project(tmp_path, "bert", allocate={"depth": "units"})
     run("prepare", "tokenize", "gradients", "hessian", "activations", "score", "sensitivity")
     with pytest.raises(LibpruneError, match="no layer of family 'bert' can be deleted"):
         run("allocate")

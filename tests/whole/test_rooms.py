@@ -15,12 +15,15 @@ FLOORS = [
     {"pipeline"},
     {"models"},
     {"texts", "collection"},
+    {"vocabulary"},
     {"statistics", "scoring", "repair"},
+    {"narrowing"},
     {"allocation", "results", "report"},
     {"recovery", "export"},
     {"foresight"},
     {"experiments", "masks"},
     {"networks", "project"},
+    {"curves"},
     {"cli"},
 ]
 """A room imports from floors below its own, and from itself."""
