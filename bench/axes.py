@@ -65,7 +65,7 @@ SETTINGS = {
     "query heads and channels, by levels": Setting("queries", BY_LEVELS),
     "layers, the rest channels": Setting("groups", UNIFORM | {"depth": "joint", "min_groups": 3}),
     "layers by cosine, the rest channels": Setting("groups", UNIFORM | {"depth": "cosine", "min_groups": 3}),
-    "width 512, the rest channels": Setting("groups", UNIFORM | {"width": 512, "min_groups": 3}),
+    "width 504, the rest channels": Setting("groups", UNIFORM | {"width": 504, "min_groups": 3}),
     "all, uniform": Setting("groups", BY_LEVELS | {"depth": "joint", "width": "auto"}),
     "all with query heads, uniform": Setting("queries", BY_LEVELS | {"depth": "joint", "width": "auto"}),
     "all without width, uniform": Setting("groups", BY_LEVELS | {"depth": "joint"}),
