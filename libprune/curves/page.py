@@ -63,6 +63,7 @@ def explain_curve(drawn: Drawn) -> list[str]:
     """What is to be said of a curve beside its tables: where it bends, what was skipped, and what is not known."""
     curve = drawn.curve
     said = explain_bends(drawn)
+    said += ["Each smaller model is a part of the larger ones."] if curve.nested else []
     said += [f"Without a plan: {100 * ratio:g} %, since {reason}." for ratio, reason in curve.skipped.items()]
     if not curve.predicts:
         relative = "" if curve.dense.importance is None else "; the importance that goes is a relative figure"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from libprune.allocation.allocate import base_of
+from libprune.allocation.allocate import base_of, gone_of
 from libprune.allocation.decide import Ground, decide, read_ground
 from libprune.allocation.evidence import read_latency
 from libprune.allocation.methods import Evidence
@@ -35,7 +35,7 @@ class Planned:
         ratio: the share that was asked for; 0 for the dense model.
         plan: which units stay.
         shape: the shape that it would be saved in.
-        removed: the share of the objective that goes.
+        removed: the share of the objective that goes, with what went with the vocabulary where the ratio is of it too.
         size: parameters, operations and cache that remain.
         weights: bytes of the weights, in the type that the pruned model is stored in.
         cache: bytes of the KV cache for a token.
@@ -125,19 +125,25 @@ def plan_curve(layout: Layout, params: Params, ratios: Sequence[float] = DEFAULT
         LibpruneError: if an artifact is missing or foreign, or the scores may not be used as asked.
     """
     asked = params.allocate.model_copy(update={"evaluations": 0})
+    if asked.budgets.asked:
+        raise ParamsError("a curve changes allocate.ratio, but allocate.budgets sets the size; leave the budgets empty")
     ground = read_ground(layout, asked)
     counted = _Counting(layout, params, ground)
     planned: list[Planned] = []
     skipped: dict[float, str] = {}
+    contains: dict[float, tuple[float, ...]] = {}
     for ratio in ratios:
+        smaller = tuple(one.ratio for one in planned) if nested else ()
+        wanted = asked.model_copy(update={"ratio": ratio, "nested": smaller})
         try:
-            decision = decide(ground.scores, asked.model_copy(update={"ratio": ratio}), ground.evidence)
+            decision = decide(ground.scores, wanted, ground.evidence)
         except BudgetError as error:
             skipped[ratio] = str(error)
             continue
         planned.append(counted.of(ratio, decision.plan, decision.shape))
+        contains |= {ratio: smaller} if smaller else {}
     dense = counted.of(0.0, Plan.dense(ground.scores.architecture), "uniform")
-    return Curve(asked, ground.scores.architecture, dense, tuple(planned), skipped, {})
+    return Curve(asked, ground.scores.architecture, dense, tuple(planned), skipped, contains)
 
 
 class _Counting:
@@ -148,7 +154,7 @@ class _Counting:
         self._architecture, self._evidence = scores.architecture, ground.evidence
         self._itemsize = _itemsize(layout, params)
         self._prices = cost.prices(scores.architecture, asked.objective, ground.evidence.get("latency"))
-        self._base = base_of(self._prices, asked)
+        self._base, self._gone = base_of(self._prices, asked), gone_of(self._prices, asked)
         self._times: Prices | None = None
         if layout.latency.exists() and "unit" in read_json(layout.latency, "latency"):
             self._times = cost.prices(scores.architecture, "latency", read_latency(layout, scores))
@@ -161,7 +167,7 @@ class _Counting:
             ratio,
             plan,
             shape,
-            self._prices.removed(plan) / self._base,
+            (self._prices.removed(plan) + self._gone) / self._base,
             size,
             weights=size.total * self._itemsize,
             cache=size.cache * self._itemsize,

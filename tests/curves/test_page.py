@@ -58,6 +58,10 @@ def test_a_method_that_predicts_nothing_says_so_and_has_no_picture_before_a_mode
     assert draw_pictures(made) == []
     said = "allocate.method: uniform measures no divergence, so no loss is predicted; the importance that goes is a"
     assert said in write_curve(made, tmp_path)
+    assert "Each smaller model is a part" not in " ".join(explain_curve(made))
+    assert "Each smaller model is a part of the larger ones." in explain_curve(
+        drawn({}, replace(made_up(), nested={0.2: (0.1,)}))
+    )
     blind = made_up(predicts=False)
     blind = replace(blind, dense=replace(blind.dense, importance=None))
     assert "no loss is predicted." in " ".join(explain_curve(drawn({}, blind)))
