@@ -207,7 +207,7 @@ def allocate_search(
 ) -> Depth:
     """Least summed divergence of the blocks' levels for the target, by an integer programme.
 
-    The divergences of single blocks add up only roughly; `libprune.allocation.evolution` goes on from here with whole
+    The divergences of single blocks add up only roughly; `libprune.allocation.search` goes on from here with whole
     plans. A `uniform` shape takes the same level in every layer.
     """
     prices = cost.prices(architecture, params.objective, evidence.get("latency"))
