@@ -67,39 +67,80 @@ class Prices:
         return units + sum(self.rest.get(block, 0) for block in plan.removed)
 
 
-def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any] | None = None) -> Prices:
-    """The prices of an objective of `allocate.objective`.
+def prices(
+    architecture: Architecture,
+    objective: str,
+    latency: Mapping[str, Any] | None = None,
+    bits: Mapping[str, float] | None = None,
+) -> Prices:
+    """The prices of an objective of `allocate.objective`, or of a budget of `allocate.budgets`.
 
     Args:
-        objective: `parameters`, `macs` (multiply-accumulates a token), `cache` (elements a token) or `latency`
-            (picoseconds of one forward pass).
+        objective: `parameters` (or `total`), `active` (parameters of the layers that a token goes through), `macs`
+            (multiply-accumulates a token), `cache` (elements a token), `state` (elements a sequence), `latency`
+            (picoseconds of one forward pass) or `bytes` (thousandths of a bit of the weights as served).
         latency: what the latency stage measured; for that objective.
+        bits: of a weight of the `layers` and `outside` of them; for bytes.
 
     Raises:
-        LibpruneError: for the cache of a model that keeps none.
+        LibpruneError: for the cache or the states of a model that keeps none.
     """
     if objective == "latency":
         assert latency is not None
         return _measured_prices(architecture, latency)
-    if objective == "cache" and architecture.cache is None:
-        raise LibpruneError(
-            f"allocate.objective is cache, but a model of family {architecture.family!r} keeps no KV cache; choose "
-            "parameters, macs or latency"
-        )
+    for name, held, kept in (
+        ("cache", architecture.cache, "KV cache"),
+        ("state", architecture.state, "recurrent state"),
+    ):
+        if objective == name and held is None:
+            raise LibpruneError(
+                f"allocate.objective or a budget is {name}, but a model of family {architecture.family!r} keeps no "
+                f"{kept}; choose parameters, macs or latency"
+            )
     blocks, dense = list(architecture.blocks()), size(architecture, Plan.dense(architecture))
-    if objective == "parameters":
+    outside = 0
+    if objective in {"parameters", "total", "bytes", "active"}:
         unit = {block: unit_parameters(architecture, *block) for block in blocks}
         rest = {block: part_overhead(architecture, *block) for block in blocks} | _with_layers(architecture)
-        decoder, total = dense.decoder, dense.total
+        decoder, outside = dense.decoder, dense.total - dense.decoder
+        if objective == "active":
+            unit, rest = _without_idle(architecture, unit, rest)
+            decoder, outside = dense.active, 0
     else:
         cost = partial(_part_cost, architecture, objective)
         unit = {(layer, part): cost(layer, part) - cost(layer, part, fewer=1) for layer, part in blocks}
         rest = {block: cost(*block) - architecture.units(block[1]) * unit[block] for block in blocks}
-        total = dense.cache if objective == "cache" else dense.macs
-        decoder = total if objective == "cache" else total - architecture.head_macs
+        decoder, outside = getattr(dense, objective), 0
+        if objective == "macs":
+            decoder, outside = decoder - architecture.head_macs, architecture.head_macs
     if not architecture.layered:  # no part of a network goes as a whole
         rest = dict.fromkeys(rest, 0)
-    return Prices(unit, rest, decoder, total)
+    if objective != "bytes":
+        return Prices(unit, rest, decoder, decoder + outside)
+    assert bits is not None
+    inner, outer = (round(1000 * bits[where]) for where in ("layers", "outside"))
+    unit, rest = ({block: inner * number for block, number in some.items()} for some in (unit, rest))
+    return Prices(unit, rest, inner * decoder, inner * decoder + outer * outside)
+
+
+def _without_idle(
+    architecture: Architecture, unit: Mapping[Block, int], rest: Mapping[Block, int]
+) -> tuple[dict[Block, int], dict[Block, int]]:
+    """Prices of parameters, less those of copies of a stack that a token does not go through."""
+    unit, rest = dict(unit), dict(rest)
+    for block in architecture.blocks():
+        axis = architecture.parts[block[1]].axis
+        stacks = [entry for entry in architecture.maps_of(*block) if entry.stack]
+        whole, fewer = (
+            sum(
+                _idle(architecture, stack, {**architecture.sizes, axis: architecture.sizes[axis] - gone})
+                for stack in stacks
+            )
+            for gone in (0, 1)
+        )
+        unit[block] -= whole - fewer
+        rest[block] -= whole - (whole - fewer) * architecture.units(block[1])
+    return unit, rest
 
 
 def _with_layers(architecture: Architecture) -> dict[Block, int]:
@@ -125,11 +166,12 @@ def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> 
 
 
 def _part_cost(architecture: Architecture, objective: str, layer: int, part: str, fewer: int = 0) -> int:
-    """Multiply-accumulates or cache elements of a part that has lost some units."""
+    """Multiply-accumulates, or elements of the cache, of a part that has lost some units."""
     axis = architecture.parts[part].axis
     sizes = {**architecture.sizes, axis: architecture.sizes[axis] - fewer}
-    if objective == "cache":
-        return _held(architecture, architecture.cache, part, sizes)
+    if objective in {"cache", "state"}:
+        held = architecture.cache if objective == "cache" else architecture.state
+        return _held(architecture, held, part, sizes)
     others = sum(architecture.numel(parameter, sizes) for parameter in architecture.matrices_of(layer, part))
     return sum(_macs(entry, sizes) for entry in architecture.maps_of(layer, part)) + others
 
