@@ -1,4 +1,4 @@
-"""prepare: the dense model as a plain Hugging Face folder, and its description."""
+"""prepare: the dense model as a plain Hugging Face folder, without tokens that no text needs, and its description."""
 
 from libprune.pipeline import stage
 

@@ -12,12 +12,13 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     from libprune.pipeline.terminal import note
 
     settings = foresee(params)
-    given = settings.recover.text
+    given, vocabulary = settings.recover.text, settings.prepare.vocabulary
     texts: list[str | None] = [given] if isinstance(given, str) else [share.text for share in given or ()]
     texts += [None] * (MOST_TEXTS - len(texts))
     named = {
         "model": ("prepare.model", settings.prepare.model),
         "families": ("prepare.families", settings.prepare.families),
+        "vocabulary": ("prepare.vocabulary.text", vocabulary.text if vocabulary else None),
         "text": ("tokenize.text", settings.tokenize.text),
         "evaluation": ("tokenize.evaluation_text", settings.tokenize.evaluation_text),
         "teacher": ("recover.teacher", settings.recover.teacher),

@@ -23,14 +23,19 @@ NO_EVIDENCE: Evidence = {}
 
 
 def target_of(prices: Prices, params: Allocate) -> int:
-    """How much of the objective is to go; the ratio is settled."""
+    """How much of the objective is to go, beyond what went with the vocabulary; the ratio is settled."""
     assert params.ratio is not None
-    return round(params.ratio * base_of(prices, params))
+    return max(0, round(params.ratio * base_of(prices, params)) - gone_of(prices, params))
 
 
 def base_of(prices: Prices, params: Allocate) -> int:
-    """How much of the objective the ratio is of."""
-    return prices.decoder if params.ratio_of == "decoder" else prices.total
+    """How much of the objective the ratio is of: in the layers, or in the whole model as it was given."""
+    return prices.decoder if params.ratio_of == "decoder" else prices.total + prices.gone
+
+
+def gone_of(prices: Prices, params: Allocate) -> int:
+    """How much of what the ratio is of went with rows of the vocabulary; the layers have none."""
+    return 0 if params.ratio_of == "decoder" else prices.gone
 
 
 def settle(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence = NO_EVIDENCE) -> Allocate:

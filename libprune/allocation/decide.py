@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from libprune.allocation.advice import Fixed, advise, fixed_scores
-from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of, settle, target_of
+from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of, gone_of, settle, target_of
 from libprune.allocation.block_worth import require_comparable, require_meaningful, with_worth
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.methods import Evidence
@@ -255,17 +255,18 @@ COMPARED_COMPONENTS = ("taylor", "fisher")
 def summary(architecture: Architecture, decision: Decision) -> dict[str, Any]:
     """The content of `metrics/allocation.json`."""
     prices, params = decision.prices, decision.params
-    parameters = cost.prices(architecture, "parameters").removed(decision.plan)
+    counted = cost.prices(architecture, "parameters")
+    parameters, base = counted.removed(decision.plan), base_of(prices, params)
     uniform = decision.shape == "uniform"
     return {
         "objective": params.objective,
         "ratio": params.ratio,
         "target": target_of(prices, params),
         "removed": prices.removed(decision.plan),
-        "share_removed": prices.removed(decision.plan) / base_of(prices, params),
+        "share_removed": (prices.removed(decision.plan) + gone_of(prices, params)) / base,
         "removed_parameters": parameters,
         "decoder_share_removed": parameters / architecture.decoder_parameters,
-        "total_share_removed": parameters / architecture.total_parameters,
+        "total_share_removed": (parameters + counted.gone) / architecture.given_parameters,
         "channel_multiple": params.channel_multiple,
         "tensor_parallel": tensor_parallel_sizes(architecture, decision.plan) if uniform else None,
         "kept_set_overlap": dict(decision.overlap),

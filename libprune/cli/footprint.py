@@ -167,9 +167,16 @@ def _prepare(architecture: Architecture, stored: torch.dtype) -> Footprint:
         "model/config.json": _CONFIG,
         "model/tokenizer.json": _TOKEN_TEXT * architecture.sizes["vocab"],
         "architecture.json": len(architecture.to_json()),
+        "vocabulary.json": _vocabulary(architecture),
         "weights.parquet": _units(architecture, numbers=5, runs=4).nbytes,
     }
     return Footprint("prepare", files, f"stored as {dtype_name(stored)}")
+
+
+def _vocabulary(architecture: Architecture) -> int:
+    """The note that all tokens stay, or the ids of those that do and the tokenizer that was given."""
+    gone = architecture.trimmed
+    return _ABOUT if gone is None else _ABOUT + 8 * architecture.sizes["vocab"] + _TOKEN_TEXT * gone.tokens
 
 
 def _weights(architecture: Architecture, parameters: int, stored: torch.dtype) -> int:
@@ -320,8 +327,11 @@ def _foretold(allocate: Allocate) -> bool:
 
 def _removed(architecture: Architecture, allocate: Allocate) -> int:
     """Number of parameters that slicing removes; 0 where it is not foretold."""
-    base = architecture.decoder_parameters if allocate.ratio_of == "decoder" else architecture.total_parameters
-    return round((allocate.ratio or 0) * base) if _foretold(allocate) else 0
+    ratio = (allocate.ratio or 0) if _foretold(allocate) else 0
+    if allocate.ratio_of == "decoder":
+        return round(ratio * architecture.decoder_parameters)
+    gone = architecture.given_parameters - architecture.total_parameters
+    return max(0, round(ratio * architecture.given_parameters) - gone)
 
 
 def _teacher(architecture: Architecture, recover: Recover) -> Footprint:

@@ -156,6 +156,23 @@ _Entry = TypeVar("_Entry", Parameter, Map)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trimmed:
+    """What went with rows of the vocabulary before a model was described.
+
+    Attributes:
+        tokens: how many tokens the tokenizer had.
+        rows: how many rows the model had for tokens.
+        parameters: how many parameters went.
+        macs: how many multiply-accumulates a token went with rows of the head.
+    """
+
+    tokens: int
+    rows: int
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The solved description of one model.
 
@@ -179,6 +196,7 @@ class Architecture:
         own_family: the content of the family file if it is the user's own; None if libprune ships it.
         pooling: how a model without a head makes the embedding of a text; None of other models.
         unused_positions: learned positions before that of the first token.
+        trimmed: what went with rows of the vocabulary before; None where all tokens stay.
     """
 
     family: str
@@ -199,6 +217,7 @@ class Architecture:
     own_family: Mapping[str, Any] | None = None
     pooling: Pooling | None = None
     unused_positions: int = 0
+    trimmed: Trimmed | None = None
 
     def units(self, part: str) -> int:
         """Number of units of a part in one layer."""
@@ -392,6 +411,11 @@ class Architecture:
         """All parameters, tied ones counted once."""
         return sum(self.numel(p) for p in self.parameters)
 
+    @property
+    def given_parameters(self) -> int:
+        """All parameters of the model as it was given, with those that went with rows of the vocabulary."""
+        return self.total_parameters + (self.trimmed.parameters if self.trimmed else 0)
+
     def to_json(self) -> str:
         """The description as JSON, readable by `from_json`."""
         return json.dumps(self, indent=1, default=_plain)
@@ -411,6 +435,7 @@ class Architecture:
             "parameters": _stored(data["parameters"]),
             "maps": tuple(Map(**m | {side: parse_expr(m[side]) for side in ("input", "output")}) for m in data["maps"]),
             "buffers": _stored(data["buffers"]),
+            "trimmed": Trimmed(**data["trimmed"]) if data["trimmed"] else None,
         }
         return Architecture(**data)
 

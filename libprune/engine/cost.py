@@ -54,12 +54,14 @@ class Prices:
         rest: by (layer, part), what goes only with the whole part; by (layer, `WITH_LAYER`), only with the whole layer.
         decoder: all that the layers of the dense model take.
         total: the same with embeddings and head.
+        gone: what went with rows of the vocabulary before; not in `total`.
     """
 
     unit: Mapping[Block, int]
     rest: Mapping[Block, int]
     decoder: int
     total: int
+    gone: int = 0
 
     def removed(self, plan: Plan) -> int:
         """How much a plan removes."""
@@ -115,12 +117,14 @@ def prices(
             decoder, outside = decoder - architecture.head_macs, architecture.head_macs
     if not architecture.layered:  # no part of a network goes as a whole
         rest = dict.fromkeys(rest, 0)
+    trimmed = architecture.trimmed
+    gone = 0 if trimmed is None else {"macs": trimmed.macs}.get(objective, trimmed.parameters if outside else 0)
     if objective != "bytes":
-        return Prices(unit, rest, decoder, decoder + outside)
+        return Prices(unit, rest, decoder, decoder + outside, gone)
     assert bits is not None
     inner, outer = (round(1000 * bits[where]) for where in ("layers", "outside"))
     unit, rest = ({block: inner * number for block, number in some.items()} for some in (unit, rest))
-    return Prices(unit, rest, inner * decoder, inner * decoder + outer * outside)
+    return Prices(unit, rest, inner * decoder, inner * decoder + outer * outside, outer * gone)
 
 
 def _without_idle(

@@ -279,6 +279,8 @@ class Family(_Strict):
     """How llama.cpp stores models of the family; null where libprune writes no GGUF file of it."""
     tower: Tower | None = None
     """Where the family lies inside a larger model; null where it is the whole model."""
+    tokens: list[str] = ["vocab"]
+    """The axes whose indices are token ids: rows of tokens that no text needs can go from all of them."""
 
     def sized(self, config: Any) -> Any:
         """The part of a config, or of the content of a config.json, that holds the sizes: of a tower the nested one."""
@@ -353,6 +355,7 @@ class _Reference(_Strict):
             cache=of.cache,
             config=of.config.model_copy(update={"sizes": self._sizes(of)}),
             tower=self.tower,
+            tokens=of.tokens,
         )
 
     def _sizes(self, of: Family) -> dict[str, str | list[str]]:

@@ -28,6 +28,8 @@ def budget_faults(params: Params) -> Iterator[Fault]:
     """
     allocate, biases = params.allocate, params.slice.repair == "bias"
     counted = allocate.ratio is not None and allocate.objective != "latency" and _strained(allocate)
+    if params.prepare.vocabulary is not None and allocate.ratio_of == "total":
+        counted = False  # how much of it goes with the vocabulary is known when its text is read
     if not counted and not biases:
         return
     if resolve(params.prepare.model) is None:

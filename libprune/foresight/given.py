@@ -16,7 +16,7 @@ from libprune.models.given import require_content, require_model, require_safete
 from libprune.pipeline.faults import Fault
 from libprune.pipeline.methods import METHODS
 from libprune.pipeline.params import Params
-from libprune.pipeline.sections import Recover, Share, Tokenize
+from libprune.pipeline.sections import Recover, Share, Tokenize, Vocabulary
 from libprune.pipeline.sources import resolve
 from libprune.texts.chosen import (
     SELF,
@@ -24,6 +24,7 @@ from libprune.texts.chosen import (
     calibration_source,
     evaluation_source,
     require_other_text,
+    vocabulary_source,
 )
 from libprune.texts.local import read_rows, text_files
 
@@ -49,6 +50,8 @@ def given_faults(params: Params) -> Iterator[Fault]:
     if config is not None:
         yield from _fits(params, config)
     yield from _texts(params, None if config is None else _ending(config))
+    if params.prepare.vocabulary is not None:
+        yield from _vocabulary(params.prepare.vocabulary)
     if params.evaluate.task_folder is not None:
         yield from _refused("evaluate.task_folder", _require_folder, params.evaluate.task_folder)
 
@@ -70,6 +73,7 @@ def _nothing(params: Params) -> Iterator[Fault]:
     given = {
         ("prepare", "model"): params.prepare.model,
         ("prepare", "families"): params.prepare.families,
+        ("prepare", "vocabulary"): None if params.prepare.vocabulary is None else params.prepare.vocabulary.text,
         ("tokenize", "text"): params.tokenize.text,
         ("tokenize", "evaluation_text"): params.tokenize.evaluation_text,
         ("recover", "teacher"): params.recover.teacher,
@@ -255,6 +259,17 @@ def _texts(params: Params, kind: str | None) -> Iterator[Fault]:
     yield from faults
     if params.recover.method != "none":
         yield from _training(params.recover, settings, label)
+
+
+def _vocabulary(given: Vocabulary) -> Iterator[Fault]:
+    """The faults of the text whose tokens stay."""
+    place = ("prepare", "vocabulary", "text")
+    if faults := list(refused(place, vocabulary_source, given)):
+        yield from faults
+        return
+    keys = given.model_dump(include={"text", "config", "revision", "split", "column"})
+    for fault in _text(("prepare.vocabulary", ""), vocabulary_source(given), Tokenize.model_validate(keys), ()):
+        yield Fault(fault.text, place)
 
 
 def _training(recover: Recover, settings: Tokenize, label: str | None) -> Iterator[Fault]:

@@ -37,6 +37,8 @@ class Layout:
     """Axes, sizes and parameters of the dense model."""
     origin = Place("origin.json")
     """Name, licence and place on the hub of the dense model."""
+    vocabulary = Place("vocabulary.json")
+    """Which tokens stayed, and the tokenizer that was given; a note where all did."""
     weights = Place("weights.parquet")
     """Per-unit costs and weight norms."""
     calibration_tokens = Place("tokens/calibration.parquet")

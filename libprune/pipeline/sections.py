@@ -50,6 +50,29 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Vocabulary(Section):
+    """The text whose tokens stay in the vocabulary; rows of all others go."""
+
+    text: Source
+    """A text in one of the forms of `tokenize.text` but `self`."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    split: str | None = None
+    """Split of a hub data set; null: the preset's, or `train`."""
+    column: str | None = None
+    """Column that holds the text or the conversation; null: the preset's, or `text`."""
+    documents: Count | None = None
+    """Documents that are read, from the first; null: all."""
+    minimum: Count = 1
+    """How often the text must use a token for it to stay; above 1 the text itself is cut into other tokens."""
+    multiple: Count = 64
+    """The rows that stay are a multiple of this, for the kernels of GPUs; filled up with further tokens."""
+    keep: tuple[str, ...] = Field(default=(), strict=False)
+    """Further words or texts whose tokens stay."""
+
+
 class Prepare(Section):
     """The source of the dense model."""
 
@@ -71,6 +94,10 @@ class Prepare(Section):
     pooling: Literal["mean", "cls"] | None = None
     """How a model without a head makes the embedding of a text: by the mean of its last hidden states over the tokens,
     or by that of the first token; null: as the files of sentence-transformers beside it say, or `mean`."""
+    vocabulary: Vocabulary | None = None
+    """The text whose tokens stay: rows of all others go from the embedding, the head and the tokenizer. A mapping with
+    the keys `text`, `minimum`, `multiple`, `keep`, `documents`, `config`, `revision`, `split` and `column`; null: all
+    tokens stay."""
 
 
 class Tokenize(Section):

@@ -49,6 +49,7 @@ def compose_report(
         _warnings(result, provenance.text),
         beside,
         _request(result, provenance.model),
+        _vocabulary(result),
         _cut(result, pictures),
         _scores(pictures),
         _gradients(result, gradient_ratio, pictures),
@@ -126,6 +127,33 @@ def _cut(result: Metrics, pictures: Sequence[Picture]) -> Section:
             f"The kept set overlaps with that of {code(name)} alone by {value:.4f} (Jaccard)."
             for name, value in result["plan"]["kept_set_overlap"].items()
         ),
+    ]
+
+
+def _vocabulary(result: Metrics) -> Section:
+    """The vocabulary before and after, and the tokens of the evaluation text; none where all tokens stay."""
+    found = result.get("vocabulary")
+    if not found:
+        return []
+    names = {
+        "tokens": "tokens of the tokenizer",
+        "rows": "rows of the embedding",
+        "parameters": "parameters of the whole model",
+    }
+    cut = found["per_1000_characters"]
+    rows: Rows = [(name, *(f"{found[key][when]:,}" for when in ("before", "after"))) for key, name in names.items()]
+    rows.append(("weights, MB", *(f"{found['bytes'][when] / 1e6:,.1f}" for when in ("before", "after"))))
+    rows.append(("tokens in 1,000 characters of the evaluation text", *(f"{cut[when]:.1f}" for when in cut)))
+    more = 100 * (cut["after"] / cut["before"] - 1)
+    return [
+        "## What went with the vocabulary",
+        f"Tokens that {code(found['text'])} never needs went before anything was measured, from the embedding, the "
+        "head and the tokenizer. Both models of this report have the smaller vocabulary, and their predictions are "
+        "probabilities over fewer tokens.",
+        markdown_table(rows, ("", "before", "after")),
+        f"The evaluation text has {more:.1f} % more tokens than with all of the vocabulary: words that have no token "
+        "of their own any more are put together from smaller ones. This is the price; it takes time, and room in the "
+        "cache. A perplexity is per token, so that it does not compare with that of another vocabulary.",
     ]
 
 

@@ -91,6 +91,14 @@ def _opening(record: Record, origin: Origin) -> Iterator[str]:
         kept = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
         rows.append((f"{part} units in a layer", f"{units:,}", kept))
     yield _table(rows, ("", "dense", "pruned"))
+    if (trimmed := record.provenance.get("vocabulary")) is not None:
+        rows = trimmed["rows"]
+        yield (
+            f"The vocabulary was made smaller first: of {rows['before']:,} rows for tokens {rows['after']:,} stay, and "
+            f"{trimmed['parameters_removed']:,} parameters of the embedding and the head went with the others. The "
+            "dense model of these tables has the smaller vocabulary too. Text that was not thought of is cut into more "
+            "tokens than by the tokenizer of the given model."
+        )
     if head_of(record.config["architectures"]) is IMAGE_TEXT_TO_TEXT:
         yield (
             "Only the language model was pruned, and only text was read for it. The part that reads images is that of "

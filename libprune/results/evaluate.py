@@ -32,6 +32,7 @@ from libprune.results.routing import Choices, routing_changes, watched
 from libprune.results.similarity import Embeddings, similarity, window_embeddings
 from libprune.results.speed import Speed, SpeedComparison, compare_speed
 from libprune.results.tasks import zero_shot
+from libprune.vocabulary.price import vocabulary_figures
 
 
 def evaluate_result(layout: Layout, compute: Compute, params: Evaluate) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def evaluate_result(layout: Layout, compute: Compute, params: Evaluate) -> dict[
         **_routing(run, measured),
         "continuations": show_continuations(run.tokenizer, run.beginnings, written) if run.writes else [],
         "speed": {name: value for name, value in asdict(speed).items() if name not in {"dense", "pruned"}},
+        **_vocabulary(run),
         "protocol": _protocol(run),
     }
 
@@ -286,6 +288,15 @@ def _routing(run: _Run, measured: Mapping[str, _Measured]) -> dict[str, Any]:
     return {"routing": changes} if changes else {}
 
 
+def _vocabulary(run: _Run) -> dict[str, Any]:
+    """What went with the vocabulary, and what this costs; empty where all tokens stay."""
+    found = vocabulary_figures(run.layout, run.architecture, run.windows, run.tokenizer)
+    if found is None:
+        return {}
+    sizes = {when: number * run.dtype.itemsize for when, number in found["parameters"].items()}
+    return {"vocabulary": found | {"bytes": sizes}}
+
+
 def _draft(measured: _Measured, speed: SpeedComparison) -> dict[str, Any] | None:
     """What a model is worth as a draft for the dense one; None of the dense model, and of models that do not write."""
     if measured.overlap is None or speed.decode_ratio is None:
@@ -331,15 +342,15 @@ def _one(
 
 
 def _removed(architecture: Architecture, pruned: Architecture, plan: Plan) -> dict[str, float]:
-    """The removed shares of parameters and operations.
+    """The removed shares of parameters and operations, of all with those that went with rows of the vocabulary.
 
     ``pruned`` is the dense model's architecture with the biases that the repair has added.
     """
     dense, left = cost.size(architecture, Plan.dense(architecture)), cost.size(pruned, plan)
     return {
         "decoder_share_removed": 1 - left.decoder / dense.decoder,
-        "total_share_removed": 1 - left.total / dense.total,
-        "macs_share_removed": 1 - left.macs / dense.macs,
+        "total_share_removed": 1 - left.total / architecture.given_parameters,
+        "macs_share_removed": 1 - left.macs / (dense.macs + (architecture.trimmed.macs if architecture.trimmed else 0)),
     }
 
 

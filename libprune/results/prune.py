@@ -96,6 +96,9 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     }
     if architecture.experts:
         made["experts"] = architecture.experts
+    if (gone := architecture.trimmed) is not None:
+        rows = {"before": gone.rows, "after": architecture.sizes["vocab"]}
+        made["vocabulary"] = {"rows": rows, "parameters_removed": gone.parameters}
     if architecture.own_family is not None:
         made["own_family"] = architecture.own_family
     write_provenance(folder, made | versions())

@@ -4,12 +4,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ParamsError, SourceError
 from libprune.engine.heads import EMBEDDING, Pooling
 from libprune.models.families import use_families
-from libprune.models.folder import write_dense
+from libprune.models.folder import load_model, write_dense
 from libprune.models.origin import find_origin
 from libprune.models.sentences import pooling_of
 from libprune.models.source import find_sentence_files, load_dense, load_dense_config, processor_files, stored_format
@@ -19,8 +21,10 @@ from libprune.pipeline.digests import sealed
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Prepare
 from libprune.pipeline.sources import resolve
-from libprune.pipeline.terminal import say
+from libprune.pipeline.terminal import masked, say
 from libprune.statistics.weights import weight_columns
+from libprune.vocabulary.choose import choose
+from libprune.vocabulary.cut import Cut, cut, record
 
 
 def _require_content(section: Prepare) -> None:
@@ -61,8 +65,10 @@ def _pooling(section: Prepare, architecture: Architecture) -> tuple[Pooling | No
 def prepare_layout(layout: Layout, section: Prepare) -> None:
     """Load the dense model from its source; write it as a plain folder, its description, origin and per-unit weights.
 
+    Rows of tokens that a text never needs go first, where one is named. What went is written too.
+
     Args:
-        layout: all four are written into it.
+        layout: all five are written into it.
         section: the source of the model, and what the user vouches for.
 
     Raises:
@@ -73,9 +79,37 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     model, tokenizer = load_dense(section)
     described = describe(model, accept=section.accept_config, experts=section.experts)
     pooling, files = _pooling(section, described)
+    trimmed = None
+    if section.vocabulary is not None:
+        trimmed = cut(model, described, choose(model, tokenizer, described, section.vocabulary))
+        tokenizer = trimmed.choice.tokenizer
     written = write_dense(layout.model, model, tokenizer, files | processor_files(section))
+    if trimmed is not None:
+        model = load_model(layout.model, model.dtype, section.trust_remote_code)
+        described = _without_rows(model, trimmed, section)
     architecture = replace(described, fingerprint=written, pooling=pooling)
     write_architecture(layout, architecture)
+    _write_vocabulary(layout, architecture, trimmed)
     write_json(layout.origin, sealed(asdict(find_origin(section)) | {"model": architecture.fingerprint}))
     columns = partial(weight_columns, architecture, dict(model.named_parameters()))
     write_units(layout.weights, architecture, columns, {"model": architecture.fingerprint, "source": section.model})
+
+
+def _without_rows(model: PreTrainedModel, trimmed: Cut, section: Prepare) -> Architecture:
+    """The description of a model without the rows of unused tokens, proved to compute what it did with them."""
+    after = describe(model, accept=section.accept_config, experts=section.experts)
+    gone, choice = trimmed.prove(model, after), trimmed.choice
+    say(
+        f"vocabulary: {gone.tokens:,} tokens before, {len(choice.tokenizer):,} now, by {choice.documents:,} documents "
+        f"of {masked(choice.text)}; {gone.parameters:,} of {gone.parameters + after.total_parameters:,} parameters went"
+    )
+    return replace(after, trimmed=gone)
+
+
+def _write_vocabulary(layout: Layout, architecture: Architecture, trimmed: Cut | None) -> None:
+    """Write what went from the vocabulary, or a note that nothing did."""
+    what = {"note": NO_VOCABULARY} if trimmed is None else record(trimmed.choice, architecture)
+    write_json(layout.vocabulary, sealed(what | {"model": architecture.fingerprint}))
+
+
+NO_VOCABULARY = "prepare.vocabulary is null: all tokens stay."

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from libprune.engine.errors import SourceError
-from libprune.pipeline.sections import Tokenize
+from libprune.engine.errors import ParamsError, SourceError
+from libprune.pipeline.sections import Tokenize, Vocabulary
 from libprune.pipeline.sources import resolve
 
 SELF = "self"
@@ -114,6 +114,23 @@ def evaluation_source(settings: Tokenize, label: str | None = None) -> TextSourc
         split=split or (preset.split if name in PRESETS else "test"),
         column=settings.evaluation_column or source.column,
     )
+
+
+def vocabulary_source(params: Vocabulary) -> TextSource:
+    """The text whose tokens stay.
+
+    Raises:
+        ParamsError: if it is one that has no end, or that the model writes.
+    """
+    keys = {"text": params.text, "config": params.config, "revision": params.revision, "split": params.split}
+    source = calibration_source(Tokenize.model_validate(keys | {"column": params.column}))
+    if params.text == SELF:
+        raise ParamsError("prepare.vocabulary.text: self is written by the model, with any of its tokens; name a text")
+    if source.streaming and params.documents is None:
+        raise ParamsError(
+            f"prepare.vocabulary.text: {params.text} has no end; set prepare.vocabulary.documents to a number to read"
+        )
+    return source
 
 
 def require_other_text(calibration: TextSource, evaluation: TextSource) -> None:

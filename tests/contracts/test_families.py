@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe import stored_tensors, without_weights
+from libprune.engine.describe import describe, stored_tensors, without_weights
 from libprune.engine.errors import LibpruneError, NotExpressibleError
 from libprune.engine.family import families
 from libprune.engine.heads import HEADS, writes
@@ -37,6 +37,7 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked, slice_state
 from libprune.models.folder import WeightFiles, load_model
 from libprune.results.folder import write_pruned
+from libprune.vocabulary.rows import named_ids, trim_rows
 from tests.support.models import (
     MODELS,
     OF_ONE_FILE,
@@ -475,3 +476,18 @@ def test_loading_and_generating_say_nothing(pruned, complaints: Callable[[], lis
 
 OF_KERNELS = "for the optimized kernel."
 """How the sentence ends that transformers says of any model with recurrent parts, where a package of kernels lacks."""
+
+
+def test_without_the_rows_of_some_tokens_the_logits_of_the_others_are_the_same(dense, tmp_path):
+    model, architecture = load_model(dense.folder, torch.float32), dense.architecture
+    size = architecture.sizes["vocab"]
+    kept = sorted({*range(0, size, 3), 1, *(index for index in named_ids(model) if 0 <= index < size)})
+    picked = torch.randint(len(kept), (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = logits(model, torch.tensor(kept)[picked])
+    if architecture.head not in {"sequence_classification", "embedding"}:
+        expected = expected[..., kept]
+    trim_rows(model, architecture, kept, {old: new for new, old in enumerate(kept)})
+    model.save_pretrained(tmp_path, save_original_format=False)
+    smaller = load_model(tmp_path, torch.float32)
+    assert describe(smaller).sizes["vocab"] == len(kept) < size
+    assert torch.allclose(logits(smaller, picked), expected, atol=TOLERANCE * float(expected.abs().max()), rtol=0)

@@ -24,7 +24,7 @@ def test_params_cannot_be_changed(load):
 @pytest.mark.parametrize("place", [place for place in PLACES if len(place) == 2], ids=".".join)
 def test_a_value_of_another_type_is_refused_with_its_place(load, place):
     data = shipped()
-    nested = isinstance(data[place[0]][place[1]], dict)
+    nested = isinstance(data[place[0]][place[1]], dict) or place == ("prepare", "vocabulary")  # null, or a mapping
     data[place[0]][place[1]] = 0.5 if nested else {"a": "mapping"}
     with pytest.raises(ParamsError, match=rf"params\.yaml, line \d+: {re.escape('.'.join(place))}: "):
         load(data)

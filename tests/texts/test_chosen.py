@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from libprune.engine.errors import SourceError
-from libprune.pipeline.sections import Tokenize
-from libprune.texts.chosen import TextSource, calibration_source, evaluation_source, require_other_text
+from libprune.engine.errors import ParamsError, SourceError
+from libprune.pipeline.sections import Tokenize, Vocabulary
+from libprune.texts.chosen import (
+    TextSource,
+    calibration_source,
+    evaluation_source,
+    require_other_text,
+    vocabulary_source,
+)
 
 
 def source(text: object, **keys: object) -> TextSource:
@@ -72,3 +78,12 @@ def test_splits_of_a_data_set_that_may_overlap_are_refused(split, held_out, apar
         return
     with pytest.raises(SourceError, match=r"'owner/data', split .*; name another .*tokenize\.evaluation_split"):
         require_other_text(*pair)
+
+
+def test_texts_without_an_end_or_by_the_model_are_refused():
+    with pytest.raises(ParamsError, match=r"c4 has no end; set prepare\.vocabulary\.documents"):
+        vocabulary_source(Vocabulary(text="c4"))
+    with pytest.raises(ParamsError, match="self is written by the model"):
+        vocabulary_source(Vocabulary(text="self"))
+    source = vocabulary_source(Vocabulary(text="c4", documents=9, config="de"))
+    assert (source.data_set, source.config, source.split) == ("allenai/c4", "de", "train")

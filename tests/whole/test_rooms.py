@@ -15,6 +15,7 @@ FLOORS = [
     {"pipeline"},
     {"models"},
     {"texts", "collection"},
+    {"vocabulary"},
     {"statistics", "scoring", "repair"},
     {"allocation", "results", "report"},
     {"recovery", "export"},

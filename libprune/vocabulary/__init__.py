@@ -1,0 +1,1 @@
+"""Rows of the vocabulary that a text never needs go from a model and its tokenizer."""
