@@ -13,7 +13,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     layout, settings = Layout(artifacts), load_params(params)
     architecture = read_architecture(layout)
-    if not settings.allocate.times:
+    if settings.allocate.objective != "latency" and settings.allocate.budgets.latency is None:
         write_json(layout.latency, {"model": architecture.fingerprint})
         note(f"allocate.objective is {settings.allocate.objective}, and no budget is a time: nothing is timed")
         return

@@ -11,6 +11,18 @@ from libprune.engine.axes import Expr
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 
+COUNTED = {
+    "parameters": "parameters of the layers",
+    "total": "parameters",
+    "active": "active parameters of the layers",
+    "macs": "multiply-accumulates a token",
+    "cache": "elements of the KV cache a token",
+    "state": "elements of states a sequence",
+    "latency": "seconds of a forward pass",
+    "bytes": "bytes of the weights as served",
+}
+"""What each budget of `allocate.budgets` counts, in words."""
+
 
 @dataclass(frozen=True)
 class Size:

@@ -4,7 +4,7 @@ Every stage validates the whole file, so that a typing error in a late section d
 after minutes of collecting.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,8 +141,8 @@ class Params(Section):
             )
         if allocate.ratio is None and not method.finds_ratio and not allocate.budgets.asked:
             yield (
-                f"allocate.ratio: null leaves the ratio to allocate.method: retention, not to {allocate.method}; or set "
-                "allocate.budgets with allocate.method: search"
+                f"allocate.ratio: null leaves the ratio to allocate.method: retention, not to {allocate.method}; or to "
+                "allocate.budgets, for allocate.method: search"
             )
         yield from self._of_budgets()
         yield from self._of_nesting()
@@ -176,8 +176,8 @@ class Params(Section):
             yield "allocate.evaluations moves a single budget between layers; set it to 0 with allocate.budgets"
         if allocate.budgets.bytes is not None and None in allocate.bits.model_dump().values():
             yield (
-                "allocate.budgets.bytes needs the bits of a weight where the model is served: set allocate.bits, such as "
-                "{layers: 4.5, outside: 16}"
+                "allocate.budgets.bytes needs the bits of a weight where the model is served; set allocate.bits, such "
+                "as {layers: 4.5, outside: 16}"
             )
         if allocate.budgets.bytes is None and any(bits is not None for bits in allocate.bits.model_dump().values()):
             yield "allocate.bits counts for allocate.budgets.bytes, which is not set"
@@ -190,6 +190,11 @@ class Params(Section):
             yield "allocate.nested names smaller ratios, and allocate.budgets has none; leave out one of them"
         if allocate.ratio is not None and any(ratio >= allocate.ratio for ratio in allocate.nested):
             yield f"allocate.nested: {list(allocate.nested)} are not all smaller than allocate.ratio: {allocate.ratio}"
+        if allocate.ordered and allocate.layers is None and not METHODS[allocate.method].programme:
+            yield (
+                "allocate.nested needs the same whole removals at each ratio; set allocate.layers with allocate.depth: "
+                f"{allocate.depth}"
+            )
         if allocate.collapse_below:
             yield "allocate.collapse_below takes other layers at each ratio; set it to 0 with allocate.nested"
         if allocate.evaluations and METHODS[allocate.method].improves:

@@ -389,9 +389,9 @@ class Bits(Section):
     """Bits that a weight takes where the model is served, for the budget `bytes`; null: not said."""
 
     layers: Annotated[float, Field(gt=0, le=64)] | None = None
-    """Of the layers, such as 4.5 for a type of llama.cpp that stores 32 weights of 4 bits with a scale of 16."""
+    """Bits in the layers, such as 4.5 for a type of llama.cpp that stores 32 weights of 4 bits with a scale of 16."""
     outside: Annotated[float, Field(gt=0, le=64)] | None = None
-    """Of embeddings, head and all else outside of the layers."""
+    """Bits in embeddings, head and all else outside of the layers."""
 
 
 class Allocate(Section):
@@ -461,8 +461,8 @@ class Allocate(Section):
     the method decides; `joint`: in the order of the depth stage, which removes what adds least divergence and measures
     the rest again; `cosine`: the layers that change the direction of their input least go first."""
     layers: Floor | None = None
-    """How many removals of that order go, for `depth: joint` and `cosine`; null: as many as fit into the ratio. The
-    method removes the rest of the ratio from what stays."""
+    """How many removals of that order go, for `depth: joint` and `cosine`; null: with `search` as many as it loses
+    least with, else as many as fit into the ratio. The method removes the rest of the ratio from what stays."""
     evaluations: Floor = 0
     """Whole plans that `search` measures to improve on the first one: those of `functional`, `global` and `uniform`,
     then changes of single layers of the best one."""
