@@ -8,7 +8,7 @@ slicing equals that. Rows go to WORK/depth.jsonl; those that are there are not m
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,21 +26,21 @@ from libprune.models.folder import load_model
 from libprune.models.layers import layers_of, replaced
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
-from libprune.pipeline.artifacts import read_architecture, read_table
+from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
+from libprune.pipeline.shards import read_meta
 from libprune.repair.least_squares import new_parameters
 from libprune.report.markdown import markdown_table
 from libprune.results.perplexity import estimate_perplexity, estimate_ratio
-from libprune.statistics.depth import plan_without, read_change
+from libprune.statistics.depth import Joint, plan_without, read_change, removals
+from libprune.statistics.divergence import Divergence
 from libprune.statistics.losses import Prefix, first_changed
 from libprune.statistics.sensitivity import LAYER
 
 MOST = 10
 """Layers that go at most."""
-NARROW = 3
-"""Candidates of a step of the second joint order."""
 
 
 def collect(work: Path, text: str) -> None:
@@ -49,37 +49,66 @@ def collect(work: Path, text: str) -> None:
     params["tokenize"] |= {"text": text, "calibration_sequences": 136, "calibration_length": 128}
     params["tokenize"] |= {"evaluation_share": 0.5, "evaluation_length": 512, "evaluation_windows": 6}
     params["activations"] |= {"sequences": 16}
-    params["sensitivity"] |= {"sequences": 4}
-    params["depth"] |= {"removals": MOST, "sequences": 4}
-    params["allocate"] |= {"depth": "joint", "method": "hgsp"}
     work.mkdir(parents=True, exist_ok=True)
     path = work / "params.yaml"
     path.write_text(yaml.safe_dump(params))
-    for stage in ("prepare", "tokenize", "activations", "sensitivity", "depth"):
-        start = time.perf_counter()
+    for stage in ("prepare", "tokenize", "activations"):
         _run(stage, path, work / "artifacts", work / f"{stage}.done")
-        print(f"{stage} {time.perf_counter() - start:.0f} s", flush=True)
-    (work / "narrow").mkdir(exist_ok=True)
-    for name in ("model", "architecture.json", "tokens", "activations"):
-        if not (work / "narrow" / name).exists():
-            (work / "narrow" / name).symlink_to((work / "artifacts" / name).resolve())
-    params["depth"] |= {"candidates": NARROW}
-    (work / "narrow.yaml").write_text(yaml.safe_dump(params))
-    start = time.perf_counter()
-    _run("depth", work / "narrow.yaml", work / "narrow", work / "narrow.done")
-    print(f"depth with candidates: {NARROW}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def orders(layout: Layout, narrow: Layout, layers: int) -> dict[str, list[int]]:
+def measure_order(layout: Layout, path: Path, sequences: int) -> list[dict[str, Any]]:
+    """For each step what is removed, and the divergence without each layer that was left.
+
+    It is what the stage depth does, which keeps only what the order needs.
+    """
+    architecture = read_architecture(layout)
+    steps: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    device = resolve_device("auto")
+    model = load_model(layout.model, resolve_dtype("auto", device)).to(device)
+    found = read_tokens(layout.calibration_tokens, architecture.fingerprint)[0][-sequences:].to(model.device)
+    divergence = Divergence(model)
+    dense = Prefix(model, architecture, found, sequences, [], divergence)
+    joint = Joint(architecture, removals(architecture, "layers"))
+    while len(joint.gone) < MOST:
+        measured = joint.next()
+        if len(steps) == len(joint.gone):
+            start = time.perf_counter()
+            with masked(model, architecture, plan_without(architecture, joint.gone)):
+                layers = [layer for layer, _ in measured]
+                prefix = Prefix(model, architecture, found, sequences, layers, divergence)
+                rows = [prefix.losses_of(plan_without(architecture, [one])).tolist() for one in measured]
+            steps.append({"layers": layers, "rows": rows, "seconds": time.perf_counter() - start})
+            path.write_text(json.dumps(steps))
+            print(f"step {len(steps)}: {steps[-1]['seconds']:.0f} s", flush=True)
+        joint.take(measured, np.array(steps[len(joint.gone)]["rows"]))
+    assert (dense.losses == 0).all()
+    return steps
+
+
+def narrow_orders(steps: Sequence[Mapping[str, Any]], architecture: Architecture) -> dict[int, int]:
+    """By the number of candidates how many steps choose as if all were measured."""
+    same = {}
+    for most in (2, 3, 4, 6, 8, 12):
+        joint = Joint(architecture, removals(architecture, "layers"), most)
+        while len(joint.gone) < MOST:
+            step, measured = steps[len(joint.gone)], joint.next()
+            rows = dict(zip(step["layers"], step["rows"], strict=True))
+            best = min(rows, key=lambda layer: float(np.mean(rows[layer])))
+            if best not in {layer for layer, _ in measured}:
+                break
+            joint.take(measured, np.array([rows[layer] for layer, _ in measured]))
+        same[most] = len(joint.gone)
+    return same
+
+
+def orders(layout: Layout, steps: Sequence[Mapping[str, Any]], layers: int) -> dict[str, list[int]]:
     """The layers in the order in which they go, by what decides."""
-    measured, _ = read_table(layout.sensitivity, "sensitivity")
-    alone = measured["loss_increase"][measured["removed"] == LAYER]
-    meta = read_table(layout.sensitivity, "sensitivity")[1]
-    change = read_change(layout, layers, {"model": meta["model"], "tokens": meta["tokens"]})
+    means = [np.mean(step["rows"], axis=1) for step in steps]
+    origin = read_meta(layout.activations, "activations")
+    change = read_change(layout, layers, {"model": origin["model"], "tokens": origin["tokens"]})
     return {
-        "joint": read_table(layout.depth, "depth")[0]["layer_idx"].tolist(),
-        f"joint, {NARROW} candidates": read_table(narrow.depth, "depth")[0]["layer_idx"].tolist(),
-        "single losses": np.argsort(alone, kind="stable")[:MOST].tolist(),
+        "joint": [step["layers"][int(mean.argmin())] for step, mean in zip(steps, means, strict=True)],
+        "single": np.argsort(means[0], kind="stable")[:MOST].tolist(),
         "cosine": np.argsort(change, kind="stable")[:MOST].tolist(),
     }
 
@@ -173,6 +202,7 @@ def main(
     work: Path = Path("/tmp/depth"),
     text: Path | None = None,
     windows: int = 6,
+    selecting: Annotated[int, typer.Option(help="Sequences that the orders are measured on.")] = 4,
     removed: Annotated[list[int], typer.Option(help="Layers out, for the rescaling.")] = [6],  # noqa: B006
     sequences: int = 64,
 ) -> None:
@@ -194,7 +224,9 @@ def main(
             print(known[name], flush=True)
         return known[name]
 
-    found = orders(layout, Layout(work / "narrow"), architecture.layers)
+    steps = measure_order(layout, work / "order.json", selecting)
+    print(f"steps that choose as with all candidates: {narrow_orders(steps, architecture)}")
+    found = orders(layout, steps, architecture.layers)
     for name, order in found.items():
         print(name, order)
     body = []
@@ -213,25 +245,25 @@ def main(
     for number in removed:
         plan = plan_without(architecture, [(layer, LAYER) for layer in found["joint"][:number]])
         gone = sorted(found["joint"][:number])
-        cells = [measured(f"without {gone}", lambda plan=plan: judge(plan))]
+        made = [measured(f"without {gone}", lambda plan=plan: judge(plan))]
         for gaps in (True, False):
             way = "gaps" if gaps else "layers"
             weights = lambda plan=plan, gaps=gaps: compensated(judge.model, architecture, plan, ids, gaps)  # noqa: E731
-            cells.append(measured(f"{way} without {gone}", lambda plan=plan, w=weights: judge(plan, w())))
+            made.append(measured(f"{way} without {gone}", lambda plan=plan, w=weights: judge(plan, w())))
         section = Slice(repair="sequential", sequences=sequences)
         repaired: dict[str, torch.Tensor] = {}
         if f"sequential without {gone}" not in known or f"sequential, gaps without {gone}" not in known:
             fits = REPAIRS["sequential"].repair(layout, architecture, plan, Compute(), section)
             repaired = dict(new_parameters(fits))
-        cells.append(measured(f"sequential without {gone}", lambda plan=plan, w=repaired: judge(plan, w)))
+        made.append(measured(f"sequential without {gone}", lambda plan=plan, w=repaired: judge(plan, w)))
 
         def after(plan: Plan = plan, w: dict[str, torch.Tensor] = repaired) -> dict[str, Any]:
             with replaced(judge.model, w):
                 scaled = compensated(judge.model, architecture, plan, ids, True)
             return judge(plan, w | scaled)
 
-        cells.append(measured(f"sequential, gaps without {gone}", after))
-        shown = (f"{row['divergence']:.3f}, × {row['ratio']:.3f} ± {row['ratio_se']:.3f}" for row in cells)
+        made.append(measured(f"sequential, gaps without {gone}", after))
+        shown = (f"{row['divergence']:.3f}, × {row['ratio']:.3f} ± {row['ratio_se']:.3f}" for row in made)
         body.append((str(number), *shown))
     header = ("layers", "none", "rescaled at gaps", "rescaled everywhere", "sequential", "sequential, then rescaled")
     print(markdown_table(body, header))

@@ -175,7 +175,7 @@ def held_whole(architecture: Architecture, per_layer: bool) -> list[str]:
             norms = " and ".join(shape.coupled)
             sentences.append(f"no {part} unit can go alone: {norms} of {architecture.family} couple all of them")
         elif not per_layer and not any(map(shape.says, range(1, architecture.units(part)))):
-            why = families()[architecture.family].config.unsaid(shape.axis)
+            why = families()[architecture.family].config.unsaid(shape.outer or shape.axis)
             sentences.append(
                 f"the stock config of {architecture.family} cannot say fewer {part} units{f' ({why})' if why else ''}; "
                 "allocate.shape=per_layer can"

@@ -138,6 +138,8 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
         "programme": {key: value for key, value in decision.programme.items() if key != "seconds"},
         "reached": [dict(one) for one in decision.budgets],
     }
+    if scores.architecture.heads == "queries":
+        made["heads"] = {part: shape.groups for part, shape in scores.architecture.parts.items() if shape.outer}
     return Outcome(
         decision,
         scores.table | {"keep": join_blocks(scores.architecture, decision.plan.keep)},
@@ -248,9 +250,11 @@ def _not_uniform(architecture: Architecture, plan: Plan) -> str | None:
     if not plan.uniform:
         return "the layers of this plan differ in width"
     for layer, part in plan.keep:
-        shape = architecture.parts[part]
-        if layer in plan.layers and not shape.says(plan.kept(layer, part)):
-            return f"the stock config of this family cannot say {plan.kept(layer, part)} {part} units"
+        shape, kept = architecture.parts[part], plan.kept(layer, part)
+        groups = int(shape.groups_left(plan.keep[layer, part]).sum()) if shape.outer else None
+        if layer in plan.layers and not shape.says(kept, groups):
+            in_groups = f" in {groups} groups" if groups is not None else ""
+            return f"the stock config of this family cannot say {kept} {part} units{in_groups}"
     return None
 
 
@@ -269,7 +273,7 @@ def decide(
     unit = table["cost"]
     if comparable and params.objective != "parameters":
         unit = np.concatenate([np.full(architecture.units(block[1]), prices.unit[block]) for block in prices.unit])
-        unit = np.maximum(unit, 1)  # a unit without a price is in no ladder
+        unit = np.maximum(unit, 1)  # a unit without a price is in no ladder, but for a query head in a group with one
         table = table | {"score": table["importance"] / unit}
     if params.split == "auto":
         params = params.model_copy(update={"split": "importance" if comparable else "proportional"})

@@ -3,6 +3,9 @@
 In every block the units go in ascending order of rank, in steps: one unit, as many channels as keep
 their count a multiple, or all units at once where a norm couples them. What differs between allocation
 methods is how far each block goes.
+
+Query heads go in steps of two kinds: the lowest head of every group that is left, or the lowest group
+(`libprune.engine.cost.removals_of_heads`).
 """
 
 import math
@@ -13,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture, Block
-from libprune.engine.cost import Prices
+from libprune.engine.cost import Prices, Removals, removals_of_heads
+from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns
+from libprune.pipeline.methods import METHODS, allocation_reads
 from libprune.pipeline.sections import Allocate
 
 
@@ -49,12 +54,17 @@ def build_ladders(architecture: Architecture, scores: Columns, params: Allocate,
     """The allowed removals of every block; ties break by unit. The multiple of channels is settled."""
     assert params.channel_multiple != "auto"
     ladders: dict[Block, tuple[Step, ...]] = {}
+    heads = _removals_of_heads(architecture, scores, params, prices)
     start = 0
     for layer, part in architecture.blocks():
         rows = slice(start, start + architecture.units(part))
         start = rows.stop
         frozen = layer < params.freeze_first or layer >= architecture.layers - params.freeze_last
         rank, importance = scores[params.rank_by][rows], scores["importance"][rows]
+        if (layer, part) in heads:
+            steps = _of_heads((layer, part), heads[layer, part], rank, importance, prices, params)
+            ladders[layer, part] = () if frozen else within_floor(architecture, part, steps, params.min_groups)
+            continue
         unit, rest = prices.unit[layer, part], prices.rest[layer, part]
         multiple = 1 if architecture.grouped(part) else params.channel_multiple
         multiple = math.lcm(multiple, architecture.multiple(part)) * architecture.parts[part].groups
@@ -62,6 +72,68 @@ def build_ladders(architecture: Architecture, scores: Columns, params: Allocate,
         floor, order = floor_of(architecture, part, params), _order(rank, architecture.parts[part].groups)
         ladders[layer, part] = () if frozen else _ladder(rank, importance, order, unit, rest, multiple, floor)
     return ladders
+
+
+def _removals_of_heads(
+    architecture: Architecture, scores: Columns, params: Allocate, prices: Prices
+) -> Mapping[Block, Removals]:
+    """By block the removals of query heads, where these are the units.
+
+    All blocks go through the same numbers of heads and groups where the plan must, or was measured so.
+
+    Raises:
+        LibpruneError: if nothing is gained by single heads, but levels were measured with them.
+    """
+    if architecture.heads == "groups":
+        return {}
+    measured = "levels" in allocation_reads(params.method)
+    alike = measured or METHODS[params.method].alike or params.shape == "uniform" or architecture.alike
+    free = [part for (_, part), unit in prices.unit.items() if architecture.parts[part].outer and unit == 0]
+    if measured and free:
+        raise LibpruneError(
+            f"allocate.objective: {params.objective} gains nothing by single query heads, but allocate.method: "
+            f"{params.method} measures the model without them; set prepare.heads to groups, or choose another method"
+        )
+    floor = 1 if measured else params.min_groups
+    return removals_of_heads(architecture, scores["importance"], alike, whole=bool(free), floor=floor)
+
+
+def _of_heads(
+    block: Block,
+    removals: Removals,
+    rank: NDArray[np.float64],
+    importance: NDArray[np.float64],
+    prices: Prices,
+    params: Allocate,
+) -> tuple[Step, ...]:
+    """The steps of a block whose units are query heads.
+
+    A rank that is importance over price is that of a step: with a group goes more than its heads.
+    """
+    unit, groups = prices.unit[block], prices.groups[block]
+    keep, steps = np.ones(len(rank), dtype=bool), list[Step]()
+    before = 0
+    for removed in removals:
+        units = list(removed)
+        keep[units] = False
+        heads, gone = len(units) * unit, groups.removed(keep)
+        total = heads + gone - before
+        before = gone
+        if total == 0:  # nothing to gain for this objective
+            return ()
+        mean = float(rank[units].mean())
+        if params.rank_by == "score":
+            mean *= len(units) * max(unit, 1) / total
+        rest = prices.rest[block] if not keep.any() else 0
+        mean = max(mean, steps[-1].rank if steps else -np.inf)
+        steps.append(Step(tuple(units), total + rest, mean, float(importance[units].sum())))
+    return tuple(steps)
+
+
+def within_floor(architecture: Architecture, part: str, steps: tuple[Step, ...], floor: int) -> tuple[Step, ...]:
+    """The steps that leave a floor: of units, or of groups where the units are query heads."""
+    left = architecture.parts[part].left_after(architecture.units(part), [step.units for step in steps])
+    return steps[: sum((kept if groups is None else groups) >= floor for kept, groups in left[1:])]
 
 
 def _order(rank: NDArray[np.float64], groups: int) -> NDArray[np.int64]:
@@ -98,8 +170,8 @@ def _ladder(
 
 
 def floor_of(architecture: Architecture, part: str, params: Allocate) -> int:
-    """Units that every block of a part keeps; of experts as many as the router needs."""
-    asked = {"groups": params.min_groups, "channels": params.min_channels, "experts": 0}
+    """Units that every block of a part keeps, or groups of query heads; of experts as many as the router needs."""
+    asked = {"groups": params.min_groups, "heads": params.min_groups, "channels": params.min_channels, "experts": 0}
     return max(asked[architecture.parts[part].units], architecture.parts[part].least)
 
 

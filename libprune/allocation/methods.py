@@ -120,12 +120,11 @@ def _totals(values: list[list[Any]]) -> NDArray[np.float64]:
 
 def _options(architecture: Architecture, ladder: tuple[Step, ...], part: str, params: Allocate) -> list[int]:
     """How many removals leave a count that the result's shape can hold."""
-    kept = architecture.units(part) - np.cumsum([0, *(len(step.units) for step in ladder)])
-    any_count = params.shape == "per_layer"
-    shape = architecture.parts[part]
+    shape, any_count = architecture.parts[part], params.shape == "per_layer"
+    left = shape.left_after(architecture.units(part), [step.units for step in ladder])
+    said = [any_count or (kept > 0 and shape.says(kept, groups)) for kept, groups in left]
     first = len(ladder) - len(free_steps(ladder))
-    options = list(enumerate(kept))[first:]
-    return [i for i, count in options if i == first or any_count or (count > 0 and shape.says(int(count)))]
+    return [i for i, fits in enumerate(said) if i == first or (i > first and fits)]
 
 
 def _splits(

@@ -178,13 +178,14 @@ class Programme:
 
     def _group(self, blocks: tuple[Block, ...], curves: Curves, alike: bool) -> _Group:
         part, steps = blocks[0][1], self._ladders[blocks[0]]
-        whole, says = self._architecture.units(part), self._architecture.parts[part].says
-        gone = np.cumsum([0, *(len(step.units) for step in steps)])
-        depths = np.arange(len(gone))[int(bool(steps) and steps[0].forced) :]
+        whole, shape = self._architecture.units(part), self._architecture.parts[part]
+        left = shape.left_after(whole, [step.units for step in steps])
+        depths = np.arange(len(left))[int(bool(steps) and steps[0].forced) :]
         if alike:
-            depths = np.array([d for d in depths if d == depths[0] or (gone[d] < whole and says(int(whole - gone[d])))])
-        lost = gone[depths]
-        saved = [sum(_saved(limit.prices, block, lost, whole) for block in blocks) for limit in self._limits]
+            depths = np.array([d for d in depths if d == depths[0] or (left[d][0] > 0 and shape.says(*left[d]))])
+        lost = np.array([whole - left[d][0] for d in depths])
+        fewer = np.array([shape.groups - (left[d][1] or 0) for d in depths])
+        saved = [sum(_saved(limit.prices, block, lost, whole, fewer) for block in blocks) for limit in self._limits]
         costs = np.array(saved, dtype=np.int64).reshape(len(self._limits), len(depths)).T
         loss = np.sum([curves[block][lost] for block in blocks], axis=0)
         return _Group(blocks, depths, costs, loss, empties=bool(lost[-1] == whole))
@@ -474,9 +475,12 @@ class Programme:
         return None if pair[0] is None else pair[0] + below, None if pair[1] is None else pair[1] - above
 
 
-def _saved(prices: Prices, block: Block, lost: NDArray[np.int64], whole: int) -> NDArray[np.int64]:
-    """What a block saves by the number of units that it loses."""
-    return lost * prices.unit[block] + (lost == whole) * prices.rest.get(block, 0)
+def _saved(
+    prices: Prices, block: Block, lost: NDArray[np.int64], whole: int, fewer: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """What a block saves by the number of units that it loses, and of groups of query heads."""
+    with_groups = fewer * prices.groups[block].each if block in prices.groups else 0
+    return lost * prices.unit[block] + with_groups + (lost == whole) * prices.rest.get(block, 0)
 
 
 def _grouped(ladders: Ladders, alike: bool) -> list[tuple[Block, ...]]:

@@ -38,9 +38,12 @@ def tensor_parallel_sizes(architecture: Architecture, plan: Plan) -> list[int]:
         plan: alike in all layers.
     """
     kept = {part: plan.kept(layer, part) for layer in plan.layers for part in architecture.parts_of(layer)}
+    left = {axis: size for layer in plan.layers for axis, size in plan.sizes(architecture, layer).items()}
     groups = [count for part, count in kept.items() if architecture.parts[part].units == "groups"]
-    channels = [_width(architecture, part, kept) for part in kept if architecture.parts[part].units != "groups"]
-    divided = [count * architecture.sizes.get("q", 1) for count in groups] + channels
+    heads = [part for part in kept if architecture.parts[part].units == "heads"]
+    channels = [_width(architecture, p, kept) for p in kept if architecture.parts[p].units not in {"groups", "heads"}]
+    divided = [count * architecture.sizes.get("q", 1) for count in groups] + channels + [kept[part] for part in heads]
+    groups += [left[architecture.parts[part].outer] for part in heads]
     return [
         size
         for size in range(1, min(divided) + 1)

@@ -27,8 +27,8 @@ def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: All
     """
     if context.invoked_subcommand is not None:
         return
+    from libprune.curves.beside import publish_beside
     from libprune.engine.errors import LibpruneError
-    from libprune.experiments.curve import publish_beside
     from libprune.experiments.dvc_experiments import gather_comparable
     from libprune.experiments.sweep_picture import write_picture
     from libprune.experiments.sweep_table import csv_text, markdown_text, params_diff, remarks, tabulate_experiments

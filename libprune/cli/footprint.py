@@ -5,7 +5,7 @@ estimated; they are small beside the tensors unless the model is tiny.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from libprune.collection.accumulator import PENDING, ROWS, UNITS, Group, finished, state_bytes
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture, Map
+from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_dtype
 from libprune.pipeline.methods import REPAIRS, allocation_reads, methods_that_read
 from libprune.pipeline.params import Params
@@ -392,9 +393,10 @@ def _lora_parameters(architecture: Architecture, recover: Recover, allocate: All
     The few maps outside the layers, such as those of an encoder's head, and those of no part are left out. For
     mixtures of experts it is an estimate: which of their tensors peft trains differs by family.
     """
-    prunable = sum(cost.unit_parameters(architecture, *b) * architecture.units(b[1]) for b in architecture.blocks())
+    nothing = Plan({block: ~keep for block, keep in Plan.dense(architecture).keep.items()})
+    prunable = replace(cost.prices(architecture, "parameters"), rest={}).removed(nothing)
     share = 1 - _removed(architecture, allocate) / prunable
-    pruned = {shape.axis for shape in architecture.parts.values()}
+    pruned = frozenset[str]().union(*(shape.axes for shape in architecture.parts.values()))
     sides = [side for one in architecture.maps if _targeted(one, recover) for side in (one.input, one.output)]
     widths = (side.size(architecture.sizes) * (share if side.names & pruned else 1) for side in sides)
     return round(recover.lora_rank * sum(widths))

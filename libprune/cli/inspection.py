@@ -4,7 +4,7 @@ No weight is read: the model is built on the meta device from its config.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from libprune.allocation.widths import tensor_parallel_sizes
 from libprune.cli.footprint import Footprint, dtype_name, footprints
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe import describe, without_weights
+from libprune.engine.describe import describe, require_shared, without_weights
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
@@ -53,6 +53,7 @@ class Shape:
         tensor_parallel: numbers of devices that it can be divided over.
         refused: why there is no such shape; the figures are then those of the dense model.
         spared: the part that loses as little as it can, where the scores will decide; empty where nothing is open.
+        groups: groups that each layer keeps, by part, where the units are query heads.
     """
 
     ratio: float
@@ -67,6 +68,7 @@ class Shape:
     tensor_parallel: Sequence[int]
     refused: str = ""
     spared: str = ""
+    groups: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def _described(section: Prepare) -> tuple[PreTrainedModel, Architecture, torch.d
     config = load_dense_config(section)
     family_of(config.model_type, config.to_dict())
     model = without_weights(config, section.trust_remote_code)
-    architecture = describe(model, accept=section.accept_config, experts=section.experts)
+    architecture = describe(model, accept=section.accept_config, experts=section.experts, heads=section.heads)
+    require_shared(architecture)
     return model, architecture, dense_dtype(section, config)
 
 
@@ -162,7 +165,12 @@ def dense_architecture(params: Params, layout: Layout, described: bool) -> tuple
 
 
 def params_for(
-    model: str, revision: str | None, trust_remote_code: bool, file: Path | None, experts: str | None = None
+    model: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    file: Path | None,
+    experts: str | None = None,
+    heads: str | None = None,
 ) -> Params:
     """The params of a file, or the defaults, with another model.
 
@@ -172,12 +180,14 @@ def params_for(
         trust_remote_code: run Python code that comes with the model.
         file: the params file; None for params.yaml if it exists, else the defaults.
         experts: as in `prepare.experts`; None for what the params say.
+        heads: as in `prepare.heads`; None for what the params say.
 
     Raises:
         ParamsError: if the file is missing or not valid.
     """
     source = {"model": model, "revision": revision, "trust_remote_code": trust_remote_code}
     source |= {} if experts is None else {"experts": experts}
+    source |= {} if heads is None else {"heads": heads}
     usual = Path("params.yaml")
     if file is None and not usual.exists():
         return Params.model_validate({"prepare": source, "tokenize": {"text": "self"}})
@@ -208,7 +218,7 @@ def uniform_shapes(
     prices = cost.prices(architecture, settings.objective)
     shapes = []
     for ratio in sorted({*RATIOS, *([] if limits.ratio is None else [limits.ratio])}):
-        found: dict[tuple[int, ...], Shape] = {}
+        found: dict[tuple[tuple[int, ...], ...], Shape] = {}
         for spared, table in divisions.items():
             try:
                 asked = settle(architecture, table, settings.model_copy(update={"ratio": ratio}))
@@ -216,7 +226,7 @@ def uniform_shapes(
                 shape = _shape(architecture, plan, ratio, result_shape(architecture, plan, asked), dtype, spared=spared)
             except BudgetError as error:
                 shape = _shape(architecture, Plan.dense(architecture), ratio, "uniform", dtype, str(error))
-            found.setdefault(tuple(shape.kept.values()), shape)
+            found.setdefault((tuple(shape.kept.values()), tuple(shape.groups.values())), shape)
         alike = len(found) == 1  # whatever the scores say
         shapes += [replace(shape, spared="") if alike else shape for shape in found.values()]
     return shapes
@@ -283,4 +293,9 @@ def _shape(
         tensor_parallel=tensor_parallel_sizes(architecture, plan),
         refused=refused,
         spared=spared,
+        groups={
+            part: min(int(shape.groups_left(keep).sum()) for (_, of), keep in plan.keep.items() if of == part)
+            for part, shape in architecture.parts.items()
+            if shape.outer
+        },
     )

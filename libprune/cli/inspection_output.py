@@ -35,9 +35,15 @@ def _what(inspection: Inspection) -> str:
     for part, shape in architecture.parts.items():
         each = cost.unit_parameters(architecture, architecture.with_part(part)[0], part)
         said = "" if shape.expressible is None else f"; a stock config says {_counts(shape.expressible)}"
+        if shape.pairs is not None:
+            said = f"; a stock config says {_counts(tuple(f'{heads} in {groups}' for groups, heads in shape.pairs))}"
         if shape.coupled:
             said = f"; they go together, coupled by {' and '.join(shape.coupled)}"
         units = f"{architecture.units(part):,} {shape.units} a layer (axis {shape.axis})"
+        if shape.outer:
+            more = cost.group_parameters(architecture, architecture.with_part(part)[0], part)
+            units = f"{architecture.units(part):,} query heads a layer in {shape.groups:,} groups (axes {shape.axis}, "
+            units += f"{shape.outer}; {more:,} parameters more go with a group)"
         facts.append((part, f"{units}, {each:,} parameters each{said}"))
     mixture = _mixture(architecture)
     if mixture is not None:
@@ -84,7 +90,7 @@ def _axes(architecture: Architecture) -> dict[str, int]:
     return {axis: size for axis, size in architecture.sizes.items() if not axis.startswith(WHOLE)}
 
 
-def _counts(counts: tuple[int, ...]) -> str:
+def _counts(counts: tuple[int | str, ...]) -> str:
     listed = ", ".join(map(str, counts[:8]))
     return f"{listed}, ... ({len(counts)} counts)" if len(counts) > 8 else listed
 
@@ -158,7 +164,7 @@ def _shapes(shapes: Sequence[Shape], parts: list[str], division: str) -> str:
         if shape.refused:
             notes.append(f"{name}: nor this" if notes else f"{name}: {shape.refused}")  # larger shares, same reason
             continue
-        kept = (f"{shape.kept[part]:,}" for part in parts)
+        kept = (f"{shape.kept[part]:,}" + _in_groups(shape.groups.get(part)) for part in parts)
         counts = f"{100 * shape.removed:.1f} %", f"{shape.total:,}"
         loads = "stock" if shape.loads == "uniform" else "own code"
         spared = (shape.spared,) if least else ()
@@ -169,6 +175,10 @@ def _shapes(shapes: Sequence[Shape], parts: list[str], division: str) -> str:
     parallel = fill(f"devices of tensor parallelism: {sizes}", 100)
     title = fill(f"uniform shapes: units kept in each layer, {division}", 100)
     return "\n".join([title, _aligned(rows, right=range(len(header) - 1)), parallel, *notes])
+
+
+def _in_groups(groups: int | None) -> str:
+    return "" if groups is None else f" in {groups:,}"
 
 
 def _aligned(rows: list[Row], right: Iterable[int]) -> str:

@@ -8,6 +8,7 @@ import typer
 
 import libprune
 from libprune.cli import compare as compare_cli
+from libprune.cli import curve as curve_cli
 from libprune.cli import masks as masks_cli
 from libprune.cli import projects
 from libprune.pipeline import stage
@@ -39,6 +40,7 @@ def main(
 app.command()(projects.prune)
 app.command()(projects.new)
 app.command()(projects.update)
+app.command()(curve_cli.curve)
 
 
 @app.command()
@@ -81,6 +83,10 @@ Experts = Annotated[
     Literal["whole", "channels"] | None,
     typer.Option("--experts", help="Units of a mixture of experts; by default those that the params say."),
 ]
+Heads = Annotated[
+    Literal["groups", "queries"] | None,
+    typer.Option("--heads", help="Units of an attention; by default those that the params say."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: numbers unrounded, and the bytes of every file.")]
 
 
@@ -91,6 +97,7 @@ def inspect(
     trust_remote_code: Trust = False,
     params: OtherParams = None,
     experts: Experts = None,
+    heads: Heads = None,
     as_json: Json = False,
 ) -> None:
     """Show the parts of a model, the files that stages would write and its uniform shapes; no weight is read."""
@@ -101,7 +108,7 @@ def inspect(
     from libprune.engine.errors import printable
 
     with stage.user_errors():
-        inspection = inspect_model(params_for(model, revision, trust_remote_code, params, experts))
+        inspection = inspect_model(params_for(model, revision, trust_remote_code, params, experts, heads))
     typer.echo(json.dumps(as_data(inspection), indent=2) if as_json else printable(as_text(inspection)))
 
 

@@ -28,8 +28,11 @@ WHOLE = "whole_"
 """What the names of axes begin with that belong to tensors which stay whole; their size follows."""
 Block = tuple[int, str]
 """A layer, from 0, and the name of one of its parts."""
-Units = Literal["groups", "channels", "experts"]
-"""What the units of a part are: attention groups and other heads, channels, or whole experts of a mixture."""
+Units = Literal["groups", "heads", "channels", "experts"]
+"""What the units of a part are: attention groups and heads of other parts, query heads, channels, or whole experts of a
+mixture."""
+Heads = Literal["groups", "queries"]
+"""Units of an attention: key-value heads with their query heads, or the query heads inside of such groups."""
 Experts = Literal["whole", "channels"]
 """Units of a mixture: whole experts, or channels inside of them, the same in all experts of a layer."""
 STAND_IN = ".stacked_"
@@ -129,6 +132,10 @@ class PartShape:
         units: what the units are.
         layers: the layers that have the part; None: all.
         groups: units lie in so many groups of neighbours, which all keep the same number.
+        outer: the axis of the groups, where they have rows of their own, such as keys and values. A group all of whose
+            units go takes these rows with it, and only the groups that stay keep the same number. "" without one.
+        inner: the axis of the units of one group, where the groups have an axis.
+        pairs: the numbers of groups and units that the stock config can say, where the groups have an axis; None: any.
         least: the fewest units that stay in each layer, unless the whole layer goes; 0 where the part can go alone.
         router: the module of the layer that chooses among the units by its logits; "" where all units are used.
         owners: for each layer of the model the layer whose units it uses, itself or an earlier one; None: always
@@ -146,10 +153,45 @@ class PartShape:
     least: int = 0
     router: str = ""
     owners: tuple[int, ...] | None = None
+    outer: str = ""
+    inner: str = ""
+    pairs: tuple[tuple[int, int], ...] | None = None
 
-    def says(self, count: int) -> bool:
-        """Whether the stock config can say this many units in every layer."""
+    def says(self, count: int, groups: int | None = None) -> bool:
+        """Whether the stock config can say this many units in every layer.
+
+        Args:
+            groups: how many groups they lie in, where these have an axis; None: any number of them.
+        """
+        if self.pairs is not None and groups is not None:
+            return (groups, count) in self.pairs
         return self.expressible is None or count in self.expressible
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The axes that shrink with the part: that of its units, and that of their groups if there is one."""
+        return frozenset({self.axis, self.outer} - {""})
+
+    def groups_left(self, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which groups keep a unit, ``[groups]``."""
+        return np.logical_or.reduce(keep.reshape(self.groups, -1), axis=1)
+
+    def left_after(self, units: int, steps: Iterable[Sequence[int]]) -> list[tuple[int, int | None]]:
+        """How many units are left of so many after each of several removals, the dense part first, and in how many
+        groups; None where the groups have no axis.
+        """
+        counts: list[tuple[int, int | None]] = [(units, self.groups if self.outer else None)]
+        in_group = np.full(self.groups, units // self.groups)
+        for removed in steps:
+            if self.outer:
+                np.subtract.at(in_group, np.array(removed) // (units // self.groups), 1)
+            groups = int(np.count_nonzero(in_group)) if self.outer else None
+            counts.append((counts[-1][0] - len(removed), groups))
+        return counts
+
+    def sizes(self, units: int, groups: int) -> dict[str, int]:
+        """The sizes of the axes of a part of which so many units are left, in so many groups."""
+        return {self.axis: units} | ({self.outer: groups, self.inner: units // max(1, groups)} if self.outer else {})
 
 
 _Entry = TypeVar("_Entry", Parameter, Map)
@@ -243,6 +285,11 @@ class Architecture:
         axis = self.parts[part].axis
         inside = any(entry.stack not in {None, axis} and axis in entry.input.names for entry in self.maps)
         return 8 if inside else 1
+
+    @property
+    def heads(self) -> Heads:
+        """Which units of the attention are described."""
+        return "queries" if any(shape.outer for shape in self.parts.values()) else "groups"
 
     @property
     def experts(self) -> Experts | None:
@@ -452,4 +499,8 @@ def _stored(tensors: Sequence[Mapping[str, Any]]) -> tuple[Parameter, ...]:
 
 
 def _with_tuples(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in part.items()}
+    return {key: _tuple(value) for key, value in part.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value

@@ -1,15 +1,19 @@
-"""What units cost and what a plan leaves, counted from the axes alone."""
+"""What units cost, what a plan leaves, counted from the axes alone, and in which order query heads go by their cost."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from libprune.engine.architecture import WITH_LAYER, Architecture, Block, Map, Parameter
 from libprune.engine.axes import Expr
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
+from libprune.engine.tables import split_blocks
 
 COUNTED = {
     "parameters": "parameters of the layers",
@@ -57,6 +61,35 @@ def unit_parameters(architecture: Architecture, layer: int, part: str) -> int:
     return sum(architecture.numel(parameter) - architecture.numel(parameter, fewer) for parameter in carrying)
 
 
+def group_parameters(architecture: Architecture, layer: int, part: str) -> int:
+    """Parameters that go with the last unit of a group, beside those of the unit itself: keys and values.
+
+    0 where the groups have no axis, and so no rows of their own.
+    """
+    outer, own = architecture.parts[part].outer, architecture.parameters_of(layer, part)
+    if not outer:
+        return 0
+    fewer = {**architecture.sizes, outer: architecture.sizes[outer] - 1}
+    return sum(architecture.numel(parameter) - architecture.numel(parameter, fewer) for parameter in own)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups that the units of a block lie in.
+
+    Attributes:
+        number: of groups of equal size, which are neighbours.
+        each: what goes with the last unit of a group, beside the unit itself.
+    """
+
+    number: int
+    each: int
+
+    def removed(self, keep: NDArray[np.bool_]) -> int:
+        """What goes with the groups of which no unit stays."""
+        return int((~keep.reshape(self.number, -1).any(1)).sum()) * self.each
+
+
 @dataclass(frozen=True)
 class Prices:
     """What a budget is counted in: whole numbers of something, additive over what is removed.
@@ -67,6 +100,7 @@ class Prices:
         decoder: all that the layers of the dense model take.
         total: the same with embeddings and head.
         gone: what went with rows of the vocabulary before; not in `total`.
+        groups: by (layer, part), the groups of its units, where they have rows of their own.
     """
 
     unit: Mapping[Block, int]
@@ -74,11 +108,13 @@ class Prices:
     decoder: int
     total: int
     gone: int = 0
+    groups: Mapping[Block, Groups] = field(default_factory=dict)
 
     def removed(self, plan: Plan) -> int:
         """How much a plan removes."""
         units = sum(int((~keep).sum()) * self.unit[block] for block, keep in plan.keep.items())
-        return units + sum(self.rest.get(block, 0) for block in plan.removed)
+        groups = sum(self.groups[block].removed(keep) for block, keep in plan.keep.items() if block in self.groups)
+        return units + groups + sum(self.rest.get(block, 0) for block in plan.removed)
 
 
 def prices(
@@ -111,10 +147,12 @@ def prices(
                 f"allocate.objective or a budget is {name}, but a model of family {architecture.family!r} keeps no "
                 f"{kept}; choose parameters, macs or latency"
             )
-    blocks, dense = list(architecture.blocks()), size(architecture, Plan.dense(architecture))
-    outside = 0
+    shapes = {block: architecture.parts[block[1]] for block in architecture.blocks()}
+    dense = size(architecture, Plan.dense(architecture))
+    blocks, in_groups = list(shapes), [block for block, shape in shapes.items() if shape.outer]
     if objective in {"parameters", "total", "bytes", "active"}:
         unit = {block: unit_parameters(architecture, *block) for block in blocks}
+        each = {block: group_parameters(architecture, *block) for block in in_groups}
         rest = {block: part_overhead(architecture, *block) for block in blocks} | _with_layers(architecture)
         decoder, outside = dense.decoder, dense.total - dense.decoder
         if objective == "active":
@@ -122,8 +160,10 @@ def prices(
             decoder, outside = dense.active, 0
     else:
         cost = partial(_part_cost, architecture, objective)
-        unit = {(layer, part): cost(layer, part) - cost(layer, part, fewer=1) for layer, part in blocks}
+        unit = {block: cost(*block) - cost(*block, shapes[block].axis) for block in blocks}
+        each = {block: cost(*block) - cost(*block, shapes[block].outer) for block in in_groups}
         rest = {block: cost(*block) - architecture.units(block[1]) * unit[block] for block in blocks}
+        rest |= {block: rest[block] - shapes[block].groups * each[block] for block in in_groups}
         decoder, outside = getattr(dense, objective), 0
         if objective == "macs":
             decoder, outside = decoder - architecture.head_macs, architecture.head_macs
@@ -131,12 +171,13 @@ def prices(
         rest = dict.fromkeys(rest, 0)
     trimmed = architecture.trimmed
     gone = 0 if trimmed is None else {"macs": trimmed.macs}.get(objective, trimmed.parameters if outside else 0)
-    if objective != "bytes":
-        return Prices(unit, rest, decoder, decoder + outside, gone)
-    assert bits is not None
-    inner, outer = (round(1000 * bits[where]) for where in ("layers", "outside"))
-    unit, rest = ({block: inner * number for block, number in some.items()} for some in (unit, rest))
-    return Prices(unit, rest, inner * decoder, inner * decoder + outer * outside, outer * gone)
+    inner = outer = 1
+    if objective == "bytes":
+        assert bits is not None
+        inner, outer = (round(1000 * bits[where]) for where in ("layers", "outside"))
+        unit, rest, each = ({block: inner * one for block, one in some.items()} for some in (unit, rest, each))
+    groups = {block: Groups(shapes[block].groups, each[block]) for block in in_groups}
+    return Prices(unit, rest, inner * decoder, inner * decoder + outer * outside, outer * gone, groups)
 
 
 def _without_idle(
@@ -172,19 +213,22 @@ def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> 
     """The prices of the lines that were fitted to measured times; fixed time goes in equal shares with whole parts."""
     ps = {part: round(1e12 * seconds) for part, seconds in latency["unit"].items()}
     fixed = round(1e12 * latency["fixed"] * architecture.layers / sum(1 for _ in architecture.blocks()))
+    shapes = {block: architecture.parts[block[1]] for block in architecture.blocks()}
+    groups = {block: Groups(shape.groups, ps[shape.outer]) for block, shape in shapes.items() if shape.outer}
     decoder = sum(fixed + ps[part] * architecture.units(part) for _, part in architecture.blocks())
+    decoder += sum(own.number * own.each for own in groups.values())
     return Prices(
         unit={(layer, part): ps[part] for layer, part in architecture.blocks()},
         rest=dict.fromkeys(architecture.blocks(), fixed),
         decoder=decoder,
         total=decoder + round(1e12 * latency["outside"]),
+        groups=groups,
     )
 
 
-def _part_cost(architecture: Architecture, objective: str, layer: int, part: str, fewer: int = 0) -> int:
-    """Multiply-accumulates, or elements of the cache, of a part that has lost some units."""
-    axis = architecture.parts[part].axis
-    sizes = {**architecture.sizes, axis: architecture.sizes[axis] - fewer}
+def _part_cost(architecture: Architecture, objective: str, layer: int, part: str, fewer: str | None = None) -> int:
+    """Multiply-accumulates, or elements of the cache, of a part, whole or with one index less of an axis."""
+    sizes = {axis: size - (axis == fewer) for axis, size in architecture.sizes.items()}
     if objective in {"cache", "state"}:
         held = architecture.cache if objective == "cache" else architecture.state
         return _held(architecture, held, part, sizes)
@@ -199,8 +243,8 @@ def _held(architecture: Architecture, held: Expr | None, part: str, sizes: Mappi
     """
     if held is None:
         return 0
-    shared = part == "attention" and not any(shape.axis in held.names for shape in architecture.parts.values())
-    return held.size(sizes) if shared or architecture.parts[part].axis in held.names else 0
+    shared = part == "attention" and not any(shape.axes & held.names for shape in architecture.parts.values())
+    return held.size(sizes) if shared or architecture.parts[part].axes & held.names else 0
 
 
 def _macs(entry: Map, sizes: Mapping[str, int]) -> int:
@@ -218,6 +262,7 @@ def _idle(architecture: Architecture, stack: Map, sizes: Mapping[str, int]) -> i
 def part_overhead(architecture: Architecture, layer: int, part: str) -> int:
     """Parameters that no unit carries and that go only with the whole part: norms, the consumer's bias."""
     carried = unit_parameters(architecture, layer, part) * architecture.units(part)
+    carried += group_parameters(architecture, layer, part) * architecture.parts[part].groups
     return sum(map(architecture.numel, architecture.parameters_of(layer, part))) - carried
 
 
@@ -258,5 +303,76 @@ def shape_after(architecture: Architecture, plan: Plan, parameter: Parameter) ->
 
 def _sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
     """The sizes of all axes in a layer as the plan leaves it."""
-    kept = {architecture.parts[part].axis: plan.kept(owner, part) for owner, part in architecture.uses(layer)}
-    return {**architecture.sizes, **kept}
+    return {**architecture.sizes, **plan.sizes(architecture, layer)}
+
+
+Removals = tuple[tuple[int, ...], ...]
+"""The units of a block that are removed together, one removal after the other."""
+
+
+def removals_of_heads(
+    architecture: Architecture, importance: NDArray[np.float64], alike: bool, whole: bool = False, floor: int = 1
+) -> dict[Block, Removals]:
+    """The removals of every block whose units are query heads, up to the whole block.
+
+    Groups that stay must keep the same number of heads. So either the lowest head of each group goes, or the lowest
+    group, with its keys and values; each time that which loses less importance for the parameters that go.
+
+    Args:
+        importance: of all units, in the order of `libprune.engine.tables.unit_index`.
+        alike: whether all blocks go through the same numbers of heads and groups, by the sums of what they lose.
+        whole: whether only whole groups go.
+        floor: groups that stay until each has one head left; the last group stays so in any case.
+    """
+    values = {
+        block: values.reshape(architecture.parts[block[1]].groups, -1)
+        for block, values in split_blocks(architecture, importance)
+        if architecture.parts[block[1]].outer
+    }
+    removals: dict[Block, Removals] = {}
+    for part in dict.fromkeys(part for _, part in values):
+        blocks = [block for block in values if block[1] == part]
+        for together in [blocks] if alike else [[block] for block in blocks]:
+            prices = unit_parameters(architecture, *together[0]), group_parameters(architecture, *together[0])
+            removals |= _removals([values[block] for block in together], *prices, whole, max(1, floor), together)
+    return removals
+
+
+def _removals(
+    values: Sequence[NDArray[np.float64]],
+    unit: int,
+    group: int,
+    whole: bool,
+    floor: int,
+    blocks: Sequence[Block],
+) -> dict[Block, Removals]:
+    """The removals of blocks that go through the same numbers of heads and groups.
+
+    Args:
+        values: the importance of the units of each block, ``[groups, heads]``.
+        unit: parameters that go with a head.
+        group: parameters that go with a group beside its heads.
+        whole: whether only whole groups go.
+        floor: groups that stay until each has one head left.
+        blocks: the names of the blocks.
+    """
+    count, each = values[0].shape
+    orders = [np.argsort(of_block, axis=1, kind="stable") for of_block in values]
+    ranked = [np.take_along_axis(of_block, order, 1) for of_block, order in zip(values, orders, strict=True)]
+    left = [list(range(count)) for _ in values]
+    found: list[list[tuple[int, ...]]] = [[] for _ in values]
+    gone = 0
+    while left[0]:
+        groups, heads = len(left[0]), each - gone
+        lowest = [min(own, key=lambda g: float(v[g, gone:].sum())) for own, v in zip(left, ranked, strict=True)]
+        narrower = sum(float(v[own, gone].sum()) for own, v in zip(left, ranked, strict=True)) / (groups * unit)
+        fewer = sum(float(v[g, gone:].sum()) for g, v in zip(lowest, ranked, strict=True)) / (heads * unit + group)
+        if heads > 1 and not whole and (groups <= floor or narrower < fewer):
+            for own, order, removed in zip(left, orders, found, strict=True):
+                removed.append(tuple(each * g + int(order[g, gone]) for g in own))
+            gone += 1
+            continue
+        for own, g, order, removed in zip(left, lowest, orders, found, strict=True):
+            removed.append(tuple(each * g + int(head) for head in order[g, gone:]))
+            own.remove(g)
+    return {block: tuple(removed) for block, removed in zip(blocks, found, strict=True)}

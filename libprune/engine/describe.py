@@ -4,6 +4,7 @@ the family file does not speak of stops here, by name.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from libprune.engine.architecture import (
     WITH_LAYER,
     Architecture,
     Experts,
+    Heads,
     Map,
     Parameter,
     PartShape,
@@ -27,7 +29,7 @@ from libprune.engine.axes import Entry, Equation, Expr, LinearMap, Stack, parse_
 from libprune.engine.errors import FamilyError, NotationError, NotExpressibleError, naming
 from libprune.engine.family import Family, Part, described_by, families, family_of, shipped
 from libprune.engine.heads import EMBEDDING, SEQUENCE_CLASSIFICATION, Head, head_of
-from libprune.engine.stock_config import bias_key, check_config, expressible, require_sizes
+from libprune.engine.stock_config import bias_key, check_config, expressible, expressible_pairs, require_sizes
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
 """Modules that store the weight of a map as ``[input, output]``."""
@@ -38,6 +40,7 @@ def describe(
     fingerprint: str = "",
     accept: tuple[str, ...] = (),
     experts: Experts = "whole",
+    heads: Heads = "groups",
 ) -> Architecture:
     """Solve the axes of a model; meta tensors are enough.
 
@@ -46,9 +49,11 @@ def describe(
         fingerprint: digest of its weights, kept in the result.
         accept: config keys that the family file does not know and the user vouches for.
         experts: whether the units of a mixture are whole experts, or the channels of all experts alike.
+        heads: whether the units of an attention are key-value heads with their query heads, or the query heads.
 
     Raises:
-        FamilyError: for an unknown family, head, config key or parameter, or sizes that contradict.
+        FamilyError: for an unknown family, head, config key or parameter, sizes that contradict, or an attention whose
+            query heads lie in no groups.
     """
     family, head = family_of(model.config.model_type, model.config.to_dict()), head_of([type(model).__name__])
     _require_head(family, head, model)
@@ -63,7 +68,7 @@ def describe(
     joined = _joined(family) if experts == "channels" else {}
     own = [name for name in family.parts if name not in joined]
     parts = {name: _shape(model, family, name, sizes, tuple(coupled[name]), experts) for name in own}
-    return Architecture(
+    described = Architecture(
         family=family.family,
         head=head.name,
         head_macs=_head_macs(model, family, head),
@@ -82,6 +87,111 @@ def describe(
         buffers=tuple(buffers),
         unused_positions=_unused_positions(family, model.config),
     )
+    return described if heads == "groups" else _with_heads(described, family, model.config)
+
+
+HEAD = "head"
+"""The axis of query heads, where these are the units; it stands for the product of the axes of groups and of heads in
+one."""
+
+
+def _with_heads(architecture: Architecture, family: Family, config: PreTrainedConfig) -> Architecture:
+    """A model with query heads as the units of its attention.
+
+    Every product of the axis of groups and that of the heads in one, side by side as in `kv q d`, becomes one axis.
+    """
+    part, shape = "attention", architecture.parts.get("attention")
+    inner = None if shape is None else _inner(architecture, family, part, shape.axis)
+    if shape is None or inner is None:
+        raise FamilyError(
+            f"prepare.heads is queries, but family {architecture.family!r} has no query heads that share a key-value "
+            "head; set it to groups"
+        )
+    if shape.coupled:
+        raise FamilyError(
+            f"prepare.heads is queries, but {' and '.join(shape.coupled)} of family {architecture.family!r} couple all "
+            "heads; set it to groups"
+        )
+    outer, sizes = shape.axis, dict(architecture.sizes)
+
+    def fused(expr: Expr) -> Expr:
+        return _fused(expr, outer, inner)
+
+    pairs = expressible_pairs(family, config, sizes, outer, inner)
+    own = replace(
+        shape,
+        axis=HEAD,
+        units="heads",
+        groups=sizes[outer],
+        outer=outer,
+        inner=inner,
+        pairs=pairs,
+        expressible=None if pairs is None else tuple(sorted({heads for _, heads in pairs})),
+    )
+
+    def with_axis(tensors: Iterable[Parameter]) -> tuple[Parameter, ...]:
+        return tuple(replace(tensor, dims=tuple(map(fused, tensor.dims))) for tensor in tensors)
+
+    return replace(
+        architecture,
+        sizes={**sizes, HEAD: sizes[outer] * sizes[inner]},
+        parts={**architecture.parts, part: own},
+        parameters=with_axis(architecture.parameters),
+        buffers=with_axis(architecture.buffers),
+        maps=tuple(replace(m, input=fused(m.input), output=fused(m.output)) for m in architecture.maps),
+    )
+
+
+def _inner(architecture: Architecture, family: Family, part: str, outer: str) -> str | None:
+    """The axis of the heads in a group, which stands behind the axis of the groups in the consumer and in a config key.
+
+    Keys and values have the axis of the groups alone; None where they have a head for each query head.
+    """
+    layer = architecture.with_part(part)[0]
+    said = {expr.terms for expressions in family.config.expressions.values() for expr in expressions}
+    carrying = {inner for p in architecture.parameters_of(layer, part) for inner in _carrying(p, outer)}
+    for term in architecture.consumers(layer, part)[0].input.terms:
+        for first, second in pairwise(term):
+            both = first == outer and isinstance(second, str) and ((first, second),) in said and ((first,),) in said
+            if both and not all(second in names for names in carrying):
+                return str(second)
+    return None
+
+
+def _carrying(parameter: Parameter, axis: str) -> Iterator[frozenset[str]]:
+    """The axes of each term of a parameter's dimensions that carries an axis."""
+    for expr in parameter.dims:
+        yield from (names for term in expr.terms if axis in (names := Expr((term,)).names))
+
+
+def _fused(expr: Expr, outer: str, inner: str) -> Expr:
+    """An expression with one axis in place of two that stand side by side in a product."""
+    terms = []
+    for term in expr.terms:
+        factors = [_fused(factor, outer, inner) if isinstance(factor, Expr) else factor for factor in term]
+        for at, (first, second) in enumerate(pairwise(factors)):
+            if (first, second) == (outer, inner):
+                factors[at : at + 2] = [HEAD]
+                break
+        terms.append(tuple(factors))
+    fused = Expr(tuple(terms))
+    if inner in fused.names:
+        raise FamilyError(f"prepare.heads is queries, but {expr} has axis {inner!r} without {outer!r} before it")
+    return fused
+
+
+def require_shared(architecture: Architecture) -> None:
+    """Stop where query heads are the units, and each has a key-value head of its own.
+
+    Raises:
+        FamilyError: saying what to set.
+    """
+    for shape in architecture.parts.values():
+        if shape.outer and architecture.sizes[shape.inner] == 1:
+            raise FamilyError(
+                "prepare.heads is queries, but this model has one query head per key-value head, so that a group is a "
+                "query head; set it to groups"
+            )
 
 
 def _joined(family: Family) -> dict[str | None, str]:

@@ -47,6 +47,19 @@ class Plan:
         """Numbers of units kept in each layer that is left and has the part."""
         return [self.kept(layer, of) for layer, of in self.keep if of == part and layer in self.layers]
 
+    def sizes(self, architecture: Architecture, layer: int, least: int = 0) -> dict[str, int]:
+        """The sizes of the axes that parts of a layer prune, by their names.
+
+        Args:
+            least: the units that a part is taken to keep, and the groups that these lie in, if it keeps fewer.
+        """
+        sizes: dict[str, int] = {}
+        for owner, part in architecture.uses(layer):
+            shape, keep = architecture.parts[part], self.keep[owner, part]
+            groups = int(shape.groups_left(keep).sum()) if shape.outer else 0
+            sizes |= shape.sizes(max(least, int(keep.sum())), max(least, groups))
+        return sizes
+
     def gone(self, layer: int, part: str) -> bool:
         """Whether the whole part is removed."""
         return self.kept(layer, part) == 0

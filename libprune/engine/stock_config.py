@@ -165,21 +165,39 @@ def expressible(family: Family, config: PreTrainedConfig, sizes: dict[str, int],
     The config class itself is asked. On a long axis some counts are asked first, and if none of
     them is refused the rest is taken as said; writing the pruned config asks again.
     """
-    own, alone = family.sized(config), family.model_copy(update={"tower": None})
-    layers = tuple(range(getattr(own, family.config.layers)))
 
     def fits(count: int) -> bool:
-        try:
-            new_config(alone, own, {**sizes, axis: count}, layers)
-        except NotExpressibleError:
-            return False
-        return True
+        return _fits(family, config, {**sizes, axis: count})
 
     counts = range(1, sizes[axis] + 1)
     asked = counts if len(counts) <= _ASKED else random.Random(0).sample(counts, _ASKED)
     if all(map(fits, asked)):
         return None
     return tuple(filter(fits, counts))
+
+
+def expressible_pairs(
+    family: Family, config: PreTrainedConfig, sizes: dict[str, int], outer: str, inner: str
+) -> tuple[tuple[int, int], ...] | None:
+    """The numbers of groups, and of units in all of them, that a stock config of the family can say; None if any.
+
+    Args:
+        outer: the axis of the groups.
+        inner: that of the units of a group, which all have the same number.
+    """
+    pairs = [(groups, each) for groups in range(1, sizes[outer] + 1) for each in range(1, sizes[inner] + 1)]
+    said = [pair for pair in pairs if _fits(family, config, {**sizes, outer: pair[0], inner: pair[1]})]
+    return None if said == pairs else tuple((groups, groups * each) for groups, each in said)
+
+
+def _fits(family: Family, config: PreTrainedConfig, sizes: dict[str, int]) -> bool:
+    """Whether a stock config of the family can say these sizes for all layers."""
+    own, alone = family.sized(config), family.model_copy(update={"tower": None})
+    try:
+        new_config(alone, own, sizes, tuple(range(getattr(own, family.config.layers))))
+    except NotExpressibleError:
+        return False
+    return True
 
 
 _ASKED = 128

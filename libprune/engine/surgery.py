@@ -23,12 +23,17 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 def positions_kept(architecture: Architecture, plan: Plan, layer: int, expr: Expr) -> NDArray[np.bool_]:
-    """Which positions of a dimension of a layer stay; shape ``[size]``."""
+    """Which positions of a dimension of a layer stay; shape ``[size]``.
+
+    Those of a group, such as its keys, stay while any of its units does.
+    """
     kept = np.ones(expr.size(architecture.sizes), dtype=bool)
     for owner, part in architecture.uses(layer):
-        axis = architecture.parts[part].axis
-        if axis in expr.names:
-            kept &= expr.kept(axis, architecture.sizes, plan.keep[owner, part])
+        shape, keep = architecture.parts[part], plan.keep[owner, part]
+        if shape.axis in expr.names:
+            kept &= expr.kept(shape.axis, architecture.sizes, keep)
+        if shape.outer in expr.names:
+            kept &= expr.kept(shape.outer, architecture.sizes, shape.groups_left(keep))
     return kept
 
 
@@ -211,7 +216,7 @@ def _require_count(architecture: Architecture, plan: Plan) -> None:
     cache = architecture.cache
     if cache is None or architecture.state is None or not plan.layers:
         return
-    parts = [part for part, shape in architecture.parts.items() if shape.axis in cache.names]
+    parts = [part for part, shape in architecture.parts.items() if shape.axes & cache.names]
     counting = {layer for part in parts for layer in architecture.with_part(part)}
     if counting and not counting & set(plan.layers):
         raise LibpruneError(
@@ -229,10 +234,12 @@ def _require_whole(architecture: Architecture, plan: Plan) -> None:
                 f"the plan keeps {kept} of {architecture.units(part)} {part} units of layer {layer}; each layer of "
                 f"this model needs {shape.least}, or goes as a whole"
             )
-        if shape.groups > 1 and len(set(plan.keep[layer, part].reshape(shape.groups, -1).sum(1).tolist())) > 1:
+        counts = set(plan.keep[layer, part].reshape(shape.groups, -1).sum(1).tolist())
+        if len(counts - {0} if shape.outer else counts) > 1:
+            each = "each of those that stay" if shape.outer else "each"
             raise LibpruneError(
                 f"the plan keeps different numbers of {part} units in the {shape.groups} groups of layer {layer}; "
-                f"family {architecture.family!r} needs as many in each"
+                f"family {architecture.family!r} needs as many in {each}"
             )
         if shape.coupled and kept not in {0, architecture.units(part)}:
             raise LibpruneError(

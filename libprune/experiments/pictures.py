@@ -6,12 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.experiments.summary import Perplexity, Summary
-from libprune.report.canvas import BLUE, GREY, INK, ORANGE, WIDTH, Axes, Figure, LogLocator, NullFormatter, styled
-
-_WIDE = 3.0
-"""Ratio of largest to smallest from which the axis is logarithmic."""
-_DECADES = 30.0
-"""Ratio from which only powers of ten are numbered."""
+from libprune.report.canvas import BLUE, GREY, INK, ORANGE, WIDTH, Axes, Figure, ratio_scale, styled
 
 
 @styled()
@@ -32,12 +27,7 @@ def draw_ratios(summaries: Sequence[Summary], reference: Summary) -> Figure:
     axes.set_ylim(len(summaries) - 0.5, -0.5)
     trained = any(one.after for one in summaries)
     shown = [value for one in summaries for each in (one.before, one.after) if each for value in each.ratios.values()]
-    if max(shown) > _WIDE * min(shown):
-        axes.set_xscale("log")
-        few = max(shown) < _DECADES * min(shown)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if few else (1,)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    ratio_scale(axes, shown, "x")
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", visible=True)
     axes.set_xlabel(reference.measure.scale + ("; blue: before recovery, orange: after it" if trained else ""))

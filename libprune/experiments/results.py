@@ -161,6 +161,15 @@ def cached_table(path: str, stage: str, lock: str | None, cache: Path | None) ->
     Raises:
         ArtifactError: if the revision has none, or the cache does not hold it.
     """
+    return read_table(cached_file(path, stage, lock, cache), stage)[0]
+
+
+def cached_file(path: str, stage: str, lock: str | None, cache: Path | None) -> Path:
+    """The place in DVC's cache of an output that a revision's `dvc.lock` names.
+
+    Raises:
+        ArtifactError: if the revision has none, or the cache does not hold it.
+    """
     outs = lock_stages(lock).get(stage, {}).get("outs", [])
     md5 = next((out.get("md5") for out in outs if out["path"] == path), None)
     if md5 is None:
@@ -171,7 +180,7 @@ def cached_table(path: str, stage: str, lock: str | None, cache: Path | None) ->
             f"{path} of some runs is no longer in DVC's cache, so that columns about it are empty; "
             "`dvc exp remove` such an experiment and run it again"
         )
-    return read_table(place, stage)[0]
+    return place
 
 
 def correlations_by_part(scores: Columns, measured: Columns) -> dict[str, float]:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from libprune.engine.errors import LibpruneError
-from libprune.experiments.costs import costs_of, read_costs, write_costs
+from libprune.experiments.costs import costs_of, lock_stages, read_costs, write_costs
 from libprune.experiments.dvc_experiments import WORKSPACE, Experiment, read_lock
 from libprune.experiments.file import Comparison, ExperimentRun, leaves_of
 from libprune.pipeline.atomic import writing
+from libprune.pipeline.processes import environment
 
 Echo = Callable[[str], None]
 
@@ -124,7 +125,12 @@ def run_experiment(name: str, settings: Sequence[str], log: Path) -> str | None:
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, process_group=0
+                command,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                process_group=0,
             )
         except OSError as error:
             raise LibpruneError(f"DVC cannot be run ({error}); install it beside libprune: pip install dvc") from error
@@ -194,15 +200,21 @@ def workspace_kept(echo: Echo) -> Iterator[None]:
                 path.unlink()
         for path, content in kept.items():
             _write(path, content)
-        if LOCK in kept:
-            done = subprocess.run(
-                [sys.executable, "-m", "dvc", "checkout", "-q"], capture_output=True, text=True, check=False
-            )
-            if done.returncode != 0:
-                reason = " ".join(done.stderr.split())
-                echo(
-                    f"params.yaml, dvc.lock and metrics are restored, but not all artifacts: {reason}; run `dvc repro`"
-                )
+        if LOCK in kept and (reason := _check_out(kept[LOCK].decode())) is not None:
+            echo(f"params.yaml, dvc.lock and metrics are restored, but not all artifacts: {reason}; run `dvc repro`")
+
+
+def _check_out(lock: str) -> str | None:
+    """Put back the artifacts that a `dvc.lock` names, and remove others; why that failed, or None.
+
+    DVC counts it as a failure if stages have never run; so those that have are asked for alone then.
+    """
+    for stages in ([], list(lock_stages(lock))):
+        command = [sys.executable, "-m", "dvc", "checkout", *stages]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return None
+    return reason_of(done.stderr, done.returncode)
 
 
 def _tracked() -> list[Path]:

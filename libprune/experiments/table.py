@@ -172,7 +172,7 @@ def settings_csv(gathered: Gathered, summaries: Sequence[Summary]) -> str:
             row |= _ends("recovered_ratio", one.after.ratio)
             row |= {"recovered_ratio_se_windows": one.after.error} | _cost("recovering", one.recovering)
         rows.append(row)
-    return _csv(rows)
+    return rows_csv(rows)
 
 
 def runs_csv(gathered: Gathered) -> str:
@@ -199,13 +199,13 @@ def runs_csv(gathered: Gathered) -> str:
                     **(_cost("recovering", result.recovering) if one.recovered else {}),
                 }
             )
-    return _csv(rows)
+    return rows_csv(rows)
 
 
 def overlaps_csv(gathered: Gathered, summaries: Sequence[Summary]) -> str:
     """The overlaps of a comparison as CSV, one pair of settings in each row; with itself, between a setting's seeds."""
     matrix = overlap_matrix(gathered, summaries)
-    return _csv(
+    return rows_csv(
         {"setting": one.name, "other": other.name, "overlap": float(matrix[i, j])}
         for i, one in enumerate(summaries)
         for j, other in enumerate(summaries[: i + 1])
@@ -230,7 +230,7 @@ def _known(value: Any) -> Any:
     return inert(value) if isinstance(value, str) else value
 
 
-def _csv(rows: Iterable[dict[str, Any]]) -> str:
+def rows_csv(rows: Iterable[dict[str, Any]]) -> str:
     """Rows as CSV, with the columns of all of them; None and NaN are empty."""
     known = list(rows)
     text = io.StringIO()

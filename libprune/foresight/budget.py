@@ -34,14 +34,16 @@ def budget_faults(params: Params) -> Iterator[Fault]:
         return
     if resolve(params.prepare.model) is None:
         return
-    from libprune.engine.describe import describe, without_weights
+    from libprune.engine.describe import describe, require_shared, without_weights
     from libprune.engine.stock_config import bias_key
     from libprune.models.source import load_dense_config
 
     try:
         config = load_dense_config(params.prepare)
         model = without_weights(config, params.prepare.trust_remote_code)
-        architecture = describe(model, accept=params.prepare.accept_config, experts=params.prepare.experts)
+        section = params.prepare
+        architecture = describe(model, accept=section.accept_config, experts=section.experts, heads=section.heads)
+        require_shared(architecture)
     except LibpruneError as error:
         yield Fault(f"prepare.model: {error}", ("prepare", "model"))
         return

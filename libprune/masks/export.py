@@ -8,14 +8,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Heads
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import LibpruneError, SourceError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import entries_kept
 from libprune.masks.decision import of_dense
 from libprune.models.folder import WeightFiles, fingerprint, load_config
-from libprune.pipeline.artifacts import encode_meta, read_plan
+from libprune.pipeline.artifacts import encode_meta, read_plan, read_table
 from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
 from libprune.results.record import PLAN
@@ -72,8 +72,12 @@ def export_masks(source: Path, dense: Path, target: Path, orig: bool) -> int:
     if not source.is_dir() and source.name != PLAN:
         raise SourceError(f"{source} is no folder and no {PLAN}; name a pruned folder or a plan")
     config = load_config(dense)
-    architecture = of_dense(describe(without_weights(config), fingerprint(dense), accept=tuple(config.to_dict())))
-    plan, _ = read_plan(Layout(source if source.is_dir() else source.parent), architecture)
+    layout = Layout(source if source.is_dir() else source.parent)
+    _, meta = read_table(layout.plan, "allocate")
+    units: Heads = "queries" if meta.get("heads") else "groups"
+    model = without_weights(config)
+    architecture = of_dense(describe(model, fingerprint(dense), accept=tuple(config.to_dict()), heads=units))
+    plan, _ = read_plan(layout, architecture)
     masks = dict(plan_masks(architecture, plan))
     if not masks:
         raise LibpruneError(f"the plan in {source} keeps every unit; there is nothing to mask")

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -20,6 +21,13 @@ import os, threading
 threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
 """
 """The beginning of a Python program that `run_bound` starts: it ends when its input does."""
+
+
+def environment() -> dict[str, str]:
+    """The variables of a command, by which `python` is the Python that runs now, also where it is not activated."""
+    own = str(Path(sys.executable).parent)
+    path = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
+    return os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
 
 
 def runs(pid: int) -> bool:

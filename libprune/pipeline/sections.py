@@ -89,6 +89,9 @@ class Prepare(Section):
     experts: Literal["whole", "channels"] = "whole"
     """Units of a mixture of experts: `whole` experts, or `channels` inside of them, alike in every expert of a layer.
     A run cuts one kind; its result can be the model of a run that cuts the other."""
+    heads: Literal["groups", "queries"] = "groups"
+    """Units of an attention whose query heads share key-value heads: `groups` cuts a key-value head with its query
+    heads; `queries` cuts query heads, as many in every group that stays, and whole groups."""
     families: Source | None = None
     """File, or folder of YAML files, that describe model types which libprune ships no family for; null: none."""
     pooling: Literal["mean", "cls"] | None = None

@@ -1,20 +1,13 @@
 """Commands of DVC and git, run in a project with the Python and the programs of this environment."""
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from libprune.engine.errors import ProjectError
+from libprune.pipeline.processes import environment
 from libprune.project.dvc_output import explain_dvc
-
-
-def environment() -> dict[str, str]:
-    """The variables of a command, by which `python` is the Python that runs now, also where it is not activated."""
-    own = str(Path(sys.executable).parent)
-    path = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
-    return os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
 
 
 def dvc(folder: Path, *words: str) -> None:

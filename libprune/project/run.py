@@ -3,18 +3,20 @@
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_path
 
 from libprune.engine.errors import ProjectError
+from libprune.engine.yaml_file import read_yaml
 from libprune.pipeline.artifacts import read_json
 from libprune.pipeline.atomic import writing, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.locks import mend, running
-from libprune.project.commands import dvc, environment
+from libprune.pipeline.processes import environment
+from libprune.project.commands import dvc
 from libprune.project.create import create_project, update_project
 from libprune.project.dvc_output import quiet_dvc
 from libprune.project.params_file import params_text, placed
@@ -54,16 +56,45 @@ def set_up(changes: Mapping[str, Any]) -> Path:
     return project
 
 
-def run(project: Path) -> None:
+def run(project: Path, stages: Sequence[str] = ()) -> None:
     """Run what is not up to date in a project; what DVC and the stages print goes to the terminal.
+
+    Args:
+        project: the folder of the project.
+        stages: run only these and what they read; all if none are named.
 
     Raises:
         ProjectError: if a stage has failed, which has said why, or DVC cannot work in the project.
     """
-    code = subprocess.run(quiet_dvc(["repro"]), cwd=project, env=environment()).returncode
+    code = subprocess.run(quiet_dvc(["repro", *stages]), cwd=project, env=environment()).returncode
     if code:
         dvc(project, "status")  # which fails with the cure, if it is not the stage that failed
         raise ProjectError(f"`dvc repro` in {project} ended with {code}; what was finished is kept")
+
+
+def stages_before(project: Path, stage: str) -> tuple[str, ...]:
+    """The stages that make what a stage reads, in the order of the pipeline.
+
+    Args:
+        project: the folder of the project.
+        stage: the name of the stage.
+
+    Raises:
+        LibpruneError: if the folder has no pipeline with this stage.
+    """
+    pipeline = project / "dvc.yaml"
+    if not pipeline.is_file():
+        raise ProjectError(f"{project.absolute()} has no dvc.yaml; change to the folder of a project")
+    stages = read_yaml(pipeline).get("stages") or {}
+    if stage not in stages:
+        raise ProjectError(f"{pipeline} has no stage {stage}; run `libprune update`")
+    read = set(stages[stage].get("deps", ()))
+    return tuple(name for name, one in stages.items() if any(_path(out) in read for out in one.get("outs", ())))
+
+
+def _path(out: str | Mapping[str, Any]) -> str:
+    """The path of an output, which may stand alone or with settings."""
+    return out if isinstance(out, str) else next(iter(out))
 
 
 def hand_out(project: Path, out: Path) -> Path:

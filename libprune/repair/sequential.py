@@ -342,19 +342,23 @@ def _fitted_consumers(
 ) -> Iterator[tuple[Map, Bool[Tensor, " input"]]]:
     """The consumers that are fitted, with the input positions that stay.
 
-    Beside those that lose inputs these are the ones that run behind a mixture which loses experts, such as a shared
-    expert: they can give what the mixture no longer does.
+    Beside those that lose inputs these are the ones behind what is gone, which can give some of what it gave: behind a
+    whole part or layer all of them, and in a layer whose mixture loses experts those of the later parts, such as a
+    shared expert.
     """
+    whole_before = False
     pruned = {consumer.module: (consumer, kept) for consumer, kept in pruned_consumers(architecture, plan)}
     for layer in range(architecture.layers):
         parts = architecture.parts_of(layer)
         routed = [part for part in parts if architecture.parts[part].router and not plan.keep[layer, part].all()]
         behind = {part for part in parts if routed and parts.index(part) >= parts.index(routed[0])}
         for part in parts:
+            whole_before |= plan.gone(layer, part)
             for consumer in architecture.consumers(layer, part):
+                stays = (whole_before and not consumer.stack) or (part in behind and part not in routed)
                 if consumer.module in pruned and (consumer.part in routed or not own_inputs):
                     yield pruned.pop(consumer.module)
-                elif part in behind and part not in routed and not own_inputs and not plan.gone(layer, part):
+                elif stays and not own_inputs and not plan.gone(layer, part):
                     yield consumer, torch.ones(consumer.input.size(architecture.sizes), dtype=torch.bool)
 
 

@@ -22,9 +22,11 @@ from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch, Rectangle  # noqa: E402
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter  # noqa: E402
+from matplotlib.transforms import Bbox  # noqa: E402
 
 __all__ = [
     "Axes",
+    "Bbox",
     "Figure",
     "LogLocator",
     "LogNorm",
@@ -143,6 +145,30 @@ def value_scale(axes: Axes, values: NDArray[Any], which: str) -> None:
         set_scale("log")
     else:
         set_scale("symlog", linthresh=linear_below(finite), linscale=0.5)
+
+
+_WIDE = 3.0
+"""Ratio of largest to smallest value from which an axis of ratios is logarithmic."""
+_DECADES = 30.0
+"""Ratio from which only powers of ten are numbered."""
+
+
+def ratio_scale(axes: Axes, values: Sequence[float], which: str) -> None:
+    """Scale an axis of ratios: logarithmic where they differ much, with plain numbers at even steps.
+
+    Args:
+        axes: the panel.
+        values: the ratios that it shows, at least one.
+        which: `x` or `y`.
+    """
+    if min(values) <= 0 or max(values) <= _WIDE * min(values):
+        return
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    few = max(values) < _DECADES * min(values)
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if few else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def linear_below(values: NDArray[Any]) -> float:

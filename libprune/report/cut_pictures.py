@@ -35,8 +35,9 @@ _REMOVALS = {
 """Label, colour, marker and distance from the layer's number on the axis, by what is removed."""
 
 
-def _units(part: str) -> str:
-    return _NAMES.get(part, f"{part} units")
+def _units(part: str, meta: Mapping[str, Any]) -> str:
+    """What the units of a part are called; `heads` of a plan's metadata names the parts that are cut in query heads."""
+    return "query heads" if part in meta.get("heads", {}) else _NAMES.get(part, f"{part} units")
 
 
 @styled()
@@ -62,16 +63,17 @@ def draw_kept_share(plan: Columns, meta: Mapping[str, Any]) -> Figure:
             axes.axhline(asked, color=INK, linestyle="--", linewidth=1.0, label=label)
         layer_axis(axes, layers)
         axes.set_ylim(0, 100)
-        axes.set_ylabel(f"{_units(part)}, %")
-        set_title(axes, f"{_kept_text(part, int(kept.sum()), int(units.sum()))}; {_between(share)}")
+        axes.set_ylabel(f"{_units(part, meta)}, %")
+        told = _kept_text(_units(part, meta), int(kept.sum()), int(units.sum()))
+        set_title(axes, f"{told}; {_between(share)}")
     figure.legend(
         handles=[*panels[0].containers, *panels[0].lines], loc="outside lower center", ncols=3, columnspacing=1.0
     )
     return figure
 
 
-def _kept_text(part: str, kept: int, units: int) -> str:
-    return f"{kept:,} of {units:,} {_units(part)} kept ({100 * kept / units:.1f} %)"
+def _kept_text(named: str, kept: int, units: int) -> str:
+    return f"{kept:,} of {units:,} {named} kept ({100 * kept / units:.1f} %)"
 
 
 def _between(share: NDArray[np.float64]) -> str:
@@ -95,8 +97,8 @@ def draw_scores(plan: Columns, meta: Mapping[str, Any]) -> Figure:
         values, keep = plan[name][here], plan["keep"][here]
         cuts = _cuts(plan["layer_idx"][here], values, keep)
         _score_panel(axes, values, keep, cuts)
-        axes.set_ylabel(_units(part))
-        set_title(axes, _cut_text(part, keep, cuts))
+        axes.set_ylabel(_units(part, meta))
+        set_title(axes, _cut_text(_units(part, meta), keep, cuts))
     panels[-1].set_xlabel(f"{name} of a unit by {meta.get('criterion', 'the criterion')} (higher: worth more)")
     handles = [Patch(color=BLUE, label="kept"), Patch(label="removed", **_REMOVED), Patch(label="cuts", **_BAND)]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
@@ -134,9 +136,9 @@ def _edges(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(around * np.sinh(np.linspace(scaled[0] - 0.05, scaled[1] + 0.05, _BINS + 1)))
 
 
-def _cut_text(part: str, keep: NDArray[np.bool_], cuts: NDArray[np.float64]) -> str:
+def _cut_text(named: str, keep: NDArray[np.bool_], cuts: NDArray[np.float64]) -> str:
     """A title that says how many units are removed, and between which scores the cuts lie."""
-    removed = f"{int((~keep).sum()):,} of {len(keep):,} {_units(part)} removed"
+    removed = f"{int((~keep).sum()):,} of {len(keep):,} {named} removed"
     if not len(cuts):
         return removed
     low, high = f"{cuts.min():.2g}", f"{cuts.max():.2g}"

@@ -192,23 +192,31 @@ def _units_cut(kinds: Mapping[str, str], kept: str) -> str:
     """What the units of each part are, in a sentence.
 
     Args:
-        kinds: by part, `groups`, `channels` or `experts`.
+        kinds: by part, `groups`, `heads`, `channels` or `experts`.
         kept: of which multiple channels stay, in words; empty for none.
     """
     words = {"groups": "heads", "channels": f"channels{kept}", "experts": "whole experts"}
     attention = "groups (a key-value head with its query heads)"
+    if kinds.get("attention") == "heads":
+        attention = "query heads (as many in each group that stays; a group without any loses its key-value head)"
     parts = [f"{part} in {attention if part == 'attention' else words[kind]}" for part, kind in kinds.items()]
     return f"The parts are cut in these units: {'; '.join(parts)}."
 
 
 def _layers(result: Metrics) -> str:
     """A table of the kept units; neighbouring layers that keep the same share a row."""
-    units, rows = result["units"], Rows()
-    for _, run in groupby(enumerate(result["kept"]), key=lambda pair: pair[1]):
+    units, groups, rows = result["units"], result.get("groups", {}), Rows()
+    in_groups = result.get("kept_groups", [{}] * len(result["kept"]))
+
+    def cell(part: str, kept: Mapping[str, int], of: Mapping[str, int]) -> str:
+        counts = f"{kept[part]:,} of {units[part]:,}" if part in kept else "–"
+        return f"{counts} in {of[part]} of {groups[part]} groups" if part in of else counts
+
+    for _, run in groupby(enumerate(zip(result["kept"], in_groups, strict=True)), key=lambda pair: pair[1]):
         layers = list(run)
-        (first, kept), (last, _) = layers[0], layers[-1]
+        (first, (kept, of)), (last, _) = layers[0], layers[-1]
         name = str(first) if first == last else f"{first} to {last}"
-        rows.append((name, *(f"{kept[part]:,} of {units[part]:,}" if part in kept else "–" for part in units)))
+        rows.append((name, *(cell(part, kept, of) for part in units)))
     return markdown_table(rows, ("layer", *units))
 
 

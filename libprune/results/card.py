@@ -74,11 +74,13 @@ def _opening(record: Record, origin: Origin) -> Iterator[str]:
     yield f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---"
     yield f"# {origin.name}, pruned" + (" and trained" if record.recovery else "")
     dense, pruned = (record.provenance["parameters"][name] for name in ("dense", "pruned"))
+    attention = "attention groups, each a key-value head with its query heads"
+    if record.heads == "queries":
+        attention = "query heads, as many in each group that stays, and whole groups with their key-value head"
     yield (
         f"This is `{origin.base_model or origin.name}` without "
         f"{100 * (1 - pruned['decoder'] / dense['decoder']):.1f} % of the parameters of its layers. Whole units were "
-        "removed by structured pruning: attention groups, each a key-value head with its query heads, and MLP "
-        "channels. So the matrices are smaller; none is sparse."
+        f"removed by structured pruning: {attention}, and MLP channels. So the matrices are smaller; none is sparse."
     )
     rows = [
         ("parameters", f"{dense['all']:,}", f"{pruned['all']:,}"),

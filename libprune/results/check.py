@@ -257,7 +257,8 @@ def _against_dense(
     model = load_model(dense, torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(record.dtype).float()
-    architecture = describe(model, accept=keys_of(model.config.to_dict()), experts=record.experts)
+    accept = keys_of(model.config.to_dict())
+    architecture = describe(model, accept=accept, experts=record.experts, heads=record.heads)
     exposed(model, architecture)
     with masked(model, architecture, record.plan):
         wanted = reference_logits(model, ids)

@@ -235,7 +235,24 @@ def _facts(run: _Run) -> dict[str, Any]:
             {part: run.plan.kept(layer, part) for part in architecture.parts_of(layer)}
             for layer in range(architecture.layers)
         ],
+        **_groups(architecture, run.plan),
     }
+
+
+def _groups(architecture: Architecture, plan: Plan) -> dict[str, Any]:
+    """The groups of parts whose units are query heads, and how many each layer keeps; nothing of other models."""
+    shapes = {part: shape for part, shape in architecture.parts.items() if shape.outer}
+    if not shapes:
+        return {}
+    kept = [
+        {
+            part: int(shape.groups_left(plan.keep[layer, part]).sum())
+            for part, shape in shapes.items()
+            if (layer, part) in plan.keep
+        }
+        for layer in range(architecture.layers)
+    ]
+    return {"groups": {part: shape.groups for part, shape in shapes.items()}, "kept_groups": kept}
 
 
 def _left(run: _Run) -> Architecture:

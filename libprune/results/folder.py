@@ -139,7 +139,7 @@ def pruned_config(
         )
     sizes = dict(architecture.sizes)
     if shape == "uniform":  # each part in a layer that has it
-        sizes |= {axis: size for layer in plan.layers for axis, size in _left(architecture, plan, layer).items()}
+        sizes |= {axis: size for layer in plan.layers for axis, size in plan.sizes(architecture, layer, 1).items()}
     new = new_config(family, config, sizes, plan.layers)
     data = {key: value for key, value in new.to_dict().items() if not key.endswith("name_or_path")}
     data[family.config.layers] = len(plan.layers)  # which some classes count themselves and leave out
@@ -171,16 +171,12 @@ def _layer_sizes(architecture: Architecture, plan: Plan, layer: int) -> dict[str
     A part that is gone is written with one unit. It is skipped, not built; but stock code, which does
     not know `skip`, must see a width of its own and refuse the folder, not fill the part with random weights.
     """
-    return {**architecture.sizes, **_left(architecture, plan, layer)}
-
-
-def _left(architecture: Architecture, plan: Plan, layer: int) -> dict[str, int]:
-    return {architecture.parts[part].axis: max(1, plan.kept(owner, part)) for owner, part in architecture.uses(layer)}
+    return {**architecture.sizes, **plan.sizes(architecture, layer, 1)}
 
 
 def _layer_overrides(family: Family, architecture: Architecture, plan: Plan, layer: int) -> dict[str, Any]:
     sizes = _layer_sizes(architecture, plan, layer)
-    pruned_axes = {shape.axis for shape in architecture.parts.values()}
+    pruned_axes = frozenset[str]().union(*(shape.axes for shape in architecture.parts.values()))
     overrides: dict[str, Any] = {
         key: expressions[0].size(sizes)
         for key, expressions in family.config.expressions.items()

@@ -5,7 +5,7 @@ import json
 import platform
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from libprune.engine.architecture import Architecture, Experts, know_family
+from libprune.engine.architecture import Architecture, Experts, Heads, know_family
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
@@ -137,7 +137,15 @@ class Record:
     @cached_property
     def architecture(self) -> Architecture:
         """The architecture of the remaining layers, as wide as the stock config says."""
-        return describe(self.stock_model, accept=keys_of(self.config), experts=self.experts)
+        grouped: Mapping[str, int] = self.provenance["plan"].get("heads") or {}
+        own = describe(self.stock_model, accept=keys_of(self.config), experts=self.experts, heads=self.heads)
+        of_dense = {part: replace(own.parts[part], groups=number) for part, number in grouped.items()}
+        return replace(own, parts={**own.parts, **of_dense})  # as the plan counts them
+
+    @property
+    def heads(self) -> Heads:
+        """The units of an attention that the plan is of."""
+        return "queries" if self.provenance["plan"].get("heads") else "groups"
 
     @property
     def experts(self) -> Experts:

@@ -96,7 +96,7 @@ def criteria_of(architecture: Architecture, params: Score) -> dict[str, Weights]
     return {part: parse_criteria(text, params.fusion, key) for part, (key, text) in asked_of(parts, params)}
 
 
-KEYS: Mapping[Units, str] = {"groups": "attention", "channels": "mlp", "experts": "experts"}
+KEYS: Mapping[Units, str] = {"groups": "attention", "heads": "attention", "channels": "mlp", "experts": "experts"}
 """The key of the score section that names the criteria of parts with such units, where it is not null. Shared experts,
 which all tokens go through, are scored as an MLP."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe import describe, without_weights
+from libprune.engine.describe import describe, require_shared, without_weights
 from libprune.engine.errors import ParamsError, SourceError
 from libprune.engine.heads import EMBEDDING, Pooling
 from libprune.models.families import use_families
@@ -77,7 +77,8 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     use_families(section.families)
     _require_content(section)
     model, tokenizer = load_dense(section)
-    described = describe(model, accept=section.accept_config, experts=section.experts)
+    described = describe(model, accept=section.accept_config, experts=section.experts, heads=section.heads)
+    require_shared(described)
     pooling, files = _pooling(section, described)
     trimmed = None
     if section.vocabulary is not None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, PartShape
 from libprune.engine.errors import LibpruneError
 from libprune.engine.family import families
 from libprune.engine.heads import HEADS, writes
@@ -33,7 +33,7 @@ class Timing:
     """Seconds of one forward pass over ``batch`` sequences of ``tokens`` tokens.
 
     Attributes:
-        widths: units by part of each measured layer.
+        widths: units by part of each measured layer; where these lie in groups with an axis, the groups by that axis.
         seconds: the time of each of these layers, ``[widths]``, without embeddings and head.
         outside: the time of embeddings, last norm, and head. The head of a language model runs at one position of each
             sequence, as in a prefill.
@@ -47,6 +47,8 @@ class Timing:
 def measured_widths(architecture: Architecture, number: int) -> list[dict[str, int]]:
     """The dense layer, and layers of which one part has fewer units, as units by part.
 
+    Of a part whose units are query heads, some have fewer heads in each group, and some fewer groups, by their axis.
+
     The counts are at even distances among those that the config can say. On an axis of more than 64 units they are
     multiples of gcd(dense count, 64), since an odd number of channels would be slow for a reason of its own.
 
@@ -59,8 +61,12 @@ def measured_widths(architecture: Architecture, number: int) -> list[dict[str, i
             "timed; choose allocate.objective: parameters or macs"
         )
     dense = {part: architecture.units(part) for part in architecture.parts}
+    dense |= {shape.outer: shape.groups for shape in architecture.parts.values() if shape.outer}
     widths = [dense]
     for part, shape in architecture.parts.items():
+        if shape.outer:
+            widths += _of_heads(dense, part, shape, number)
+            continue
         step = gcd(dense[part], _EVEN) if dense[part] > _EVEN else 1
         counts = [count for count in range(step, dense[part], step) if shape.says(count)]
         chosen = np.unique(np.linspace(0, len(counts), number - 1, endpoint=False).astype(int))
@@ -71,6 +77,18 @@ def measured_widths(architecture: Architecture, number: int) -> list[dict[str, i
 
 
 _EVEN = 64
+
+
+def _of_heads(dense: dict[str, int], part: str, shape: PartShape, number: int) -> list[dict[str, int]]:
+    """Layers with fewer query heads in every group, and others with fewer groups."""
+    groups, each = shape.groups, dense[part] // shape.groups
+    fewer = [[(groups, groups * left) for left in range(1, each)], [(left, left * each) for left in range(1, groups)]]
+    widths = []
+    for pairs in fewer:
+        said = [pair for pair in pairs if shape.says(pair[1], pair[0])]
+        chosen = np.unique(np.linspace(0, len(said), number - 1, endpoint=False).astype(int))
+        widths += [{**dense, part: said[i][1], shape.outer: said[i][0]} for i in chosen if said]
+    return widths
 
 
 def time_layers(
@@ -91,8 +109,10 @@ def time_layers(
 
     def make(kind: Any, units: Mapping[str, int] | None) -> PreTrainedModel:
         """A model of one layer or of none, with random weights."""
-        parts = architecture.parts
-        sizes = dict(architecture.sizes) | {parts[part].axis: count for part, count in (units or {}).items()}
+        sizes, counts = dict(architecture.sizes), units or {}
+        for part in counts.keys() & architecture.parts:
+            shape = architecture.parts[part]
+            sizes |= shape.sizes(counts[part], counts.get(shape.outer, 0))
         one = new_config(family, config, sizes, (0,))
         with device:
             model: PreTrainedModel = kind.from_config(one, dtype=dtype)
@@ -134,7 +154,7 @@ def _wait(ids: Tensor) -> None:
 
 
 def fit_lines(architecture: Architecture, timing: Timing) -> dict[str, Any]:
-    """Least squares of seconds = fixed + Σ over parts of unit[part]·units.
+    """Least squares of seconds = fixed + Σ over parts of unit[part]·units, and unit[axis]·groups of an axis of groups.
 
     A part is left out of the fit, with 0 seconds a unit, if it was not measured or if all its units together take less
     time than the largest error of the fit.
@@ -147,7 +167,7 @@ def fit_lines(architecture: Architecture, timing: Timing) -> dict[str, Any]:
         LibpruneError: if no part takes more time than that error.
     """
     dense = timing.widths[0]
-    parts = [part for part in architecture.parts if any(width[part] < dense[part] for width in timing.widths)]
+    parts = [part for part in dense if any(width[part] < dense[part] for width in timing.widths)]
     while parts:
         counts = np.array([[1.0, *(width[part] for part in parts)] for width in timing.widths])
         (fixed, *units), *_ = np.linalg.lstsq(counts, timing.seconds, rcond=None)
@@ -161,7 +181,7 @@ def fit_lines(architecture: Architecture, timing: Timing) -> dict[str, Any]:
             "no width changed the time of a layer; raise latency.tokens, latency.batch or latency.rounds"
         )
     return {
-        "unit": dict.fromkeys(architecture.parts, 0.0) | dict(zip(parts, map(float, units), strict=True)),
+        "unit": dict.fromkeys(dense, 0.0) | dict(zip(parts, map(float, units), strict=True)),
         "fixed": max(float(fixed), 0.0),
         "outside": timing.outside,
         "misfit": missed / float(timing.seconds[0]),
@@ -196,7 +216,7 @@ def measure_latency(layout: Layout, device: str, dtype: str, section: Latency) -
     write_json(layout.latency, sealed({"model": architecture.fingerprint, **section.model_dump(), **machine, **lines}))
     return [
         *(
-            f"{part}: {1e6 * seconds:.3g} µs a unit, {1e3 * seconds * architecture.units(part):.3g} ms a layer"
+            f"{part}: {1e6 * seconds:.3g} µs a unit, {1e3 * seconds * lines['widths'][0][part]:.3g} ms a layer"
             for part, seconds in lines["unit"].items()
         ),
         f"rest of a layer: {1e3 * lines['fixed']:.3g} ms; the lines miss by {100 * lines['misfit']:.0f} % at most",

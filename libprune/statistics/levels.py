@@ -9,6 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from libprune.engine.architecture import Architecture, Block
+from libprune.engine.cost import Removals, removals_of_heads
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, mean_columns, split_blocks
 from libprune.pipeline.artifacts import read_scores, write_table
@@ -24,25 +25,45 @@ Orders = Mapping[Block, NDArray[np.int64]]
 
 
 def unit_orders(architecture: Architecture, scores: Columns) -> Orders:
-    """The units of every block in the order in which they are removed: ascending score, ties by unit."""
-    return {block: np.argsort(score, kind="stable") for block, score in split_blocks(architecture, scores["score"])}
+    """The units of every block in the order in which they are removed: ascending score, ties by unit.
+
+    Query heads go in the order of their removals, all blocks through the same numbers of heads and groups.
+    """
+    orders = {block: np.argsort(score, kind="stable") for block, score in split_blocks(architecture, scores["score"])}
+    if architecture.heads == "groups":
+        return orders
+    heads = removals_of_heads(architecture, scores["importance"], alike=True)
+    return orders | {block: np.concatenate(removals).astype(np.int64) for block, removals in heads.items()}
 
 
-def choose_levels(architecture: Architecture, number: int) -> list[Level]:
-    """The levels to measure of every block: at most `number`, at even distances up to the whole block."""
+def choose_levels(
+    architecture: Architecture, number: int, importance: NDArray[np.float64] | None = None
+) -> list[Level]:
+    """The levels to measure of every block: at most `number`, at even distances up to the whole block.
+
+    Args:
+        number: of levels.
+        importance: of all units, which says how many query heads go together; None: all alike.
+    """
+    heads: Mapping[Block, Removals] = {}
+    if architecture.heads == "queries":
+        units = sum(architecture.units(part) for _, part in architecture.blocks())
+        heads = removals_of_heads(architecture, np.ones(units) if importance is None else importance, alike=True)
     return [
         (layer, part, int(removed))
         for layer, part in architecture.blocks()
-        for removed in _counts(architecture, part, number)
+        for removed in _counts(architecture, part, number, heads.get((layer, part)))
     ]
 
 
-def _counts(architecture: Architecture, part: str, number: int) -> NDArray[np.int64]:
+def _counts(architecture: Architecture, part: str, number: int, removals: Removals | None) -> NDArray[np.int64]:
     """The numbers of removed units that are measured, up to the whole part or to what must stay of it."""
     shape, groups = architecture.parts[part], architecture.parts[part].groups
-    steps = (architecture.units(part) - shape.least) // groups
+    steps = (architecture.units(part) - shape.least) // groups if removals is None else len(removals)
     even = np.linspace(0, steps, (1 if shape.coupled else number) + 1).round().astype(np.int64)
-    return groups * np.unique(even)[1:]
+    if removals is None:
+        return groups * np.unique(even)[1:]
+    return np.cumsum([0, *map(len, removals)])[np.unique(even)[1:]]
 
 
 def order_digest(orders: Orders) -> str:
@@ -102,8 +123,9 @@ def measure_levels(
 
     run = set_up(layout, compute, section.sequences, last=True)
     require_own_weights(run)
-    orders = unit_orders(run.architecture, read_scores(layout).table)
-    levels = choose_levels(run.architecture, section.number)
+    scores = read_scores(layout).table
+    orders = unit_orders(run.architecture, scores)
+    levels = choose_levels(run.architecture, section.number, scores["importance"])
     plans, order = level_plans(run.architecture, orders, levels), order_digest(orders)
     repair, inputs = repairing()
     identity = {"order": order, "number": section.number, "inputs": inputs}

@@ -131,6 +131,16 @@ def test_artifacts_that_cannot_be_put_back_are_said(folder):
     assert "not all artifacts" in said[0]
 
 
+def test_where_stages_have_never_run_the_artifacts_of_those_that_have_are_put_back(folder):
+    """In the place of DVC a program that refuses what has never run, as DVC does."""
+    (folder / "dvc.py").write_text("import sys\nraise SystemExit(sys.argv[1:] != ['checkout', 'one', 'two'])\n")
+    (folder / "dvc.lock").write_text("stages: {one: {}, two: {}}\n")
+    said = []
+    with workspace_kept(said.append):
+        pass
+    assert said == []
+
+
 def test_an_interrupt_ends_dvc_once_and_waits_for_it(folder, monkeypatch):
     """In the place of DVC a program that says when it is interrupted, and how often."""
     (folder / "dvc.py").write_text(

@@ -99,6 +99,16 @@ def test_llama_cpp_computes_layers_of_their_own_widths(tmp_path, kind):
     _runs(tmp_path, source, "f32")
 
 
+@pytest.mark.parametrize("kind", ["uniform", "per_layer"])
+def test_llama_cpp_computes_fewer_query_heads_in_each_group(tmp_path, kind):
+    """Queries are reordered by heads, keys by groups; in layers of their own numbers each by its own."""
+    layers = [(3, 1), (1, 2), (2, 1), (3, 2)]
+    _, source = write_pruned(tmp_path, "llama", kind, lambda layer: layers[layer] if kind == "per_layer" else (3, 1))
+    found = [(layer.groups, layer.heads // layer.groups) for layer in source.layers]
+    assert found == (layers if kind == "per_layer" else [(3, 1)] * 4)
+    _runs(tmp_path, source, "f32")
+
+
 def test_llama_cpp_computes_qwen3_with_norms_on_its_heads(tmp_path, monkeypatch):
     plain = tiny_model(Qwen3Config, **FFN, **heads(26, 3, 3, 4), tie_word_embeddings=True)
     monkeypatch.setitem(FAMILIES, "qwen3 without biases", plain)

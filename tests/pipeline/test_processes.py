@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from libprune.pipeline.processes import END_WITH_PARENT, run_bound, runs
+from libprune.pipeline.processes import END_WITH_PARENT, environment, run_bound, runs
 
 STAGE = """
 import os, time
@@ -92,3 +93,9 @@ def test_an_ended_process_that_nobody_waits_for_does_not_run():
         time.sleep(0.05)
     assert not runs(process.pid)
     process.wait()
+
+
+def test_python_is_the_one_that_runs_now(monkeypatch):
+    monkeypatch.setenv("PATH", os.defpath)
+    said = subprocess.run(["python", "-c", "import sys; print(sys.prefix)"], env=environment(), capture_output=True)
+    assert Path(said.stdout.decode().strip()) == Path(sys.prefix)

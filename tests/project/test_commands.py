@@ -1,20 +1,9 @@
 """Commands run with the programs of this environment, and what they say is not lost."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from libprune.engine.errors import ProjectError
-from libprune.project.commands import dvc, environment, git, in_repository
-
-
-def test_python_is_the_one_that_runs_now(monkeypatch):
-    monkeypatch.setenv("PATH", os.defpath)
-    said = subprocess.run(["python", "-c", "import sys; print(sys.prefix)"], env=environment(), capture_output=True)
-    assert Path(said.stdout.decode().strip()) == Path(sys.prefix)
+from libprune.project.commands import dvc, git, in_repository
 
 
 def test_what_git_refuses_is_told_with_its_words(tmp_path):

@@ -10,7 +10,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import load_params
 from libprune.project import run as runner
 from libprune.project.pipeline_file import pipeline_text
-from libprune.project.run import hand_out, project_of, set_up
+from libprune.project.run import hand_out, project_of, set_up, stages_before
 from tests.support import tiny
 
 
@@ -83,3 +83,15 @@ def test_the_final_model_the_report_and_the_params_are_handed_out(tmp_path, reco
     assert report == ("artifacts/pruned model exported" if recovered else "model artifacts/recovered exported")
     names = {"model", "report", "params.yaml"} | ({"exported"} if files else set())
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_the_stages_before_one_are_those_that_make_what_it_reads(tmp_path):
+    outs = {"plain": ["a"], "with_settings": [{"b": {"cache": False}}], "beside": ["c"], "last": ["d"]}
+    stages = {name: {"cmd": name, "outs": paths} for name, paths in outs.items()}
+    stages["last"]["deps"] = ["libprune/engine", "b", "a"]
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    assert stages_before(tmp_path, "last") == ("plain", "with_settings")
+    with pytest.raises(ProjectError, match="has no stage other; run `libprune update`"):
+        stages_before(tmp_path, "other")
+    with pytest.raises(ProjectError, match=r"has no dvc\.yaml; change to the folder of a project"):
+        stages_before(tmp_path / "none", "last")

@@ -141,11 +141,13 @@ def slow_repair(
     dense, repaired = deepcopy(model).double(), deepcopy(model).double()
     found = {}
     truth = forward(dense, architecture, ids)
+    whole = {block: plan.gone(*block) for block in architecture.blocks()}
     for layer in range(architecture.layers):
         block, before = f"{architecture.layers_path}.{layer}", []
         for consumer in in_order(architecture, layer):
             kept = input_mask(architecture, plan, consumer)
-            if kept.any() and not kept.all():
+            behind = any(gone and at[0] < layer for at, gone in whole.items()) or whole.get((layer, "attention"))
+            if kept.any() and (behind or not kept.all()):
                 with masked(repaired, architecture, plan):
                     now = forward(repaired, architecture, ids)
                 h = truth.states[block] + factor * sum(truth.outputs[name] for name in before)
@@ -210,12 +212,15 @@ def test_no_token_drifts_further_than_so_many_medians_of_its_sequence(name, cap)
 
 
 @two_models
-@pytest.mark.parametrize("kind", ["holes", "shallow"])
-def test_parts_and_layers_that_are_gone_are_passed_over_and_their_loss_is_taken_into_account(name, kind):
+@pytest.mark.parametrize("gone", [None, 1, 3])
+def test_parts_and_layers_that_are_gone_are_passed_over_and_their_loss_is_taken_into_account(name, gone):
+    """Behind a whole layer or part every consumer takes it back; behind the last layer there is none."""
     model, ids = MODELS[name](0), tokens(18, 12)
-    plan = random_plan(describe(model), kind, seed=2)
+    architecture = describe(model)
+    plan = plan_of(architecture, lambda layer, part: 0 if layer == gone else architecture.units(part))
+    plan = random_plan(architecture, "holes", seed=2) if gone is None else plan
     expected, _ = slow_repair(model, plan, ids, DAMPING, 1.0)
-    assert (kind == "shallow") is (not expected)
+    assert (gone == 3) is (not expected)
     assert_weights_close(weights_of(repair(model, plan, ids)), expected)
 
 

@@ -23,6 +23,15 @@ def test_the_bars_of_the_kept_share_are_the_plans():
     assert "asked for: 70.0 % of the decoder parameters" in legend(figure)
 
 
+def test_panels_name_query_heads_where_these_are_the_units():
+    plan = plan_rows(3, np.random.default_rng(0).normal(size=30), removed=0.5)
+    for heads, name in ({}, "attention groups"), ({"attention": 3}, "query heads"):
+        for draw in (draw_kept_share, draw_scores):
+            axes = draw(plan, {**PLAN_META, "heads": heads}).axes[0]
+            assert axes.get_ylabel().startswith(name)
+            assert name in axes.get_title(loc="left")
+
+
 SIZES = st.one_of(st.just(0.0), st.floats(1e-20, 1e20))
 
 

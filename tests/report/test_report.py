@@ -47,6 +47,19 @@ def test_layers_that_keep_the_same_share_a_row():
     assert rows == [("0 to 2", "9"), ("3", "8"), ("4 to 5", "9")]
 
 
+def test_query_heads_are_told_with_the_groups_that_they_lie_in():
+    kept = [{"attention": 6, "mlp": 9}, {"attention": 6, "mlp": 9}, {"attention": 0, "mlp": 9}]
+    of = [{"attention": 3}, {"attention": 2}, {"attention": 0}]
+    result = changed(kept=kept, units={"attention": 9, "mlp": 9}, unit_kinds={"attention": "heads", "mlp": "channels"})
+    text = report_of(result | {"groups": {"attention": 3}, "kept_groups": of})
+    assert "attention in query heads (as many in each group that stays" in text
+    rows = re.findall(r"^\| (\d.*?) \| (\d of 9 in \d of 3 groups) \|", text, re.MULTILINE)
+    assert rows == [
+        (str(layer), f"{k['attention']} of 9 in {o['attention']} of 3 groups")
+        for layer, (k, o) in enumerate(zip(kept, of, strict=True))
+    ]
+
+
 def test_every_picture_given_is_shown_once_and_no_other():
     for pictures in (PICTURES, PICTURES[:2], PICTURES[3:5], []):
         shown = re.findall(r"!\[.*?\]\(gradient_analysis/(.*?)\.png\)", report_of(trained(), pictures))

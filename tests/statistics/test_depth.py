@@ -1,5 +1,6 @@
 """The order in which layers go: against direct computations, on a model whose single scores choose badly, resumed."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.engine.errors import ArtifactError, LibpruneError, ParamsError
+from libprune.engine.errors import ArtifactError, BudgetError, LibpruneError, ParamsError
 from libprune.engine.surgery import masked
 from libprune.models.folder import load_model
 from libprune.models.tokens import read_tokens
@@ -33,6 +34,7 @@ from libprune.statistics.depth import (
 from libprune.statistics.sensitivity import LAYER
 from tests.support import tiny
 from tests.support.closure import run_without_torch
+from tests.support.exported import run_here
 from tests.support.predictions import kl, logits_of
 from tests.support.shapes import Shape
 from tests.support.tiny import change_params
@@ -272,6 +274,39 @@ def test_as_many_layers_go_as_fit_and_widths_fill_the_rest(project):
     assert sorted(set(range(4)) - set(plan.layers)) == sorted(layer for layer, _ in order[:2])
     assert plan.uniform
     assert meta["shape"] == "uniform"
+    told = json.loads((project / "metrics/allocation.json").read_text())
+    assert [one["layer"] for one in told["depth"]["removals"]] == [layer for layer, _ in order[:2]]
+    assert told["depth"]["divergence"] == pytest.approx(depth_table(project)["divergence"][1])
+    assert abs(told["removed"] - told["target"]) <= 2 * (told["target"] / 0.6) / 4 / 3  # a group in each of two layers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("libprune.results.proof.reload", run_here)
+        tiny.run_stages(project, ["slice"])
+    config = json.loads((layout.pruned / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    assert "auto_map" not in config
+
+
+def test_single_parts_go_by_the_order_and_the_result_is_per_layer(project):
+    change_params(project, "depth", of="parts")
+    order = measure(project, depth="joint", layers=2)
+    tiny.run_stages(project, ["allocate"])
+    layout = Layout(project / "artifacts")
+    plan, meta = read_plan(layout, read_architecture(layout))
+    assert {block for block in plan.removed if block[1] != LAYER} == set(order[:2])
+    assert meta["shape"] == "per_layer"
+    change_params(project, "allocate", shape="uniform")
+    with pytest.raises(LibpruneError, match="the layers of this plan differ"):
+        tiny.run_stages(project, ["allocate"])
+
+
+def test_more_layers_than_fit_or_were_measured_are_refused(project):
+    measure(project, depth="joint", ratio=0.3, layers=2)
+    with pytest.raises(BudgetError, match=r"2 removals take 0\.500 of the decoder parameters.* has room for 1"):
+        tiny.run_stages(project, ["allocate"])
+    change_params(project, "allocate", layers=4, ratio=0.9)
+    change_params(project, "depth", removals=None)
+    with pytest.raises(BudgetError, match="the depth stage has put 3 removals into order"):
+        tiny.run_stages(project, ["allocate"])
 
 
 def test_an_order_of_another_kind_is_refused(project):

@@ -1,5 +1,6 @@
 """Tiny pruned folders with a tokenizer that llama.cpp has too, for tests of what is exported."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,11 +8,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from libprune.engine.architecture import Heads
 from libprune.export.formats import Format
 from libprune.export.source import Source
 from libprune.models.folder import load_model
 from libprune.results.record import Record, read_provenance, write_provenance
-from tests.support.models import FAMILIES, TOWERS, VOCAB, prune, random_plan, write_dense
+from tests.support.models import FAMILIES, TOWERS, VOCAB, plan_of_heads, prune, random_plan, write_dense
 
 _SPACE = "\u0120"
 """How byte-level tokenizers write a space."""
@@ -32,19 +34,24 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_pruned(root: Path, name: str, kind: str) -> tuple[Source, Source]:
+def write_pruned(
+    root: Path, name: str, kind: str, heads: Callable[[int], tuple[int, int]] | None = None
+) -> tuple[Source, Source]:
     """A tiny model of a family, dense and pruned by a random plan.
 
     Args:
         root: a folder; the dense model comes to lie in `dense`, the pruned one in `pruned`.
         name: of `tests.support.models.FAMILIES` or `TOWERS`.
         kind: of plan, one of `tests.support.models.PLANS`.
+        heads: the groups that each layer keeps and the query heads in each, in place of the random plan of a kind.
     """
-    dense = write_dense((FAMILIES | TOWERS)[name](0), root / "dense")
+    units: Heads = "queries" if heads else "groups"
+    dense = write_dense((FAMILIES | TOWERS)[name](0), root / "dense", heads=units)
     write_tokenizer(dense.folder)
     (root / "pruned").mkdir()
     custom = kind in {"holes", "per_layer"}
-    prune(dense, random_plan(dense.architecture, kind), custom, root / "pruned")
+    plan = plan_of_heads(dense.architecture, heads) if heads else random_plan(dense.architecture, kind)
+    prune(dense, plan, custom, root / "pruned")
     write_provenance(root / "pruned", {})
     shapes = {"dense": "uniform", "pruned": "per_layer" if custom else "uniform"}
     made = {"dense": {}, "pruned": read_provenance(root / "pruned")}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import Architecture, Experts, Heads
 from libprune.engine.describe import describe
 from libprune.engine.heads import HEADS, HeadName
 from libprune.engine.plan import Plan
@@ -530,6 +530,18 @@ def random_plan(architecture: Architecture, kind: str, seed: int = 0) -> Plan:
     return plan_of(architecture, PLANS[kind](architecture, np.random.default_rng(seed)), seed)
 
 
+def plan_of_heads(architecture: Architecture, counts: Callable[[int], tuple[int, int]], seed: int = 0) -> Plan:
+    """Keeps so many groups, and so many query heads in each, of every layer; which ones is random. Else whole."""
+    rng, keep = np.random.default_rng(seed), dict(Plan.dense(architecture).keep)
+    for layer, part in keep:
+        if (shape := architecture.parts[part]).outer:
+            groups, each = counts(layer)
+            stay = rng.permutation(np.arange(shape.groups) < groups)
+            heads = np.arange(architecture.units(part) // shape.groups) < each
+            keep[layer, part] = np.concatenate([rng.permutation(heads) & of_group for of_group in stay])
+    return Plan(keep)
+
+
 @dataclass(frozen=True)
 class Dense:
     """A model, its folder and its description."""
@@ -554,11 +566,11 @@ class Pruned:
         return load_model(self.folder, torch.float32, trust_remote_code=self.custom)
 
 
-def write_dense(model: PreTrainedModel, folder: Path, experts: Literal["whole", "channels"] = "whole") -> Dense:
+def write_dense(model: PreTrainedModel, folder: Path, experts: Experts = "whole", heads: Heads = "groups") -> Dense:
     """Save a model and load it again, as the pipeline has it."""
     model.save_pretrained(folder, save_original_format=False)
     loaded = load_model(folder, torch.float32)
-    architecture = describe(loaded, experts=experts)
+    architecture = describe(loaded, experts=experts, heads=heads)
     return Dense(folder, exposed(loaded, architecture), architecture)
 
 

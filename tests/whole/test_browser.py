@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from libprune.experiments.curve import describe_beside
+from libprune.curves.beside import describe_beside
 from libprune.report.gallery import cut_gallery, gradient_gallery, recovery_gallery, sensitivity_gallery
 from libprune.report.page import html_page
 from libprune.report.report import PICTURES, compose_report

@@ -21,6 +21,7 @@ BEHIND = (
     "results",
     "report",
     "experiments",
+    "curves",
     "masks",
     "networks",
     "project",

@@ -22,6 +22,7 @@ FLOORS = [
     {"foresight"},
     {"experiments", "masks"},
     {"networks", "project"},
+    {"curves"},
     {"cli"},
 ]
 """A room imports from floors below its own, and from itself."""

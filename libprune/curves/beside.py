@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from libprune.experiments.dvc_experiments import WORKSPACE, Experiment, compared_figures
+from libprune.curves.pictures import Point, draw_points, frontier
+from libprune.experiments.dvc_experiments import WORKSPACE, Experiment, Measure, compared_figures
 from libprune.experiments.sweep_table import remarks, tabulate_experiments
 from libprune.pipeline.layout import Layout
-from libprune.report.canvas import BLUE, INK, ORANGE, Figure, new_figure, styled
+from libprune.report.canvas import Figure
 from libprune.report.gallery import draw_picture
 from libprune.report.markdown import Picture, markdown_table, picture_paragraphs, prose
 from libprune.report.publish import publish_report
@@ -66,7 +67,6 @@ def _chosen_cells(row: Sequence[str], places: Sequence[int]) -> tuple[str, ...]:
     return tuple(prose(row[place]) for place in places)
 
 
-@styled()
 def draw_curve(rows: Sequence[Experiment], chosen: Experiment) -> Figure:
     """Draw the perplexity ratio of every experiment over its size, and mark one.
 
@@ -77,39 +77,32 @@ def draw_curve(rows: Sequence[Experiment], chosen: Experiment) -> Figure:
         rows: at least one experiment.
         chosen: the one among them to mark.
     """
-    figure, (axes,) = new_figure(1, 3.2)
     figures = compared_figures(rows)
     in_bytes = all(row.size is not None for row in rows)
-    sizes = [(row.size or 0) / 1e6 if in_bytes else 100 * (1 - row.removed) for row in rows]
-    best = frontier([(size, one.ratio) for size, one in zip(sizes, figures, strict=True)])
-    axes.plot(*zip(*best, strict=True), color=BLUE, linewidth=1.0)
-    for row, size, one in zip(rows, sizes, figures, strict=True):
-        colour, marker, edge = (ORANGE, "D", INK) if row is chosen else (BLUE, "o", BLUE)
-        axes.errorbar(
-            size,
+    points = [
+        Point(
+            (row.size or 0) / 1e6 if in_bytes else 100 * (1 - row.removed),
             one.ratio,
-            one.error,
-            label=f"experiment {row.label}",
-            color=colour,
-            ecolor=INK,
-            marker=marker,
-            markeredgecolor=edge,
-            markersize=8 if row is chosen else 5,
-            zorder=4 if row is chosen else 3,
-            elinewidth=0.8,
-            capsize=2,
+            f"experiment {row.label}",
+            low=one.ratio - one.error,
+            high=one.ratio + one.error,
+            style="chosen" if row is chosen else "plain",
         )
-    axes.set_xlabel("size in MB (of the pruned model's folder)" if in_bytes else "kept share of the decoder in %")
-    trained = " after recovery" if figures is not rows else ""
-    measure = rows[0].measure
-    axes.set_ylabel(f"{measure.name}{trained}{measure.scale.removeprefix(measure.name)}")
-    return figure
+        for row, one in zip(rows, figures, strict=True)
+    ]
+    return draw_points(
+        points,
+        frontier([(one.x, one.y) for one in points]),
+        "size in MB (of the pruned model's folder)" if in_bytes else "kept share of the decoder in %",
+        loss_label(rows[0].measure, figures is not rows),
+    )
 
 
-def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points of size and perplexity than which no other is both smaller and better, the smallest first."""
-    best: list[tuple[float, float]] = []
-    for point in sorted(points):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
-    return best
+def loss_label(measure: Measure, trained: bool) -> str:
+    """What the axis of the loss shows.
+
+    Args:
+        measure: what the results are compared by.
+        trained: whether they are those after recovery.
+    """
+    return f"{measure.name}{' after recovery' if trained else ''}{measure.scale.removeprefix(measure.name)}"

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from libprune.curves.beside import describe_beside, draw_curve, publish_beside
+from libprune.curves.pictures import frontier
 from libprune.engine.errors import ArtifactError
-from libprune.experiments.curve import describe_beside, draw_curve, frontier, publish_beside
 from libprune.report.canvas import ORANGE
 from libprune.report.page import html_page
 from libprune.report.svg import find_spots, svg
