@@ -166,7 +166,7 @@ def allocation(
         ladders = forced_by(ladders, within.plan)
     found = descend(architecture, ladders, prices, params, evidence, improve, within)
     if within is not None and any((keep & ~within.plan.keep[block]).any() for block, keep in found.plan.keep.items()):
-        raise LibpruneError(
+        raise BudgetError(
             f"allocate.method: {params.method} finds no plan for the ratio {params.ratio:.4g} that contains those of "
             f"allocate.nested: {list(params.nested)}; leave some of them out, or choose another method, such as global"
         )
