@@ -56,7 +56,7 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
     """
     if params.channel_multiple != "auto":
         return _settle_ratio(architecture, scores, params, evidence)
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     if "levels" in evidence:  # what is removed counts here, and not what it loses
         evidence = {**evidence, "levels": {block: 0 * curve for block, curve in evidence["levels"].items()}}
     single = settle(architecture, scores, params.model_copy(update={"channel_multiple": 1}), evidence)
@@ -68,23 +68,30 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
             found = descend(architecture, ladders, prices, settled, {**evidence, "scores": scores})
         except BudgetError:
             continue
-        if _as_asked(found, prices, params, single):
+        if _as_asked(architecture, found, params, single, evidence):
             return settled.model_copy(update={"nested": params.nested})
     return single
 
 
-def _as_asked(found: "Allocated", prices: Prices, params: Allocate, single: Allocate) -> bool:
+def _as_asked(
+    architecture: Architecture,
+    found: "Allocated",
+    params: Allocate,
+    single: Allocate,
+    latency: Mapping[str, Any] | None,
+) -> bool:
     """Whether a plan removes the share that was asked for, or what binds of the budgets, to within one point."""
     if found.budgets:
         return min(one["share_asked"] - one["share"] for one in found.budgets) <= WITHIN
-    return abs(prices.removed(found.plan) - target_of(prices, single)) <= WITHIN * base_of(prices, params)
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), found.plan.width)
+    return abs(removed_by(prices, found.plan, params) - target_of(prices, single)) <= WITHIN * base_of(prices, params)
 
 
 def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence) -> Allocate:
     """The params with a ratio: as given, or where it is null what `retention` finds that the scores allow."""
     if params.ratio is not None or params.budgets.asked:
         return params
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     wanted = wanted_removals(architecture, scores, params.network_type)
     target = wanted_total(build_ladders(architecture, scores, params, prices), wanted)
     if target == 0:
@@ -93,6 +100,11 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
             "layers; set allocate.ratio"
         )
     return params.model_copy(update={"ratio": target / base_of(prices, params)})
+
+
+def removed_by(prices: Prices, plan: Plan, params: Allocate) -> int:
+    """How much of the objective a plan removes in the scope of the ratio, columns of the residual stream included."""
+    return prices.removed(plan) + prices.narrowing.get(params.ratio_of, 0)
 
 
 Improve = Callable[[Ladders, Depth, int, Allocate], Depth]
@@ -153,7 +165,7 @@ def allocation(
             f"allocate.depth is units, but no layer of family {architecture.family!r} can be deleted: "
             f"{architecture.layers_stay}; set it to none"
         )
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     evidence = {**evidence, "scores": scores}
     params = settle(architecture, scores, params, evidence)
     ladders = build_ladders(architecture, scores, params, prices)
@@ -198,15 +210,15 @@ def descend(
         BudgetError: if the target cannot be reached under the floors, or has no room for so many whole removals.
     """
     if METHODS[params.method].programme:
-        return _by_programme(architecture, ladders, prices, params, evidence, improve, within)
-    target = target_of(prices, params)
+        return _by_programme(architecture, ladders, params, evidence, improve, within)
+    target = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
     gone = removed_whole(architecture, target, prices, params, evidence)
     left = {block: steps for block, steps in ladders.items() if block not in gone}
     rest = target - prices.removed(without(architecture, gone))
     depth = METHODS[params.method].allocate(architecture, left, rest, params, evidence)
     if improve is not None:
         depth = improve(left, depth, rest, params)
-    plan = plan_of(architecture, left, depth)
+    plan = replace(plan_of(architecture, left, depth), width=params.columns)
     _check_reached(architecture, left, plan, target, prices, params, evidence)
     return Allocated(plan, None, {}, ())
 
@@ -214,7 +226,6 @@ def descend(
 def _by_programme(
     architecture: Architecture,
     ladders: Ladders,
-    prices: Prices,
     params: Allocate,
     evidence: Evidence,
     improve: Improve | None,
@@ -222,15 +233,19 @@ def _by_programme(
 ) -> Allocated:
     """The plan of the integer programme in the best of its frames."""
     if params.ordered and params.layers is not None and params.ratio is not None:  # which has room for them, or not
+        prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
         _first_of_the_order(architecture, target_of(prices, params), prices, params, evidence["depth"])
     found = find(architecture, ladders, params, evidence, None if within is None else within.frame)
     frame, depth = found.frame, found.solution.depth
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), frame.width)
+    target = 0
+    if params.ratio is not None:
+        target = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
     if improve is not None and params.ratio is not None:
-        gone = prices.removed(without(architecture, frame.gone))
-        depth = improve(found.ladders, depth, target_of(prices, params) - gone, params)
+        depth = improve(found.ladders, depth, target - prices.removed(without(architecture, frame.gone)), params)
     plan = replace(plan_of(architecture, found.ladders, depth), width=frame.width)
-    if params.ratio is not None and frame.width is None:
-        _check_reached(architecture, found.ladders, plan, target_of(prices, params), prices, params, evidence)
+    narrow = params.model_copy(update={"width": frame.width})
+    _check_reached(architecture, found.ladders, plan, target, prices, narrow, evidence)
     return Allocated(plan, frame, found.record, found.budgets)
 
 

@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 
 from libprune.allocation.advice import Fixed, advise, fixed_scores
-from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, allocation, base_of, gone_of, settle, target_of
+from libprune.allocation.allocate import (
+    NO_EVIDENCE,
+    Improve,
+    allocate,
+    allocation,
+    base_of,
+    gone_of,
+    removed_by,
+    settle,
+    target_of,
+)
 from libprune.allocation.block_worth import require_comparable, require_meaningful, with_worth
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.methods import Evidence
@@ -269,7 +279,8 @@ def decide(
     """
     architecture, table, comparable = scores.architecture, scores.table, scores.compares(params.worth)
     require_comparable(scores.meta, params)
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    priced = params.objective, evidence.get("latency")
+    prices = cost.prices(architecture, *priced, params.columns)
     unit = table["cost"]
     if comparable and params.objective != "parameters":
         unit = np.concatenate([np.full(architecture.units(block[1]), prices.unit[block]) for block in prices.unit])
@@ -285,8 +296,9 @@ def decide(
     for name in components if len(components) > 1 else []:
         alone = table | {"importance": table[name], "score": table[name] / unit}
         overlap[name] = jaccard(plan.column, allocate(architecture, alone, params, evidence).column)
-    shape = result_shape(architecture, plan, params)
-    return Decision(plan, shape, params, overlap, prices, found.programme, found.budgets)
+    shape, prices = result_shape(architecture, plan, params), cost.prices(architecture, *priced, plan.width)
+    settled = params.model_copy(update={"width": plan.width})
+    return Decision(plan, shape, settled, overlap, prices, found.programme, found.budgets)
 
 
 COMPARED_COMPONENTS = ("taylor", "fisher")
@@ -296,18 +308,20 @@ COMPARED_COMPONENTS = ("taylor", "fisher")
 def summary(architecture: Architecture, decision: Decision) -> dict[str, Any]:
     """The content of `metrics/allocation.json`."""
     prices, params = decision.prices, decision.params
-    counted = cost.prices(architecture, "parameters")
-    parameters, base = counted.removed(decision.plan), base_of(prices, params)
+    left, base = cost.size(architecture, decision.plan), base_of(prices, params)
+    removed, decoder = architecture.total_parameters - left.total, architecture.decoder_parameters - left.decoder
+    taken, gone = removed_by(prices, decision.plan, params), cost.prices(architecture, "parameters").gone
     uniform = decision.shape == "uniform"
     return {
         "objective": params.objective,
         "ratio": params.ratio,
         "target": None if params.ratio is None else target_of(prices, params),
-        "removed": prices.removed(decision.plan),
-        "share_removed": (prices.removed(decision.plan) + gone_of(prices, params)) / base,
-        "removed_parameters": parameters,
-        "decoder_share_removed": parameters / architecture.decoder_parameters,
-        "total_share_removed": (parameters + counted.gone) / architecture.given_parameters,
+        "removed": taken,
+        "share_removed": (taken + gone_of(prices, params)) / base,
+        "removed_parameters": removed,
+        "decoder_share_removed": decoder / architecture.decoder_parameters,
+        "total_share_removed": (removed + gone) / architecture.given_parameters,
+        "width": decision.plan.width,
         "channel_multiple": params.channel_multiple,
         "tensor_parallel": tensor_parallel_sizes(architecture, decision.plan) if uniform else None,
         "kept_set_overlap": dict(decision.overlap),

@@ -139,8 +139,8 @@ def frames_of(params: Allocate, evidence: Mapping[str, Any], within: Frame | Non
             f"allocate.layers is {params.layers}, but the depth stage has put {len(order) - 1} removals into order; "
             "lower it, or raise depth.removals"
         )
-    widths = dict(evidence.get("width", {None: 0.0}))
-    whole = max(widths, key=lambda width: width or 0)
+    widths = dict(evidence.get("width", {params.columns: 0.0}))
+    whole = max(widths, key=lambda width: width or 0) if "width" in evidence else None
     frames = [
         Frame(number, order[number][0], None if width == whole else width, order[number][1] + widths[width])
         for number, width in product(chosen, sorted(widths, key=lambda width: -(width or 0)))

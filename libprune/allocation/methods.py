@@ -213,7 +213,7 @@ def allocate_search(
     The divergences of single blocks add up only roughly; `libprune.allocation.search` goes on from here with whole
     plans. A `uniform` shape takes the same level in every layer.
     """
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     return least_divergence(architecture, ladders, evidence["levels"], target, prices, params).depth
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -101,6 +101,7 @@ class Prices:
         total: the same with embeddings and head.
         gone: what went with rows of the vocabulary before; not in `total`.
         groups: by (layer, part), the groups of its units, where they have rows of their own.
+        narrowing: how much of `decoder` and of `total` goes with columns of the residual stream, whatever else does.
     """
 
     unit: Mapping[Block, int]
@@ -109,9 +110,10 @@ class Prices:
     total: int
     gone: int = 0
     groups: Mapping[Block, Groups] = field(default_factory=dict)
+    narrowing: Mapping[str, int] = field(default_factory=dict)
 
     def removed(self, plan: Plan) -> int:
-        """How much a plan removes."""
+        """How much goes with the units that a plan removes."""
         units = sum(int((~keep).sum()) * self.unit[block] for block, keep in plan.keep.items())
         groups = sum(self.groups[block].removed(keep) for block, keep in plan.keep.items() if block in self.groups)
         return units + groups + sum(self.rest.get(block, 0) for block in plan.removed)
@@ -121,6 +123,7 @@ def prices(
     architecture: Architecture,
     objective: str,
     latency: Mapping[str, Any] | None = None,
+    width: int | None = None,
     bits: Mapping[str, float] | None = None,
 ) -> Prices:
     """The prices of an objective of `allocate.objective`, or of a budget of `allocate.budgets`.
@@ -130,11 +133,18 @@ def prices(
             (multiply-accumulates a token), `cache` (elements a token), `state` (elements a sequence), `latency`
             (picoseconds of one forward pass) or `bytes` (thousandths of a bit of the weights as served).
         latency: what the latency stage measured; for that objective.
+        width: the columns of the residual stream that stay; units then cost what they do in the narrower model.
         bits: of a weight of the `layers` and `outside` of them; for bytes.
 
     Raises:
         LibpruneError: for the cache or the states of a model that keeps none.
     """
+    if width is not None and objective != "latency":
+        whole, narrow = (
+            prices(one, objective, None, None, bits) for one in (architecture, architecture.narrowed(width))
+        )
+        narrowing = {"decoder": whole.decoder - narrow.decoder, "total": whole.total - narrow.total}
+        return replace(narrow, decoder=whole.decoder, total=whole.total, gone=whole.gone, narrowing=narrowing)
     if objective == "latency":
         assert latency is not None
         return _measured_prices(architecture, latency)
