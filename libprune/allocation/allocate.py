@@ -39,6 +39,11 @@ def gone_of(prices: Prices, params: Allocate) -> int:
     return 0 if params.ratio_of == "decoder" else prices.gone
 
 
+def share_of(prices: Prices, removed: int, params: Allocate) -> float:
+    """The share of what the ratio is of that is gone, where so much is removed beside the rows of the vocabulary."""
+    return (removed + gone_of(prices, params)) / base_of(prices, params)
+
+
 def settle(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence = NO_EVIDENCE) -> Allocate:
     """The params with numbers where they leave one open: the multiple of channels (`auto`), and the ratio (null).
 
@@ -95,7 +100,7 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
             "allocate.method: retention finds no block that can lose a unit under the floors, multiples and frozen "
             "layers; set allocate.ratio"
         )
-    return params.model_copy(update={"ratio": target / base_of(prices, params)})
+    return params.model_copy(update={"ratio": share_of(prices, target, params)})
 
 
 def removed_by(prices: Prices, plan: Plan, params: Allocate) -> int:
@@ -285,9 +290,9 @@ def _first_of_the_order(
             "or raise depth.removals"
         )
     if costs[wanted] > target:
-        base, what = base_of(prices, params), params.objective
+        share, what = share_of(prices, costs[wanted], params), params.objective
         raise BudgetError(
-            f"allocate.layers: {wanted} removals take {costs[wanted] / base:.3f} of the {params.ratio_of} {what}, more "
+            f"allocate.layers: {wanted} removals take {share:.3f} of the {params.ratio_of} {what}, more "
             f"than allocate.ratio = {params.ratio}, which has room for {fitting}; lower allocate.layers, or raise the "
             "ratio"
         )
@@ -325,10 +330,10 @@ def _check_reached(
     deepest = METHODS[params.method].allocate(architecture, ladders, prices.total, params, evidence)
     most = prices.removed(plan_of(architecture, ladders, deepest))
     if most < target:
-        base, what = base_of(prices, params), params.objective
+        share, what = share_of(prices, most, params), params.objective
         held = "".join(f"; {reason}" for reason in held_whole(architecture, params.shape == "per_layer"))
         raise BudgetError(
             f"allocate.ratio = {params.ratio} of the {params.ratio_of} {what} cannot be removed: under the floors, "
-            f"frozen layers and shape {params.method} removes at most {most / base:.3f} ({most:,} of {target:,} "
+            f"frozen layers and shape {params.method} removes at most {share:.3f} ({most:,} of {target:,} "
             f"{what} asked for). Lower the ratio, min_groups, min_channels or the number of frozen layers{held}"
         )

@@ -13,10 +13,9 @@ from libprune.allocation.allocate import (
     Improve,
     allocate,
     allocation,
-    base_of,
-    gone_of,
     removed_by,
     settle,
+    share_of,
     target_of,
 )
 from libprune.allocation.block_worth import require_comparable, require_meaningful, with_worth
@@ -308,16 +307,16 @@ COMPARED_COMPONENTS = ("taylor", "fisher")
 def summary(architecture: Architecture, decision: Decision) -> dict[str, Any]:
     """The content of `metrics/allocation.json`."""
     prices, params = decision.prices, decision.params
-    left, base = cost.size(architecture, decision.plan), base_of(prices, params)
+    left, gone = cost.size(architecture, decision.plan), cost.prices(architecture, "parameters").gone
     removed, decoder = architecture.total_parameters - left.total, architecture.decoder_parameters - left.decoder
-    taken, gone = removed_by(prices, decision.plan, params), cost.prices(architecture, "parameters").gone
+    taken = removed_by(prices, decision.plan, params)
     uniform = decision.shape == "uniform"
     return {
         "objective": params.objective,
         "ratio": params.ratio,
         "target": None if params.ratio is None else target_of(prices, params),
         "removed": taken,
-        "share_removed": (taken + gone_of(prices, params)) / base,
+        "share_removed": share_of(prices, taken, params),
         "removed_parameters": removed,
         "decoder_share_removed": decoder / architecture.decoder_parameters,
         "total_share_removed": (removed + gone) / architecture.given_parameters,

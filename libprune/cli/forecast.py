@@ -231,6 +231,8 @@ def lines(architecture: Architecture, params: Params, found: Forecast, stages: S
     basis = "from earlier runs here" if len(gone) == len(found.seconds) else "from a measured product of matrices"
     if 0 < len(gone) < len(found.seconds):
         basis = "from earlier runs here and a measured product of matrices"
+    if params.prepare.vocabulary is not None and architecture.trimmed is None:
+        asked = f"rows of the vocabulary will go, which are still counted here, and {asked}"
     late = "; the export comes on top" if "export" in stages else ""
     return [
         f"{masked(Path(params.prepare.model).name)}: {size:,.1f} million parameters; {asked} will go",
