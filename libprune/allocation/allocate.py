@@ -79,11 +79,7 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
 
 
 def _as_asked(
-    architecture: Architecture,
-    found: "Allocated",
-    params: Allocate,
-    single: Allocate,
-    latency: Mapping[str, Any] | None,
+    architecture: Architecture, found: "Allocated", params: Allocate, single: Allocate, evidence: Evidence
 ) -> bool:
     """Whether a plan removes the share that was asked for, or what binds of the budgets, to within one point."""
     if found.budgets:
