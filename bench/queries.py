@@ -2,7 +2,7 @@
 
     python -m bench.queries --text wiki.valid.txt --work DIR
 
-The demo's model has 3 groups of 3 query heads in each layer. Each of the eight smaller shapes, so many groups with so
+The demo's model has 3 groups of 3 query heads in each layer. Each of several smaller shapes, so many groups with so
 many heads in each, is cut out of all layers; which heads and groups go says `fluctuation`, lowest first. All channels
 stay. In two more settings all heads stay, and as many parameters of channels go as of one head in each group, and of
 two. The repair is `local`. The first half of the text calibrates, its second half judges (windows at even distances).
@@ -40,8 +40,17 @@ from libprune.report.markdown import markdown_table
 from libprune.results.perplexity import estimate_ratio
 from libprune.scoring.score import score_layout
 
-SHAPES = ((3, 2, 0), (2, 3, 0), (3, 1, 0), (2, 2, 0), (2, 1, 0), (1, 3, 0), (1, 2, 0), (1, 1, 0))
-SHAPES += ((3, 3, 128), (3, 3, 256))
+SHAPES = (
+    (3, 2, 0),
+    (2, 3, 0),
+    (3, 1, 0),
+    (2, 2, 0),
+    (1, 3, 0),
+    (2, 1, 0),
+    (1, 2, 0),
+    (3, 3, 128),
+    (3, 3, 256),
+)
 """Groups that stay in a layer, heads in each, and channels that go."""
 
 
