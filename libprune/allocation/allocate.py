@@ -1,6 +1,7 @@
 """Allocation: which units go, so that a given share of the parameters is removed."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import numpy as np
 
@@ -38,6 +39,11 @@ def gone_of(prices: Prices, params: Allocate) -> int:
     return 0 if params.ratio_of == "decoder" else prices.gone
 
 
+def share_of(prices: Prices, removed: int, params: Allocate) -> float:
+    """The share of what the ratio is of that is gone, where so much is removed beside the rows of the vocabulary."""
+    return (removed + gone_of(prices, params)) / base_of(prices, params)
+
+
 def settle(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence = NO_EVIDENCE) -> Allocate:
     """The params with numbers where they leave one open: the multiple of channels (`auto`), and the ratio (null).
 
@@ -55,7 +61,7 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
     """
     if params.channel_multiple != "auto":
         return _settle_ratio(architecture, scores, params, evidence)
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     if "levels" in evidence:  # what is removed counts here, and not what it loses
         evidence = {**evidence, "levels": {block: 0 * curve for block, curve in evidence["levels"].items()}}
     single = settle(architecture, scores, params.model_copy(update={"channel_multiple": 1}), evidence)
@@ -67,7 +73,7 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
             plan = descend(architecture, ladders, prices, settled, {**evidence, "scores": scores})
         except BudgetError:
             continue
-        if abs(prices.removed(plan) - target_of(prices, single)) <= WITHIN * base_of(prices, params):
+        if abs(removed_by(prices, plan, params) - target_of(prices, single)) <= WITHIN * base_of(prices, params):
             return settled
     return single
 
@@ -76,7 +82,7 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
     """The params with a ratio: as given, or where it is null what `retention` finds that the scores allow."""
     if params.ratio is not None:
         return params
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     wanted = wanted_removals(architecture, scores, params.network_type)
     target = wanted_total(build_ladders(architecture, scores, params, prices), wanted)
     if target == 0:
@@ -84,7 +90,12 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
             "allocate.method: retention finds no block that can lose a unit under the floors, multiples and frozen "
             "layers; set allocate.ratio"
         )
-    return params.model_copy(update={"ratio": target / base_of(prices, params)})
+    return params.model_copy(update={"ratio": share_of(prices, target, params)})
+
+
+def removed_by(prices: Prices, plan: Plan, params: Allocate) -> int:
+    """How much of the objective a plan removes in the scope of the ratio, columns of the residual stream included."""
+    return prices.removed(plan) + prices.narrowing.get(params.ratio_of, 0)
 
 
 Improve = Callable[[Ladders, Depth, int, Allocate], Depth]
@@ -115,7 +126,7 @@ def allocate(
             f"allocate.depth is units, but no layer of family {architecture.family!r} can be deleted: "
             f"{architecture.layers_stay}; set it to none"
         )
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     evidence = {**evidence, "scores": scores}
     params = settle(architecture, scores, params, evidence)
     ladders = build_ladders(architecture, scores, params, prices)
@@ -144,14 +155,14 @@ def descend(
     Raises:
         BudgetError: if the target cannot be reached under the floors, or has no room for so many whole removals.
     """
-    target = target_of(prices, params)
+    target = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
     gone = removed_whole(architecture, target, prices, params, evidence)
     left = {block: steps for block, steps in ladders.items() if block not in gone}
     rest = target - prices.removed(without(architecture, gone))
     depth = METHODS[params.method].allocate(architecture, left, rest, params, evidence)
     if improve is not None:
         depth = improve(left, depth, rest, params)
-    plan = plan_of(architecture, left, depth)
+    plan = replace(plan_of(architecture, left, depth), width=params.columns)
     _check_reached(architecture, left, plan, target, prices, params, evidence)
     return plan
 
@@ -201,9 +212,9 @@ def _first_of_the_order(
             "or raise depth.removals"
         )
     if costs[wanted] > target:
-        base, what = base_of(prices, params), params.objective
+        share, what = share_of(prices, costs[wanted], params), params.objective
         raise BudgetError(
-            f"allocate.layers: {wanted} removals take {costs[wanted] / base:.3f} of the {params.ratio_of} {what}, more "
+            f"allocate.layers: {wanted} removals take {share:.3f} of the {params.ratio_of} {what}, more "
             f"than allocate.ratio = {params.ratio}, which has room for {fitting}; lower allocate.layers, or raise the "
             "ratio"
         )
@@ -241,10 +252,10 @@ def _check_reached(
     deepest = METHODS[params.method].allocate(architecture, ladders, prices.total, params, evidence)
     most = prices.removed(plan_of(architecture, ladders, deepest))
     if most < target:
-        base, what = base_of(prices, params), params.objective
+        share, what = share_of(prices, most, params), params.objective
         held = "".join(f"; {reason}" for reason in held_whole(architecture, params.shape == "per_layer"))
         raise BudgetError(
             f"allocate.ratio = {params.ratio} of the {params.ratio_of} {what} cannot be removed: under the floors, "
-            f"frozen layers and shape {params.method} removes at most {most / base:.3f} ({most:,} of {target:,} "
+            f"frozen layers and shape {params.method} removes at most {share:.3f} ({most:,} of {target:,} "
             f"{what} asked for). Lower the ratio, min_groups, min_channels or the number of frozen layers{held}"
         )

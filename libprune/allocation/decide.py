@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from libprune.allocation.advice import Fixed, advise, fixed_scores
-from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, base_of, gone_of, settle, target_of
+from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, removed_by, settle, share_of, target_of
 from libprune.allocation.block_worth import require_comparable, require_meaningful, with_worth
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.methods import Evidence
@@ -234,7 +234,8 @@ def decide(
     """
     architecture, table, comparable = scores.architecture, scores.table, scores.compares(params.worth)
     require_comparable(scores.meta, params)
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    priced = params.objective, evidence.get("latency")
+    prices = cost.prices(architecture, *priced, params.columns)
     unit = table["cost"]
     if comparable and params.objective != "parameters":
         unit = np.concatenate([np.full(architecture.units(block[1]), prices.unit[block]) for block in prices.unit])
@@ -249,7 +250,8 @@ def decide(
     for name in components if len(components) > 1 else []:
         alone = table | {"importance": table[name], "score": table[name] / unit}
         overlap[name] = jaccard(plan.column, allocate(architecture, alone, params, evidence).column)
-    return Decision(plan, result_shape(architecture, plan, params), params, overlap, prices)
+    shape, prices = result_shape(architecture, plan, params), cost.prices(architecture, *priced, plan.width)
+    return Decision(plan, shape, params.model_copy(update={"width": plan.width}), overlap, prices)
 
 
 COMPARED_COMPONENTS = ("taylor", "fisher")
@@ -259,18 +261,20 @@ COMPARED_COMPONENTS = ("taylor", "fisher")
 def summary(architecture: Architecture, decision: Decision) -> dict[str, Any]:
     """The content of `metrics/allocation.json`."""
     prices, params = decision.prices, decision.params
-    counted = cost.prices(architecture, "parameters")
-    parameters, base = counted.removed(decision.plan), base_of(prices, params)
+    left, gone = cost.size(architecture, decision.plan), cost.prices(architecture, "parameters").gone
+    removed, decoder = architecture.total_parameters - left.total, architecture.decoder_parameters - left.decoder
+    taken = removed_by(prices, decision.plan, params)
     uniform = decision.shape == "uniform"
     return {
         "objective": params.objective,
         "ratio": params.ratio,
         "target": target_of(prices, params),
-        "removed": prices.removed(decision.plan),
-        "share_removed": (prices.removed(decision.plan) + gone_of(prices, params)) / base,
-        "removed_parameters": parameters,
-        "decoder_share_removed": parameters / architecture.decoder_parameters,
-        "total_share_removed": (parameters + counted.gone) / architecture.given_parameters,
+        "removed": taken,
+        "share_removed": share_of(prices, taken, params),
+        "removed_parameters": removed,
+        "decoder_share_removed": decoder / architecture.decoder_parameters,
+        "total_share_removed": (removed + gone) / architecture.given_parameters,
+        "width": decision.plan.width,
         "channel_multiple": params.channel_multiple,
         "tensor_parallel": tensor_parallel_sizes(architecture, decision.plan) if uniform else None,
         "kept_set_overlap": dict(decision.overlap),

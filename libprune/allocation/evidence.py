@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from libprune.allocation.hgsp import Increases
 from libprune.allocation.methods import Evidence, Order
-from libprune.engine.architecture import Architecture, Block
+from libprune.engine.architecture import RESIDUAL, Architecture, Block
 from libprune.engine.errors import ArtifactError
 from libprune.engine.tables import Columns
 from libprune.pipeline.artifacts import Scores, read_json, read_table, same_origin
@@ -33,7 +33,8 @@ def read_evidence(layout: Layout, scores: Scores, params: Allocate) -> Evidence:
     """
     needed = allocation_reads(params.method, params.worth, params.objective, params.evaluations, params.depth)
     evidence = {artifact: READERS[artifact](layout, scores) for artifact in needed if artifact in READERS}
-    return evidence | ({"depth": read_order(layout, scores, params)} if "depth" in needed else {})
+    evidence |= {"depth": read_order(layout, scores, params)} if "depth" in needed else {}
+    return evidence | ({"width": read_widths(layout, scores)} if params.width == "auto" else {})
 
 
 def read_layer_change(layout: Layout, scores: Scores) -> NDArray[np.float64]:
@@ -102,6 +103,18 @@ def divergence_curves(architecture: Architecture, levels: Columns) -> dict[Block
         counts = np.arange(architecture.units(part) + 1)
         curves[layer, part] = np.interp(counts, [0, *removed], [0.0, *rising])
     return curves
+
+
+def read_widths(layout: Layout, scores: Scores) -> Mapping[int, float]:
+    """The measured divergence by the columns of the residual stream that stay, nats; 0 where all do.
+
+    Raises:
+        ArtifactError: if it is missing, or was measured on another model or text.
+    """
+    table, meta = read_table(layout.widths, "width")
+    same_origin(layout.widths, meta, scores.origin)
+    measured = zip(table["width"].tolist(), table["divergence"].tolist(), strict=True)
+    return {scores.architecture.sizes[RESIDUAL]: 0.0, **dict(measured)}
 
 
 def read_latency(layout: Layout, scores: Scores) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from libprune.collection.accumulator import PENDING, ROWS, UNITS, Group, finished, state_bytes
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture, Map
+from libprune.engine.architecture import RESIDUAL, Architecture, Map
 from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_dtype
 from libprune.pipeline.methods import REPAIRS, allocation_reads, methods_that_read
@@ -141,6 +141,7 @@ def footprints(architecture: Architecture, params: Params, stored: torch.dtype) 
         _sensitivity(architecture, params.allocate),
         _depth(architecture, params),
         _levels(architecture, params),
+        _width(architecture, params),
         _latency(params.allocate),
         Footprint("allocate", {"plan.parquet": _plan(scores).nbytes}, f"allocate.method: {params.allocate.method}"),
         sliced,
@@ -283,6 +284,18 @@ def _levels(architecture: Architecture, params: Params) -> Footprint:
     return _losses("levels", rows, _only(used, _method(params.allocate, "levels")), 3)
 
 
+def _width(architecture: Architecture, params: Params) -> Footprint:
+    """The table of widths, the axes, and two matrices as wide as the stream for each of its norms."""
+    used, whole = params.allocate.width is not None, architecture.sizes.get(RESIDUAL, 0)
+    rows = (1 if isinstance(params.allocate.width, int) else params.width.number) if used else 0
+    norms = len(architecture.stream_norms) if used else 0
+    matrices = 2 * norms * whole * whole * torch.float32.itemsize
+    files = {"width.parquet": Table(rows, 2, runs=2).nbytes}
+    if used:
+        files["width/axes.safetensors"] = matrices + (norms + whole) * whole * torch.float32.itemsize
+    return Footprint("width", files, _only(used, "width"), matrices)
+
+
 def _method(allocate: Allocate, artifact: str) -> str:
     """The setting that asks for an artifact: the chosen method if it reads the artifact, else all methods that do."""
     reads = artifact in allocation_reads(allocate.method)
@@ -325,9 +338,10 @@ def _foretold(allocate: Allocate) -> bool:
 
 def _removed(architecture: Architecture, allocate: Allocate) -> int:
     """Number of parameters that slicing removes; 0 where it is not foretold."""
-    ratio = (allocate.ratio or 0) if _foretold(allocate) else 0
-    if allocate.ratio_of == "decoder":
-        return round(ratio * architecture.decoder_parameters)
+    ratio, narrow = (allocate.ratio or 0) if _foretold(allocate) else 0, architecture.narrowed(allocate.columns)
+    if allocate.ratio_of == "decoder":  # columns of the embedding go too
+        whole, left = (one.total_parameters - one.decoder_parameters for one in (architecture, narrow))
+        return round(ratio * architecture.decoder_parameters) + whole - left
     gone = architecture.given_parameters - architecture.total_parameters
     return max(0, round(ratio * architecture.given_parameters) - gone)
 

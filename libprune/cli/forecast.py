@@ -138,6 +138,7 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
         "sensitivity": len(removals(architecture)) * sequences(params.sensitivity.sequences) * length * passed / 2,
         "depth": depth * sequences(params.depth.sequences) * length * passed + 1,
         "levels": rows * (levels / 2 + fits / max(1, len(widths))),
+        "width": _narrowing(architecture, params) * passed * length,
         "latency": float(params.latency.rounds * params.latency.widths * params.latency.tokens) * passed,
         "allocate": params.allocate.evaluations * (levels + fits) + 1,
         "slice": repaired + 1,
@@ -146,6 +147,13 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
         "evaluate": number * passed,
         "report": 1.0,
     }
+
+
+def _narrowing(architecture: Architecture, params: Params) -> int:
+    """Sequences that run in the width stage: all of them twice, and those measured, dense and at each width."""
+    stored, section = params.tokenize.calibration_sequences, params.width
+    measured = 1 if isinstance(params.allocate.width, int) else section.number
+    return 2 * stored + (1 + measured) * min(section.sequences or stored, stored)
 
 
 def _widths(architecture: Architecture) -> list[int]:
@@ -174,6 +182,7 @@ def memory(
         "hessian": 2 * weights + sums["hessian"] + 4 * logits + kept,
         "activations": weights + sums["activations"] + round(2.5 * logits) + layer,
         **dict.fromkeys(("ablation", "sensitivity", "depth", "levels", "allocate"), 2 * weights + 4 * logits),
+        "width": 2 * weights + 4 * logits + sums["width"],
         "slice": 3 * dense,
         "recover": trained.get("recover", 0) + round(4.5 * logits) + kept,
         "export": 3 * dense,
@@ -218,6 +227,8 @@ def lines(architecture: Architecture, params: Params, found: Forecast, stages: S
     basis = "from earlier runs here" if len(gone) == len(found.seconds) else "from a measured product of matrices"
     if 0 < len(gone) < len(found.seconds):
         basis = "from earlier runs here and a measured product of matrices"
+    if params.prepare.vocabulary is not None and architecture.trimmed is None:
+        asked = f"rows of the vocabulary will go, which are still counted here, and {asked}"
     late = "; the export comes on top" if "export" in stages else ""
     return [
         f"{masked(Path(params.prepare.model).name)}: {size:,.1f} million parameters; {asked} will go",

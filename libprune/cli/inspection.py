@@ -84,6 +84,8 @@ class Inspection:
         shapes: the dense model, then the uniform shapes at the asked ratio and at each of the `RATIOS`.
         division: how the budget of these shapes is divided between the parts, in words.
         stages: the files that each stage will write.
+        vocabulary: the text whose tokens stay, which is not read here: all figures are with all tokens. Empty where all
+            tokens stay.
     """
 
     model: str
@@ -94,6 +96,7 @@ class Inspection:
     shapes: Sequence[Shape]
     division: str
     stages: Sequence[Footprint]
+    vocabulary: str = ""
 
 
 def inspect_model(params: Params, layout: Layout | None = None) -> Inspection:
@@ -121,6 +124,7 @@ def inspect_model(params: Params, layout: Layout | None = None) -> Inspection:
         shapes=shapes,
         division=_division(divisions, params.allocate),
         stages=footprints(architecture, params, stored),
+        vocabulary="" if params.prepare.vocabulary is None else params.prepare.vocabulary.text,
     )
 
 

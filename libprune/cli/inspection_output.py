@@ -32,6 +32,8 @@ def _what(inspection: Inspection) -> str:
         ("family", f"{kind}, {architecture.layers} layers, stored as {stored}"),
         ("axes", ", ".join(f"{axis} {size:,}" for axis, size in _axes(architecture).items())),
     ]
+    if inspection.vocabulary:
+        facts.append(("vocabulary", f"rows go that {inspection.vocabulary} never needs; below are all of them"))
     for part, shape in architecture.parts.items():
         each = cost.unit_parameters(architecture, architecture.with_part(part)[0], part)
         said = "" if shape.expressible is None else f"; a stock config says {_counts(shape.expressible)}"

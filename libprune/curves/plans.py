@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from libprune.allocation.allocate import base_of
+from libprune.allocation.allocate import share_of
 from libprune.allocation.decide import Ground, decide, read_ground
 from libprune.allocation.evidence import read_latency
 from libprune.allocation.methods import Evidence
@@ -148,7 +148,7 @@ class _Counting:
         self._architecture, self._evidence = scores.architecture, ground.evidence
         self._itemsize = _itemsize(layout, params)
         self._prices = cost.prices(scores.architecture, asked.objective, ground.evidence.get("latency"))
-        self._base = base_of(self._prices, asked)
+        self._asked = asked
         self._times: Prices | None = None
         if layout.latency.exists() and "unit" in read_json(layout.latency, "latency"):
             self._times = cost.prices(scores.architecture, "latency", read_latency(layout, scores))
@@ -161,7 +161,7 @@ class _Counting:
             ratio,
             plan,
             shape,
-            self._prices.removed(plan) / self._base,
+            share_of(self._prices, self._prices.removed(plan), self._asked),
             size,
             weights=size.total * self._itemsize,
             cache=size.cache * self._itemsize,

@@ -434,6 +434,12 @@ class Architecture:
                 if axis in expr.names:
                     yield parameter, dim, expr.units(axis, self.sizes)
 
+    @cached_property
+    def stream_norms(self) -> tuple[str, ...]:
+        """The modules whose parameters are vectors over the residual stream: its norms, in the model's order."""
+        vectors = [p for p in self.parameters if p.name.endswith(".weight") and list(map(str, p.dims)) == [RESIDUAL]]
+        return tuple(p.name.removesuffix(".weight") for p in vectors)
+
     def narrowed(self, width: int | None) -> "Architecture":
         """The description of the model whose residual stream has another width; None leaves it as it is.
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,7 @@ class Prices:
         total: the same with embeddings and head.
         gone: what went with rows of the vocabulary before; not in `total`.
         groups: by (layer, part), the groups of its units, where they have rows of their own.
+        narrowing: how much of `decoder` and of `total` goes with columns of the residual stream, whatever else does.
     """
 
     unit: Mapping[Block, int]
@@ -97,25 +98,33 @@ class Prices:
     total: int
     gone: int = 0
     groups: Mapping[Block, Groups] = field(default_factory=dict)
+    narrowing: Mapping[str, int] = field(default_factory=dict)
 
     def removed(self, plan: Plan) -> int:
-        """How much a plan removes."""
+        """How much goes with the units that a plan removes."""
         units = sum(int((~keep).sum()) * self.unit[block] for block, keep in plan.keep.items())
         groups = sum(self.groups[block].removed(keep) for block, keep in plan.keep.items() if block in self.groups)
         return units + groups + sum(self.rest.get(block, 0) for block in plan.removed)
 
 
-def prices(architecture: Architecture, objective: str, latency: Mapping[str, Any] | None = None) -> Prices:
+def prices(
+    architecture: Architecture, objective: str, latency: Mapping[str, Any] | None = None, width: int | None = None
+) -> Prices:
     """The prices of an objective of `allocate.objective`.
 
     Args:
         objective: `parameters`, `macs` (multiply-accumulates a token), `cache` (elements a token) or `latency`
             (picoseconds of one forward pass).
         latency: what the latency stage measured; for that objective.
+        width: the columns of the residual stream that stay; units then cost what they do in the narrower model.
 
     Raises:
         LibpruneError: for the cache of a model that keeps none.
     """
+    if width is not None and objective != "latency":
+        whole, narrow = prices(architecture, objective), prices(architecture.narrowed(width), objective)
+        narrowing = {"decoder": whole.decoder - narrow.decoder, "total": whole.total - narrow.total}
+        return replace(narrow, decoder=whole.decoder, total=whole.total, gone=whole.gone, narrowing=narrowing)
     if objective == "latency":
         assert latency is not None
         return _measured_prices(architecture, latency)

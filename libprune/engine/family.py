@@ -262,6 +262,8 @@ class Family(_Strict):
     stream: dict[str, ExprText] = Field(default_factory=dict)
     """Path of a norm inside the layer to its vector, where it works on the residual stream itself and not for one part;
     it stays whatever goes, so that no layer can be deleted."""
+    stream_stays: str | None = None
+    """Why the residual stream cannot be narrower, in words that follow a colon; null where it can."""
     shared: dict[str, EntryText] = Field(default_factory=dict)
     """Path inside the layer to the description of what belongs to no single part, such as a norm that several parts
     read; it goes with the last of them, with the layer."""
@@ -349,6 +351,7 @@ class _Reference(_Strict):
             layers=self._path(root, of.layers),
             parts=of.parts,
             stream=of.stream,
+            stream_stays=of.stream_stays,
             shared=of.shared,
             outside=moved(of.outside),
             heads={"image_text_to_text": moved(of.heads["causal_lm"])},

@@ -22,7 +22,7 @@ class Plan:
     Attributes:
         keep: by block whether each unit stays.
         width: how many columns of the residual stream stay, of those that its axes order; None: all
-            (`libprune.engine.residual`).
+            (`libprune.collection.stream_axes`).
     """
 
     keep: Mapping[Block, NDArray[np.bool_]]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from libprune.engine.architecture import Architecture, Map, Parameter
+from libprune.engine.architecture import RESIDUAL, Architecture, Map, Parameter
 from libprune.engine.axes import Expr
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
@@ -22,13 +22,24 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 """Modules whose input has its features before the dimensions of space."""
 
 
-def positions_kept(architecture: Architecture, plan: Plan, layer: int, expr: Expr) -> NDArray[np.bool_]:
-    """Which positions of a dimension of a layer stay; shape ``[size]``.
+def positions_kept(architecture: Architecture, plan: Plan, layer: int | None, expr: Expr) -> NDArray[np.bool_]:
+    """Which positions of a dimension stay, of a layer or outside of all; shape ``[size]``.
+
+    Of the residual stream these are the first ones.
+    """
+    kept = _units_kept(architecture, plan, layer, expr)
+    if plan.width is not None and RESIDUAL in expr.names:
+        kept &= expr.kept(RESIDUAL, architecture.sizes, np.arange(architecture.sizes[RESIDUAL]) < plan.width)
+    return kept
+
+
+def _units_kept(architecture: Architecture, plan: Plan, layer: int | None, expr: Expr) -> NDArray[np.bool_]:
+    """Which positions of a dimension belong to no unit that goes.
 
     Those of a group, such as its keys, stay while any of its units does.
     """
     kept = np.ones(expr.size(architecture.sizes), dtype=bool)
-    for owner, part in architecture.uses(layer):
+    for owner, part in () if layer is None else architecture.uses(layer):
         shape, keep = architecture.parts[part], plan.keep[owner, part]
         if shape.axis in expr.names:
             kept &= expr.kept(shape.axis, architecture.sizes, keep)
@@ -48,8 +59,8 @@ def entries_kept(architecture: Architecture, plan: Plan, parameter: Parameter) -
 
 
 def input_mask(architecture: Architecture, plan: Plan, consumer: Map) -> NDArray[np.bool_]:
-    """Which input positions of a consumer stay; shape ``[input]``."""
-    return positions_kept(architecture, plan, consumer.layer, consumer.input)
+    """Which input positions of a map belong to no unit that goes; shape ``[input]``."""
+    return _units_kept(architecture, plan, consumer.layer, consumer.input)
 
 
 @contextmanager
@@ -58,12 +69,17 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
 
     A removed unit is a zero at the consumer's input (the consumer's bias stays); a removed part is
     a zero contribution to the residual stream, bias included. A removed expert is one that the router never chooses.
-    A norm over units takes its statistics over those that are kept.
+    A norm over units takes its statistics over those that are kept. So does a norm over the residual stream that is to
+    be narrower, and it gives zeros for the columns that go, the last ones: what is written there is never read.
     Mixtures of experts are `libprune.engine.stacks.exposed` from then on.
     """
     exposed(model, architecture)
     handles = []
     with ExitStack() as chosen:
+        if plan.width is not None:
+            whole = architecture.sizes[RESIDUAL]
+            for name in architecture.stream_norms:
+                chosen.enter_context(_norm_over_first(model.get_submodule(name), plan.width, whole))
         for layer, part in architecture.blocks():
             shape = architecture.parts[part]
             if shape.router:
@@ -147,14 +163,56 @@ def _norm_over_kept(norm: nn.Module, kept: NDArray[np.bool_], groups: NDArray[np
             norm.forward = before
 
 
+@contextmanager
+def _norm_over_first(norm: nn.Module, width: int, whole: int) -> Iterator[None]:
+    """Inside the context a norm over the residual stream takes its statistics over the first columns and gives these.
+
+    With x_K the w columns kept of d, less their mean where the norm takes that away, the norm of s x_K, s = sqrt(d/w),
+    filled up with zeros has the mean of squares of x_K. What it adds, its bias, is what it makes of zeros:
+
+        (norm(s x_K) - norm(0)) / s + norm(0) = gain x_K / sqrt(mean_K(x_K^2) + eps) + bias
+    """
+    forward, before = norm.forward, vars(norm).get("forward")
+    centred, scale = takes_mean(norm, whole), (whole / width) ** 0.5
+
+    def over_first(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kept = x[..., :width].to(torch.promote_types(x.dtype, torch.float32))
+        kept = kept - kept.mean(-1, keepdim=True) if centred else kept
+        padded = nn.functional.pad(kept * scale, (0, whole - width))
+        added = forward(torch.zeros_like(padded), *args, **kwargs)
+        normed: Tensor = (forward(padded, *args, **kwargs) - added) / scale + added
+        normed[..., width:] = 0
+        return normed.to(x.dtype)
+
+    norm.forward = over_first
+    try:
+        yield
+    finally:
+        vars(norm).pop("forward")
+        if before is not None:
+            norm.forward = before
+
+
+@torch.no_grad()
+def takes_mean(norm: nn.Module, width: int) -> bool:
+    """Whether a norm takes the mean away from its input, as LayerNorm does and RMSNorm does not: it is tried.
+
+    Args:
+        norm: over the last dimension.
+        width: of its input.
+    """
+    like = next(norm.parameters())
+    x = torch.linspace(-1, 2, width, device=like.device, dtype=like.dtype)[None]
+    first: Tensor = norm(x)
+    return bool(torch.allclose(norm(x + 1), first, atol=0.05 * float(first.abs().max()), rtol=0))
+
+
 def _zero_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 
 
 def slice_parameter(tensor: Tensor, architecture: Architecture, plan: Plan, parameter: Parameter) -> Tensor:
     """The rows and columns of a parameter that the plan keeps."""
-    if parameter.layer is None:
-        return tensor
     for dim, expr in enumerate(parameter.dims):
         positions = positions_kept(architecture, plan, parameter.layer, expr)
         if not positions.all():

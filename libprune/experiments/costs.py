@@ -125,7 +125,8 @@ def pruning_stages(params: Params) -> tuple[str, ...]:
     allocate = params.allocate
     read = allocation_reads(allocate.method, allocate.worth, allocate.objective, depth=allocate.depth)
     measuring = (stage for stage in ("sensitivity", "depth", "levels", "latency") if stage in read)
-    return ("score", *measuring, "allocate", "slice")
+    narrowed = [] if allocate.width is None else ["width"]
+    return ("score", *measuring, *narrowed, "allocate", "slice")
 
 
 def recovering_stages(params: Params) -> tuple[str, ...]:

@@ -110,6 +110,7 @@ def _sequences(params: Params) -> Iterator[Fault]:
         "sensitivity": "sensitivity" in reads,
         "depth": allocate.ordered,
         "levels": "levels" in reads,
+        "width": allocate.width is not None,
         "slice": params.slice.repair == "sequential",
     }
     asked = {section: getattr(params, section).sequences or stored for section in used}

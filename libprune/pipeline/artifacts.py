@@ -214,7 +214,7 @@ def read_plan(layout: Layout, architecture: Architecture) -> tuple[Plan, dict[st
     same_origin(layout.plan, meta, {"model": architecture.fingerprint})
     keep = column(table, "keep", str(layout.plan))
     check_rows(architecture, table, layout.plan)
-    return Plan(dict(split_blocks(architecture, keep))), meta
+    return Plan(dict(split_blocks(architecture, keep)), meta.get("width")), meta
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,10 @@ class Layout:
     """The order in which whole layers or parts go, with the divergence without them."""
     levels = Place("levels.parquet")
     """The measured divergence of the model when one block alone is taken to a level."""
+    widths = Place("width.parquet")
+    """The measured divergence of the model when its residual stream is narrower."""
+    width_axes = Place("width")
+    """The axes along which the residual stream is narrowed, and moments along them."""
     latency = Place("latency.json")
     """The measured time of a layer by its width."""
     scores = Place("scores.parquet")

@@ -32,6 +32,7 @@ from libprune.pipeline.sections import (
     Sensitivity,
     Slice,
     Tokenize,
+    Width,
 )
 
 
@@ -79,6 +80,7 @@ class Params(Section):
     sensitivity: Sensitivity = Sensitivity()
     depth: Depth = Depth()
     levels: Levels = Levels()
+    width: Width = Width()
     latency: Latency = Latency()
     allocate: Allocate = Allocate()
     slice: Slice = Slice()
@@ -119,6 +121,14 @@ class Params(Section):
                 yield f"slice.{key} belongs to slice.repair: {' or '.join(owners)}, not {repair}"
         if allocate.evaluations and method.improves and allocate.shape == "uniform":
             yield "allocate.evaluations changes single layers; set it to 0 with allocate.shape: uniform"
+        if allocate.width is not None and repair == "bias":
+            yield "allocate.width leaves no input without which a bias could stand; choose slice.repair: local"
+        if allocate.width is not None and allocate.evaluations and method.improves:
+            yield "allocate.evaluations measures plans that keep the whole width; set it to 0 with allocate.width"
+        if allocate.width == "auto" and "levels" not in method.reads:
+            yield f"allocate.width: auto is chosen by allocate.method: search, not by {allocate.method}; name a number"
+        if allocate.width is not None and allocate.objective == "latency":
+            yield "allocate.objective: latency times layers of the whole width; choose another one with allocate.width"
         if allocate.collapse_below and not method.collapses:
             yield f"allocate.collapse_below belongs to allocate.method: hgsp, not {allocate.method}"
         if allocate.collapse_below and not allocate.may_empty:

@@ -342,6 +342,27 @@ class Levels(Section):
     """Number of levels of every block, at even distances up to all of its units."""
 
 
+class Width(Section):
+    """The measured divergence of the model with fewer columns in its residual stream; for `allocate.width`."""
+
+    sequences: Count | None = 8
+    """Calibration sequences that the divergence is measured on, from the last; null: all."""
+    widths: Count | Annotated[tuple[Count, ...], Field(min_length=1, strict=False)] = 4
+    """Number of widths that are measured, at even distances from half of the columns to all of them, such as the
+    model's config can say; or a list of widths. Where `allocate.width` is a number, that one is measured alone."""
+    multiple: Count = 8
+    """Widths are multiples of this, where they are not named."""
+    axes: Literal["auto", "principal", "selected"] = "auto"
+    """`selected`: whole columns of the dense model stay, those with the largest values; `principal`: the stream is
+    turned to its principal axes, which loses less and needs an output head of its own and RMS norms; `auto`: the latter
+    where the model can have it."""
+
+    @property
+    def number(self) -> int:
+        """How many widths are measured, where `allocate.width` does not name one."""
+        return self.widths if isinstance(self.widths, int) else len(set(self.widths))
+
+
 class Latency(Section):
     """The measured time of a layer by its width; for `allocate.objective: latency`."""
 
@@ -421,6 +442,9 @@ class Allocate(Section):
     layers: Floor | None = None
     """How many removals of that order go, for `depth: joint` and `cosine`; null: as many as fit into the ratio. The
     method removes the rest of the ratio from what stays."""
+    width: Count | Literal["auto"] | None = None
+    """Columns of the residual stream that stay, in all layers, the embedding and the output head (the width stage);
+    null: all. What goes with them counts towards the ratio. `auto`: the width with which `search` loses least."""
     evaluations: Floor = 0
     """Whole plans that `search` measures to improve on the first one: those of `functional`, `global` and `uniform`,
     then changes of single layers of the best one."""
@@ -428,6 +452,11 @@ class Allocate(Section):
     """Time after which `search` ends even so; null: none, which alone gives the same result everywhere."""
     seed: Floor = 0
     """Seed of the changes that `search` tries."""
+
+    @property
+    def columns(self) -> int | None:
+        """The columns of the residual stream that stay, where a number is given."""
+        return self.width if isinstance(self.width, int) else None
 
     @model_validator(mode="before")
     @classmethod

@@ -103,7 +103,7 @@ def allocate(work: Work, ratio: float | None = None, settings: Settings | None =
         LibpruneError: if the share cannot be removed.
     """
     _change(work, {} if ratio is None else {"allocate.ratio": ratio}, settings)
-    _run(work, "sensitivity", "depth", "levels", "latency", "allocate")
+    _run(work, "sensitivity", "depth", "levels", "width", "latency", "allocate")
     return read_plan(work.layout, read_architecture(work.layout))[0]
 
 

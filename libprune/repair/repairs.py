@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from libprune.collection.calibration import require_own_weights, set_up
 from libprune.collection.resumable import sums_identity
+from libprune.collection.stream_axes import Narrowed, read_axes, turn_model
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
@@ -36,6 +38,7 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
     A mixture that loses experts sends their tokens to others. It is run on what the dense model gives it, and its
     experts are fitted to what the dense mixture made of that.
     """
+    plan = replace(plan, width=None)  # what reads the stream is mended apart, whatever the units
     inputs = inputs_of(layout, architecture, params.fisher_share > 0)
     damping = None if params.damping == "auto" else params.damping
     weights, number = WeightFiles(own_model(layout, architecture)), sum(1 for _ in pruned_consumers(architecture, plan))
@@ -149,10 +152,15 @@ def _layer_by_layer(
     drift = 0.0 if own_inputs else None if params.drift == "auto" else params.drift
     batches = split_batches(run.sequences.to(run.device), run.at_once)
     steps = 0 if own_inputs else params.producer_steps
+    narrow, identity = None, {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
+    if plan.width is not None:
+        axes = read_axes(layout.width_axes, architecture)
+        narrow = Narrowed(run.weights, architecture, axes, plan.width, repair=True)
+        turn_model(run.model, architecture, axes)
+        identity["axes"] = axes.digest
     repair = SequentialRepair(
-        run.model, architecture, plan, batches, damping, drift, params.drift_cap, steps, own_inputs
+        run.model, architecture, plan, batches, damping, drift, params.drift_cap, steps, own_inputs, narrow
     )
-    identity = {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
     folder = run.work / "slice" / sums_identity(run, identity, ("repair",))
     fits = []
     for layer in Bar(range(architecture.layers), desc="repair", unit="layer"):

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libprune.collection.calibration import held_out
+from libprune.collection.stream_axes import Narrowed
 from libprune.collection.stream_norms import watch_norms
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
@@ -86,6 +87,7 @@ class SequentialRepair:
         cap: float | None = None,
         steps: int = 0,
         own_inputs: bool = False,
+        narrow: Narrowed | None = None,
     ) -> None:
         """Begin before the first layer.
 
@@ -100,8 +102,10 @@ class SequentialRepair:
             steps: as in `libprune.repair.producers.fit_producers`, of parts where that can be; 0: what computes units
                 stays.
             own_inputs: fit only mixtures that lose experts, each on what the dense model gives it: `local` repair.
+            narrow: the weights for a narrower residual stream, along whose axes the model lies; what reads the stream
+                gets them, and every consumer is fitted. None where the plan leaves the stream as wide as it is.
         """
-        self._own_inputs = own_inputs
+        self._own_inputs, self._narrow = own_inputs, narrow
         self._model, self._architecture, self._plan = model, architecture, plan
         self._batches, self._damping, self._drift, self._cap, self._steps = batches, damping, drift, cap, steps
         self._layers = layers_of(model, architecture)
@@ -146,6 +150,7 @@ class SequentialRepair:
         multiples, fits = factors or (1.0,) * len(consumers), list[Fit]()
         states: list[Tensor] | None = None
         with masked(self._model, self._architecture, self._plan):
+            _set(self._model, {} if self._narrow is None else self._narrow.of_layer(layer))
             _set(self._model, known or {})
             for index, consumer in enumerate(consumers if known is None else []):
                 states = None
@@ -344,9 +349,9 @@ def _fitted_consumers(
 
     Beside those that lose inputs these are the ones behind what is gone, which can give some of what it gave: behind a
     whole part or layer all of them, and in a layer whose mixture loses experts those of the later parts, such as a
-    shared expert.
+    shared expert. Where the residual stream is narrower these are all but those of mixtures.
     """
-    whole_before = False
+    whole_before = plan.width is not None
     pruned = {consumer.module: (consumer, kept) for consumer, kept in pruned_consumers(architecture, plan)}
     for layer in range(architecture.layers):
         parts = architecture.parts_of(layer)

@@ -153,10 +153,13 @@ def decision(result: Metrics, verdict: str) -> str:
         for least, most in [speed[f"{name}_spread"]]
     )
     after = " after training" if recovered else ""
+    given, of = dense["bytes"], "of all"
+    if trimmed := result.get("vocabulary"):
+        given, of = trimmed["bytes"]["before"], "of all, with the rows that went from the vocabulary"
     return (
         f"Without {100 * pruned['decoder_share_removed']:.1f} % of the decoder's parameters "
-        f"({100 * pruned['total_share_removed']:.1f} % of all) it takes {_megabytes(pruned['bytes'])} MB instead of "
-        f"{_megabytes(dense['bytes'])}, and beside the dense model its speed is {faster}, its "
+        f"({100 * pruned['total_share_removed']:.1f} % {of}) it takes {_megabytes(pruned['bytes'])} MB instead of "
+        f"{_megabytes(given)}, and beside the dense model its speed is {faster}, its "
         f"{_quality(result, after)}: **{verdict}**."
     )
 

@@ -73,7 +73,7 @@ def write_pruned(
         NotExpressibleError: if the family's config cannot hold the shape.
         SourceError: if the folder's tokenizer cannot be loaded.
     """
-    family = families()[architecture.family]
+    family, architecture = families()[architecture.family], architecture.narrowed(plan.width)
     config = config or load_config(dense)
     dtype = next(iter(state.values())).dtype
     pruned = pruned_config(family, config, architecture, plan, shape)
@@ -137,6 +137,7 @@ def pruned_config(
             f"the layers of a {family.family} model can only be written all alike, under a stock config; this plan "
             "gives them widths of their own"
         )
+    architecture = architecture.narrowed(plan.width)
     sizes = dict(architecture.sizes)
     if shape == "uniform":  # each part in a layer that has it
         sizes |= {axis: size for layer in plan.layers for axis, size in plan.sizes(architecture, layer, 1).items()}

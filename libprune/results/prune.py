@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libprune.collection.stream_axes import Narrowed, read_axes
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import added_biases, with_biases
@@ -76,7 +77,8 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     own, (architecture, config) = architecture, with_biases(architecture, load_config(layout.model), added)
     stored = named_dtype(params.dtype, dense[architecture.parameters[0].name].dtype)
     buffers = [buffer.name for buffer in architecture.buffers]
-    weights = _Weights(dense, added_biases(own, architecture) | new_parameters(fits), stored, buffers)
+    new = added_biases(own, architecture) | new_parameters(fits)
+    weights = _weights(layout, dense, new, architecture, plan, params, stored, buffers)
     state = slice_state(weights, architecture, plan)
     write_pruned(folder, layout.model, architecture, plan, meta["shape"], state, config)
     shutil.copyfile(layout.plan, folder / "plan.parquet")
@@ -104,6 +106,28 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     write_provenance(folder, made | versions())
     write_card(folder)
     return proof | errors, fits
+
+
+def _weights(
+    layout: Layout,
+    dense: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    architecture: Architecture,
+    plan: Plan,
+    params: Slice,
+    dtype: torch.dtype,
+    buffers: Collection[str],
+) -> Mapping[str, Tensor]:
+    """All weights in dense shape, along the axes of the residual stream where that is to be narrower.
+
+    A sequential repair has fitted its maps along these axes, every other one in the dense model.
+    """
+    if plan.width is None:
+        return _Weights(dense, new, dtype, buffers)
+    axes, mends = read_axes(layout.width_axes, architecture), params.repair != "none"
+    if params.repair == "sequential":
+        return _Weights(Narrowed(dense, architecture, axes, plan.width, mends), new, dtype, buffers)
+    return Narrowed(_Weights(dense, new, dtype, buffers), architecture, axes, plan.width, mends)
 
 
 def _prove(

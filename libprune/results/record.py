@@ -100,11 +100,14 @@ class Record:
             raise ArtifactError(f"{path} is of the model {meta['model']}, {PROVENANCE} says {model}")
         layers, parts = table["layer_idx"], table["group_type"]
         blocks = dict.fromkeys(zip(layers.tolist(), parts.tolist(), strict=True))
-        return Plan({(layer, part): table["keep"][(layers == layer) & (parts == part)] for layer, part in blocks})
+        return Plan(
+            {(layer, part): table["keep"][(layers == layer) & (parts == part)] for layer, part in blocks},
+            meta.get("width"),
+        )
 
     @cached_property
     def left(self) -> Plan:
-        """The plan of the remaining layers, by their index in the pruned model."""
+        """The plan of the remaining layers, by their index in the pruned model, whose width is its own."""
         layers = self.plan.layers
         kept = {(layers.index(layer), part): keep for (layer, part), keep in self.plan.keep.items() if layer in layers}
         return Plan(kept)

@@ -115,6 +115,8 @@ def _loss_of(model: PreTrainedModel, sequences: Sequences) -> Measure:
 
 def first_changed(plan: Plan) -> int | None:
     """The first layer that a plan removes something from; None if it keeps everything."""
+    if plan.width is not None:
+        return 0
     return min((layer for (layer, _), keep in plan.keep.items() if not keep.all()), default=None)
 
 

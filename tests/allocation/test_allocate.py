@@ -1,6 +1,7 @@
 """Budgets: what is refused, and what a ratio is of."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from libprune.allocation.allocate import allocate
 from libprune.allocation.decide import decide, summary
+from libprune.engine.architecture import Trimmed
 from libprune.engine.errors import BudgetError
 from libprune.pipeline.artifacts import Scores
 from libprune.pipeline.sections import Allocate
@@ -56,6 +58,28 @@ def test_the_ratio_counts_what_it_says(method, ratio_of):
     assert told["target"] == round(0.25 * {"decoder": shape.decoder, "total": total}[ratio_of])
     assert told["decoder_share_removed"] == pytest.approx(told["removed_parameters"] / shape.decoder)
     assert told["total_share_removed"] == pytest.approx(told["removed_parameters"] / total)
+
+
+@every_method
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_what_went_with_the_vocabulary_counts_toward_a_ratio_of_the_whole_model(method, share):
+    """Of a model with twice its rows; where more went than the ratio asks for, nothing goes from the layers."""
+    shape = Shape()
+    total = shape.decoder + 7 * shape.model
+    gone = round(share * total)
+    architecture = replace(shape.architecture(), trimmed=Trimmed(tokens=14, rows=14, parameters=gone, macs=gone))
+    params = Allocate(method=method, ratio=0.25, ratio_of="total")
+    told = {}
+    for of in ("decoder", "total"):
+        asked = params.model_copy(update={"ratio_of": of})
+        decision = decide(Scores(architecture, shape.table(np.arange(48.0)), META), asked, shape.evidence(method))
+        told[of] = summary(architecture, decision)
+    assert told["total"]["target"] == max(0, round(0.25 * (total + gone)) - gone)
+    assert told["decoder"]["target"] == round(0.25 * shape.decoder)
+    for one in told.values():
+        assert one["total_share_removed"] == pytest.approx((one["removed_parameters"] + gone) / (total + gone))
+    assert told["total"]["share_removed"] == pytest.approx(told["total"]["total_share_removed"])
+    assert told["decoder"]["share_removed"] == pytest.approx(told["decoder"]["decoder_share_removed"])
 
 
 @every_method

@@ -27,7 +27,7 @@ CURVE = 30_000
 
 
 STAGES = ["prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
-STAGES += ["score", "sensitivity", "depth", "levels", "latency", "allocate"]
+STAGES += ["score", "sensitivity", "depth", "levels", "width", "latency", "allocate"]
 
 
 @pytest.fixture(scope="module")

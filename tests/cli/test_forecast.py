@@ -1,6 +1,7 @@
 """What a run is told to take: it grows with the work, follows earlier runs, and came near to a measured run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from transformers import LlamaConfig
 
 from libprune.cli.footprint import footprints
 from libprune.cli.forecast import forecast, lines, main, measured_rate, memory, works
+from libprune.engine.architecture import Trimmed
 from libprune.engine.describe import describe, without_weights
 from libprune.pipeline.params import Params
+from libprune.pipeline.sections import Vocabulary
 from libprune.pipeline.story import STEPS, working
 from tests.support import tiny
 from tests.support.models import FAMILIES
@@ -121,6 +124,18 @@ def test_the_lines_say_what_will_happen_and_that_it_is_an_estimate(demo, tmp_pat
     assert said[1] == f"{len(stages)} stages will run: {', '.join(stages)}"
     assert "minutes, an estimate from a measured product of matrices; the export comes on top" in said[2]
     assert [line.partition(":")[0] for line in said[2:]] == ["time", "memory", "disk"]
+
+
+def test_a_vocabulary_that_is_not_cut_yet_is_said_to_be_counted(demo, tmp_path):
+    architecture, params = demo
+    given = with_changes(params, "prepare", vocabulary=Vocabulary(text="news.txt"))
+    found = forecast(architecture, given, torch.float32, ["prepare"], {}, DEMO_RATE)
+    assert (
+        "rows of the vocabulary will go, which are still counted here, and 20 %"
+        in lines(architecture, given, found, ["prepare"], tmp_path)[0]
+    )
+    cut = replace(architecture, trimmed=Trimmed(tokens=60_000, rows=60_000, parameters=10**7, macs=10**7))
+    assert "still counted" not in lines(cut, given, found, ["prepare"], tmp_path)[0]
 
 
 def test_the_program_answers_for_a_model_before_and_after_prepare(tmp_path, capsys):

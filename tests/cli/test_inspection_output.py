@@ -8,6 +8,7 @@ import pytest
 
 from libprune.cli.inspection import inspect_model, params_for
 from libprune.cli.inspection_output import as_data, as_text
+from libprune.pipeline.sections import Vocabulary
 from libprune.pipeline.terminal import gigabytes
 from tests.support.published import CONFIGS, MIXTURES, write_config
 
@@ -91,3 +92,13 @@ def test_training_has_rows_and_a_line_that_fit_a_hundred_columns(tmp_path, metho
     assert f"{gigabytes(stage['checkpoints'])} of checkpoints" in line
     assert [line.split()[0] for line in lines if line.startswith(("teacher ", "recover  "))] == ["teacher", "recover"]
     assert max(map(len, lines)) <= 100
+
+
+def test_a_smaller_vocabulary_is_announced_and_not_counted(tmp_path):
+    write_config(tmp_path / "model", CONFIGS["SmolLM2-135M"] | {"num_hidden_layers": 2, "intermediate_size": 96})
+    params = params_for(str(tmp_path / "model"), None, False, None)
+    prepare = params.prepare.model_copy(update={"vocabulary": Vocabulary(text="news.txt")})
+    all_of_them = as_text(inspect_model(params))
+    shown = as_text(inspect_model(params.model_copy(update={"prepare": prepare})))
+    (added,) = set(shown.splitlines()) - set(all_of_them.splitlines())
+    assert added == "vocabulary rows go that news.txt never needs; below are all of them"

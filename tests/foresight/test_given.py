@@ -1,6 +1,7 @@
 """Models and texts that lie here: what is known to fail is found, and what would run is let alone."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,25 @@ def test_a_text_that_cannot_be_read_is_found(told, tmp_path, name, content, mess
     (tmp_path / name).write_text(content)
     (fault,) = told(tokenize={"text": name})
     assert fault.startswith("tokenize.text: ") and message in fault
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text": "./nowhere"}, "prepare.vocabulary.text: .*does not exist"),
+        ({"text": "none"}, "prepare.vocabulary = 'none' is the name of no source; write null"),
+        ({"text": "self"}, "prepare.vocabulary.text: self is written by the model"),
+        ({"text": "c4"}, "prepare.vocabulary.text: c4 has no end"),
+        ({"text": "./text.txt", "column": "body"}, "prepare.vocabulary.column: text './text.txt' has no column 'body'"),
+    ],
+)
+def test_a_text_whose_tokens_cannot_stay_is_found(told, given, message):
+    (fault,) = told(prepare={"vocabulary": given})
+    assert re.match(message, fault)
+
+
+def test_a_text_whose_tokens_stay_may_be_that_of_the_calibration(told):
+    assert told(prepare={"vocabulary": {"text": "./text.txt"}}) == []
 
 
 def test_conversations_are_text(told, tmp_path):

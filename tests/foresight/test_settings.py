@@ -13,7 +13,7 @@ from libprune.pipeline.params import PRESETS, Params, validate_params
 from libprune.scoring.criteria import CRITERIA
 from tests.support.params import untrained
 
-SECTIONS = ("gradients", "hessian", "activations", "ablation", "sensitivity", "levels", "slice")
+SECTIONS = ("gradients", "hessian", "activations", "ablation", "sensitivity", "levels", "width", "slice")
 
 
 def params(**changes: dict[str, Any]) -> Params:

@@ -38,6 +38,7 @@ ASKS: dict[str, dict[str, dict[str, Any]]] = {
     "sensitivity": {"allocate": {"method": "hgsp"}},
     "depth": {"allocate": {"depth": "joint"}},
     "levels": {"allocate": {"method": "search"}},
+    "width": {"allocate": {"width": 36}},
     "latency": {"allocate": {"objective": "latency"}},
     "teacher": {"recover": {"method": "lora"}},
     "recover": {"recover": {"method": "full"}},

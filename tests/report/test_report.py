@@ -196,3 +196,27 @@ def test_continuations_show_every_letter_of_models_and_text_and_nothing_of_it_is
 def test_without_continuations_the_report_does_not_speak_of_them():
     assert "beginnings" in report_of(EVALUATION)
     assert "beginnings" not in report_of(changed(continuations=[]))
+
+
+def test_a_smaller_vocabulary_has_its_sizes_and_its_price():
+    found = {
+        "text": "news.txt",
+        "documents": 3,
+        "tokens": {"before": 49_152, "after": 9_984},
+        "rows": {"before": 49_152, "after": 9_984},
+        "parameters": {"before": 134_515_008, "after": 111_954_240},
+        "bytes": {"before": 269_030_016, "after": 223_908_480},
+        "evaluation": {"characters": 2_000, "tokens": {"before": 400, "after": 410}},
+        "per_1000_characters": {"before": 200.0, "after": 205.0},
+    }
+    told = report_of(changed(vocabulary=found))
+    assert "## What went with the vocabulary" in told
+    for row in (
+        "| tokens of the tokenizer | 49,152 | 9,984 |",
+        "| parameters of the whole model | 134,515,008 | 111,954,240 |",
+        "| weights, MB | 269.0 | 223.9 |",
+        "| tokens in 1,000 characters of the evaluation text | 200.0 | 205.0 |",
+        "The evaluation text has 2.5 % more tokens",
+    ):
+        assert row in told
+    assert "vocabulary" not in report_of(EVALUATION)

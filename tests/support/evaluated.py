@@ -182,7 +182,7 @@ def changed(**sections: Any) -> dict[str, Any]:
     """The evaluation with some keys of some sections replaced."""
     result = copy.deepcopy(EVALUATION)
     for section, values in sections.items():
-        both = isinstance(values, dict) and isinstance(result[section], dict)
+        both = isinstance(values, dict) and isinstance(result.get(section), dict)
         result[section] = result[section] | values if both else values
     return result
 

@@ -19,7 +19,7 @@ from tests.support import tiny
 from tests.support.closure import ROOT
 
 ORDER = ["sources", "prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
-ORDER += ["score", "sensitivity", "depth", "levels", "latency", "allocate", "slice"]
+ORDER += ["score", "sensitivity", "depth", "levels", "width", "latency", "allocate", "slice"]
 ORDER += ["teacher", "recover", "export", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
 

@@ -17,6 +17,7 @@ FLOORS = [
     {"texts", "collection"},
     {"vocabulary"},
     {"statistics", "scoring", "repair"},
+    {"narrowing"},
     {"allocation", "results", "report"},
     {"recovery", "export"},
     {"foresight"},

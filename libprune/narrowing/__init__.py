@@ -1,0 +1,1 @@
+"""Measuring what a narrower residual stream costs."""
