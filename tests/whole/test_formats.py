@@ -46,6 +46,10 @@ def run(tmp_path_factory) -> Path:
         for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]:
             main = importlib.import_module(f"stages.{stage}").main
             main(**{name: places[name] for name in inspect.signature(main).parameters})
+        asked = places["params"].read_text()
+        tiny.change_params(folder, "allocate", objective="parameters", width=36)  # times are of the whole width
+        importlib.import_module("stages.width").main(places["params"], places["artifacts"])
+        places["params"].write_text(asked)
     return folder
 
 
@@ -121,6 +125,17 @@ def test_shards_have_exactly_the_documented_tensors(run, section, architecture):
             if name in tensors:
                 assert tensors[name][0] in row["type"].split(" or "), name
                 assert tensors[name][1] == shape, name
+
+
+def test_axes_have_exactly_the_documented_tensors(run):
+    (section,) = (one for one in SECTIONS if "axes tensor" in one.tables)
+    rows = {row["axes tensor"]: row for row in section.tables["axes tensor"]}
+    tensors, meta = documented.shard(*files(run, section))
+    norms = [norm["module"] for norm in meta["stream"]["norms"]]
+    expected = {name.replace("<norm>", norm): row for name, row in rows.items() for norm in norms}
+    assert tensors.keys() == {name for name, row in expected.items() if "principal" not in row["when"]}
+    for name, (kind, shape) in tensors.items():
+        assert (kind, shape) == (expected[name]["type"], [48] * len(expected[name]["shape"].split(","))), name
 
 
 @pytest.mark.parametrize("section", with_table("key"))
