@@ -39,8 +39,10 @@ from libprune.statistics.divergence import Divergence
 from libprune.statistics.losses import Prefix, first_changed
 from libprune.statistics.sensitivity import LAYER
 
-MOST = 10
-"""Layers that go at most."""
+MOST, WHOLE, FEWER = 10, 3, 8
+"""Layers that go at most, steps that measure all that are left, and how many the later steps measure."""
+SHOWN = (1, 2, 4, 6, 8, 10)
+"""Numbers of layers that the orders are compared at."""
 
 
 def collect(work: Path, text: str) -> None:
@@ -70,6 +72,7 @@ def measure_order(layout: Layout, path: Path, sequences: int) -> list[dict[str, 
     dense = Prefix(model, architecture, found, sequences, [], divergence)
     joint = Joint(architecture, removals(architecture, "layers"))
     while len(joint.gone) < MOST:
+        joint.most = FEWER if len(joint.gone) >= WHOLE else None
         measured = joint.next()
         if len(steps) == len(joint.gone):
             start = time.perf_counter()
@@ -83,22 +86,6 @@ def measure_order(layout: Layout, path: Path, sequences: int) -> list[dict[str, 
         joint.take(measured, np.array(steps[len(joint.gone)]["rows"]))
     assert (dense.losses == 0).all()
     return steps
-
-
-def narrow_orders(steps: Sequence[Mapping[str, Any]], architecture: Architecture) -> dict[int, int]:
-    """By the number of candidates how many steps choose as if all were measured."""
-    same = {}
-    for most in (2, 3, 4, 6, 8, 12):
-        joint = Joint(architecture, removals(architecture, "layers"), most)
-        while len(joint.gone) < MOST:
-            step, measured = steps[len(joint.gone)], joint.next()
-            rows = dict(zip(step["layers"], step["rows"], strict=True))
-            best = min(rows, key=lambda layer: float(np.mean(rows[layer])))
-            if best not in {layer for layer, _ in measured}:
-                break
-            joint.take(measured, np.array([rows[layer] for layer, _ in measured]))
-        same[most] = len(joint.gone)
-    return same
 
 
 def orders(layout: Layout, steps: Sequence[Mapping[str, Any]], layers: int) -> dict[str, list[int]]:
@@ -201,10 +188,10 @@ def compensated(
 def main(
     work: Path = Path("/tmp/depth"),
     text: Path | None = None,
-    windows: int = 6,
+    windows: int = 4,
     selecting: Annotated[int, typer.Option(help="Sequences that the orders are measured on.")] = 4,
     removed: Annotated[list[int], typer.Option(help="Layers out, for the rescaling.")] = [6],  # noqa: B006
-    sequences: int = 64,
+    sequences: int = 32,
 ) -> None:
     """Measure orders, then the rescaling."""
     if text is not None:
@@ -225,12 +212,11 @@ def main(
         return known[name]
 
     steps = measure_order(layout, work / "order.json", selecting)
-    print(f"steps that choose as with all candidates: {narrow_orders(steps, architecture)}")
     found = orders(layout, steps, architecture.layers)
     for name, order in found.items():
         print(name, order)
     body = []
-    for number in range(1, MOST + 1):
+    for number in SHOWN:
         cells = []
         for order in found.values():
             gone = sorted(order[:number])

@@ -1,4 +1,4 @@
-"""latency: the time of a layer by its width on this machine (forward passes; only for that objective)."""
+"""latency: the time of a layer by its width on this machine (forward passes; only where it is a budget)."""
 
 from libprune.pipeline import stage
 
@@ -13,9 +13,9 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
 
     layout, settings = Layout(artifacts), load_params(params)
     architecture = read_architecture(layout)
-    if settings.allocate.objective != "latency":
+    if settings.allocate.objective != "latency" and settings.allocate.budgets.latency is None:
         write_json(layout.latency, {"model": architecture.fingerprint})
-        note(f"allocate.objective is {settings.allocate.objective}: nothing is timed")
+        note(f"allocate.objective is {settings.allocate.objective}, and no budget is a time: nothing is timed")
         return
 
     from libprune.statistics.latency import measure_latency

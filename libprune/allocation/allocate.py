@@ -1,13 +1,13 @@
 """Allocation: which units go, so that a given share of the parameters is removed."""
 
-from collections.abc import Callable, Collection
-from dataclasses import replace
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from libprune.allocation.advice import held_whole
+from libprune.allocation.frames import Frame, find, without
 from libprune.allocation.hgsp import block_factors, collapsing, weighted
-from libprune.allocation.ladders import Ladders, build_ladders, plan_of
+from libprune.allocation.ladders import Ladders, build_ladders, forced_by, plan_of
 from libprune.allocation.methods import Depth, Evidence, Order, allocate_global
 from libprune.allocation.retention import wanted_removals, wanted_total
 from libprune.allocation.widths import WITHIN, fitting_multiples
@@ -66,21 +66,31 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
         evidence = {**evidence, "levels": {block: 0 * curve for block, curve in evidence["levels"].items()}}
     single = settle(architecture, scores, params.model_copy(update={"channel_multiple": 1}), evidence)
     for multiple in fitting_multiples(architecture):
-        coarse = params.model_copy(update={"channel_multiple": multiple})
+        coarse = params.model_copy(update={"channel_multiple": multiple, "nested": ()})
         try:
             settled = _settle_ratio(architecture, scores, coarse, evidence)
             ladders = build_ladders(architecture, scores, settled, prices)
-            plan = descend(architecture, ladders, prices, settled, {**evidence, "scores": scores})
+            found = descend(architecture, ladders, prices, settled, {**evidence, "scores": scores})
         except BudgetError:
             continue
-        if abs(removed_by(prices, plan, params) - target_of(prices, single)) <= WITHIN * base_of(prices, params):
-            return settled
+        if _as_asked(architecture, found, params, single, evidence):
+            return settled.model_copy(update={"nested": params.nested})
     return single
+
+
+def _as_asked(
+    architecture: Architecture, found: "Allocated", params: Allocate, single: Allocate, evidence: Evidence
+) -> bool:
+    """Whether a plan removes the share that was asked for, or what binds of the budgets, to within one point."""
+    if found.budgets:
+        return min(one["share_asked"] - one["share"] for one in found.budgets) <= WITHIN
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), found.plan.width)
+    return abs(removed_by(prices, found.plan, params) - target_of(prices, single)) <= WITHIN * base_of(prices, params)
 
 
 def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence) -> Allocate:
     """The params with a ratio: as given, or where it is null what `retention` finds that the scores allow."""
-    if params.ratio is not None:
+    if params.ratio is not None or params.budgets.asked:
         return params
     prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     wanted = wanted_removals(architecture, scores, params.network_type)
@@ -102,6 +112,23 @@ Improve = Callable[[Ladders, Depth, int, Allocate], Depth]
 """From ladders, a method's depths, the target and the params with the split settled to better depths."""
 
 
+@dataclass(frozen=True)
+class Allocated:
+    """A plan, and what an integer programme says of it.
+
+    Attributes:
+        plan: which units stay.
+        frame: what goes whole by the choice of a programme; None without one.
+        programme: the divergence that it predicts, and how far that is from optimal; empty without one.
+        budgets: what was asked for and reached of each; empty without budgets.
+    """
+
+    plan: Plan
+    frame: Frame | None
+    programme: Mapping[str, Any]
+    budgets: Sequence[Mapping[str, Any]]
+
+
 def allocate(
     architecture: Architecture,
     scores: Columns,
@@ -109,7 +136,20 @@ def allocate(
     evidence: Evidence = NO_EVIDENCE,
     improve: Improve | None = None,
 ) -> Plan:
+    """Decide which units stay; `allocation` without what is said of it."""
+    return allocation(architecture, scores, params, evidence, improve).plan
+
+
+def allocation(
+    architecture: Architecture,
+    scores: Columns,
+    params: Allocate,
+    evidence: Evidence = NO_EVIDENCE,
+    improve: Improve | None = None,
+) -> Allocated:
     """Decide which units stay.
+
+    The plans of smaller ratios that this one is to contain are made first, each within the next.
 
     Args:
         scores: the importance table, rows in the order of `libprune.engine.tables.unit_index`.
@@ -118,7 +158,7 @@ def allocate(
         improve: goes on from the depths of the method; None to leave it there.
 
     Raises:
-        BudgetError: if the target cannot be reached under the floors, or not in the asked shape.
+        BudgetError: if the target or a budget cannot be reached under the floors, or not in the asked shape.
         LibpruneError: if layers may be removed that the model cannot do without.
     """
     if architecture.layers_stay and params.may_empty:
@@ -130,7 +170,20 @@ def allocate(
     evidence = {**evidence, "scores": scores}
     params = settle(architecture, scores, params, evidence)
     ladders = build_ladders(architecture, scores, params, prices)
-    return descend(architecture, ladders, prices, params, evidence, improve)
+    within = None
+    for ratio in sorted(params.nested):
+        if params.ratio is not None and ratio >= params.ratio:
+            raise BudgetError(f"allocate.nested has {ratio}, which is not smaller than the ratio {params.ratio:.4g}")
+        smaller = params.model_copy(update={"ratio": ratio})
+        within = descend(architecture, ladders, prices, smaller, evidence, within=within)
+        ladders = forced_by(ladders, within.plan)
+    found = descend(architecture, ladders, prices, params, evidence, improve, within)
+    if within is not None and any((keep & ~within.plan.keep[block]).any() for block, keep in found.plan.keep.items()):
+        raise BudgetError(
+            f"allocate.method: {params.method} finds no plan for the ratio {params.ratio:.4g} that contains those of "
+            f"allocate.nested: {list(params.nested)}; leave some of them out, or choose another method, such as global"
+        )
+    return found
 
 
 def descend(
@@ -140,7 +193,8 @@ def descend(
     params: Allocate,
     evidence: Evidence = NO_EVIDENCE,
     improve: Improve | None = None,
-) -> Plan:
+    within: Allocated | None = None,
+) -> Allocated:
     """Decide which units stay, given the ladders; several ratios of one model can share them.
 
     What goes whole is settled first; the method removes the rest of the target from what stays.
@@ -151,10 +205,13 @@ def descend(
         params: budget, method and limits, settled.
         evidence: what else the method needs.
         improve: goes on from the depths of the method; None to leave it there.
+        within: the plan of a smaller ratio that this one contains; its removals are forced by the ladders.
 
     Raises:
         BudgetError: if the target cannot be reached under the floors, or has no room for so many whole removals.
     """
+    if METHODS[params.method].programme:
+        return _by_programme(architecture, ladders, params, evidence, improve, within)
     target = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
     gone = removed_whole(architecture, target, prices, params, evidence)
     left = {block: steps for block, steps in ladders.items() if block not in gone}
@@ -164,12 +221,33 @@ def descend(
         depth = improve(left, depth, rest, params)
     plan = replace(plan_of(architecture, left, depth), width=params.columns)
     _check_reached(architecture, left, plan, target, prices, params, evidence)
-    return plan
+    return Allocated(plan, None, {}, ())
 
 
-def without(architecture: Architecture, removed: Collection[Block]) -> Plan:
-    """The plan that removes some blocks whole, and nothing else."""
-    return Plan({block: np.full(architecture.units(block[1]), block not in removed) for block in architecture.blocks()})
+def _by_programme(
+    architecture: Architecture,
+    ladders: Ladders,
+    params: Allocate,
+    evidence: Evidence,
+    improve: Improve | None,
+    within: Allocated | None,
+) -> Allocated:
+    """The plan of the integer programme in the best of its frames."""
+    if params.ordered and params.layers is not None and params.ratio is not None:  # which has room for them, or not
+        prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
+        _first_of_the_order(architecture, target_of(prices, params), prices, params, evidence["depth"])
+    found = find(architecture, ladders, params, evidence, None if within is None else within.frame)
+    frame, depth = found.frame, found.solution.depth
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), frame.width)
+    target = 0
+    if params.ratio is not None:
+        target = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
+    if improve is not None and params.ratio is not None:
+        depth = improve(found.ladders, depth, target - prices.removed(without(architecture, frame.gone)), params)
+    plan = replace(plan_of(architecture, found.ladders, depth), width=frame.width)
+    narrow = params.model_copy(update={"width": frame.width})
+    _check_reached(architecture, found.ladders, plan, target, prices, narrow, evidence)
+    return Allocated(plan, frame, found.record, found.budgets)
 
 
 def removed_whole(

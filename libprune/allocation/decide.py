@@ -1,6 +1,6 @@
 """The decision of a layout: from the scores and the params to the plan, its shape, and what is said of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from libprune.allocation.advice import Fixed, advise, fixed_scores
-from libprune.allocation.allocate import NO_EVIDENCE, Improve, allocate, removed_by, settle, share_of, target_of
+from libprune.allocation.allocate import (
+    NO_EVIDENCE,
+    Improve,
+    allocate,
+    allocation,
+    removed_by,
+    settle,
+    share_of,
+    target_of,
+)
 from libprune.allocation.block_worth import require_comparable, require_meaningful, with_worth
 from libprune.allocation.evidence import read_evidence
 from libprune.allocation.methods import Evidence
@@ -34,7 +43,9 @@ class Decision:
         shape: the shape that it is to be saved in.
         params: the params with all that they had left open.
         overlap: the plan's overlap with those of the criterion's components, by their names.
-        prices: what the budget was counted in.
+        prices: what the ratio, or the sizes told beside budgets, are counted in.
+        programme: what an integer programme predicts, and how far that is from optimal; empty without one.
+        budgets: what was asked for and reached of each; empty without budgets.
     """
 
     plan: Plan
@@ -42,6 +53,8 @@ class Decision:
     params: Allocate
     overlap: Mapping[str, float]
     prices: Prices
+    programme: Mapping[str, Any]
+    budgets: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,9 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
         "tensor_parallel": result["tensor_parallel"],
         "kept_set_overlap": dict(decision.overlap),
         "diagnosis": diagnosis,
+        # without the seconds, so that the same decision is the same file
+        "programme": {key: value for key, value in decision.programme.items() if key != "seconds"},
+        "reached": [dict(one) for one in decision.budgets],
     }
     if scores.architecture.heads == "queries":
         made["heads"] = {part: shape.groups for part, shape in scores.architecture.parts.items() if shape.outer}
@@ -144,6 +160,9 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
 
 def _lines(architecture: Architecture, result: Mapping[str, Any], asked: Allocate, decision: Decision) -> Iterator[str]:
     yield _removed(result, asked, decision.params, decision.shape)
+    yield from map(budget_line, decision.budgets)
+    if decision.programme:
+        yield programme_line(decision.programme)
     if "depth" in result:
         yield _whole(architecture, result["depth"])
     if why := explain_multiple(architecture, asked, result["channel_multiple"], result["share_removed"]):
@@ -167,12 +186,37 @@ def whole_removals(architecture: Architecture, plan: Plan, evidence: Evidence) -
 
 
 def _removed(result: Mapping[str, Any], asked: Allocate, settled: Allocate, shape: str) -> str:
-    shares = [100 * result[f"{what}share_removed"] for what in ("", "decoder_", "total_")]
+    shares = [100 * result[f"{what}share_removed"] for what in ("decoder_", "total_")]
+    sizes = "{:.2f} % of the decoder's parameters, {:.2f} % of all".format(*shares) + f"; shape {shape}"
+    if result["ratio"] is None:
+        return f"under the budgets, removed {sizes}"
     source = "asked for" if asked.ratio is not None else "retention allows"
     return (
         f"{source} {100 * result['ratio']:.2f} % of the {settled.ratio_of} {settled.objective}, removed "
-        "{:.2f} %: {:.2f} % of the decoder's parameters, {:.2f} % of all".format(*shares)
-        + f"; shape {shape}"
+        f"{100 * result['share_removed']:.2f} %: {sizes}"
+    )
+
+
+def budget_line(budget: Mapping[str, Any]) -> str:
+    """What was asked for and reached of one budget, in a sentence."""
+    binds = "binds" if budget["binds"] else "does not bind"
+    return (
+        f"budget {budget['name']}: {100 * budget['share_asked']:g} % may stay, {100 * budget['share']:.2f} % stays "
+        f"({_amount(budget['reached'])} of {_amount(budget['dense'])} {cost.COUNTED[budget['name']]}; it {binds})"
+    )
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
+
+
+def programme_line(programme: Mapping[str, Any]) -> str:
+    """What an integer programme predicts, how far that is from optimal, and what took how long, in a sentence."""
+    frame = f", with {programme['removals']} whole removals" if programme["removals"] else ""
+    frame += f", {programme['width']} columns of the residual stream" if programme["width"] is not None else ""
+    return (
+        f"integer programme: predicted divergence {programme['divergence']:.4f} nats a token{frame}, optimal to "
+        f"{100 * programme['gap']:.2f} %, {programme['seconds']:.1f} s"
     )
 
 
@@ -244,14 +288,16 @@ def decide(
     if params.split == "auto":
         params = params.model_copy(update={"split": "importance" if comparable else "proportional"})
     params = settle(architecture, table, params, evidence)
-    plan = allocate(architecture, table, params, evidence, improve)
+    found = allocation(architecture, table, params, evidence, improve)
+    plan = found.plan
     components = [name for name in table if name in COMPARED_COMPONENTS and scores.meta["scaling"] == "none"]
     overlap = {}
     for name in components if len(components) > 1 else []:
         alone = table | {"importance": table[name], "score": table[name] / unit}
         overlap[name] = jaccard(plan.column, allocate(architecture, alone, params, evidence).column)
     shape, prices = result_shape(architecture, plan, params), cost.prices(architecture, *priced, plan.width)
-    return Decision(plan, shape, params.model_copy(update={"width": plan.width}), overlap, prices)
+    settled = params.model_copy(update={"width": plan.width})
+    return Decision(plan, shape, settled, overlap, prices, found.programme, found.budgets)
 
 
 COMPARED_COMPONENTS = ("taylor", "fisher")
@@ -268,7 +314,7 @@ def summary(architecture: Architecture, decision: Decision) -> dict[str, Any]:
     return {
         "objective": params.objective,
         "ratio": params.ratio,
-        "target": target_of(prices, params),
+        "target": None if params.ratio is None else target_of(prices, params),
         "removed": taken,
         "share_removed": share_of(prices, taken, params),
         "removed_parameters": removed,
@@ -278,4 +324,6 @@ def summary(architecture: Architecture, decision: Decision) -> dict[str, Any]:
         "channel_multiple": params.channel_multiple,
         "tensor_parallel": tensor_parallel_sizes(architecture, decision.plan) if uniform else None,
         "kept_set_overlap": dict(decision.overlap),
+        **({"programme": dict(decision.programme)} if decision.programme else {}),
+        **({"budgets": [dict(one) for one in decision.budgets]} if decision.budgets else {}),
     }

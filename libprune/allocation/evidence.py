@@ -31,7 +31,7 @@ def read_evidence(layout: Layout, scores: Scores, params: Allocate) -> Evidence:
     Raises:
         ArtifactError: if it is missing, or was measured on another model or text, or with units in another order.
     """
-    needed = allocation_reads(params.method, params.worth, params.objective, params.evaluations, params.depth)
+    needed = allocation_reads(params.method, params.worth, params.times, params.evaluations, params.depth)
     evidence = {artifact: READERS[artifact](layout, scores) for artifact in needed if artifact in READERS}
     evidence |= {"depth": read_order(layout, scores, params)} if "depth" in needed else {}
     return evidence | ({"width": read_widths(layout, scores)} if params.width == "auto" else {})

@@ -193,6 +193,34 @@ def empties_layer(architecture: Architecture, ladders: Ladders, depth: Mapping[B
     return left == 0
 
 
+def forced_by(ladders: Ladders, plan: Plan) -> Ladders:
+    """The ladders whose first steps, as far as a plan has taken them, happen in any case: as one, before all others.
+
+    Args:
+        plan: made from these ladders, or without some of their blocks.
+    """
+    forced: dict[Block, tuple[Step, ...]] = {}
+    for block, steps in ladders.items():
+        gone = int((~plan.keep[block]).sum())
+        counts = np.cumsum([0, *(len(step.units) for step in steps)])
+        taken = int(np.searchsorted(counts, gone))
+        first = steps[:taken]
+        units = tuple(unit for step in first for unit in step.units)
+        both = sum(step.cost for step in first), -np.inf, sum(step.importance for step in first)
+        forced[block] = (Step(units, *both, forced=True), *steps[taken:]) if units else steps
+    return forced
+
+
+def free_steps(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps of a ladder that do not happen in any case."""
+    return steps[1:] if steps and steps[0].forced else steps
+
+
+def forced_cost(ladders: Ladders) -> int:
+    """What the forced steps save."""
+    return sum(step.cost for steps in ladders.values() for step in steps if step.forced)
+
+
 def spent(ladders: Ladders, depth: Mapping[Block, int]) -> int:
     """How much of the objective the given depths remove."""
     return sum(step.cost for block, steps in ladders.items() for step in steps[: depth[block]])

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libprune.allocation.hgsp import block_factors, weighted
-from libprune.allocation.ladders import Ladders, Step, empties_layer, parts_left
+from libprune.allocation.ladders import Ladders, Step, empties_layer, forced_cost, free_steps, parts_left
 from libprune.allocation.programme import least_divergence
 from libprune.allocation.retention import by_progress, wanted_removals
 from libprune.engine import cost
@@ -96,7 +96,8 @@ def allocate_uniform(
         shares = [float(gone[part][i]) for part, i in split.items()]
         return max(shares) - min(shares)
 
-    cheapest = min((len(having[part]) * steps[0].cost for part, steps in first.items() if steps), default=0)
+    nexts = ((len(having[part]), step) for part, steps in first.items() for step in free_steps(steps)[:1])
+    cheapest = min((number * step.cost for number, step in nexts), default=0)
     reach = max(cheapest, min(map(miss, splits)))
     best = min((split for split in splits if miss(split) <= reach), key=lambda split: (preference(split), miss(split)))
     return {(layer, part): best[part] if layer in layers else 0 for layer, part in ladders}
@@ -121,8 +122,9 @@ def _options(architecture: Architecture, ladder: tuple[Step, ...], part: str, pa
     """How many removals leave a count that the result's shape can hold."""
     shape, any_count = architecture.parts[part], params.shape == "per_layer"
     left = shape.left_after(architecture.units(part), [step.units for step in ladder])
-    said = (any_count or (kept > 0 and shape.says(kept, groups)) for kept, groups in left)
-    return [i for i, fits in enumerate(said) if i == 0 or fits]
+    said = [any_count or (kept > 0 and shape.says(kept, groups)) for kept, groups in left]
+    first = len(ladder) - len(free_steps(ladder))
+    return [i for i, fits in enumerate(said) if i == first or (i > first and fits)]
 
 
 def _splits(
@@ -132,7 +134,7 @@ def _splits(
     allowed: Callable[[Split], bool],
 ) -> list[Split]:
     """For every choice in the other parts the allowed one nearest to the target in the part of finest steps."""
-    finest = min(options, key=lambda part: spent[part][1] if len(spent[part]) > 1 else np.inf)
+    finest = min(options, key=lambda part: min(np.diff(spent[part]), default=np.inf))
     others = [part for part in options if part != finest]
     choices = np.array(options[finest])
     splits: list[Split] = []
@@ -171,7 +173,8 @@ def allocate_functional(
             own = {block: ladders[block] if block in group else () for block in ladders}
             if not params.may_empty and len(group) < len(blocks):
                 own |= {block: _without_the_last(architecture, ladders, depth, block) for block in group}
-            taken = allocate_global(architecture, own, round(owed), params, evidence)
+            room = max(round(owed), forced_cost(own))
+            taken = allocate_global(architecture, own, room, params, evidence)
             depth |= {block: taken[block] for block in group}
             owed -= sum(step.cost for block in group for step in ladders[block][: taken[block]])
     return depth
@@ -207,10 +210,10 @@ def allocate_search(
 ) -> Depth:
     """Least summed divergence of the blocks' levels for the target, by an integer programme.
 
-    The divergences of single blocks add up only roughly; `libprune.allocation.evolution` goes on from here with whole
+    The divergences of single blocks add up only roughly; `libprune.allocation.search` goes on from here with whole
     plans. A `uniform` shape takes the same level in every layer.
     """
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"))
+    prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
     return least_divergence(architecture, ladders, evidence["levels"], target, prices, params).depth
 
 

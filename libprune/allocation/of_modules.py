@@ -92,6 +92,8 @@ def _require_known(params: Allocate) -> None:
             raise LibpruneError(
                 f"{key} = {getattr(params, key)!r} needs a language model; for networks choose {', '.join(known)}"
             )
+    if params.width is not None:
+        raise LibpruneError(f"width = {params.width!r} needs a language model, whose layers share a residual stream")
     if params.min_channels < 1:
         raise LibpruneError("min_channels = 0, but a network needs at least one unit of each part")
 

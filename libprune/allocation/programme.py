@@ -11,6 +11,7 @@ The programme is solved by HiGHS (Huangfu and Hall 2018) through `scipy.optimize
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, gcd, inf
@@ -82,6 +83,7 @@ class Solution:
         divergence: what the curves predict for them, nats.
         bound: no solution loses less, nats.
         seconds: spent on it.
+        binding: for each limit, whether there is a step that cannot be given back because of it.
     """
 
     depth: dict[Block, int]
@@ -89,6 +91,7 @@ class Solution:
     divergence: float
     bound: float
     seconds: float
+    binding: tuple[bool, ...]
 
     @property
     def gap(self) -> float:
@@ -259,7 +262,20 @@ class Programme:
             start: when the search for them began, by `time.perf_counter`.
         """
         loss, removed = self.lost(options), tuple(self.removed(options))
-        return Solution(self.depth(options), removed, loss, min(bound, loss), time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return Solution(self.depth(options), removed, loss, min(bound, loss), seconds, self._binding(options, removed))
+
+    def _binding(self, options: Sequence[int], removed: Sequence[int]) -> tuple[bool, ...]:
+        least = np.array([limit.least for limit in self._limits])
+        steps = [one.costs[o] - one.costs[o - 1] for one, o in zip(self.groups, options, strict=True) if o]
+        binds = [(np.array(removed) - step < least) & (step > 0) for step in steps]
+        return tuple(bool(value) for value in np.any([np.zeros(len(least), dtype=bool), *binds], axis=0))
+
+    def asking(self, limits: Sequence[Limit]) -> "Programme":
+        """This choice of depths under other limits, at the same prices."""
+        other = copy(self)
+        other._limits = list(limits)
+        return other
 
     def _least(self, bounds: Sequence[Range]) -> tuple[list[int] | None, float]:
         """The options of least loss, and a bound.
@@ -493,14 +509,16 @@ def least_divergence(
     """
     alike = params.shape == "uniform"
 
-    def programme(least: int) -> Programme:
-        limit = Limit("allocate.ratio", prices, max(0, least), target)
-        return Programme(architecture, ladders, curves, [limit], params.may_empty, alike)
+    limit = Limit("allocate.ratio", prices, 0, target)
+    whole = Programme(architecture, ladders, curves, [limit], params.may_empty, alike)
 
-    cheapest = programme(0).cheapest(0)
-    found = programme(target - cheapest + 1).solve()
-    if found is not None:
-        return found
+    def programme(least: int) -> Programme:
+        return whole.asking([replace(limit, least=max(0, least))])
+
+    cheapest = whole.cheapest(0)
+    near = programme(target - cheapest + 1).solve()
+    if near is not None:
+        return near
     start = time.perf_counter()
     nearest = programme(0)
     options = nearest.most(0)
@@ -510,8 +528,8 @@ def least_divergence(
     if alike:
         return replace(found, seconds=time.perf_counter() - start)
     extra = found.removed[0] - spent(ladders, found.depth)  # of whole layers
-    whole = any(part == WITH_LAYER for _, part in prices.rest)
-    cautious = params.model_copy(update={"depth": "none"}) if whole else params
+    layers_priced = any(part == WITH_LAYER for _, part in prices.rest)
+    cautious = params.model_copy(update={"depth": "none"}) if layers_priced else params
     depth = fill(architecture, ladders, curves, found.depth, target - extra, cautious)
     return replace(found, depth=depth, divergence=lost(ladders, curves, depth), seconds=time.perf_counter() - start)
 

@@ -74,7 +74,9 @@ def by_progress(ladders: Ladders, wanted: Mapping[Block, float]) -> Ladders:
     for block, steps in ladders.items():
         gone = np.cumsum([len(step.units) for step in steps])
         ranks = gone / max(wanted[block], np.finfo(np.float64).tiny)
-        ranked[block] = tuple(replace(step, rank=float(rank)) for step, rank in zip(steps, ranks, strict=True))
+        ranked[block] = tuple(
+            step if step.forced else replace(step, rank=float(rank)) for step, rank in zip(steps, ranks, strict=True)
+        )
     return ranked
 
 

@@ -73,6 +73,14 @@ def explain_multiple(architecture: Architecture, asked: Allocate, multiple: int,
         return None
     *larger, last = map(str, MULTIPLES)
     known, width = f"{', '.join(larger)} and {last}", " and ".join(f"{architecture.units(part):,}" for part in parts)
+    if asked.budgets.asked:
+        met = "meets the tightest budget to within one point"
+        if multiple > 1:
+            return (
+                f"keeps channels in multiples of {multiple}: the largest of {known} that {width} is a multiple of and "
+                f"that {met}"
+            )
+        return f"keeps channels in no multiple: none of {known} that {width} is a multiple of {met}"
     if multiple > 1:
         wanted = (
             "single channels remove about as much" if asked.ratio is None else f"{100 * asked.ratio:g} % was asked for"

@@ -303,8 +303,9 @@ def _method(allocate: Allocate, artifact: str) -> str:
 
 
 def _latency(allocate: Allocate) -> Footprint:
-    used = allocate.objective == "latency"
-    return Footprint("latency", {"latency.json": _LATENCY if used else 40}, _only(used, "objective: latency"))
+    used = allocate.times
+    setting = "objective: latency" if allocate.objective == "latency" or not used else "budgets.latency"
+    return Footprint("latency", {"latency.json": _LATENCY if used else 40}, _only(used, setting))
 
 
 def _only(used: bool, setting: str) -> str:
@@ -326,7 +327,9 @@ def _slice(architecture: Architecture, params: Params, stored: torch.dtype, plan
         "pruned/repair.parquet": Table(consumers if REPAIRS[section.repair].function else 0, 5, runs=3).nbytes,
     }
     ratio = "null" if allocate.ratio is None else allocate.ratio
+    limits = ", ".join(f"{name}: {share}" for name, share in allocate.budgets.asked.items())
     asked = f"allocate.ratio: {ratio} of the {allocate.ratio_of}'s {allocate.objective}"
+    asked = f"allocate.budgets: {limits}" if limits else asked
     at_most = "" if _foretold(allocate) else "at most, "
     return Footprint("slice", files, f"{dtype_name(dtype)}, {at_most}{asked}")
 

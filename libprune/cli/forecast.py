@@ -221,6 +221,10 @@ def lines(architecture: Architecture, params: Params, found: Forecast, stages: S
     of = {"decoder": "the decoder", "total": "the whole model"}[params.allocate.ratio_of]
     what = {"parameters": "parameters", "macs": "operations", "cache": "KV cache", "latency": "time"}
     asked = f"{share} of the {what[params.allocate.objective]} of {of}"
+    if limits := params.allocate.budgets.asked:
+        asked = (
+            "what the budgets ask for (" + ", ".join(f"{name} to {100 * one:g} %" for name, one in limits.items()) + ")"
+        )
     seconds = sum(found.seconds.values())
     free, whole = shutil.disk_usage(root).free, psutil.virtual_memory().total
     gone = [stage for stage in found.seconds if stage in found.recorded]

@@ -226,7 +226,7 @@ def uniform_shapes(
         for spared, table in divisions.items():
             try:
                 asked = settle(architecture, table, settings.model_copy(update={"ratio": ratio}))
-                plan = descend(architecture, build_ladders(architecture, table, asked, prices), prices, asked)
+                plan = descend(architecture, build_ladders(architecture, table, asked, prices), prices, asked).plan
                 shape = _shape(architecture, plan, ratio, result_shape(architecture, plan, asked), dtype, spared=spared)
             except BudgetError as error:
                 shape = _shape(architecture, Plan.dense(architecture), ratio, "uniform", dtype, str(error))

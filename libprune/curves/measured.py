@@ -14,7 +14,7 @@ from libprune.curves.plans import Curve
 from libprune.engine.errors import ArtifactError
 from libprune.engine.yaml_file import read_yaml
 from libprune.experiments.dvc_experiments import Experiment, gather, read_lock, show
-from libprune.experiments.file import SEED, Comparison, Data, leaves_of, read_setting
+from libprune.experiments.file import SEED, Comparison, Data, Setting, leaves_of, read_setting
 from libprune.experiments.report import COSTS
 from libprune.experiments.results import cache_folder, cached_file
 from libprune.experiments.runs import Echo, find_experiment, missing_runs, run_all
@@ -86,17 +86,14 @@ def curve_comparison(path: Path, ratios: Sequence[float], nested: Mapping[float,
     others = {key: str(value) for key, value in leaves_of(data).items() if key not in (RATIO, NESTED)}
     own = json.dumps([others, bool(nested)], sort_keys=True)
     name = f"curve-{hashlib.sha256(own.encode()).hexdigest()[:6]}"
-    seed = _seed(data)
-    settings = tuple(
-        read_setting(
-            f"{ratio:g}",
-            {RATIO: ratio, **({NESTED: list(nested[ratio])} if ratio in nested else {})},
-            data,
-            seed,
-            path,
-        )
-        for ratio in ratios
-    )
+    seed, given = _seed(data), bool((data.get("allocate") or {}).get("nested"))
+
+    def setting(ratio: float) -> Setting:
+        smaller = list(nested.get(ratio, ()))
+        changes = {RATIO: ratio, **({NESTED: smaller} if smaller or given else {})}
+        return read_setting(f"{ratio:g}", changes, data, seed, path)
+
+    settings = tuple(map(setting, ratios))
     return Comparison(name, name, settings, (seed,), None, data)
 
 

@@ -63,6 +63,7 @@ def explain_curve(drawn: Drawn) -> list[str]:
     """What is to be said of a curve beside its tables: where it bends, what was skipped, and what is not known."""
     curve = drawn.curve
     said = explain_bends(drawn)
+    said += ["Each smaller model is a part of the larger ones."] if curve.nested else []
     said += [f"Without a plan: {100 * ratio:g} %, since {reason}." for ratio, reason in curve.skipped.items()]
     if not curve.predicts:
         relative = "" if curve.dense.importance is None else "; the importance that goes is a relative figure"
@@ -147,7 +148,7 @@ def _against(
     places = {one.ratio: x_of(one) for one in drawn.curve.points}
     points = [_reference(drawn, places[0.0]), *_points(drawn, places)]
     behind = _predicted(drawn, places)
-    line = sorted((one.x, one.y) for one in points) if drawn.known else []
+    line = [(one.x, one.y) for one in points] if drawn.known else []  # from ratio to ratio
     y_label = loss_label(drawn.measure, drawn.trained)
     ringed = _ringed(drawn, points, behind)
     figure = draw_points(points, line, x_label, y_label, behind, ringed, above)

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from libprune.allocation.allocate import share_of
-from libprune.allocation.decide import Ground, decide, read_ground
+from libprune.allocation.allocate import removed_by, share_of
+from libprune.allocation.decide import Decision, Ground, decide, read_ground
 from libprune.allocation.evidence import read_latency
 from libprune.allocation.methods import Evidence
 from libprune.engine import cost
@@ -35,12 +35,13 @@ class Planned:
         ratio: the share that was asked for; 0 for the dense model.
         plan: which units stay.
         shape: the shape that it would be saved in.
-        removed: the share of the objective that goes.
+        removed: the share of the objective that goes, with what went with the vocabulary where the ratio is of it too.
         size: parameters, operations and cache that remain.
         weights: bytes of the weights, in the type that the pruned model is stored in.
         cache: bytes of the KV cache for a token.
         state: bytes of recurrent states for a sequence.
-        seconds: of one forward pass, by the lines that the latency stage has fitted; None if it has not measured.
+        seconds: of one forward pass, by the lines that the latency stage has fitted; None if it has not measured, or
+            the residual stream is narrower than it measured.
         divergence: what its parts lose by measurement, summed, nats a token; None for methods that measure no levels.
         importance: the share of the summed importance that goes; None where importances do not compare between blocks.
     """
@@ -125,19 +126,24 @@ def plan_curve(layout: Layout, params: Params, ratios: Sequence[float] = DEFAULT
         LibpruneError: if an artifact is missing or foreign, or the scores may not be used as asked.
     """
     asked = params.allocate.model_copy(update={"evaluations": 0})
+    if asked.budgets.asked:
+        raise ParamsError("a curve changes allocate.ratio, but allocate.budgets sets the size; leave the budgets empty")
     ground = read_ground(layout, asked)
     counted = _Counting(layout, params, ground)
     planned: list[Planned] = []
     skipped: dict[float, str] = {}
+    contains: dict[float, tuple[float, ...]] = {}
     for ratio in ratios:
+        smaller = tuple(one.ratio for one in planned) if nested else ()
+        wanted = asked.model_copy(update={"ratio": ratio, "nested": smaller})
         try:
-            decision = decide(ground.scores, asked.model_copy(update={"ratio": ratio}), ground.evidence)
+            decision = decide(ground.scores, wanted, ground.evidence)
         except BudgetError as error:
             skipped[ratio] = str(error)
             continue
-        planned.append(counted.of(ratio, decision.plan, decision.shape))
-    dense = counted.of(0.0, Plan.dense(ground.scores.architecture), "uniform")
-    return Curve(asked, ground.scores.architecture, dense, tuple(planned), skipped, {})
+        planned.append(counted.of(decision, ratio))
+        contains |= {ratio: smaller} if smaller else {}
+    return Curve(asked, ground.scores.architecture, counted.dense, tuple(planned), skipped, contains)
 
 
 class _Counting:
@@ -147,21 +153,30 @@ class _Counting:
         scores, asked = ground.scores, params.allocate
         self._architecture, self._evidence = scores.architecture, ground.evidence
         self._itemsize = _itemsize(layout, params)
-        self._prices = cost.prices(scores.architecture, asked.objective, ground.evidence.get("latency"))
         self._asked = asked
         self._times: Prices | None = None
         if layout.latency.exists() and "unit" in read_json(layout.latency, "latency"):
             self._times = cost.prices(scores.architecture, "latency", read_latency(layout, scores))
         self._importance = scores.table["importance"] if scores.compares(asked.worth) else None
 
-    def of(self, ratio: float, plan: Plan, shape: str) -> Planned:
-        """The plan with what it promises."""
-        size, times = cost.size(self._architecture, plan), self._times
+    def of(self, decision: Decision, ratio: float) -> Planned:
+        """The plan of a decision with what it promises."""
+        removed = removed_by(decision.prices, decision.plan, decision.params)
+        return self._counted(ratio, decision.plan, decision.shape, decision.prices, removed)
+
+    @property
+    def dense(self) -> Planned:
+        """The dense model, as the plan that keeps everything."""
+        prices = cost.prices(self._architecture, self._asked.objective, self._evidence.get("latency"))
+        return self._counted(0.0, Plan.dense(self._architecture), "uniform", prices, 0)
+
+    def _counted(self, ratio: float, plan: Plan, shape: str, prices: Prices, removed: int) -> Planned:
+        size, times = cost.size(self._architecture, plan), self._times if plan.width is None else None
         return Planned(
             ratio,
             plan,
             shape,
-            share_of(self._prices, self._prices.removed(plan), self._asked),
+            share_of(prices, removed, self._asked),
             size,
             weights=size.total * self._itemsize,
             cache=size.cache * self._itemsize,

@@ -74,7 +74,8 @@ def tabulate_plans(curve: Curve) -> tuple[Rows, tuple[str, ...]]:
         "states, B": _where(dense.state > 0, [f"{one.state:,}" for one in points]),
         "MMACs/token": [_millions(one.size.macs) for one in points],
         "pass, ms": _where(
-            dense.seconds is not None, [f"{1e3 * (one.seconds or 0):,.1f}" for one in points]
+            dense.seconds is not None,
+            [NOTHING if one.seconds is None else f"{1e3 * one.seconds:,.1f}" for one in points],
         ),
         "divergence": _where(curve.predicts, [f"{one.divergence or 0:.3g}" for one in points]),
         "importance lost": _where(

@@ -15,6 +15,18 @@ from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import split_blocks
 
+COUNTED = {
+    "parameters": "parameters of the layers",
+    "total": "parameters",
+    "active": "active parameters of the layers",
+    "macs": "multiply-accumulates a token",
+    "cache": "elements of the KV cache a token",
+    "state": "elements of states a sequence",
+    "latency": "seconds of a forward pass",
+    "bytes": "bytes of the weights as served",
+}
+"""What each budget of `allocate.budgets` counts, in words."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -108,52 +120,94 @@ class Prices:
 
 
 def prices(
-    architecture: Architecture, objective: str, latency: Mapping[str, Any] | None = None, width: int | None = None
+    architecture: Architecture,
+    objective: str,
+    latency: Mapping[str, Any] | None = None,
+    width: int | None = None,
+    bits: Mapping[str, float] | None = None,
 ) -> Prices:
-    """The prices of an objective of `allocate.objective`.
+    """The prices of an objective of `allocate.objective`, or of a budget of `allocate.budgets`.
 
     Args:
-        objective: `parameters`, `macs` (multiply-accumulates a token), `cache` (elements a token) or `latency`
-            (picoseconds of one forward pass).
+        objective: `parameters` (or `total`), `active` (parameters of the layers that a token goes through), `macs`
+            (multiply-accumulates a token), `cache` (elements a token), `state` (elements a sequence), `latency`
+            (picoseconds of one forward pass) or `bytes` (thousandths of a bit of the weights as served).
         latency: what the latency stage measured; for that objective.
         width: the columns of the residual stream that stay; units then cost what they do in the narrower model.
+        bits: of a weight of the `layers` and `outside` of them; for bytes.
 
     Raises:
-        LibpruneError: for the cache of a model that keeps none.
+        LibpruneError: for the cache or the states of a model that keeps none.
     """
     if width is not None and objective != "latency":
-        whole, narrow = prices(architecture, objective), prices(architecture.narrowed(width), objective)
+        whole, narrow = (
+            prices(one, objective, None, None, bits) for one in (architecture, architecture.narrowed(width))
+        )
         narrowing = {"decoder": whole.decoder - narrow.decoder, "total": whole.total - narrow.total}
         return replace(narrow, decoder=whole.decoder, total=whole.total, gone=whole.gone, narrowing=narrowing)
     if objective == "latency":
         assert latency is not None
         return _measured_prices(architecture, latency)
-    if objective == "cache" and architecture.cache is None:
-        raise LibpruneError(
-            f"allocate.objective is cache, but a model of family {architecture.family!r} keeps no KV cache; choose "
-            "parameters, macs or latency"
-        )
+    for name, held, kept in (
+        ("cache", architecture.cache, "KV cache"),
+        ("state", architecture.state, "recurrent state"),
+    ):
+        if objective == name and held is None:
+            raise LibpruneError(
+                f"allocate.objective or a budget is {name}, but a model of family {architecture.family!r} keeps no "
+                f"{kept}; choose parameters, macs or latency"
+            )
     shapes = {block: architecture.parts[block[1]] for block in architecture.blocks()}
     dense = size(architecture, Plan.dense(architecture))
     blocks, in_groups = list(shapes), [block for block, shape in shapes.items() if shape.outer]
-    if objective == "parameters":
+    if objective in {"parameters", "total", "bytes", "active"}:
         unit = {block: unit_parameters(architecture, *block) for block in blocks}
         each = {block: group_parameters(architecture, *block) for block in in_groups}
         rest = {block: part_overhead(architecture, *block) for block in blocks} | _with_layers(architecture)
-        decoder, total = dense.decoder, dense.total
+        decoder, outside = dense.decoder, dense.total - dense.decoder
+        if objective == "active":
+            unit, rest = _without_idle(architecture, unit, rest)
+            decoder, outside = dense.active, 0
     else:
         cost = partial(_part_cost, architecture, objective)
         unit = {block: cost(*block) - cost(*block, shapes[block].axis) for block in blocks}
         each = {block: cost(*block) - cost(*block, shapes[block].outer) for block in in_groups}
         rest = {block: cost(*block) - architecture.units(block[1]) * unit[block] for block in blocks}
         rest |= {block: rest[block] - shapes[block].groups * each[block] for block in in_groups}
-        total = dense.cache if objective == "cache" else dense.macs
-        decoder = total if objective == "cache" else total - architecture.head_macs
+        decoder, outside = getattr(dense, objective), 0
+        if objective == "macs":
+            decoder, outside = decoder - architecture.head_macs, architecture.head_macs
     if not architecture.layered:  # no part of a network goes as a whole
         rest = dict.fromkeys(rest, 0)
+    trimmed = architecture.trimmed
+    gone = 0 if trimmed is None else {"macs": trimmed.macs}.get(objective, trimmed.parameters if outside else 0)
+    inner = outer = 1
+    if objective == "bytes":
+        assert bits is not None
+        inner, outer = (round(1000 * bits[where]) for where in ("layers", "outside"))
+        unit, rest, each = ({block: inner * one for block, one in some.items()} for some in (unit, rest, each))
     groups = {block: Groups(shapes[block].groups, each[block]) for block in in_groups}
-    gone = {"parameters": trimmed.parameters, "macs": trimmed.macs} if (trimmed := architecture.trimmed) else {}
-    return Prices(unit, rest, decoder, total, gone.get(objective, 0), groups)
+    return Prices(unit, rest, inner * decoder, inner * decoder + outer * outside, outer * gone, groups)
+
+
+def _without_idle(
+    architecture: Architecture, unit: Mapping[Block, int], rest: Mapping[Block, int]
+) -> tuple[dict[Block, int], dict[Block, int]]:
+    """Prices of parameters, less those of copies of a stack that a token does not go through."""
+    unit, rest = dict(unit), dict(rest)
+    for block in architecture.blocks():
+        axis = architecture.parts[block[1]].axis
+        stacks = [entry for entry in architecture.maps_of(*block) if entry.stack]
+        whole, fewer = (
+            sum(
+                _idle(architecture, stack, {**architecture.sizes, axis: architecture.sizes[axis] - gone})
+                for stack in stacks
+            )
+            for gone in (0, 1)
+        )
+        unit[block] -= whole - fewer
+        rest[block] -= whole - (whole - fewer) * architecture.units(block[1])
+    return unit, rest
 
 
 def _with_layers(architecture: Architecture) -> dict[Block, int]:
@@ -183,10 +237,11 @@ def _measured_prices(architecture: Architecture, latency: Mapping[str, Any]) -> 
 
 
 def _part_cost(architecture: Architecture, objective: str, layer: int, part: str, fewer: str | None = None) -> int:
-    """Multiply-accumulates or cache elements of a part, whole or with one index less of an axis."""
+    """Multiply-accumulates, or elements of the cache, of a part, whole or with one index less of an axis."""
     sizes = {axis: size - (axis == fewer) for axis, size in architecture.sizes.items()}
-    if objective == "cache":
-        return _held(architecture, architecture.cache, part, sizes)
+    if objective in {"cache", "state"}:
+        held = architecture.cache if objective == "cache" else architecture.state
+        return _held(architecture, held, part, sizes)
     others = sum(architecture.numel(parameter, sizes) for parameter in architecture.matrices_of(layer, part))
     return sum(_macs(entry, sizes) for entry in architecture.maps_of(layer, part)) + others
 

@@ -123,7 +123,7 @@ def collecting_stages(params: Params) -> tuple[str, ...]:
 def pruning_stages(params: Params) -> tuple[str, ...]:
     """The stages from the scores to the pruned model that have something to do under these params."""
     allocate = params.allocate
-    read = allocation_reads(allocate.method, allocate.worth, allocate.objective, depth=allocate.depth)
+    read = allocation_reads(allocate.method, allocate.worth, allocate.times, depth=allocate.depth)
     measuring = (stage for stage in ("sensitivity", "depth", "levels", "latency") if stage in read)
     narrowed = [] if allocate.width is None else ["width"]
     return ("score", *measuring, *narrowed, "allocate", "slice")

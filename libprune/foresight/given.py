@@ -223,7 +223,7 @@ def _positions(params: Params, family: Family, config: Config) -> Iterator[Fault
         lengths["evaluate.prompt_tokens + evaluate.decode_tokens"] = timed
     if params.recover.method != "none":
         lengths["recover.length"] = params.recover.length
-    if params.allocate.objective == "latency":
+    if params.allocate.times:
         lengths["latency.tokens"] = params.latency.tokens
     for what, length in lengths.items():
         if length > (limit := max(limits)):

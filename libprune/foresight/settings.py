@@ -101,7 +101,7 @@ def _allocation(params: Params, meta: Mapping[str, Any] | None) -> Iterator[Faul
 def _sequences(params: Params) -> Iterator[Fault]:
     """Sequences that are asked for beyond those that are tokenized, and too few of them to choose a damping by."""
     stored, allocate = params.tokenize.calibration_sequences, params.allocate
-    reads = allocation_reads(allocate.method, allocate.worth, allocate.objective, allocate.evaluations)
+    reads = allocation_reads(allocate.method, allocate.worth, allocate.times, allocate.evaluations)
     used = {
         "gradients": True,
         "hessian": params.hessian.estimator != "none",

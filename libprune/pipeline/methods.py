@@ -32,6 +32,7 @@ class Method:
         finds_ratio: whether it can say how much may go where `allocate.ratio` is null.
         collapses: whether it can remove whole layers first (`allocate.collapse_below`).
         modules: whether networks that are not transformers have it.
+        programme: whether an integer programme chooses, which knows several budgets (`allocate.budgets`).
     """
 
     function: str
@@ -47,6 +48,7 @@ class Method:
     finds_ratio: bool = False
     collapses: bool = False
     modules: bool = False
+    programme: bool = False
 
     @property
     def allocate(self) -> Callable[..., Any]:
@@ -102,6 +104,7 @@ METHODS: dict[str, Method] = {
         reads=("levels",),
         weighs=True,
         improves=True,
+        programme=True,
     ),
 }
 """The allocation methods by their value of `allocate.method`. The plans that a search starts from are measured in this
@@ -120,19 +123,19 @@ RIVALS = tuple(name for name, method in METHODS.items() if method.rival)
 
 
 def allocation_reads(
-    method: str, worth: str = "none", objective: str = "parameters", evaluations: int = 0, depth: str = "none"
+    method: str, worth: str = "none", times: bool = False, evaluations: int = 0, depth: str = "none"
 ) -> tuple[str, ...]:
     """The artifacts that allocation needs beside the scores, in alphabetical order.
 
     Args:
         method: `allocate.method`.
         worth: `allocate.worth`.
-        objective: `allocate.objective`.
+        times: whether `allocate.objective` or a budget is a time.
         evaluations: `allocate.evaluations`; with some, a search also needs what the methods of `RIVALS` read.
         depth: `allocate.depth`.
     """
     ordered = ("depth",) if depth in ORDERS else ()
-    timed = ("latency",) if objective == "latency" else ()
+    timed = ("latency",) if times else ()
     searches = METHODS[method].improves and evaluations
     rivals = [artifact for name in RIVALS for artifact in METHODS[name].reads] if searches else []
     return tuple(sorted({*METHODS[method].reads, *WORTH_READS[worth], *timed, *ordered, *rivals}))

@@ -4,7 +4,7 @@ Every stage validates the whole file, so that a typing error in a late section d
 after minutes of collecting.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +64,12 @@ _LEFT_OPEN = {"gradient_fix": "preset"}
 """The word that leaves a key to the preset, where that is not `auto`."""
 
 
+def _limited(given: Mapping[str, Any]) -> bool:
+    """Whether a section allocate, as it was read, has budgets."""
+    budgets = given.get("budgets")
+    return isinstance(budgets, Mapping) and any(share is not None for share in budgets.values())
+
+
 class Params(Section):
     """All sections of params.yaml, validated together."""
 
@@ -101,8 +107,9 @@ class Params(Section):
                 filled[section] = given | {k: value for k, value in values.items() if given.get(k, word[k]) == word[k]}
                 if given.get("producer_steps", "auto") == "auto" and filled[section].get("repair") != "sequential":
                     filled[section].pop("producer_steps", None)  # the preset's go with the preset's repair
-                if given.get("evaluations", "auto") == "auto" and filled[section].get("shape") == "uniform":
-                    filled[section].pop("evaluations", None)  # they change single layers
+                fixed = filled[section].get("shape") == "uniform" or given.get("nested") or _limited(given)
+                if given.get("evaluations", "auto") == "auto" and fixed:
+                    filled[section].pop("evaluations", None)  # they change single layers, under one budget
         return filled
 
     @model_validator(mode="after")
@@ -127,6 +134,8 @@ class Params(Section):
             yield "allocate.evaluations measures plans that keep the whole width; set it to 0 with allocate.width"
         if allocate.width == "auto" and "levels" not in method.reads:
             yield f"allocate.width: auto is chosen by allocate.method: search, not by {allocate.method}; name a number"
+        if allocate.width is not None and allocate.budgets.latency is not None:
+            yield "allocate.budgets.latency times layers of the whole width; leave it out with allocate.width"
         if allocate.width is not None and allocate.objective == "latency":
             yield "allocate.objective: latency times layers of the whole width; choose another one with allocate.width"
         if allocate.collapse_below and not method.collapses:
@@ -142,8 +151,13 @@ class Params(Section):
                 f"allocate.layers: {allocate.layers} is more than depth.removals: {self.depth.removals}; raise the "
                 "latter, or write null"
             )
-        if allocate.ratio is None and not method.finds_ratio:
-            yield f"allocate.ratio: null leaves the ratio to allocate.method: retention, not to {allocate.method}"
+        if allocate.ratio is None and not method.finds_ratio and not allocate.budgets.asked:
+            yield (
+                f"allocate.ratio: null leaves the ratio to allocate.method: retention, not to {allocate.method}; or to "
+                "allocate.budgets, for allocate.method: search"
+            )
+        yield from self._of_budgets()
+        yield from self._of_nesting()
         uses = {
             "slice.repair: local": repair == "local",
             f"allocate.method: {allocate.method}": "levels" in method.reads,
@@ -155,6 +169,48 @@ class Params(Section):
                 f"{using[0]} needs activations.storage_dtype: float32; "
                 "Gram matrices rounded to bfloat16 are not positive definite in some layers"
             )
+
+    def _of_budgets(self) -> Iterator[str]:
+        allocate = self.allocate
+        if not allocate.budgets.asked:
+            if any(bits is not None for bits in allocate.bits.model_dump().values()):
+                yield "allocate.bits counts for allocate.budgets.bytes, which is not set"
+            return
+        if allocate.ratio is not None:
+            yield f"allocate.budgets says how much stays, and allocate.ratio: {allocate.ratio} too; set ratio to null"
+        if not METHODS[allocate.method].programme:
+            methods = " or ".join(name for name, record in METHODS.items() if record.programme)
+            yield f"allocate.budgets belongs to allocate.method: {methods}, not {allocate.method}"
+        for key in ("objective", "ratio_of"):
+            if (value := getattr(allocate, key)) != getattr(Allocate(), key):
+                yield f"allocate.{key}: {value} says what a ratio is a share of; leave it out with allocate.budgets"
+        if allocate.evaluations:
+            yield "allocate.evaluations moves a single budget between layers; set it to 0 with allocate.budgets"
+        if allocate.budgets.bytes is not None and None in allocate.bits.model_dump().values():
+            yield (
+                "allocate.budgets.bytes needs the bits of a weight where the model is served; set allocate.bits, such "
+                "as {layers: 4.5, outside: 16}"
+            )
+        if allocate.budgets.bytes is None and any(bits is not None for bits in allocate.bits.model_dump().values()):
+            yield "allocate.bits counts for allocate.budgets.bytes, which is not set"
+
+    def _of_nesting(self) -> Iterator[str]:
+        allocate = self.allocate
+        if not allocate.nested:
+            return
+        if allocate.budgets.asked:
+            yield "allocate.nested names smaller ratios, and allocate.budgets has none; leave out one of them"
+        if allocate.ratio is not None and any(ratio >= allocate.ratio for ratio in allocate.nested):
+            yield f"allocate.nested: {list(allocate.nested)} are not all smaller than allocate.ratio: {allocate.ratio}"
+        if allocate.ordered and allocate.layers is None and not METHODS[allocate.method].programme:
+            yield (
+                "allocate.nested needs the same whole removals at each ratio; set allocate.layers with allocate.depth: "
+                f"{allocate.depth}"
+            )
+        if allocate.collapse_below:
+            yield "allocate.collapse_below takes other layers at each ratio; set it to 0 with allocate.nested"
+        if allocate.evaluations and METHODS[allocate.method].improves:
+            yield "allocate.evaluations changes plans that are to contain each other; set it to 0 with allocate.nested"
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:

@@ -380,16 +380,61 @@ ORDERS = ("joint", "cosine")
 """The values of `allocate.depth` by which whole layers or parts go in the order of the depth stage."""
 
 
+Stays = Annotated[float, Field(gt=0, le=1)] | None
+
+
+class Budgets(Section):
+    """Shares of the dense model that may stay, each a limit of its own, for `method: search`; null: no limit."""
+
+    parameters: Stays = None
+    """Parameters of the layers."""
+    total: Stays = None
+    """All parameters, with embeddings and head."""
+    active: Stays = None
+    """Parameters of the layers that a token goes through; of a mixture all but those of experts not chosen for it."""
+    macs: Stays = None
+    """Multiply-accumulates a token, with the output head."""
+    cache: Stays = None
+    """Elements of the KV cache per token."""
+    state: Stays = None
+    """Elements of recurrent states per sequence."""
+    latency: Stays = None
+    """Time of a forward pass on this machine, with embeddings and head (the latency stage)."""
+    bytes: Stays = None
+    """Bytes of the weights as they are served, by the bits of `allocate.bits`."""
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """The limits that are set, by their names."""
+        return {name: share for name, share in self.model_dump().items() if share is not None}
+
+
+class Bits(Section):
+    """Bits that a weight takes where the model is served, for the budget `bytes`; null: not said."""
+
+    layers: Annotated[float, Field(gt=0, le=64)] | None = None
+    """Bits in the layers, such as 4.5 for a type of llama.cpp that stores 32 weights of 4 bits with a scale of 16."""
+    outside: Annotated[float, Field(gt=0, le=64)] | None = None
+    """Bits in embeddings, head and all else outside of the layers."""
+
+
 class Allocate(Section):
     """How much is removed, and from which layers and parts."""
 
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
-    """Share to remove; null: the share that `method: retention` decides."""
+    """Share to remove; null: the share that `method: retention` decides, or none beside the `budgets`."""
     ratio_of: Literal["decoder", "total"] = "decoder"
     """Scope of the share: the layers alone (`decoder`), or the whole model (`total`)."""
     objective: Literal["parameters", "macs", "cache", "latency"] = "parameters"
     """Quantity that the ratio is a share of: parameters (and so bytes), multiply-accumulates a token, bytes of the KV
     cache, or time of a forward pass on this machine (the latency stage)."""
+    budgets: Budgets = Budgets()
+    """Shares of the dense model that may stay, several at once, for `method: search` with `ratio: null`."""
+    bits: Bits = Bits()
+    """Bits that a weight takes where the model is served, for the budget `bytes`."""
+    nested: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(default=(), strict=False)
+    """Smaller ratios whose plans this plan contains: what they remove is removed here too, so that each larger cut is a
+    part of the smaller ones."""
     method: Literal["uniform", "global", "functional", "retention", "hgsp", "search"] = "uniform"
     """`uniform`: the same counts in every layer; `global`: the lowest scores anywhere; `functional`: layers that
     change their input less lose more; `retention`: blocks whose importance lies in few units lose more; `hgsp`: the
@@ -440,8 +485,8 @@ class Allocate(Section):
     the method decides; `joint`: in the order of the depth stage, which removes what adds least divergence and measures
     the rest again; `cosine`: the layers that change the direction of their input least go first."""
     layers: Floor | None = None
-    """How many removals of that order go, for `depth: joint` and `cosine`; null: as many as fit into the ratio. The
-    method removes the rest of the ratio from what stays."""
+    """How many removals of that order go, for `depth: joint` and `cosine`; null: with `search` as many as it loses
+    least with, else as many as fit into the ratio. The method removes the rest of the ratio from what stays."""
     width: Count | Literal["auto"] | None = None
     """Columns of the residual stream that stay, in all layers, the embedding and the output head (the width stage);
     null: all. What goes with them counts towards the ratio. `auto`: the width with which `search` loses least."""
@@ -465,6 +510,11 @@ class Allocate(Section):
             instead = "units" if data["allow_layer_removal"] is True else "none"
             conflicts(iter([f"allocate.allow_layer_removal is now allocate.depth; write depth: {instead} instead"]))
         return data
+
+    @property
+    def times(self) -> bool:
+        """Whether something is a share of a measured time."""
+        return self.objective == "latency" or self.budgets.latency is not None
 
     @property
     def may_empty(self) -> bool:

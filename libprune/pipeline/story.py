@@ -57,7 +57,7 @@ stage, and a stage would otherwise run again whenever a line of that program cha
 def working(params: Params) -> list[str]:
     """The stages that have something to do under some params, in the order in which they run."""
     allocate = params.allocate
-    reads = allocation_reads(allocate.method, allocate.worth, allocate.objective)
+    reads = allocation_reads(allocate.method, allocate.worth, allocate.times)
     idle = {
         "hessian": params.hessian.estimator == "none",
         "ablation": params.ablation.units == 0,

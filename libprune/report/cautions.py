@@ -126,7 +126,8 @@ def _domain(evaluation: str, calibration: str) -> list[str]:
 def _budget(result: Metrics) -> list[str]:
     plan, pruned, lines = result["plan"], result["pruned"], []
     shares = {"decoder": pruned["decoder_share_removed"], "total": pruned["total_share_removed"]}
-    if plan["objective"] == "parameters" and abs(shares[plan["ratio_of"]] - plan["ratio"]) > MISSED:
+    asked = plan["ratio"] is not None and plan["objective"] == "parameters"
+    if asked and abs(shares[plan["ratio_of"]] - plan["ratio"]) > MISSED:
         added = ", and the biases that the repair adds count" if result["pruning"]["slice"]["repair"] == "bias" else ""
         lines.append(
             f"{100 * plan['ratio']:.1f} % was asked for and {100 * shares[plan['ratio_of']]:.1f} % removed: the shape, "

@@ -57,7 +57,7 @@ def draw_kept_share(plan: Columns, meta: Mapping[str, Any]) -> Figure:
         share = 100 * kept / units
         axes.bar(layers, share, width=0.8, color=BLUE, label="kept")
         axes.bar(layers, 100 - share, width=0.8, bottom=share, label="removed", **_REMOVED)
-        if "ratio" in meta:
+        if meta.get("ratio") is not None:
             asked = 100 * (1 - meta["ratio"])
             label = f"asked for: {asked:.1f} % of the {meta['ratio_of']} {meta['objective']}"
             axes.axhline(asked, color=INK, linestyle="--", linewidth=1.0, label=label)

@@ -79,6 +79,7 @@ def closing(result: Metrics, layout: Layout, report: Path, keep: bool = False) -
     ratio = min(0.9, (plan["ratio"] or 0.2) + 0.1)
     repository = any((place / ".git").exists() for place in (Path.cwd(), *Path.cwd().parents))
     again = f"dvc exp run -S allocate.ratio={ratio:.2g}" if repository else "dvc repro, with another allocate.ratio"
+    again = "dvc repro, with other allocate.budgets" if plan["ratio"] is None else again
     lines = ["", *text_table(headline_rows(result), HEADER).split("\n"), ""]
     if earlier is not None:
         lines += [*changes(figures(result), earlier), ""]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from libprune.engine.cost import COUNTED
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.terminal import Rows
 from libprune.report.cautions import find_cautions, trust
@@ -92,6 +93,36 @@ def _shown(pictures: Sequence[Picture], *names: str) -> Section:
     return [paragraph for one in chosen for paragraph in picture_paragraphs(PICTURES, one)]
 
 
+def asked_for(plan: Metrics, decided: str = "") -> str:
+    """What was to be removed, or what may stay.
+
+    Args:
+        plan: the metadata of the plan.
+        decided: by what the ratio was decided, in words; empty if it was asked for.
+    """
+    if reached := plan.get("reached"):
+        limits = ", ".join(f"{100 * one['share_asked']:g} % of the {COUNTED[one['name']]}" for one in reached)
+        return f"Keep at most {limits}"
+    return f"Remove {100 * plan['ratio']:.1f} %{decided} of the {plan['ratio_of']} {plan['objective']}"
+
+
+def _budgets(plan: Metrics) -> Section:
+    """A table of the budgets: what may stay, what does, and which of them decide; none without budgets."""
+    if not (reached := plan.get("reached")):
+        return []
+    rows = Rows()
+    for one in reached:
+        shares = f"{100 * one['share_asked']:g} %", f"{100 * one['share']:.2f} %"
+        rows.append((COUNTED[one["name"]], *shares, "yes" if one["binds"] else "no"))
+    programme = plan["programme"]
+    return [
+        markdown_table(rows, ("budget", "may stay", "stays", "decides")),
+        "A budget decides if one unit more would pass it. By what was measured of single blocks, the divergence is "
+        f"predicted to be {programme['divergence']:.4f} nats per token. No choice of counts is predicted to lose "
+        f"{100 * programme['gap']:.2f} % less.",
+    ]
+
+
 def _request(result: Metrics, model: str) -> Section:
     """The share that was to be removed from the named model, and the methods that were chosen for it."""
     plan, recovery = result["plan"], result.get("recovery")
@@ -103,8 +134,7 @@ def _request(result: Metrics, model: str) -> Section:
     worth = "" if plan["worth"] == "none" else f" with the worth of layers by {code(plan['worth'])}"
     return [
         "## What was asked",
-        f"Remove {100 * plan['ratio']:.1f} %{decided} of the {plan['ratio_of']} {plan['objective']} of "
-        f"{code(model)}. "
+        f"{asked_for(plan, decided)} of {code(model)}. "
         f"Criterion {code(plan['criterion'])} ({fusion}scaling {code(plan['scaling'])}), allocation "
         f"{code(plan['method'])}{worth}, "
         f"repair {code(result['pruning']['slice']['repair'])}, {trained or 'no training afterwards'}.",
@@ -121,6 +151,7 @@ def _cut(result: Metrics, pictures: Sequence[Picture]) -> Section:
         f"Removed {100 * pruned['decoder_share_removed']:.2f} % of the decoder's parameters, "
         f"{100 * pruned['total_share_removed']:.2f} % of all, and {100 * pruned['macs_share_removed']:.2f} % of the "
         f"multiplications a token. {_units_cut(result['unit_kinds'], kept)}",
+        *_budgets(result["plan"]),
         *_shown(pictures, "kept_share"),
         _layers(result),
         *(

@@ -55,6 +55,17 @@ def test_other_params_give_other_names_but_another_ratio_does_not(params):
     assert len(names) == 3
 
 
+def test_runs_of_nested_plans_name_the_smaller_ratios_and_those_of_the_file_never_count(params):
+    nested = {0.2: (0.1,), 0.3: (0.1, 0.2)}
+    runs = list(curve_comparison(params, [0.1, 0.2, 0.3], nested).runs())
+    assert [run.changes.get("allocate.nested") for run in runs] == [None, [0.1], [0.1, 0.2]]
+    assert curve_comparison(params, [0.1], nested).name != curve_comparison(params, [0.1], {}).name
+    data = untrained()
+    params.write_text(yaml.safe_dump(data | {"allocate": data["allocate"] | {"ratio": 0.5, "nested": [0.4]}}))
+    (run,) = curve_comparison(params, [0.3], {}).runs()
+    assert run.changes["allocate.nested"] == []
+
+
 def test_a_ratio_that_makes_the_params_wrong_is_refused(params):
     data = untrained()
     params.write_text(yaml.safe_dump(data | {"allocate": data["allocate"] | {"method": "nothing"}}))

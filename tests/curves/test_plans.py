@@ -1,6 +1,7 @@
 """Plans of a curve are those of single runs of the stage allocate, and their figures are those of the models."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,28 @@ def test_a_search_that_would_measure_is_planned_without(project):
     searching = curve_of(project, (0.3,), method="search", objective="parameters", evaluations=5)
     assert searching.planned[0].plan.digest == plain.planned[0].plan.digest
     tiny.change_params(project, "allocate", evaluations=0)
+
+
+@pytest.mark.parametrize("method", ["global", "search"])
+def test_nested_plans_lie_within_each_other_and_are_those_of_the_stage(project, method):
+    tiny.change_params(project, "allocate", method=method, objective="parameters")
+    layout, params = Layout(project / "artifacts"), load_params(project / "params.yaml")
+    curve = plan_curve(layout, params, (0.1, 0.25, 0.4, 0.95), nested=True)
+    assert curve.nested == {0.25: (0.1,), 0.4: (0.1, 0.25)}
+    for large, small in pairwise(curve.points):
+        assert not any((small.plan.keep[block] & ~keep).any() for block, keep in large.plan.keep.items())
+    tiny.change_params(project, "allocate", ratio=0.4, nested=[0.1, 0.25])
+    tiny.run_stages(project, ["allocate"])
+    assert curve.planned[-1].plan.digest == read_plan(layout, read_architecture(layout))[0].digest
+    layout.plan.unlink()
+    tiny.change_params(project, "allocate", nested=[])
+
+
+def test_a_curve_of_budgets_is_refused(project):
+    asked = {"method": "search", "ratio": None, "budgets": {"parameters": 0.8}}
+    with pytest.raises(ParamsError, match=r"allocate\.budgets sets the size; leave the budgets empty"):
+        curve_of(project, (0.3,), **asked)
+    tiny.change_params(project, "allocate", ratio=0.2, budgets={})
 
 
 def test_what_is_missing_is_named(project):

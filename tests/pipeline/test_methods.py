@@ -57,7 +57,7 @@ def test_no_repair_gives_no_fits():
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_read_is_known_to_its_readers_and_in_order(method):
     for worth in WORTH_READS:
-        reads = allocation_reads(method, worth, "latency")
+        reads = allocation_reads(method, worth, times=True)
         assert list(reads) == sorted({*METHODS[method].reads, *WORTH_READS[worth], "latency"})
         assert READERS.keys() >= set(reads)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from libprune.allocation.evolution import Refined, refine
 from libprune.allocation.ladders import Ladders
 from libprune.allocation.methods import Depth, allocate_search
+from libprune.allocation.search import Refined, refine
 from libprune.engine.plan import Plan
 from libprune.pipeline.sections import Allocate
 from tests.support.shapes import Shape, ladders_of
