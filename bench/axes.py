@@ -3,8 +3,8 @@
     python -m bench.axes --text wiki.valid.raw --work /tmp/axes "channels" "all, uniform"
     python -m bench.axes --work /tmp/axes --table
 
-The first half of the text calibrates (256 sequences of 256 tokens; gradients on the first 128; levels, depth and width
-on the last 8), its second half judges (`--windows` of its windows of 1024 tokens, at even distances). `--of decoder`
+The first half of the text calibrates (128 sequences of 256 tokens; gradients on the first 64; levels, depth and width on
+the last 4), its second half judges (`--windows` of its windows of 1024 tokens, at even distances). `--of decoder`
 counts the share in the layers, `--of total` in the whole model. Nothing is trained. Every row is a sliced folder that
 was proved to load; a budget that a setting cannot reach is a row that says so. Rows go to WORK/rows.jsonl; those that
 are there are not measured again.
@@ -77,8 +77,11 @@ SETTINGS = {
 def write_params(path: Path, text: str, sections: dict[str, dict[str, Any]]) -> None:
     """The params of the repository with the bench's text and some changes."""
     params = base_params(text)
-    for section in ("levels", "depth", "width"):
-        params[section] |= {"sequences": 8}
+    params["tokenize"] |= {"calibration_sequences": 128}
+    params["gradients"] |= {"sequences": 64}
+    params["levels"] |= {"sequences": 4, "number": 6}
+    params["depth"] |= {"sequences": 4, "removals": 12, "candidates": 6}
+    params["width"] |= {"sequences": 4, "widths": 3}
     for section, changes in sections.items():
         params[section] = params[section] | changes
     path.write_text(yaml.safe_dump(params))
