@@ -3,8 +3,8 @@
     python -m bench.axes --text wiki.valid.raw --work /tmp/axes "channels" "all, uniform"
     python -m bench.axes --work /tmp/axes --table
 
-The first half of the text calibrates (128 sequences of 256 tokens; gradients on the first 64; levels, depth and width on
-the last 4), its second half judges (`--windows` of its windows of 1024 tokens, at even distances). `--of decoder`
+The first half of the text calibrates (128 sequences of 256 tokens; gradients on the first 64; levels, depth and width
+on the last 4), its second half judges (`--windows` of its windows of 1024 tokens, at even distances). `--of decoder`
 counts the share in the layers, `--of total` in the whole model. Nothing is trained. Every row is a sliced folder that
 was proved to load; a budget that a setting cannot reach is a row that says so. Rows go to WORK/rows.jsonl; those that
 are there are not measured again.
