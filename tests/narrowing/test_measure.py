@@ -11,6 +11,7 @@ from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
+from libprune.masks.export import export_masks
 from libprune.models.folder import WeightFiles, load_model
 from libprune.models.tokens import read_tokens
 from libprune.narrowing.measure import choose_widths
@@ -68,6 +69,13 @@ def test_the_plan_is_sliced_and_proved_with_every_repair(measured, quick_proof, 
     said = {one.about: one for one in check_folder(layout.pruned)}
     assert {one.kind for one in said.values()} == {"ok"}
     assert said["config"].text.endswith(", 36 columns of the residual stream, as plan.parquet keeps")
+
+
+def test_no_masks_are_written_of_a_narrower_stream(measured, tmp_path):
+    artifacts, target = measured / "artifacts", tmp_path / "masks.safetensors"
+    with pytest.raises(LibpruneError, match="keeps 36 columns of the residual stream, .* masks .* cannot say"):
+        export_masks(artifacts / "plan.parquet", artifacts / "model", target, False)
+    assert not target.exists()
 
 
 def test_widths_are_even_and_such_as_the_config_can_say():
