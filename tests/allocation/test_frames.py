@@ -202,7 +202,7 @@ def test_the_share_in_reach_counts_the_columns_that_go():
     for layer in range(3):
         smallest = smallest.without((layer, "attention"), slice(1, None)).without((layer, "mlp"), slice(1, None))
     most = left - cost.size(shape.architecture(), replace(smallest, width=4)).decoder
-    with pytest.raises(BudgetError, match=rf"removes at most {most / left:.3f} \({most} of {round(0.95 * left)} "):
+    with pytest.raises(BudgetError, match=rf"removes at most {most / left:.3f} \({most:,} of {round(0.95 * left):,} "):
         allocate(shape.architecture(), table_of(shape, 0), params)
 
 
