@@ -235,7 +235,8 @@ def _by_programme(
     """The plan of the integer programme in the best of its frames."""
     if params.ordered and params.layers is not None and params.ratio is not None:  # which has room for them, or not
         prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
-        _first_of_the_order(architecture, target_of(prices, params), prices, params, evidence["depth"])
+        left = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
+        _first_of_the_order(architecture, left, prices, params, evidence["depth"])
     found = find(architecture, ladders, params, evidence, None if within is None else within.frame)
     frame, depth = found.frame, found.solution.depth
     prices = cost.prices(architecture, params.objective, evidence.get("latency"), frame.width)
@@ -290,9 +291,11 @@ def _first_of_the_order(
             "or raise depth.removals"
         )
     if costs[wanted] > target:
-        share, what = share_of(prices, costs[wanted], params), params.objective
+        columns = prices.narrowing.get(params.ratio_of, 0)
+        beside = f", with the columns beyond allocate.width = {params.width}" if columns else ""
+        share, what = share_of(prices, columns + costs[wanted], params), params.objective
         raise BudgetError(
-            f"allocate.layers: {wanted} removals take {share:.3f} of the {params.ratio_of} {what}, more "
+            f"allocate.layers: {wanted} removals take {share:.3f} of the {params.ratio_of} {what}{beside}, more "
             f"than allocate.ratio = {params.ratio}, which has room for {fitting}; lower allocate.layers, or raise the "
             "ratio"
         )

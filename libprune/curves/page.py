@@ -148,7 +148,7 @@ def _against(
     places = {one.ratio: x_of(one) for one in drawn.curve.points}
     points = [_reference(drawn, places[0.0]), *_points(drawn, places)]
     behind = _predicted(drawn, places)
-    line = sorted((one.x, one.y) for one in points) if drawn.known else []
+    line = [(one.x, one.y) for one in points] if drawn.known else []  # from ratio to ratio
     y_label = loss_label(drawn.measure, drawn.trained)
     ringed = _ringed(drawn, points, behind)
     figure = draw_points(points, line, x_label, y_label, behind, ringed, above)

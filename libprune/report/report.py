@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from libprune.engine.architecture import RESIDUAL
 from libprune.engine.cost import COUNTED
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.terminal import Rows
@@ -151,6 +152,7 @@ def _cut(result: Metrics, pictures: Sequence[Picture]) -> Section:
         f"Removed {100 * pruned['decoder_share_removed']:.2f} % of the decoder's parameters, "
         f"{100 * pruned['total_share_removed']:.2f} % of all, and {100 * pruned['macs_share_removed']:.2f} % of the "
         f"multiplications a token. {_units_cut(result['unit_kinds'], kept)}",
+        *_columns(result),
         *_budgets(result["plan"]),
         *_shown(pictures, "kept_share"),
         _layers(result),
@@ -158,6 +160,17 @@ def _cut(result: Metrics, pictures: Sequence[Picture]) -> Section:
             f"The kept set overlaps with that of {code(name)} alone by {value:.4f} (Jaccard)."
             for name, value in result["plan"]["kept_set_overlap"].items()
         ),
+    ]
+
+
+def _columns(result: Metrics) -> Section:
+    """How many columns of the residual stream stay; none where all do."""
+    width = result["plan"].get("width")
+    if width is None:
+        return []
+    return [
+        f"The residual stream has {width:,} of {result['model']['sizes'][RESIDUAL]:,} columns, in every layer, the "
+        "embedding and the output head. The shares above count them; the table below counts units alone."
     ]
 
 

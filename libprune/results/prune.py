@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from libprune.collection.stream_axes import Narrowed, read_axes
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import RESIDUAL, Architecture
 from libprune.engine.describe import added_biases, with_biases
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import require_sliceable, slice_state
@@ -110,6 +110,8 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
         made["rescale"] = {"factors": factors, "why_not": rescaling.why_not}
     if architecture.experts:
         made["experts"] = architecture.experts
+    if plan.width is not None:
+        made["columns"] = {"before": architecture.sizes[RESIDUAL], "after": plan.width}
     if (gone := architecture.trimmed) is not None:
         rows = {"before": gone.rows, "after": architecture.sizes["vocab"]}
         made["vocabulary"] = {"rows": rows, "parameters_removed": gone.parameters}

@@ -172,6 +172,17 @@ def test_frames_are_those_that_contain_a_smaller_one():
         frames_of(params.model_copy(update={"layers": 2}), evidence)
 
 
+@pytest.mark.parametrize("method", ["search", "global"])
+def test_layers_and_columns_that_are_together_more_than_the_ratio_are_refused(method):
+    """A layer alone is a third, 2 of 6 columns are another."""
+    shape = Shape(layers=3, kv=2, ffn=12, model=6)
+    order = [(frozenset(), 0.0), (frozenset((0, part) for part in ("attention", "mlp")), 0.2)]
+    params = Allocate(method=method, shape="per_layer", ratio=0.5, depth="joint", layers=1, width=4, channel_multiple=1)
+    evidence = given_to(shape, 0) | {"depth": order}
+    with pytest.raises(BudgetError, match=r"1 removals take 0\.55.* with the columns beyond allocate\.width = 4, more"):
+        allocation(shape.architecture(), table_of(shape, 0), params, evidence)
+
+
 @settings(max_examples=15)
 @given(st.integers(0, 10**6), st.floats(0.1, 0.6))
 def test_a_ratio_is_reached_to_one_step_in_whichever_frame(seed, ratio):

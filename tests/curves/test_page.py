@@ -7,6 +7,7 @@ import pytest
 
 from libprune.curves import page
 from libprune.curves.page import draw_pictures, explain_curve, write_curve
+from libprune.curves.pictures import draw_points
 from libprune.engine.errors import LibpruneError
 from libprune.report.markdown import Picture
 from tests.support.curved import TENTHS, drawn, made_up, measured
@@ -87,3 +88,19 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(LibpruneError, match="is a file; name a folder"):
         write_curve(drawn({}), tmp_path / "out")
+
+
+def test_the_line_goes_from_ratio_to_ratio_also_where_several_take_the_same(quick, monkeypatch):
+    lines = []
+
+    def draw(points, line, *more):
+        lines.append((points, line))
+        return draw_points(points, line, *more)
+
+    monkeypatch.setattr(page, "draw_points", draw)
+    curve = made_up((0.2, 0.5, 0.8))
+    same = [replace(one, cache=curve.dense.cache if one.ratio < 0.8 else one.cache) for one in curve.planned]
+    draw_pictures(drawn({0.2: 1.1, 0.5: 2.0, 0.8: 9.0}, replace(curve, planned=tuple(same))))
+    for points, line in lines[:3]:
+        assert line == [(one.x, one.y) for one in points]
+        assert [y for _, y in line] == [1.0, 1.1, 2.0, 9.0]

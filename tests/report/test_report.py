@@ -60,6 +60,12 @@ def test_query_heads_are_told_with_the_groups_that_they_lie_in():
     ]
 
 
+def test_a_narrower_residual_stream_is_told():
+    text = report_of(changed(plan={"width": 432}))
+    assert "The residual stream has 432 of 576 columns" in text
+    assert "The residual stream has" not in report_of(changed(plan={"width": None}))
+
+
 def test_every_picture_given_is_shown_once_and_no_other():
     for pictures in (PICTURES, PICTURES[:2], PICTURES[3:5], []):
         shown = re.findall(r"!\[.*?\]\(gradient_analysis/(.*?)\.png\)", report_of(trained(), pictures))
