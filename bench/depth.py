@@ -214,8 +214,6 @@ def beside_local(judge: Judge, layout: Layout, base: Plan, plan: Plan) -> None:
     run, places = set_up(layout, Compute(), SEQUENCES), behind_gaps(architecture, plan)
     fitted = {n: t.to(weights[n]) for n, t in local_repair(layout, architecture)(plan).items()}
     found = {"no": {}, "dense": factors_behind(run, plan, places), "layers": factors_behind(run, base, places)}
-    with replaced(run.model, fitted):
-        found["repaired"] = factors_behind(run, plan, places)
     for name, factors in found.items():
         by = Rescaling(factors).by_name(architecture)
         for repair, new in (("none", {}), ("local", fitted)):
