@@ -247,7 +247,8 @@ def _by_programme(
         depth = improve(found.ladders, depth, target - prices.removed(without(architecture, frame.gone)), params)
     plan = replace(plan_of(architecture, found.ladders, depth), width=frame.width)
     narrow = params.model_copy(update={"width": frame.width})
-    _check_reached(architecture, found.ladders, plan, target, prices, narrow, evidence)
+    if not found.passed:
+        _check_reached(architecture, found.ladders, plan, target, prices, narrow, evidence)
     return Allocated(plan, frame, found.record, found.budgets)
 
 
@@ -333,7 +334,9 @@ def _check_reached(
     deepest = METHODS[params.method].allocate(architecture, ladders, prices.total, params, evidence)
     most = prices.removed(plan_of(architecture, ladders, deepest))
     if most < target:
-        share, what = share_of(prices, most, params), params.objective
+        narrowing, what = prices.narrowing.get(params.ratio_of, 0), params.objective
+        most, target = most + narrowing, target + narrowing
+        share = share_of(prices, most, params)
         held = "".join(f"; {reason}" for reason in held_whole(architecture, params.shape == "per_layer"))
         raise BudgetError(
             f"allocate.ratio = {params.ratio} of the {params.ratio_of} {what} cannot be removed: under the floors, "

@@ -240,6 +240,8 @@ def _changers(record: Record) -> list[str]:
     """The params by which weights of the folder are others than those of the dense model."""
     repair, made = record.provenance["slice"]["repair"], record.recovery
     changers = [] if repair == "none" else [f"slice.repair: {repair}"]
+    if record.provenance.get("rescale", {}).get("factors"):
+        changers.append("slice.rescale: auto")
     if made is not None and made["step"]:
         changers.append(f"training (recover.method: {made['params']['method']})")
     return changers

@@ -73,7 +73,7 @@ def test_the_plan_is_sliced_and_proved_with_every_repair(measured, quick_proof, 
 
 def test_no_masks_are_written_of_a_narrower_stream(measured, tmp_path):
     artifacts, target = measured / "artifacts", tmp_path / "masks.safetensors"
-    with pytest.raises(LibpruneError, match="keeps 36 columns of the residual stream, .* masks .* cannot say"):
+    with pytest.raises(LibpruneError, match=r"keeps 36 columns of the residual stream, .* masks .* cannot say"):
         export_masks(artifacts / "plan.parquet", artifacts / "model", target, False)
     assert not target.exists()
 
