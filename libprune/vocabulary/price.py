@@ -11,7 +11,6 @@ from libprune.engine.architecture import Architecture
 from libprune.models.sequences import NO_TARGET, Sequences
 from libprune.pipeline.artifacts import read_json, same_origin
 from libprune.pipeline.layout import Layout
-from libprune.vocabulary.tokenizer import plain
 
 
 def vocabulary_figures(
@@ -38,7 +37,9 @@ def vocabulary_figures(
     if windows.targets is not None and windows.targets.ndim == 2:
         ids = torch.where(windows.targets == NO_TARGET, ids, windows.targets)
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids.tolist()]
-    given = plain(Tokenizer.from_str(json.dumps(known["tokenizer"])))
+    given = Tokenizer.from_str(json.dumps(known["tokenizer"]))
+    given.no_truncation()  # which its file may ask for
+    given.no_padding()
     cut = {
         "before": sum(len(given.encode(text, add_special_tokens=False).ids) for text in texts),
         "after": sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts),
