@@ -18,11 +18,13 @@ import typer
 import yaml
 
 from bench.least_loss import _run
+from libprune.collection.calibration import set_up
+from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import masked
+from libprune.engine.surgery import masked, oriented
 from libprune.models.compute import resolve_device, resolve_dtype
-from libprune.models.folder import load_model
+from libprune.models.folder import WeightFiles, load_model
 from libprune.models.layers import layers_of, replaced
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
@@ -30,8 +32,10 @@ from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
-from libprune.pipeline.shards import read_meta
+from libprune.pipeline.shards import GRAM, read_meta, read_tensor
 from libprune.repair.least_squares import new_parameters
+from libprune.repair.repairs import local_repair
+from libprune.repair.rescale import SEQUENCES, Rescaling, behind_gaps, factors_behind
 from libprune.report.markdown import markdown_table
 from libprune.results.perplexity import estimate_perplexity, estimate_ratio
 from libprune.statistics.depth import Joint, plan_without, read_change, removals
@@ -185,6 +189,38 @@ def compensated(
     return new
 
 
+def narrower(layout: Layout, plan: Plan, share: float) -> Plan:
+    """The plan that also removes the same number of channels from every layer left, to a share of the decoder.
+
+    Those go whose outputs have the least mean square.
+    """
+    architecture, weights, keep = read_architecture(layout), WeightFiles(layout.model), dict(plan.keep)
+    dense = cost.size(architecture, Plan.dense(architecture)).decoder
+    one = plan.without((plan.layers[0], "mlp"), 0)
+    each = len(plan.layers) * (cost.size(architecture, plan).decoder - cost.size(architecture, one).decoder)
+    number = round((cost.size(architecture, plan).decoder - (1 - share) * dense) / each)
+    for layer in plan.layers:
+        (consumer,) = architecture.consumers(layer, "mlp")
+        gram = read_tensor(layout.activations, layer, f"{consumer.module}{GRAM}", "activations").diagonal().float()
+        score = gram * oriented(consumer, weights[consumer.weight].float()).square().sum(0)
+        keep[layer, "mlp"] = keep[layer, "mlp"].copy()
+        keep[layer, "mlp"][score.argsort()[:number].numpy()] = False
+    return Plan(keep)
+
+
+def beside_local(judge: Judge, layout: Layout, base: Plan, plan: Plan) -> None:
+    """Print what rescaling does to a plan of whole layers and channels, by the lengths that it is measured on."""
+    architecture, weights = judge.architecture, {n: p.detach().clone() for n, p in judge.model.named_parameters()}
+    run, places = set_up(layout, Compute(), SEQUENCES), behind_gaps(architecture, plan)
+    fitted = {n: t.to(weights[n]) for n, t in local_repair(layout, architecture)(plan).items()}
+    found = {"no": {}, "dense": factors_behind(run, plan, places), "layers": factors_behind(run, base, places)}
+    for name, factors in found.items():
+        by = Rescaling(factors).by_name(architecture)
+        for repair, new in (("none", {}), ("local", fitted)):
+            scaled = {n: by[n] * new.get(n, weights[n]) for n in by if n in weights}
+            print(name, repair, {f"{by:.3f}" for by in factors.values()}, judge(plan, new | scaled), flush=True)
+
+
 def main(
     work: Path = Path("/tmp/depth"),
     text: Path | None = None,
@@ -192,6 +228,7 @@ def main(
     selecting: Annotated[int, typer.Option(help="Sequences that the orders are measured on.")] = 4,
     removed: Annotated[list[int], typer.Option(help="Layers out, for the rescaling.")] = [6],  # noqa: B006
     sequences: int = 32,
+    narrow: Annotated[bool, typer.Option(help="Rescale four layers out and 35 % in all, beside local.")] = False,
 ) -> None:
     """Measure orders, then the rescaling."""
     if text is not None:
@@ -226,6 +263,11 @@ def main(
         body.append((str(number), *cells))
     print(markdown_table(body, ("layers", *found)))
 
+    if narrow:
+        base = plan_without(architecture, [(layer, LAYER) for layer in found["joint"][:4]])
+        beside_local(judge, layout, base, base)
+        beside_local(judge, layout, base, narrower(layout, base, 0.35))
+        return
     ids = read_tokens(layout.calibration_tokens, architecture.fingerprint)[0].ids[-4:].to(judge.model.device)
     body = []
     for number in removed:

@@ -235,7 +235,8 @@ def _by_programme(
     """The plan of the integer programme in the best of its frames."""
     if params.ordered and params.layers is not None and params.ratio is not None:  # which has room for them, or not
         prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
-        _first_of_the_order(architecture, target_of(prices, params), prices, params, evidence["depth"])
+        left = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
+        _first_of_the_order(architecture, left, prices, params, evidence["depth"])
     found = find(architecture, ladders, params, evidence, None if within is None else within.frame)
     frame, depth = found.frame, found.solution.depth
     prices = cost.prices(architecture, params.objective, evidence.get("latency"), frame.width)
@@ -246,7 +247,8 @@ def _by_programme(
         depth = improve(found.ladders, depth, target - prices.removed(without(architecture, frame.gone)), params)
     plan = replace(plan_of(architecture, found.ladders, depth), width=frame.width)
     narrow = params.model_copy(update={"width": frame.width})
-    _check_reached(architecture, found.ladders, plan, target, prices, narrow, evidence)
+    if not found.passed:
+        _check_reached(architecture, found.ladders, plan, target, prices, narrow, evidence)
     return Allocated(plan, frame, found.record, found.budgets)
 
 
@@ -290,9 +292,11 @@ def _first_of_the_order(
             "or raise depth.removals"
         )
     if costs[wanted] > target:
-        share, what = share_of(prices, costs[wanted], params), params.objective
+        columns = prices.narrowing.get(params.ratio_of, 0)
+        beside = f", with the columns beyond allocate.width = {params.width}" if columns else ""
+        share, what = share_of(prices, columns + costs[wanted], params), params.objective
         raise BudgetError(
-            f"allocate.layers: {wanted} removals take {share:.3f} of the {params.ratio_of} {what}, more "
+            f"allocate.layers: {wanted} removals take {share:.3f} of the {params.ratio_of} {what}{beside}, more "
             f"than allocate.ratio = {params.ratio}, which has room for {fitting}; lower allocate.layers, or raise the "
             "ratio"
         )
@@ -330,7 +334,9 @@ def _check_reached(
     deepest = METHODS[params.method].allocate(architecture, ladders, prices.total, params, evidence)
     most = prices.removed(plan_of(architecture, ladders, deepest))
     if most < target:
-        share, what = share_of(prices, most, params), params.objective
+        narrowing, what = prices.narrowing.get(params.ratio_of, 0), params.objective
+        most, target = most + narrowing, target + narrowing
+        share = share_of(prices, most, params)
         held = "".join(f"; {reason}" for reason in held_whole(architecture, params.shape == "per_layer"))
         raise BudgetError(
             f"allocate.ratio = {params.ratio} of the {params.ratio_of} {what} cannot be removed: under the floors, "

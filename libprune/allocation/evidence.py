@@ -13,7 +13,7 @@ from libprune.engine.errors import ArtifactError
 from libprune.engine.tables import Columns
 from libprune.pipeline.artifacts import Scores, read_json, read_table, same_origin
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.methods import allocation_reads
+from libprune.pipeline.methods import METHODS, allocation_reads
 from libprune.pipeline.sections import Allocate
 from libprune.statistics.depth import order_identity, order_of, read_change
 from libprune.statistics.levels import order_digest, unit_orders
@@ -34,7 +34,8 @@ def read_evidence(layout: Layout, scores: Scores, params: Allocate) -> Evidence:
     needed = allocation_reads(params.method, params.worth, params.times, params.evaluations, params.depth)
     evidence = {artifact: READERS[artifact](layout, scores) for artifact in needed if artifact in READERS}
     evidence |= {"depth": read_order(layout, scores, params)} if "depth" in needed else {}
-    return evidence | ({"width": read_widths(layout, scores)} if params.width == "auto" else {})
+    narrowed = params.width is not None and METHODS[params.method].programme
+    return evidence | ({"width": read_widths(layout, scores)} if narrowed else {})
 
 
 def read_layer_change(layout: Layout, scores: Scores) -> NDArray[np.float64]:

@@ -59,6 +59,8 @@ class Found:
         solution: their depths.
         record: what `metrics/allocation.json` says of the programme.
         budgets: what it says of each budget.
+        passed: whether another frame alone removes more than the ratio, so that this one misses it only since frames
+            are coarse.
     """
 
     frame: Frame
@@ -66,6 +68,7 @@ class Found:
     solution: Solution
     record: dict[str, Any]
     budgets: list[dict[str, Any]]
+    passed: bool
 
 
 def without(architecture: Architecture, removed: Collection[Block]) -> Plan:
@@ -139,8 +142,10 @@ def frames_of(params: Allocate, evidence: Mapping[str, Any], within: Frame | Non
             f"allocate.layers is {params.layers}, but the depth stage has put {len(order) - 1} removals into order; "
             "lower it, or raise depth.removals"
         )
-    widths = dict(evidence.get("width", {params.columns: 0.0}))
-    whole = max(widths, key=lambda width: width or 0) if "width" in evidence else None
+    measured: Mapping[int | None, float] = evidence.get("width", {})
+    whole = max(measured, key=lambda width: width or 0, default=None)
+    given = params.columns is not None or not measured
+    widths = {params.columns: measured.get(params.columns, 0.0)} if given else measured
     frames = [
         Frame(number, order[number][0], None if width == whole else width, order[number][1] + widths[width])
         for number, width in product(chosen, sorted(widths, key=lambda width: -(width or 0)))
@@ -168,28 +173,58 @@ class _Choice:
         self._curves = evidence["levels"]
         self.counted = counted_of(architecture, params, evidence.get("latency"))
         self.frames = frames_of(params, evidence, within)
+        self._cheapest = cache(self._step)
 
     def left(self, frame: Frame) -> Ladders:
         """The ladders of the blocks that a frame leaves."""
         return {block: steps for block, steps in self._ladders.items() if block not in frame.gone}
 
+    def passes(self, frame: Frame) -> bool:
+        """Whether a frame alone removes more than the ratio; budgets may be passed."""
+        one = self.counted[0]
+        return one.name == "ratio" and one.taken(frame) > one.least
+
     def programme(self, frame: Frame) -> Programme | None:
         """What is to be solved in a frame; None if a frame alone removes more than the ratio."""
+        if self.passes(frame):
+            return None
         limits = []
         for one in self.counted:
             least = one.least - one.taken(frame)
-            if one.name == "ratio" and least < 0:
-                return None
             most = least if one.name == "ratio" else None
             limits.append(Limit(f"allocate.{one.name}", one.prices(frame.width), max(0, least), most))
-        alike = self._params.shape == "uniform"
-        whole = Programme(self._architecture, self.left(frame), self._curves, limits, self._params.may_empty, alike)
+        found = self._of(self.left(frame), limits)
         if limits[0].most is None:
-            return whole
-        return whole.asking([replace(limits[0], least=max(0, limits[0].least - whole.cheapest(0) + 1))])
+            return found
+        return found.asking([replace(limits[0], least=max(0, limits[0].least - self._cheapest(frame.width) + 1))])
 
-    def alone(self, frame: Frame) -> Solution:
-        """The solution for a ratio in the only frame, which may miss the target by more than the cheapest step."""
+    def _of(self, ladders: Ladders, limits: Sequence[Limit]) -> Programme:
+        alike = self._params.shape == "uniform"
+        return Programme(self._architecture, ladders, self._curves, limits, self._params.may_empty, alike)
+
+    def _step(self, width: int | None) -> int:
+        """The cheapest step of all blocks, so that a frame without the fine ones need not come less near."""
+        one = self.counted[0]
+        return self._of(self._ladders, [Limit(one.name, one.prices(width), 0)]).cheapest(0)
+
+    def nearest(self) -> tuple[Frame, Solution]:
+        """The frame in which most of a ratio's target can be removed, and the solution in it.
+
+        The target may be missed by more than the cheapest step. Of frames that come equally near, the one of least
+        divergence is taken.
+        """
+        one, most = self.counted[0], dict[Frame, int]()
+        for frame in self.frames if len(self.frames) > 1 else ():
+            if (programme := self.programme(frame)) is None:
+                continue
+            options = programme.asking([replace(limit, least=0) for limit in programme.limits]).most(0)
+            if options is not None:
+                most[frame] = one.taken(frame) + programme.removed(options)[0]
+        ends = [frame for frame, value in most.items() if value == max(most.values())] or self.frames[:1]
+        found = [(frame, self._alone(frame)) for frame in ends]
+        return min(found, key=lambda pair: pair[0].divergence + pair[1].divergence)
+
+    def _alone(self, frame: Frame) -> Solution:
         one = self.counted[0]
         target = max(0, one.least - one.taken(frame))
         prices = one.prices(frame.width)
@@ -252,9 +287,7 @@ def find(
     if best is None and params.ratio is None:
         raise BudgetError(_why_not(choice))
     if best is None:
-        fitting = [frame for frame in choice.frames if choice.programme(frame) is not None]
-        frame = (fitting or choice.frames[:1])[-1]
-        best = frame, choice.alone(frame)
+        best = choice.nearest()
     frame, solution = best
     seconds = time.perf_counter() - start
     total = frame.divergence + solution.divergence
@@ -273,7 +306,8 @@ def find(
     }
     removed = zip(choice.counted, solution.removed, solution.binding, strict=True)
     told = [one.told(one.taken(frame) + value, binds) for one, value, binds in removed]
-    return Found(frame, choice.left(frame), solution, record, [] if params.ratio is not None else told)
+    passed = any(map(choice.passes, choice.frames))
+    return Found(frame, choice.left(frame), solution, record, [] if params.ratio is not None else told, passed)
 
 
 def _why_not(choice: _Choice) -> str:

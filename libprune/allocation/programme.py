@@ -148,7 +148,12 @@ class _Run:
 
 
 class Programme:
-    """The choice of depths under some limits."""
+    """The choice of depths under some limits.
+
+    Attributes:
+        limits: how much must go, of what.
+        groups: blocks that go equally deep, each with what it saves and loses.
+    """
 
     def __init__(
         self,
@@ -169,7 +174,7 @@ class Programme:
             may_empty: whether a layer may lose all its parts.
             alike: whether all layers go equally deep, to counts that a stock config can say.
         """
-        self._architecture, self._ladders, self._limits = architecture, ladders, list(limits)
+        self._architecture, self._ladders, self.limits = architecture, ladders, list(limits)
         self._may_empty = may_empty
         self.groups = [self._group(blocks, curves, alike) for blocks in _grouped(ladders, alike)]
         self._runs = [_Run(group, first, end) for group, one in enumerate(self.groups) for first, end in one.runs]
@@ -185,8 +190,8 @@ class Programme:
             depths = np.array([d for d in depths if d == depths[0] or (left[d][0] > 0 and shape.says(*left[d]))])
         lost = np.array([whole - left[d][0] for d in depths])
         fewer = np.array([shape.groups - (left[d][1] or 0) for d in depths])
-        saved = [sum(_saved(limit.prices, block, lost, whole, fewer) for block in blocks) for limit in self._limits]
-        costs = np.array(saved, dtype=np.int64).reshape(len(self._limits), len(depths)).T
+        saved = [sum(_saved(limit.prices, block, lost, whole, fewer) for block in blocks) for limit in self.limits]
+        costs = np.array(saved, dtype=np.int64).reshape(len(self.limits), len(depths)).T
         loss = np.sum([curves[block][lost] for block in blocks], axis=0)
         return _Group(blocks, depths, costs, loss, empties=bool(lost[-1] == whole))
 
@@ -205,7 +210,7 @@ class Programme:
 
     def removed(self, options: Sequence[int]) -> list[int]:
         """What the options, one a group, remove under every limit."""
-        total = np.zeros(len(self._limits), dtype=np.int64)
+        total = np.zeros(len(self.limits), dtype=np.int64)
         for group, option in zip(self.groups, options, strict=True):
             total += group.costs[option]
         for layer, runs in self._layers:
@@ -215,7 +220,7 @@ class Programme:
 
     def _with_layer(self, layer: int) -> NDArray[np.int64]:
         with_layer = (layer, WITH_LAYER)
-        return np.array([limit.prices.rest.get(with_layer, 0) for limit in self._limits], dtype=np.int64)
+        return np.array([limit.prices.rest.get(with_layer, 0) for limit in self.limits], dtype=np.int64)
 
     def lost(self, options: Sequence[int]) -> float:
         """What the options lose, nats."""
@@ -241,16 +246,16 @@ class Programme:
             options, bound = self._least(bounds)
             if options is None:
                 return None
-            missed = [limit.missed(value) for limit, value in zip(self._limits, self.removed(options), strict=True)]
+            missed = [limit.missed(value) for limit, value in zip(self.limits, self.removed(options), strict=True)]
             if not any(map(any, missed)):
                 break
             bounds = [self._tightened(number, *both) for number, both in enumerate(zip(bounds, missed, strict=True))]
         else:
             raise LibpruneError(
-                f"the integer programme missed {' and '.join(limit.name for limit in self._limits)} by the solver's "
+                f"the integer programme missed {' and '.join(limit.name for limit in self.limits)} by the solver's "
                 f"rounding {CORRECTIONS} times; please report this with the params"
             )
-        if all(limit.most is None for limit in self._limits):
+        if all(limit.most is None for limit in self.limits):
             options = self._given_back(options)
         return self.solution(options, bound, start)
 
@@ -266,7 +271,7 @@ class Programme:
         return Solution(self.depth(options), removed, loss, min(bound, loss), seconds, self._binding(options, removed))
 
     def _binding(self, options: Sequence[int], removed: Sequence[int]) -> tuple[bool, ...]:
-        least = np.array([limit.least for limit in self._limits])
+        least = np.array([limit.least for limit in self.limits])
         steps = [one.costs[o] - one.costs[o - 1] for one, o in zip(self.groups, options, strict=True) if o]
         binds = [(np.array(removed) - step < least) & (step > 0) for step in steps]
         return tuple(bool(value) for value in np.any([np.zeros(len(least), dtype=bool), *binds], axis=0))
@@ -274,7 +279,7 @@ class Programme:
     def asking(self, limits: Sequence[Limit]) -> "Programme":
         """This choice of depths under other limits, at the same prices."""
         other = copy(self)
-        other._limits = list(limits)
+        other.limits = list(limits)
         return other
 
     def _least(self, bounds: Sequence[Range]) -> tuple[list[int] | None, float]:
@@ -326,14 +331,14 @@ class Programme:
 
     @property
     def _asked(self) -> list[Range]:
-        return [(limit.least, limit.most) for limit in self._limits]
+        return [(limit.least, limit.most) for limit in self.limits]
 
     def most(self, number: int) -> list[int] | None:
         """Options that remove as much as possible under one limit, which may have a `most`, whatever they lose.
 
         To within half of the least that a step saves, and no search beyond `COUNTED` nodes.
         """
-        bounds: list[Range] = [(None, limit.most if i == number else None) for i, limit in enumerate(self._limits)]
+        bounds: list[Range] = [(None, limit.most if i == number else None) for i, limit in enumerate(self.limits)]
         near = self.cheapest(number) / (2 * max(1, sum(int(group.costs[-1, number]) for group in self.groups)))
         return self._run(-self._row(number), bounds, nodes=COUNTED, gap=near)[0]
 
@@ -348,7 +353,7 @@ class Programme:
 
         def enough(group: int, option: int) -> bool:
             removed = self.removed([*kept[:group], option, *kept[group + 1 :]])
-            return all(value >= limit.least for value, limit in zip(removed, self._limits, strict=True))
+            return all(value >= limit.least for value, limit in zip(removed, self.limits, strict=True))
 
         last = {i: one.loss[o] - one.loss[o - 1] for i, (one, o) in enumerate(zip(self.groups, kept, strict=True)) if o}
         for group in sorted(last, key=lambda group: -last[group]):

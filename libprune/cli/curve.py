@@ -35,10 +35,11 @@ def curve(ratios: Ratios = None, run: Run = None, nested: Nested = False, out: O
     from libprune.curves.page import write_curve
     from libprune.curves.plans import DEFAULT, parse_ratios, plan_curve
     from libprune.curves.table import Drawn
-    from libprune.engine.errors import ParamsError
+    from libprune.engine.errors import ParamsError, ProjectError
     from libprune.pipeline.artifacts import read_json
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.project.commands import in_repository
     from libprune.project.run import run as run_stages
     from libprune.project.run import stages_before
 
@@ -49,6 +50,11 @@ def curve(ratios: Ratios = None, run: Run = None, nested: Nested = False, out: O
         if unplanned := [ratio for ratio in chosen if ratio not in wanted]:
             raise ParamsError(f"--run {unplanned[0]:g} is not among the ratios {', '.join(map('{:g}'.format, wanted))}")
         needed = stages_before(Path(), "allocate")
+        if chosen and not in_repository(Path()):
+            raise ProjectError(
+                f"--run makes DVC experiments, which need a git repository, and {Path().absolute()} is in none; leave "
+                "--run out, or run `git init` and `dvc config core.no_scm false`, and commit the project"
+            )
         params = load_params(stage.PARAMS)
         run_stages(Path(), needed)
         start = time.monotonic()

@@ -42,17 +42,18 @@ def find_bend(removed: Sequence[float], losses: Sequence[float], errors: Sequenc
     - the curve is at least twice as steep behind it as before it.
 
     The place depends on where the curve ends: every curve that rises faster and faster has a point farthest below its
-    chord.
+    chord. Points that remove no more than the first, or as much as the last, are no bend.
 
     Args:
-        removed: the removed size of each point, rising.
+        removed: the removed size of each point, never falling.
         losses: the loss of each.
         errors: one standard error of each loss; None where the losses have none.
     """
     last = len(removed) - 1
     errors = [0.0] * len(removed) if errors is None else errors
     found: Bend | None = None
-    for place in range(1, last):
+    between = (place for place in range(1, last) if removed[0] < removed[place] < removed[last])
+    for place in between:
         weight = (removed[place] - removed[0]) / (removed[last] - removed[0])
         distance = losses[0] + weight * (losses[last] - losses[0]) - losses[place]
         if found is None or distance > found.distance:

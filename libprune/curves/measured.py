@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from scipy.special import stdtrit
@@ -68,7 +69,12 @@ class Measured:
         return found[f"{name}_ratio"], low, high
 
 
-def curve_comparison(path: Path, ratios: Sequence[float], nested: Mapping[float, Sequence[float]]) -> Comparison:
+def curve_comparison(
+    path: Path,
+    ratios: Sequence[float],
+    nested: Mapping[float, Sequence[float]],
+    fixed: Mapping[str, Any] = MappingProxyType({}),
+) -> Comparison:
     """The runs that slice and evaluate the models of a curve, as a comparison whose settings are the ratios.
 
     All other params are those of the file. Their digest is in the names of the runs, so that curves of other params
@@ -78,19 +84,20 @@ def curve_comparison(path: Path, ratios: Sequence[float], nested: Mapping[float,
         path: the params file.
         ratios: the ratios to run.
         nested: by ratio, the smaller ratios whose cuts it is to contain.
+        fixed: params by their full names that all runs have, whatever the file says.
 
     Raises:
         LibpruneError: if a ratio makes the params not valid.
     """
     data = read_yaml(path)
     others = {key: str(value) for key, value in leaves_of(data).items() if key not in (RATIO, NESTED)}
-    own = json.dumps([others, bool(nested)], sort_keys=True)
+    own = json.dumps([others, sorted(nested.items()), dict(fixed)], sort_keys=True)
     name = f"curve-{hashlib.sha256(own.encode()).hexdigest()[:6]}"
     seed, given = _seed(data), bool((data.get("allocate") or {}).get("nested"))
 
     def setting(ratio: float) -> Setting:
         smaller = list(nested.get(ratio, ()))
-        changes = {RATIO: ratio, **({NESTED: smaller} if smaller or given else {})}
+        changes = {RATIO: ratio, **({NESTED: smaller} if smaller or given else {}), **fixed}
         return read_setting(f"{ratio:g}", changes, data, seed, path)
 
     settings = tuple(map(setting, ratios))
@@ -152,12 +159,14 @@ def run_curve(
     if not chosen and not in_repository(Path()):
         return {}, {}, []  # there are no experiments without git
     ratios = [one.ratio for one in curve.planned]
-    wanted = curve_comparison(path, [ratio for ratio in ratios if ratio in chosen], curve.nested)
+    wanted = curve_comparison(path, [ratio for ratio in ratios if ratio in chosen], curve.nested, curve.fixed)
     failed: dict[str, str] = {}
     if wanted.settings:
         todo = missing_runs(wanted, *gather(show(), read_lock))
         echo(f"{wanted.name}: {len(wanted.settings) - len(todo)} of {len(wanted.settings)} have results")
         failed = run_all(wanted, todo, out / "logs", out / COSTS, echo)
     rows, _ = gather(show(), read_lock)
-    measured, remarks = gather_measured(curve_comparison(path, ratios, curve.nested), rows, read_lock, cache_folder())
+    measured, remarks = gather_measured(
+        curve_comparison(path, ratios, curve.nested, curve.fixed), rows, read_lock, cache_folder()
+    )
     return measured, failed, remarks

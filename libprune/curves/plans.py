@@ -2,20 +2,22 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 from libprune.allocation.allocate import removed_by, share_of
 from libprune.allocation.decide import Decision, Ground, decide, read_ground
 from libprune.allocation.evidence import read_latency
-from libprune.allocation.methods import Evidence
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture, Block
+from libprune.engine.architecture import Architecture
 from libprune.engine.cost import Prices, Size
 from libprune.engine.errors import BudgetError, ParamsError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import join_blocks
 from libprune.pipeline.artifacts import read_json, require
 from libprune.pipeline.layout import Layout
+from libprune.pipeline.methods import METHODS
 from libprune.pipeline.params import Params
 from libprune.pipeline.sections import Allocate
 
@@ -70,6 +72,7 @@ class Curve:
         planned: the plans, the smallest ratio first.
         skipped: by ratio that cannot be had, why.
         nested: by ratio, the smaller ratios whose cuts the plan contains; empty where that was not asked for.
+        fixed: params by their full names that runs of nested plans need, whatever the file says.
     """
 
     params: Allocate
@@ -78,6 +81,7 @@ class Curve:
     planned: tuple[Planned, ...]
     skipped: Mapping[float, str]
     nested: Mapping[float, tuple[float, ...]]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def points(self) -> tuple[Planned, ...]:
@@ -129,6 +133,8 @@ def plan_curve(layout: Layout, params: Params, ratios: Sequence[float] = DEFAULT
     if asked.budgets.asked:
         raise ParamsError("a curve changes allocate.ratio, but allocate.budgets sets the size; leave the budgets empty")
     ground = read_ground(layout, asked)
+    fixed = shared_params(ground, asked, ratios) if nested else {}
+    asked = asked.model_copy(update=fixed)
     counted = _Counting(layout, params, ground)
     planned: list[Planned] = []
     skipped: dict[float, str] = {}
@@ -143,7 +149,24 @@ def plan_curve(layout: Layout, params: Params, ratios: Sequence[float] = DEFAULT
             continue
         planned.append(counted.of(decision, ratio))
         contains |= {ratio: smaller} if smaller else {}
-    return Curve(asked, ground.scores.architecture, counted.dense, tuple(planned), skipped, contains)
+    named = {f"allocate.{key}": value for key, value in fixed.items()}
+    return Curve(asked, ground.scores.architecture, counted.dense, tuple(planned), skipped, contains, named)
+
+
+def shared_params(ground: Ground, asked: Allocate, ratios: Sequence[float]) -> dict[str, Any]:
+    """What plans must share to contain each other: no measuring of whole plans, and one multiple of channels.
+
+    The multiple is the smallest that a ratio alone would be given, which divides the others.
+    """
+    fixed: dict[str, Any] = {"evaluations": 0} if METHODS[asked.method].improves else {}
+    if asked.channel_multiple != "auto":
+        return fixed
+    multiples = []
+    for ratio in ratios:
+        with suppress(BudgetError):
+            alone = decide(ground.scores, asked.model_copy(update={"ratio": ratio, "nested": ()}), ground.evidence)
+            multiples.append(int(alone.params.channel_multiple))
+    return fixed | {"channel_multiple": min(multiples, default=1)}
 
 
 class _Counting:
@@ -162,15 +185,19 @@ class _Counting:
     def of(self, decision: Decision, ratio: float) -> Planned:
         """The plan of a decision with what it promises."""
         removed = removed_by(decision.prices, decision.plan, decision.params)
-        return self._counted(ratio, decision.plan, decision.shape, decision.prices, removed)
+        divergence = decision.programme.get("divergence")
+        return self._counted(ratio, decision.plan, decision.shape, decision.prices, removed, divergence)
 
     @property
     def dense(self) -> Planned:
         """The dense model, as the plan that keeps everything."""
         prices = cost.prices(self._architecture, self._asked.objective, self._evidence.get("latency"))
-        return self._counted(0.0, Plan.dense(self._architecture), "uniform", prices, 0)
+        divergence = 0.0 if METHODS[self._asked.method].programme else None
+        return self._counted(0.0, Plan.dense(self._architecture), "uniform", prices, 0, divergence)
 
-    def _counted(self, ratio: float, plan: Plan, shape: str, prices: Prices, removed: int) -> Planned:
+    def _counted(
+        self, ratio: float, plan: Plan, shape: str, prices: Prices, removed: int, divergence: float | None
+    ) -> Planned:
         size, times = cost.size(self._architecture, plan), self._times if plan.width is None else None
         return Planned(
             ratio,
@@ -182,7 +209,7 @@ class _Counting:
             cache=size.cache * self._itemsize,
             state=size.state * STATE_BYTES,
             seconds=None if times is None else (times.total - times.removed(plan)) / 1e12,
-            divergence=predicted_divergence(self._evidence, plan),
+            divergence=divergence,
             importance=self._lost(plan),
         )
 
@@ -191,30 +218,6 @@ class _Counting:
             return None
         keep, total = join_blocks(self._architecture, plan.keep), float(self._importance.sum())
         return float(self._importance[~keep].sum()) / total if total > 0 else None
-
-
-def predicted_divergence(evidence: Evidence, plan: Plan) -> float | None:
-    """What a plan loses by what was measured of its parts, as if that added up, nats a token.
-
-    Of an order of whole removals that was measured jointly the longest beginning counts that the plan has; blocks that
-    are not in it count by the measured levels of each alone, and the width of the residual stream by its own.
-
-    Args:
-        evidence: what the method reads; without levels nothing is predicted.
-        plan: which units stay.
-
-    Returns:
-        The sum; None where no levels were measured.
-    """
-    if "levels" not in evidence:
-        return None
-    joint: tuple[frozenset[Block], float] = (frozenset(), 0.0)
-    for gone, divergence in evidence.get("depth", ()):
-        if gone <= plan.removed:
-            joint = gone, float(divergence)
-    blocks = ((block, keep) for block, keep in plan.keep.items() if block not in joint[0])
-    levels = sum(float(evidence["levels"][block][int((~keep).sum())]) for block, keep in blocks)
-    return joint[1] + levels + (float(evidence["width"][plan.width]) if plan.width is not None else 0.0)
 
 
 def _itemsize(layout: Layout, params: Params) -> int:

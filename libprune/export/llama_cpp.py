@@ -77,6 +77,11 @@ def llama_cpp(path: Path, context: int, threads: int) -> Iterator["LlamaCpp"]:
             process.kill()
 
 
+_PROBABILITIES = "completion_probabilities"
+_CERTAIN = 1e4
+"""Added to the logit of the token that is to be written; what the server says of probabilities is without it."""
+
+
 @dataclass(frozen=True)
 class LlamaCpp:
     """A running server of llama.cpp.
@@ -95,8 +100,10 @@ class LlamaCpp:
     def predict(self, ids: Sequence[int], vocab: int) -> Tensor:
         """The logarithms of the probabilities of the next token after the given ones; ``[vocab]``, nats."""
         answer = self._complete(ids, 1, n_probs=vocab)
+        if _PROBABILITIES not in answer:  # the token is a part of a character; the server would wait for its rest
+            answer = self._complete(ids, 1, n_probs=vocab, logit_bias=[[self.tokenize("a")[-1], _CERTAIN]])
         result = torch.full((vocab,), -torch.inf)
-        for entry in answer["completion_probabilities"][0]["top_logprobs"]:
+        for entry in answer[_PROBABILITIES][0]["top_logprobs"]:
             result[entry["id"]] = entry["logprob"]
         return result.log_softmax(-1)  # the server's own sum differs from 1 by 1e-4
 

@@ -65,7 +65,7 @@ def export_masks(source: Path, dense: Path, target: Path, orig: bool) -> int:
         The number of masks.
 
     Raises:
-        LibpruneError: if the plan is missing, of another model, or keeps everything.
+        LibpruneError: if the plan is missing, of another model, keeps everything, or narrows the residual stream.
     """
     if not (dense / "config.json").is_file():
         raise SourceError(f"{dense} holds no config.json; name the dense model's folder with --model")
@@ -78,6 +78,11 @@ def export_masks(source: Path, dense: Path, target: Path, orig: bool) -> int:
     model = without_weights(config)
     architecture = of_dense(describe(model, fingerprint(dense), accept=tuple(config.to_dict()), heads=units))
     plan, _ = read_plan(layout, architecture)
+    if plan.width is not None:
+        raise LibpruneError(
+            f"the plan in {source} keeps {plan.width} columns of the residual stream, in an order or along axes of its "
+            "own, which masks of the dense model's parameters cannot say; export a plan with allocate.width: null"
+        )
     masks = dict(plan_masks(architecture, plan))
     if not masks:
         raise LibpruneError(f"the plan in {source} keeps every unit; there is nothing to mask")

@@ -156,6 +156,7 @@ class Repair:
         source: where the method comes from.
         reads: artifacts that it needs beside the plan and the dense weights.
         params: keys of the section `slice` that mean something to it.
+        fits_behind: whether it fits what lies behind a whole layer or part that is gone; if not, that is rescaled.
     """
 
     function: str | None
@@ -163,6 +164,7 @@ class Repair:
     source: str
     reads: tuple[str, ...] = ()
     params: tuple[str, ...] = ()
+    fits_behind: bool = False
 
     @property
     def repair(self) -> Callable[..., Any]:
@@ -190,6 +192,7 @@ REPAIRS: dict[str, Repair] = {
         computes="least squares layer by layer, on what the pruned layers before hand on",
         source="Frantar & Alistarh 2022, on the inputs of the pruned model",
         params=("damping", "drift", "drift_cap", "producer_steps", "sequences"),
+        fits_behind=True,
     ),
 }
 """The repairs by their value of `slice.repair`."""

@@ -108,7 +108,7 @@ class Params(Section):
                 if given.get("producer_steps", "auto") == "auto" and filled[section].get("repair") != "sequential":
                     filled[section].pop("producer_steps", None)  # the preset's go with the preset's repair
                 fixed = filled[section].get("shape") == "uniform" or given.get("nested") or _limited(given)
-                if given.get("evaluations", "auto") == "auto" and fixed:
+                if given.get("evaluations", "auto") == "auto" and (fixed or given.get("width") is not None):
                     filled[section].pop("evaluations", None)  # they change single layers, under one budget
         return filled
 

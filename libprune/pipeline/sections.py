@@ -548,6 +548,10 @@ class Slice(Section):
     gate and up projection; 0: only the maps that read the channels are fitted."""
     sequences: Count | None = None
     """Calibration sequences of `sequential`, from the first; null: all."""
+    rescale: Literal["auto", "none"] = "auto"
+    """What is done behind whole layers or parts that are gone; `auto`: where the repair fits nothing there (all but
+    `sequential`), later layers add as much less as the residual stream is shorter than the dense one; `none`: nothing.
+    """
     dtype: Dtype = "auto"
     """Storage type of the pruned model; `auto` keeps the dense model's."""
 

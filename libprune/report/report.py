@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from libprune.engine.architecture import RESIDUAL
 from libprune.engine.cost import COUNTED
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.terminal import Rows
@@ -56,7 +57,7 @@ def compose_report(
         _gradients(result, gradient_ratio, pictures),
         _depth(result),
         _sensitivity(pictures),
-        _repair(result["pruning"]["repair"]),
+        _repair(result["pruning"]["repair"], result["pruning"].get("rescale", {})),
         _routing(result),
         _recovery(result, pictures),
         _draft(result),
@@ -151,6 +152,7 @@ def _cut(result: Metrics, pictures: Sequence[Picture]) -> Section:
         f"Removed {100 * pruned['decoder_share_removed']:.2f} % of the decoder's parameters, "
         f"{100 * pruned['total_share_removed']:.2f} % of all, and {100 * pruned['macs_share_removed']:.2f} % of the "
         f"multiplications a token. {_units_cut(result['unit_kinds'], kept)}",
+        *_columns(result),
         *_budgets(result["plan"]),
         *_shown(pictures, "kept_share"),
         _layers(result),
@@ -158,6 +160,17 @@ def _cut(result: Metrics, pictures: Sequence[Picture]) -> Section:
             f"The kept set overlaps with that of {code(name)} alone by {value:.4f} (Jaccard)."
             for name, value in result["plan"]["kept_set_overlap"].items()
         ),
+    ]
+
+
+def _columns(result: Metrics) -> Section:
+    """How many columns of the residual stream stay; none where all do."""
+    width = result["plan"].get("width")
+    if width is None:
+        return []
+    return [
+        f"The residual stream has {width:,} of {result['model']['sizes'][RESIDUAL]:,} columns, in every layer, the "
+        "embedding and the output head. The shares above count them; the table below counts units alone."
     ]
 
 
@@ -284,14 +297,31 @@ def _plain(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4f}"
 
 
-def _repair(errors: Metrics) -> Section:
-    """The error of the pruned maps before and after the repair."""
+def _repair(errors: Metrics, rescale: Metrics) -> Section:
+    """The error of the pruned maps before and after the repair, and what was done behind whole layers that are gone."""
+    sentences = [*_fitted(errors), *_rescaled(rescale)]
+    return ["## How it was repaired", *sentences] if sentences else []
+
+
+def _rescaled(rescale: Metrics) -> Section:
+    if why_not := rescale.get("why_not"):
+        return [f"Layers behind whole layers or parts that are gone were not rescaled: {why_not}."]
+    if not (factors := rescale.get("factors")):
+        return []
+    runs = [next(run) for _, run in groupby(factors.items(), key=lambda item: item[1])]
+    named = ", ".join(f"from layer {layer} on {factor:.3f}" for layer, factor in runs)
+    return [
+        "Behind whole layers or parts that are gone the residual stream is shorter than in the dense model, so what "
+        f"later layers add to it was multiplied by as much: {named}, with the layers counted as in the dense model."
+    ]
+
+
+def _fitted(errors: Metrics) -> Section:
     if not errors:
         return []
     names = ("lost_before", "lost_after", "lost_held_out_before", "lost_held_out_after")
     before, after, held_before, held_after = (f"{100 * errors[name]:.1f} %" for name in names)
     return [
-        "## How it was repaired",
         f"On average over the repaired maps, pruning lost {before} of their squared output, and the repair left "
         f"{after}; on calibration sequences that the fit did not see, {held_before} and {held_after}. "
         "`repair.parquet` in the model's folder has them map by map.",

@@ -87,6 +87,8 @@ def _opening(record: Record, origin: Origin) -> Iterator[str]:
         ("parameters of the layers", f"{dense['decoder']:,}", f"{pruned['decoder']:,}"),
         ("layers", f"{len({layer for layer, _ in record.plan.keep}):,}", f"{len(record.plan.layers):,}"),
     ]
+    if (columns := record.provenance.get("columns")) is not None:
+        rows.append(("columns of the residual stream", f"{columns['before']:,}", f"{columns['after']:,}"))
     for part in dict.fromkeys(part for _, part in record.plan.keep):
         counts = sorted(set(record.plan.counts(part))) or [0]
         units = next(len(keep) for (_, of), keep in record.plan.keep.items() if of == part)

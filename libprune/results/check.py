@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from libprune.engine import cost
+from libprune.engine.architecture import RESIDUAL
 from libprune.engine.describe import describe
 from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
@@ -120,6 +121,10 @@ def _config(record: Record) -> Iterator[Finding]:
         names = [", ".join(sorted(parts)) for parts in (described, planned)]
         yield Finding("fault", "config", f"{path} has the parts {names[0]}, what {PLAN} keeps asks for {names[1]}")
         return
+    if (width := record.plan.width) not in {None, architecture.sizes.get(RESIDUAL)}:
+        number = f"{architecture.sizes[RESIDUAL]} columns of the residual stream, but {PLAN} leaves {width}"
+        yield Finding("fault", "config", f"{path} says {number}")
+        return
     expected = family.sized(pruned_config(family, record.stock_config, architecture, record.left, record.shape))
     said = family.sized(record.config)
     wrong = [
@@ -131,6 +136,7 @@ def _config(record: Record) -> Iterator[Finding]:
         yield Finding("fault", "config", f"{path} says {where} = {stated!r}, what {PLAN} keeps asks for {wanted!r}")
     if not wrong:
         counts = ", ".join(f"{_span(record.left, part)} {part} units" for part in architecture.parts)
+        counts += "" if record.plan.width is None else f", {record.plan.width} columns of the residual stream"
         yield Finding("ok", "config", f"shape {record.shape}, {layers} layers of {counts}, as {PLAN} keeps")
 
 
@@ -234,6 +240,8 @@ def _changers(record: Record) -> list[str]:
     """The params by which weights of the folder are others than those of the dense model."""
     repair, made = record.provenance["slice"]["repair"], record.recovery
     changers = [] if repair == "none" else [f"slice.repair: {repair}"]
+    if record.provenance.get("rescale", {}).get("factors"):
+        changers.append("slice.rescale: auto")
     if made is not None and made["step"]:
         changers.append(f"training (recover.method: {made['params']['method']})")
     return changers

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from libprune.collection.stream_axes import Narrowed, read_axes
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import RESIDUAL, Architecture
 from libprune.engine.describe import added_biases, with_biases
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import require_sliceable, slice_state
@@ -24,6 +24,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
 from libprune.repair.least_squares import Fit, fit_table, mean_errors, new_parameters
+from libprune.repair.rescale import Rescaling, measure_rescaling
 from libprune.results.card import write_card
 from libprune.results.folder import write_pruned
 from libprune.results.proof import masked_logits, verify_folder
@@ -34,7 +35,7 @@ _CHECKED_SEQUENCES, _CHECKED_LENGTH = 2, 64
 
 @dataclass(frozen=True)
 class _Weights(Mapping[str, Tensor]):
-    """The dense weights with repaired ones in their place and zeros for added ones, cast when they are read.
+    """The dense weights with repaired ones in their place and zeros for added ones, rescaled and cast when read.
 
     What is no parameter, such as biases on the choice of experts, keeps its type.
     """
@@ -43,9 +44,12 @@ class _Weights(Mapping[str, Tensor]):
     new: Mapping[str, Tensor]
     dtype: torch.dtype
     kept: Collection[str] = ()
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = (self.new if name in self.new else self.dense)[name]
+        if name in self.factors:
+            tensor = tensor.float() * self.factors[name]
         return tensor if name in self.kept else tensor.to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
@@ -55,11 +59,12 @@ class _Weights(Mapping[str, Tensor]):
         return len(self.dense.keys() | self.new.keys())
 
 
-def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tuple[dict[str, float], list[Fit]]:
+def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tuple[dict[str, Any], list[Fit]]:
     """Write the pruned model into an empty folder and prove that it loads.
 
     Returns:
-        How near the reloaded logits are, and how well the consumers were fitted, for metrics; and the fits.
+        How near the reloaded logits are, how well the consumers were fitted, and by what layers behind gaps were
+        multiplied, for metrics; and the fits.
 
     Raises:
         LibpruneError: if an artifact is missing or foreign, or the result fails its proof.
@@ -73,12 +78,16 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     dense = WeightFiles(own_model(layout, architecture))
     require_sliceable(architecture, plan)
     fits = REPAIRS[params.repair].repair(layout, architecture, plan, compute, params)
+    rescaling = Rescaling({})
+    if params.rescale == "auto" and not REPAIRS[params.repair].fits_behind:
+        rescaling = measure_rescaling(layout, architecture, plan, compute, len(text))
     added = sorted({fit.consumer.part for fit in fits if fit.bias is not None and fit.consumer.bias not in dense})
     own, (architecture, config) = architecture, with_biases(architecture, load_config(layout.model), added)
     stored = named_dtype(params.dtype, dense[architecture.parameters[0].name].dtype)
     buffers = [buffer.name for buffer in architecture.buffers]
     new = added_biases(own, architecture) | new_parameters(fits)
-    weights = _weights(layout, dense, new, architecture, plan, params, stored, buffers)
+    repaired = _Weights(dense, new, stored, buffers, rescaling.by_name(architecture))
+    weights = _weights(layout, repaired, architecture, plan, params)
     state = slice_state(weights, architecture, plan)
     write_pruned(folder, layout.model, architecture, plan, meta["shape"], state, config)
     shutil.copyfile(layout.plan, folder / "plan.parquet")
@@ -96,8 +105,13 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
         "parameters": {name: {"all": size.total, "decoder": size.decoder} for name, size in sizes.items()},
         "proof": proof,
     }
+    factors = {str(layer): factor for layer, factor in rescaling.factors.items()}
+    if factors or rescaling.why_not:
+        made["rescale"] = {"factors": factors, "why_not": rescaling.why_not}
     if architecture.experts:
         made["experts"] = architecture.experts
+    if plan.width is not None:
+        made["columns"] = {"before": architecture.sizes[RESIDUAL], "after": plan.width}
     if (gone := architecture.trimmed) is not None:
         rows = {"before": gone.rows, "after": architecture.sizes["vocab"]}
         made["vocabulary"] = {"rows": rows, "parameters_removed": gone.parameters}
@@ -105,29 +119,22 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
         made["own_family"] = architecture.own_family
     write_provenance(folder, made | versions())
     write_card(folder)
-    return proof | errors, fits
+    return proof | errors | ({"rescale": factors} if factors else {}), fits
 
 
 def _weights(
-    layout: Layout,
-    dense: Mapping[str, Tensor],
-    new: Mapping[str, Tensor],
-    architecture: Architecture,
-    plan: Plan,
-    params: Slice,
-    dtype: torch.dtype,
-    buffers: Collection[str],
+    layout: Layout, repaired: _Weights, architecture: Architecture, plan: Plan, params: Slice
 ) -> Mapping[str, Tensor]:
     """All weights in dense shape, along the axes of the residual stream where that is to be narrower.
 
     A sequential repair has fitted its maps along these axes, every other one in the dense model.
     """
     if plan.width is None:
-        return _Weights(dense, new, dtype, buffers)
+        return repaired
     axes, mends = read_axes(layout.width_axes, architecture), params.repair != "none"
     if params.repair == "sequential":
-        return _Weights(Narrowed(dense, architecture, axes, plan.width, mends), new, dtype, buffers)
-    return Narrowed(_Weights(dense, new, dtype, buffers), architecture, axes, plan.width, mends)
+        return replace(repaired, dense=Narrowed(repaired.dense, architecture, axes, plan.width, mends))
+    return Narrowed(repaired, architecture, axes, plan.width, mends)
 
 
 def _prove(

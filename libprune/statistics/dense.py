@@ -98,7 +98,7 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
 
 def _without_rows(model: PreTrainedModel, trimmed: Cut, section: Prepare) -> Architecture:
     """The description of a model without the rows of unused tokens, proved to compute what it did with them."""
-    after = describe(model, accept=section.accept_config, experts=section.experts)
+    after = describe(model, accept=section.accept_config, experts=section.experts, heads=section.heads)
     gone, choice = trimmed.prove(model, after), trimmed.choice
     say(
         f"vocabulary: {gone.tokens:,} tokens before, {len(choice.tokenizer):,} now, by {choice.documents:,} documents "

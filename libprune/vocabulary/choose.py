@@ -17,7 +17,7 @@ from libprune.texts.chosen import vocabulary_source
 from libprune.texts.source import chat_writer, open_text
 from libprune.vocabulary.pieces import Pieces, Rules, pieces_of
 from libprune.vocabulary.rows import named_ids, token_axes
-from libprune.vocabulary.tokenizer import count_tokens, differing, encoded, reloaded, rules_of, with_ids
+from libprune.vocabulary.tokenizer import count_tokens, differing, encoded, framing_ids, reloaded, rules_of, with_ids
 
 _BETWEEN = "\n\n"
 """What stands between documents where windows run over their ends."""
@@ -79,7 +79,7 @@ def choose(
     texts = [*documents, _BETWEEN.join(documents)]
     always = [*params.keep, *_conversations(tokenizer)]
     kept = _needed(given, pieces, texts, always, params.minimum)
-    kept |= {token["id"] for token in rules["added_tokens"]}
+    kept |= {token["id"] for token in rules["added_tokens"]} | set(framing_ids(rules))
     kept |= {index for index in named_ids(model) if 0 <= index < size}
     kept = pieces.closed(kept)
     _fill(kept, pieces, size, params.multiple)

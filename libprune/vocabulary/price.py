@@ -38,6 +38,8 @@ def vocabulary_figures(
         ids = torch.where(windows.targets == NO_TARGET, ids, windows.targets)
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids.tolist()]
     given = Tokenizer.from_str(json.dumps(known["tokenizer"]))
+    given.no_truncation()  # which its file may ask for
+    given.no_padding()
     cut = {
         "before": sum(len(given.encode(text, add_special_tokens=False).ids) for text in texts),
         "after": sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts),

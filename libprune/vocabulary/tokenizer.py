@@ -76,6 +76,25 @@ def _processor(step: Rules | None, new: Mapping[int, int]) -> Rules | None:
     raise SourceError(f"prepare.vocabulary: the tokenizer has a post-processor {step['type']}, which may hold ids")
 
 
+def framing_ids(rules: Rules) -> Iterator[int]:
+    """The tokens that stand around texts or fill them up, which need not be added tokens nor occur in a text."""
+    step = rules.get("post_processor") or {}
+    for one in step.get("processors", [step]):
+        for token in one.get("special_tokens", {}).values():
+            yield from token["ids"]
+        yield from (one[side][1] for side in ("sep", "cls") if side in one)
+    if rules.get("padding"):
+        yield rules["padding"]["pad_id"]
+
+
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that gives all tokens of a text and no others, whatever length its file asks for."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
 def reloaded(tokenizer: PreTrainedTokenizerBase, rules: Rules) -> PreTrainedTokenizerBase:
     """A tokenizer of transformers with another tokenizer.json, and all other files of the given one.
 
@@ -100,7 +119,7 @@ def reloaded(tokenizer: PreTrainedTokenizerBase, rules: Rules) -> PreTrainedToke
 
 def encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[str, Encoding]]:
     """Texts in parts, each with its tokens, but without those that stand around a text."""
-    group, size = list[str](), 0
+    tokenizer, group, size = plain(tokenizer), list[str](), 0
     for part in (part for text in texts for part in parts_of(text)):
         group.append(part)
         size += len(part)

@@ -172,6 +172,17 @@ def test_frames_are_those_that_contain_a_smaller_one():
         frames_of(params.model_copy(update={"layers": 2}), evidence)
 
 
+@pytest.mark.parametrize("method", ["search", "global"])
+def test_layers_and_columns_that_are_together_more_than_the_ratio_are_refused(method):
+    """A layer alone is a third, 2 of 6 columns are another."""
+    shape = Shape(layers=3, kv=2, ffn=12, model=6)
+    order = [(frozenset(), 0.0), (frozenset((0, part) for part in ("attention", "mlp")), 0.2)]
+    params = Allocate(method=method, shape="per_layer", ratio=0.5, depth="joint", layers=1, width=4, channel_multiple=1)
+    evidence = given_to(shape, 0) | {"depth": order}
+    with pytest.raises(BudgetError, match=r"1 removals take 0\.55.* with the columns beyond allocate\.width = 4, more"):
+        allocation(shape.architecture(), table_of(shape, 0), params, evidence)
+
+
 @settings(max_examples=15)
 @given(st.integers(0, 10**6), st.floats(0.1, 0.6))
 def test_a_ratio_is_reached_to_one_step_in_whichever_frame(seed, ratio):
@@ -181,6 +192,46 @@ def test_a_ratio_is_reached_to_one_step_in_whichever_frame(seed, ratio):
     found = allocation(shape.architecture(), table_of(shape, seed), params, evidence)
     removed = shape.decoder - cost.size(shape.architecture(), found.plan).decoder
     assert 0 <= round(ratio * shape.decoder) - removed < shape.channel_cost
+
+
+def test_the_share_in_reach_counts_the_columns_that_go():
+    shape = Shape(layers=3, kv=2, ffn=12, model=6)
+    params = Allocate(method="global", ratio=0.95, width=4, channel_multiple=1)
+    left = cost.size(shape.architecture(), Plan.dense(shape.architecture())).decoder
+    smallest = Plan.dense(shape.architecture())
+    for layer in range(3):
+        smallest = smallest.without((layer, "attention"), slice(1, None)).without((layer, "mlp"), slice(1, None))
+    most = left - cost.size(shape.architecture(), replace(smallest, width=4)).decoder
+    with pytest.raises(BudgetError, match=rf"removes at most {most / left:.3f} \({most:,} of {round(0.95 * left):,} "):
+        allocate(shape.architecture(), table_of(shape, 0), params)
+
+
+def test_where_no_frame_comes_within_a_step_the_nearest_one_of_least_divergence_is_taken():
+    """Each layer can lose its attention or its MLP; two attentions are too little, and one MLP is too much."""
+    shape, levels = Shape(layers=2, kv=1, ffn=24, model=6), {}
+    for block in shape.architecture().blocks():
+        levels[block] = np.linspace(0, 0.1, shape.units[block[1]] + 1)
+    attentions = [frozenset({(0, "attention")}), frozenset({(0, "attention"), (1, "attention")})]
+    evidence = {"levels": levels, "depth": [(frozenset(), 0.0), (attentions[0], 4.0), (attentions[1], 9.0)]}
+    free = {"min_groups": 0, "min_channels": 0, "channel_multiple": 24}
+    params = Allocate(method="search", shape="per_layer", ratio=0.34, depth="joint", **free)
+    found = allocation(shape.architecture(), table_of(shape, 0), params, evidence)
+    assert found.plan.removed == attentions[1]
+    assert found.programme["divergence"] == pytest.approx(0.2)
+
+
+def test_nested_plans_are_found_where_a_frame_has_no_room_for_what_the_smaller_one_removes():
+    """What goes in any case leaves too little in the narrowest frame, where no step comes near to the ratio."""
+    seed = 529
+    shape = Shape(layers=2, kv=1, ffn=7, model=6)
+    rng = np.random.default_rng(seed)
+    evidence = given_to(shape, seed) | {"depth": order_of(shape, rng, parts=False), "width": {6: 0.0, 5: 0.2, 4: 0.4}}
+    limits = {"channel_multiple": 4, "min_channels": 2, "freeze_first": 1, "ratio_of": "total"}
+    params = Allocate(method="search", shape="per_layer", ratio=0.2436, nested=(0.147,), width="auto", **limits)
+    architecture, scores = shape.architecture(), table_of(shape, seed)
+    smaller = allocate(architecture, scores, params.model_copy(update={"ratio": 0.147, "nested": ()}), evidence)
+    larger = allocate(architecture, scores, params, evidence)
+    assert all(not (keep & ~smaller.keep[block]).any() for block, keep in larger.keep.items())
 
 
 # Plans that contain each other

@@ -42,6 +42,15 @@ def test_what_cannot_be_is_one_line(tmp_path, monkeypatch, words, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_runs_without_a_repository_are_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    monkeypatch.setattr(runner, "run", lambda project, stages: pytest.fail("stages ran"))
+    done = called("0.2", "--run", "all")
+    assert done.exit_code == 1
+    assert "need a git repository" in done.stderr and "leave --run out" in done.stderr
+
+
 def test_a_curve_is_measured_planned_and_written(tmp_path, monkeypatch):
     """What is missing is measured by the stages before allocate; plans are drawn under the name of the model."""
     monkeypatch.chdir(tmp_path)

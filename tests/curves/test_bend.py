@@ -79,3 +79,11 @@ def test_the_error_is_that_of_the_three_points():
     bend = find_bend([0.0, 1.0, 2.0], [0.0, 0.0, 4.0], [0.0, 0.3, 0.8])
     assert bend.distance == 2
     assert bend.error == pytest.approx(0.5)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75]), max_size=6), st.integers(0, 99))
+def test_points_of_equal_size_break_nothing_and_those_at_the_ends_are_no_bend(removed, seed):
+    """Coarse units, such as the groups of all layers, give several ratios the same plan."""
+    sizes = sorted([0.0, *removed])
+    bend = find_bend(sizes, np.sort(np.random.default_rng(seed).random(len(sizes))).tolist())
+    assert bend is None or sizes[0] < sizes[bend.place] < sizes[-1]

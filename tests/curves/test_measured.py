@@ -66,6 +66,14 @@ def test_runs_of_nested_plans_name_the_smaller_ratios_and_those_of_the_file_neve
     assert run.changes["allocate.nested"] == []
 
 
+def test_other_nested_ratios_and_params_that_runs_must_share_give_other_names(params):
+    fixed = {"allocate.channel_multiple": 32, "allocate.evaluations": 0}
+    (run,) = (found := curve_comparison(params, [0.3], {0.3: (0.1,)}, fixed)).runs()
+    assert {key: run.changes[key] for key in fixed} == fixed
+    names = {curve_comparison(params, [0.3], {0.3: (smaller,)}).name for smaller in (0.1, 0.2)} | {found.name}
+    assert len(names) == 3
+
+
 def test_a_ratio_that_makes_the_params_wrong_is_refused(params):
     data = untrained()
     params.write_text(yaml.safe_dump(data | {"allocate": data["allocate"] | {"method": "nothing"}}))

@@ -1,21 +1,23 @@
 """Plans of a curve are those of single runs of the stage allocate, and their figures are those of the models."""
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from libprune.curves.plans import DEFAULT, parse_ratios, plan_curve, predicted_divergence
+from libprune.allocation.advice import Fixed
+from libprune.allocation.decide import Decision, Ground, decide
+from libprune.curves.plans import DEFAULT, parse_ratios, plan_curve, shared_params
 from libprune.engine import cost
 from libprune.engine.errors import ArtifactError, ParamsError
-from libprune.pipeline.artifacts import read_architecture, read_json, read_plan, read_table
+from libprune.pipeline.artifacts import Scores, read_architecture, read_json, read_plan, read_table, write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import load_params
+from libprune.pipeline.sections import Allocate
 from libprune.statistics import latency
 from tests.support import tiny
-from tests.support.shapes import Shape, plan_without
+from tests.support.shapes import META, Shape
 
 BEFORE = ["prepare", "tokenize", "gradients", "hessian", "activations", "score", "levels", "latency"]
 SEARCH = {"score": {"criterion": "unit_fisher"}, "latency": {"tokens": 4, "widths": 2, "rounds": 1}}
@@ -47,7 +49,9 @@ def test_plans_are_those_of_single_runs_of_the_stage(project, method, objective)
         plan, meta = read_plan(layout, read_architecture(layout))
         assert one.plan.digest == plan.digest
         assert one.shape == meta["shape"]
-        assert one.removed == read_json(project / "metrics/allocation.json", "allocate")["share_removed"]
+        result = read_json(project / "metrics/allocation.json", "allocate")
+        assert one.removed == result["share_removed"]
+        assert one.divergence == result.get("programme", {}).get("divergence")
     assert [one.ratio for one in curve.planned] == [0.1, 0.25, 0.4]
     assert (curve.skipped, curve.nested) == ({}, {})
     layout.plan.unlink()
@@ -95,6 +99,8 @@ def test_nested_plans_lie_within_each_other_and_are_those_of_the_stage(project, 
     layout, params = Layout(project / "artifacts"), load_params(project / "params.yaml")
     curve = plan_curve(layout, params, (0.1, 0.25, 0.4, 0.95), nested=True)
     assert curve.nested == {0.25: (0.1,), 0.4: (0.1, 0.25)}
+    none_measured = {"allocate.evaluations": 0} if method == "search" else {}
+    assert curve.fixed == {"allocate.channel_multiple": 1, **none_measured}
     for large, small in pairwise(curve.points):
         assert not any((small.plan.keep[block] & ~keep).any() for block, keep in large.plan.keep.items())
     tiny.change_params(project, "allocate", ratio=0.4, nested=[0.1, 0.25])
@@ -102,6 +108,39 @@ def test_nested_plans_lie_within_each_other_and_are_those_of_the_stage(project, 
     assert curve.planned[-1].plan.digest == read_plan(layout, read_architecture(layout))[0].digest
     layout.plan.unlink()
     tiny.change_params(project, "allocate", nested=[])
+
+
+@pytest.mark.parametrize("method", ["global", "search"])
+def test_single_runs_contain_each_other_although_each_ratio_alone_has_a_multiple_of_its_own(method):
+    shape, ratios = Shape(layers=2, kv=2, ffn=512), (0.1, 0.2, 0.5)
+    scores = Scores(shape.architecture(), shape.table(np.linspace(1, 2, len(shape.unit_costs()))), META)
+    ground = Ground(Fixed(scores, "none", 1.0, 1.0), scores, shape.evidence(method))
+    asked = Allocate(method=method, shape="per_layer")
+
+    def plans(asked: Allocate) -> list[Decision]:
+        smaller = [{"ratio": ratio, "nested": ratios[:number]} for number, ratio in enumerate(ratios)]
+        return [decide(scores, asked.model_copy(update=one), ground.evidence) for one in smaller]
+
+    assert len({one.params.channel_multiple for one in plans(asked)}) > 1
+    found = plans(asked.model_copy(update=shared_params(ground, asked, ratios)))
+    for small, large in pairwise(one.plan for one in found):
+        assert not any((large.keep[block] & ~keep).any() for block, keep in small.keep.items())
+
+
+def test_the_measured_loss_of_a_width_that_is_given_counts(project):
+    layout = Layout(project / "artifacts")
+    meta = read_table(layout.scores, "score")[1]
+    whole = read_architecture(layout).sizes["model"]
+    written = {"width": np.array([whole - 2, whole - 4]), "divergence": np.array([0.25, 0.75])}
+    write_table(layout.widths, written, {"model": meta["model"], "tokens": meta["tokens"]})
+    curve = curve_of(project, (0.3, 0.5), method="search", objective="parameters", width=whole - 4)
+    assert [one.plan.width for one in curve.planned] == [whole - 4] * 2
+    levels = curve_of(project, (0.3, 0.5), width=whole - 2)
+    for one, wider in zip(curve.planned, levels.planned, strict=True):
+        assert one.divergence >= 0.75
+        assert wider.divergence >= 0.25
+    layout.widths.unlink()
+    tiny.change_params(project, "allocate", width=None)
 
 
 def test_a_curve_of_budgets_is_refused(project):
@@ -115,24 +154,6 @@ def test_what_is_missing_is_named(project):
     with pytest.raises(ArtifactError, match="sensitivity"):
         curve_of(project, (0.3,), method="hgsp", objective="parameters")
     tiny.change_params(project, "allocate", method="uniform")
-
-
-def test_divergences_of_blocks_add_up_and_joint_ones_take_the_place_of_single_ones():
-    shape = Shape()
-    architecture, evidence = shape.architecture(), shape.evidence("search")
-    curves = evidence["levels"]
-    plan = plan_without(architecture, 1, "mlp", 0, 1, 2)
-    assert predicted_divergence(evidence, plan) == curves[1, "mlp"][3]
-    first, second = (2, "attention"), (0, "attention")
-    more = plan.without(first, slice(None))
-    assert predicted_divergence(evidence, more) == pytest.approx(curves[1, "mlp"][3] + curves[first][-1])
-    order = [(frozenset(), 0.0), (frozenset({first}), 7.0), (frozenset({first, second}), 9.0)]
-    joint = evidence | {"depth": order, "width": {4: 0.5, 5: 0.0}}
-    assert predicted_divergence(joint, plan) == curves[1, "mlp"][3]
-    assert predicted_divergence(joint, more) == pytest.approx(curves[1, "mlp"][3] + 7)
-    both = replace(more.without(second, slice(None)), width=4)
-    assert predicted_divergence(joint, both) == pytest.approx(curves[1, "mlp"][3] + 9.5)
-    assert predicted_divergence({}, plan) is None
 
 
 def test_ratios_are_read_in_any_form_and_sorted():

@@ -33,6 +33,26 @@ def test_predictions_are_probabilities_and_the_most_probable_token_is_written(ex
     assert prefill > 0 and decode > 0
 
 
+def test_a_token_that_is_part_of_a_character_is_no_obstacle(exported, monkeypatch):
+    """The server then leaves probabilities out; they are those of an answer in which it has not."""
+    path, source = exported
+    ids, asked = texts()[0].tolist(), []
+
+    def complete(self, *args: object, **more: object) -> dict:
+        asked.append(more)
+        answer = whole(self, *args, **more)
+        return {
+            key: value for key, value in answer.items() if "logit_bias" in more or key != "completion_probabilities"
+        }
+
+    with llama_cpp.llama_cpp(path, context=64, threads=1) as program:
+        expected, whole = program.predict(ids, source.config.vocab_size), llama_cpp.LlamaCpp._complete
+        monkeypatch.setattr(llama_cpp.LlamaCpp, "_complete", complete)
+        monkeypatch.setattr(llama_cpp.LlamaCpp, "tokenize", lambda self, text: [2])
+        assert torch.allclose(program.predict(ids, source.config.vocab_size), expected, atol=1e-5)
+    assert len(asked) == 2
+
+
 def test_a_file_that_is_none_is_told_with_what_llama_cpp_says(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF of another kind")
     with (

@@ -11,12 +11,14 @@ from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
+from libprune.masks.export import export_masks
 from libprune.models.folder import WeightFiles, load_model
 from libprune.models.tokens import read_tokens
 from libprune.narrowing.measure import choose_widths
 from libprune.pipeline.artifacts import read_architecture, read_plan, read_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Width
+from libprune.results.check import check_folder
 from libprune.results.record import read_record
 from tests.support import tiny
 from tests.support.closure import run_without_torch
@@ -63,6 +65,17 @@ def test_the_plan_is_sliced_and_proved_with_every_repair(measured, quick_proof, 
     assert record.config["hidden_size"] == record.architecture.sizes["model"] == 36
     removed = 1 - record.provenance["parameters"]["pruned"]["decoder"] / architecture.decoder_parameters
     assert removed == pytest.approx(0.3, abs=0.005), "columns count towards the ratio"
+    assert "| columns of the residual stream | 48 | 36 |" in (layout.pruned / "README.md").read_text()
+    said = {one.about: one for one in check_folder(layout.pruned)}
+    assert {one.kind for one in said.values()} == {"ok"}
+    assert said["config"].text.endswith(", 36 columns of the residual stream, as plan.parquet keeps")
+
+
+def test_no_masks_are_written_of_a_narrower_stream(measured, tmp_path):
+    artifacts, target = measured / "artifacts", tmp_path / "masks.safetensors"
+    with pytest.raises(LibpruneError, match=r"keeps 36 columns of the residual stream, .* masks .* cannot say"):
+        export_masks(artifacts / "plan.parquet", artifacts / "model", target, False)
+    assert not target.exists()
 
 
 def test_widths_are_even_and_such_as_the_config_can_say():

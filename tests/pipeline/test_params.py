@@ -174,6 +174,15 @@ def test_whole_plans_are_measured_by_the_preset_best_unless_every_layer_is_to_ha
     load(data)
 
 
+def test_whole_plans_are_not_measured_with_fewer_columns_unless_asked_for(load):
+    data = shipped() | {"preset": "best"}
+    data["allocate"]["width"] = "auto"
+    assert load(data).allocate.evaluations == 0
+    data["allocate"]["evaluations"] = 3
+    with pytest.raises(ParamsError, match=r"allocate.evaluations measures plans that keep the whole width"):
+        load(data)
+
+
 # The file
 
 

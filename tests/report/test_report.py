@@ -60,6 +60,12 @@ def test_query_heads_are_told_with_the_groups_that_they_lie_in():
     ]
 
 
+def test_a_narrower_residual_stream_is_told():
+    text = report_of(changed(plan={"width": 432}))
+    assert "The residual stream has 432 of 576 columns" in text
+    assert "The residual stream has" not in report_of(changed(plan={"width": None}))
+
+
 def test_every_picture_given_is_shown_once_and_no_other():
     for pictures in (PICTURES, PICTURES[:2], PICTURES[3:5], []):
         shown = re.findall(r"!\[.*?\]\(gradient_analysis/(.*?)\.png\)", report_of(trained(), pictures))
@@ -84,6 +90,16 @@ def test_provenance_names_model_texts_seed_versions_commit_and_params():
     assert "| `gradient_flow.snr` | `0.25` |" in mixed
     assert "cooperative" not in mixed
     assert "git commit" not in compose_report(EVALUATION, LAYOUT, replace(PROVENANCE, commit=None), [], None)
+
+
+def test_what_was_done_behind_whole_layers_is_told():
+    factors = {"14": 0.9, "15": 0.9, "19": 0.75}
+    text = report_of(changed(pruning={"repair": {}, "rescale": {"factors": factors, "why_not": ""}}))
+    assert "## How it was repaired" in text
+    assert "multiplied by as much: from layer 14 on 0.900, from layer 19 on 0.750, with" in text
+    left = report_of(changed(pruning={"rescale": {"factors": {}, "why_not": "its stream stays"}}))
+    assert "gone were not rescaled: its stream stays." in left
+    assert "rescaled" not in report_of(EVALUATION)
 
 
 def test_the_routing_of_a_mixture_is_told_in_the_headline_and_layer_by_layer():

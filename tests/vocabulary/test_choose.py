@@ -1,11 +1,13 @@
 """Which tokens stay, by a text, and the tokenizer that has no others."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from libprune.engine.describe import describe, without_weights
@@ -92,6 +94,24 @@ def test_special_tokens_and_the_words_of_the_chat_template_stay(text):
     written = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     assert written == choice.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     assert tokens(choice.tokenizer, written) == tokens(tokenizer, written)
+
+
+def test_a_tokenizer_that_cuts_and_fills_texts_up_counts_all_of_their_tokens(text):
+    """Those of sentence-transformers do so; and what stands around a text need not be in one."""
+    given_one = trained("byte_level")
+    whole, asked = chosen("byte_level", text), Vocabulary(text=str(text), multiple=1)
+    tokenizer = copy.deepcopy(given_one)
+    backend, frame = tokenizer.backend_tokenizer, len(given_one) - 2
+    assert frame not in whole.tokens
+    piece = given_one.convert_ids_to_tokens(frame)
+    backend.post_processor = processors.TemplateProcessing(single=[piece, "$A"], special_tokens=[(piece, frame)])
+    backend.enable_truncation(4)
+    backend.enable_padding(length=4, pad_id=1, pad_token="</s>")
+    model = model_for(tokenizer)
+    choice = choose(model, tokenizer, describe(model), asked)
+    assert {*whole.tokens, frame} <= set(choice.tokens)
+    assert len(choice.tokens) < len(given_one)
+    assert tokens(choice.tokenizer, ENGLISH[0]) == tokens(tokenizer, ENGLISH[0])
 
 
 def test_tokens_that_are_used_too_seldom_go_but_not_those_that_are_asked_for(text):
