@@ -250,17 +250,20 @@ def write_axes(folder: Path, axes: Axes, meta: Mapping[str, Any]) -> None:
 _TABLES = ("gains", "ratios", "grams", "held_out")
 
 
-def read_axes(folder: Path, architecture: Architecture) -> Axes:
+def read_axes(folder: Path, origin: Mapping[str, Any]) -> Axes:
     """Read what `write_axes` wrote.
 
+    Args:
+        origin: digests of the model and of the calibration text that the axes must be of.
+
     Raises:
-        ArtifactError: if it is missing, damaged or of another model.
+        ArtifactError: if it is missing, damaged, or of another model or text.
     """
     path = require(folder / FILE, "width")
     with damage(path, "width"), safe_open(path, framework="pt") as file:
         names = list(file.keys())
         meta, _ = decode_meta(path, file.metadata(), "width")
-    same_origin(path, meta, {"model": architecture.fingerprint})
+    same_origin(path, meta, origin)
     tensors = {name: load_tensor(path, name, "width")[0] for name in names}
     about = meta["stream"]
     norms = {one["module"]: Norm(**one) for one in about["norms"]}

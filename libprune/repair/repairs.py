@@ -154,7 +154,7 @@ def _layer_by_layer(
     steps = 0 if own_inputs else params.producer_steps
     narrow, identity = None, {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
     if plan.width is not None:
-        axes = read_axes(layout.width_axes, architecture)
+        axes = read_axes(layout.width_axes, {key: run.meta[key] for key in ("model", "tokens")})
         narrow = Narrowed(run.weights, architecture, axes, plan.width, repair=True)
         turn_model(run.model, architecture, axes)
         identity["axes"] = axes.digest

@@ -87,7 +87,8 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     buffers = [buffer.name for buffer in architecture.buffers]
     new = added_biases(own, architecture) | new_parameters(fits)
     repaired = _Weights(dense, new, stored, buffers, rescaling.by_name(architecture))
-    weights = _weights(layout, repaired, architecture, plan, params)
+    calibrated = {"model": architecture.fingerprint, "tokens": about["tokens"]}
+    weights = _weights(layout, repaired, architecture, plan, params, calibrated)
     state = slice_state(weights, architecture, plan)
     write_pruned(folder, layout.model, architecture, plan, meta["shape"], state, config)
     shutil.copyfile(layout.plan, folder / "plan.parquet")
@@ -123,7 +124,12 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
 
 
 def _weights(
-    layout: Layout, repaired: _Weights, architecture: Architecture, plan: Plan, params: Slice
+    layout: Layout,
+    repaired: _Weights,
+    architecture: Architecture,
+    plan: Plan,
+    params: Slice,
+    origin: Mapping[str, Any],
 ) -> Mapping[str, Tensor]:
     """All weights in dense shape, along the axes of the residual stream where that is to be narrower.
 
@@ -131,7 +137,7 @@ def _weights(
     """
     if plan.width is None:
         return repaired
-    axes, mends = read_axes(layout.width_axes, architecture), params.repair != "none"
+    axes, mends = read_axes(layout.width_axes, origin), params.repair != "none"
     if params.repair == "sequential":
         return replace(repaired, dense=Narrowed(repaired.dense, architecture, axes, plan.width, mends))
     return Narrowed(repaired, architecture, axes, plan.width, mends)

@@ -29,10 +29,10 @@ def vocabulary_figures(
     Raises:
         ArtifactError: if the artifact is missing or damaged, or of another model.
     """
-    if architecture.trimmed is None:
-        return None
     known = read_json(layout.vocabulary, "prepare")
     same_origin(layout.vocabulary, known, {"model": architecture.fingerprint})
+    if architecture.trimmed is None:
+        return None
     ids = windows.ids
     if windows.targets is not None and windows.targets.ndim == 2:
         ids = torch.where(windows.targets == NO_TARGET, ids, windows.targets)

@@ -261,7 +261,7 @@ def test_what_a_kill_left_while_saving_or_deleting_is_cleared(project, place, st
 
 
 ELSEWHERE = (
-    *("texts", "statistics", "scoring", "repair", "allocation", "results", "report"),
+    *("texts", "vocabulary", "statistics", "narrowing", "scoring", "repair", "allocation", "results", "report"),
     *("recovery", "export", "foresight", "experiments", "curves", "masks", "networks", "project", "cli"),
 )
 SUMS = [{"w": Sum((2,))}]

@@ -85,14 +85,14 @@ def test_axes_are_read_as_they_were_written(tmp_path):
         _, architecture, axes = llama(name, kind)
         with writing_folder(tmp_path / name) as folder:
             write_axes(folder, axes, {"model": architecture.fingerprint})
-        found = read_axes(tmp_path / name, architecture)
+        found = read_axes(tmp_path / name, {"model": architecture.fingerprint})
         assert (found.stream, found.digest, found.kind) == (axes.stream, axes.digest, kind)
         for table in ("gains", "ratios", "grams", "held_out"):
             one, other = getattr(found, table), getattr(axes, table)
             assert one.keys() == other.keys()
             assert all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(ArtifactError, match="dvc repro width"):
-        read_axes(tmp_path / "none", architecture)
+        read_axes(tmp_path / "none", {"model": architecture.fingerprint})
 
 
 @pytest.mark.parametrize(

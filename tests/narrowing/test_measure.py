@@ -39,7 +39,10 @@ def test_the_divergence_is_that_of_the_model_under_the_mask_and_the_mended_weigh
     layout = Layout(measured / "artifacts")
     architecture = read_architecture(layout)
     table, meta = read_table(layout.widths, "width")
-    axes, plan = read_axes(layout.width_axes, architecture), replace(Plan.dense(architecture), width=36)
+    axes, plan = (
+        read_axes(layout.width_axes, {"model": architecture.fingerprint}),
+        replace(Plan.dense(architecture), width=36),
+    )
     assert (table["width"].tolist(), meta["axes"], meta["measured"]) == ([36], "selected", 3)
     ids = read_tokens(layout.calibration_tokens, architecture.fingerprint)[0][-3:].ids
     model = load_model(layout.model, torch.float32)

@@ -32,7 +32,7 @@ PIPELINE = {
 CHANGES: dict[str, dict[str, Any]] = {
     "score": {"criterion": "obs_fisher + taylor_2nd", "scaling": "rank"},
     "ablation": {"units": 4, "sequences": 2},
-    "allocate": {"method": "global", "worth": "sensitivity", "objective": "latency", "depth": "joint"},
+    "allocate": {"method": "global", "worth": "sensitivity", "depth": "joint", "width": 36},
     "latency": {"tokens": 4, "widths": 2, "rounds": 1},
     "slice": {"repair": "local", "fisher_share": 0.5},
     "recover": {"method": "full", "top_k": 3, "tokens": 64},
@@ -40,16 +40,21 @@ CHANGES: dict[str, dict[str, Any]] = {
     "export": {"formats": ["transformers"], "pad_channels": 8, "speed": False},
 }
 """Settings with which stages read as much as possible."""
-SEARCH = {"allocate": {"method": "search", "worth": "none", "evaluations": 1}}
+SEARCH = {"allocate": {"method": "search", "worth": "none", "evaluations": 1, "width": None}}
+TIMED = {"allocate": {"objective": "latency", "width": None}}
+ALONE = {"levels": SEARCH, "latency": TIMED}
+"""Settings without which a stage has nothing to do."""
 SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
     **{("allocate", name): SEARCH for name in ("model", "activations", "levels.parquet")},
+    ("allocate", "latency.json"): TIMED,
+    ("allocate", "width.parquet"): {"allocate": {**SEARCH["allocate"], "evaluations": 0, "width": "auto"}},
     ("score", "ablation.parquet"): {"score": {"fusion": "best"}},
     ("recover", "model"): {"recover": {"top_k": None}},
 }
 """Settings with which a stage reads what it does not read with `CHANGES`."""
 FIRST = {
     *((stage, "tokens/calibration.parquet") for stage in ("gradients", "hessian", "activations", "ablation")),
-    ("sensitivity", "tokens/calibration.parquet"),
+    *((stage, "tokens/calibration.parquet") for stage in ("sensitivity", "width")),
     ("teacher", "tokens/evaluation.parquet"),
 }
 """Texts that a stage has nothing to compare with: what it makes of them names them, and later stages refuse that."""
@@ -66,7 +71,7 @@ def run(project: Path, stage: str, changes: Mapping[str, Any] | None = None) -> 
     """Run a stage of a project in this process, with changed params if asked to."""
     main, params = import_module(f"stages.{stage}").main, project / "params.yaml"
     before = params.read_text()
-    for section, values in ({**SEARCH} if stage == "levels" else changes or {}).items():
+    for section, values in ALONE.get(stage, changes or {}).items():
         tiny.change_params(project, section, **values)
     places = {name: project / name for name in ("artifacts", "metrics", "report")} | {"params": params}
     try:
