@@ -19,7 +19,7 @@ from libprune.results.record import PROVENANCE, read_record
 from tests.support.models import FAMILIES, plan_of, tokens
 from tests.support.sliced import write_collected
 
-BEHIND_NORMS = {"gemma2", "olmo2", "glm4", "exaone4", "bert"}
+BEHIND_NORMS = ("gemma2", "olmo2", "glm4", "exaone4", "bert")
 """Families with norms behind their parts."""
 
 
