@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from libprune.allocation.advice import held_whole
-from libprune.allocation.frames import Frame, find, without
+from libprune.allocation.frames import Frame, find, require_ordered, without
 from libprune.allocation.hgsp import block_factors, collapsing, weighted
 from libprune.allocation.ladders import Ladders, build_ladders, forced_by, plan_of
 from libprune.allocation.methods import Depth, Evidence, Order, allocate_global
@@ -285,12 +285,8 @@ def _first_of_the_order(
     """What the first removals of an order take away: as many as asked for, or as many as fit into the target."""
     costs = [prices.removed(without(architecture, gone)) for gone, _ in order]
     fitting = max(number for number, price in enumerate(costs) if price <= target)
+    require_ordered(params.layers, order)
     wanted = fitting if params.layers is None else params.layers
-    if wanted >= len(order):
-        raise BudgetError(
-            f"allocate.layers is {wanted}, but the depth stage has put {len(order) - 1} removals into order; lower it, "
-            "or raise depth.removals"
-        )
     if costs[wanted] > target:
         columns = prices.narrowing.get(params.ratio_of, 0)
         beside = f", with the columns beyond allocate.width = {params.width}" if columns else ""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from libprune.allocation.ladders import Ladders
+from libprune.allocation.methods import Order
 from libprune.allocation.programme import Limit, Programme, Solution, least_divergence
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture, Block
@@ -129,6 +130,23 @@ def counted_of(architecture: Architecture, params: Allocate, latency: Mapping[st
     return [Counted(architecture, params, name, share, latency) for name, share in params.budgets.asked.items()]
 
 
+def require_ordered(layers: int | None, order: Order) -> None:
+    """Stop where more whole removals are asked for than the depth stage has put into order.
+
+    Args:
+        layers: `allocate.layers`.
+        order: what goes with each number of removals, and its divergence.
+
+    Raises:
+        BudgetError: with both numbers.
+    """
+    if layers is not None and layers >= len(order):
+        raise BudgetError(
+            f"allocate.layers is {layers}, but the depth stage has put {len(order) - 1} removals into order; lower it, "
+            "or raise depth.removals"
+        )
+
+
 def frames_of(params: Allocate, evidence: Mapping[str, Any], within: Frame | None = None) -> list[Frame]:
     """All frames that are allowed, those that take least away first.
 
@@ -136,12 +154,8 @@ def frames_of(params: Allocate, evidence: Mapping[str, Any], within: Frame | Non
         within: a frame that must be part of them; None: none.
     """
     order = evidence["depth"] if params.ordered else [(frozenset(), 0.0)]
+    require_ordered(params.layers, order)
     chosen = range(len(order)) if params.layers is None else [params.layers]
-    if params.layers is not None and params.layers >= len(order):
-        raise BudgetError(
-            f"allocate.layers is {params.layers}, but the depth stage has put {len(order) - 1} removals into order; "
-            "lower it, or raise depth.removals"
-        )
     measured: Mapping[int | None, float] = evidence.get("width", {})
     whole = max(measured, key=lambda width: width or 0, default=None)
     given = params.columns is not None or not measured

@@ -1,6 +1,6 @@
 """Masking, which defines what removal means, and slicing, which must equal it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -144,7 +144,7 @@ def _norm_over_kept(norm: nn.Module, kept: NDArray[np.bool_], groups: NDArray[np
     if kept.all() or not kept.any():
         yield
         return
-    forward, before = norm.forward, vars(norm).get("forward")
+    forward = norm.forward
     of_group = np.maximum(np.bincount(groups, weights=kept), 1)
     mask = torch.from_numpy(kept)
     scale = torch.from_numpy(np.sqrt(np.bincount(groups) / of_group)[groups]).float()
@@ -154,13 +154,21 @@ def _norm_over_kept(norm: nn.Module, kept: NDArray[np.bool_], groups: NDArray[np
         normed: Tensor = forward(wide.masked_fill(~mask.to(x.device), 0) * s, *args, **kwargs) / s
         return normed.to(x.dtype)
 
-    norm.forward = over_kept
+    with _computing(norm, over_kept):
+        yield
+
+
+@contextmanager
+def _computing(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside the context a module computes something else; afterwards it is as it was, another `forward` included."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        vars(norm).pop("forward")
+        vars(module).pop("forward")
         if before is not None:
-            norm.forward = before
+            module.forward = before
 
 
 @contextmanager
@@ -172,7 +180,7 @@ def _norm_over_first(norm: nn.Module, width: int, whole: int) -> Iterator[None]:
 
         (norm(s x_K) - norm(0)) / s + norm(0) = gain x_K / sqrt(mean_K(x_K^2) + eps) + bias
     """
-    forward, before = norm.forward, vars(norm).get("forward")
+    forward = norm.forward
     centred, scale = takes_mean(norm, whole), (whole / width) ** 0.5
 
     def over_first(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -184,13 +192,8 @@ def _norm_over_first(norm: nn.Module, width: int, whole: int) -> Iterator[None]:
         normed[..., width:] = 0
         return normed.to(x.dtype)
 
-    norm.forward = over_first
-    try:
+    with _computing(norm, over_first):
         yield
-    finally:
-        vars(norm).pop("forward")
-        if before is not None:
-            norm.forward = before
 
 
 @torch.no_grad()
