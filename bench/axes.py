@@ -22,6 +22,7 @@ import typer
 import yaml
 
 from bench.recovery import Judge, base_params
+from bench.rows import add_row, read_rows
 from libprune.pipeline.layout import Layout
 from libprune.report.markdown import markdown_table
 
@@ -168,7 +169,7 @@ def main(
 ) -> None:
     """Measure settings."""
     path = work / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path)
     done = {(row["setting"], row["of"], row["ratio"], row["repair"]) for row in rows}
     judge = None
     todo = [
@@ -182,8 +183,7 @@ def main(
             judge = judge or Judge(work, layout, windows, "", 0)
             row |= judge.rows({"pruned": layout.pruned})["pruned"] | {"shape": shape_of(layout.pruned)}
         rows.append(row)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_row(path, row)
         print({name: value for name, value in row.items() if name != "allocation"}, flush=True)
     print(table(rows))
 

@@ -7,7 +7,6 @@ Only the scores differ: the repair reads the same Gram matrices for all. Text, w
 bench/least_loss.py. Rows go to WORK/lengths.jsonl; those that are there are not measured again.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import typer
 import yaml
 
 from bench.least_loss import Bench, _run
+from bench.rows import add_row, read_rows
 from libprune.pipeline.artifacts import read_table
 from libprune.pipeline.layout import Layout
 from libprune.report.markdown import markdown_table
@@ -51,7 +51,7 @@ def main(
     """Measure lengths."""
     roots = {length: collect(work, length) for length in lengths}
     path = work / "lengths.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path)
     done = {(row["length"], row["criterion"], row["repair"], row["ratio_asked"]) for row in rows}
     bench = Bench(work, windows, sequences=0, questions=0)
     for length, root in roots.items():
@@ -64,8 +64,7 @@ def main(
                 row = bench.measure(f"{criterion}, global", ratio, setting)
                 row |= {"length": length, "criterion": criterion, "repair": repair}
                 rows.append(row)
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add_row(path, row)
     cells = {(row["length"], row["criterion"], row["repair"]): row for row in rows if row["ratio_asked"] == ratio}
     body = [
         (

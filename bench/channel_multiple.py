@@ -9,7 +9,6 @@ channels twice: at the share asked for, and at the share that the multiple has r
 not measured again.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ import torch
 import typer
 from transformers import AutoTokenizer
 
+from bench.rows import add_row, read_rows
 from libprune.allocation.decide import Decision, decide
 from libprune.allocation.evidence import read_evidence
 from libprune.engine import cost
@@ -132,15 +132,14 @@ def main(
     batch_tokens: int = 1024,
 ) -> None:
     """Measure all multiples and print the table."""
-    measured = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    measured = read_rows(rows)
     bench = Bench(artifacts, text, windows, length, batch_tokens)
 
     known = {row["plan"]: row["losses"] for row in measured}
 
     def keep(row: dict[str, Any]) -> dict[str, Any]:
         measured.append(row)
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_row(rows, row)
         return row
 
     def measure(method: str, multiple: int, share: float) -> dict[str, Any]:

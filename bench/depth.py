@@ -18,6 +18,7 @@ import typer
 import yaml
 
 from bench.least_loss import _run
+from bench.rows import add_row, read_rows
 from libprune.collection.calibration import set_up
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
@@ -234,7 +235,7 @@ def main(
     if text is not None:
         collect(work, str(text.resolve()))
     layout, path = Layout(work / "artifacts"), work / "depth.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path)
     known = {row["name"]: row for row in rows}
     judge = Judge(layout, windows)
     architecture = judge.architecture
@@ -243,8 +244,7 @@ def main(
         if name not in known:
             start = time.perf_counter()
             known[name] = found() | {"name": name, "seconds": time.perf_counter() - start}
-            with path.open("a") as file:
-                file.write(json.dumps(known[name]) + "\n")
+            add_row(path, known[name])
             print(known[name], flush=True)
         return known[name]
 

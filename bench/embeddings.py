@@ -23,6 +23,7 @@ import torch
 import typer
 import yaml
 
+from bench.rows import add_row, read_rows
 from libprune.allocation.decide import decide
 from libprune.allocation.evidence import read_evidence
 from libprune.engine import cost
@@ -132,7 +133,7 @@ def main(
 ) -> None:
     """Measure all settings."""
     path = work / "rows.jsonl"
-    read = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    read = read_rows(path)
     if not show:
         if model is None or text is None:
             raise typer.BadParameter("name a model and a text, or --table")
@@ -141,8 +142,7 @@ def main(
             layout = collect(work / f"seed-{one}", model, text, one, sequences, windows)
             for row in measure(layout, known, one, ratio):
                 read.append(row)
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add_row(path, row)
     print(table(read))
 
 

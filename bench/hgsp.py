@@ -8,7 +8,6 @@ stages hessian (fisher) and sensitivity run first where they have not. Rows go t
 are not measured again.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ import typer
 import yaml
 
 from bench.least_loss import Bench, _run
+from bench.rows import add_row, read_rows
 from libprune.report.markdown import markdown_table
 
 BASE: dict[str, Any] = {"method": "hgsp", "temperature": 1.0, "threshold": "percentile:25"}
@@ -97,7 +97,7 @@ def main(
     """Measure settings."""
     prepare(work)
     path = work / "hgsp.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path)
     done = {(row["setting"], row["ratio_asked"], row["repair"], bool(row["tasks"])) for row in rows}
     bench = Bench(work, windows, sequences=0, questions=questions, tasks=TASKS)
     for share in ratio:
@@ -107,8 +107,7 @@ def main(
                 if (name, share, way, bool(questions)) not in done:
                     setting = score, {**BASE, **changes}, {"repair": way}
                     rows.append(bench.measure(name, share, setting) | {"repair": way})
-                    with path.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
+                    add_row(path, rows[-1])
                     print({key: value for key, value in rows[-1].items() if key != "kept"}, flush=True)
     print(table(rows, [bench.architecture.units(part) for part in bench.architecture.parts]))
 

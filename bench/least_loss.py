@@ -11,7 +11,6 @@ the first 300 of each task in bench/tasks as well (files in the working folder),
 WORK/rows.jsonl; those that are there are not measured again.
 """
 
-import json
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import typer
 import yaml
 from transformers import AutoTokenizer
 
+from bench.rows import add_row, read_rows
 from libprune.allocation.advice import fixed_scores
 from libprune.allocation.block_worth import with_worth
 from libprune.allocation.decide import decide
@@ -333,7 +333,7 @@ def main(
         work = work / "news"
         collect(work, yaml.safe_load(Path("params.yaml").read_text())["tokenize"]["text"], NEWS)
     path = work / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path)
     if not show:
         bench = Bench(work, windows, sequences, questions, root=root, judged=judged)
         done = {(row["setting"], row["ratio_asked"]) for row in rows if row.get("sequences") in (None, sequences)}
@@ -341,8 +341,7 @@ def main(
             for name in settings or SETTINGS:
                 if (name, share) not in done:
                     rows.append(bench.measure(name, share, SETTINGS[name]))
-                    with path.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
+                    add_row(path, rows[-1])
                     print({key: value for key, value in rows[-1].items() if key != "kept"}, flush=True)
     print(table(rows))
 

@@ -28,6 +28,7 @@ import typer
 from torch import nn
 from torch_pruning.pruner import importance as peers
 
+from bench.rows import read_rows
 from examples.lenet import FAMILY, REPAIRS, accuracy, load_digits, mean_loss, train
 from libprune.experiments.agreement import Interval, mean_interval
 from libprune.networks import Network, Samples
@@ -284,7 +285,7 @@ def main(
     warnings.filterwarnings("ignore")
     work.mkdir(parents=True, exist_ok=True)
     path = work / "lenet.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path)
     done = {key_of(row) for row in rows}
     for number in [] if only_table else (seed or range(5)):
         measure(Bench(number, work / f"seed-{number}"), path, done, timed=number == 0)

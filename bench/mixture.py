@@ -11,7 +11,6 @@ setting is measured as the masked and repaired dense model; the tests prove that
 WORK/rows.jsonl; those that are there are not measured again.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ import typer
 import yaml
 
 from bench.least_loss import _run
+from bench.rows import add_row, read_rows
 from examples.byte_text import NEWS
 from examples.mixture import EVALUATION_SHARE
 from libprune.allocation.decide import decide
@@ -173,13 +173,12 @@ def main(
 ) -> None:
     """Collect, measure, print."""
     path = work / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path)
     for seed, model in enumerate([] if show else models or []):
         known = {(row["seed"], row["removed"], row["criterion"], row["repair"]) for row in rows}
         for row in measure(collect(work, model, seed), seed, known):
             rows.append(row)
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            add_row(path, row)
             print(row, flush=True)
     print("\n".join(facts(rows)), table(rows), sep="\n\n")
 

@@ -10,7 +10,6 @@ Each is measured as the masked and repaired dense model. Rows go to WORK/queries
 measured again.
 """
 
-import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import typer
 import yaml
 
 from bench.least_loss import Bench, _run
+from bench.rows import add_row, read_rows
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
@@ -135,7 +135,7 @@ def main(
     if text is not None:
         collect(work, text, sequences, length)
     path = work / "queries.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path)
     done = {(row["groups"], row["heads"], row["channels"]) for row in rows}
     bench = Bench(work, windows, sequences=0, questions=0)
     scores, _ = score_layout(bench.layout, Score(criterion="fluctuation"))
@@ -143,8 +143,7 @@ def main(
         if shape not in done:
             found = measure(bench, plan_of(bench.architecture, scores["importance"], *shape))
             rows.append(dict(zip(("groups", "heads", "channels"), shape, strict=True)) | found)
-            with path.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            add_row(path, rows[-1])
             print(rows[-1], flush=True)
     print(table(rows))
 

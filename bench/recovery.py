@@ -10,7 +10,6 @@ question, `--questions 300` the first 300 of each task in bench/tasks. Rows go t
 are not measured again.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import typer
 import yaml
 from transformers import AutoTokenizer
 
+from bench.rows import add_row, read_rows
 from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_model
@@ -275,7 +275,7 @@ def main(
 ) -> None:
     """Measure settings."""
     path = work / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path)
     if text is not None and not show:
         judges: dict[str, Judge] = {}
         done = {(row["setting"], row["asked_tokens"]) for row in rows}
@@ -283,8 +283,7 @@ def main(
             if (name, tokens) not in done:
                 judging = {"windows": windows, "other": other, "questions": questions}
                 rows.append(measure(work, str(text.resolve()), name, tokens, judges, **judging))
-                with path.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+                add_row(path, rows[-1])
                 print(rows[-1], flush=True)
     print(table(rows))
 

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import typer
 from transformers import AutoTokenizer
 
+from bench.rows import add_row, read_rows
 from libprune.engine.errors import LibpruneError
 from libprune.export.formats import GgufFile, GraphFolder
 from libprune.export.source import Source
@@ -107,7 +108,7 @@ def main(
         "rounds": ROUNDS,
         "threads": threads,
     }
-    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    done = read_rows(rows)
     for name, run in programs(vllm, older, threads).items():
         for folder in [dense, *folders]:
             if only not in name or any(row["program"] == name and row["folder"] == str(folder) for row in done):
@@ -117,8 +118,7 @@ def main(
                 json.dumps({key: value for key, value in row.items() if key not in {"scores", "written"}}), flush=True
             )
             done.append(row)
-            with rows.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            add_row(rows, row)
     print(table(done, dense))
 
 

@@ -10,7 +10,6 @@ small number, so that all their gradients vanish; the function changes, as it mu
 first 64 of the same sequences, and plans at 20 % are judged without repair. Rows go to WORK/vanishing.jsonl.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from bench.hgsp import where
 from bench.least_loss import Bench, _run
+from bench.rows import add_row, read_rows
 from libprune.models.folder import load_model, write_dense
 from libprune.pipeline.artifacts import read_architecture, read_table
 from libprune.pipeline.layout import Layout
@@ -76,7 +76,7 @@ def make(work: Path, name: str) -> Path:
 def main(work: Path = Path("/tmp/least"), windows: int = 8) -> None:
     """Measure both models."""
     path = work / "vanishing.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path)
     done = {(row["model"], row["criterion"], row["fix"]) for row in rows}
     roots = {"as it is": work / "artifacts", **{name: make(work, name) for name in CHANGES}}
     for name, root in roots.items():
@@ -89,8 +89,7 @@ def main(work: Path = Path("/tmp/least"), windows: int = 8) -> None:
                 setting = {"criterion": criterion}, {"method": "global", "gradient_fix": fix}, {"repair": "none"}
                 row = bench.measure(f"{criterion}, global, {fix}", 0.2, setting)
                 rows.append(row | {"model": name, "criterion": criterion, "fix": fix, "gradient_ratio": ratio})
-                with path.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+                add_row(path, rows[-1])
     architecture = read_architecture(Layout(work / "artifacts"))
     units = [architecture.units(part) for part in architecture.parts]
     body = [

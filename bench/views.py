@@ -23,6 +23,7 @@ import typer
 import yaml
 
 from bench.least_loss import Bench, _run
+from bench.rows import read_rows
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import jaccard
 from libprune.experiments.agreement import mean_interval, paired_factor, ratio_interval
@@ -217,7 +218,7 @@ def main(
 ) -> None:
     """Collect, measure, print."""
     path = work / "views.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path)
     if not table_only:
         assert text is not None, "name a text"
         for seed in range(seeds):
