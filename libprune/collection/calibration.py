@@ -9,12 +9,13 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from libprune.collection.offload import pass_bytes, settle
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.engine.stacks import IMPLEMENTATION, exposed
 from libprune.models.compute import PATIENCE, resolve_device, resolve_dtype
 from libprune.models.folder import WeightFiles, load_model, own_model
-from libprune.models.memory import offload_maps, recompute_layers
+from libprune.models.memory import offload_maps, on_disk, recompute_layers
 from libprune.models.parallel import World, join_world, shard_layers
 from libprune.models.samples import Samples
 from libprune.models.sequences import Sequences
@@ -93,7 +94,11 @@ class Calibration(Run[Sequences]):
     @property
     def recompute(self) -> bool:
         """Whether backward computes the layers a second time."""
-        return self.compute.gradient_checkpointing or self.compute.offload == "cpu"
+        return self.compute.gradient_checkpointing or self.compute.offload != "none"
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The same numbers for later, on disk where the weights are, or else as they are."""
+        return on_disk(tensor.cpu(), self.work) if self.compute.offload == "disk" else tensor
 
 
 def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool = False) -> Calibration:
@@ -113,10 +118,14 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     world = join_world()
     require_equal_passes(chosen, world)
     device, dtype = own_device(compute, world)
-    require_whole_stacks(architecture, compute, world)
+    require_whole_stacks(architecture, world)
+    at_once = max(1, compute.batch_tokens // stored.ids.shape[1])
+    compute = settle(compute, pass_bytes(architecture, at_once * stored.ids.shape[1], dtype), device, world)
     if world.first and architecture.experts is not None:
         note(f"experts run by the implementation {IMPLEMENTATION}, which shows each expert's tokens")
-    model = place(load_model(own_model(layout, architecture), dtype), architecture, compute, world, device)
+    work = layout.root.parent / ".work"
+    model = load_model(own_model(layout, architecture), dtype, scratch=work if compute.offload == "disk" else None)
+    model = place(model, architecture, compute, world, device)
     meta = {
         "model": architecture.fingerprint,
         "tokens": tokens_meta["tokens"],
@@ -132,23 +141,23 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
         compute=compute,
         world=world,
         meta=meta,
-        work=layout.root.parent / ".work",
-        at_once=max(1, compute.batch_tokens // stored.ids.shape[1]),
+        work=work,
+        at_once=at_once,
         model=exposed(model, architecture),
         available=len(stored),
     )
 
 
-def require_whole_stacks(architecture: Architecture, compute: Compute, world: World) -> None:
-    """Stop where the experts of a mixture would not lie whole on the device, as the statistics need them.
+def require_whole_stacks(architecture: Architecture, world: World) -> None:
+    """Stop where the experts of a mixture would be shared out over processes.
 
     Raises:
         LibpruneError: saying which setting to change.
     """
-    if (world.sharded or compute.offload != "none") and architecture.experts is not None:
+    if world.sharded and architecture.experts is not None:
         raise LibpruneError(
-            "the experts of a mixture must lie whole on the device so far; set compute.offload: none and unset "
-            "LIBPRUNE_SHARD"
+            "the experts of a mixture cannot be shared out over processes so far; unset LIBPRUNE_SHARD, and use "
+            "compute.offload: cpu or disk where they do not fit"
         )
 
 
@@ -183,23 +192,29 @@ def require_own_weights(run: Calibration) -> None:
     Raises:
         LibpruneError: saying which setting to change.
     """
-    if run.world.sharded or run.compute.offload != "none":
+    visiting = run.compute.offload != "none" and run.device.type != "cpu"
+    if run.world.sharded or visiting or run.compute.offload == "cpu":
         raise LibpruneError(
-            "this stage changes weights of the model, which must lie whole on the device; "
-            "set compute.offload: none and unset LIBPRUNE_SHARD"
+            "this stage changes weights of the model, which must lie whole on the device; unset LIBPRUNE_SHARD, and "
+            "set compute.offload: none, or compute.device: cpu with compute.offload: disk"
         )
 
 
 def place(
     model: PreTrainedModel, architecture: Architecture, compute: Compute, world: World, device: torch.device
 ) -> PreTrainedModel:
-    """Put the model where it will run: on the device, offloaded to the host, or shared out over processes."""
+    """Put the model where it will run: on the device, offloaded to the host or the disk, or shared out over processes.
+
+    Args:
+        model: on the CPU; loaded from disk where it is to stay there.
+        compute: with `offload` settled.
+    """
     if world.sharded:
         shard_layers(model, architecture, device)
-    elif compute.offload == "cpu":
+    elif compute.offload == "cpu" or (compute.offload == "disk" and device.type != "cpu"):
         offload_maps(model, architecture, device)
     else:
         model = model.to(device)
-    if compute.gradient_checkpointing or compute.offload == "cpu":  # offloaded weights must not wait for backward
+    if compute.gradient_checkpointing or compute.offload != "none":  # offloaded weights must not wait for backward
         recompute_layers(model, architecture)
     return model

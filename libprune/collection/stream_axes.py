@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from libprune.collection.stream import Norm, Stream
 from libprune.engine.architecture import RESIDUAL, Architecture, Parameter
 from libprune.engine.errors import LibpruneError
+from libprune.models.layers import set_parameters
+from libprune.models.memory import Keep, in_memory
 from libprune.pipeline.artifacts import damage, decode_meta, require, same_origin
 from libprune.pipeline.shards import load_tensor, save_tensors
 
@@ -183,12 +185,16 @@ class Narrowed(Mapping[str, Tensor]):
 
 
 @torch.no_grad()
-def turn_model(model: nn.Module, architecture: Architecture, axes: Axes) -> None:
-    """Turn the stream of a model; it computes what it did before."""
+def turn_model(model: nn.Module, architecture: Architecture, axes: Axes, keep: Keep = in_memory) -> None:
+    """Turn the stream of a model; it computes what it did before.
+
+    Args:
+        keep: where the turned parameters are put.
+    """
     for parameter in architecture.parameters:
         if any(RESIDUAL in dim.names for dim in parameter.dims):
             own = model.get_parameter(parameter.name)
-            own.copy_(axes.turned(parameter, own.detach()))
+            set_parameters(model, {parameter.name: axes.turned(parameter, own.detach())}, keep)
 
 
 def choose_kind(asked: str, stream: Stream) -> Kind:

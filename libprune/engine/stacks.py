@@ -64,6 +64,8 @@ class Routing:
 class StackedMap(nn.Module):
     """The linear maps of one stacked tensor, one for each expert. It has no parameters of its own.
 
+    The tensor may lie on the host: only the weights of experts that have rows are used, and brought to these.
+
     Attributes:
         copies: number of experts.
         watch: called with what each row adds to its token and the routing, where the map consumes; None for nothing.
@@ -103,10 +105,10 @@ class StackedMap(nn.Module):
         """
         weights = getattr(self._owner[0], self._name).unbind(0)
         rows = torch.split(x, list(routing.counts))
-        each = [part @ (w if self._transposed else w.mT) for part, w in zip(rows, weights, strict=True)]
+        each = [self._one(part, weight) for part, weight in zip(rows, weights, strict=True)]
         out = torch.cat(each)
         if self.bias is not None:
-            bias = self.bias[routing.experts]
+            bias = self.bias.to(x.device)[routing.experts]
             out = out + (bias * routing.weights[:, None].to(bias.dtype) if self._consumes else bias)
         if not self._consumes:
             return out
@@ -114,6 +116,13 @@ class StackedMap(nn.Module):
             self.watch(out, routing)
         by_token = out[torch.argsort(routing.order)].unflatten(0, (routing.total, -1))
         return by_token.sum(1, dtype=torch.promote_types(out.dtype, torch.float32)).to(out.dtype)
+
+    def _one(self, rows: Float[Tensor, "rows input"], weight: Tensor) -> Float[Tensor, "rows output"]:
+        """What one expert makes of its rows; where it has none, its weights are not read."""
+        if not len(rows):
+            return rows.new_zeros(0, weight.shape[1 if self._transposed else 0])
+        weight = weight.to(rows.device)
+        return rows @ (weight if self._transposed else weight.mT)
 
 
 def run_experts(

@@ -111,7 +111,7 @@ def _device(model: nn.Module, consumer: Map) -> torch.device:
 
 def _mask_input(mask: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if isinstance(module, StackedMap):  # the rows of each expert have its own mask
-        mask = mask.view(module.copies, -1)[args[1].experts]
+        mask = mask.to(args[0].device).view(module.copies, -1)[args[1].experts]
         return (args[0].masked_fill(~mask, 0), *args[1:])
     return (args[0].masked_fill(~along_features(module, mask), 0), *args[1:])
 
@@ -232,11 +232,17 @@ def sliced_name(architecture: Architecture, plan: Plan, parameter: Parameter) ->
     return f"{prefix}{plan.layers.index(parameter.layer)}.{inside}"
 
 
-def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: Plan) -> dict[str, Tensor]:
+def slice_state(
+    state: Mapping[str, Tensor],
+    architecture: Architecture,
+    plan: Plan,
+    keep: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> dict[str, Tensor]:
     """All parameters and stored buffers of the pruned model by their new names.
 
     Args:
         state: those of the dense model by name; read one at a time, so it may be lazy.
+        keep: where what is left of each waits, such as a file.
 
     Raises:
         LibpruneError: if some but not all of the units go that a norm couples, a whole layer that norms stay of, or all
@@ -247,7 +253,7 @@ def slice_state(state: Mapping[str, Tensor], architecture: Architecture, plan: P
     for parameter in (*architecture.parameters, *architecture.buffers):
         if parameter.layer is None or architecture.home(parameter) not in gone:
             tensor = slice_parameter(state[parameter.name], architecture, plan, parameter)
-            sliced[sliced_name(architecture, plan, parameter)] = tensor
+            sliced[sliced_name(architecture, plan, parameter)] = keep(tensor)
     return sliced
 
 

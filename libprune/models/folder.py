@@ -1,7 +1,7 @@
 """Hugging Face model folders: reading and loading them, their fingerprint, and writing that of the dense model."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +22,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.errors import ArtifactError, ParamsError, SourceError, missing_key, naming
 from libprune.engine.heads import head_of
 from libprune.models.given import require_content
+from libprune.models.memory import loading_on_disk
 from libprune.models.sentences import copy_sentence_files
 from libprune.pipeline.artifacts import read_json, require
 from libprune.pipeline.atomic import writing_folder
@@ -130,7 +131,11 @@ def own_model(layout: Layout, architecture: Architecture) -> Path:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, config: PreTrainedConfig | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    config: PreTrainedConfig | None = None,
+    scratch: Path | None = None,
 ) -> PreTrainedModel:
     """Load the model of a local folder on the CPU, in evaluation mode and in the given dtype.
 
@@ -139,12 +144,15 @@ def load_model(
         dtype: dtype of the parameters.
         trust_remote_code: whether the folder's own modeling file may be run.
         config: a config in place of the folder's own.
+        scratch: a folder for weights that are stored in another dtype; with it, all weights are mapped from disk, as
+            `libprune.models.memory.on_disk`. None to keep them in memory.
 
     Raises:
         ArtifactError: if it cannot be loaded, with the reason.
     """
     architectures = read_json(folder / "config.json", "slice").get("architectures")
-    with naming(f"the model in {folder} cannot be loaded", ArtifactError):
+    where = nullcontext() if scratch is None else loading_on_disk(scratch)
+    with naming(f"the model in {folder} cannot be loaded", ArtifactError), where:
         model: PreTrainedModel = head_of(architectures).loader.from_pretrained(
             folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
         )

@@ -19,6 +19,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.stacks import StackedMap
 from libprune.engine.surgery import hooked
 from libprune.models.compute import per_sequence
+from libprune.models.memory import Keep, in_memory
 
 
 def layers_of(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
@@ -75,17 +76,26 @@ def _return(output: Any, run: Callable[..., Any] | None, *args: Any, **kwargs: A
 
 @contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the context, some parameters of the model have other values."""
-    parameters = {name: model.get_parameter(name) for name in tensors}
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with torch.no_grad():
-        try:
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
-            yield
-        finally:
-            for name, parameter in parameters.items():
-                parameter.copy_(before[name])
+    """Inside the context, some parameters of the model have other values; none of them is copied."""
+    before = {name: model.get_parameter(name).data for name in tensors}
+    try:
+        set_parameters(model, tensors)
+        yield
+    finally:
+        set_parameters(model, before)
+
+
+def set_parameters(model: nn.Module, tensors: Mapping[str, Tensor], keep: Keep = in_memory) -> None:
+    """Give parameters of a model other values, in their type and on their device; tensors that fit are not copied.
+
+    Args:
+        model: with the parameters.
+        tensors: the values by name, read one at a time.
+        keep: where the values are put.
+    """
+    for name in tensors:
+        parameter = model.get_parameter(name)
+        parameter.data = keep(tensors[name].detach().to(parameter).contiguous())
 
 
 class _SeenError(Exception):

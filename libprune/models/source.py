@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from libprune.engine.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, experts_of, hea
 from libprune.engine.stock_config import keys_of
 from libprune.models.folder import PROCESSOR_FILES, require_own_files
 from libprune.models.given import require_model, require_safetensors
+from libprune.models.memory import loading_on_disk
 from libprune.models.sentences import sentence_files
 from libprune.models.tokens import frame_of
 from libprune.pipeline.sections import Prepare
@@ -35,12 +36,16 @@ _read = GGUFReader._get
 GGUFReader._get = _read_fast
 
 
-def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_dense(params: Prepare, scratch: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the dense model, on the CPU, and its tokenizer.
 
     A GGUF file is dequantised to float32 unless another dtype is asked for, and a checkpoint in a format of
     `DEQUANTISED` to the type that its config names. The quantization marks are removed, so that the model can be saved
     again.
+
+    Args:
+        params: name the model.
+        scratch: as in `libprune.models.folder.load_model`.
 
     Raises:
         SourceError: if the model cannot be found or read, is quantized, or its weights are not those of its config.
@@ -60,7 +65,9 @@ def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             config.quantization_config["dequantize"] = True
             where["config"] = config
     how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below
-    with _passed_over() as unused, naming(f"the weights of prepare.model = {masked(params.model)!r} cannot be loaded"):
+    place = nullcontext() if scratch is None else loading_on_disk(scratch)
+    failed = f"the weights of prepare.model = {masked(params.model)!r} cannot be loaded"
+    with _passed_over() as unused, naming(failed), place:
         model, loading = head.loader.from_pretrained(name, use_safetensors=True, **how, **where)
     _follow_weights(model, name, where)
     _require_weights(params, model, loading)

@@ -104,7 +104,7 @@ def collect_axes(run: Calibration, asked: str) -> Axes:
     gain_of = {name: parameters[name].float().cpu() + norm.shift for name, norm in stream.norms.items()}
     order, turn, gains = find_axes(kind, moments.cpu(), gain_of)
     axes = Axes(stream, order, turn, gains, {}, {}, {})
-    turn_model(run.model, run.architecture, axes)
+    turn_model(run.model, run.architecture, axes, run.keep)
     ratios, grams = _along(run, stream, read)
     return replace(axes, ratios=ratios, grams=grams[False], held_out=grams[True])
 

@@ -156,8 +156,9 @@ class Compute(Section):
     """Tokens in one pass, rounded down to whole sequences (at least one)."""
     gradient_checkpointing: bool = False
     """Keep one layer's activations for backward instead of all layers', for one more forward pass."""
-    offload: Literal["none", "cpu"] = "none"
-    """`cpu`: the linear maps' weights stay in host memory and visit the device one at a time."""
+    offload: Literal["auto", "none", "cpu", "disk"] = "auto"
+    """Where weights are that do not fit; `cpu`: in host memory, from where those of linear maps visit a GPU one at a
+    time; `disk`: in files, read as they are needed; `auto`: `none` where the memory is free, or else one of the two."""
     sums: Literal["auto", "memory", "disk"] = "auto"
     """Where running sums are kept; `auto`: mapped from disk where they would take half of the free memory."""
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from libprune.collection.calibration import place
+from libprune.collection.offload import pass_bytes, settle
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.errors import ParamsError, SourceError
@@ -44,11 +45,15 @@ def load_teacher(
     Raises:
         LibpruneError: if the model cannot be loaded, or has another vocabulary than the dense model.
     """
+    tokens = max(compute.batch_tokens, params.length)
+    compute = settle(compute, pass_bytes(architecture, tokens, dtype), device, world)
     compute = compute.model_copy(update={"gradient_checkpointing": False})
+    scratch = layout.root.parent / ".work" if compute.offload == "disk" else None
     if params.teacher is None:
-        return place(load_model(own_model(layout, architecture), dtype), architecture, compute, world, device)
+        model = load_model(own_model(layout, architecture), dtype, scratch=scratch)
+        return place(model, architecture, compute, world, device)
     try:
-        model, tokenizer = load_dense(_source(params.teacher, dtype))
+        model, tokenizer = load_dense(_source(params.teacher, dtype), scratch)
     except SourceError as error:
         raise SourceError(str(error).replace("prepare.model", "recover.teacher")) from error
     own = AutoTokenizer.from_pretrained(own_model(layout, architecture), local_files_only=True, trust_remote_code=False)

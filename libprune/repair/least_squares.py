@@ -14,7 +14,7 @@ Structured optimal brain compression, with the ridge pulled towards the old weig
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import input_mask, oriented
 from libprune.engine.tables import Columns
+from libprune.models.memory import Keep, in_memory
 
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Ridges, relative to each input's mean square, that `slice.damping: auto` chooses from."""
@@ -229,6 +230,7 @@ def repair_local(
     damping: float | None,
     fisher_share: float = 0.0,
     floor: float = SILENT,
+    keep: Keep = in_memory,
 ) -> list[Fit]:
     """Closed-form repair of every pruned consumer, against the dense model's own inputs.
 
@@ -243,6 +245,7 @@ def repair_local(
         damping: as in `fit_consumer`.
         fisher_share: as in `fisher_weighting`.
         floor: as in `solve`.
+        keep: where the new weights wait.
     """
     fits = []
     for consumer, own in pruned_consumers(architecture, plan):
@@ -254,7 +257,7 @@ def repair_local(
         if consumer.stack:
             from libprune.repair.experts import fit_channels  # which fits by functions of this module
 
-            fits.append(fit_channels(consumer, weight, own, inputs, damping, fisher_share, like))
+            fits.append(waiting(fit_channels(consumer, weight, own, inputs, damping, fisher_share, like), keep))
             continue
         kept = torch.cat([own, own.new_ones(weight.shape[1] - len(own))])
         factors = fisher_weighting(inputs.gram, inputs.curvature, fisher_share)
@@ -263,8 +266,14 @@ def repair_local(
         if inputs.held_out is not None:
             rows = inputs.held_out.double()
             held_out = Moments.of_dense(weight, rows.T @ rows / len(rows) * factors, kept)
-        fits.append(fit_consumer(consumer, weight, kept, moments, held_out, damping, floor=floor))
+        fits.append(waiting(fit_consumer(consumer, weight, kept, moments, held_out, damping, floor=floor), keep))
     return fits
+
+
+def waiting(fit: Fit, keep: Keep) -> Fit:
+    """A fit whose tensors wait elsewhere."""
+    weight, bias = (None if tensor is None else keep(tensor) for tensor in (fit.weight, fit.bias))
+    return replace(fit, weight=weight, bias=bias, producers={name: keep(one) for name, one in fit.producers.items()})
 
 
 def fisher_weighting(

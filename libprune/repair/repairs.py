@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import bias_key
 from libprune.models.folder import WeightFiles, load_config, own_model
+from libprune.models.memory import Keep, in_memory, on_disk
 from libprune.pipeline.artifacts import read_table, same_origin
 from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.layout import Layout
@@ -48,7 +50,8 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
             bar.update()
             return inputs(consumer)
 
-        fits = repair_local(architecture, plan, weights.__getitem__, read, damping, params.fisher_share)
+        keep = partial(on_disk, folder=layout.root.parent / ".work") if compute.offload == "disk" else in_memory
+        fits = repair_local(architecture, plan, weights.__getitem__, read, damping, params.fisher_share, keep=keep)
     routed = [part for part, shape in architecture.parts.items() if shape.router]
     rerouted = any(not keep.all() for (_, part), keep in plan.keep.items() if part in routed)
     if rerouted and params.fisher_share:
@@ -59,19 +62,25 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
     return fits + (_layer_by_layer(layout, architecture, plan, compute, params, own_inputs=True) if rerouted else [])
 
 
-def local_repair(layout: Layout, architecture: Architecture) -> Callable[[Plan], dict[str, Tensor]]:
+def local_repair(
+    layout: Layout, architecture: Architecture, keep: Keep = in_memory
+) -> Callable[[Plan], dict[str, Tensor]]:
     """New weights by parameter name for any plan, by `local` repair.
 
     The damping is chosen on held-out sequences, or is 0.001 where the text has none.
+
+    Args:
+        layout: holds the statistics and the dense model.
+        architecture: the description of the dense model.
+        keep: where new weights wait.
     """
     inputs, weights = inputs_of(layout, architecture, curvature=False), WeightFiles(own_model(layout, architecture))
 
     def repair(plan: Plan) -> dict[str, Tensor]:
         known = {consumer.module: inputs(consumer) for consumer, _ in pruned_consumers(architecture, plan)}
         chosen = all(one.held_out is not None for one in known.values())
-        fits = repair_local(
-            architecture, plan, weights.__getitem__, lambda c: known[c.module], None if chosen else _DAMPING
-        )
+        damping = None if chosen else _DAMPING
+        fits = repair_local(architecture, plan, weights.__getitem__, lambda c: known[c.module], damping, keep=keep)
         return new_parameters(fits)
 
     return repair
@@ -156,10 +165,10 @@ def _layer_by_layer(
     if plan.width is not None:
         axes = read_axes(layout.width_axes, {key: run.meta[key] for key in ("model", "tokens")})
         narrow = Narrowed(run.weights, architecture, axes, plan.width, repair=True)
-        turn_model(run.model, architecture, axes)
+        turn_model(run.model, architecture, axes, run.keep)
         identity["axes"] = axes.digest
     repair = SequentialRepair(
-        run.model, architecture, plan, batches, damping, drift, params.drift_cap, steps, own_inputs, narrow
+        run.model, architecture, plan, batches, damping, drift, params.drift_cap, steps, own_inputs, narrow, run.keep
     )
     folder = run.work / "slice" / sums_identity(run, identity, ("repair",))
     fits = []

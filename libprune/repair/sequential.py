@@ -39,10 +39,11 @@ from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import hooked, masked, oriented
-from libprune.models.layers import first_output, layers_of, run_layer
+from libprune.models.layers import first_output, layers_of, run_layer, set_parameters
+from libprune.models.memory import Keep, in_memory
 from libprune.models.sequences import Sequences
 from libprune.repair.experts import Rows, fit_experts
-from libprune.repair.least_squares import Fit, Moments, fit_consumer, new_parameters, pruned_consumers
+from libprune.repair.least_squares import Fit, Moments, fit_consumer, new_parameters, pruned_consumers, waiting
 from libprune.repair.producers import (
     Flow,
     Producer,
@@ -88,6 +89,7 @@ class SequentialRepair:
         steps: int = 0,
         own_inputs: bool = False,
         narrow: Narrowed | None = None,
+        keep: Keep = in_memory,
     ) -> None:
         """Begin before the first layer.
 
@@ -104,14 +106,16 @@ class SequentialRepair:
             own_inputs: fit only mixtures that lose experts, each on what the dense model gives it: `local` repair.
             narrow: the weights for a narrower residual stream, along whose axes the model lies; what reads the stream
                 gets them, and every consumer is fitted. None where the plan leaves the stream as wide as it is.
+            keep: puts what waits on the host, such as states and new weights, where it takes no memory.
         """
+        self._keep = keep
         self._own_inputs, self._narrow = own_inputs, narrow
         self._model, self._architecture, self._plan = model, architecture, plan
         self._batches, self._damping, self._drift, self._cap, self._steps = batches, damping, drift, cap, steps
         self._layers = layers_of(model, architecture)
         self._kept = {c.module: kept for c, kept in _fitted_consumers(architecture, plan, own_inputs)}
         first = [run_layer(model, self._layers, 0, batch.ids, None, until=self._layers[0])[0] for batch in batches]
-        self._dense = self._pruned = [state.cpu() for state in first]
+        self._dense = self._pruned = [keep(state.cpu()) for state in first]
         self._read: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def step(self, layer: int, known: Mapping[str, Tensor] | None = None) -> list[Fit]:
@@ -138,7 +142,8 @@ class SequentialRepair:
         with hooked(self._model) as handles:
             handles += watch_norms(self._model, self._architecture, layer, self._keep_scale)
             ran = [self._run_dense(layer, number, modules) for number in range(len(self._batches))]
-        after, outputs = [first_output(state).cpu() for state, _ in ran], [given for _, given in ran]
+        after = [self._keep(first_output(state).cpu()) for state, _ in ran]
+        outputs = [[self._keep(output) for output in given] for _, given in ran]
         factors = factors_of(self._dense[0], after[0], outputs[0])
         drift = float(factors is not None) if self._drift is None else self._drift
         if drift and factors is None:
@@ -150,8 +155,8 @@ class SequentialRepair:
         multiples, fits = factors or (1.0,) * len(consumers), list[Fit]()
         states: list[Tensor] | None = None
         with masked(self._model, self._architecture, self._plan):
-            _set(self._model, {} if self._narrow is None else self._narrow.of_layer(layer))
-            _set(self._model, known or {})
+            self._set({} if self._narrow is None else self._narrow.of_layer(layer))
+            self._set(known or {})
             for index, consumer in enumerate(consumers if known is None else []):
                 states = None
                 if consumer.module in self._kept:
@@ -161,8 +166,11 @@ class SequentialRepair:
             if states is None or factors is None:
                 numbers = range(len(self._batches))
                 states = [first_output(self._run(layer, number)[0]) for number in numbers]
-        self._dense, self._pruned = after, after if self._own_inputs else [state.cpu() for state in states]
-        return fits
+        self._dense, self._pruned = after, after if self._own_inputs else [self._keep(state.cpu()) for state in states]
+        return [waiting(fit, self._keep) for fit in fits]
+
+    def _set(self, tensors: Mapping[str, Tensor]) -> None:
+        set_parameters(self._model, tensors, self._keep)
 
     def _run_dense(self, layer: int, number: int, watched: Sequence[nn.Module]) -> tuple[Any, list[Tensor]]:
         self._scales.append({})
@@ -213,9 +221,9 @@ class SequentialRepair:
         if all(batch.slopes for batch in seen):
             fit, seen = self._fit_producers(layer, consumer, weight, seen, producers)
         fit = fit or self._fit(consumer, weight, seen, refit=True)
-        _set(self._model, new_parameters([fit]))
+        self._set(new_parameters([fit]))
         device = module.get_parameter("weight").device
-        return fit, [batch.pruned + factors[index] * module(batch.x.to(device)) for batch in seen]
+        return fit, [self._keep(batch.pruned + factors[index] * module(batch.x.to(device))) for batch in seen]
 
     @torch.no_grad()
     def _refit_stack(
@@ -239,12 +247,13 @@ class SequentialRepair:
             x = x.masked_fill(~stays[routing.experts], 0)
             target = outputs[number][index].float() + share / factors[index] * drift
             target = target.flatten(0, -2) - module(torch.zeros_like(x), routing).float()
-            batches.append(Rows(x.cpu(), routing.tokens.cpu(), routing.counts, target.cpu(), batch.held_out))
+            kept_x, kept_target = self._keep(x.cpu()), self._keep(target.cpu())
+            batches.append(Rows(kept_x, routing.tokens.cpu(), routing.counts, kept_target, batch.held_out))
             routes.append(routing)
-            streams.append(pruned)
+            streams.append(self._keep(pruned))
         weight = oriented(consumer, like.float()).cpu()
         fit = fit_experts(consumer, weight, kept, batches, self._damping, like.device, like)
-        _set(self._model, new_parameters([fit]))
+        self._set(new_parameters([fit]))
         states = [
             stream + factors[index] * module(rows.x.to(like), routing).view_as(stream)
             for stream, rows, routing in zip(streams, batches, routes, strict=True)
@@ -271,7 +280,9 @@ class SequentialRepair:
         pruned, drift = self._drifted(number, given, outputs, factors)
         y = _without_bias(module, outputs[len(given)]).float() + share / factors[len(given)] * drift
         inputs = tuple(watched[producer.entry.module][0].flatten(0, -2).cpu() for producer in producers if slopes)
-        return _Seen(x.cpu(), y.cpu(), pruned, inputs, tuple(part.cpu() for part in slopes))
+        keep = self._keep
+        waiting = (tuple(map(keep, inputs)), tuple(keep(part.cpu()) for part in slopes))
+        return _Seen(keep(x.cpu()), keep(y.cpu()), keep(pruned), *waiting)
 
     def _drifted(
         self, number: int, given: Sequence[Tensor], outputs: Sequence[Tensor], factors: Sequence[float]
@@ -307,20 +318,18 @@ class SequentialRepair:
         del flows
         if not change.steps:
             return None, seen
-        old = {
-            producer.entry.weight: self._model.get_parameter(producer.entry.weight).clone() for producer in producers
-        }
+        old = {producer.entry.weight: self._model.get_parameter(producer.entry.weight).data for producer in producers}
         new = {
             producer.entry.weight: changed_weight(producer, old[producer.entry.weight], rows)
             for producer, rows in zip(producers, change.rows, strict=True)
         }
-        _set(self._model, new)
+        self._set(new)
         numbers = range(len(self._batches))
-        inputs = [self._run(layer, number, until=module)[0].cpu() for number in numbers]
+        inputs = [self._keep(self._run(layer, number, until=module)[0].cpu()) for number in numbers]
         moved = [replace(pair, x=x, inputs=(), slopes=()) for pair, x in zip(seen, inputs, strict=True)]
         second = self._fit(consumer, fitted, moved, refit=True)
         if not second.held_out_after < first.held_out_after:
-            _set(self._model, old)
+            self._set(old)
             return None, seen
         fit = replace(
             second,
@@ -464,9 +473,3 @@ def _capped(drift: Float[Tensor, "batch length model"], cap: float | None) -> Fl
 def _without_bias(module: nn.Module, output: Tensor) -> Tensor:
     bias = getattr(module, "bias", None)
     return output if bias is None else output - bias
-
-
-def _set(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            model.get_parameter(name).copy_(tensor)

@@ -1,7 +1,7 @@
 """The dense, the pruned and the recovered model measured side by side, as metrics."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from libprune.collection.calibration import place
+from libprune.collection.offload import pass_bytes, settle
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import with_biases
@@ -18,6 +20,7 @@ from libprune.engine.heads import writes
 from libprune.engine.plan import Plan
 from libprune.models.compute import resolve_device, resolve_dtype
 from libprune.models.folder import load_config, load_model, own_model, require_positions
+from libprune.models.parallel import World
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import Ids, read_tokens
 from libprune.pipeline.artifacts import read_architecture, read_plan, same_origin
@@ -152,10 +155,20 @@ class _Run:
     def beginnings(self) -> Beginnings:
         return choose_beginnings(self.windows.ids.numpy(), self.params.continuations, self.params.continuation_tokens)
 
+    @cached_property
+    def settled(self) -> Compute:
+        """How models are run, with the place of their weights chosen; two of them run side by side."""
+        tokens = max(self.compute.batch_tokens, self.windows.ids.shape[1])
+        needs = pass_bytes(self.architecture, tokens, self.dtype)
+        needs = replace(needs, weights=2 * needs.weights, kept=needs.layer)
+        return settle(self.compute, needs, self.device, World())
+
     def load(self, folder: Path) -> PreTrainedModel:
-        """Load a model on the device; the code of a folder runs only if its layers differ in width."""
+        """Load a model where it will run; the code of a folder runs only if its layers differ in width."""
         remote = self.provenance["plan"]["shape"] == "per_layer" and folder != self.layout.model
-        return load_model(folder, self.dtype, trust_remote_code=remote).to(self.device)
+        scratch = self.layout.root.parent / ".work" if self.settled.offload == "disk" else None
+        model = load_model(folder, self.dtype, trust_remote_code=remote, scratch=scratch)
+        return place(model, self.architecture, self.settled, World(), self.device)
 
     def measure_all(self) -> tuple[dict[str, _Measured], SpeedComparison]:
         """Measure all models, and time the dense and the pruned one alternately; at most two are in memory at once."""

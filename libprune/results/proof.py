@@ -20,6 +20,8 @@ from libprune.engine.errors import LibpruneError
 from libprune.engine.heads import HEADS, HeadName, writes
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
+from libprune.models.layers import set_parameters
+from libprune.models.memory import LOADING_CODE, Keep, in_memory
 from libprune.pipeline.atomic import scratch_folder
 from libprune.pipeline.processes import END_WITH_PARENT, run_bound
 
@@ -31,14 +33,19 @@ _SCRIPT = (
     + """
 import sys
 sys.modules["libprune"] = None
-folder, remote, loader, writes, tokens, result = sys.argv[1:]
+folder, remote, loader, writes, scratch, tokens, result = sys.argv[1:]
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from contextlib import nullcontext
+"""
+    + LOADING_CODE
+    + """
 ids = load_file(tokens)["ids"]
-model = getattr(transformers, loader).from_pretrained(
-    folder, dtype=torch.float32, trust_remote_code=remote == "remote", local_files_only=True
-).eval()
+with loading_on_disk(Path(scratch)) if scratch else nullcontext():
+    model = getattr(transformers, loader).from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=remote == "remote", local_files_only=True
+    ).eval()
 computed = {"parameters": torch.tensor(sum(parameter.numel() for parameter in model.parameters()))}
 with torch.no_grad():
     computed["logits"] = model(input_ids=ids)[0]
@@ -84,6 +91,7 @@ def verify_folder(
     expected: Float[Tensor, "..."],
     remote: bool,
     head: HeadName,
+    disk: Path | None = None,
 ) -> Verification:
     """Load a folder in a fresh process and compare its float32 logits.
 
@@ -93,11 +101,12 @@ def verify_folder(
         expected: the masked (and repaired) dense model's logits, float32.
         remote: whether the folder's own modeling file has to be trusted.
         head: the model's head.
+        disk: as of `reload`.
 
     Raises:
         LibpruneError: if it does not load, does not generate, or computes something else.
     """
-    computed = reload(folder, ids, remote, head)
+    computed = reload(folder, ids, remote, head, disk)
     difference = max(
         float((computed[name] - expected).abs().max()) for name in ("logits", "cached") if name in computed
     )
@@ -113,7 +122,9 @@ def verify_folder(
     return result
 
 
-def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: HeadName) -> dict[str, Tensor]:
+def reload(
+    folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: HeadName, disk: Path | None = None
+) -> dict[str, Tensor]:
     """Load a model folder in a fresh process and compute its logits in float32.
 
     Args:
@@ -121,6 +132,7 @@ def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: H
         ids: token ids, ``[batch, length]``.
         remote: whether the folder's own modeling file has to be trusted.
         head: the model's head.
+        disk: a folder for the weights in float32, which are then not held in memory; None: they are.
 
     Returns:
         `parameters`, their number, and `logits` of one pass, ``[batch, length, vocab]`` or ``[batch, labels]``, or the
@@ -135,7 +147,15 @@ def reload(folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: H
         tokens, result = Path(scratch, "tokens.safetensors"), Path(scratch, "result.safetensors")
         save_file({"ids": ids.contiguous()}, tokens)
         how = ["remote" if remote else "stock", HEADS[head].auto_class, "writes" if writes(head) else "reads"]
-        command = [sys.executable, "-I", "-c", _SCRIPT, str(folder.resolve()), *how]
+        command = [
+            sys.executable,
+            "-I",
+            "-c",
+            _SCRIPT,
+            str(folder.resolve()),
+            *how,
+            str(disk.resolve()) if disk else "",
+        ]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
         done = run_bound([*command, str(tokens), str(result)], cwd=scratch, env=environment)
         if done.returncode != 0:
@@ -160,11 +180,16 @@ def masked_logits(
     plan: Plan,
     weights: Mapping[str, Tensor],
     ids: Int[Tensor, "batch length"],
+    keep: Keep = in_memory,
 ) -> Float[Tensor, "..."]:
-    """Set the parameters of a dense model to ``weights``, read one at a time; its `reference_logits` under the plan."""
+    """Set the parameters of a dense model to ``weights``, read one at a time; its `reference_logits` under the plan.
+
+    Args:
+        keep: where the model's parameters are put.
+    """
     with torch.no_grad():
         for parameter in architecture.parameters:
-            model.get_parameter(parameter.name).copy_(weights[parameter.name])
+            set_parameters(model, {parameter.name: weights[parameter.name]}, keep)
         for buffer in architecture.buffers:
             model.get_buffer(buffer.name).copy_(weights[buffer.name])
     with masked(model, architecture, plan):

@@ -3,12 +3,14 @@
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from libprune.collection.offload import pass_bytes, settle
 from libprune.collection.stream_axes import Narrowed, read_axes
 from libprune.engine import cost
 from libprune.engine.architecture import RESIDUAL, Architecture
@@ -17,6 +19,8 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import require_sliceable, slice_state
 from libprune.models.compute import named_dtype
 from libprune.models.folder import WeightFiles, load_config, load_model, own_model
+from libprune.models.memory import in_memory, on_disk
+from libprune.models.parallel import World
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture, read_json, read_plan, same_origin, write_table
@@ -77,6 +81,9 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     same_origin(layout.plan, meta, {"tokens": about["tokens"]} if "tokens" in meta else {})
     dense = WeightFiles(own_model(layout, architecture))
     require_sliceable(architecture, plan)
+    disk = _disk(layout, compute, architecture)
+    keep = in_memory if disk is None else partial(on_disk, folder=disk)
+    compute = compute if disk is None else compute.model_copy(update={"offload": "disk"})
     fits = REPAIRS[params.repair].repair(layout, architecture, plan, compute, params)
     rescaling = Rescaling({})
     if params.rescale == "auto" and not REPAIRS[params.repair].fits_behind:
@@ -89,12 +96,13 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     repaired = _Weights(dense, new, stored, buffers, rescaling.by_name(architecture))
     calibrated = {"model": architecture.fingerprint, "tokens": about["tokens"]}
     weights = _weights(layout, repaired, architecture, plan, params, calibrated)
-    state = slice_state(weights, architecture, plan)
+    state = slice_state(weights, architecture, plan, keep)
     write_pruned(folder, layout.model, architecture, plan, meta["shape"], state, config)
     shutil.copyfile(layout.plan, folder / "plan.parquet")
     write_table(folder / "repair.parquet", fit_table(fits), {"model": architecture.fingerprint})
-    model = load_model(layout.model, torch.float32, config=config)
-    proof, errors = _prove(text, folder, model, architecture, plan, weights, meta["shape"]), mean_errors(fits)
+    model = load_model(layout.model, torch.float32, config=config, scratch=disk)
+    proof = _prove(text, folder, model, architecture, plan, weights, meta["shape"], disk)
+    errors = mean_errors(fits)
     sizes = {"dense": cost.size(own, Plan.dense(own)), "pruned": cost.size(architecture, plan)}
     made: dict[str, Any] = {
         "origin": origin,
@@ -121,6 +129,13 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     write_provenance(folder, made | versions())
     write_card(folder)
     return proof | errors | ({"rescale": factors} if factors else {}), fits
+
+
+def _disk(layout: Layout, compute: Compute, architecture: Architecture) -> Path | None:
+    """Where the weights of the proof lie, if not in memory: those of two models, in float32."""
+    needs = pass_bytes(architecture, _CHECKED_SEQUENCES * _CHECKED_LENGTH, torch.float32)
+    chosen = settle(compute, replace(needs, weights=2 * needs.weights), torch.device("cpu"), World()).offload
+    return layout.root.parent / ".work" if chosen == "disk" else None
 
 
 def _weights(
@@ -151,9 +166,11 @@ def _prove(
     plan: Plan,
     weights: Mapping[str, Tensor],
     shape: str,
+    disk: Path | None,
 ) -> dict[str, float]:
     """Compare the folder, loaded in a fresh process, with the dense model under the same weights and the mask."""
+    keep = in_memory if disk is None else partial(on_disk, folder=disk)
     ids = text.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
-    expected = masked_logits(model, architecture, plan, weights, ids)
-    proof = verify_folder(folder, ids, expected, remote=shape == "per_layer", head=architecture.head)
+    expected = masked_logits(model, architecture, plan, weights, ids, keep)
+    proof = verify_folder(folder, ids, expected, shape == "per_layer", architecture.head, disk)
     return {"logit_difference": proof.difference, "logit_scale": proof.scale}

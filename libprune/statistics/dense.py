@@ -76,7 +76,8 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     """
     use_families(section.families)
     _require_content(section)
-    model, tokenizer = load_dense(section)
+    scratch = layout.root.parent / ".work"
+    model, tokenizer = load_dense(section, scratch)
     described = describe(model, accept=section.accept_config, experts=section.experts, heads=section.heads)
     require_shared(described)
     pooling, files = _pooling(section, described)
@@ -86,7 +87,7 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
         tokenizer = trimmed.choice.tokenizer
     written = write_dense(layout.model, model, tokenizer, files | processor_files(section))
     if trimmed is not None:
-        model = load_model(layout.model, model.dtype, section.trust_remote_code)
+        model = load_model(layout.model, model.dtype, section.trust_remote_code, scratch=scratch)
         described = _without_rows(model, trimmed, section)
     architecture = replace(described, fingerprint=written, pooling=pooling)
     write_architecture(layout, architecture)

@@ -48,7 +48,7 @@ def measure_hessian(layout: Layout, compute: Compute, section: Hessian) -> Colum
         run = replace(run, at_once=1)
     probing = section.estimator == "hutchinson"
     if probing:
-        require_probes_possible(compute, run.world.sharded)
+        require_probes_possible(run.compute, run.world.sharded)
     groups = hessian_groups(run.architecture, run.n_tok, section)
     identity = {"estimator": section.estimator} | ({"probes": section.probes, "seed": section.seed} if probing else {})
     with collecting(run, "hessian", layout.hessian, groups, run.at_once, identity) as work:

@@ -92,7 +92,7 @@ def test_work_that_changes_weights_needs_them_whole_on_the_device(run):
         replace(run, world=World(0, 2, sharded=True)),
         replace(run, compute=CPU.model_copy(update={"offload": "cpu"})),
     ):
-        with pytest.raises(LibpruneError, match=r"must lie whole on the device; set compute\.offload: none"):
+        with pytest.raises(LibpruneError, match=r"must lie whole on the device; unset LIBPRUNE_SHARD"):
             require_own_weights(changed)
 
 

@@ -1,0 +1,110 @@
+"""Where the weights of a model are while a stage runs it, in memory, on the host or on disk, and what a pass holds.
+
+With weights on disk a process holds the libraries, what one layer computes for one batch, the states in front of all
+layers of that batch where backward needs them, the logits, and the sums of one layer.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from libprune.engine.architecture import Architecture
+from libprune.models.memory import free_memory
+from libprune.models.parallel import World
+from libprune.pipeline.sections import Compute
+from libprune.pipeline.terminal import gigabytes, note
+
+LIBRARIES = 350_000_000
+"""Measured: bytes that Python and the libraries hold."""
+
+
+@dataclass(frozen=True)
+class PassBytes:
+    """Bytes that a pass over a batch of tokens holds.
+
+    Attributes:
+        weights: all parameters.
+        layer: what one layer computes.
+        states: the inputs of all layers.
+        kept: what backward keeps of all layers, where these are not computed again.
+        logits: the logits, in float32.
+    """
+
+    weights: int
+    layer: int
+    states: int
+    kept: int
+    logits: int
+
+
+def pass_bytes(architecture: Architecture, tokens: int, dtype: torch.dtype) -> PassBytes:
+    """What a pass over so many tokens holds of a model that computes in a type.
+
+    A layer holds about 16 times the width of the model and 8 times that of its widest map, for each token.
+    """
+    consumers = (one for block in architecture.blocks() for one in architecture.consumers(*block))
+    widest = max(one.input.size(architecture.sizes) for one in consumers)
+    model, size = architecture.sizes["model"], tokens * dtype.itemsize
+    layer = size * (16 * model + 8 * widest)
+    return PassBytes(
+        weights=architecture.total_parameters * dtype.itemsize,
+        layer=layer,
+        states=size * model * architecture.layers,
+        kept=layer * architecture.layers,
+        logits=tokens * architecture.sizes.get("vocab", 0) * torch.float32.itemsize,
+    )
+
+
+Place = Literal["none", "cpu", "disk"]
+"""Where weights are, as `compute.offload` names it."""
+
+
+def choose(compute: Compute, needs: PassBytes, device: torch.device, world: World) -> Place:
+    """What `settle` chooses, without a word."""
+    if compute.offload != "auto":
+        return compute.offload
+    if world.sharded or needs.weights + _kept(compute, needs) < _free(device, world) // 2:
+        return "none"
+    on_host = device.type == "cuda" and needs.weights < free_memory() // 2 // world.local_size
+    return "cpu" if on_host else "disk"
+
+
+def _kept(compute: Compute, needs: PassBytes) -> int:
+    """Bytes of activations that backward would keep with the weights on the device."""
+    return needs.layer + needs.states if compute.gradient_checkpointing else needs.kept
+
+
+def _free(device: torch.device, world: World) -> int:
+    """Free bytes of the memory that the weights would lie in."""
+    gpu = device.type == "cuda"
+    return int(torch.cuda.mem_get_info(device)[0]) if gpu else free_memory() // world.local_size
+
+
+def settle(compute: Compute, needs: PassBytes, device: torch.device, world: World) -> Compute:
+    """Choose where the weights are, if the params leave it open, and say what was chosen and why.
+
+    They are on the device where they take less than half of its free memory, with what backward keeps. Otherwise they
+    are on disk, or in the memory of the host where a GPU computes and half of that memory has room for them. What a
+    stage writes is the same.
+
+    Args:
+        compute: the params.
+        needs: of the largest pass.
+        device: where the model runs.
+        world: the processes; those that share the weights out keep them on their devices.
+
+    Returns:
+        The params, with `offload` as `none`, `cpu` or `disk`.
+    """
+    if compute.offload != "auto":
+        return compute
+    kept, free = _kept(compute, needs), _free(device, world)
+    whole, chosen = needs.weights + kept, choose(compute, needs, device, world)
+    if world.first:
+        where = {"none": "are in memory", "cpu": "are in the memory of the host", "disk": "are read from disk"}[chosen]
+        note(
+            f"compute.offload: auto is {chosen}: weights of {gigabytes(needs.weights)} {where}; with up to "
+            f"{gigabytes(kept)} of activations they would take {gigabytes(whole)} of {gigabytes(free)} that are free"
+        )
+    return compute.model_copy(update={"offload": chosen})
