@@ -26,7 +26,7 @@ from libprune.models.sequences import Sequences
 from libprune.pipeline.sections import Activations, Gradients, Hessian
 from libprune.statistics.activations import activation_groups, collect_activations
 from libprune.statistics.gradients import collect_gradients, gradient_groups
-from libprune.statistics.hessian import collect_probes, collect_squared_gradients, hessian_groups
+from libprune.statistics.hessian import bare_parameters, collect_probes, collect_squared_gradients, hessian_groups
 
 SHAPES = {
     "1b": {
@@ -58,9 +58,13 @@ def kinds(model: PreTrainedModel, architecture: Architecture, ids: torch.Tensor)
     gradients = Gradients()
     fisher, probes = Hessian(estimator="fisher"), Hessian(estimator="hutchinson")
 
-    def batches() -> list[tuple[int, int, torch.Tensor]]:
+    def batches() -> list[tuple[int, int, Sequences]]:
         return [(0, 0, Sequences(ids))]
 
+    def one_by_one() -> list[tuple[int, int, Sequences]]:
+        return [(number, number, Sequences(ids[number : number + 1])) for number in range(len(ids))]
+
+    squares = one_by_one if bare_parameters(architecture) else batches
     first = Accumulator(gradient_groups(architecture, n_tok, 1, gradients))
     second = Accumulator(hessian_groups(architecture, n_tok, fisher))
     forward = Accumulator(activation_groups(architecture, Activations()))
@@ -83,7 +87,7 @@ def kinds(model: PreTrainedModel, architecture: Architecture, ids: torch.Tensor)
         "activations": lambda: collect_activations(model, architecture, batches(), forward),
         "forward+backward": lambda: plain_backward(model, ids),
         "gradients": lambda: collect_gradients(model, architecture, batches(), first, len(ids)),
-        "hessian, fisher": lambda: collect_squared_gradients(model, architecture, batches(), second),
+        "hessian, fisher": lambda: collect_squared_gradients(model, architecture, squares(), second),
         "hessian, hutchinson": lambda: collect_probes(
             model, architecture, batches(), Accumulator(hessian_groups(architecture, n_tok, probes)), probes
         ),

@@ -9,6 +9,7 @@ def main(
     metrics: stage.MetricsFolder = stage.METRICS,
 ) -> None:
     """Write the final model as GGUF, ONNX or OpenVINO, and try it in the real program beside the dense one."""
+    from libprune.pipeline.artifacts import write_nothing
     from libprune.pipeline.atomic import write_json, writing_folder
     from libprune.pipeline.digests import sealed
     from libprune.pipeline.layout import Layout
@@ -17,8 +18,7 @@ def main(
 
     layout, settings = Layout(artifacts), load_params(params)
     if not settings.export.formats:
-        with writing_folder(layout.exported) as folder:
-            write_json(folder / "nothing.json", {"formats": []})  # DVC warns of empty folders
+        write_nothing(layout.exported, {"formats": []})
         write_json(layout.export, {"files": []})
         write_json(metrics / "export.json", {})
         note("export.formats lists no format: nothing is exported")

@@ -5,7 +5,7 @@ from libprune.pipeline import stage
 
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Estimate the diagonal of the Hessian of every weight that a unit owns."""
-    from libprune.pipeline.atomic import write_json, writing_folder
+    from libprune.pipeline.artifacts import write_nothing
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
     from libprune.pipeline.terminal import note
@@ -14,8 +14,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     section = settings.hessian
     if section.estimator == "none":
         if stage.first_process():
-            with writing_folder(layout.hessian) as folder:
-                write_json(folder / "nothing.json", {"estimator": "none"})  # DVC warns of empty folders
+            write_nothing(layout.hessian, {"estimator": "none"})
             note("hessian.estimator is none: nothing collected")
         return
 

@@ -6,8 +6,7 @@ from libprune.pipeline import stage
 def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.ROOT) -> None:
     """Measure what it costs to keep fewer columns of the residual stream."""
     from libprune.narrowing.table import empty_table, print_widths
-    from libprune.pipeline.artifacts import read_architecture, write_table
-    from libprune.pipeline.atomic import writing_folder
+    from libprune.pipeline.artifacts import read_architecture, write_nothing, write_table
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
     from libprune.pipeline.terminal import note
@@ -16,8 +15,7 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     architecture = read_architecture(layout)
     if settings.allocate.width is None:
         if stage.first_process():
-            with writing_folder(layout.width_axes):
-                pass
+            write_nothing(layout.width_axes, {"width": None})
             write_table(layout.widths, empty_table(), {"model": architecture.fingerprint})
             note("allocate.width is null: the residual stream keeps its width")
         return

@@ -103,6 +103,31 @@ def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate,
     return params.model_copy(update={"ratio": share_of(prices, target, params)})
 
 
+def left_to_go(prices: Prices, params: Allocate) -> int:
+    """How much of the target is left for units and layers, after what goes with the vocabulary and a given width.
+
+    Args:
+        prices: of the model at that width.
+        params: the ratio, settled.
+
+    Raises:
+        BudgetError: if more than the target is gone already.
+    """
+    assert params.ratio is not None
+    columns, rows = prices.narrowing.get(params.ratio_of, 0), gone_of(prices, params)
+    left = round(params.ratio * base_of(prices, params)) - rows - columns
+    if left >= 0:
+        return left
+    ways = {f"allocate.width = {params.width}": columns, "prepare.vocabulary": rows}
+    taken = " and ".join(way for way, amount in ways.items() if amount)
+    verb = "takes" if not (columns and rows) else "take"
+    raise BudgetError(
+        f"{taken} alone {verb} {share_of(prices, columns, params):.3f} of the {params.ratio_of} {params.objective}, "
+        f"more than allocate.ratio = {params.ratio:.4g}; raise the ratio, or keep more of "
+        f"{'the columns' if columns else 'the vocabulary'}"
+    )
+
+
 def removed_by(prices: Prices, plan: Plan, params: Allocate) -> int:
     """How much of the objective a plan removes in the scope of the ratio, columns of the residual stream included."""
     return prices.removed(plan) + prices.narrowing.get(params.ratio_of, 0)
@@ -212,7 +237,7 @@ def descend(
     """
     if METHODS[params.method].programme:
         return _by_programme(architecture, ladders, params, evidence, improve, within)
-    target = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
+    target = left_to_go(prices, params)
     gone = removed_whole(architecture, target, prices, params, evidence)
     left = {block: steps for block, steps in ladders.items() if block not in gone}
     rest = target - prices.removed(without(architecture, gone))
@@ -233,10 +258,11 @@ def _by_programme(
     within: Allocated | None,
 ) -> Allocated:
     """The plan of the integer programme in the best of its frames."""
-    if params.ordered and params.layers is not None and params.ratio is not None:  # which has room for them, or not
+    if params.ratio is not None:  # which has room for what goes by a given number, or not
         prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
-        left = max(0, target_of(prices, params) - prices.narrowing.get(params.ratio_of, 0))
-        _first_of_the_order(architecture, left, prices, params, evidence["depth"])
+        left = left_to_go(prices, params)
+        if params.ordered and params.layers is not None:
+            _first_of_the_order(architecture, left, prices, params, evidence["depth"])
     found = find(architecture, ladders, params, evidence, None if within is None else within.frame)
     frame, depth = found.frame, found.solution.depth
     prices = cost.prices(architecture, params.objective, evidence.get("latency"), frame.width)

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from libprune.collection.stream import Norm, Stream
 from libprune.engine.architecture import RESIDUAL, Architecture, Parameter
-from libprune.engine.errors import LibpruneError
+from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.models.layers import set_parameters
 from libprune.models.memory import Keep, in_memory
 from libprune.pipeline.artifacts import damage, decode_meta, require, same_origin
+from libprune.pipeline.layout import NOTHING
 from libprune.pipeline.shards import load_tensor, save_tensors
 
 FILE = "axes.safetensors"
@@ -263,8 +264,10 @@ def read_axes(folder: Path, origin: Mapping[str, Any]) -> Axes:
         origin: digests of the model and of the calibration text that the axes must be of.
 
     Raises:
-        ArtifactError: if it is missing, damaged, or of another model or text.
+        ArtifactError: if it is missing, damaged, or of another model or text, or was made without a width.
     """
+    if (folder / NOTHING).is_file():
+        raise ArtifactError(f"{folder} was written with allocate.width: null; set a width, and run `dvc repro width`")
     path = require(folder / FILE, "width")
     with damage(path, "width"), safe_open(path, framework="pt") as file:
         names = list(file.keys())

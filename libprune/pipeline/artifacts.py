@@ -19,9 +19,9 @@ from libprune.engine.architecture import Architecture, know_family
 from libprune.engine.errors import ArtifactError, LibpruneError, MeansError, cause, lacking
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns, check_rows, column, split_blocks, unit_index
-from libprune.pipeline.atomic import write_json, writing
+from libprune.pipeline.atomic import write_json, writing, writing_folder
 from libprune.pipeline.digests import SEAL, ChangedError, require_digest, sealed, split_seal, text_digest, unsealed
-from libprune.pipeline.layout import Layout
+from libprune.pipeline.layout import NOTHING, Layout
 
 _KEY = "libprune"
 
@@ -90,6 +90,17 @@ def decode_meta(path: Path, raw: Mapping[str, str] | None, stage: str) -> tuple[
     if not raw or _KEY not in raw:
         raise ArtifactError(f"{path} carries no libprune metadata; delete it and run `dvc repro {stage}`")
     return split_seal(path, json.loads(raw[_KEY]))
+
+
+def write_nothing(target: Path, why: Mapping[str, Any]) -> None:
+    """Write the folder of a stage that had nothing to do; it is not empty, since DVC warns of empty folders.
+
+    Args:
+        target: the folder.
+        why: the params that say so.
+    """
+    with writing_folder(target) as folder:
+        write_json(folder / NOTHING, why)
 
 
 def write_table(target: Path, columns: Columns, meta: Mapping[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+NOTHING = "nothing.json"
+"""The one file of the folder of a stage that had nothing to do, with the params that say so."""
 NOTE = "recovery.json"
 """The file of the folder of the recovered model where there is none; a recovered model has its record instead."""
 

@@ -68,7 +68,7 @@ def measured_widths(architecture: Architecture, number: int) -> list[dict[str, i
             widths += _of_heads(dense, part, shape, number)
             continue
         step = gcd(dense[part], _EVEN) if dense[part] > _EVEN else 1
-        counts = [count for count in range(step, dense[part], step) if shape.says(count)]
+        counts = [count for count in range(step, dense[part], step) if count >= shape.least and shape.says(count)]
         chosen = np.unique(np.linspace(0, len(counts), number - 1, endpoint=False).astype(int))
         widths += [{**dense, part: counts[i]} for i in chosen if counts]
     if len(widths) == 1:

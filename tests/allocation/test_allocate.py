@@ -61,12 +61,11 @@ def test_the_ratio_counts_what_it_says(method, ratio_of):
 
 
 @every_method
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_what_went_with_the_vocabulary_counts_toward_a_ratio_of_the_whole_model(method, share):
-    """Of a model with twice its rows; where more went than the ratio asks for, nothing goes from the layers."""
+def test_what_went_with_the_vocabulary_counts_toward_a_ratio_of_the_whole_model(method):
+    """Of a model with twice its rows."""
     shape = Shape()
     total = shape.decoder + 7 * shape.model
-    gone = round(share * total)
+    gone = round(0.1 * total)
     architecture = replace(shape.architecture(), trimmed=Trimmed(tokens=14, rows=14, parameters=gone, macs=gone))
     params = Allocate(method=method, ratio=0.25, ratio_of="total")
     told = {}
@@ -74,12 +73,32 @@ def test_what_went_with_the_vocabulary_counts_toward_a_ratio_of_the_whole_model(
         asked = params.model_copy(update={"ratio_of": of})
         decision = decide(Scores(architecture, shape.table(np.arange(48.0)), META), asked, shape.evidence(method))
         told[of] = summary(architecture, decision)
-    assert told["total"]["target"] == max(0, round(0.25 * (total + gone)) - gone)
+    assert told["total"]["target"] == round(0.25 * (total + gone)) - gone
     assert told["decoder"]["target"] == round(0.25 * shape.decoder)
     for one in told.values():
         assert one["total_share_removed"] == pytest.approx((one["removed_parameters"] + gone) / (total + gone))
     assert told["total"]["share_removed"] == pytest.approx(told["total"]["total_share_removed"])
     assert told["decoder"]["share_removed"] == pytest.approx(told["decoder"]["decoder_share_removed"])
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("rows", "width", "said"),
+    [
+        (0.0, 3, r"allocate\.width = 3 alone takes 0\.[0-9]+ of the total parameters"),
+        (0.5, None, r"prepare\.vocabulary alone takes 0\.333 of the total"),
+        (0.5, 3, r"allocate\.width = 3 and prepare\.vocabulary alone take 0\.[0-9]+ of the total"),
+    ],
+)
+def test_what_alone_is_more_than_the_ratio_is_refused(method, rows, width, said):
+    shape = Shape()
+    gone = round(rows * (shape.decoder + 7 * shape.model))
+    trimmed = Trimmed(tokens=14, rows=14, parameters=gone, macs=gone) if rows else None
+    architecture = replace(shape.architecture(), trimmed=trimmed)
+    params = Allocate(method=method, ratio=0.25, ratio_of="total", width=width)
+    evidence = shape.evidence(method) | {"width": {shape.model: 0.0, 3: 0.1}}
+    with pytest.raises(BudgetError, match=rf"{said}.* more than allocate\.ratio = 0\.25; raise the ratio"):
+        allocate(architecture, shape.table(np.arange(48.0)), params, evidence)
 
 
 @every_method

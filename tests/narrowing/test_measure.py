@@ -8,7 +8,7 @@ import torch
 
 from libprune.collection.stream_axes import Narrowed, read_axes
 from libprune.engine.describe import describe
-from libprune.engine.errors import LibpruneError
+from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 from libprune.masks.export import export_masks
@@ -102,4 +102,6 @@ def test_without_a_width_the_stage_writes_nothing_and_loads_no_torch(measured, t
     assert run_without_torch("width", tmp_path) == ["allocate.width is null: the residual stream keeps its width"]
     table, _ = read_table(artifacts / "width.parquet", "width")
     assert np.size(table["width"]) == 0
-    assert list((artifacts / "width").iterdir()) == []
+    assert (artifacts / "width/nothing.json").read_text() == '{\n  "width": null\n}\n'
+    with pytest.raises(ArtifactError, match=r"width was written with allocate\.width: null; set a width"):
+        read_axes(artifacts / "width", {"model": "any"})

@@ -32,7 +32,7 @@ PIPELINE = {
 CHANGES: dict[str, dict[str, Any]] = {
     "score": {"criterion": "obs_fisher + taylor_2nd", "scaling": "rank"},
     "ablation": {"units": 4, "sequences": 2},
-    "allocate": {"method": "global", "worth": "sensitivity", "depth": "joint", "width": 36},
+    "allocate": {"method": "global", "worth": "sensitivity", "depth": "joint", "width": 36, "ratio": 0.4},
     "latency": {"tokens": 4, "widths": 2, "rounds": 1},
     "slice": {"repair": "local", "fisher_share": 0.5},
     "recover": {"method": "full", "top_k": 3, "tokens": 64},

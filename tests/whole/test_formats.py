@@ -13,6 +13,8 @@ import pytest
 import yaml
 from safetensors import safe_open
 
+from libprune.pipeline.params import load_params
+from libprune.pipeline.story import STEPS, working
 from libprune.statistics import latency
 from tests.support import documented, tiny
 from tests.support.closure import ROOT
@@ -54,6 +56,22 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def idle(run, tmp_path_factory) -> Path:
+    """A folder in which all stages have run that have nothing to do with the defaults."""
+    folder = tmp_path_factory.mktemp("idle")
+    params = tiny.write_params(folder / "params.yaml", "a model", "a text", hessian={"estimator": "none"})
+    (folder / "artifacts").mkdir()
+    (folder / "artifacts/architecture.json").write_bytes((run / "artifacts/architecture.json").read_bytes())
+    places = {"params": params, "artifacts": folder / "artifacts", "metrics": folder / "metrics"}
+    stages = sorted({*STEPS} - {*working(load_params(params))})
+    assert len(stages) == 10, stages
+    for stage in stages:
+        main = importlib.import_module(f"stages.{stage}").main
+        main(**{name: places[name] for name in inspect.signature(main).parameters})
+    return folder
+
+
+@pytest.fixture(scope="module")
 def architecture(run) -> dict:
     return json.loads((run / "artifacts/architecture.json").read_text())
 
@@ -79,6 +97,14 @@ def test_every_file_that_is_written_is_documented_and_every_documented_one_is_wr
     for section in SECTIONS:
         for row in section.tables.get("file", []):
             assert row["when"] or files(run, documented.Section(section.path + row["file"]))
+
+
+def test_stages_that_have_nothing_to_do_leave_no_empty_folder_and_no_file_that_is_not_documented(idle):
+    found = [path for folder in ("artifacts", "metrics") for path in (idle / folder).rglob("*")]
+    assert [path for path in found if path.is_dir() and not any(path.iterdir())] == []
+    written = {str(path.relative_to(idle)) for path in found if path.is_file()}
+    assert len(written) > 12
+    assert {path for path in written if documented.matching(path, SECTIONS) is None} == set()
 
 
 @pytest.mark.parametrize("section", with_table("column"))
