@@ -171,7 +171,7 @@ SETTINGS = {
     "`balanced`": {"preset": "balanced"},
     "`best`": {"preset": "best"},
 }
-_OWN = {"recover.method": "none", "compute.dtype": "bfloat16", "compute.device": "cpu"}
+_OWN = {"recover.method": "none", "compute.dtype": "bfloat16", "compute.device": "cpu", "compute.offload": "none"}
 _LARGE = {"prepare": "dense model", "gradients": "gradients", "activations": "activations", "slice": "pruned model"}
 _STAGES = ("gradients", "activations", "levels", "allocate", "slice", "recover", "evaluate")
 

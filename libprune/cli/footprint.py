@@ -422,7 +422,12 @@ def _targeted(one: Map, recover: Recover) -> bool:
     return targets == "all-linear" or any(f".{one.module}".endswith(f".{target}") for target in targets)
 
 
+def compute_device(compute: Compute) -> torch.device:
+    """The kind of device that passes run on, on this machine where the params leave it open."""
+    gpu = torch.cuda.is_available() if compute.device == "auto" else compute.device != "cpu"
+    return torch.device("cuda" if gpu else "cpu")
+
+
 def compute_dtype(compute: Compute) -> torch.dtype:
     """The type that passes are computed in, on this machine where the params leave it open."""
-    gpu = torch.cuda.is_available() if compute.device == "auto" else compute.device != "cpu"
-    return resolve_dtype(compute.dtype, torch.device("cuda" if gpu else "cpu"))
+    return resolve_dtype(compute.dtype, compute_device(compute))

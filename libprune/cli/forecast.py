@@ -17,12 +17,14 @@ from typing import Any
 import psutil
 import torch
 
-from libprune.cli.footprint import Footprint, compute_dtype, footprints
+from libprune.cli.footprint import Footprint, compute_device, compute_dtype, footprints
 from libprune.cli.inspection import dense_architecture
+from libprune.collection.offload import LIBRARIES, PassBytes, choose, pass_bytes
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
+from libprune.models.parallel import World
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import Params, load_params
 from libprune.pipeline.story import read_memory
@@ -42,8 +44,6 @@ _DECODED = 50
 """Measured: the time of a token that is decoded alone, in tokens of a prompt."""
 _DESCRIBED, _SOLVED = 28_000, 90
 """Measured: operations to describe a parameter of the dense model, and to fit a map, times its kept inputs cubed."""
-_LIBRARIES = 350_000_000
-"""Measured: bytes that Python and the libraries hold."""
 _MATRICES, _SECONDS = (1024, 2048, 2048), 0.3
 """Sizes of the measured product, and how long it is repeated."""
 
@@ -93,7 +93,7 @@ def forecast(
     chosen = [stage for stage in written if stage.stage in stages]
     scratch = max((max(2 * stage.sums, stage.checkpoints) for stage in chosen), default=0)
     disk = sum(stage.written for stage in chosen) + scratch
-    return Forecast(work, seconds, frozenset(known), (held.get(most, _LIBRARIES), most), disk)
+    return Forecast(work, seconds, frozenset(known), (held.get(most, LIBRARIES), most), disk)
 
 
 def works(architecture: Architecture, params: Params) -> dict[str, float]:
@@ -169,12 +169,13 @@ def memory(
     total, computed = architecture.total_parameters, compute_dtype(params.compute)
     weights, dense = total * computed.itemsize, total * stored.itemsize
     batch = max(params.compute.batch_tokens, params.tokenize.calibration_length)
-    logits = batch * architecture.sizes.get("vocab", 0) * 4
-    layer = batch * (16 * architecture.sizes["model"] + 8 * max(_widths(architecture))) * computed.itemsize
-    kept = layer * (1 if params.compute.gradient_checkpointing else architecture.layers)
-    if params.compute.offload != "none":
-        weights //= architecture.layers
+    needs = pass_bytes(architecture, batch, computed)
+    logits, layer = needs.logits, needs.layer
+    place = choose(params.compute, needs, compute_device(params.compute), World())
+    kept = layer + needs.states if params.compute.gradient_checkpointing or place != "none" else needs.kept
     sums = {stage.stage: stage.sums for stage in written}
+    if place == "disk":
+        return _on_disk(architecture, params, needs, written)
     trained = {stage.stage: stage.training for stage in written}
     held = {
         "prepare": round(2.4 * dense),
@@ -188,7 +189,30 @@ def memory(
         "export": 3 * dense,
         "evaluate": 2 * weights + 4 * logits + layer,
     }
-    return {stage: size + _LIBRARIES for stage, size in held.items()}
+    return {stage: size + LIBRARIES for stage, size in held.items()}
+
+
+def _on_disk(
+    architecture: Architecture, params: Params, needs: PassBytes, written: Sequence[Footprint]
+) -> dict[str, int]:
+    """Bytes that the processes hold with weights on disk, beside pages of files, which the system can drop."""
+    forward = needs.layer + round(2.5 * needs.logits)
+    backward = needs.layer + needs.states + 4 * needs.logits
+    fitted = 4 * torch.float64.itemsize * max(_widths(architecture)) ** 2
+    training = next((stage.training for stage in written if stage.stage == "recover"), 0)
+    held = {
+        "prepare": needs.made,
+        "gradients": max(backward, needs.made),
+        "hessian": max(backward, needs.made),
+        "activations": max(forward, needs.made),
+        **dict.fromkeys(("ablation", "sensitivity", "depth"), forward + 2 * needs.logits),
+        **dict.fromkeys(("levels", "allocate"), max(fitted, forward + 2 * needs.logits)),
+        "width": max(fitted, forward + 2 * needs.logits),
+        "slice": max(fitted, LIBRARIES),
+        "recover": training + round(4.5 * needs.logits) + needs.kept,
+        "evaluate": forward + 2 * needs.logits,
+    }
+    return {stage: size + LIBRARIES for stage, size in held.items()}
 
 
 def measured_rate(params: Params) -> float:

@@ -97,7 +97,7 @@ class Calibration(Run[Sequences]):
         return self.compute.gradient_checkpointing or self.compute.offload != "none"
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The same numbers for later, on disk where the weights are, or else as they are."""
+        """A tensor that waits for later: on disk where the weights are, or else where it is."""
         return on_disk(tensor.cpu(), self.work) if self.compute.offload == "disk" else tensor
 
 

@@ -29,6 +29,7 @@ class PassBytes:
         states: the inputs of all layers.
         kept: what backward keeps of all layers, where these are not computed again.
         logits: the logits, in float32.
+        made: three tensors in float64 of the largest part of a layer, of which tables are made.
     """
 
     weights: int
@@ -36,6 +37,7 @@ class PassBytes:
     states: int
     kept: int
     logits: int
+    made: int
 
 
 def pass_bytes(architecture: Architecture, tokens: int, dtype: torch.dtype) -> PassBytes:
@@ -47,12 +49,14 @@ def pass_bytes(architecture: Architecture, tokens: int, dtype: torch.dtype) -> P
     widest = max(one.input.size(architecture.sizes) for one in consumers)
     model, size = architecture.sizes["model"], tokens * dtype.itemsize
     layer = size * (16 * model + 8 * widest)
+    parts = (sum(map(architecture.numel, architecture.parameters_of(*block))) for block in architecture.blocks())
     return PassBytes(
         weights=architecture.total_parameters * dtype.itemsize,
         layer=layer,
         states=size * model * architecture.layers,
         kept=layer * architecture.layers,
         logits=tokens * architecture.sizes.get("vocab", 0) * torch.float32.itemsize,
+        made=3 * torch.float64.itemsize * max(parts),
     )
 
 
@@ -97,14 +101,17 @@ def settle(compute: Compute, needs: PassBytes, device: torch.device, world: Worl
     Returns:
         The params, with `offload` as `none`, `cpu` or `disk`.
     """
-    if compute.offload != "auto":
-        return compute
-    kept, free = _kept(compute, needs), _free(device, world)
-    whole, chosen = needs.weights + kept, choose(compute, needs, device, world)
-    if world.first:
-        where = {"none": "are in memory", "cpu": "are in the memory of the host", "disk": "are read from disk"}[chosen]
+    chosen = choose(compute, needs, device, world)
+    if compute.offload == "auto" and world.first:
+        kept = _kept(compute, needs)
         note(
-            f"compute.offload: auto is {chosen}: weights of {gigabytes(needs.weights)} {where}; with up to "
-            f"{gigabytes(kept)} of activations they would take {gigabytes(whole)} of {gigabytes(free)} that are free"
+            f"compute.offload: auto is {chosen}: weights of {gigabytes(needs.weights)} and up to {gigabytes(kept)} of "
+            f"activations, where {gigabytes(_free(device, world))} are free"
+        )
+    if chosen == "disk" and world.first:
+        note(
+            f"weights are read from disk; a pass holds {gigabytes(LIBRARIES)} of libraries, {gigabytes(needs.layer)} "
+            f"of one layer, {gigabytes(needs.states)} of states before all layers where it goes back, and up to "
+            f"{gigabytes(4 * needs.logits)} of logits; tables of a layer take {gigabytes(needs.made)}"
         )
     return compute.model_copy(update={"offload": chosen})

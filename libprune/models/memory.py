@@ -95,7 +95,8 @@ class _Arrays:
         self._numbers, self._folder = numbers, folder
 
     def copy(self, array: Any) -> Any:
-        return on_disk(torch.from_numpy(array), self._folder).numpy()
+        own = array if array.flags.writeable else array.copy()
+        return on_disk(torch.from_numpy(own), self._folder).numpy()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._numbers, name)

@@ -48,7 +48,7 @@ DEMO_MEMORY = {
 def demo():
     """The description of the demo's model, and the params that ship with the project, in bfloat16."""
     params = load_params(SHIPPED)
-    compute = params.compute.model_copy(update={"dtype": "bfloat16", "device": "cpu"})
+    compute = params.compute.model_copy(update={"dtype": "bfloat16", "device": "cpu", "offload": "none"})
     return describe(without_weights(SMOLLM2)), params.model_copy(update={"compute": compute})
 
 

@@ -28,7 +28,7 @@ from libprune.pipeline.sections import Compute
 from tests.support.measured import LENGTH, SEQUENCES, write_project
 from tests.support.models import FAMILIES, tokens
 
-CPU = Compute(device="cpu", dtype="float32", batch_tokens=3 * LENGTH)
+CPU = Compute(device="cpu", dtype="float32", batch_tokens=3 * LENGTH, offload="none")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
 from libprune.models import memory
 from libprune.models.compute import sequence_losses
+from libprune.models.folder import load_model
 from libprune.models.sequences import Sequences
 from tests.support.models import FAMILIES, tokens
 
@@ -45,6 +47,86 @@ def test_recomputed_layers_give_the_same_gradients(family):
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(), (3, 5), (0, 4)])
+def test_a_tensor_on_disk_is_the_tensor_and_leaves_no_file(dtype, shape, tmp_path):
+    tensor = torch.randint(0, 2, shape).to(dtype)
+    kept = memory.on_disk(tensor.expand(2, *shape).mT if len(shape) == 2 else tensor, tmp_path / "new")
+    expected = tensor.expand(2, *shape).mT if len(shape) == 2 else tensor
+    assert torch.equal(kept, expected)
+    assert (kept.dtype, kept.shape) == (expected.dtype, expected.shape)
+    assert list(tmp_path.rglob("*")) in ([], [tmp_path / "new"])
+    assert memory._mapped(kept) == bool(tensor.numel())
+    assert not memory._mapped(tensor.clone())
+
+
+def test_writing_to_weights_on_disk_leaves_the_files_as_they_were(tmp_path):
+    FAMILIES["llama"](0).save_pretrained(tmp_path / "model")
+    before = (tmp_path / "model/model.safetensors").read_bytes()
+    model = load_model(tmp_path / "model", torch.float32, scratch=tmp_path / "scratch")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (tmp_path / "model/model.safetensors").read_bytes() == before
+    again = load_model(tmp_path / "model", torch.float32)
+    assert any(parameter.any() for parameter in again.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama_mha", "mixtral", "gpt_oss", "bert_classifier"])
+def test_every_weight_is_mapped_whatever_transformers_has_to_convert(name, tmp_path):
+    """Another type, experts that are published one by one, and a head of its own."""
+    FAMILIES[name](0).save_pretrained(tmp_path / "model")
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = load_model(tmp_path / "model", dtype)
+        model = load_model(tmp_path / "model", dtype, scratch=tmp_path / "scratch")
+        found, tensors = dict(model.named_parameters()), dict(expected.named_parameters())
+        assert found.keys() == tensors.keys(), "what is tied is tied"
+        assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+        assert all(memory._mapped(parameter) for parameter in found.values())
+        assert list((tmp_path / "scratch").iterdir() if (tmp_path / "scratch").exists() else []) == []
+
+
+def test_transformers_loads_as_before_afterwards(tmp_path):
+    put = memory.core_model_loading.set_param_for_module
+    with memory.loading_on_disk(tmp_path):
+        assert memory.core_model_loading.set_param_for_module is not put
+        assert memory.os.environ["HF_DEACTIVATE_ASYNC_LOAD"] == "1"
+    assert memory.core_model_loading.set_param_for_module is put
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in memory.os.environ
+    assert memory.modeling_gguf_pytorch_utils.np is np
+
+
+def test_dequantised_tensors_of_a_gguf_file_lie_on_disk(tmp_path):
+    array = np.arange(12.0).reshape(3, 4)
+    array.flags.writeable = False
+    with memory.loading_on_disk(tmp_path):
+        copy = memory.modeling_gguf_pytorch_utils.np.copy(array)
+        assert memory.modeling_gguf_pytorch_utils.np.pi == np.pi
+    assert memory._mapped(torch.from_numpy(copy))
+    assert (copy == array).all()
+
+
+GROUPS = {
+    "first": ("7:memory:/a/b\n3:cpu:/\n", "memory", "limit_in_bytes", "usage_in_bytes", "total_"),
+    "second": ("0::/a/b\n", "", "max", "current", ""),
+}
+
+
+@pytest.mark.parametrize("version", GROUPS)
+def test_the_tightest_control_group_limits_the_free_memory(version, tmp_path):
+    names, hierarchy, limit, used, prefix = GROUPS[version]
+    (tmp_path / "cgroup").write_text(names)
+    for folder, most, taken in (("a", "max" if version == "second" else 1 << 62, 900), ("a/b", 1000, 700)):
+        home = tmp_path / "mounted" / hierarchy / folder
+        home.mkdir(parents=True)
+        (home / f"memory.{limit}").write_text(f"{most}\n")
+        (home / f"memory.{used}").write_text(f"{taken}\n")
+        (home / "memory.stat").write_text(f"anon 9\n{prefix}inactive_file 200\n{prefix}active_file 50\n")
+    found = list(memory._left_in_groups(tmp_path / "cgroup", tmp_path / "mounted"))
+    assert min(found) == 1000 - 700 + 250
+    assert list(memory._left_in_groups(tmp_path / "missing", tmp_path)) == []
 
 
 def test_half_of_the_free_memory_may_be_taken(monkeypatch):
