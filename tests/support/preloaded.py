@@ -1,4 +1,4 @@
-"""A `python` whose programs are forks of one process that has imported torch and transformers.
+"""A `python` whose programs are forks of one process that has imported torch, transformers and what else is large.
 
 Each saves the 6 s of CPU that the imports take. Of libprune nothing is imported, and a program sees only what its
 folder and its PYTHONPATH hold. In all else it is a process of its own: arguments, environment, working folder, standard
@@ -48,7 +48,10 @@ with socket.socket(socket.AF_UNIX) as connection:
 SERVER = """
 import atexit, gc, json, os, runpy, select, signal, socket, sys, threading
 from contextlib import suppress
-import datasets, torch, transformers.models.llama.modeling_llama
+os.environ["MPLBACKEND"] = "agg"
+import datasets, gguf, jaxtyping, matplotlib.backends.backend_agg, matplotlib.figure, pydantic, scipy.optimize
+import scipy.stats, torch, transformers.models.llama.modeling_llama, typer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 sys.path[:] = [path for path in sys.path if path and path != sys.argv[1]]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 assert "libprune" not in sys.modules
