@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,16 @@ def python(tmp_path_factory) -> Iterator[Path]:
 def quick_proof(monkeypatch, python) -> None:
     """The process that loads a pruned model is a fork; where not asked for, it begins from nothing."""
     monkeypatch.setattr(sys, "executable", str(python))
+
+
+@pytest.fixture(scope="module")
+def by_forks(python) -> Callable[[], AbstractContextManager[None]]:
+    """What `quick_proof` does, as a context for the fixtures of a module."""
+
+    @contextmanager
+    def forks() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", str(python))
+            yield
+
+    return forks
