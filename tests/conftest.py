@@ -5,6 +5,7 @@ wrapper is slow, and the others by beartype alone.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -53,6 +54,11 @@ settings.load_profile("libprune")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files are shared out over the processes; those that take longest go first."""
     items.sort(key=lambda item: (item.path.stem != "test_pipeline", item.path.parent.name not in {"whole", "recovery"}))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and cases stay to the end, so that no search for garbage needs to go through them again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
