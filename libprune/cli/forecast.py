@@ -24,6 +24,7 @@ from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
+from libprune.models.memory import fits_in_memory
 from libprune.models.parallel import World
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import Params, load_params
@@ -197,14 +198,21 @@ def _on_disk(
 ) -> dict[str, int]:
     """Bytes that the processes hold with weights on disk, beside pages of files, which the system can drop."""
     forward = needs.layer + round(2.5 * needs.logits)
-    backward = needs.layer + needs.states + 4 * needs.logits
+    backward = needs.layer + needs.states + 3 * needs.logits
+    states, mapped = {stage.stage: stage.sums for stage in written}, params.compute.sums
+    sums = {
+        stage: size if mapped == "memory" or (mapped == "auto" and fits_in_memory(size)) else 0
+        for stage, size in states.items()
+    }
+    read = 2 * torch.float32.itemsize * max(map(architecture.numel, architecture.parameters))
+    dequantised = read if params.prepare.model.endswith(".gguf") else 0
     fitted = 4 * torch.float64.itemsize * max(_widths(architecture)) ** 2
     training = next((stage.training for stage in written if stage.stage == "recover"), 0)
     held = {
-        "prepare": needs.made,
-        "gradients": max(backward, needs.made),
-        "hessian": max(backward, needs.made),
-        "activations": max(forward, needs.made),
+        "prepare": needs.made + dequantised,
+        "gradients": max(backward, needs.made) + sums["gradients"],
+        "hessian": max(backward, needs.made) + sums["hessian"],
+        "activations": max(needs.layer, needs.made) + sums["activations"],
         **dict.fromkeys(("ablation", "sensitivity", "depth"), forward + 2 * needs.logits),
         **dict.fromkeys(("levels", "allocate"), max(fitted, forward + 2 * needs.logits)),
         "width": max(fitted, forward + 2 * needs.logits),

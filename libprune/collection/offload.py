@@ -112,6 +112,6 @@ def settle(compute: Compute, needs: PassBytes, device: torch.device, world: Worl
         note(
             f"weights are read from disk; a pass holds {gigabytes(LIBRARIES)} of libraries, {gigabytes(needs.layer)} "
             f"of one layer, {gigabytes(needs.states)} of states before all layers where it goes back, and up to "
-            f"{gigabytes(4 * needs.logits)} of logits; tables of a layer take {gigabytes(needs.made)}"
+            f"{gigabytes(3 * needs.logits)} of logits; tables of a layer take {gigabytes(needs.made)}"
         )
     return compute.model_copy(update={"offload": chosen})
