@@ -103,7 +103,9 @@ def measure(work: Path, name: str) -> None:
     known = {(row["model"], row["stage"]) for row in read_rows(work / "rows.jsonl")}
     folder = work / name
     if not (folder / "params.yaml").exists():
-        write_project(folder, name)
+        words = "import sys, pathlib, bench.scaling as s; s.write_project(pathlib.Path(sys.argv[1]), sys.argv[2])"
+        folder.mkdir(parents=True)
+        run(folder, ["-c", words, str(folder), name])  # a process that had held the model would hand its peak on
     for stage in ("imports", *STAGES):
         if (name, stage) in known:
             continue
