@@ -9,10 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+from libprune.models.compute import rows_at_once
 from libprune.models.sequences import NO_TARGET
 
-_CHUNK = 1 << 25
-"""Largest number of logits whose probabilities are in memory at once."""
 _LEAST = 1e-6
 """Probability below which what is left beside the largest predictions counts as so much."""
 
@@ -106,22 +105,23 @@ class _InParts(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, theirs: Tensor | TopPredictions, wanted: Tensor, counted: Tensor, *given: float
     ) -> Tensor:
-        size, total, gradients = max(1, _CHUNK // rows.shape[-1]), torch.zeros((), device=rows.device), []
+        size, total, gradient = rows_at_once(rows), torch.zeros((), device=rows.device), None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(rows, dtype=_kept(rows.dtype), requires_grad=False)
         for first in range(0, len(rows), size):
             here = slice(first, first + size)
             with torch.enable_grad():
                 part = rows[here].detach().float().requires_grad_(ctx.needs_input_grad[0])
                 loss = _part_loss(part, _rows(theirs, here), wanted[here], counted[here], *given)
-            if ctx.needs_input_grad[0]:
-                gradients += [one.to(_kept(rows.dtype)) for one in torch.autograd.grad(loss, part)]
+            if gradient is not None:
+                gradient[here] = torch.autograd.grad(loss, part)[0]
             total = total + loss.detach()
-        ctx.gradients, ctx.dtype = gradients, rows.dtype
+        ctx.gradient, ctx.dtype = gradient, rows.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = torch.cat([(outer * one).to(ctx.dtype) for one in ctx.gradients])
-        return gradient, None, None, None, None, None
+        return (outer * ctx.gradient).to(ctx.dtype), None, None, None, None, None
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:

@@ -126,7 +126,8 @@ class _Run:
             return StoredTeacher(require(self.layout.teacher, "teacher"), origin)
         read_about(require(self.layout.teacher, "teacher"), self.origin)
         where = (self.layout, self.architecture, self.params, self.compute, self.world, self.device, self.dtype)
-        return LiveTeacher(load_teacher(*where), hidden=self.params.hidden_states > 0)
+        first = len(self.sequences) - self.text["held_out"]
+        return LiveTeacher(load_teacher(*where), hidden=self.params.hidden_states > 0, held_out=first)
 
     def training(self) -> Training:
         """The training, with the teacher in memory."""

@@ -6,6 +6,7 @@ via Speculative Decoding, arXiv 2211.17192.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from libprune.models.compute import passes_with_bar
+from libprune.models.compute import KeptLogits, logits_losses, passes_with_bar, rows_at_once
 from libprune.models.sequences import Sequences
 from libprune.pipeline.terminal import Bar
-from libprune.results.perplexity import estimate_mean
+from libprune.results.perplexity import Losses, estimate_mean
 
 LONGEST = 16
 """The most tokens of a draft that are looked at."""
-_PART = 1 << 24
-"""Largest number of probabilities of each model that are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +37,49 @@ class Overlap:
     agreed: Float[np.ndarray, " windows"]
 
 
-def window_overlaps(
-    dense: PreTrainedModel, draft: PreTrainedModel, windows: Sequences, batch_tokens: int, label: str | Bar
-) -> Overlap:
-    """Compare the predictions of two models at each position of the windows; each runs once over all of them.
+class Beside:
+    """The dense model and the windows on which other models are read beside it.
 
     Args:
         dense: the dense model.
-        draft: a model with the same vocabulary, on the same device.
         windows: the evaluation windows.
         batch_tokens: the most tokens in a pass.
-        label: text of the progress bar, or a bar of more than these passes.
     """
-    accepted, agreed, device = list[Tensor](), list[Tensor](), next(dense.parameters()).device
-    with torch.no_grad():
-        for batch in passes_with_bar(windows, batch_tokens, device, label):
-            logits = [model(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1) for model in (dense, draft)]
-            parts = zip(*(one.split(max(1, _PART // one.shape[-1])) for one in logits), strict=True)
-            chances, same = zip(*(predictions_overlap(*part) for part in parts), strict=True)
-            accepted.append(torch.cat(chances).double().view(len(batch), -1).mean(1).cpu())
-            agreed.append(torch.cat(same).double().view(len(batch), -1).mean(1).cpu())
-    return Overlap(torch.cat(accepted).numpy(), torch.cat(agreed).numpy())
+
+    def __init__(self, dense: PreTrainedModel, windows: Sequences, batch_tokens: int) -> None:
+        self._dense, self._windows, self._batch_tokens, self._kept = dense, windows, batch_tokens, KeptLogits()
+
+    def read(self, model: PreTrainedModel, label: str | Bar) -> tuple[Losses, Overlap | None]:
+        """Run a model once over the windows: its losses, and how far its predictions are the dense model's.
+
+        The dense model runs for that only where its logits are not kept.
+
+        Args:
+            model: the dense model itself, or one with the same vocabulary on the same device.
+            label: text of the progress bar, or a bar of more than these passes.
+
+        Returns:
+            The losses by window, as `window_losses` gives them, and the overlap; None of the dense model with itself.
+        """
+        losses, accepted, agreed = list[Tensor](), list[Tensor](), list[Tensor]()
+        passes = passes_with_bar(self._windows, self._batch_tokens, model.device, label)
+        with torch.no_grad():
+            for number, batch in enumerate(passes):
+                dense = self._kept.of(number, partial(_logits, self._dense, batch))
+                logits = dense if model is self._dense else _logits(model, batch)
+                losses.append(logits_losses(logits, batch).double().cpu())
+                if model is not self._dense:
+                    parts = (one.flatten(0, 1).split(rows_at_once(one)) for one in (dense, logits))
+                    chances, same = zip(*(predictions_overlap(*part) for part in zip(*parts, strict=True)), strict=True)
+                    accepted.append(torch.cat(chances).double().view(len(batch), -1).mean(1).cpu())
+                    agreed.append(torch.cat(same).double().view(len(batch), -1).mean(1).cpu())
+        overlap = Overlap(torch.cat(accepted).numpy(), torch.cat(agreed).numpy()) if accepted else None
+        return torch.cat(losses).numpy(), overlap
+
+
+def _logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
+    logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits
+    return logits
 
 
 def predictions_overlap(

@@ -25,7 +25,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Evaluate
 from libprune.pipeline.terminal import Bar
 from libprune.results.continuations import Beginnings, choose_beginnings, decode_greedily, show_continuations
-from libprune.results.draft import Overlap, draft_figures, window_overlaps
+from libprune.results.draft import Beside, Overlap, draft_figures
 from libprune.results.perplexity import Losses, accuracy, estimate_perplexity, estimate_ratio, label_hits, window_losses
 from libprune.results.record import read_recovered, read_whole
 from libprune.results.routing import Choices, routing_changes, watched
@@ -161,43 +161,44 @@ class _Run:
         """Measure all models, and time the dense and the pruned one alternately; at most two are in memory at once."""
         with Bar(total=self.steps, desc="evaluate", unit="step") as bar:
             dense = self.load(self.layout.model)
-            measured = {"dense": self.measure("dense", dense, bar)}
+            beside = Beside(dense, self.windows, self.compute.batch_tokens)
+            measured = {"dense": self.measure("dense", dense, bar, beside)}
             pruned = self.load(self.layout.pruned)
-            measured["pruned"] = self.measure("pruned", pruned, bar, beside=dense)
+            measured["pruned"] = self.measure("pruned", pruned, bar, beside)
             bar.set_description("evaluate: speed", refresh=False)
             prompt = self.windows.ids.reshape(1, -1)[:, : self.prompt_tokens].to(self.device)
             speed = compare_speed(dense, pruned, prompt, self.decode_tokens, self.params.rounds, bar.update)
             del pruned
             if self.recovered is not None:
-                measured["recovered"] = self.measure("recovered", self.load(self.layout.recovered), bar, beside=dense)
+                measured["recovered"] = self.measure("recovered", self.load(self.layout.recovered), bar, beside)
         return measured, speed
 
     @property
     def steps(self) -> int:
-        """How often the progress bar moves: a window that one model reads, or that two are compared on; a round of
-        timing; and the continuations of a model.
-        """
+        """How often the progress bar moves: a window that a model reads, a round of timing, a model's continuations."""
         others, windows = 1 + (self.recovered is not None), len(self.windows)
         reading = 1 + (self.architecture.head == "sequence_classification")
         writing = self.writes and len(self.beginnings.windows) > 0
-        return (1 + others) * (reading * windows + writing) + self.writes * others * windows + self.params.rounds + 1
+        return (1 + others) * (reading * windows + writing) + self.params.rounds + 1
 
-    def measure(self, name: str, model: PreTrainedModel, bar: Bar, beside: PreTrainedModel | None = None) -> _Measured:
+    def measure(self, name: str, model: PreTrainedModel, bar: Bar, beside: Beside) -> _Measured:
         """Measure the losses of a model and its accuracies, and let it continue the beginnings.
 
         Args:
             name: of the model.
             model: on the device.
             bar: goes on with every window, and with the continuations.
-            beside: the dense model, whose predictions those of the model are compared with.
+            beside: the dense model, whose predictions those of a model that writes are compared with.
         """
         params, tokens, tasks = self.params, self.compute.batch_tokens, dict[str, dict[str, float]]()
         bar.set_description(f"evaluate: {name}", refresh=False)
-        losses, embeddings, beginnings = np.zeros(0), None, self.beginnings
-        plan = self.plan if beside is not None else Plan.dense(self.architecture)
+        losses, embeddings, overlap, beginnings = np.zeros(0), None, None, self.beginnings
+        plan = Plan.dense(self.architecture) if name == "dense" else self.plan
         with watched(model, self.architecture, plan) as choices:
             if self.embeds:
                 embeddings = window_embeddings(model, self.windows, tokens, bar)
+            elif self.writes:
+                losses, overlap = beside.read(model, bar)
             else:
                 losses = window_losses(model, self.windows, tokens, bar)
         if params.tasks:
@@ -205,13 +206,11 @@ class _Run:
             tasks = zero_shot(model, self.tokenizer, *given)
         if self.architecture.head == "sequence_classification":
             tasks = {"labels": accuracy(label_hits(model, self.windows, tokens, bar))}
-        length, overlap = beginnings.prompts.shape[1], None
+        length = beginnings.prompts.shape[1]
         written = np.zeros((0, length), np.int64)
         if self.writes and len(beginnings.windows):
             written = decode_greedily(model, beginnings.prompts, length)
             bar.update()
-        if self.writes and beside is not None:
-            overlap = window_overlaps(beside, model, self.windows, tokens, bar)
         return _Measured(losses, embeddings, tasks, written, overlap, choices)
 
 

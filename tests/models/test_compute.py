@@ -92,6 +92,22 @@ def test_the_loss_is_the_mean_over_the_targets_of_every_sequence(family):
         torch.testing.assert_close(asked[row], cross_entropy(logits[row, [1, 4]], targets[row, [1, 4]]))
 
 
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_losses_their_gradient_and_its_derivative_do_not_depend_on_the_parts(size, monkeypatch):
+    monkeypatch.setattr(compute, "rows_at_once", lambda _: size)
+    sequences = Sequences(tokens(2, 5))
+    logits = torch.randn(2, 5, VOCAB, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    direction, found = torch.randn(2, 5, VOCAB, generator=torch.Generator().manual_seed(1)), []
+    whole = logits.flatten(0, 1)
+    wanted = cross_entropy(whole, sequences.predicted.flatten(), ignore_index=NO_TARGET, reduction="none")
+    for losses in (compute.logits_losses(logits, sequences), wanted.view(2, -1).sum(1) / sequences.counted):
+        (gradient,) = torch.autograd.grad(losses.dot(torch.tensor([1.0, 2.0])), logits, create_graph=True)
+        (second,) = torch.autograd.grad((gradient * direction).sum(), logits)
+        found.append((losses, gradient, second))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_losses_of_a_half_precision_model_are_float32():
     model = FAMILIES["llama"](0).bfloat16()
     with torch.no_grad():

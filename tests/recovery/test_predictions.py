@@ -90,6 +90,18 @@ def test_a_live_teacher_says_what_the_model_does_and_hidden_states_if_asked():
     assert LiveTeacher(model, hidden=False).predict(torch.tensor([0, 1]), model_inputs(ids, None)).hidden == ()
 
 
+def test_a_live_teacher_runs_once_over_held_out_sequences():
+    model, ids, calls = FAMILIES["llama"](0), tokens(4, 5), []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    teacher, found = LiveTeacher(model, hidden=False, held_out=2), []
+    for rows in ([0, 1], [2, 3], [2, 3], [0, 1], [3, 1]):
+        found.append(teacher.predict(torch.tensor(rows), model_inputs(ids[rows], None)).predictions)
+    handle.remove()
+    assert len(calls) == 4
+    assert torch.equal(found[1], found[2])
+    assert torch.equal(found[0], found[3])
+
+
 def test_a_mask_covers_the_tokens_of_each_sequence():
     ids = torch.zeros(2, 4, dtype=torch.long)
     assert attention_mask(Sequences(ids)) is None

@@ -1,6 +1,7 @@
 """Drafts: acceptance against its definition, and the expected speed-up against speculative sampling itself."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,17 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from libprune.models.compute import KeptLogits
 from libprune.models.sequences import Sequences
 from libprune.results import draft
 from libprune.results.draft import (
     LONGEST,
+    Beside,
     Overlap,
     draft_figures,
     expected_speedup,
     predictions_overlap,
-    window_overlaps,
 )
-from tests.support.models import FAMILIES, tokens
+from libprune.results.perplexity import window_losses
+from tests.support.models import FAMILIES, VOCAB, tokens
 
 WINDOWS, LENGTH = 5, 12
 chances = st.floats(0, 1)
@@ -55,18 +58,35 @@ def test_acceptance_is_whole_of_a_model_with_itself_and_the_same_either_way(seed
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 2 * LENGTH, 100 * LENGTH])
-@pytest.mark.parametrize("part", [1, 37 * 5, 1 << 24])
-def test_overlaps_of_windows_are_those_of_their_positions_whatever_the_batch_and_the_part(
-    monkeypatch, part, batch_tokens
+@pytest.mark.parametrize(("rows", "most"), [(1, 0), (37, 1 << 30), (1000, 2 * LENGTH * VOCAB * 4)])
+def test_overlaps_of_windows_are_those_of_their_positions_whatever_is_done_at_once_and_kept(
+    monkeypatch, rows, most, batch_tokens
 ):
-    monkeypatch.setattr(draft, "_PART", part)
+    monkeypatch.setattr(draft, "rows_at_once", lambda _: rows)
+    monkeypatch.setattr(draft, "KeptLogits", partial(KeptLogits, most))
     dense, other, ids = FAMILIES["llama"](0), FAMILIES["mistral"](1), tokens(WINDOWS, LENGTH)
     with torch.no_grad():
         p, q = (model(input_ids=ids).logits.double().softmax(-1).numpy() for model in (dense, other))
-    found = window_overlaps(dense, other, Sequences(ids), batch_tokens, "windows")
+    windows = Sequences(ids)
+    beside = Beside(dense, windows, batch_tokens)
+    assert beside.read(dense, "windows")[1] is None
     accepted = [np.mean([np.minimum(p[w, t], q[w, t]).sum() for t in range(LENGTH)]) for w in range(WINDOWS)]
-    np.testing.assert_allclose(found.accepted, accepted, rtol=1e-5)
-    np.testing.assert_array_equal(found.agreed, (p.argmax(-1) == q.argmax(-1)).mean(1))
+    for _ in range(2):
+        losses, found = beside.read(other, "windows")
+        np.testing.assert_allclose(losses, window_losses(other, windows, batch_tokens, "windows"), rtol=1e-6)
+        assert found is not None
+        np.testing.assert_allclose(found.accepted, accepted, rtol=1e-5)
+        np.testing.assert_array_equal(found.agreed, (p.argmax(-1) == q.argmax(-1)).mean(1))
+
+
+def test_the_dense_model_runs_once_over_the_windows():
+    dense, other, calls = FAMILIES["llama"](0), FAMILIES["mistral"](1), []
+    handle = dense.register_forward_hook(lambda *_: calls.append(1))
+    beside = Beside(dense, Sequences(tokens(WINDOWS, LENGTH)), 2 * LENGTH)
+    for model in (dense, other, other):
+        beside.read(model, "windows")
+    handle.remove()
+    assert len(calls) == 3
 
 
 # Speed-up
