@@ -158,7 +158,7 @@ def _narrowing(architecture: Architecture, params: Params) -> int:
 
 
 def _consumers(architecture: Architecture) -> list[tuple[int, int, int]]:
-    """Of each map that reads prunable units: its inputs, how often a token meets it, and how many copies it has.
+    """By map that reads prunable units: its inputs, how often a token meets it, and how many copies it has.
 
     Only a stack of experts has several copies; inputs are then those of one expert.
     """

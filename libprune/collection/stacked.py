@@ -64,6 +64,9 @@ class Stacked(Statistic):
 
     def finish(self, state: State) -> dict[str, Tensor]:
         """The tensors of each expert, stacked."""
+        if state[_ROWS].is_meta:  # shapes alone are asked for, and hundreds of experts have the same
+            first = self.each.finish(self._one(state, 0))
+            return {name: tensor.new_empty(self.copies, *tensor.shape) for name, tensor in first.items()}
         each = [self.each.finish(self._one(state, copy)) for copy in range(self.copies)]
         stacked = {name: torch.stack([one[name] for one in each]) for name in each[0]}
         seen = state[_ROWS] > 0
