@@ -5,11 +5,13 @@ wrapper is slow, and the others by beartype alone.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path.stem != "test_pipeline", item.path.parent.name not in {"whole", "recovery"}))
 
 
+def pytest_collection_finish() -> None:
+    """Modules and cases stay to the end, so that no search for garbage needs to go through them again."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def python(tmp_path_factory) -> Iterator[Path]:
     """A `python` whose programs need no time for the imports of torch and transformers."""
@@ -66,3 +73,16 @@ def python(tmp_path_factory) -> Iterator[Path]:
 def quick_proof(monkeypatch, python) -> None:
     """The process that loads a pruned model is a fork; where not asked for, it begins from nothing."""
     monkeypatch.setattr(sys, "executable", str(python))
+
+
+@pytest.fixture(scope="module")
+def by_forks(python) -> Callable[[], AbstractContextManager[None]]:
+    """What `quick_proof` does, as a context for the fixtures of a module."""
+
+    @contextmanager
+    def forks() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", str(python))
+            yield
+
+    return forks

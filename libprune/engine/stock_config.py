@@ -1,5 +1,6 @@
 """What the Hugging Face config of a family can say: which keys are known, which sizes and biases they allow."""
 
+import json
 import random
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -154,7 +155,7 @@ def new_config(
             data[key] = sum(layer < data[key] for layer in layers)
     data |= {key: value for key, value in family.config.written.items() if key in data}
     try:
-        return type(config).from_dict(whole)
+        return type(config)(**whole)  # `from_dict` does the same, and then makes a text of all keys for the log
     except Exception as error:  # the strict config classes raise their own, undocumented types
         raise NotExpressibleError(f"{type(config).__name__} refuses the pruned shape: {_last_line(error)}") from error
 
@@ -163,9 +164,25 @@ def expressible(family: Family, config: PreTrainedConfig, sizes: dict[str, int],
     """The counts of an axis, 1 to its size, that a stock config of the family can say; None if any.
 
     The config class itself is asked. On a long axis some counts are asked first, and if none of
-    them is refused the rest is taken as said; writing the pruned config asks again.
+    them is refused the rest is taken as said; writing the pruned config asks again. The answers of
+    the last models are kept, since one process describes the same model several times.
     """
+    own = family.sized(config)
+    told = json.dumps([own.to_dict(), sizes, axis], sort_keys=True, default=str)
+    asked = family.model_dump_json(), type(own), told
+    if asked not in _SAID:
+        if len(_SAID) >= _KEPT:
+            del _SAID[next(iter(_SAID))]
+        _SAID[asked] = _counts(family, config, sizes, axis)
+    return _SAID[asked]
 
+
+_KEPT = 1_000
+_SAID: dict[tuple[str, type, str], tuple[int, ...] | None] = {}
+"""What was said of an axis, by the family, the class of the config, and its values."""
+
+
+def _counts(family: Family, config: PreTrainedConfig, sizes: dict[str, int], axis: str) -> tuple[int, ...] | None:
     def fits(count: int) -> bool:
         return _fits(family, config, {**sizes, axis: count})
 

@@ -12,9 +12,10 @@ from tests.support.recovering import short, write_pruned_layout
 
 
 @pytest.fixture(scope="module", params=[("llama", "uniform"), ("gpt2", "holes")], ids=str)
-def record(request, tmp_path_factory):
+def record(request, tmp_path_factory, by_forks):
     """Tied and stock, and with layers of several widths and a modeling file."""
-    layout = write_pruned_layout(tmp_path_factory.mktemp("pruned"), *request.param)
+    with by_forks():
+        layout = write_pruned_layout(tmp_path_factory.mktemp("pruned"), *request.param)
     return read_record(layout.pruned)
 
 

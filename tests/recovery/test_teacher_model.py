@@ -16,12 +16,13 @@ STAGES = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablatio
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(tmp_path_factory, by_forks):
     """A sliced tiny project, and beside it another model with the same vocabulary, whose predictions are sharper."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("project")
-    tiny.write_project(folder, [*STAGES, "latency", "allocate", "slice"])
+    with by_forks():
+        tiny.write_project(folder, [*STAGES, "latency", "allocate", "slice"])
     other = tiny.write_model(folder / "other")
     weights = load_file(other / "model.safetensors")
     save_file(weights | {"model.norm.weight": 8 * torch.ones(48)}, other / "model.safetensors", {"format": "pt"})

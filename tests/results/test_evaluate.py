@@ -33,14 +33,13 @@ SHORT = Evaluate(prompt_tokens=8, decode_tokens=2, rounds=1, continuations=2, co
 
 
 @pytest.fixture(scope="module")
-def layout(tmp_path_factory, python) -> Layout:
+def layout(tmp_path_factory, by_forks) -> Layout:
     """A project with a pruned model, a recovered one, and evaluation windows."""
     layout = write_project(tmp_path_factory.mktemp("project"))
     architecture = read_architecture(layout)
     write_plan(layout.plan, architecture, random_plan(architecture, "uniform"), "uniform")
     layout.pruned.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.executable", str(python))
+    with by_forks():
         prune(layout, layout.pruned, COMPUTE, Slice(repair="none"))
     write_trained(layout.pruned, layout.recovered)
     text = read_tokens(layout.calibration_tokens, architecture.fingerprint)[1]["tokens"]

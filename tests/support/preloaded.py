@@ -1,4 +1,4 @@
-"""A `python` whose programs are forks of one process that has imported torch and transformers.
+"""A `python` whose programs are forks of one process that has imported torch, transformers and what else is large.
 
 Each saves the 6 s of CPU that the imports take. Of libprune nothing is imported, and a program sees only what its
 folder and its PYTHONPATH hold. In all else it is a process of its own: arguments, environment, working folder, standard
@@ -20,7 +20,8 @@ from tests.support.closure import ROOT
 def preloaded(path: Path, environment: Mapping[str, str]) -> Iterator[None]:
     """Writes the `python`, which works as long as the context; it is also the `sys.executable` of its programs.
 
-    It knows `-m MODULE`, `-I -c CODE` and a script, each with arguments; any other use of it is that of the real one.
+    It knows `-m MODULE`, `-c CODE`, `-I -c CODE` and a script, each with arguments; any other use of it is that of the
+    real one.
     """
     with TemporaryDirectory() as short:  # the address of a socket has some hundred characters at most
         address = f"{short}/socket"
@@ -35,7 +36,7 @@ def preloaded(path: Path, environment: Mapping[str, str]) -> Iterator[None]:
 CLIENT = """\
 import json, os, socket, sys
 arguments = sys.argv[1:]
-if arguments[0] != "-m" and arguments[:2] != ["-I", "-c"] and arguments[0].startswith("-"):
+if arguments[0] not in ("-m", "-c") and arguments[:2] != ["-I", "-c"] and arguments[0].startswith("-"):
     os.execv({python!r}, ["python", *arguments])
 with socket.socket(socket.AF_UNIX) as connection:
     connection.connect({address!r})
@@ -48,7 +49,10 @@ with socket.socket(socket.AF_UNIX) as connection:
 SERVER = """
 import atexit, gc, json, os, runpy, select, signal, socket, sys, threading
 from contextlib import suppress
-import datasets, torch, transformers.models.llama.modeling_llama
+os.environ["MPLBACKEND"] = "agg"
+import datasets, gguf, jaxtyping, matplotlib.backends.backend_agg, matplotlib.figure, pydantic, scipy.optimize
+import scipy.stats, torch, transformers.models.llama.modeling_llama, typer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 sys.path[:] = [path for path in sys.path if path and path != sys.argv[1]]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 assert "libprune" not in sys.modules
@@ -103,6 +107,10 @@ def run():
     if arguments[0] == "-I":
         sys.argv = arguments[1:2] + arguments[3:]
         exec(arguments[2], {"__name__": "__main__"})
+    elif arguments[0] == "-c":
+        sys.argv = arguments[:1] + arguments[2:]
+        sys.path.insert(0, "")
+        exec(arguments[1], {"__name__": "__main__"})
     elif arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, folder)

@@ -56,7 +56,7 @@ def test_the_family_of_the_page_is_sliced_as_masked(file, tmp_path, kind):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_the_stages_behind_prepare_take_the_family_from_what_was_written(file, tmp_path):
+def test_the_stages_behind_prepare_take_the_family_from_what_was_written(file, tmp_path, quick_proof):
     """Each as in a process of its own, that has read no file, and the file is gone."""
     settings = {**FFN, **heads(26, 3, 3, 4), "num_hidden_layers": 2, "vocab_size": len(VOCABULARY)}
     tiny = GlmConfig(**settings, bos_token_id=None, eos_token_id=1, pad_token_id=1)

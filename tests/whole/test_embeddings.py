@@ -1,7 +1,6 @@
 """Encoders without a head through the whole pipeline: what is measured, written and shown of their embeddings."""
 
 import json
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -45,12 +44,11 @@ def run(*stages: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, python) -> Path:
+def project(tmp_path_factory, by_forks) -> Path:
     """A project in which every stage has run; its attention is cut too."""
     folder = tmp_path_factory.mktemp("embeddings")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, by_forks():
         patch.chdir(folder)
-        patch.setattr(sys, "executable", str(python))  # as the fixture quick_proof does
         write_project(
             folder,
             ablation={"units": 4, "sequences": 4},

@@ -99,7 +99,7 @@ def run_from(project: Path, first: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def projects(tmp_path_factory) -> Iterator[dict[str, Path]]:
+def projects(tmp_path_factory, by_forks) -> Iterator[dict[str, Path]]:
     """A project, and others with another model, another text and other settings."""
     root = tmp_path_factory.mktemp("foreign")
     model = tiny.write_model(root / "model")
@@ -107,7 +107,7 @@ def projects(tmp_path_factory) -> Iterator[dict[str, Path]]:
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, by_forks():
         patch.setattr("libprune.results.proof.reload", run_here)
         patch.setattr("libprune.statistics.latency._seconds", tiny.by_parameters)
         own = made(root / "own", model)

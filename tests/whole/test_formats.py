@@ -32,7 +32,7 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tmp_path_factory, by_forks) -> Path:
     """A folder in which all stages have run."""
     folder = tmp_path_factory.mktemp("formats")
     model, text = tiny.write_model(folder / "source"), tiny.write_text(folder / "text.txt")
@@ -42,7 +42,7 @@ def run(tmp_path_factory) -> Path:
         "metrics": folder / "metrics",
         "report": folder / "report",
     }
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, by_forks():
         patch.chdir(folder)
         patch.setattr(latency, "_seconds", tiny.by_parameters)  # the time of so small a layer is noise
         for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]:

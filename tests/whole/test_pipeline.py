@@ -226,8 +226,7 @@ def test_experiments_are_compared_with_those_results_that_belong_to_their_params
     done = run(["dvc", "exp", "run", "-n", "short-prompt", "-S", "evaluate.prompt_tokens=4"], project)
     assert stages_run(done) == ["sources", "evaluate", "report"]
     change(project, "allocate", "ratio", 0.25)
-    command = [sys.executable, "-c", "from libprune.cli.main import app; app(['compare', '--out', 'report/sweep'])"]
-    text = run(command, project).stdout
+    text = compare(project, "--out", "report/sweep").stdout
     assert re.search(r"^short-prompt .* 4 .* × \d\.\d{3} ± \d\.\d{3}", text, re.MULTILINE)
     assert "workspace (allocate last ran with allocate.ratio 0.2, not 0.25)" in text
     written = {path.name for path in (project / "report/sweep").iterdir()}
@@ -249,7 +248,8 @@ seeds: [0, 1]
 
 
 def compare(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", f"from libprune.cli.main import app; app(['compare', *{list(arguments)!r}])"]
+    """Run the command by the folder's own `python`, which DVC then finds for the stages."""
+    command = [PYTHON, "-c", f"from libprune.cli.main import app; app(['compare', *{list(arguments)!r}])"]
     return run(command, folder, check)
 
 

@@ -39,6 +39,10 @@ FIRST = {".gguf": "GGUF, first", ".jsonl": '{"text": "first"}\n'}
 """What is in the files at first, where it must look like what it is."""
 
 
+PYTHON = ".venv/bin/python"
+"""Of the project, with everything heavy imported; of those on the PATH it is the first."""
+
+
 def writing(stage: dict) -> str:
     """A command that writes what a stage writes, always the same."""
     entries = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
@@ -47,7 +51,7 @@ def writing(stage: dict) -> str:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
+def project(tmp_path_factory, python) -> Path:
     """A repository whose sources git does not track, reproduced once."""
     folder = tmp_path_factory.mktemp("stale")
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -65,7 +69,9 @@ def project(tmp_path_factory) -> Path:
         params[section] |= values
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     load_params(folder / "params.yaml")
-    (folder / ".gitignore").write_text("/artifacts/\n/report/\n/local/\n__pycache__/\n")
+    (folder / PYTHON).parent.mkdir(parents=True)
+    (folder / PYTHON).symlink_to(python)
+    (folder / ".gitignore").write_text("/artifacts/\n/report/\n/local/\n/.venv/\n__pycache__/\n")
     for path in READERS:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(FIRST.get(Path(path).suffix, "first"))
@@ -79,7 +85,7 @@ def project(tmp_path_factory) -> Path:
 
 def run(folder: Path, *command: str) -> str:
     names = {f"GIT_{who}_{what}": "t@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    paths = f"{(folder / PYTHON).parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     settings = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     settings |= names | {"PATH": paths, "DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
