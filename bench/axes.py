@@ -7,14 +7,16 @@ The first half of the text calibrates (128 sequences of 256 tokens; gradients on
 on the last 4), its second half judges (`--windows` of its windows of 1024 tokens, at even distances). `--of decoder`
 counts the share in the layers, `--of total` in the whole model. Nothing is trained. Every row is a sliced folder that
 was proved to load; a budget that a setting cannot reach is a row that says so. Rows go to WORK/rows.jsonl; those that
-are there are not measured again.
+are there are not measured again, and a plan that another setting has come to as well is measured once.
 """
 
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,7 @@ import yaml
 
 from bench.recovery import Judge, base_params
 from bench.rows import add_row, read_rows
+from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
 from libprune.report.markdown import markdown_table
 
@@ -38,6 +41,8 @@ COLLECTING = (
     "depth",
     "width",
 )
+OUTCOME = ("own", "shape", "slice_seconds", "why")
+"""What a row holds of a plan that was sliced and judged, or could not be."""
 MEASURED = {"method": "search", "depth": "joint", "width": "auto"}
 """Params by which the base measures all that any setting reads."""
 
@@ -111,10 +116,8 @@ def collect(work: Path, text: str, heads: str) -> Path:
     return base
 
 
-def pruned(
-    work: Path, text: str, name: str, of: str, ratio: float, repair: str
-) -> tuple[Layout | None, dict[str, Any]]:
-    """A sliced folder, or None where the setting cannot reach the share; and how it was made."""
+def planned(work: Path, text: str, name: str, of: str, ratio: float, repair: str) -> tuple[Path | None, dict[str, Any]]:
+    """A folder with a plan, or None where the setting cannot reach the share; and what was planned."""
     setting, root = SETTINGS[name], work / "run" / "artifacts"
     base = collect(work, text, setting.heads)
     subprocess.run(["rm", "-rf", str(root.parent)], check=True)
@@ -127,14 +130,23 @@ def pruned(
     row: dict[str, Any] = {"setting": name, "of": of, "ratio": ratio, "repair": repair}
     start = time.perf_counter()
     failed = run("allocate", root.parent / "params.yaml", root)
-    planned = time.perf_counter()
+    row |= {"plan_seconds": time.perf_counter() - start}
     if failed:
         return None, row | {"why": failed.strip().splitlines()[-1]}
     allocation = json.loads((root.parent / "metrics" / "allocation.json").read_text())
+    layout = Layout(root)
+    plan, _ = read_plan(layout, read_architecture(layout))
+    return root, row | {"allocation": allocation, "plan": plan.digest}
+
+
+def measured(root: Path, judge: Callable[[Layout], Judge]) -> dict[str, Any]:
+    """The loss of the folder that a plan makes, and its shape; or why the plan cannot be sliced."""
+    start = time.perf_counter()
     if failed := run("slice", root.parent / "params.yaml", root):
-        return None, row | {"why": failed.strip().splitlines()[-1]}
-    seconds = {"plan_seconds": planned - start, "slice_seconds": time.perf_counter() - planned}
-    return Layout(root), row | seconds | {"allocation": allocation}
+        return {"why": failed.strip().splitlines()[-1]}
+    seconds, layout = time.perf_counter() - start, Layout(root)
+    rows: dict[str, Any] = judge(layout).rows({"pruned": layout.pruned})["pruned"]
+    return rows | {"shape": shape_of(layout.pruned), "slice_seconds": seconds}
 
 
 def shape_of(folder: Path) -> str:
@@ -171,17 +183,17 @@ def main(
     path = work / "rows.jsonl"
     rows = read_rows(path)
     done = {(row["setting"], row["of"], row["ratio"], row["repair"]) for row in rows}
-    judge = None
+    judge = cache(lambda layout: Judge(work, layout, windows, "", 0))
     todo = [
         (name, scope, share, how) for how in repair for scope in of for share in ratio for name in settings or SETTINGS
     ]
     for key in todo if text is not None and not show else []:
         if key in done:
             continue
-        layout, row = pruned(work, str(text.resolve()), *key)
-        if layout is not None:
-            judge = judge or Judge(work, layout, windows, "", 0)
-            row |= judge.rows({"pruned": layout.pruned})["pruned"] | {"shape": shape_of(layout.pruned)}
+        root, row = planned(work, str(text.resolve()), *key)
+        if root is not None:
+            same = [one for one in rows if (one.get("plan"), one["repair"]) == (row["plan"], row["repair"])]
+            row |= {name: same[0][name] for name in OUTCOME if name in same[0]} if same else measured(root, judge)
         rows.append(row)
         add_row(path, row)
         print({name: value for name, value in row.items() if name != "allocation"}, flush=True)
