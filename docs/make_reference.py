@@ -156,21 +156,12 @@ _LLAMA = {
     **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     **{"num_key_value_heads": 8, "max_position_embeddings": 131072, "tie_word_embeddings": False},
 }
-_MIXTURE = {
-    **{"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "dtype": "bfloat16", "vocab_size": 151936},
-    **{"hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32},
-    **{"num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8},
-    **{"max_position_embeddings": 40960, "tie_word_embeddings": False, "norm_topk_prob": True},
-}
 MODELS = {
     "1B (Llama 3.2 1B)": _LLAMA
     | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "8B (Llama 3.1 8B)": _LLAMA,
     "70B (Llama 3.1 70B)": _LLAMA
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "30B-A3B (Qwen3 30B-A3B)": _MIXTURE,
-    "235B-A22B (Qwen3 235B-A22B)": _MIXTURE
-    | {"hidden_size": 4096, "moe_intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 64},
 }
 """The widths of published models; what no size depends on is left out."""
 SETTINGS = {
@@ -191,7 +182,7 @@ def sizes_page() -> str:
         "# Sizes of models, computed",
         _wrapped(
             "After reading this page you can look up how many operations, how much memory and how much disk libprune "
-            "is expected to take for models of several sizes. [hardware.md](../hardware.md) says what that means in "
+            "is expected to take for models of three sizes. [hardware.md](../hardware.md) says what that means in "
             f"hours and machines. {_GENERATED}"
         ),
         _wrapped(
