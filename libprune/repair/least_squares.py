@@ -26,7 +26,9 @@ from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import input_mask, oriented
 from libprune.engine.tables import Columns
+from libprune.models.memory import fits_on
 
+CPU = torch.device("cpu")
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Ridges, relative to each input's mean square, that `slice.damping: auto` chooses from."""
 _FIRST = 4
@@ -197,7 +199,7 @@ def fit_consumer(
         new, used = solve(moments.join(held_out), old, used, floor)
     whole = weight.new_zeros(weight.shape)
     whole[:, kept] = new.to(weight.dtype)
-    stored = (whole.T if consumer.transposed else whole).contiguous()
+    stored = (whole.T if consumer.transposed else whole).contiguous().cpu()
     before = held_out.error(old) if held_out else np.nan
     return Fit(consumer, stored, None, used, moments.error(old), after, float(before), float(error))
 
@@ -244,6 +246,13 @@ class Inputs:
     held_out: Float[Tensor, "*copies rows input"] | None = None
     curvature: Float[Tensor, "*copies input"] | None = None
 
+    def on(self, device: torch.device) -> "Inputs":
+        """The tensors on a device."""
+        held_out, curvature = (
+            None if tensor is None else tensor.to(device) for tensor in (self.held_out, self.curvature)
+        )
+        return Inputs(self.gram.to(device), held_out, curvature)
+
 
 def repair_local(
     architecture: Architecture,
@@ -253,6 +262,7 @@ def repair_local(
     damping: float | None,
     fisher_share: float = 0.0,
     floor: float = SILENT,
+    device: torch.device = CPU,
 ) -> list[Fit]:
     """Closed-form repair of every pruned consumer, against the dense model's own inputs.
 
@@ -267,6 +277,7 @@ def repair_local(
         damping: as in `fit_consumer`.
         fisher_share: as in `fisher_weighting`.
         floor: as in `solve`.
+        device: where to compute, if the matrices of a consumer fit there; new weights are on the CPU.
     """
     fits = []
     for consumer, own in pruned_consumers(architecture, plan):
@@ -274,13 +285,14 @@ def repair_local(
         if rerouted or (inputs := inputs_of(consumer)) is None:
             continue
         like = weight_of(consumer.weight)
-        weight = oriented(consumer, like)
+        place = fit_place(device, inputs.gram)
+        weight, inputs = oriented(consumer, like).to(place), inputs.on(place)
         if consumer.stack:
             from libprune.repair.experts import fit_channels  # which fits by functions of this module
 
             fits.append(fit_channels(consumer, weight, own, inputs, damping, fisher_share, like))
             continue
-        kept = torch.cat([own, own.new_ones(weight.shape[1] - len(own))])
+        kept = torch.cat([own, own.new_ones(weight.shape[1] - len(own))]).to(place)
         factors = fisher_weighting(inputs.gram, inputs.curvature, fisher_share)
         moments = Moments.of_dense(weight, inputs.gram * factors, kept)
         held_out = None
@@ -289,6 +301,14 @@ def repair_local(
             held_out = Moments.of_dense(weight, rows.T @ rows / len(rows) * factors, kept)
         fits.append(fit_consumer(consumer, weight, kept, moments, held_out, damping, floor=floor))
     return fits
+
+
+def fit_place(device: torch.device, gram: Tensor) -> torch.device:
+    """The device for a fit if its matrices have room there, or else the CPU.
+
+    A fit holds six float64 matrices of the size of the Gram matrix at once.
+    """
+    return device if fits_on(device, 2 * torch.float64.itemsize * gram.numel()) else CPU
 
 
 def fisher_weighting(
