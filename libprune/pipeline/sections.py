@@ -159,7 +159,8 @@ class Compute(Section):
     offload: Literal["none", "cpu"] = "none"
     """`cpu`: the linear maps' weights stay in host memory and visit the device one at a time."""
     sums: Literal["auto", "memory", "disk"] = "auto"
-    """Where running sums are kept; `auto`: mapped from disk where they would take half of the free memory."""
+    """Where running sums are kept; `auto`: on the GPU where they take less than a third of its free memory, or else in
+    memory, and mapped from disk where they would take half of what is free."""
 
 
 class Gradients(Section):

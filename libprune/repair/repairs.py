@@ -18,6 +18,7 @@ from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import bias_key
+from libprune.models.compute import resolve_device
 from libprune.models.folder import WeightFiles, load_config, own_model
 from libprune.pipeline.artifacts import read_table, same_origin
 from libprune.pipeline.atomic import remove, writing
@@ -25,7 +26,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.pipeline.shards import GRAM, HELD_OUT, read_meta, read_tensor
 from libprune.pipeline.terminal import Bar, note
-from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
+from libprune.repair.least_squares import CPU, Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
 from libprune.repair.sequential import SequentialRepair, split_batches
 
 Repairing = Callable[[Layout, Architecture, Plan, Compute, Slice], list[Fit]]
@@ -42,13 +43,14 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
     inputs = inputs_of(layout, architecture, params.fisher_share > 0)
     damping = None if params.damping == "auto" else params.damping
     weights, number = WeightFiles(own_model(layout, architecture)), sum(1 for _ in pruned_consumers(architecture, plan))
+    device = resolve_device(compute.device)
     with Bar(total=number, desc="repair", unit="map") as bar:
 
         def read(consumer: Map) -> Inputs:
             bar.update()
             return inputs(consumer)
 
-        fits = repair_local(architecture, plan, weights.__getitem__, read, damping, params.fisher_share)
+        fits = repair_local(architecture, plan, weights.__getitem__, read, damping, params.fisher_share, device=device)
     routed = [part for part, shape in architecture.parts.items() if shape.router]
     rerouted = any(not keep.all() for (_, part), keep in plan.keep.items() if part in routed)
     if rerouted and params.fisher_share:
@@ -59,10 +61,17 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
     return fits + (_layer_by_layer(layout, architecture, plan, compute, params, own_inputs=True) if rerouted else [])
 
 
-def local_repair(layout: Layout, architecture: Architecture) -> Callable[[Plan], dict[str, Tensor]]:
+def local_repair(
+    layout: Layout, architecture: Architecture, device: torch.device = CPU
+) -> Callable[[Plan], dict[str, Tensor]]:
     """New weights by parameter name for any plan, by `local` repair.
 
     The damping is chosen on held-out sequences, or is 0.001 where the text has none.
+
+    Args:
+        layout: holds the statistics and the dense model.
+        architecture: the description of the dense model.
+        device: where to fit.
     """
     inputs, weights = inputs_of(layout, architecture, curvature=False), WeightFiles(own_model(layout, architecture))
 
@@ -70,7 +79,12 @@ def local_repair(layout: Layout, architecture: Architecture) -> Callable[[Plan],
         known = {consumer.module: inputs(consumer) for consumer, _ in pruned_consumers(architecture, plan)}
         chosen = all(one.held_out is not None for one in known.values())
         fits = repair_local(
-            architecture, plan, weights.__getitem__, lambda c: known[c.module], None if chosen else _DAMPING
+            architecture,
+            plan,
+            weights.__getitem__,
+            lambda c: known[c.module],
+            None if chosen else _DAMPING,
+            device=device,
         )
         return new_parameters(fits)
 
