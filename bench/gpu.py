@@ -241,17 +241,21 @@ def passes(bench: Bench, shape: Shape) -> list[dict[str, Any]]:
 
 
 def write_project(folder: Path, shape: Shape, bench: Bench) -> None:
-    """A model folder, a text of random words and a params file for them."""
-    texts, words = bench.texts, [f"w{number}" for number in range(WORDS - 2)]
+    """A model folder, and a text of random words."""
     shape.model(bench.gauge.device).save_pretrained(folder / "model")
     bench.gauge.begin()
+    write_words(folder, 4 * bench.texts.sequences * bench.texts.length + 2 * bench.texts.trained)
+
+
+def write_words(folder: Path, tokens: int) -> None:
+    """The tokenizer of a model folder, and a text of so many random words, or more."""
+    words = [f"w{number}" for number in range(WORDS - 2)]
     known = {word: number for number, word in enumerate(["<unk>", "<eos>", *words])}
     tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(
-        folder / "model"
-    )
-    drawn, tokens = random.Random(0), 4 * texts.sequences * texts.length + 2 * texts.trained
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+    made.save_pretrained(folder / "model")
+    drawn = random.Random(0)
     documents = (" ".join(drawn.choices(words, k=100)) for _ in range(tokens // 100 + 100))
     (folder / "text.txt").write_text("\n".join(documents) + "\n")
 

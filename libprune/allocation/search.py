@@ -227,7 +227,7 @@ class Search:
         run = set_up(self._layout, self._compute, self._levels.sequences, last=True)
         require_own_weights(run)
         sequences = run.sequences.to(run.device)
-        repair = local_repair(self._layout, architecture, run.keep)
+        repair = local_repair(self._layout, architecture, keep=run.keep)
         judge = Judge(run.model, architecture, sequences, run.at_once, repair)
         identity = {
             "order": order_digest(unit_orders(architecture, self._scores.table)),

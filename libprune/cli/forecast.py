@@ -108,9 +108,10 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
     def sequences(asked: int | None) -> int:
         return min(asked or tokens.calibration_sequences, tokens.calibration_sequences)
 
-    widths = _widths(architecture)
-    gram = _GRAM * sum(float(width) ** 2 for width in widths)
-    fits = _SOLVED * (1 - (params.allocate.ratio or 0)) ** 3 * sum(float(width) ** 3 for width in widths)
+    consumers = _consumers(architecture)
+    gram = _GRAM * sum(met * float(width) ** 2 for width, met, _ in consumers)
+    fits = _SOLVED * (1 - (params.allocate.ratio or 0)) ** 3
+    fits *= sum(copies * float(width) ** 3 for width, _, copies in consumers)
     rows = len(choose_levels(architecture, params.levels.number))
     levels = sequences(params.levels.sequences) * length * passed
     ordered = removals_in_order(architecture, params.depth.of)
@@ -138,7 +139,7 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
         "score": 1.0,
         "sensitivity": len(removals(architecture)) * sequences(params.sensitivity.sequences) * length * passed / 2,
         "depth": depth * sequences(params.depth.sequences) * length * passed + 1,
-        "levels": rows * (levels / 2 + fits / max(1, len(widths))),
+        "levels": rows * (levels / 2 + fits / max(1, len(consumers))),
         "width": _narrowing(architecture, params) * passed * length,
         "latency": float(params.latency.rounds * params.latency.widths * params.latency.tokens) * passed,
         "allocate": params.allocate.evaluations * (levels + fits) + 1,
@@ -157,10 +158,22 @@ def _narrowing(architecture: Architecture, params: Params) -> int:
     return 2 * stored + (1 + measured) * min(section.sequences or stored, stored)
 
 
-def _widths(architecture: Architecture) -> list[int]:
-    """Numbers of inputs of all maps that read prunable units."""
+def _consumers(architecture: Architecture) -> list[tuple[int, int, int]]:
+    """By map that reads prunable units: its inputs, how often a token meets it, and how many copies it has.
+
+    Only a stack of experts has several copies; inputs are then those of one expert.
+    """
     consumers = (one for block in architecture.blocks() for one in architecture.consumers(*block))
-    return [one.input.size(architecture.sizes) for one in consumers]
+    return [
+        (
+            one.each_input(architecture.sizes),
+            min(one.active, one.copies(architecture.sizes)),
+            one.copies(architecture.sizes),
+        )
+        if one.stack
+        else (one.input.size(architecture.sizes), 1, 1)
+        for one in consumers
+    ]
 
 
 def memory(
@@ -206,7 +219,7 @@ def _on_disk(
     }
     read = 2 * torch.float32.itemsize * max(map(architecture.numel, architecture.parameters))
     dequantised = read if params.prepare.model.endswith(".gguf") else 0
-    fitted = 4 * torch.float64.itemsize * max(_widths(architecture)) ** 2
+    fitted = 4 * torch.float64.itemsize * max(width for width, _, _ in _consumers(architecture)) ** 2
     training = next((stage.training for stage in written if stage.stage == "recover"), 0)
     held = {
         "prepare": needs.made + dequantised,

@@ -4,7 +4,8 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from libprune.collection.records import Field, State, Statistic
+from libprune.collection.records import Device, Field, State, Statistic
 from libprune.engine.errors import LibpruneError
 from libprune.pipeline.atomic import remove
 
@@ -34,13 +35,15 @@ class Accumulator:
         counting: whether updates count; False for a batch that is run only to keep the processes in step.
     """
 
-    def __init__(self, groups: Sequence[Group], mapped: Path | None = None) -> None:
+    def __init__(self, groups: Sequence[Group], mapped: Path | None = None, device: Device = "cpu") -> None:
         """Start with the states of no batch.
 
         Args:
             groups: the statistics.
             mapped: a folder for memory-mapped files, which then hold the states instead of memory.
+            device: where the states lie without mapped files, but for numbers of tokens and sequences.
         """
+        self._device = device
         self.groups = groups
         self.done = 0
         self.counting = True
@@ -60,6 +63,15 @@ class Accumulator:
             self._enter(group)
             self.groups[group][name].merge(self._states[group][name], state)
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside the context, updates do not count."""
+        before, self.counting = self.counting, False
+        try:
+            yield
+        finally:
+            self.counting = before
+
     def merge(self, group: int, states: Mapping[str, State]) -> None:
         """Join another accumulator's states of a group."""
         self._enter(group)
@@ -69,7 +81,7 @@ class Accumulator:
     def finish(self, group: int) -> dict[str, Tensor]:
         """The tensors of a group that are stored, by name."""
         self._enter(group)
-        return finished(self.groups[group], self._states[group])
+        return finished(self.groups[group], on_host(self._states[group]))
 
     def state(self, group: int, name: str) -> State:
         """The state of one statistic itself, not a copy."""
@@ -80,7 +92,7 @@ class Accumulator:
         folder.mkdir(parents=True)
         for group in range(len(self.groups)):
             self._enter(group)
-            save_file(flatten(self._states[group]), _file(folder, group))
+            save_file(flatten(on_host(self._states[group])), _file(folder, group))
 
     def load(self, folder: Path, done: int) -> None:
         """Replace the states by those that `save` wrote after `done` batches."""
@@ -105,7 +117,7 @@ class Accumulator:
     def _allocate(self, index: int, mapped: Path | None) -> dict[str, State]:
         group = self.groups[index]
         if mapped is None:
-            return {name: statistic.init() for name, statistic in group.items()}
+            return {name: statistic.init(self._device) for name, statistic in group.items()}
         buffer = self._maps[index] = _map_file(mapped / f"group-{index:03d}", state_bytes([group]))
         start = 0
         states: dict[str, State] = {}
@@ -160,6 +172,11 @@ def stored_bytes(group: Group) -> int:
     """Bytes of the tensors that `finish` gives for a group, counted on the meta device."""
     states = {name: statistic.init("meta") for name, statistic in group.items()}
     return sum(tensor.nbytes for tensor in finished(group, states).values())
+
+
+def on_host(states: Mapping[str, State]) -> dict[str, State]:
+    """States in the memory of the host."""
+    return {name: {field: tensor.cpu() for field, tensor in state.items()} for name, state in states.items()}
 
 
 def flatten(states: Mapping[str, State]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.stacks import Routing
 from libprune.engine.surgery import hooked
-from libprune.models.compute import per_sequence, require_finite, require_finite_rows
+from libprune.models.compute import Finite, per_sequence
 
 OnGradient = Callable[[Map, Tensor, Tensor], None]
 """A function called with a map, its input ``[sequences, tokens, input]``, and a gradient at its input or output."""
@@ -34,12 +34,18 @@ class Tape:
 
     Attributes:
         first: index of the first sequence of the pass in progress, for messages.
+        finite: checks what passes.
     """
 
     def __init__(
-        self, on_output: OnGradient, on_input: OnGradient | None, recompute: bool, on_rows: OnRows | None = None
+        self,
+        on_output: OnGradient,
+        on_input: OnGradient | None,
+        recompute: bool,
+        on_rows: OnRows | None = None,
+        finite: Finite | None = None,
     ) -> None:
-        self.first = 0
+        self.first, self.finite = 0, finite or Finite()
         self._on_rows = on_rows
         self._sequences = 0
         self._on_output = on_output
@@ -85,11 +91,11 @@ class Tape:
         if self._in_backward or not self._recompute:
             self._inputs[entry.module] = x.detach()
         if not self._in_backward:
-            require_finite_rows(x.detach(), self._sequence(routing), f"the input of {entry.module}")
+            self.finite.require_rows(x.detach(), self._sequence(routing), f"the input of {entry.module}")
             x.register_hook(partial(self._take_rows, entry, routing))
 
     def _take_rows(self, entry: Map, routing: Routing, gradient: Tensor) -> None:
-        require_finite_rows(gradient, self._sequence(routing), f"the gradient at the input of {entry.module}")
+        self.finite.require_rows(gradient, self._sequence(routing), f"the gradient at the input of {entry.module}")
         assert self._on_rows is not None
         self._on_rows(entry, self._inputs.pop(entry.module), gradient, routing)
 
@@ -120,7 +126,7 @@ class Tape:
         self._give(self._on_input, entry, self._inputs.pop(entry.module), gradient)
 
     def _require_finite(self, values: Tensor, what: str) -> None:
-        require_finite(per_sequence(values, self._sequences), self.first, what)
+        self.finite.require(per_sequence(values, self._sequences), self.first, what)
 
     def _give(self, take: OnGradient, entry: Map, inputs: Tensor, gradient: Tensor) -> None:
         take(entry, per_sequence(inputs, self._sequences), per_sequence(gradient, self._sequences))
@@ -134,6 +140,7 @@ def watching(
     on_input: OnGradient | None = None,
     recompute: bool = False,
     on_rows: OnRows | None = None,
+    finite: Finite | None = None,
 ) -> Iterator[Tape]:
     """Inside the context, `Tape.backward` calls the functions with the gradients of every linear map of the layers.
 
@@ -144,8 +151,9 @@ def watching(
         recompute: whether the layers are computed again in backward.
         on_rows: called for every stack that consumes with its rows and the gradient there, and with `on_output` for the
             gradient at its output. Without it stacks are not watched.
+        finite: checks what passes; None for one that waits at each check.
     """
-    tape = Tape(on_output, on_input, recompute, on_rows)
+    tape = Tape(on_output, on_input, recompute, on_rows, finite)
     with hooked(model) as handles:
         model.requires_grad_(False)
         embedding = model.get_input_embeddings()

@@ -43,10 +43,14 @@ class PassBytes:
 def pass_bytes(architecture: Architecture, tokens: int, dtype: torch.dtype) -> PassBytes:
     """What a pass over so many tokens holds of a model that computes in a type.
 
-    A layer holds about 16 times the width of the model and 8 times that of its widest map, for each token.
+    A layer holds about 16 times the width of the model and 8 times that of its widest map, for each token;
+    of a mixture the experts count that a token goes through.
     """
     consumers = (one for block in architecture.blocks() for one in architecture.consumers(*block))
-    widest = max(one.input.size(architecture.sizes) for one in consumers)
+    widest = max(
+        one.each_input(architecture.sizes) * (min(one.active, one.copies(architecture.sizes)) if one.stack else 1)
+        for one in consumers
+    )
     model, size = architecture.sizes["model"], tokens * dtype.itemsize
     layer = size * (16 * model + 8 * widest)
     parts = (sum(map(architecture.numel, architecture.parameters_of(*block))) for block in architecture.blocks())

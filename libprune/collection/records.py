@@ -12,21 +12,27 @@ from math import prod
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from libprune.pipeline.shards import BINS
 
+Device = torch.device | str
 State = dict[str, Tensor]
 """The tensors of a statistic while it grows, by the names of its fields."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One tensor of a state; `join` says how two of them become one, element by element."""
+    """One tensor of a state; `join` says how two of them become one, element by element.
+
+    A field of the host lies there wherever the others do: its numbers are known without asking a GPU.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float64
     join: Literal["sum", "min", "max"] = "sum"
+    host: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +45,7 @@ class Field:
         return {"sum": 0.0, "min": float("inf"), "max": float("-inf")}[self.join]
 
 
-COUNT = Field((), torch.int64)
+COUNT = Field((), torch.int64, host=True)
 """The field that counts tokens, sequences or samples."""
 
 
@@ -59,9 +65,12 @@ class Statistic(ABC):
     def finish(self, state: State) -> dict[str, Tensor]:
         """The tensors that are stored, by name; "" stands for the statistic itself. It also works on meta tensors."""
 
-    def init(self, device: str = "cpu") -> State:
-        """The state of no batch."""
-        return {name: torch.full(f.shape, f.start, dtype=f.dtype, device=device) for name, f in self.fields.items()}
+    def init(self, device: Device = "cpu") -> State:
+        """The state of no batch, on a device."""
+        places = {False: device, True: device if device == "meta" else "cpu"}
+        return {
+            name: torch.full(f.shape, f.start, dtype=f.dtype, device=places[f.host]) for name, f in self.fields.items()
+        }
 
     def update(self, state: State, *batch: Tensor) -> None:
         """Join a batch to a state, in place."""
@@ -200,10 +209,10 @@ class BatchRows(Statistic):
     def measure(self, *batch: Tensor) -> State:
         """The state of a batch: its summed gradient, the number of its sequences, and its own number."""
         gradient, sequences, number = batch[0].flatten().float(), int(batch[1]), int(batch[2])
-        sums = torch.stack([gradient.abs().sum(), gradient.sum(), gradient.dot(gradient)]).double().cpu()
+        sums = torch.stack([gradient.abs().sum(), gradient.sum(), gradient.dot(gradient)]).double()
         size, mean = sums[:2] / (sequences * gradient.numel())
         square = sums[2] / sequences**2
-        rows = torch.zeros(self.batches, 3, dtype=torch.float64)
+        rows = sums.new_zeros(self.batches, 3)
         deviation = (square / gradient.numel() - mean.square()).clamp(min=0).sqrt()
         rows[number] = torch.stack([size, deviation, square.sqrt()])
         return {"rows": rows}
@@ -373,19 +382,33 @@ class HeldOut(Statistic):
 
     def measure(self, *batch: Tensor) -> State:
         """The state of inputs ``[sequences, tokens, width]``, given with their numbers among the held-out sequences."""
-        x, numbers = batch
         state = self.init()
-        chosen = numbers < HELD_OUT_SEQUENCES
-        tokens = min(HELD_OUT_TOKENS, x.shape[1])
-        positions = torch.arange(tokens) * x.shape[1] // tokens
-        places = numbers[chosen][:, None] * tokens + torch.arange(tokens)
-        state["rows"][places] = x[chosen.to(x.device)][:, positions.to(x.device)].float().cpu()
-        state["count"] += places.numel()
+        self.update(state, *batch)
         return state
+
+    def update(self, state: State, *batch: Tensor) -> None:
+        """Put inputs ``[sequences, tokens, width]`` into their places, given with their numbers, which the host has."""
+        x, numbers = batch
+        rows, kept = state["rows"], numbers < HELD_OUT_SEQUENCES
+        tokens = min(HELD_OUT_TOKENS, x.shape[1])
+        positions = torch.arange(tokens, device=x.device) * x.shape[1] // tokens
+        places = numbers[kept][:, None] * tokens + torch.arange(tokens)
+        rows[_at(places, rows.device)] = chosen(x, kept)[:, positions].float().to(rows.device)
+        state["count"] += places.numel()
 
     def finish(self, state: State) -> dict[str, Tensor]:
         """The rows of all kept tokens, and the number of these tokens."""
         return {"": state["rows"], "tokens": state["count"]}
+
+
+def chosen(x: Shaped[Tensor, "rows ..."], mask: Bool[Tensor, " rows"]) -> Shaped[Tensor, "_ ..."]:
+    """The rows that a mask of the host chooses, on whatever device, which the host does not wait for."""
+    return x if bool(mask.all()) else x[_at(mask.nonzero().squeeze(1), x.device)]
+
+
+def _at(places: Tensor, device: torch.device) -> Tensor:
+    """Places that the host knows, for a device."""
+    return places.to(device, non_blocking=True)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -423,12 +446,19 @@ class Histogram(Statistic):
         half_octave = ((bits & 0x7FFFFFFF) >> 22).sub_(first).clamp_(0, BINS // 2 - 1)
         index = half_octave + (bits < 0) * (BINS // 2)
         index += torch.arange(self.width, dtype=torch.int32, device=x.device) * BINS
-        counts = torch.bincount(index.flatten(), minlength=self.width * BINS)
+        counts = counted(index.flatten(), self.width * BINS)
         return {"counts": counts.view(self.width, BINS)}
 
     def finish(self, state: State) -> dict[str, Tensor]:
         """The counts, ``[width, BINS]``."""
         return {"": state["counts"]}
+
+
+def counted(index: Int[Tensor, " values"], bins: int) -> Int[Tensor, " bins"]:
+    """How often each number occurs; `bincount` would wait for a GPU, to learn the largest."""
+    if not index.is_cuda:
+        return torch.bincount(index, minlength=bins)
+    return index.new_zeros(bins).index_add_(0, index, torch.ones_like(index))
 
 
 def entropy(counts: Tensor) -> Tensor:

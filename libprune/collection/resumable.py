@@ -33,7 +33,7 @@ from libprune.collection.calibration import Items, Run
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import StatisticsError
 from libprune.engine.tables import Columns, unit_index
-from libprune.models.memory import fits_in_memory, require_room
+from libprune.models.memory import fits_in_memory, fits_on, require_room
 from libprune.models.parallel import World
 from libprune.pipeline.artifacts import damage, write_table
 from libprune.pipeline.atomic import remove, writing_folder
@@ -207,9 +207,12 @@ def collecting(
             for left in home.parent.glob(".discarded-*"):
                 remove(left)
         run.world.barrier()
-        on_disk = _on_disk(run, state_bytes(groups))
-        _announce(run, stage, target, home, groups, on_disk)
-        accumulator = Accumulator(groups, live if on_disk else None)
+        states = state_bytes(groups)
+        device = run.device if run.compute.sums == "auto" and fits_on(run.device, states) else torch.device("cpu")
+        on_disk = device.type == "cpu" and _on_disk(run, states)
+        where = "files mapped from disk" if on_disk else "memory" if device.type == "cpu" else "the memory of the GPU"
+        _announce(run, stage, target, home, groups, where, (3 if on_disk else 2) * states)
+        accumulator = Accumulator(groups, live if on_disk else None, device)
         count, length = items or len(run.sequences), tokens or run.sequences.length
         work = Collection(run, stage, accumulator, saved, count, size, length)
         mention_others(home, run.world)
@@ -301,13 +304,14 @@ def mention_others(home: Path, world: World) -> None:
         note(f"{gigabytes(size)} of unfinished work with other settings is in {home.parent}")
 
 
-def _announce(run: Run, stage: str, target: Path, home: Path, groups: Sequence[Group], on_disk: bool) -> None:
+def _announce(
+    run: Run, stage: str, target: Path, home: Path, groups: Sequence[Group], where: str, scratch_each: int
+) -> None:
     """Print what will be written, for a network only if it is much; stop before any work if the disk is too full."""
     states, stored = state_bytes(groups), sum(map(stored_bytes, groups))
-    scratch = (3 if on_disk else 2) * states * run.world.size
+    scratch = scratch_each * run.world.size
     there = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
     if run.world.first and (run.architecture.layered or scratch + stored >= _WORTH_SAYING):
-        where = "files mapped from disk" if on_disk else "memory"
         note(
             f"{stage}: {gigabytes(stored)} will be written to {target}; sums of {gigabytes(states)} in {where}, "
             f"up to {gigabytes(scratch)} of scratch in {run.work}"

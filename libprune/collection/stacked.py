@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from libprune.collection.records import COUNT, HELD_OUT_SEQUENCES, HELD_OUT_TOKENS, Field, State, Statistic, count
+from libprune.collection.records import (
+    COUNT,
+    HELD_OUT_SEQUENCES,
+    HELD_OUT_TOKENS,
+    Field,
+    State,
+    Statistic,
+    count,
+    counted,
+)
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,9 @@ class Stacked(Statistic):
     @property
     def fields(self) -> Mapping[str, Field]:
         """The fields of each expert, one behind the other, and which experts had rows."""
-        own = {name: Field((self.copies, *f.shape), f.dtype, f.join) for name, f in self.each.fields.items()}
-        return own | {_ROWS: Field((self.copies,), torch.int64)}
+        each = self.each.fields.items()
+        own = {name: Field((self.copies, *f.shape), f.dtype, f.join, f.host) for name, f in each}
+        return own | {_ROWS: Field((self.copies,), torch.int64, host=True)}
 
     def measure(self, *batch: Tensor) -> State:
         """The state of rows ``[rows, width]``, given with the number of rows of each expert."""
@@ -54,6 +64,9 @@ class Stacked(Statistic):
 
     def finish(self, state: State) -> dict[str, Tensor]:
         """The tensors of each expert, stacked."""
+        if state[_ROWS].is_meta:  # shapes alone are asked for, and hundreds of experts have the same
+            first = self.each.finish(self._one(state, 0))
+            return {name: tensor.new_empty(self.copies, *tensor.shape) for name, tensor in first.items()}
         each = [self.each.finish(self._one(state, copy)) for copy in range(self.copies)]
         stacked = {name: torch.stack([one[name] for one in each]) for name in each[0]}
         seen = state[_ROWS] > 0
@@ -115,7 +128,9 @@ class RoutedHeldOut(Statistic):
     def update(self, state: State, *batch: Tensor) -> None:
         """Put rows ``[rows, width]`` into their places, given with the expert and the place of each."""
         x, experts, places = batch
-        state["rows"][experts.cpu(), places.cpu()] = x.float().cpu()
+        rows = state["rows"]
+        at = (one.to(rows.device, non_blocking=True) for one in (experts, places))
+        rows[tuple(at)] = x.float().to(rows.device)
         state["count"] += len(x)
 
     def finish(self, state: State) -> dict[str, Tensor]:
@@ -143,7 +158,7 @@ class Routed(Statistic):
         added, experts, tokens = batch
         norms = torch.zeros(self.copies, dtype=torch.float64, device=added.device)
         norms.index_add_(0, experts, added.float().norm(dim=1).double())
-        return {"count": tokens, "tokens": torch.bincount(experts, minlength=self.copies), "norms": norms}
+        return {"count": tokens, "tokens": counted(experts, self.copies), "norms": norms}
 
     def finish(self, state: State) -> dict[str, Tensor]:
         """`frequency`, the share of tokens that go through each expert, and `reap`; 0 for an expert never chosen."""

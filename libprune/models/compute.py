@@ -1,7 +1,7 @@
 """The device, the precision and the losses of a model that is run, and checks of both."""
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,54 @@ def require_finite_rows(rows: Float[Tensor, "rows width"], sequences: Int[Tensor
         broken = sequences[~torch.isfinite(rows).all(1)]
         if len(broken):
             require_finite(rows.new_full((1,), torch.nan), int(broken.min()), what)
+
+
+class Finite:
+    """Checks that values are finite; on a GPU without waiting for it after each.
+
+    Inside `run` a GPU only notes the answers. The host asks for them once, when the work of a pass has been handed out.
+    If a value was not finite, it does the pass again, and then waits at each check, which names the value.
+    """
+
+    def __init__(self) -> None:
+        self._notes: list[Tensor] | None = None
+
+    def holds(self, values: Shaped[Tensor, "..."]) -> bool:
+        """Whether a sum of values is finite; True where a GPU is asked later."""
+        finite = torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
+        if self._notes is None or not values.is_cuda:
+            return bool(finite)
+        self._notes.append(finite)
+        return True
+
+    def require(self, values: Shaped[Tensor, "batch ..."], first: int, what: str) -> None:
+        """Stop if a value is not finite, as `require_finite` does."""
+        if not self.holds(values):
+            require_finite(values, first, what)
+
+    def require_rows(self, rows: Float[Tensor, "rows width"], sequences: Int[Tensor, " rows"], what: str) -> None:
+        """Stop if a value of a row is not finite, as `require_finite_rows` does."""
+        if not self.holds(rows):
+            require_finite_rows(rows, sequences, what)
+
+    def run(self, work: Callable[[], object], uncounted: Callable[[], AbstractContextManager[object]]) -> None:
+        """Do the work of a pass, whose values are checked by this.
+
+        Args:
+            work: the pass; done a second time where a value was not finite on a GPU.
+            uncounted: a context in which the work adds nothing to any sum, for the second time.
+
+        Raises:
+            StatisticsError: naming the values and the sequence.
+        """
+        notes = self._notes = []
+        try:
+            work()
+        finally:
+            self._notes = None
+        if notes and not bool(torch.stack(notes).all()):
+            with uncounted():
+                work()
 
 
 def require_precise(network: nn.Module) -> None:

@@ -191,6 +191,14 @@ def fits_in_memory(size: int) -> bool:
     return size < free_memory() // 2
 
 
+def fits_on(device: torch.device, size: int) -> bool:
+    """Whether `size` bytes are less than a third of the memory that is free on a GPU; False for the CPU."""
+    if device.type == "cpu":
+        return False
+    free, _ = torch.get_device_module(device).mem_get_info(device)
+    return size < free // 3
+
+
 def require_room(needs: Mapping[Path, int], what: str, advice: str) -> None:
     """Stop if a disk has too little room.
 

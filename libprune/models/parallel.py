@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture
@@ -57,6 +58,12 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum of the tensors that all processes have given, of one shape and type; returned in all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def gathered(self, value: T) -> list[T]:
         """The values that all processes have given, by rank; returned in all processes."""

@@ -30,6 +30,7 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import hooked
 from libprune.engine.tables import Columns
 from libprune.models.folder import load_config
+from libprune.models.parallel import World
 from libprune.narrowing.table import width_table
 from libprune.pipeline.artifacts import write_table
 from libprune.pipeline.atomic import writing_folder
@@ -90,7 +91,8 @@ def collect_axes(run: Calibration, asked: str) -> Axes:
     """
     stream = read_stream(run.model, run.architecture)
     kind, read = choose_kind(asked, stream), set(stream.readers.values()) | {stream.tied}
-    moments: Any = 0
+    whole = run.architecture.sizes[RESIDUAL]
+    moments = torch.zeros(whole, whole, device=run.device)
 
     def add(norm: Norm, x: Tensor, output: Tensor) -> None:
         nonlocal moments
@@ -102,7 +104,7 @@ def collect_axes(run: Calibration, asked: str) -> Axes:
         pass
     parameters = {name: run.model.get_parameter(norm.weight).detach() for name, norm in stream.norms.items()}
     gain_of = {name: parameters[name].float().cpu() + norm.shift for name, norm in stream.norms.items()}
-    order, turn, gains = find_axes(kind, moments.cpu(), gain_of)
+    order, turn, gains = find_axes(kind, run.world.summed(moments).cpu(), gain_of)
     axes = Axes(stream, order, turn, gains, {}, {}, {})
     turn_model(run.model, run.architecture, axes, run.keep)
     ratios, grams = _along(run, stream, read)
@@ -110,10 +112,11 @@ def collect_axes(run: Calibration, asked: str) -> Axes:
 
 
 def _passes(run: Calibration, stream: Stream, take: Any, name: str) -> Iterator[bool]:
-    """Run the calibration text, and say of each pass beforehand whether it is held out from fits."""
+    """Run the calibration text, shared out over the processes; say of each pass beforehand whether it is held out."""
     out = held_out(0, len(run.sequences))
     groups = [(run.sequences[~out], False)] + ([(run.sequences[out], True)] if out.any() else [])
     batches = [(batch, flag) for group, flag in groups for batch in group.passes(run.at_once)]
+    batches = batches[run.world.rank :: run.world.size]
     with hooked(run.model) as handles:
         handles += watch(run.model, stream, take)
         for batch, flag in Bar(batches, desc=name, unit="pass"):
@@ -145,11 +148,29 @@ def _along(run: Calibration, stream: Stream, read: set[str | None]) -> tuple[dic
 
     for held in _passes(run, stream, add, "moments"):
         flag = held
-    ratios = {name: (total / tokens[name]).cpu() for name, total in sums.items()}
-    means = {
-        key: {name: (gram / seen[key][name]).cpu() for name, gram in found.items()} for key, found in grams.items()
+    ratios = {
+        name: _mean(run.world, sums.get(name), tokens.get(name, 0), (whole,), run.device) for name in stream.norms
     }
-    return ratios, means
+    means = {
+        key: {
+            name: mean
+            for name in stream.norms
+            if name in read
+            and (mean := _mean(run.world, found.get(name), seen[key].get(name, 0), (whole, whole), run.device))
+            is not None
+        }
+        for key, found in grams.items()
+    }
+    return {name: ratio for name, ratio in ratios.items() if ratio is not None}, means
+
+
+def _mean(
+    world: World, total: Tensor | None, tokens: int, shape: tuple[int, ...], device: torch.device
+) -> Tensor | None:
+    """The mean over the tokens of all processes, on the CPU; None where there are none."""
+    own = torch.zeros(shape, device=device) if total is None else total
+    number = int(world.summed(torch.tensor(tokens)))
+    return (world.summed(own) / number).cpu() if number else None
 
 
 def measure_widths(layout: Layout, compute: Compute, section: Width, asked: int | str) -> Columns | None:

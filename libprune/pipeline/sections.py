@@ -160,7 +160,8 @@ class Compute(Section):
     """Where weights are that do not fit; `cpu`: in host memory, from where those of linear maps visit a GPU one at a
     time; `disk`: in files, read as they are needed; `auto`: `none` where the memory is free, or else one of the two."""
     sums: Literal["auto", "memory", "disk"] = "auto"
-    """Where running sums are kept; `auto`: mapped from disk where they would take half of the free memory."""
+    """Where running sums are kept; `auto`: on the GPU where they take less than a third of its free memory, or else in
+    memory, and mapped from disk where they would take half of what is free."""
 
 
 class Gradients(Section):

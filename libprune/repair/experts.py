@@ -12,7 +12,7 @@ Memory: the rows, and for each expert its weights three times and its Gram matri
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from libprune.engine.architecture import Map
 from libprune.engine.surgery import stacked
+from libprune.models.memory import fits_on
 from libprune.repair.least_squares import (
     DAMPINGS,
     SILENT,
@@ -40,7 +41,7 @@ CLOSE = 1e-3
 
 @dataclass(frozen=True)
 class Rows:
-    """What a batch shows of a stack that consumes; on the host.
+    """What a batch shows of a stack that consumes; on the host, or on the device of the fit where it has room.
 
     Attributes:
         x: the input of each row, times the router's weight, zero where inputs are removed; sorted by expert.
@@ -95,6 +96,9 @@ def fit_experts(
     Raises:
         LibpruneError: if the damping is to be chosen and nothing is held out.
     """
+    if fits_on(device, sum(batch.x.nbytes + batch.y.nbytes for batch in batches)):
+        batches = [replace(batch, x=batch.x.to(device), y=batch.y.to(device)) for batch in batches]
+    batches = [replace(batch, tokens=batch.tokens.to(device)) for batch in batches]
     copies = len(batches[0].counts)
     places = kept.view(copies, -1, 1).to(device)
     old = weight.unflatten(1, (copies, -1)).movedim(0, -1).to(device, torch.float32) * places
@@ -201,7 +205,7 @@ def fit_channels(
     grams, held_out = inputs.gram, inputs.held_out
     copies, each = grams.shape[:2]
     require_choice(damping, held_out is not None)
-    whole, fits = weight * kept, []
+    whole, fits = weight.cpu() * kept, []
     for copy in range(copies):
         own = slice(copy * each, (copy + 1) * each)
         stays = kept[own]
@@ -209,12 +213,13 @@ def fit_channels(
             continue
         curvature = None if inputs.curvature is None else inputs.curvature[copy]
         factors = fisher_weighting(grams[copy], curvature, fisher_share)
-        moments, unseen = Moments.of_dense(weight[:, own], grams[copy] * factors, stays), None
+        here = stays.to(weight.device)
+        moments, unseen = Moments.of_dense(weight[:, own], grams[copy] * factors, here), None
         if held_out is not None and held_out[copy].any():
             rows = held_out[copy].double()
-            unseen = Moments.of_dense(weight[:, own], rows.T @ rows / len(rows) * factors, stays)
+            unseen = Moments.of_dense(weight[:, own], rows.T @ rows / len(rows) * factors, here)
         ridge = _RARE if damping is None and unseen is None else damping
-        fit = fit_consumer(consumer, weight[:, own], stays, moments, unseen, ridge)
+        fit = fit_consumer(consumer, weight[:, own], here, moments, unseen, ridge)
         assert fit.weight is not None
         whole[:, own] = fit.weight.T if consumer.transposed else fit.weight
         fits.append(fit)

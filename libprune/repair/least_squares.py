@@ -26,10 +26,13 @@ from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import input_mask, oriented
 from libprune.engine.tables import Columns
-from libprune.models.memory import Keep, in_memory
+from libprune.models.memory import Keep, fits_on, in_memory
 
+CPU = torch.device("cpu")
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Ridges, relative to each input's mean square, that `slice.damping: auto` chooses from."""
+_FIRST = 4
+"""The place in `DAMPINGS` of the ridge that is tried first; most maps of language models end there or beside it."""
 _LARGEST = 100.0
 SILENT = 1e-12
 """The least mean square of an input in the ridge, as a share of the largest."""
@@ -176,7 +179,7 @@ def fit_consumer(
         kept: the input positions that stay.
         moments: what the fit is to.
         held_out: the same over sequences that the fit is not to see.
-        damping: the ridge; None for that of `DAMPINGS` that does best on the held-out sequences.
+        damping: the ridge; None for that of `DAMPINGS` that does better on the held-out sequences than those beside it.
         refit: with the ridge settled, fit once more to both sets of sequences together.
         floor: as in `solve`.
 
@@ -185,18 +188,40 @@ def fit_consumer(
     """
     old = weight[:, kept].double()
     require_choice(damping, held_out is not None)
-    solutions = [solve(moments, old, value, floor) for value in (DAMPINGS if damping is None else (damping,))]
-    errors = [held_out.error(new) if held_out else np.nan for new, _ in solutions]
-    best = int(np.argmin(errors))
-    new, used = solutions[best]
+    if damping is None:
+        assert held_out is not None
+        new, used, error = _choose(moments, held_out, old, floor)
+    else:
+        new, used = solve(moments, old, damping, floor)
+        error = held_out.error(new) if held_out else np.nan
     after = moments.error(new)
     if refit and held_out:
         new, used = solve(moments.join(held_out), old, used, floor)
     whole = weight.new_zeros(weight.shape)
     whole[:, kept] = new.to(weight.dtype)
-    stored = (whole.T if consumer.transposed else whole).contiguous()
+    stored = (whole.T if consumer.transposed else whole).contiguous().cpu()
     before = held_out.error(old) if held_out else np.nan
-    return Fit(consumer, stored, None, used, moments.error(old), after, float(before), float(errors[best]))
+    return Fit(consumer, stored, None, used, moments.error(old), after, float(before), float(error))
+
+
+def _choose(
+    moments: Moments, held_out: Moments, old: Float[Tensor, "output kept"], floor: float
+) -> tuple[Float[Tensor, "output kept"], float, float]:
+    """Walk along `DAMPINGS` to the least error on held-out sequences; the weights, their ridge and the error there.
+
+    The error falls and then rises with the ridge, so that three of the eight solutions mostly do.
+    """
+    tried: dict[int, tuple[float, Tensor, float]] = {}
+    best, known = _FIRST, -1
+    while best != known:
+        known = best
+        for place in range(max(0, known - 1), min(len(DAMPINGS), known + 2)):
+            if place not in tried:
+                new, used = solve(moments, old, DAMPINGS[place], floor)
+                tried[place] = held_out.error(new), new, used
+        best = min(tried, key=lambda place: (tried[place][0], place))
+    error, new, used = tried[best]
+    return new, used, error
 
 
 def pruned_consumers(architecture: Architecture, plan: Plan) -> Iterator[tuple[Map, Bool[Tensor, " input"]]]:
@@ -221,6 +246,13 @@ class Inputs:
     held_out: Float[Tensor, "*copies rows input"] | None = None
     curvature: Float[Tensor, "*copies input"] | None = None
 
+    def on(self, device: torch.device) -> "Inputs":
+        """The tensors on a device."""
+        held_out, curvature = (
+            None if tensor is None else tensor.to(device) for tensor in (self.held_out, self.curvature)
+        )
+        return Inputs(self.gram.to(device), held_out, curvature)
+
 
 def repair_local(
     architecture: Architecture,
@@ -231,6 +263,7 @@ def repair_local(
     fisher_share: float = 0.0,
     floor: float = SILENT,
     keep: Keep = in_memory,
+    device: torch.device = CPU,
 ) -> list[Fit]:
     """Closed-form repair of every pruned consumer, against the dense model's own inputs.
 
@@ -246,6 +279,7 @@ def repair_local(
         fisher_share: as in `fisher_weighting`.
         floor: as in `solve`.
         keep: where the new weights wait.
+        device: where to compute, if the matrices of a consumer fit there; new weights are on the CPU.
     """
     fits = []
     for consumer, own in pruned_consumers(architecture, plan):
@@ -253,13 +287,14 @@ def repair_local(
         if rerouted or (inputs := inputs_of(consumer)) is None:
             continue
         like = weight_of(consumer.weight)
-        weight = oriented(consumer, like)
+        place = fit_place(device, inputs.gram)
+        weight, inputs = oriented(consumer, like).to(place), inputs.on(place)
         if consumer.stack:
             from libprune.repair.experts import fit_channels  # which fits by functions of this module
 
             fits.append(waiting(fit_channels(consumer, weight, own, inputs, damping, fisher_share, like), keep))
             continue
-        kept = torch.cat([own, own.new_ones(weight.shape[1] - len(own))])
+        kept = torch.cat([own, own.new_ones(weight.shape[1] - len(own))]).to(place)
         factors = fisher_weighting(inputs.gram, inputs.curvature, fisher_share)
         moments = Moments.of_dense(weight, inputs.gram * factors, kept)
         held_out = None
@@ -274,6 +309,14 @@ def waiting(fit: Fit, keep: Keep) -> Fit:
     """A fit whose tensors wait elsewhere."""
     weight, bias = (None if tensor is None else keep(tensor) for tensor in (fit.weight, fit.bias))
     return replace(fit, weight=weight, bias=bias, producers={name: keep(one) for name, one in fit.producers.items()})
+
+
+def fit_place(device: torch.device, gram: Tensor) -> torch.device:
+    """The device for a fit if its matrices have room there, or else the CPU.
+
+    A fit holds six float64 matrices of the size of the Gram matrix at once.
+    """
+    return device if fits_on(device, 2 * torch.float64.itemsize * gram.numel()) else CPU
 
 
 def fisher_weighting(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.surgery import hooked, oriented
+from libprune.models.memory import fits_on
 from libprune.repair.least_squares import SILENT
 
 RIDGE = 0.1
@@ -52,7 +53,7 @@ class Producer:
 
 @dataclass(frozen=True)
 class Flow:
-    """What a batch shows of a part's producers; on the host.
+    """What a batch shows of a part's producers; on the host, or on the device of the fit where it has room.
 
     Attributes:
         inputs: z of each producer, ``[tokens, input]``.
@@ -65,6 +66,11 @@ class Flow:
     slopes: tuple[Tensor, ...]
     missed: Float[Tensor, "tokens output"]
     held_out: bool
+
+    def on(self, device: torch.device) -> "Flow":
+        """The tensors on a device."""
+        inputs, slopes = (tuple(one.to(device) for one in kind) for kind in (self.inputs, self.slopes))
+        return Flow(inputs, slopes, self.missed.to(device), self.held_out)
 
 
 def producers_of(architecture: Architecture, consumer: Map, kept: Bool[Tensor, " input"]) -> tuple[Producer, ...]:
@@ -211,6 +217,8 @@ def fit_producers(flows: Sequence[Flow], weight: Float[Tensor, "output kept"], s
         weight: W, on the device and of the type to compute with.
         steps: the most steps of conjugate gradients.
     """
+    size = sum(one.nbytes for flow in flows for one in (*flow.inputs, *flow.slopes, flow.missed))
+    flows = [flow.on(weight.device) for flow in flows] if fits_on(weight.device, size) else flows
     normal = _Normal(flows, weight)
     kept_out = [flow for flow in flows if flow.held_out]
     rest = normal.right()

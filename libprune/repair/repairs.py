@@ -19,6 +19,7 @@ from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import bias_key
+from libprune.models.compute import resolve_device
 from libprune.models.folder import WeightFiles, load_config, own_model
 from libprune.models.memory import Keep, in_memory, on_disk
 from libprune.pipeline.artifacts import read_table, same_origin
@@ -27,7 +28,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.pipeline.shards import GRAM, HELD_OUT, read_meta, read_tensor
 from libprune.pipeline.terminal import Bar, note
-from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
+from libprune.repair.least_squares import CPU, Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
 from libprune.repair.sequential import SequentialRepair, split_batches
 
 Repairing = Callable[[Layout, Architecture, Plan, Compute, Slice], list[Fit]]
@@ -44,6 +45,7 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
     inputs = inputs_of(layout, architecture, params.fisher_share > 0)
     damping = None if params.damping == "auto" else params.damping
     weights, number = WeightFiles(own_model(layout, architecture)), sum(1 for _ in pruned_consumers(architecture, plan))
+    device = resolve_device(compute.device)
     with Bar(total=number, desc="repair", unit="map") as bar:
 
         def read(consumer: Map) -> Inputs:
@@ -51,7 +53,16 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
             return inputs(consumer)
 
         keep = partial(on_disk, folder=layout.root.parent / ".work") if compute.offload == "disk" else in_memory
-        fits = repair_local(architecture, plan, weights.__getitem__, read, damping, params.fisher_share, keep=keep)
+        fits = repair_local(
+            architecture,
+            plan,
+            weights.__getitem__,
+            read,
+            damping,
+            params.fisher_share,
+            keep=keep,
+            device=device,
+        )
     routed = [part for part, shape in architecture.parts.items() if shape.router]
     rerouted = any(not keep.all() for (_, part), keep in plan.keep.items() if part in routed)
     if rerouted and params.fisher_share:
@@ -63,7 +74,7 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
 
 
 def local_repair(
-    layout: Layout, architecture: Architecture, keep: Keep = in_memory
+    layout: Layout, architecture: Architecture, device: torch.device = CPU, keep: Keep = in_memory
 ) -> Callable[[Plan], dict[str, Tensor]]:
     """New weights by parameter name for any plan, by `local` repair.
 
@@ -73,14 +84,22 @@ def local_repair(
         layout: holds the statistics and the dense model.
         architecture: the description of the dense model.
         keep: where new weights wait.
+        device: where to fit.
     """
     inputs, weights = inputs_of(layout, architecture, curvature=False), WeightFiles(own_model(layout, architecture))
 
     def repair(plan: Plan) -> dict[str, Tensor]:
         known = {consumer.module: inputs(consumer) for consumer, _ in pruned_consumers(architecture, plan)}
         chosen = all(one.held_out is not None for one in known.values())
-        damping = None if chosen else _DAMPING
-        fits = repair_local(architecture, plan, weights.__getitem__, lambda c: known[c.module], damping, keep=keep)
+        fits = repair_local(
+            architecture,
+            plan,
+            weights.__getitem__,
+            lambda c: known[c.module],
+            None if chosen else _DAMPING,
+            keep=keep,
+            device=device,
+        )
         return new_parameters(fits)
 
     return repair

@@ -43,7 +43,15 @@ from libprune.models.layers import first_output, layers_of, run_layer, set_param
 from libprune.models.memory import Keep, in_memory
 from libprune.models.sequences import Sequences
 from libprune.repair.experts import Rows, fit_experts
-from libprune.repair.least_squares import Fit, Moments, fit_consumer, new_parameters, pruned_consumers, waiting
+from libprune.repair.least_squares import (
+    Fit,
+    Moments,
+    fit_consumer,
+    fit_place,
+    new_parameters,
+    pruned_consumers,
+    waiting,
+)
 from libprune.repair.producers import (
     Flow,
     Producer,
@@ -347,8 +355,10 @@ class SequentialRepair:
             if consumer.module in scales:
                 x, y = (one * scales[consumer.module] for one in (x, y))
             sums[batch.held_out].add(x.to(pair.pruned.device), y.to(pair.pruned.device))
-        kept_out = sums[True].finish() if sums[True].tokens else None
-        return fit_consumer(consumer, weight, kept, sums[False].finish(), kept_out, self._damping, refit)
+        fitted = sums[False].finish()
+        place = fitted.gram.device
+        kept_out = sums[True].finish(place) if sums[True].tokens else None
+        return fit_consumer(consumer, weight.to(place), kept.to(place), fitted, kept_out, self._damping, refit)
 
 
 def _fitted_consumers(
@@ -409,20 +419,22 @@ class _Sums:
     def __init__(self) -> None:
         self.gram: Any = 0
         self.cross: Any = 0
-        self.square, self.tokens = 0.0, 0
+        self.square: Any = 0.0
+        self.tokens = 0
 
     def add(self, x: Float[Tensor, "*batch kept"], y: Float[Tensor, "*batch output"]) -> None:
         """Add the tokens of a batch."""
         x, y = x.flatten(0, -2), y.flatten(0, -2)
         self.gram += x.T @ x
         self.cross += y.T @ x
-        self.square += float(y.square().sum())
+        self.square = self.square + y.square().sum().double()
         self.tokens += len(x)
 
-    def finish(self) -> Moments:
-        """Means per token, on the CPU."""
-        gram, cross = (total.double().cpu() / self.tokens for total in (self.gram, self.cross))
-        return Moments(gram, cross, self.square / self.tokens, self.tokens)
+    def finish(self, place: torch.device | None = None) -> Moments:
+        """Means per token, on a device; None: where the sums are, if a fit has room there, or else on the CPU."""
+        place = place or fit_place(self.gram.device, self.gram)
+        gram, cross = (total.to(place).double() / self.tokens for total in (self.gram, self.cross))
+        return Moments(gram, cross, float(self.square) / self.tokens, self.tokens)
 
 
 def factors_of(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> tuple[float, ...] | None:

@@ -24,6 +24,7 @@ from libprune.collection.records import (
     InputMoments,
     State,
     Statistic,
+    chosen,
     count,
     entropy,
     frequency,
@@ -35,7 +36,7 @@ from libprune.engine.architecture import Architecture, Map
 from libprune.engine.stacks import Routing, StackedMap
 from libprune.engine.surgery import hooked, oriented
 from libprune.engine.tables import Columns
-from libprune.models.compute import per_sequence, require_finite, require_finite_rows
+from libprune.models.compute import Finite, per_sequence
 from libprune.models.sequences import Pass
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Activations, Compute
@@ -149,7 +150,8 @@ def collect_activations(
             handles.append(module.register_forward_hook(partial(_add_layer, sums, layer), with_kwargs=True))
         for _, first, sequences in batches:
             inputs.begin(first, len(sequences))
-            model.base_model(input_ids=sequences.ids, use_cache=False)
+            run = partial(model.base_model, input_ids=sequences.ids, use_cache=False)
+            inputs.finite.run(run, sums.uncounted)
 
 
 class InputSums:
@@ -167,6 +169,7 @@ class InputSums:
             behind_norms: whether `fit` is called for every consumer, with the scale of each of its tokens.
         """
         self._sums, self._sizes, self._behind_norms = sums, sizes, behind_norms
+        self.finite = Finite()
 
     def begin(self, first: int, sequences: int) -> None:
         """Begin a batch, given the index of its first sequence and their number."""
@@ -181,7 +184,7 @@ class InputSums:
         """
         group, each = self._sums.groups[entry.layer], per_sequence(x, self._sequences)
         if self._shared is None or self._shared[0] is not x:
-            require_finite(each, self._first, f"the input of {entry.module}")
+            self.finite.require(each, self._first, f"the input of {entry.module}")
             self._shared = x, group[entry.module].measure(x.flatten(0, -2).float())
         self._sums.join(entry.layer, entry.module, self._shared[1])
         if entry.module + GRAM in group:
@@ -195,28 +198,29 @@ class InputSums:
         Raises:
             StatisticsError: naming the module and the sequence whose input is not finite.
         """
-        length = routing.total // self._sequences
-        sequence, position = routing.tokens // length, routing.tokens % length
-        require_finite_rows(x, sequence + self._first, f"the input of {entry.module}")
-        group = self._sums.groups[entry.layer]
+        length, copies = routing.total // self._sequences, entry.copies(self._sizes)
+        self.finite.require_rows(x, routing.tokens // length + self._first, f"the input of {entry.module}")
+        group, tokens_of = self._sums.groups[entry.layer], routing.tokens.cpu()
+        experts = torch.arange(copies).repeat_interleave(torch.tensor(routing.counts))
+        sequence, position = tokens_of // length, tokens_of % length
 
-        def add(name: str, chosen: Tensor) -> None:
-            counts = torch.bincount(routing.experts[chosen], minlength=entry.copies(self._sizes)).cpu()
-            self._sums.update(entry.layer, entry.module + name, x[chosen].float(), counts)
+        def add(name: str, taken: Tensor) -> None:
+            counts = torch.bincount(experts[taken], minlength=copies)
+            self._sums.update(entry.layer, entry.module + name, chosen(x, taken).float(), counts)
 
         add("", torch.ones_like(sequence, dtype=torch.bool))
         if entry.module + GRAM not in group:
             return
         add(_HISTOGRAM, (sequence + self._first + position) % HISTOGRAM_STRIDE == 0)
-        held = held_out(self._first, self._sequences).to(x.device)[sequence]
+        held = held_out(self._first, self._sequences)[sequence]
         add(GRAM, ~held)
-        slots = torch.full((length,), -1, device=x.device)
+        slots = torch.full((length,), -1)
         tokens = min(HELD_OUT_TOKENS, length)
-        slots[torch.arange(tokens, device=x.device) * length // tokens] = torch.arange(tokens, device=x.device)
+        slots[torch.arange(tokens) * length // tokens] = torch.arange(tokens)
         number = (sequence + self._first) // HELD_OUT_EVERY
         kept = held & (slots[position] >= 0) & (number < HELD_OUT_SEQUENCES)
         places = (number * tokens + slots[position])[kept]
-        self._sums.update(entry.layer, entry.module + HELD_OUT, x[kept], routing.experts[kept], places)
+        self._sums.update(entry.layer, entry.module + HELD_OUT, chosen(x, kept), experts[kept], places)
 
     def fit(self, consumer: Map, x: Tensor, scale: Tensor | None = None) -> None:
         """Add a consumer's input to its Gram matrix, and to the inputs that are held out of the matrix.
@@ -228,14 +232,13 @@ class InputSums:
         """
         x = per_sequence(x, self._sequences)
         scaled = x if scale is None else x.float() * per_sequence(scale, self._sequences)
-        held = held_out(self._first, len(x)).to(x.device)
+        held = held_out(self._first, len(x))  # known to the host
         if not held.all():
-            chosen = ~held if held.any() else slice(None)
-            both = (one[chosen].flatten(0, -2) for one in ((x,) if scale is None else (x, scaled)))
+            both = (chosen(one, ~held).flatten(0, -2) for one in ((x,) if scale is None else (x, scaled)))
             self._sums.update(consumer.layer, consumer.module + GRAM, *both)
         if held.any():
-            numbers = (self._first + held.nonzero().squeeze(1).cpu()) // HELD_OUT_EVERY
-            self._sums.update(consumer.layer, consumer.module + HELD_OUT, scaled[held], numbers)
+            numbers = (self._first + held.nonzero().squeeze(1)) // HELD_OUT_EVERY
+            self._sums.update(consumer.layer, consumer.module + HELD_OUT, chosen(scaled, held), numbers)
 
 
 def _add_input(inputs: InputSums, entry: Map, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -262,9 +265,9 @@ def _add_layer(
 
 def _sampled(x: Float[Tensor, "sequences tokens input"], first: int) -> Float[Tensor, "sampled input"]:
     """The tokens whose position and sequence number add up to a multiple of the stride."""
-    sequence = torch.arange(first, first + x.shape[0], device=x.device)
-    position = torch.arange(x.shape[1], device=x.device)
-    return x[(sequence[:, None] + position) % HISTOGRAM_STRIDE == 0]
+    sequence, position = torch.arange(first, first + x.shape[0]), torch.arange(x.shape[1])
+    sampled = (sequence[:, None] + position) % HISTOGRAM_STRIDE == 0  # known to the host
+    return chosen(x.flatten(0, 1), sampled.flatten())
 
 
 def activation_columns(

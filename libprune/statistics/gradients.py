@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from libprune.collection.accumulator import PENDING, ROWS, UNITS, Accumulator, Group
-from libprune.collection.backward import watching, weight_gradient
+from libprune.collection.backward import Tape, watching, weight_gradient
 from libprune.collection.calibration import Run, set_up
 from libprune.collection.records import BatchRows, Gram, MaskGradient, Pending, Statistic, Sum, count
 from libprune.collection.resumable import ColumnsOf, RowsOf, collecting, write_artifact
@@ -22,8 +23,8 @@ from libprune.engine.architecture import Architecture, Block, Map, Parameter
 from libprune.engine.errors import StatisticsError
 from libprune.engine.stacks import Routing
 from libprune.engine.tables import Columns
-from libprune.models.compute import require_finite, sequence_losses
-from libprune.models.sequences import Pass
+from libprune.models.compute import Finite, require_finite, sequence_losses
+from libprune.models.sequences import Pass, Sequences
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Gradients
 from libprune.pipeline.terminal import note, say
@@ -159,27 +160,36 @@ def collect_gradients(
             gradient is not finite.
     """
     collector = _Collector(model, architecture, sums)
+    finite = collector.finite
     blocks = (p for block in architecture.blocks() for p in architecture.parameters_of(*block))
     vectors = {p.name: p for p in blocks if p.name not in architecture.mapped}
-    watched = watching(model, architecture, collector.output, collector.input, recompute, collector.rows)
+    watched = watching(model, architecture, collector.output, collector.input, recompute, collector.rows, finite)
     with watched as tape, torch.enable_grad():
         handles = [_watch_vector(model, parameter, collector) for parameter in vectors.values()]
         try:
             for number, first, batch in batches:
                 end = first + len(batch)
                 for chunk in batch.passes(at_once):
-                    tape.begin(first, len(chunk))
                     last = first + len(chunk) == end
-                    collector.begin(number, len(batch), first, len(chunk), chunk.counted, last)
+                    begin = (number, len(batch), first, len(chunk), chunk.counted, last)
+                    finite.run(partial(_pass, tape, collector, model, chunk, begin), sums.uncounted)
                     first += len(chunk)
-                    losses = sequence_losses(model, chunk)
-                    require_finite(losses.detach(), tape.first, "the loss")
-                    tape.backward(losses.sum())
-                    total = losses.detach().double().sum().cpu()
-                    sums.update(architecture.layers, "loss", total, count(len(chunk)))
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _pass(
+    tape: Tape, collector: "_Collector", model: PreTrainedModel, chunk: Sequences, begin: tuple[Any, ...]
+) -> None:
+    """Run some sequences forward and backward; `begin` is what the collector is told of them."""
+    tape.begin(begin[2], len(chunk))
+    collector.begin(*begin)
+    losses = sequence_losses(model, chunk)
+    collector.finite.require(losses.detach(), tape.first, "the loss")
+    tape.backward(losses.sum())
+    total = losses.detach().double().sum()
+    collector.sums.update(collector.architecture.layers, "loss", total, count(len(chunk)))
 
 
 def _watch_vector(model: PreTrainedModel, parameter: Parameter, collector: "_Collector") -> RemovableHandle:
@@ -195,6 +205,7 @@ class _Collector:
         self._model = model
         self.architecture = architecture
         self.sums = sums
+        self.finite = Finite()
         self._named = {p.name for p in architecture.parameters}
         self._masks: dict[Block, list[Tensor]] = {}
 
@@ -218,7 +229,7 @@ class _Collector:
         """Add the gradient that autograd gave a parameter of no map, such as a norm's weight."""
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad, None
-        if not torch.isfinite(gradient).all():
+        if not self.finite.holds(gradient) and not torch.isfinite(gradient).all():
             raise StatisticsError(
                 f"the gradient of {name} is not finite in the pass from calibration sequence {self._first}; "
                 "try compute.dtype: float32"
@@ -234,7 +245,7 @@ class _Collector:
             add_second_moment(self.sums, entry, "output", delta, self._n_tok)
             return
         gradient = weight_gradient(entry, x, delta)
-        if not torch.isfinite(gradient.sum(dtype=torch.float32)):
+        if not self.finite.holds(gradient):
             each = torch.stack([weight_gradient(entry, *pair) for pair in zip(x, delta, strict=True)])
             require_finite(each, self._first, f"the gradient of {entry.weight}")
             raise StatisticsError(
@@ -278,7 +289,8 @@ class _Collector:
     def rows(self, entry: Map, x: Tensor, delta: Tensor, routing: Routing) -> None:
         """Add the mask gradients of a stack's units, and the second moments of the gradients at each expert's input."""
         sizes, axis = self.architecture.sizes, self.architecture.parts[entry.part].axis
-        units = torch.from_numpy(entry.input.units(axis, sizes)).view(entry.copies(sizes), -1).to(x.device)
+        units = torch.from_numpy(entry.input.units(axis, sizes)).view(entry.copies(sizes), -1)
+        units = units.to(x.device, non_blocking=True)
         number = self.architecture.units(entry.part)
         mask = torch.zeros(routing.total * number, device=x.device)
         places = routing.tokens[:, None] * number + units[routing.experts]
@@ -294,7 +306,7 @@ class _Collector:
         Those of a block with several consumers, such as shared experts or layers that use its units too, add up before
         anything is made of them.
         """
-        require_finite(mask, self._first, f"the mask gradient at the input of {entry.module}")
+        self.finite.require(mask, self._first, f"the mask gradient at the input of {entry.module}")
         home = self.architecture.home(entry)
         masks = self._masks.setdefault(home, [])
         masks.append(mask)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from libprune.collection.accumulator import UNITS, Accumulator, Group
-from libprune.collection.backward import watching, weight_gradient
+from libprune.collection.backward import Tape, watching, weight_gradient
 from libprune.collection.calibration import set_up
 from libprune.collection.records import Statistic, Sum, WeightedMean, count
 from libprune.collection.resumable import collecting, write_artifact
@@ -22,9 +22,9 @@ from libprune.engine.architecture import Architecture, Block, Map, Parameter
 from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.surgery import hooked
 from libprune.engine.tables import Columns
-from libprune.models.compute import require_finite, sequence_losses
+from libprune.models.compute import Finite, require_finite, sequence_losses
 from libprune.models.embeddings import own_distances
-from libprune.models.sequences import Pass
+from libprune.models.sequences import Pass, Sequences
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Hessian
 from libprune.statistics.unit_sums import unit_sums
@@ -128,7 +128,7 @@ def collect_squared_gradients(
 
     def add(entry: Map, x: Tensor, deltas: Tensor) -> None:
         squares = _sum_of_squares(weight_gradient(entry, *pair) for pair in zip(x, deltas, strict=True))
-        _require_no_overflow(squares, entry.weight, tape.first)
+        _require_no_overflow(tape.finite, squares, entry.weight, tape.first)
         sums.update(entry.layer, entry.weight, squares, count(len(x)))
         bias = f"{entry.module}.bias"
         if bias in biases:
@@ -137,7 +137,7 @@ def collect_squared_gradients(
     def add_bare(bare: Parameter, tensor: Tensor) -> None:
         assert tensor.grad is not None and bare.layer is not None
         squares, tensor.grad = tensor.grad.float().square(), None
-        _require_no_overflow(squares, bare.name, tape.first)
+        _require_no_overflow(tape.finite, squares, bare.name, tape.first)
         sums.update(bare.layer, bare.name, squares, count(1))
 
     bare = bare_parameters(architecture)
@@ -149,13 +149,17 @@ def collect_squared_gradients(
         try:
             for _, first, sequences in batches:
                 assert not bare or len(sequences) == 1
-                tape.begin(first, len(sequences))
-                losses = sequence_losses(model, sequences)
-                require_finite(losses.detach(), first, "the loss")
-                tape.backward(losses.sum())
+                tape.finite.run(partial(_pass, tape, model, first, sequences), sums.uncounted)
         finally:
             for handle in taken:
                 handle.remove()
+
+
+def _pass(tape: Tape, model: PreTrainedModel, first: int, sequences: Sequences) -> None:
+    tape.begin(first, len(sequences))
+    losses = sequence_losses(model, sequences)
+    tape.finite.require(losses.detach(), first, "the loss")
+    tape.backward(losses.sum())
 
 
 def _sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
@@ -168,8 +172,8 @@ def _sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _require_no_overflow(squares: Tensor, name: str, first: int) -> None:
-    if not torch.isfinite(squares.sum(dtype=torch.float64)):
+def _require_no_overflow(finite: Finite, squares: Tensor, name: str, first: int) -> None:
+    if not finite.holds(squares.sum(dtype=torch.float64)):
         raise StatisticsError(
             f"a squared gradient of {name} overflows in the batch from calibration sequence {first}; "
             "try compute.dtype: float32"

@@ -22,10 +22,11 @@ def sum_positions(
     if len(units) == count and (units == np.arange(count)).all():
         return values
     owned = np.flatnonzero(units >= 0)
-    index = torch.from_numpy(units[owned]).to(values.device)
+    index = torch.from_numpy(units[owned]).to(values.device, non_blocking=True)
     out = values.new_zeros(*values.shape[:-1], count)
-    chosen = values if len(owned) == len(units) else values[..., torch.from_numpy(owned).to(values.device)]
-    return out.index_add_(-1, index, chosen)
+    if len(owned) < len(units):
+        values = values[..., torch.from_numpy(owned).to(values.device, non_blocking=True)]
+    return out.index_add_(-1, index, values)
 
 
 def unit_sums(

@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig
 
 from libprune.cli.footprint import footprints
-from libprune.cli.forecast import forecast, lines, main, measured_rate, memory, works
-from libprune.engine.architecture import Trimmed
+from libprune.cli.forecast import _consumers, forecast, lines, main, measured_rate, memory, works
+from libprune.engine.architecture import Architecture, Map, Trimmed
 from libprune.engine.describe import describe, without_weights
 from libprune.pipeline.params import Params
 from libprune.pipeline.sections import Vocabulary
@@ -160,3 +160,16 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
 
 def test_the_rate_is_that_of_this_machine(demo):
     assert 1e8 < measured_rate(with_changes(demo[1], "compute", dtype="float32")) < 1e15
+
+
+def test_experts_count_one_by_one():
+    """A token meets some experts, and each has a Gram matrix and fits of its own."""
+    architecture = describe(FAMILIES["qwen3_moe"](0))
+    stacks = [entry for entry in architecture.maps if entry.stack and entry in consumers_of(architecture)]
+    found = {one for one in _consumers(architecture) if one[2] > 1}
+    assert found == {(e.each_input(architecture.sizes), e.active, e.copies(architecture.sizes)) for e in stacks}
+    assert all(met < copies for _, met, copies in found)
+
+
+def consumers_of(architecture: Architecture) -> list[Map]:
+    return [one for block in architecture.blocks() for one in architecture.consumers(*block)]

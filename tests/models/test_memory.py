@@ -142,3 +142,11 @@ def test_bytes_for_folders_of_one_disk_are_added_up_and_compared_with_what_is_fr
     with pytest.raises(LibpruneError, match=r"a stage needs 2\.1 MB below .*, where 2\.0 MB are free; take less"):
         memory.require_room(needs | {tmp_path / "more": 100_000}, "a stage", "take less")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sums_go_to_a_gpu_that_has_three_times_the_room(monkeypatch):
+    assert not memory.fits_on(torch.device("cpu"), 0)
+    free = SimpleNamespace(mem_get_info=lambda device: (3_000, 9_000))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: free)
+    assert memory.fits_on(torch.device("cuda", 0), 999)
+    assert not memory.fits_on(torch.device("cuda", 0), 1_000)

@@ -1,5 +1,6 @@
 """The width stage: which widths it measures, and what it measures against a direct computation."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.support import tiny
 from tests.support.closure import run_without_torch
 from tests.support.models import FAMILIES
 from tests.support.predictions import kl, logits_of
+from tests.support.processes import together
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +107,18 @@ def test_without_a_width_the_stage_writes_nothing_and_loads_no_torch(measured, t
     assert (artifacts / "width/nothing.json").read_text() == '{\n  "width": null\n}\n'
     with pytest.raises(ArtifactError, match=r"width was written with allocate\.width: null; set a width"):
         read_axes(artifacts / "width", {"model": "any"})
+
+
+def test_two_processes_share_the_passes_out(measured, tmp_path, python):
+    place = shutil.copytree(measured, tmp_path / "place")
+    layouts = [Layout(folder / "artifacts") for folder in (measured, place)]
+    layouts[1].widths.unlink()
+    together(python, place, "run('width')\n")
+    tables = [read_table(layout.widths, "width")[0] for layout in layouts]
+    assert tables[1]["divergence"] == pytest.approx(tables[0]["divergence"], rel=1e-3)
+    one, two = (read_axes(layout.width_axes, {}) for layout in layouts)
+    assert one.order is not None and torch.equal(one.order, two.order)
+    for kind in ("ratios", "grams", "held_out"):
+        assert {*getattr(one, kind)} == {*getattr(two, kind)}
+        for name, tensor in getattr(one, kind).items():
+            torch.testing.assert_close(getattr(two, kind)[name], tensor, rtol=1e-4, atol=1e-5)

@@ -44,6 +44,9 @@ class Pretended(Tensor):
     def is_cuda(self) -> bool:  # type: ignore[override]
         return True
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.host.untyped_storage()
+
     def __repr__(self) -> str:
         return f"Pretended({self.host})"
 
@@ -70,7 +73,10 @@ _WAITING = {
     *(aten.masked_select.default, aten.repeat_interleave.Tensor),
 }
 """Operations whose result, or its size, the host has to know."""
-_ACROSS = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten.set_.source_Tensor}
+_ACROSS = {
+    *(aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten.index_put.default),
+    *(aten._index_put_impl_.default, aten._unsafe_index_put.default, aten.set_.source_Tensor),
+}
 """Operations that take tensors of several devices."""
 waited: Counter[str] = Counter()
 """How often the host has waited, by the line that asked for it."""
@@ -143,6 +149,8 @@ def _moved(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     if target.type == "cpu":
         _wait("to the host")
         return x.host.detach().clone()
+    if x.ndim and not kwargs.get("non_blocking"):
+        _wait("to the device")
     return Pretended(x.detach())
 
 
@@ -155,11 +163,13 @@ def pretending() -> Iterator[Counter[str]]:
 
 
 def on_gpu(model: nn.Module) -> nn.Module:
-    """A model whose parameters and buffers say that they lie on a GPU."""
+    """A model whose parameters and buffers say that they lie on a GPU; those that are tied stay so."""
+    made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(Pretended(parameter.data), parameter.requires_grad)
+                new = nn.Parameter(Pretended(parameter.data), parameter.requires_grad)
+                module._parameters[name] = made.setdefault(id(parameter), new)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = Pretended(buffer)
