@@ -119,9 +119,8 @@ class StackedMap(nn.Module):
 
     def _one(self, rows: Float[Tensor, "rows input"], weight: Tensor) -> Float[Tensor, "rows output"]:
         """What one expert makes of its rows; where it has none, its weights are not read."""
-        if not len(rows):
-            return rows.new_zeros(0, weight.shape[1 if self._transposed else 0])
-        weight = weight.to(rows.device)
+        if weight.device != rows.device:
+            weight = weight.to(rows.device) if len(rows) else torch.empty_like(weight, device=rows.device)
         return rows @ (weight if self._transposed else weight.mT)
 
 

@@ -4,7 +4,7 @@ The model itself makes the embeddings, masks and position encodings. The layers 
 and the pass ends as soon as its results are there. So a family file need not describe the arguments of its layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
@@ -76,8 +76,8 @@ def _return(output: Any, run: Callable[..., Any] | None, *args: Any, **kwargs: A
 
 @contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the context, some parameters of the model have other values; none of them is copied."""
-    before = {name: model.get_parameter(name).data for name in tensors}
+    """Inside the context, some parameters of the model have other values."""
+    before = values_of(model, tensors)
     try:
         set_parameters(model, tensors)
         yield
@@ -85,8 +85,14 @@ def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         set_parameters(model, before)
 
 
+def values_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """What parameters hold until `set_parameters` gives them other values: on the CPU no copies are made."""
+    parameters = {name: model.get_parameter(name) for name in names}
+    return {name: p.data if p.device.type == "cpu" else p.detach().clone() for name, p in parameters.items()}
+
+
 def set_parameters(model: nn.Module, tensors: Mapping[str, Tensor], keep: Keep = in_memory) -> None:
-    """Give parameters of a model other values, in their type and on their device; tensors that fit are not copied.
+    """Give parameters of a model other values, in their type and on their device; on the CPU without a copy.
 
     Args:
         model: with the parameters.
@@ -95,7 +101,10 @@ def set_parameters(model: nn.Module, tensors: Mapping[str, Tensor], keep: Keep =
     """
     for name in tensors:
         parameter = model.get_parameter(name)
-        parameter.data = keep(tensors[name].detach().to(parameter).contiguous())
+        if parameter.device.type == "cpu":
+            parameter.data = keep(tensors[name].detach().to(parameter).contiguous())
+        else:
+            parameter.detach().copy_(tensors[name])
 
 
 class _SeenError(Exception):

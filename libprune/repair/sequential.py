@@ -39,7 +39,7 @@ from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import hooked, masked, oriented
-from libprune.models.layers import first_output, layers_of, run_layer, set_parameters
+from libprune.models.layers import first_output, layers_of, run_layer, set_parameters, values_of
 from libprune.models.memory import Keep, in_memory
 from libprune.models.sequences import Sequences
 from libprune.repair.experts import Rows, fit_experts
@@ -326,7 +326,7 @@ class SequentialRepair:
         del flows
         if not change.steps:
             return None, seen
-        old = {producer.entry.weight: self._model.get_parameter(producer.entry.weight).data for producer in producers}
+        old = values_of(self._model, [producer.entry.weight for producer in producers])
         new = {
             producer.entry.weight: changed_weight(producer, old[producer.entry.weight], rows)
             for producer, rows in zip(producers, change.rows, strict=True)

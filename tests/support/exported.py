@@ -72,7 +72,7 @@ def predicted(source: Source, ids: Tensor) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def run_here(folder: Path, ids: Tensor, remote: bool, head: str) -> dict[str, Tensor]:
+def run_here(folder: Path, ids: Tensor, remote: bool, head: str, disk: Path | None = None) -> dict[str, Tensor]:
     """The logits of a folder's model in this process, in place of `libprune.results.proof.reload`, which starts one."""
     with torch.no_grad():
         logits: Tensor = load_model(folder, torch.float32, trust_remote_code=remote)(input_ids=ids).logits
