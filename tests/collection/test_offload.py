@@ -93,8 +93,8 @@ def test_statistics_of_weights_on_disk_have_the_same_bytes(name, tmp_path):
 
 SEARCH = {"method": "search", "evaluations": 2, "shape": "per_layer", "worth": "none"}
 CASES = {
-    "tied": ("llama_mha", "float32", SEARCH, "local"),
-    "mixture": ("qwen3_moe", "bfloat16", {"method": "uniform", "shape": "per_layer", "worth": "none"}, "sequential"),
+    "tied": ("llama_mha", "bfloat16", SEARCH, "local"),
+    "mixture": ("qwen3_moe", "float32", {"method": "uniform", "shape": "per_layer", "worth": "none"}, "sequential"),
 }
 
 

@@ -17,7 +17,7 @@ from libprune.engine.stacks import exposed
 from libprune.models.parallel import World
 from libprune.models.sequences import Sequences
 from libprune.narrowing.measure import collect_axes
-from libprune.pipeline.sections import Activations, Gradients, Hessian
+from libprune.pipeline.sections import Activations, Compute, Gradients, Hessian
 from libprune.repair import experts, least_squares, producers
 from libprune.repair.least_squares import Inputs, repair_local
 from libprune.repair.sequential import SequentialRepair, split_batches
@@ -158,7 +158,7 @@ def axes(model: Any, ids: Tensor, device: torch.device) -> list[Tensor]:
     sequences = Sequences(getattr(ids, "host", ids))
     run = object.__new__(Calibration)
     own = {"model": model, "architecture": describe(model), "sequences": sequences, "device": device, "at_once": 4}
-    vars(run).update(own, world=World())
+    vars(run).update(own, world=World(), compute=Compute(offload="none"))
     found = collect_axes(run, "auto")
     chosen = found.order if found.turn is None else found.turn
     assert chosen is not None
