@@ -23,6 +23,7 @@ from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
+from libprune.models.compute import KEPT
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import Params, load_params
 from libprune.pipeline.story import read_memory
@@ -189,6 +190,8 @@ def memory(
         * computed.itemsize
     )
     kept = layer * (1 if params.compute.gradient_checkpointing else architecture.layers)
+    windows = params.tokenize.evaluation_windows * params.tokenize.evaluation_length
+    judged = windows * architecture.sizes.get("vocab", 0) * computed.itemsize
     if params.compute.offload != "none":
         weights //= architecture.layers
     sums = {stage.stage: stage.sums for stage in written}
@@ -203,7 +206,7 @@ def memory(
         "slice": 3 * dense,
         "recover": trained.get("recover", 0) + round(4.5 * logits) + kept,
         "export": 3 * dense,
-        "evaluate": 2 * weights + 4 * logits + layer,
+        "evaluate": 2 * weights + 4 * logits + layer + min(KEPT, judged),
     }
     return {stage: size + _LIBRARIES for stage, size in held.items()}
 
