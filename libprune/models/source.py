@@ -3,9 +3,11 @@
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from gguf import GGUFReader
@@ -33,6 +35,23 @@ def _read_fast(reader: GGUFReader, *arguments: Any, **options: Any) -> Any:
 
 _read = GGUFReader._get
 GGUFReader._get = _read_fast
+
+
+def _open_once(reader: GGUFReader, path: Any, mode: str = "r") -> None:
+    """Open a GGUF file, whose fields are read once in a process: transformers and this module open it several times."""
+    status = Path(path).stat()
+    key = str(path), mode, status.st_mtime_ns, status.st_size
+    if mode != "r" or key not in _opened:
+        _open(reader, path, mode)
+        _opened.clear()
+        _opened[key] = dict(vars(reader))
+    vars(reader).update(_opened[key])
+
+
+_opened: dict[tuple[str, str, int, int], dict[str, Any]] = {}
+_open = GGUFReader.__init__
+GGUFReader.__init__ = _open_once
+gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)  # transformers asks for it module by module
 
 
 def load_dense(params: Prepare) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -339,6 +339,25 @@ def test_an_adapter_a_pointer_and_a_pickle_are_named_for_what_they_are(folder, t
     (target / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(SourceError, match=r"no \.safetensors file but pytorch_model\.bin, a pickle"):
         load_dense(Prepare(model=str(target)))
+
+
+def test_the_fields_of_a_gguf_file_are_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    read, build = [], GGUFReader._build_fields
+
+    def count(reader, *given):
+        read.append(1)
+        return build(reader, *given)
+
+    monkeypatch.setattr(GGUFReader, "_build_fields", count)
+    for name in ("one", "another"):
+        writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+        writer.add_name(name)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        for _ in range(3):
+            assert GGUFReader(tmp_path / "m.gguf").fields["general.name"].contents() == name
+    assert len(read) == 2
 
 
 def test_a_gguf_file_of_experts_is_not_taken_for_a_dense_model(tmp_path):
