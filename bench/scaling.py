@@ -128,19 +128,20 @@ def exponents(sizes: list[float], values: list[float]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each stage: CPU seconds, peak and written bytes of all sizes, each with its exponents."""
+    """A line for each stage: CPU seconds, peak and written bytes of the measured sizes, each with its exponents."""
     found = {(row["model"], row["stage"]): row for row in rows}
-    names = [name for name in SHAPES if (name, STAGES[-1]) in found]
+    names = [name for name in SHAPES if any(model == name for model, _ in found)]
     lines = []
     for stage in STAGES:
-        own, cells = [found[name, stage] for name in names], list[str]()
-        layers = [row["layers"] for row in own]
-        starts = [found[name, "imports"]["seconds"] for name in names]
-        seconds = [max(row["seconds"] - start, 0.0) for row, start in zip(own, starts, strict=True)]
-        cells += [", ".join(f"{value:.1f}" for value in seconds), exponents(layers, seconds)]
-        for key in ("peak", "written"):
-            values = [row[key] / 1e9 for row in own]
-            cells += [", ".join(f"{value:.3g}" for value in values), exponents(layers, values)]
+        own = {name: found[name, stage] for name in names if (name, stage) in found}
+        layers = [row["layers"] for row in own.values()]
+        starts = {name: found[name, "imports"]["seconds"] for name in own}
+        columns = [{name: max(row["seconds"] - starts[name], 0.0) for name, row in own.items()}]
+        columns += [{name: row[key] / 1e9 for name, row in own.items()} for key in ("peak", "written")]
+        cells = list[str]()
+        for values in columns:
+            cells += [", ".join(f"{values[name]:.3g}" if name in values else "-" for name in names)]
+            cells += [exponents(layers, list(values.values()))]
         lines.append((stage, *cells))
     head = ("CPU seconds", "exponent", "peak, GB", "exponent", "written, GB", "exponent")
     return markdown_table(lines, (f"stage; {', '.join(names)}", *head))

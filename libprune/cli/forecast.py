@@ -24,6 +24,7 @@ from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
+from libprune.models.compute import KEPT
 from libprune.models.memory import fits_in_memory
 from libprune.models.parallel import World
 from libprune.pipeline.layout import Layout
@@ -187,9 +188,11 @@ def memory(
     logits, layer = needs.logits, needs.layer
     place = choose(params.compute, needs, compute_device(params.compute), World())
     kept = layer + needs.states if params.compute.gradient_checkpointing or place != "none" else needs.kept
+    windows = params.tokenize.evaluation_windows * params.tokenize.evaluation_length
+    judged = min(KEPT, windows * architecture.sizes.get("vocab", 0) * computed.itemsize)
     sums = {stage.stage: stage.sums for stage in written}
     if place == "disk":
-        return _on_disk(architecture, params, needs, written)
+        return _on_disk(architecture, params, needs, written) | {"evaluate": LIBRARIES + layer + 5 * logits + judged}
     trained = {stage.stage: stage.training for stage in written}
     held = {
         "prepare": round(2.4 * dense),
@@ -201,7 +204,7 @@ def memory(
         "slice": 3 * dense,
         "recover": trained.get("recover", 0) + round(4.5 * logits) + kept,
         "export": 3 * dense,
-        "evaluate": 2 * weights + 4 * logits + layer,
+        "evaluate": 2 * weights + 4 * logits + layer + judged,
     }
     return {stage: size + LIBRARIES for stage, size in held.items()}
 
@@ -231,7 +234,6 @@ def _on_disk(
         "width": max(fitted, forward + 2 * needs.logits),
         "slice": max(fitted, LIBRARIES),
         "recover": training + round(4.5 * needs.logits) + needs.kept,
-        "evaluate": forward + 2 * needs.logits,
     }
     return {stage: size + LIBRARIES for stage, size in held.items()}
 

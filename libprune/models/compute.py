@@ -143,13 +143,17 @@ def _row_losses(rows: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(rows.float(), targets, ignore_index=NO_TARGET, reduction="none")
 
 
+KEPT = 1 << 30
+"""The most bytes of logits that `KeptLogits` keeps."""
+
+
 class KeptLogits:
     """Logits that are compared more than once: computed once and kept while they fit into a part of the host's memory.
 
     Those on a GPU are not kept: it computes them faster than its memory can spare the room.
     """
 
-    def __init__(self, most: int = 1 << 30) -> None:
+    def __init__(self, most: int = KEPT) -> None:
         """Keep no logits yet.
 
         Args:
