@@ -22,6 +22,7 @@ from libprune.engine.tables import Columns, split_blocks
 from libprune.pipeline.artifacts import Scores
 from libprune.pipeline.methods import METHODS
 from libprune.pipeline.sections import Allocate
+from libprune.statistics.sensitivity import block_increase
 
 
 def with_worth(scores: Scores, params: Allocate, evidence: Evidence) -> Scores:
@@ -36,7 +37,7 @@ def with_worth(scores: Scores, params: Allocate, evidence: Evidence) -> Scores:
     if params.worth == "functional":
         return scores.with_columns(shared_out(scores, evidence["activations"], by_layer=True))
     increases = evidence["sensitivity"]
-    blocks = np.array([increases[part][layer] for layer, part in scores.architecture.blocks()])
+    blocks = np.array([block_increase(increases, *block) for block in scores.architecture.blocks()])
     return scores.with_columns(shared_out(scores, blocks, by_layer=False))
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from libprune.allocation.ladders import Ladders, spent
 from libprune.engine.architecture import Architecture, Block
 from libprune.pipeline.sections import Allocate
-from libprune.statistics.sensitivity import LAYER
+from libprune.statistics.sensitivity import LAYER, block_increase
 
 HARMLESS = 1e-6
 """The least loss increase that counts, nats, so that a block whose removal helps keeps its units' order."""
@@ -41,13 +41,14 @@ def block_factors(architecture: Architecture, increases: Increases, params: Allo
     That is the increase of removing its whole layer where this does not exceed the threshold, and of
     removing the block alone elsewhere. T is `allocate.temperature`; 0 makes all factors 1.
     """
-    limit = threshold_of(params.threshold, increases[LAYER])
+    layers = increases[LAYER]
+    limit = threshold_of(params.threshold, layers)
+
+    def increase(layer: int, part: str) -> float:
+        return float(layers[layer]) if layers[layer] <= limit else block_increase(increases, layer, part)
+
     return {
-        (layer, part): float(
-            np.log1p(max(increases[LAYER if increases[LAYER][layer] <= limit else part][layer], HARMLESS))
-            ** params.temperature
-        )
-        for layer, part in architecture.blocks()
+        block: float(np.log1p(max(increase(*block), HARMLESS)) ** params.temperature) for block in architecture.blocks()
     }
 
 

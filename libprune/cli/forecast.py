@@ -192,7 +192,7 @@ def memory(
     judged = min(KEPT, windows * architecture.sizes.get("vocab", 0) * computed.itemsize)
     sums = {stage.stage: stage.sums for stage in written}
     if place == "disk":
-        return _on_disk(architecture, params, needs, written) | {"evaluate": LIBRARIES + layer + 5 * logits + judged}
+        return _on_disk(architecture, params, needs, written) | {"evaluate": LIBRARIES + layer + 5 * logits}
     trained = {stage.stage: stage.training for stage in written}
     held = {
         "prepare": round(2.4 * dense),

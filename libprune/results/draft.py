@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from libprune.models.compute import KeptLogits, logits_losses, passes_with_bar, rows_at_once
+from libprune.models.compute import KEPT, KeptLogits, logits_losses, passes_with_bar, rows_at_once
 from libprune.models.sequences import Sequences
 from libprune.pipeline.terminal import Bar
 from libprune.results.perplexity import Losses, estimate_mean
@@ -44,10 +44,11 @@ class Beside:
         dense: the dense model.
         windows: the evaluation windows.
         batch_tokens: the most tokens in a pass.
+        most: bytes of the dense model's logits that may be kept.
     """
 
-    def __init__(self, dense: PreTrainedModel, windows: Sequences, batch_tokens: int) -> None:
-        self._dense, self._windows, self._batch_tokens, self._kept = dense, windows, batch_tokens, KeptLogits()
+    def __init__(self, dense: PreTrainedModel, windows: Sequences, batch_tokens: int, most: int = KEPT) -> None:
+        self._dense, self._windows, self._batch_tokens, self._kept = dense, windows, batch_tokens, KeptLogits(most)
 
     def read(self, model: PreTrainedModel, label: str | Bar) -> tuple[Losses, Overlap | None]:
         """Run a model once over the windows: its losses, and how far its predictions are the dense model's.

@@ -18,7 +18,7 @@ from libprune.engine.describe import with_biases
 from libprune.engine.errors import LibpruneError
 from libprune.engine.heads import writes
 from libprune.engine.plan import Plan
-from libprune.models.compute import resolve_device, resolve_dtype
+from libprune.models.compute import KEPT, resolve_device, resolve_dtype
 from libprune.models.folder import load_config, load_model, own_model, require_positions
 from libprune.models.parallel import World
 from libprune.models.sequences import Sequences
@@ -174,7 +174,8 @@ class _Run:
         """Measure all models, and time the dense and the pruned one alternately; at most two are in memory at once."""
         with Bar(total=self.steps, desc="evaluate", unit="step") as bar:
             dense = self.load(self.layout.model)
-            beside = Beside(dense, self.windows, self.compute.batch_tokens)
+            most = 0 if self.settled.offload == "disk" else KEPT  # memory is what there is too little of
+            beside = Beside(dense, self.windows, self.compute.batch_tokens, most)
             measured = {"dense": self.measure("dense", dense, bar, beside)}
             pruned = self.load(self.layout.pruned)
             measured["pruned"] = self.measure("pruned", pruned, bar, beside)

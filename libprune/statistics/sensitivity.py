@@ -1,5 +1,7 @@
 """The loss increase of removing whole layers, attentions and MLPs, by which hierarchical allocation weighs units."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
@@ -87,9 +89,26 @@ def measure_sensitivity(layout: Layout, compute: Compute, section: Sensitivity) 
 
 
 def increases_of(table: Columns) -> dict[str, NDArray[np.float64]]:
-    """Loss increases ``[layers]`` in nats per token, by what is removed: `LAYER` or a part."""
-    kinds = dict.fromkeys(table["removed"].tolist())
-    return {kind: table["loss_increase"][table["removed"] == kind] for kind in kinds}
+    """Loss increases ``[layers]`` in nats per token, by what is removed: `LAYER` or a part.
+
+    A layer that has no such part, or cannot lose it alone, has NaN.
+    """
+    layers = 1 + int(table["layer_idx"].max(initial=-1))
+    increases = {}
+    for kind in dict.fromkeys(table["removed"].tolist()):
+        rows = table["removed"] == kind
+        increases[kind] = np.full(layers, np.nan)
+        increases[kind][table["layer_idx"][rows]] = table["loss_increase"][rows]
+    return increases
+
+
+def block_increase(increases: Mapping[str, NDArray[np.float64]], layer: int, part: str) -> float:
+    """The loss increase of removing a part of a layer, in nats per token.
+
+    Of a part that cannot go alone, such as all experts of a mixture, it is that of removing the layer.
+    """
+    alone = increases[part][layer] if part in increases else np.nan
+    return float(increases[LAYER][layer] if np.isnan(alone) else alone)
 
 
 def print_sensitivity(table: Columns, loss: float) -> None:
@@ -98,5 +117,5 @@ def print_sensitivity(table: Columns, loss: float) -> None:
     note("loss increase, nats per token, without")
     note(f"{'layer':>5}" + "".join(f"{f'the {kind}':>16}" for kind in increases))
     for layer, values in enumerate(zip(*increases.values(), strict=True)):
-        note(f"{layer:>5}" + "".join(f"{value:>16.4f}" for value in values))
+        note(f"{layer:>5}" + "".join(f"{'' if np.isnan(value) else f'{value:.4f}':>16}" for value in values))
     note(f"dense loss {loss:.4f} nats per token")

@@ -1,7 +1,6 @@
 """Drafts: acceptance against its definition, and the expected speed-up against speculative sampling itself."""
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.models.compute import KeptLogits
 from libprune.models.sequences import Sequences
 from libprune.results import draft
 from libprune.results.draft import (
@@ -63,12 +61,11 @@ def test_overlaps_of_windows_are_those_of_their_positions_whatever_is_done_at_on
     monkeypatch, rows, most, batch_tokens
 ):
     monkeypatch.setattr(draft, "rows_at_once", lambda _: rows)
-    monkeypatch.setattr(draft, "KeptLogits", partial(KeptLogits, most))
     dense, other, ids = FAMILIES["llama"](0), FAMILIES["mistral"](1), tokens(WINDOWS, LENGTH)
     with torch.no_grad():
         p, q = (model(input_ids=ids).logits.double().softmax(-1).numpy() for model in (dense, other))
     windows = Sequences(ids)
-    beside = Beside(dense, windows, batch_tokens)
+    beside = Beside(dense, windows, batch_tokens, most)
     assert beside.read(dense, "windows")[1] is None
     accepted = [np.mean([np.minimum(p[w, t], q[w, t]).sum() for t in range(LENGTH)]) for w in range(WINDOWS)]
     for _ in range(2):

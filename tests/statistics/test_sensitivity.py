@@ -17,7 +17,16 @@ from libprune.models.layers import layers_of
 from libprune.models.sequences import Sequences
 from libprune.pipeline.artifacts import read_table
 from libprune.pipeline.layout import Layout
-from libprune.statistics.sensitivity import LAYER, empty_table, increases_of, removal_plans, removals
+from libprune.statistics.sensitivity import (
+    LAYER,
+    block_increase,
+    empty_table,
+    increases_of,
+    print_sensitivity,
+    removal_plans,
+    removals,
+    sensitivity_table,
+)
 from stages.sensitivity import main
 from tests.support import tiny
 from tests.support.closure import run_without_torch
@@ -99,6 +108,21 @@ def test_increases_are_sorted_by_what_is_removed_and_by_layer(llama):
     for what, values in increases.items():
         rows = {int(i): v for i, w, v in zip(*list(table.values())[:3], strict=True) if w == what}
         assert values.tolist() == [rows[layer] for layer in range(4)]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_moe", "nemotron_h"])
+def test_a_block_has_the_increase_of_its_own_removal_or_that_of_its_layer(family, capsys):
+    """Also where only some layers have a part, and where a part, such as all experts, cannot go alone."""
+    architecture = describe(FAMILIES[family](0))
+    measured = removals(architecture)
+    table = sensitivity_table(measured, np.arange(1.0, 1 + len(measured))[:, None].repeat(2, 1), np.zeros(2))
+    increases = increases_of(table)
+    for layer, part in architecture.blocks():
+        row = measured.index((layer, part) if (layer, part) in measured else (layer, LAYER))
+        assert block_increase(increases, layer, part) == 1 + row
+    print_sensitivity(table, 1.0)
+    told = capsys.readouterr().out
+    assert all(f" {1 + row}.0000" in told for row in range(len(measured)))
 
 
 def test_a_removal_runs_only_the_layers_from_its_own_on(llama):

@@ -29,6 +29,11 @@ def test_what_is_pruned_across_kinds_of_layers_keeps_as_many_heads_in_each_group
     heads = [keep.reshape(2, 3).sum(1) for (_, part), keep in plan.keep.items() if part == "mamba"]
     assert all(first == second for first, second in heads)
     assert np.sum(heads) < 18, "heads of some mixer have gone"
+    tiny.change_params(tmp_path, "allocate", method="hgsp")
+    tiny.run_stages(tmp_path, ["sensitivity", "allocate"])
+    assert json.loads((tmp_path / "metrics/allocation.json").read_text())["share_removed"] == pytest.approx(
+        0.25, abs=0.1
+    )
     found = json.loads(Path(layout.root / "evaluation.json").read_text())
     assert found["pruned"]["decoder_share_removed"] == pytest.approx(0.25, abs=0.08)
     assert 0 < found["pruned"]["state_bytes"] < found["dense"]["state_bytes"]
