@@ -290,12 +290,16 @@ def hessian_columns(
 def require_probes_possible(compute: Compute, sharded: bool) -> None:
     """Stop where the graph of the whole model is not in one place, as double backward needs it.
 
+    Args:
+        compute: the params, with `offload` settled.
+        sharded: whether processes share the weights out.
+
     Raises:
         LibpruneError: naming the setting that prevents it.
     """
     ways = {
-        "compute.offload": compute.offload != "none",
-        "compute.gradient_checkpointing": compute.gradient_checkpointing,
+        f"compute.offload: {compute.offload}": compute.offload != "none",
+        "compute.gradient_checkpointing: true": compute.gradient_checkpointing,
         "LIBPRUNE_SHARD": sharded,
     }
     for name, used in ways.items():

@@ -48,11 +48,11 @@ FACTORS = np.array([3.0, 0.25, 1.0, 7.5])
 def scaled_gradients(factors: np.ndarray):
     """Inside the context every gradient of a layer, wherever it is collected, is multiplied by the layer's factor."""
 
-    def scaled(model, architecture, on_output, on_input=None, recompute=False, on_rows=None):
+    def scaled(model, architecture, on_output, on_input=None, *given, **named):
         def taking(take):
             return take and (lambda entry, x, delta: take(entry, x, delta * float(factors[entry.layer])))
 
-        return watching(model, architecture, taking(on_output), taking(on_input), recompute)
+        return watching(model, architecture, taking(on_output), taking(on_input), *given, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         for stage in ("gradients", "hessian"):

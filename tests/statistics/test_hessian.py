@@ -259,12 +259,19 @@ def parameters_in_order(model: nn.Module, wanted: dict[str, nn.Parameter]) -> li
     return [(name, p) for name, p in model.named_parameters() if name in wanted]
 
 
-@pytest.mark.parametrize("setting", [{"offload": "cpu"}, {"gradient_checkpointing": True}])
-def test_probes_are_refused_where_the_graph_is_not_kept(setting):
-    with pytest.raises(LibpruneError, match=f"hutchinson cannot be used with compute.{next(iter(setting))}"):
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"offload": "cpu"}, r"compute\.offload: cpu"),
+        ({"offload": "disk"}, r"compute\.offload: disk"),
+        ({"offload": "none", "gradient_checkpointing": True}, r"compute\.gradient_checkpointing: true"),
+    ],
+)
+def test_probes_are_refused_where_the_graph_is_not_kept(setting, named):
+    with pytest.raises(LibpruneError, match=f"hutchinson cannot be used with {named}; use fisher"):
         require_probes_possible(Compute(**setting), sharded=False)
     with pytest.raises(LibpruneError, match="LIBPRUNE_SHARD"):
-        require_probes_possible(Compute(), sharded=True)
+        require_probes_possible(Compute(offload="none"), sharded=True)
 
 
 def test_on_other_labels_the_fisher_is_not_the_hessian(softmax_linear):
