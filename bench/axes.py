@@ -2,12 +2,14 @@
 
     python -m bench.axes --text wiki.valid.raw --work /tmp/axes "channels" "all, uniform"
     python -m bench.axes --work /tmp/axes --table
+    python -m bench.axes --work /tmp/axes --curves
 
 The first half of the text calibrates (128 sequences of 256 tokens; gradients on the first 64; levels, depth and width
 on the last 4), its second half judges (`--windows` of its windows of 1024 tokens, at even distances). `--of decoder`
 counts the share in the layers, `--of total` in the whole model. Nothing is trained. Every row is a sliced folder that
 was proved to load; a budget that a setting cannot reach is a row that says so. Rows go to WORK/rows.jsonl; those that
-are there are not measured again, and a plan that another setting has come to as well is measured once.
+are there are not measured again, and a plan that another setting has come to as well is measured once. `--curves`
+prints what the programme predicts for nine sizes, with and without whole layers and the residual width.
 """
 
 import json
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +28,10 @@ import yaml
 
 from bench.recovery import Judge, base_params
 from bench.rows import add_row, read_rows
+from libprune.curves.plans import plan_curve
 from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
+from libprune.pipeline.params import load_params
 from libprune.report.markdown import markdown_table
 
 COLLECTING = (
@@ -169,6 +174,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table([(*key, *(cells.get(r, "") for r in ratios)) for key, cells in lines.items()], header)
 
 
+def curves(work: Path) -> str:
+    """What the programme predicts for nine shares of the decoder: by shape, with and without the larger axes."""
+    base = work / "groups"
+    lines: dict[float, list[str]] = {}
+    columns = []
+    for shape, larger in product(("uniform", "per_layer"), (False, True)):
+        chosen = {"depth": "joint", "width": "auto"} if larger else {"depth": "none", "width": None}
+        params = yaml.safe_load((base / "params.yaml").read_text())
+        asked = {"method": "search", "shape": shape, "evaluations": 0, "channel_multiple": 1}
+        path = work / "curve.yaml"
+        path.write_text(yaml.safe_dump({**params, "allocate": params["allocate"] | asked | chosen}))
+        start = time.perf_counter()
+        curve = plan_curve(Layout(base / "artifacts"), load_params(path))
+        seconds = time.perf_counter() - start
+        columns.append(f"{shape}{', all axes' if larger else ''} ({seconds:.1f} s)")
+        for one in curve.planned:
+            assert one.divergence is not None
+            frame = f" ({len(one.plan.layers)} layers, width {one.plan.width or 'whole'})" if larger else ""
+            lines.setdefault(one.ratio, []).append(f"{one.divergence:.3f}{frame}")
+    rows = [(f"{100 * ratio:.0f} %", *cells) for ratio, cells in lines.items()]
+    return markdown_table(rows, ("removed", *columns))
+
+
 def main(
     settings: Annotated[list[str] | None, typer.Argument(help="Names of SETTINGS; none: all.")] = None,
     work: Path = Path("/tmp/axes"),
@@ -178,8 +206,12 @@ def main(
     repair: list[str] = ["local"],  # noqa: B006
     windows: int = 24,
     show: Annotated[bool, typer.Option("--table", help="Only print what was measured.")] = False,
+    nine: Annotated[bool, typer.Option("--curves", help="Only print what is predicted for nine sizes.")] = False,
 ) -> None:
     """Measure settings."""
+    if nine:
+        print(curves(work))
+        return
     path = work / "rows.jsonl"
     rows = read_rows(path)
     done = {(row["setting"], row["of"], row["ratio"], row["repair"]) for row in rows}
