@@ -19,7 +19,7 @@ import torch
 
 from libprune.cli.footprint import Footprint, compute_device, compute_dtype, footprints
 from libprune.cli.inspection import dense_architecture
-from libprune.collection.offload import LIBRARIES, PassBytes, choose, pass_bytes
+from libprune.collection.offload import LIBRARIES, PassBytes, choose, consumer_inputs, pass_bytes
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
@@ -109,7 +109,7 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
     def sequences(asked: int | None) -> int:
         return min(asked or tokens.calibration_sequences, tokens.calibration_sequences)
 
-    consumers = _consumers(architecture)
+    consumers = consumer_inputs(architecture)
     gram = _GRAM * sum(met * float(width) ** 2 for width, met, _ in consumers)
     fits = _SOLVED * (1 - (params.allocate.ratio or 0)) ** 3
     fits *= sum(copies * float(width) ** 3 for width, _, copies in consumers)
@@ -159,24 +159,6 @@ def _narrowing(architecture: Architecture, params: Params) -> int:
     return 2 * stored + (1 + measured) * min(section.sequences or stored, stored)
 
 
-def _consumers(architecture: Architecture) -> list[tuple[int, int, int]]:
-    """By map that reads prunable units: its inputs, how often a token meets it, and how many copies it has.
-
-    Only a stack of experts has several copies; inputs are then those of one expert.
-    """
-    consumers = (one for block in architecture.blocks() for one in architecture.consumers(*block))
-    return [
-        (
-            one.each_input(architecture.sizes),
-            min(one.active, one.copies(architecture.sizes)),
-            one.copies(architecture.sizes),
-        )
-        if one.stack
-        else (one.input.size(architecture.sizes), 1, 1)
-        for one in consumers
-    ]
-
-
 def memory(
     architecture: Architecture, params: Params, stored: torch.dtype, written: Sequence[Footprint]
 ) -> dict[str, int]:
@@ -187,12 +169,12 @@ def memory(
     needs = pass_bytes(architecture, batch, computed)
     logits, layer = needs.logits, needs.layer
     place = choose(params.compute, needs, compute_device(params.compute), World())
+    if place == "disk":
+        return _on_disk(architecture, params, needs, written)
     kept = layer + needs.states if params.compute.gradient_checkpointing or place != "none" else needs.kept
     windows = params.tokenize.evaluation_windows * params.tokenize.evaluation_length
     judged = min(KEPT, windows * architecture.sizes.get("vocab", 0) * computed.itemsize)
     sums = {stage.stage: stage.sums for stage in written}
-    if place == "disk":
-        return _on_disk(architecture, params, needs, written) | {"evaluate": LIBRARIES + layer + 5 * logits}
     trained = {stage.stage: stage.training for stage in written}
     held = {
         "prepare": round(2.4 * dense),
@@ -222,7 +204,7 @@ def _on_disk(
     }
     read = 2 * torch.float32.itemsize * max(map(architecture.numel, architecture.parameters))
     dequantised = read if params.prepare.model.endswith(".gguf") else 0
-    fitted = 4 * torch.float64.itemsize * max(width for width, _, _ in _consumers(architecture)) ** 2
+    fitted = 4 * torch.float64.itemsize * max(width for width, _, _ in consumer_inputs(architecture)) ** 2
     training = next((stage.training for stage in written if stage.stage == "recover"), 0)
     held = {
         "prepare": needs.made + dequantised,
@@ -234,15 +216,15 @@ def _on_disk(
         "width": max(fitted, forward + 2 * needs.logits),
         "slice": max(fitted, LIBRARIES),
         "recover": training + round(4.5 * needs.logits) + needs.kept,
+        "evaluate": needs.layer + 5 * needs.logits,
     }
     return {stage: size + LIBRARIES for stage, size in held.items()}
 
 
 def measured_rate(params: Params) -> float:
     """Floating point operations a second of a product of matrices in the type and on the device that passes use."""
-    gpu = torch.cuda.is_available() if params.compute.device == "auto" else params.compute.device != "cpu"
     rows, inner, columns = _MATRICES
-    options: dict[str, Any] = {"device": "cuda" if gpu else "cpu", "dtype": compute_dtype(params.compute)}
+    options: dict[str, Any] = {"device": compute_device(params.compute), "dtype": compute_dtype(params.compute)}
     one, two = torch.ones(rows, inner, **options), torch.ones(columns, inner, **options)
 
     def product() -> float:

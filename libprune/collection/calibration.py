@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from libprune.collection.offload import pass_bytes, settle
+from libprune.collection.offload import pass_bytes, scratch_of, settle
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.engine.stacks import IMPLEMENTATION, exposed
@@ -123,8 +123,7 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
     compute = settle(compute, pass_bytes(architecture, at_once * stored.ids.shape[1], dtype), device, world)
     if world.first and architecture.experts is not None:
         note(f"experts run by the implementation {IMPLEMENTATION}, which shows each expert's tokens")
-    work = layout.root.parent / ".work"
-    model = load_model(own_model(layout, architecture), dtype, scratch=work if compute.offload == "disk" else None)
+    model = load_model(own_model(layout, architecture), dtype, scratch=scratch_of(layout, compute))
     model = place(model, architecture, compute, world, device)
     meta = {
         "model": architecture.fingerprint,
@@ -141,7 +140,7 @@ def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool =
         compute=compute,
         world=world,
         meta=meta,
-        work=work,
+        work=layout.work,
         at_once=at_once,
         model=exposed(model, architecture),
         available=len(stored),

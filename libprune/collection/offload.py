@@ -5,6 +5,7 @@ layers of that batch where backward needs them, the logits, and the sums of one 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from libprune.engine.architecture import Architecture
 from libprune.models.memory import free_memory
 from libprune.models.parallel import World
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute
 from libprune.pipeline.terminal import gigabytes, note
 
@@ -40,17 +42,31 @@ class PassBytes:
     made: int
 
 
+def consumer_inputs(architecture: Architecture) -> list[tuple[int, int, int]]:
+    """By map that reads prunable units: its inputs, how often a token meets it, and how many copies it has.
+
+    Only a stack of experts has several copies; inputs are then those of one expert.
+    """
+    consumers = (one for block in architecture.blocks() for one in architecture.consumers(*block))
+    return [
+        (
+            one.each_input(architecture.sizes),
+            min(one.active, one.copies(architecture.sizes)),
+            one.copies(architecture.sizes),
+        )
+        if one.stack
+        else (one.input.size(architecture.sizes), 1, 1)
+        for one in consumers
+    ]
+
+
 def pass_bytes(architecture: Architecture, tokens: int, dtype: torch.dtype) -> PassBytes:
     """What a pass over so many tokens holds of a model that computes in a type.
 
     A layer holds about 16 times the width of the model and 8 times that of its widest map, for each token;
     of a mixture the experts count that a token goes through.
     """
-    consumers = (one for block in architecture.blocks() for one in architecture.consumers(*block))
-    widest = max(
-        one.each_input(architecture.sizes) * (min(one.active, one.copies(architecture.sizes)) if one.stack else 1)
-        for one in consumers
-    )
+    widest = max(width * met for width, met, _ in consumer_inputs(architecture))
     model, size = architecture.sizes["model"], tokens * dtype.itemsize
     layer = size * (16 * model + 8 * widest)
     parts = (sum(map(architecture.numel, architecture.parameters_of(*block))) for block in architecture.blocks())
@@ -62,6 +78,15 @@ def pass_bytes(architecture: Architecture, tokens: int, dtype: torch.dtype) -> P
         logits=tokens * architecture.sizes.get("vocab", 0) * torch.float32.itemsize,
         made=3 * torch.float64.itemsize * max(parts),
     )
+
+
+def scratch_of(layout: Layout, compute: Compute) -> Path | None:
+    """The folder for what lies on disk in place of memory; None where weights are not read from disk.
+
+    Args:
+        compute: with `offload` settled.
+    """
+    return layout.work if compute.offload == "disk" else None
 
 
 Place = Literal["none", "cpu", "disk"]

@@ -52,6 +52,11 @@ def on_disk(tensor: Tensor, folder: Path) -> Tensor:
         return torch.from_file(path, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
 
 
+def keeping(folder: Path | None) -> Keep:
+    """`on_disk` below a folder; `in_memory` without one."""
+    return in_memory if folder is None else partial(on_disk, folder=folder)
+
+
 def _mapped(tensor: Tensor) -> bool:
     """Whether a tensor lies in a mapped file; False where the system does not tell."""
     maps = Path("/proc/self/maps")

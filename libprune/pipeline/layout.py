@@ -29,9 +29,14 @@ class Layout:
     """Links to the local files and folders that models and texts are read from."""
 
     @property
+    def work(self) -> Path:
+        """The folder of unfinished work, outside of the artifacts."""
+        return self.root.parent / ".work"
+
+    @property
     def digests(self) -> Path:
         """The file that keeps the digests of files that were read, outside of the artifacts."""
-        return self.root.parent / ".work" / "digests.json"
+        return self.work / "digests.json"
 
     model = Place("model")
     """The dense model, a Hugging Face folder."""

@@ -60,7 +60,7 @@ def recover_layout(layout: Layout, compute: Compute, params: Recover) -> Recover
             result fails its proof.
     """
     world = join_world()
-    work = layout.root.parent / ".work" / "recover"
+    work = layout.work / "recover"
     with only_one(work.with_suffix(".lock")) if world.first else nullcontext():
         world.barrier()
         run = _set_up(layout, compute, params, world)

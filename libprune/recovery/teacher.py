@@ -97,7 +97,7 @@ class _Storing:
 
     def run(self) -> None:
         """Store the predictions, file by file; those of an earlier run that was stopped are kept."""
-        work = self.layout.root.parent / ".work" / "teacher"
+        work = self.layout.work / "teacher"
         with only_one(work.with_suffix(".lock")) if self.world.first else nullcontext():
             self.world.barrier()
             device, dtype = own_device(self.compute, self.world)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from libprune.collection.calibration import place
-from libprune.collection.offload import pass_bytes, settle
+from libprune.collection.offload import pass_bytes, scratch_of, settle
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.errors import ParamsError, SourceError
@@ -48,7 +48,7 @@ def load_teacher(
     tokens = max(compute.batch_tokens, params.length)
     compute = settle(compute, pass_bytes(architecture, tokens, dtype), device, world)
     compute = compute.model_copy(update={"gradient_checkpointing": False})
-    scratch = layout.root.parent / ".work" if compute.offload == "disk" else None
+    scratch = scratch_of(layout, compute)
     if params.teacher is None:
         model = load_model(own_model(layout, architecture), dtype, scratch=scratch)
         return place(model, architecture, compute, world, device)

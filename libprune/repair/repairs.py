@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from libprune.collection.calibration import require_own_weights, set_up
+from libprune.collection.offload import scratch_of
 from libprune.collection.resumable import sums_identity
 from libprune.collection.stream_axes import Narrowed, read_axes, turn_model
 from libprune.engine.architecture import Architecture, Map
@@ -21,7 +21,7 @@ from libprune.engine.plan import Plan
 from libprune.engine.stock_config import bias_key
 from libprune.models.compute import resolve_device
 from libprune.models.folder import WeightFiles, load_config, own_model
-from libprune.models.memory import Keep, in_memory, on_disk
+from libprune.models.memory import Keep, in_memory, keeping
 from libprune.pipeline.artifacts import read_table, same_origin
 from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.layout import Layout
@@ -52,7 +52,6 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
             bar.update()
             return inputs(consumer)
 
-        keep = partial(on_disk, folder=layout.root.parent / ".work") if compute.offload == "disk" else in_memory
         fits = repair_local(
             architecture,
             plan,
@@ -60,7 +59,7 @@ def local_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
             read,
             damping,
             params.fisher_share,
-            keep=keep,
+            keep=keeping(scratch_of(layout, compute)),
             device=device,
         )
     routed = [part for part, shape in architecture.parts.items() if shape.router]

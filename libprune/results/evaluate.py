@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from libprune.collection.calibration import place
-from libprune.collection.offload import pass_bytes, settle
+from libprune.collection.offload import pass_bytes, scratch_of, settle
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import with_biases
@@ -166,7 +166,7 @@ class _Run:
     def load(self, folder: Path) -> PreTrainedModel:
         """Load a model where it will run; the code of a folder runs only if its layers differ in width."""
         remote = self.provenance["plan"]["shape"] == "per_layer" and folder != self.layout.model
-        scratch = self.layout.root.parent / ".work" if self.settled.offload == "disk" else None
+        scratch = scratch_of(self.layout, self.settled)
         model = load_model(folder, self.dtype, trust_remote_code=remote, scratch=scratch)
         return place(model, self.architecture, self.settled, World(), self.device)
 

@@ -3,14 +3,13 @@
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from libprune.collection.offload import pass_bytes, settle
+from libprune.collection.offload import pass_bytes, scratch_of, settle
 from libprune.collection.stream_axes import Narrowed, read_axes
 from libprune.engine import cost
 from libprune.engine.architecture import RESIDUAL, Architecture
@@ -19,7 +18,7 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import require_sliceable, slice_state
 from libprune.models.compute import named_dtype
 from libprune.models.folder import WeightFiles, load_config, load_model, own_model
-from libprune.models.memory import in_memory, on_disk
+from libprune.models.memory import keeping
 from libprune.models.parallel import World
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
@@ -82,7 +81,6 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     dense = WeightFiles(own_model(layout, architecture))
     require_sliceable(architecture, plan)
     disk = _disk(layout, compute, architecture)
-    keep = in_memory if disk is None else partial(on_disk, folder=disk)
     compute = compute if disk is None else compute.model_copy(update={"offload": "disk"})
     fits = REPAIRS[params.repair].repair(layout, architecture, plan, compute, params)
     rescaling = Rescaling({})
@@ -96,7 +94,7 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     repaired = _Weights(dense, new, stored, buffers, rescaling.by_name(architecture))
     calibrated = {"model": architecture.fingerprint, "tokens": about["tokens"]}
     weights = _weights(layout, repaired, architecture, plan, params, calibrated)
-    state = slice_state(weights, architecture, plan, keep)
+    state = slice_state(weights, architecture, plan, keeping(disk))
     write_pruned(folder, layout.model, architecture, plan, meta["shape"], state, config)
     shutil.copyfile(layout.plan, folder / "plan.parquet")
     write_table(folder / "repair.parquet", fit_table(fits), {"model": architecture.fingerprint})
@@ -134,8 +132,8 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
 def _disk(layout: Layout, compute: Compute, architecture: Architecture) -> Path | None:
     """Where the weights of the proof lie, if not in memory: those of two models, in float32."""
     needs = pass_bytes(architecture, _CHECKED_SEQUENCES * _CHECKED_LENGTH, torch.float32)
-    chosen = settle(compute, replace(needs, weights=2 * needs.weights), torch.device("cpu"), World()).offload
-    return layout.root.parent / ".work" if chosen == "disk" else None
+    needs = replace(needs, weights=2 * needs.weights)
+    return scratch_of(layout, settle(compute, needs, torch.device("cpu"), World()))
 
 
 def _weights(
@@ -169,8 +167,7 @@ def _prove(
     disk: Path | None,
 ) -> dict[str, float]:
     """Compare the folder, loaded in a fresh process, with the dense model under the same weights and the mask."""
-    keep = in_memory if disk is None else partial(on_disk, folder=disk)
     ids = text.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
-    expected = masked_logits(model, architecture, plan, weights, ids, keep)
+    expected = masked_logits(model, architecture, plan, weights, ids, keeping(disk))
     proof = verify_folder(folder, ids, expected, shape == "per_layer", architecture.head, disk)
     return {"logit_difference": proof.difference, "logit_scale": proof.scale}

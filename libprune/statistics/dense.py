@@ -76,7 +76,7 @@ def prepare_layout(layout: Layout, section: Prepare) -> None:
     """
     use_families(section.families)
     _require_content(section)
-    scratch = layout.root.parent / ".work"
+    scratch = layout.work
     model, tokenizer = load_dense(section, scratch)
     described = describe(model, accept=section.accept_config, experts=section.experts, heads=section.heads)
     require_shared(described)

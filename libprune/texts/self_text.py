@@ -57,7 +57,7 @@ class SelfText:
     ) -> None:
         self._folder, self._architecture, self._tokenizer = layout.model, architecture, tokenizer
         self._device_name, self._dtype_name = device, dtype
-        self._work = layout.root.parent / ".work" / "self"
+        self._work = layout.work / "self"
 
     def sample(self, count: int, length: int, seed: int | None) -> tuple[Ids, dict[str, Any]]:
         """Write sequences of ordinary tokens, in those that the tokenizer puts around a text.

@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig
 
 from libprune.cli.footprint import footprints
-from libprune.cli.forecast import _consumers, forecast, lines, main, measured_rate, memory, works
+from libprune.cli.forecast import forecast, lines, main, measured_rate, memory, works
+from libprune.collection.offload import consumer_inputs
 from libprune.engine.architecture import Architecture, Map, Trimmed
 from libprune.engine.describe import describe, without_weights
 from libprune.pipeline.params import Params
@@ -166,7 +167,7 @@ def test_experts_count_one_by_one():
     """A token meets some experts, and each has a Gram matrix and fits of its own."""
     architecture = describe(FAMILIES["qwen3_moe"](0))
     stacks = [entry for entry in architecture.maps if entry.stack and entry in consumers_of(architecture)]
-    found = {one for one in _consumers(architecture) if one[2] > 1}
+    found = {one for one in consumer_inputs(architecture) if one[2] > 1}
     assert found == {(e.each_input(architecture.sizes), e.active, e.copies(architecture.sizes)) for e in stacks}
     assert all(met < copies for _, met, copies in found)
 
