@@ -27,8 +27,7 @@ from libprune.repair.least_squares import (
     SILENT,
     Fit,
     Inputs,
-    Moments,
-    fisher_weighting,
+    dense_problem,
     fit_consumer,
     require_choice,
 )
@@ -212,14 +211,11 @@ def fit_channels(
         if not stays.any() or stays.all() or not grams[copy].any():
             continue
         curvature = None if inputs.curvature is None else inputs.curvature[copy]
-        factors = fisher_weighting(grams[copy], curvature, fisher_share)
+        rows = held_out[copy] if held_out is not None and held_out[copy].any() else None
         here = stays.to(weight.device)
-        moments, unseen = Moments.of_dense(weight[:, own], grams[copy] * factors, here), None
-        if held_out is not None and held_out[copy].any():
-            rows = held_out[copy].double()
-            unseen = Moments.of_dense(weight[:, own], rows.T @ rows / len(rows) * factors, here)
+        problem, unseen = dense_problem(weight[:, own], Inputs(grams[copy], rows, curvature), here, fisher_share)
         ridge = _RARE if damping is None and unseen is None else damping
-        fit = fit_consumer(consumer, weight[:, own], here, moments, unseen, ridge)
+        fit = fit_consumer(consumer, weight[:, own], here, problem, unseen, ridge)
         assert fit.weight is not None
         whole[:, own] = fit.weight.T if consumer.transposed else fit.weight
         fits.append(fit)

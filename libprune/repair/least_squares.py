@@ -7,7 +7,8 @@ With K the kept input positions of a consumer, x their values and y what the con
 D, the diagonal of E[x x^T], makes the ridge the same whatever the scale of each input: channels of an MLP
 differ in it a thousandfold.
 
-`local` takes x and y = W x from the dense model, in closed form from a cached Gram matrix.
+`local` takes x and y = W x from the dense model, in closed form from a cached Gram matrix. Kept weights then
+miss no more than what the removed inputs x_P gave, and W' = W_K + W_P E[x_P x^T] (E[x x^T] + lambda D)^-1.
 `libprune.repair.sequential` takes x from the model that is already pruned and repaired up to there.
 Structured optimal brain compression, with the ridge pulled towards the old weights rather than zero
 (Frantar & Alistarh 2022, "Optimal Brain Compression").
@@ -83,9 +84,133 @@ class Moments:
         lost = float(((w @ self.gram - 2 * self.cross) * w).sum()) + self.square
         return max(lost, 0.0) / self.square if self.square > 0 else 0.0
 
+    def solution(
+        self, factor: Float[Tensor, "kept kept"], weight: Float[Tensor, "output kept"], ridge: Float[Tensor, " kept"]
+    ) -> Float[Tensor, "output kept"]:
+        """The weights for a ridge, float64.
+
+        Args:
+            factor: of Cholesky, of the Gram matrix with the ridge on its diagonal.
+            weight: the old weights of the kept inputs.
+            ridge: what was added to the diagonal.
+        """
+        right = self.cross + weight.double() * ridge
+        return torch.cholesky_solve(right.T, factor).T
+
+
+@dataclass(frozen=True)
+class DenseTarget:
+    """The problem of a consumer that is to give what the dense model's own weights and inputs give.
+
+    It takes fewer products than `Moments`: what is missing is known by the removed inputs alone, which are few.
+
+    Attributes:
+        gram: E[x x^T] of the kept inputs x, ``[kept, kept]``.
+        weight: the old weights of the kept inputs, float64, ``[output, kept]``.
+        removed: those of the removed inputs x_P, float64, ``[output, removed]``.
+        across: E[x_P x^T], float64, ``[removed, kept]``.
+        lost: E|W_P x_P|^2, what is lost if the kept weights stay as they are.
+        square: E|y|^2.
+    """
+
+    gram: Float[Tensor, "kept kept"]
+    weight: Float[Tensor, "output kept"]
+    removed: Float[Tensor, "output removed"]
+    across: Float[Tensor, "removed kept"]
+    lost: float
+    square: float
+
+    @staticmethod
+    def of(
+        weight: Float[Tensor, "output input"], gram: Float[Tensor, "input input"], kept: Bool[Tensor, " input"]
+    ) -> "DenseTarget":
+        """The problem of the kept inputs, from the dense weights and the Gram matrix of all inputs."""
+        gram = gram.to(_computed(gram, weight))
+        square = _energy(weight.to(gram.dtype), gram)
+        removed, rows = weight[:, ~kept].double(), gram[~kept].double()
+        lost = _energy(removed, rows[:, ~kept])
+        return DenseTarget(gram[kept][:, kept], weight[:, kept].double(), removed, rows[:, kept], lost, square)
+
+    def error(self, weight: Float[Tensor, "output kept"]) -> float:
+        """As `Moments.error`; the old weights take no product."""
+        change, lost = weight.double() - self.weight, self.lost
+        if change.any():
+            own = change.to(self.gram.dtype)
+            lost += _energy(own, self.gram) - 2 * float(((change @ self.across.T) * self.removed).sum())
+        return max(lost, 0.0) / self.square if self.square > 0 else 0.0
+
+    def solution(
+        self, factor: Float[Tensor, "kept kept"], weight: Float[Tensor, "output kept"], ridge: Float[Tensor, " kept"]
+    ) -> Float[Tensor, "output kept"]:
+        """As `Moments.solution`, by as many right sides as there are removed inputs or outputs, whichever are fewer."""
+        if len(self.across) < len(self.removed):
+            return self.weight + self.removed @ torch.cholesky_solve(self.across.T, factor).T
+        return self.weight + torch.cholesky_solve((self.removed @ self.across).T, factor).T
+
+
+def _computed(one: Tensor, other: Tensor) -> torch.dtype:
+    """The type that products of two tensors are computed in: float32 or finer."""
+    return torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
+
+
+def _energy(weight: Float[Tensor, "output input"], gram: Float[Tensor, "input input"]) -> float:
+    """E|W x|^2 from E[x x^T]."""
+    return float(((weight @ gram) * weight).sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Inputs and outputs of the dense model at tokens that a fit does not see, to judge it by.
+
+    Attributes:
+        x: the kept inputs, ``[tokens, kept]``.
+        y: what the consumer is to give, ``[tokens, output]``.
+    """
+
+    x: Float[Tensor, "tokens kept"]
+    y: Float[Tensor, "tokens output"]
+
+    @staticmethod
+    def of(
+        weight: Float[Tensor, "output input"], rows: Float[Tensor, "tokens input"], kept: Bool[Tensor, " input"]
+    ) -> "Unseen":
+        """The kept inputs of each row and what the dense weights give there, computed in float32 or finer."""
+        rows = rows.to(_computed(rows, weight))
+        return Unseen(rows[:, kept], rows @ weight.to(rows.dtype).T)
+
+    def error(self, weight: Float[Tensor, "output kept"]) -> float:
+        """The share of the output that is lost over these tokens; 0 if there is no output."""
+        square = float(self.y.square().sum(dtype=torch.float64))
+        missed = self.y - self.x @ weight.to(self.x.dtype).T
+        return float(missed.square().sum(dtype=torch.float64)) / square if square > 0 else 0.0
+
+
+def dense_problem(
+    weight: Float[Tensor, "output input"], inputs: "Inputs", kept: Bool[Tensor, " input"], fisher_share: float
+) -> tuple[DenseTarget, Unseen | Moments | None]:
+    """What a consumer is to be fitted to in a local repair, and what the fit is judged by.
+
+    Args:
+        weight: its old weights, ``[output, input]``.
+        inputs: what is known of its inputs.
+        kept: the input positions that stay.
+        fisher_share: as in `fisher_weighting`.
+
+    Returns:
+        The problem, and what is held out; None where nothing is.
+    """
+    factors, rows = fisher_weighting(inputs.gram, inputs.curvature, fisher_share), inputs.held_out
+    problem = DenseTarget.of(weight, inputs.gram * factors, kept)
+    if rows is None:
+        return problem, None
+    if isinstance(factors, float):
+        return problem, Unseen.of(weight, rows, kept)
+    rows = rows.double()
+    return problem, Moments.of_dense(weight, rows.T @ rows / len(rows) * factors, kept)
+
 
 def solve(
-    moments: Moments, weight: Float[Tensor, "output kept"], damping: float, floor: float = SILENT
+    moments: Moments | DenseTarget, weight: Float[Tensor, "output kept"], damping: float, floor: float = SILENT
 ) -> tuple[Float[Tensor, "output kept"], float]:
     """Solve the damped least-squares problem for the weights of the kept inputs.
 
@@ -104,15 +229,14 @@ def solve(
     Raises:
         StatisticsError: if no damping up to 100 makes the matrix positive definite.
     """
-    diagonal = moments.gram.diagonal()
+    diagonal = moments.gram.diagonal().double()
     scale = diagonal.clamp_min(floor * float(diagonal.max()))
     while True:
-        damped = moments.gram.clone()
+        damped = moments.gram.to(torch.float64, copy=True)
         damped.diagonal().add_(damping * scale)
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            right = moments.cross + damping * weight.double() * scale
-            return torch.cholesky_solve(right.T, factor).T, damping
+            return moments.solution(factor, weight, damping * scale), damping
         if not damping < _LARGEST:
             raise StatisticsError(
                 f"a Gram matrix is not positive definite with slice.damping = {damping:g}; use more calibration text"
@@ -165,8 +289,8 @@ def fit_consumer(
     consumer: Map,
     weight: Float[Tensor, "output input"],
     kept: Bool[Tensor, " input"],
-    moments: Moments,
-    held_out: Moments | None,
+    moments: Moments | DenseTarget,
+    held_out: Moments | Unseen | None,
     damping: float | None,
     refit: bool = False,
     floor: float = SILENT,
@@ -178,9 +302,9 @@ def fit_consumer(
         weight: its old weights, ``[output, input]``.
         kept: the input positions that stay.
         moments: what the fit is to.
-        held_out: the same over sequences that the fit is not to see.
+        held_out: the same over sequences that the fit is not to see, or what is there at their tokens.
         damping: the ridge; None for that of `DAMPINGS` that does better on the held-out sequences than those beside it.
-        refit: with the ridge settled, fit once more to both sets of sequences together.
+        refit: with the ridge settled, fit once more to both sets of sequences together, given as `Moments`.
         floor: as in `solve`.
 
     Raises:
@@ -196,6 +320,7 @@ def fit_consumer(
         error = held_out.error(new) if held_out else np.nan
     after = moments.error(new)
     if refit and held_out:
+        assert isinstance(moments, Moments) and isinstance(held_out, Moments)
         new, used = solve(moments.join(held_out), old, used, floor)
     whole = weight.new_zeros(weight.shape)
     whole[:, kept] = new.to(weight.dtype)
@@ -205,7 +330,7 @@ def fit_consumer(
 
 
 def _choose(
-    moments: Moments, held_out: Moments, old: Float[Tensor, "output kept"], floor: float
+    moments: Moments | DenseTarget, held_out: Moments | Unseen, old: Float[Tensor, "output kept"], floor: float
 ) -> tuple[Float[Tensor, "output kept"], float, float]:
     """Walk along `DAMPINGS` to the least error on held-out sequences; the weights, their ridge and the error there.
 
@@ -295,13 +420,8 @@ def repair_local(
             fits.append(waiting(fit_channels(consumer, weight, own, inputs, damping, fisher_share, like), keep))
             continue
         kept = torch.cat([own, own.new_ones(weight.shape[1] - len(own))]).to(place)
-        factors = fisher_weighting(inputs.gram, inputs.curvature, fisher_share)
-        moments = Moments.of_dense(weight, inputs.gram * factors, kept)
-        held_out = None
-        if inputs.held_out is not None:
-            rows = inputs.held_out.double()
-            held_out = Moments.of_dense(weight, rows.T @ rows / len(rows) * factors, kept)
-        fits.append(waiting(fit_consumer(consumer, weight, kept, moments, held_out, damping, floor=floor), keep))
+        problem, held_out = dense_problem(weight, inputs, kept, fisher_share)
+        fits.append(waiting(fit_consumer(consumer, weight, kept, problem, held_out, damping, floor=floor), keep))
     return fits
 
 

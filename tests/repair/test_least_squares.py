@@ -17,9 +17,12 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked, oriented
 from libprune.repair.least_squares import (
     DAMPINGS,
+    DenseTarget,
     Fit,
     Inputs,
     Moments,
+    Unseen,
+    dense_problem,
     fisher_weighting,
     fit_consumer,
     fit_table,
@@ -230,6 +233,41 @@ def test_joined_moments_are_those_of_the_joined_data(problem, data):
     assert joined.square == pytest.approx(whole.square)
     torch.testing.assert_close(joined.gram, whole.gram)
     torch.testing.assert_close(joined.cross, whole.cross)
+
+
+@given(problems(), dampings, st.integers(0, 2**31))
+def test_a_dense_target_has_the_solution_and_the_errors_of_its_moments(problem, damping, seed):
+    x, w, kept = problem
+    moments, target, unseen = moments_of(x, w, kept), DenseTarget.of(w, gram(x), kept), Unseen.of(w, x, kept)
+    (expected, used), (found, took) = (solve(one, w[:, kept], damping) for one in (moments, target))
+    assert took == used
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    for weight in (w[:, kept], found, *random_tensors(seed, found.shape)):
+        lost = share_lost(x, x @ w.T, x[:, kept] @ weight.T)
+        assert target.error(weight) == pytest.approx(lost, rel=1e-9, abs=1e-12)
+        assert unseen.error(weight) == pytest.approx(lost, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_dense_target_of_coarse_numbers_is_computed_in_finer_ones(dtype):
+    x, w = random_tensors(0, (300, 8), (3, 8))
+    kept, w = torch.arange(8) < 6, w.to(dtype)
+    inputs = Inputs(gram(x).to(dtype), x.to(dtype))
+    target, unseen = dense_problem(w, inputs, kept, 0.0)
+    moments = moments_of(inputs.held_out.double(), w, kept)
+    rows = Moments.of_dense(w, inputs.gram, kept)
+    (found, _), (expected, _) = solve(target, w[:, kept], 0.1), solve(rows, w[:, kept], 0.1)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected)
+    assert target.error(found) == pytest.approx(rows.error(found), rel=1e-4)
+    assert unseen.error(found) == pytest.approx(moments.error(found), rel=1e-4)
+
+
+def test_a_dense_target_without_output_loses_nothing():
+    x, w = random_tensors(0, (9, 3), (2, 3))
+    kept = torch.tensor([True, True, False])
+    for problem in (DenseTarget.of(0 * w, gram(x), kept), Unseen.of(0 * w, x, kept)):
+        assert problem.error(w[:, :2]) == 0
 
 
 # The fit of a consumer
