@@ -12,13 +12,15 @@ def main(
     from libprune.pipeline.atomic import write_json, writing_folder
     from libprune.pipeline.layout import Layout
     from libprune.pipeline.params import load_params
+    from libprune.pipeline.processes import fresh_python
     from libprune.pipeline.terminal import say
-    from libprune.repair.repairs import print_fits
-    from libprune.results.prune import prune
 
     layout, settings = Layout(artifacts), load_params(params)
-    with writing_folder(layout.pruned) as folder:
-        result, fits = prune(layout, folder, settings.compute, settings.slice)
+    with fresh_python() as python, writing_folder(layout.pruned) as folder:
+        from libprune.repair.repairs import print_fits
+        from libprune.results.prune import prune
+
+        result, fits = prune(layout, folder, settings.compute, settings.slice, python)
     print_fits(fits)
     write_json(metrics / "slice.json", result)
     say(

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,22 @@ import psutil
 
 _POLL_SECONDS = 0.5
 
-END_WITH_PARENT = """
-import os, threading
-threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+_WAIT = """
+import json, os, queue, sys, threading
+sys.modules["libprune"] = None
+given = queue.SimpleQueue()
+def listen():
+    line = b""
+    while not line.endswith(b"\\n"):
+        line += os.read(0, 1 << 16) or os._exit(1)
+    given.put(json.loads(line))
+    os.read(0, 1) or os._exit(1)
+threading.Thread(target=listen, daemon=True).start()
+import torch
+import transformers.modeling_utils
+program, *sys.argv[1:] = given.get()
+exec(program)
 """
-"""The beginning of a Python program that `run_bound` starts: it ends when its input does."""
 
 
 def environment() -> dict[str, str]:
@@ -46,22 +58,60 @@ def in_background(work: Callable[[], object]) -> None:
     _thread.start_new_thread(work, ())
 
 
-def run_bound(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a program that begins with `END_WITH_PARENT` to its end, which comes soon after that of this process.
+class FreshPython:
+    """A new process that cannot import libprune and has no network; it loads PyTorch and transformers, and then waits.
 
-    Args:
-        command: the program and its arguments.
-        options: those of `subprocess.run`.
+    It ends soon after the process that started it, however that ends.
 
-    Returns:
-        The ended process, with its output as text.
+    Attributes:
+        folder: an empty folder, in which the process runs; programs and results can be passed there.
     """
-    read, write = os.pipe()  # which closes with this process, however that ends
-    try:
-        return subprocess.run(command, stdin=read, capture_output=True, text=True, check=False, **options)
-    finally:
-        os.close(read)
-        os.close(write)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._errors = folder / "errors.txt"
+        offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder)}
+        command = [sys.executable, "-I", "-c", _WAIT]
+        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(command, stderr=errors, cwd=folder, env=offline, **streams)
+
+    def run(self, program: str, arguments: Sequence[str]) -> str | None:
+        """Run a program to its end; the process runs no other one after it.
+
+        Args:
+            program: the text of a Python program.
+            arguments: what it finds in `sys.argv[1:]`.
+
+        Returns:
+            The last line of what it printed to standard error if it failed, else None.
+        """
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has failed before, and has said why
+            self._process.stdin.write(json.dumps([program, *arguments]) + "\n")
+            self._process.stdin.flush()
+        if self._process.wait() == 0:
+            return None
+        return (self._errors.read_text().strip() or "no message").splitlines()[-1]
+
+    def close(self) -> None:
+        """End the process, if it runs yet."""
+        self._process.kill()
+        with suppress(BrokenPipeError):
+            self._process.communicate()
+
+
+@contextmanager
+def fresh_python() -> Iterator[FreshPython]:
+    """Start a `FreshPython`, which loads what it needs while this process goes on, and end it with the block."""
+    from libprune.pipeline.atomic import scratch_folder  # which asks this module whether processes run
+
+    with scratch_folder() as folder:
+        python = FreshPython(folder)
+        try:
+            yield python
+        finally:
+            python.close()
 
 
 @cache

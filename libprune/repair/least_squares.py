@@ -132,7 +132,7 @@ class DenseTarget:
         return DenseTarget(gram[kept][:, kept], weight[:, kept].double(), removed, rows[:, kept], lost, square)
 
     def error(self, weight: Float[Tensor, "output kept"]) -> float:
-        """As `Moments.error`; the old weights take no product."""
+        """The share of the output that is lost; 0 if there is no output. The old weights take no product."""
         change, lost = weight.double() - self.weight, self.lost
         if change.any():
             own = change.to(self.gram.dtype)
@@ -142,7 +142,10 @@ class DenseTarget:
     def solution(
         self, factor: Float[Tensor, "kept kept"], weight: Float[Tensor, "output kept"], ridge: Float[Tensor, " kept"]
     ) -> Float[Tensor, "output kept"]:
-        """As `Moments.solution`, by as many right sides as there are removed inputs or outputs, whichever are fewer."""
+        """The weights for a ridge, float64; the arguments are those of `Moments.solution`.
+
+        It takes as many right sides as there are removed inputs or outputs, whichever are fewer.
+        """
         if len(self.across) < len(self.removed):
             return self.weight + self.removed @ torch.cholesky_solve(self.across.T, factor).T
         return self.weight + torch.cholesky_solve((self.removed @ self.across).T, factor).T

@@ -4,9 +4,8 @@ The process cannot import libprune, has no network, and reads nothing but the fo
 """
 
 import math
-import os
-import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,22 +21,19 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 from libprune.models.layers import set_parameters
 from libprune.models.memory import LOADING_CODE, Keep, in_memory
-from libprune.pipeline.atomic import scratch_folder
-from libprune.pipeline.processes import END_WITH_PARENT, run_bound
+from libprune.pipeline.processes import FreshPython, fresh_python
 
 TOLERANCE = 1e-4
 """How far outputs may differ in float32, of the largest one."""
 
-_SCRIPT = (
-    END_WITH_PARENT
-    + """
+_PROGRAM = (
+    """
 import sys
-sys.modules["libprune"] = None
-folder, remote, loader, writes, scratch, tokens, result = sys.argv[1:]
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from contextlib import nullcontext
+from safetensors.torch import load_file, save_file
+folder, remote, loader, writes, scratch, tokens, result = sys.argv[1:]
 """
     + LOADING_CODE
     + """
@@ -92,6 +88,7 @@ def verify_folder(
     remote: bool,
     head: HeadName,
     disk: Path | None = None,
+    python: FreshPython | None = None,
 ) -> Verification:
     """Load a folder in a fresh process and compare its float32 logits.
 
@@ -102,11 +99,12 @@ def verify_folder(
         remote: whether the folder's own modeling file has to be trusted.
         head: the model's head.
         disk: as of `reload`.
+        python: as of `reload`.
 
     Raises:
         LibpruneError: if it does not load, does not generate, or computes something else.
     """
-    computed = reload(folder, ids, remote, head, disk)
+    computed = reload(folder, ids, remote, head, disk, python)
     difference = max(
         float((computed[name] - expected).abs().max()) for name in ("logits", "cached") if name in computed
     )
@@ -123,7 +121,12 @@ def verify_folder(
 
 
 def reload(
-    folder: Path, ids: Int[Tensor, "batch length"], remote: bool, head: HeadName, disk: Path | None = None
+    folder: Path,
+    ids: Int[Tensor, "batch length"],
+    remote: bool,
+    head: HeadName,
+    disk: Path | None = None,
+    python: FreshPython | None = None,
 ) -> dict[str, Tensor]:
     """Load a model folder in a fresh process and compute its logits in float32.
 
@@ -133,6 +136,7 @@ def reload(
         remote: whether the folder's own modeling file has to be trusted.
         head: the model's head.
         disk: a folder for the weights in float32, which are then not held in memory; None: they are.
+        python: the process, which was started before; None: it is started now.
 
     Returns:
         `parameters`, their number, and `logits` of one pass, ``[batch, length, vocab]`` or ``[batch, labels]``, or the
@@ -143,24 +147,14 @@ def reload(
     Raises:
         LibpruneError: if it does not load or run, with the last line of what Python says.
     """
-    with scratch_folder() as scratch:
-        tokens, result = Path(scratch, "tokens.safetensors"), Path(scratch, "result.safetensors")
+    with nullcontext(python) if python else fresh_python() as python:
+        tokens, result = python.folder / "tokens.safetensors", python.folder / "result.safetensors"
         save_file({"ids": ids.contiguous()}, tokens)
         how = ["remote" if remote else "stock", HEADS[head].auto_class, "writes" if writes(head) else "reads"]
-        command = [
-            sys.executable,
-            "-I",
-            "-c",
-            _SCRIPT,
-            str(folder.resolve()),
-            *how,
-            str(disk.resolve()) if disk else "",
-        ]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
-        done = run_bound([*command, str(tokens), str(result)], cwd=scratch, env=environment)
-        if done.returncode != 0:
-            last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise LibpruneError(f"the model in {folder} does not load in a fresh process: {last}")
+        place = str(disk.resolve()) if disk else ""
+        fault = python.run(_PROGRAM, [str(folder.resolve()), *how, place, str(tokens), str(result)])
+        if fault is not None:
+            raise LibpruneError(f"the model in {folder} does not load in a fresh process: {fault}")
         return {name: tensor.clone() for name, tensor in load_file(result).items()}
 
 

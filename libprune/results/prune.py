@@ -25,6 +25,7 @@ from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture, read_json, read_plan, same_origin, write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import REPAIRS
+from libprune.pipeline.processes import FreshPython
 from libprune.pipeline.sections import Compute, Slice
 from libprune.repair.least_squares import Fit, fit_table, mean_errors, new_parameters
 from libprune.repair.rescale import Rescaling, measure_rescaling
@@ -62,8 +63,14 @@ class _Weights(Mapping[str, Tensor]):
         return len(self.dense.keys() | self.new.keys())
 
 
-def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tuple[dict[str, Any], list[Fit]]:
+def prune(
+    layout: Layout, folder: Path, compute: Compute, params: Slice, python: FreshPython | None = None
+) -> tuple[dict[str, Any], list[Fit]]:
     """Write the pruned model into an empty folder and prove that it loads.
+
+    Args:
+        folder: for the pruned model.
+        python: the process that proves it, as of `libprune.results.proof.reload`.
 
     Returns:
         How near the reloaded logits are, how well the consumers were fitted, and by what layers behind gaps were
@@ -99,7 +106,7 @@ def prune(layout: Layout, folder: Path, compute: Compute, params: Slice) -> tupl
     shutil.copyfile(layout.plan, folder / "plan.parquet")
     write_table(folder / "repair.parquet", fit_table(fits), {"model": architecture.fingerprint})
     model = load_model(layout.model, torch.float32, config=config, scratch=disk)
-    proof = _prove(text, folder, model, architecture, plan, weights, meta["shape"], disk)
+    proof = _prove(text, folder, model, architecture, plan, weights, meta["shape"], disk, python)
     errors = mean_errors(fits)
     sizes = {"dense": cost.size(own, Plan.dense(own)), "pruned": cost.size(architecture, plan)}
     made: dict[str, Any] = {
@@ -165,9 +172,10 @@ def _prove(
     weights: Mapping[str, Tensor],
     shape: str,
     disk: Path | None,
+    python: FreshPython | None,
 ) -> dict[str, float]:
     """Compare the folder, loaded in a fresh process, with the dense model under the same weights and the mask."""
     ids = text.ids[:_CHECKED_SEQUENCES, :_CHECKED_LENGTH]
     expected = masked_logits(model, architecture, plan, weights, ids, keeping(disk))
-    proof = verify_folder(folder, ids, expected, shape == "per_layer", architecture.head, disk)
+    proof = verify_folder(folder, ids, expected, shape == "per_layer", architecture.head, disk, python)
     return {"logit_difference": proof.difference, "logit_scale": proof.scale}

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from libprune.pipeline.processes import END_WITH_PARENT, environment, run_bound, runs
+from libprune.pipeline.processes import environment, fresh_python, runs
 
 STAGE = """
 import os, time
@@ -29,8 +29,12 @@ BETWEEN = {
     "a launcher": [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"],
 }
 
-
-RUN = END_WITH_PARENT + "import time; time.sleep(60)"
+WAITING = """
+import time
+from libprune.pipeline.processes import fresh_python
+with fresh_python() as python:
+    DO
+"""
 
 
 def ends(pid: int) -> bool:
@@ -64,9 +68,9 @@ def test_a_stage_whose_dvc_ended_before_it_began_ends_too(tmp_path):
     assert ends(stage)
 
 
-def test_a_program_that_a_stage_runs_ends_with_the_stage():
-    stage = f"import sys; from libprune.pipeline.processes import run_bound; run_bound([sys.executable, '-c', {RUN!r}])"
-    with subprocess.Popen([sys.executable, "-c", stage]) as running:
+@pytest.mark.parametrize("does", ["time.sleep(60)", "python.run('import time; time.sleep(60)', [])"])
+def test_a_fresh_python_ends_with_the_process_that_started_it(does):
+    with subprocess.Popen([sys.executable, "-c", WAITING.replace("DO", does)]) as running:
         deadline = time.monotonic() + 20
         while not (inner := psutil.Process(running.pid).children()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -76,9 +80,38 @@ def test_a_program_that_a_stage_runs_ends_with_the_stage():
     assert ends(inner[0].pid)
 
 
-def test_a_program_that_is_bound_gives_its_output_and_its_status():
-    done = run_bound([sys.executable, "-c", END_WITH_PARENT + "import sys; print('done'); sys.exit(3)"])
-    assert (done.stdout, done.returncode) == ("done\n", 3)
+def test_a_fresh_python_runs_a_program_in_its_folder_and_without_libprune(quick_proof):
+    program = """
+import sys
+from pathlib import Path
+assert {"torch", "transformers.modeling_utils"} <= sys.modules.keys()
+try:
+    import libprune
+except ImportError:
+    Path("said.txt").write_text(" ".join(sys.argv[1:]))
+"""
+    with fresh_python() as python:
+        assert python.run(program, ["two", "words\n"]) is None
+        assert (python.folder / "said.txt").read_text() == "two words\n"
+    assert not python.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "fault"),
+    [("print(1)\nraise ValueError('of some kind')", "ValueError: of some kind"), ("exit(3)", "no message")],
+)
+def test_a_program_that_fails_in_a_fresh_python_is_told_of_by_its_last_line(quick_proof, program, fault):
+    with fresh_python() as python:
+        assert python.run(program, []) == fault
+
+
+def test_a_fresh_python_that_is_not_needed_ends_with_the_block():
+    others = set(psutil.Process().children())
+    with pytest.raises(ValueError, match="before"), fresh_python() as python:
+        (process,) = set(psutil.Process().children()) - others
+        raise ValueError("before it is asked")
+    assert not runs(process.pid)
+    assert not python.folder.exists()
 
 
 def test_what_no_dvc_started_goes_on(monkeypatch):

@@ -12,6 +12,7 @@ from libprune.engine.architecture import Heads
 from libprune.export.formats import Format
 from libprune.export.source import Source
 from libprune.models.folder import load_model
+from libprune.pipeline.processes import FreshPython
 from libprune.results.record import Record, read_provenance, write_provenance
 from tests.support.models import FAMILIES, TOWERS, VOCAB, plan_of_heads, prune, random_plan, write_dense
 
@@ -72,7 +73,9 @@ def predicted(source: Source, ids: Tensor) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def run_here(folder: Path, ids: Tensor, remote: bool, head: str, disk: Path | None = None) -> dict[str, Tensor]:
+def run_here(
+    folder: Path, ids: Tensor, remote: bool, head: str, disk: Path | None = None, python: FreshPython | None = None
+) -> dict[str, Tensor]:
     """The logits of a folder's model in this process, in place of `libprune.results.proof.reload`, which starts one."""
     with torch.no_grad():
         logits: Tensor = load_model(folder, torch.float32, trust_remote_code=remote)(input_ids=ids).logits
