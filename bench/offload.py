@@ -5,7 +5,8 @@
 
 Each stage is a process in a control group of its own (version 1 or 2, which takes the rights of root), so that the
 limit counts what its processes hold and the pages of files, which the system drops when it is reached. `private` is
-the most that the processes held beside pages of files, looked at every 20 ms. With `--beside` all stages run once more
+the most that the processes held beside pages of files, looked at every 20 ms; `law` is what `libprune` says of it
+before a run, asked inside such a group. With `--beside` all stages run once more
 without a limit and `compute.offload: none`; the seconds are of the same machine, one after the other, and every file of
 every artifact is compared by its digest.
 """
@@ -24,6 +25,10 @@ import torch
 import typer
 import yaml
 
+from libprune.cli.footprint import footprints
+from libprune.cli.forecast import memory
+from libprune.cli.inspection import dense_architecture
+from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import load_params
 from libprune.pipeline.story import STEPS
 from libprune.report.markdown import markdown_table
@@ -139,6 +144,23 @@ def run_stage(stage: str, folder: Path, limit: int | None) -> dict[str, Any]:
     return found
 
 
+def say_law(folder: Path) -> None:
+    """Print by stage the bytes that a run is said to hold, as JSON."""
+    params, layout = load_params(folder / "params.yaml"), Layout(folder / "artifacts")
+    architecture, stored = dense_architecture(params, layout, described=True)
+    print(json.dumps(memory(architecture, params, stored, footprints(architecture, params, stored))))
+
+
+def law(folder: Path, limit: int) -> dict[str, int]:
+    """By stage the bytes that a run in a group of this limit is said to hold."""
+    group = Group(limit)
+    command = [sys.executable, "-c", "from bench.offload import *; say_law(Path(sys.argv[1]))", str(folder)]
+    told = subprocess.run(command, cwd=ROOT, preexec_fn=group.enter, check=True, capture_output=True, text=True)
+    group.remove()
+    found: dict[str, int] = json.loads(told.stdout)
+    return found
+
+
 def digests(folder: Path) -> dict[str, str]:
     """The digest of every file of the artifacts and metrics, by its path."""
     files = sorted(path for kind in ("artifacts", "metrics") for path in (folder / kind).rglob("*") if path.is_file())
@@ -183,8 +205,9 @@ def main(
     runs = {"disk": run_all(name, work / f"{model}-disk", "disk", round(limit * 1e9), stage or [])}
     if beside:
         runs["none"] = run_all(name, work / f"{model}-none", "none", None, stage or [])
+    said = law(work / f"{model}-disk", round(limit * 1e9))
     lines = [
-        [row["stage"]]
+        [row["stage"], f"{said.get(row['stage'], 0) / 1e9:.2f}"]
         + [f"{runs[kind][index][key]:,.0f}" for kind in runs for key in ("seconds", "cpu")]
         + [f"{runs[kind][index][key] / 1e9:.2f}" for kind in runs for key in ("private", "peak")]
         for index, row in enumerate(runs["disk"])
@@ -192,7 +215,7 @@ def main(
     heads = [
         f"{key}, {kind}" for keys in (("s", "CPU s"), ("private, GB", "peak, GB")) for kind in runs for key in keys
     ]
-    print(markdown_table(lines, ("stage", *heads)))
+    print(markdown_table(lines, ("stage", "law, GB", *heads)))
     if beside:
         one, two = (digests(work / f"{model}-{kind}") for kind in runs)
         print(f"{len(one)} files; differing: {sorted(name for name in one | two if one.get(name) != two.get(name))}")

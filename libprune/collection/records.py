@@ -354,9 +354,10 @@ class Gram(Statistic):
 
     def finish(self, state: State) -> dict[str, Tensor]:
         """The whole Gram matrix and the mean input, per token."""
-        upper = state["gram"].triu()
-        whole = upper + upper.triu(1).T
-        return {"": (whole / state["count"]).to(self.dtype), "mean": (state["total"] / state["count"]).float()}
+        whole = state["gram"].triu()
+        whole += whole.triu(1).T
+        whole /= state["count"]
+        return {"": whole.to(self.dtype), "mean": (state["total"] / state["count"]).float()}
 
 
 HELD_OUT_SEQUENCES, HELD_OUT_TOKENS = 32, 32

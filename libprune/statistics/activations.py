@@ -281,13 +281,10 @@ def activation_columns(
     magnitude (mean |x|), variance, range (max - min), entropy (nats, over `BINS` bins), and
     frequency (share of values of at least `ACTIVE` times the layer's root mean square).
     """
-    columns = {}
+    columns, maps = {}, {entry.weight: entry for entry in architecture.maps_of(layer, part)}
     for kind in NORMS:
-        terms = {
-            entry.weight: _weighted(entry, weights[entry.weight], tensors, kind)
-            for entry in architecture.maps_of(layer, part)
-        }
-        columns[f"wanda_{kind}"] = unit_sums(architecture, layer, part, terms, only=terms)
+        weighted = partial(_weighted, maps, tensors, kind)
+        columns[f"wanda_{kind}"] = unit_sums(architecture, layer, part, weights, only=maps, of=weighted)
     consumers = architecture.consumers(layer, part)
     consumer = consumers[0]
     units = consumer.input.units(architecture.parts[part].axis, architecture.sizes)
@@ -320,8 +317,9 @@ def _routed(
     }
 
 
-def _weighted(entry: Map, weight: Tensor, tensors: Mapping[str, Tensor], kind: str) -> Tensor:
+def _weighted(maps: Mapping[str, Map], tensors: Mapping[str, Tensor], kind: str, name: str, weight: Tensor) -> Tensor:
     """|W_ij| a_j of every weight of a map, in its own layout, with a_j the named norm of input feature j."""
+    entry = maps[name]
     of = f"{entry.module}.input_mean" if kind == "mean" else f"{entry.module}.input_norm_{kind}"
     norm = tensors[of].abs()
     if entry.stack:

@@ -356,12 +356,14 @@ def gradient_columns(
         layer: the layer of the block.
         part: the part of the block.
     """
-    names = {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}
-    signed = {name: weights[name].double() * tensors[name].double() for name in names}
+
+    def signed(name: str, gradient: Tensor) -> Tensor:
+        return weights[name].double() * gradient
+
     prefix = f"{UNITS}{part}."
     return {
-        "taylor": unit_sums(architecture, layer, part, {name: tensor.abs() for name, tensor in signed.items()}),
-        "taylor_signed": unit_sums(architecture, layer, part, signed),
+        "taylor": unit_sums(architecture, layer, part, tensors, of=lambda *one: signed(*one).abs_()),
+        "taylor_signed": unit_sums(architecture, layer, part, tensors, of=signed),
     } | {name.removeprefix(prefix): tensor.numpy() for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

@@ -273,12 +273,13 @@ def hessian_columns(
     `hessian`, half the sum of W^2 H with its sign, and `hessian_se`, its standard error over
     batches; noise does not cancel in the sum of absolute values.
     """
-    names = {parameter.name for parameter, _, _ in architecture.carriers(layer, part)}
-    diagonal = {name: tensors[name].double() for name in names}
-    terms = {name: 0.5 * weights[name].double().square() * values.abs() for name, values in diagonal.items()}
+
+    def cost(name: str, diagonal: Tensor) -> Tensor:
+        return (0.5 * weights[name].double().square()).mul_(diagonal.abs())
+
     columns = {
-        "fisher": unit_sums(architecture, layer, part, terms),
-        "hessian_trace": unit_sums(architecture, layer, part, diagonal),
+        "fisher": unit_sums(architecture, layer, part, tensors, of=cost),
+        "hessian_trace": unit_sums(architecture, layer, part, tensors),
     }
     prefix = f"{UNITS}{part}"
     if f"{prefix}.mean" in tensors:

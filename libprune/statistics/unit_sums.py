@@ -1,6 +1,6 @@
 """Sums over units: from any per-element quantity to one number a unit."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import numpy as np
 import torch
@@ -30,7 +30,12 @@ def sum_positions(
 
 
 def unit_sums(
-    architecture: Architecture, layer: int, part: str, values: Mapping[str, Tensor], only: Container[str] | None = None
+    architecture: Architecture,
+    layer: int,
+    part: str,
+    values: Mapping[str, Tensor],
+    only: Container[str] | None = None,
+    of: Callable[[str, Tensor], Tensor] | None = None,
 ) -> NDArray[np.float64]:
     """Sum a per-element quantity over every element that carries a unit's index; ``[units]``.
 
@@ -39,6 +44,8 @@ def unit_sums(
         part: which part of it.
         values: parameter name to a tensor of the parameter's shape.
         only: the parameters that have the quantity, where not all do.
+        of: the quantity, given a parameter's name and its tensor, in their shape; None where the tensors are it. It is
+            asked for one parameter at a time, so that no more than one is held.
 
     Raises:
         StatisticsError: if a parameter has no entry.
@@ -51,7 +58,8 @@ def unit_sums(
             continue
         if parameter.name not in values:
             raise StatisticsError(missing_key(parameter.name, values, "the collected statistics"))
-        tensor = values[parameter.name].double().movedim(dim, -1)
+        given = values[parameter.name]
+        tensor = (given if of is None else of(parameter.name, given)).double().movedim(dim, -1)
         total += sum_positions(tensor.reshape(-1, tensor.shape[-1]).sum(0), units, count).cpu()
         if parameter.name in seen:  # rows and columns, as in a recurrent map: what is both has been counted twice
             total -= _both(tensor, *seen[parameter.name], units, count).cpu()

@@ -27,11 +27,9 @@ def weight_columns(
     `weight_effective_rank`: of the unit's vectors, without biases, over the largest possible rank. The last three are
     0 to 1, and 0 where all weights are 0.
     """
-    names = [parameter.name for parameter in architecture.parameters_of(layer, part)]
 
     def sums(of: Callable[[Tensor], Tensor]) -> NDArray[np.float64]:
-        values = {name: of(weights[name].detach().double()) for name in names}
-        return unit_sums(architecture, layer, part, values)
+        return unit_sums(architecture, layer, part, weights, of=lambda _, weight: of(weight.detach().double()))
 
     cost = np.full(architecture.units(part), unit_parameters(architecture, layer, part))
     squares = sums(torch.square)
