@@ -39,9 +39,15 @@ def weight_columns(
         "magnitude_l2": squares,
         "weight_variance": (squares / cost - (sums(torch.clone) / cost) ** 2).clip(min=0),
         "weight_nonzero": sums(lambda w: (w != 0).double()) / cost,
-        "weight_entropy": _evenness(squares, sums(lambda w: torch.xlogy(w.square(), w.square())), cost),
+        "weight_entropy": _evenness(squares, sums(_times_own_logarithm), cost),
         "weight_effective_rank": _rank_share(unit_vectors(architecture, weights, layer, part)).numpy(),
     }
+
+
+def _times_own_logarithm(weight: Tensor) -> Tensor:
+    """w^2 ln w^2, element by element."""
+    square = weight.square()
+    return torch.xlogy(square, square)
 
 
 def _evenness(
