@@ -317,14 +317,16 @@ def _routed(
     }
 
 
-def _weighted(maps: Mapping[str, Map], tensors: Mapping[str, Tensor], kind: str, name: str, weight: Tensor) -> Tensor:
-    """|W_ij| a_j of every weight of a map, in its own layout, with a_j the named norm of input feature j."""
+def _weighted(
+    maps: Mapping[str, Map], tensors: Mapping[str, Tensor], kind: str, name: str, weight: Tensor, rows: slice
+) -> Tensor:
+    """|W_ij| a_j of the weights of a map in some rows of its own layout, with a_j the named norm of input feature j."""
     entry = maps[name]
     of = f"{entry.module}.input_mean" if kind == "mean" else f"{entry.module}.input_norm_{kind}"
     norm = tensors[of].abs()
     if entry.stack:
-        return weight.abs().float() * norm.unsqueeze(2 if entry.transposed else 1)
-    return weight.abs().float() * (norm[:, None] if entry.transposed else norm.view(weight.shape[1:]))
+        return weight.abs().float() * norm[rows].unsqueeze(2 if entry.transposed else 1)
+    return weight.abs().float() * (norm[rows, None] if entry.transposed else norm.view(weight.shape[1:]))
 
 
 def _fluctuation(consumer: Map, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:

@@ -357,8 +357,8 @@ def gradient_columns(
         part: the part of the block.
     """
 
-    def signed(name: str, gradient: Tensor) -> Tensor:
-        return weights[name].double() * gradient
+    def signed(name: str, gradient: Tensor, rows: slice) -> Tensor:
+        return weights[name][rows].double() * gradient
 
     prefix = f"{UNITS}{part}."
     return {

@@ -274,8 +274,8 @@ def hessian_columns(
     batches; noise does not cancel in the sum of absolute values.
     """
 
-    def cost(name: str, diagonal: Tensor) -> Tensor:
-        return (0.5 * weights[name].double().square()).mul_(diagonal.abs())
+    def cost(name: str, diagonal: Tensor, rows: slice) -> Tensor:
+        return 0.5 * weights[name][rows].double().square() * diagonal.abs()
 
     columns = {
         "fisher": unit_sums(architecture, layer, part, tensors, of=cost),

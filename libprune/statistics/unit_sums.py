@@ -1,6 +1,6 @@
 """Sums over units: from any per-element quantity to one number a unit."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -29,13 +29,20 @@ def sum_positions(
     return out.index_add_(-1, index, values)
 
 
+Of = Callable[[str, Tensor, slice], Tensor]
+"""A per-element quantity: of a parameter's name, its tensor in some rows of the first dimension, and these rows."""
+
+_AT_ONCE = 1 << 19
+"""Elements of a parameter that are worked through at a time: 4 MiB in float64, which stay in the cache of a CPU."""
+
+
 def unit_sums(
     architecture: Architecture,
     layer: int,
     part: str,
     values: Mapping[str, Tensor],
     only: Container[str] | None = None,
-    of: Callable[[str, Tensor], Tensor] | None = None,
+    of: Of | None = None,
 ) -> NDArray[np.float64]:
     """Sum a per-element quantity over every element that carries a unit's index; ``[units]``.
 
@@ -44,8 +51,8 @@ def unit_sums(
         part: which part of it.
         values: parameter name to a tensor of the parameter's shape.
         only: the parameters that have the quantity, where not all do.
-        of: the quantity, given a parameter's name and its tensor, in their shape; None where the tensors are it. It is
-            asked for one parameter at a time, so that no more than one is held.
+        of: the quantity, in the shape of the tensor that it is given; None where the tensors are it. It is asked for
+            some rows at a time, so that memory holds no second tensor of a parameter's size.
 
     Raises:
         StatisticsError: if a parameter has no entry.
@@ -58,13 +65,24 @@ def unit_sums(
             continue
         if parameter.name not in values:
             raise StatisticsError(missing_key(parameter.name, values, "the collected statistics"))
-        given = values[parameter.name]
-        tensor = (given if of is None else of(parameter.name, given)).double().movedim(dim, -1)
-        total += sum_positions(tensor.reshape(-1, tensor.shape[-1]).sum(0), units, count).cpu()
+        pieces = _pieces(parameter.name, values[parameter.name], of)
         if parameter.name in seen:  # rows and columns, as in a recurrent map: what is both has been counted twice
+            tensor = torch.cat(list(pieces)).movedim(dim, -1)
             total -= _both(tensor, *seen[parameter.name], units, count).cpu()
+            pieces = iter([tensor.movedim(-1, dim)])
+        sums = (piece.movedim(dim, -1).reshape(-1, piece.shape[dim]).sum(0) for piece in pieces)
+        positions = torch.cat(list(sums)) if dim == 0 else sum(sums, torch.zeros(()))
+        total += sum_positions(positions, units, count).cpu()
         seen[parameter.name] = dim, units
     return total.numpy()
+
+
+def _pieces(name: str, tensor: Tensor, of: Of | None) -> Iterator[Tensor]:
+    """A quantity of a parameter in float64, some rows of the first dimension at a time."""
+    rows = max(1, _AT_ONCE * len(tensor) // max(1, tensor.numel()))
+    for start in range(0, len(tensor), rows):
+        where = slice(start, start + rows)
+        yield (tensor[where] if of is None else of(name, tensor[where], where)).double()
 
 
 def _both(

@@ -29,7 +29,7 @@ def weight_columns(
     """
 
     def sums(of: Callable[[Tensor], Tensor]) -> NDArray[np.float64]:
-        return unit_sums(architecture, layer, part, weights, of=lambda _, weight: of(weight.detach().double()))
+        return unit_sums(architecture, layer, part, weights, of=lambda _, weight, __: of(weight.detach().double()))
 
     cost = np.full(architecture.units(part), unit_parameters(architecture, layer, part))
     squares = sums(torch.square)

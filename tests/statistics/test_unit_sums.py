@@ -85,6 +85,26 @@ def test_every_element_counts_once_for_the_unit_whose_index_it_carries(layout, t
     np.testing.assert_array_equal(unit_sums(architecture, 0, "part", {"w": values}), expected)
 
 
+@pytest.mark.parametrize("at_once", [1, 5, 1 << 19])
+@pytest.mark.parametrize("dims", [("kv d", "model"), ("model", "kv d"), ("kv d", "kv d"), ("kv d",)])
+def test_rows_are_worked_through_in_pieces_to_the_sum_of_all(monkeypatch, dims, at_once):
+    architecture = one_part({"kv": 3, "d": 2, "model": 4}, {"w": dims})
+    size = {"kv d": 6, "model": 4}
+    values, factors = (integers(tuple(size[dim] for dim in dims)) for _ in range(2))
+    expected = unit_sums(architecture, 0, "part", {"w": values.double() * factors})
+    asked = []
+
+    def of(name, tensor, rows):
+        asked.append((name, rows))
+        assert torch.equal(tensor, values[rows])
+        return tensor * factors[rows]
+
+    monkeypatch.setattr("libprune.statistics.unit_sums._AT_ONCE", at_once)
+    np.testing.assert_array_equal(unit_sums(architecture, 0, "part", {"w": values}, of=of), expected)
+    assert all(name == "w" for name, _ in asked)
+    assert max(len(values[rows]) * values[0].numel() for _, rows in asked) <= max(at_once, values[0].numel())
+
+
 def test_a_labelled_fused_matrix_gives_each_unit_its_own_labels():
     """Rows are labelled unit * 100 + position inside the unit; GPT-NeoX order, query, key, value of a head together."""
     architecture = one_part({"kv": 3, "d": 2, "model": 1}, {"qkv": ("kv (d + d + d)", "model")})
