@@ -6,6 +6,7 @@ wrapper is slow, and the others by beartype alone.
 
 import atexit
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -46,6 +47,8 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
 )
+
+logging.root.addHandler(logging.NullHandler())  # so that what libraries log is not written to the standard error
 
 settings.register_profile("libprune", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("libprune")

@@ -17,7 +17,7 @@ from libprune.engine.architecture import NORMS_STAY, NUMBERED, OWN_FAMILIES, Uni
 from libprune.engine.axes import Entry, Expr, LinearMap, parse_entry, parse_expr
 from libprune.engine.errors import FamilyError, cause, nearest
 from libprune.engine.heads import EXPERTS, HeadName, experts_of
-from libprune.engine.yaml_file import read_yaml
+from libprune.engine.yaml_file import read_shipped, read_yaml
 
 FOLDER = Path(__file__).parents[1] / "families"
 
@@ -400,16 +400,20 @@ def load_family(path: Path) -> Family:
         FamilyError: if the file is not valid, with the place.
     """
     try:
-        data = read_yaml(path)
+        data = _read(path)
         if "tower" not in data:
             return Family.model_validate(data)
         reference = _Reference.model_validate(data)
-        named = read_yaml(_file_of(reference.tower.family, path))
+        named = _read(_file_of(reference.tower.family, path))
         if "tower" in named:
             raise FamilyError(f"tower.family {reference.tower.family!r} is one of a tower itself; name that of its own")
         return reference.resolved(Family.model_validate(named))
     except ValueError as error:  # of pydantic, or of read_yaml
         raise FamilyError(f"family file {path}: {cause(error)}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_shipped(path) if path.parent == FOLDER else read_yaml(path)
 
 
 def _file_of(family: str, tower: Path) -> Path:

@@ -8,6 +8,9 @@ import yaml
 
 from libprune.engine.errors import MeansError, ParamsError, lacking
 
+_FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The parser in C, where PyYAML was built with it."""
+
 Place = tuple[int | str, ...]
 """The keys and the positions in lists that lead to a value."""
 Lines = Mapping[Place, int]
@@ -26,7 +29,9 @@ class _OnceLoader(yaml.SafeLoader):
     lines = NO_LINES
 
     def get_single_data(self) -> Any:
-        node = self.get_single_node()
+        return self.content(self.get_single_node())
+
+    def content(self, node: yaml.Node | None) -> Any:
         if node is not None and _entries(node, {}) > _MOST:
             raise yaml.YAMLError(f"it holds more than {_MOST:,} entries, counting what is repeated by reference")
         if node is None:
@@ -85,6 +90,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ParamsError: if it does not exist, is too large, is not YAML, says a key twice, or holds no mapping.
     """
     return read_lines(path)[0]
+
+
+def read_shipped(path: Path) -> dict[str, Any]:
+    """The content of a file that ships with libprune; ten times as fast, but nothing bounds how deep it nests.
+
+    Raises:
+        ParamsError: as `read_yaml` does.
+    """
+    try:
+        data = _OnceLoader("").content(yaml.compose(path.read_text(encoding="utf-8"), Loader=_FAST))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        data = None
+    return data if isinstance(data, dict) else read_yaml(path)
 
 
 def read_lines(path: Path) -> tuple[dict[str, Any], Lines]:

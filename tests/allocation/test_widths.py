@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -59,8 +60,8 @@ def test_the_demo_comes_to_32_and_an_8b_shape_to_256():
 @st.composite
 def cases(draw, method: str):
     """A shape of some hundred channels, its scores, params, and evidence."""
-    ffn = draw(st.sampled_from([32, 48, 64, 96, 256, 320, 384, 512, 768, 1024]))
-    shape = Shape(layers=draw(st.integers(1, 4)), kv=draw(st.integers(1, 4)), ffn=ffn, q=draw(st.integers(1, 2)))
+    ffn = draw(st.sampled_from([32, 48, 64, 96, 256, 320, 384, 512]))
+    shape = Shape(layers=draw(st.integers(1, 3)), kv=draw(st.integers(1, 4)), ffn=ffn, q=draw(st.integers(1, 2)))
     params = Allocate(
         method=method,
         ratio=draw(st.sampled_from([0.05, 0.1, 0.2, 0.37, 0.5])),
@@ -84,6 +85,7 @@ def test_auto_is_the_largest_multiple_that_the_width_is_and_that_stays_within_a_
     shape, scores, params, evidence = data.draw(cases(method))
     architecture = shape.architecture()
 
+    @cache
     def outcome(multiple: int | str) -> Plan | None:
         try:
             return allocate(architecture, scores, params.model_copy(update={"channel_multiple": multiple}), evidence)

@@ -68,7 +68,7 @@ def test_every_file_of_the_stages_has_the_predicted_bytes(project):
 TRAINED = {"length": 8, "tokens": 128, "held_out": 2, "batch_tokens": 32, "checks": 2}
 
 
-def test_the_files_of_a_recovery_have_the_predicted_bytes(project, tmp_path):
+def test_the_files_of_a_recovery_have_the_predicted_bytes(project, tmp_path, quick_proof):
     project = shutil.copytree(project, tmp_path / "copy")
     artifacts = project / "artifacts"
     for top_k, stages in ((None, ["slice", "teacher", "recover"]), (3, ["teacher"])):

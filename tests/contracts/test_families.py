@@ -448,16 +448,31 @@ def test_a_fresh_process_computes_the_same_and_says_nothing(pruned, tmp_path):
     assert_close(load_file(result)["logits"], logits(pruned.model, tokens()))
 
 
+class Heard(logging.Handler):
+    """Keeps the messages at WARNING or above."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 @pytest.fixture
-def complaints(caplog):
+def complaints():
     """Everything that is logged at WARNING or above, by transformers too, even what it says only once."""
-    library = logging.getLogger("transformers")
+    known = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    heard, loggers = Heard(), [logging.root, *(logger for logger in known if not logger.propagate)]
     verbosity = transformers.logging.get_verbosity()
+    assert logging.getLogger("transformers") in loggers
     logging.Logger.warning_once.cache_clear()
     transformers.logging.set_verbosity_warning()
-    library.addHandler(caplog.handler)
-    yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    library.removeHandler(caplog.handler)
+    for logger in loggers:
+        logger.addHandler(heard)
+    yield lambda: list(heard.messages)
+    for logger in loggers:
+        logger.removeHandler(heard)
     transformers.logging.set_verbosity(verbosity)
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from libprune.engine.errors import ParamsError
-from libprune.engine.yaml_file import read_yaml
+from libprune.engine.family import FOLDER
+from libprune.engine.yaml_file import read_shipped, read_yaml
 
 
 def test_a_mapping_is_read(tmp_path):
@@ -35,6 +36,25 @@ def test_what_is_no_mapping_of_keys_is_refused(content, message, tmp_path):
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(ParamsError, match=message):
         read_yaml(tmp_path / "a.yaml")
+
+
+def test_what_ships_is_read_as_what_people_write():
+    paths = sorted(FOLDER.glob("*.yaml"))
+    assert paths
+    assert [read_shipped(path) for path in paths] == [read_yaml(path) for path in paths]
+
+
+@pytest.mark.parametrize("content", ["a: 1\nb: 2\na: 3\n", "a: [1\n", "- 1\n", "", "a: !!float x\n", None])
+def test_a_fault_in_what_ships_is_told_alike(content, tmp_path):
+    path = tmp_path / "a.yaml"
+    if content is not None:
+        path.write_text(content)
+    told = []
+    for read in (read_yaml, read_shipped):
+        with pytest.raises(ParamsError) as raised:
+            read(path)
+        told.append(str(raised.value))
+    assert told[0] == told[1]
 
 
 def test_a_folder_is_told(tmp_path):

@@ -1,5 +1,7 @@
 """The sections and keys of params.yaml, and the file that ships with the project."""
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,12 @@ PLACES = [(name,) for name in sections()] + [
 
 def shipped() -> dict:
     """The content of the file that ships with the project."""
+    return deepcopy(_parsed())
+
+
+@cache
+def _parsed() -> dict:
+    """What nobody may change."""
     return yaml.safe_load(SHIPPED.read_text())
 
 
@@ -35,5 +43,5 @@ def write_and_load(path: Path, content: object) -> Params:
 
 def untrained() -> dict[str, Any]:
     """The content of the shipped file with the preset `balanced`, and without training."""
-    data: dict[str, Any] = yaml.safe_load(SHIPPED.read_text())
+    data: dict[str, Any] = shipped()
     return data | {"preset": "balanced", "recover": data["recover"] | {"method": "none"}}
