@@ -28,7 +28,7 @@ demo-lenet: $(SETUP) ## train and prune LeNet by every criterion
 	$(BIN)/python -m examples.lenet
 
 test: $(SETUP) lint ## lint, type check and test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 torture: $(SETUP) ## damage what users give, take what a machine may lack, and kill runs, for half an hour
 	$(BIN)/python -m bench.torture --tries 1000

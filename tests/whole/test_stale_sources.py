@@ -15,6 +15,7 @@ import yaml
 
 from libprune.pipeline.params import load_params
 from tests.support.closure import ROOT
+from tests.support.preloaded import BIN, install
 
 SETTINGS = {
     "prepare": {"model": "local/model"},
@@ -37,10 +38,6 @@ READERS = {
 """The stages that read each file."""
 FIRST = {".gguf": "GGUF, first", ".jsonl": '{"text": "first"}\n'}
 """What is in the files at first, where it must look like what it is."""
-
-
-PYTHON = ".venv/bin/python"
-"""Of the project, with everything heavy imported; of those on the PATH it is the first."""
 
 
 def writing(stage: dict) -> str:
@@ -69,8 +66,7 @@ def project(tmp_path_factory, python) -> Path:
         params[section] |= values
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     load_params(folder / "params.yaml")
-    (folder / PYTHON).parent.mkdir(parents=True)
-    (folder / PYTHON).symlink_to(python)
+    install(python, folder)
     (folder / ".gitignore").write_text("/artifacts/\n/report/\n/local/\n/.venv/\n__pycache__/\n")
     for path in READERS:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +81,7 @@ def project(tmp_path_factory, python) -> Path:
 
 def run(folder: Path, *command: str) -> str:
     names = {f"GIT_{who}_{what}": "t@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    paths = f"{(folder / PYTHON).parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    paths = f"{folder / BIN}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     settings = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     settings |= names | {"PATH": paths, "DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
