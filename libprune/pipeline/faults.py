@@ -208,6 +208,8 @@ def written(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, str) and not isinstance(_read(value), str):  # it would be read as a number, or as nothing
+        return "'" + value.replace("'", "''") + "'"
     if not isinstance(value, float):
         return str(value)
     plain = f"{value:.12f}".rstrip("0")

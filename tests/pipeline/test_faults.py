@@ -52,6 +52,10 @@ def faults(tmp_path):
     return of
 
 
+def test_a_text_that_would_be_read_as_a_number_is_written_in_quotes():
+    assert written(["0", "null", "a", "it's"]) == "['0', 'null', a, it's]"
+
+
 ODD = ["30%", "0,3", "1e-3", "20", "'0.3'", "1/3", "1,000", "2.0", "no", "None", "a, b", "Auto", "[1]", "{a: 1}", "-1"]
 ODD += ["x", "10k", "1e400", "''", "~", "true", "0", "1e-30"]
 
