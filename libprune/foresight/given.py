@@ -1,7 +1,7 @@
 """What is given and lies here: models, texts, folders of tasks. Of texts the beginning is read, of models no weight."""
 
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from libprune.engine.family import Family, described_by, family_of
 from libprune.foresight.settings import refused
 from libprune.models.families import use_families
 from libprune.models.given import require_content, require_model, require_safetensors
-from libprune.pipeline.faults import Fault
+from libprune.pipeline.faults import Fault, name_of
 from libprune.pipeline.methods import METHODS
 from libprune.pipeline.params import Params
-from libprune.pipeline.sections import Recover, Share, Tokenize, Vocabulary
+from libprune.pipeline.sections import Recover, Tokenize, Vocabulary
 from libprune.pipeline.sources import resolve
 from libprune.texts.chosen import (
     SELF,
@@ -27,6 +27,7 @@ from libprune.texts.chosen import (
     vocabulary_source,
 )
 from libprune.texts.local import read_rows, text_files
+from libprune.texts.shares import Named, judging, keys_of, parts_of, shares_of
 
 ROWS = 10_000
 """Rows of a text that are looked at for a column; where more follow, a column may still come."""
@@ -151,12 +152,8 @@ def _fits(params: Params, config: Config) -> Iterator[Fault]:
             f"{'' if writes else f' that is a {name}'}; take it out",
             ("export", "formats"),
         )
-    listed = params.recover.method != "none" and isinstance(params.recover.text, tuple)
-    if listed and name.endswith("ForSequenceClassification"):
-        yield Fault(
-            "recover.text lists several texts, but a model that tells classes apart takes one; name one",
-            ("recover", "text"),
-        )
+    if name.endswith("ForSequenceClassification"):
+        yield from _several(params)
     layers = family.sized(config).get(family.config.layers) if _nested(family, config) else None
     frozen = params.allocate.freeze_first + params.allocate.freeze_last
     if isinstance(layers, int) and frozen >= layers:
@@ -174,6 +171,18 @@ def _fits(params: Params, config: Config) -> Iterator[Fault]:
         )
     if family.tower is not None:
         yield from _of_a_tower(params, family)
+
+
+def _several(params: Params) -> Iterator[Fault]:
+    """Lists of texts for a model that takes one."""
+    given = {"tokenize": params.tokenize.text}
+    given |= {"recover": params.recover.text} if params.recover.method != "none" and params.recover.text else {}
+    for section, text in given.items():
+        if len(shares_of(text)) > 1:
+            yield Fault(
+                f"{section}.text lists several texts, but a model that tells classes apart takes one; name one",
+                (section, "text"),
+            )
 
 
 def _nested(family: Family, config: Config) -> bool:
@@ -246,16 +255,21 @@ def _texts(params: Params, kind: str | None) -> Iterator[Fault]:
     if kind is not None and kind.endswith("ForSequenceClassification"):
         label = settings.label_column or "label"
     faults: list[Fault] = []
-    source = other = None
-    if settings.text != SELF:
-        source = calibration_source(settings, label)
+    sources = [calibration_source(part, label) for part in parts_of(settings) if part.text != SELF]
+    if isinstance(settings.text, tuple):
+        faults += _listed("tokenize", settings.text, settings, label)
+    elif sources:
         keys = ["config", "revision", "split"]
         keys += ["evaluation_config", "evaluation_split"] if settings.evaluation_text is None else []
-        faults += _text(("tokenize", ""), source, settings, keys)
-    if settings.evaluation_text not in (None, SELF) and (other := evaluation_source(settings, label)) is not None:
+        faults += _text(("tokenize", ""), sources[0], settings, keys)
+    other = None
+    if settings.evaluation_text not in (None, SELF):
+        other = evaluation_source(judging(settings), label)
+    if other is not None:
         faults += _text(("tokenize", "evaluation_"), other, settings, ["config", "split"])
-    if source is not None and other is not None and not faults:
-        faults += refused(("tokenize", "evaluation_text"), require_other_text, source, other)
+    if other is not None and not faults:
+        for source in sources:
+            faults += refused(("tokenize", "evaluation_text"), require_other_text, source, other)
     yield from faults
     if params.recover.method != "none":
         yield from _training(params.recover, settings, label)
@@ -274,16 +288,22 @@ def _vocabulary(given: Vocabulary) -> Iterator[Fault]:
 
 def _training(recover: Recover, settings: Tokenize, label: str | None) -> Iterator[Fault]:
     """The faults of the texts to train on."""
-    listed = isinstance(recover.text, tuple)
-    shares: Iterable[Share] = recover.text if isinstance(recover.text, tuple) else ()
-    shares = [Share(text=recover.text, share=1.0)] if isinstance(recover.text, str) else shares
-    for number, share in enumerate(shares):
-        if share.text in {SELF, settings.text}:
+    if recover.text is not None:
+        yield from _listed("recover", recover.text, settings, label, {part.text for part in parts_of(settings)})
+
+
+def _listed(
+    section: str, text: Named, settings: Tokenize, label: str | None, known: Container[object] = ()
+) -> Iterator[Fault]:
+    """The faults of texts with shares, or of one without; a text that is looked at under another key is known."""
+    for number, share in enumerate(shares_of(text)):
+        if share.text == SELF or share.text in known:
             continue
-        own = settings.model_copy(update=share.model_dump(exclude={"share"}))
-        place = ("recover", "text", number) if listed else ("recover", "text")
-        for fault in _text(("recover", ""), calibration_source(own, label), own, ()):
-            yield Fault(fault.text, place)
+        own = settings.model_copy(update=keys_of(share))
+        place = (section, "text", number) if isinstance(text, tuple) else (section, "text")
+        for fault in _text((section, ""), calibration_source(own, label), own, ()):
+            said = fault.text.replace(f"{section}.column: ", f"{name_of(place)}.column: ")
+            yield Fault(said, place)
 
 
 def _text(where: tuple[str, str], source: TextSource, settings: Tokenize, hub_keys: Iterable[str]) -> Iterator[Fault]:

@@ -1,6 +1,6 @@
 """Token sequences and the targets that a model predicts on them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -85,6 +85,14 @@ class Sequences:
             same = self[members[0] : members[-1] + 1]
             whole = Sequences(same.ids[:, :length], same.targets, pooling=self.pooling)
             yield from whole.passes(at_once)
+
+
+def joined(parts: Iterable[Sequences]) -> Sequences:
+    """The sequences of several, at least one, behind each other; all are whole, of one length and for one head."""
+    ordered = list(parts)
+    targets = [part.targets for part in ordered if part.targets is not None]
+    ids = torch.cat([part.ids for part in ordered])
+    return Sequences(ids, torch.cat(targets) if targets else None, pooling=ordered[0].pooling)
 
 
 Pass = tuple[int, int, Sequences]

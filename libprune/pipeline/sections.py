@@ -26,7 +26,7 @@ def _threshold(value: float | str) -> float | str:
 
 
 MOST_TEXTS = 8
-"""The most texts that `recover.text` lists; dvc.yaml has a link for each."""
+"""The most texts that a key lists; dvc.yaml has a link for each."""
 
 
 def _source(value: str) -> str:
@@ -103,12 +103,62 @@ class Prepare(Section):
     tokens stay."""
 
 
+class Share(Section):
+    """One of several texts, and its share of the sequences."""
+
+    text: Source
+    """A text in one of the forms of a single `tokenize.text`."""
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Share of all sequences that are drawn from this text; the shares of all texts make 1."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    split: str | None = None
+    """Split of a hub data set; null: the preset's, or `train`."""
+    column: str | None = None
+    """Column that holds the text or the conversation; null: the preset's, or `text`."""
+    streaming: bool | None = None
+    """Read only as many documents as are needed."""
+
+
+def _kind(value: Any) -> str | None:
+    """Which form of a text or texts a value has, so that an error speaks of this form alone."""
+    if isinstance(value, str):
+        return "name"
+    return "list" if isinstance(value, list | tuple) else None
+
+
+Texts = Annotated[
+    Annotated[Source, Tag("name")]
+    | Annotated[tuple[Share, ...], Field(strict=False, max_length=MOST_TEXTS), Tag("list")],
+    Discriminator(
+        _kind,
+        custom_error_type="text",
+        custom_error_message="Input should be a text, or a list of texts, each with the keys text and share",
+    ),
+]
+"""One text, or several with shares."""
+
+
+def _share_faults(key: str, given: str | tuple[Share, ...] | None) -> Iterator[str]:
+    """What is wrong with the shares of a list of texts; nothing of one text, or of a list of none."""
+    if not isinstance(given, tuple) or not given:
+        return
+    if abs(sum(one.share for one in given) - 1) > 1e-6:
+        yield f"the shares of {key} make {sum(one.share for one in given):g}, not 1"
+    known = [one.model_copy(update={"share": 1.0}) for one in given]
+    for one in dict.fromkeys(one.text for place, one in enumerate(known) if one in known[:place]):
+        yield f"{key} lists the text {masked(one)} twice; list it once, with the sum of its shares"
+
+
 class Tokenize(Section):
     """The texts that statistics are collected on, and those that the models are evaluated on."""
 
-    text: Source
+    text: Texts
     """`package://NAME/path`, a local file or folder (txt, json, jsonl, csv, tsv, parquet), a hub data set id, one of
-    the presets `wikitext2`, `ptb`, `c4`, `fineweb-edu`, or `self`: sampled from the dense model."""
+    the presets `wikitext2`, `ptb`, `c4`, `fineweb-edu`, or `self`: sampled from the dense model. Or a list of such
+    texts with shares, in the form of `recover.text`."""
     config: str | None = None
     """Configuration of a hub data set; null: the preset's, or the only one."""
     revision: str | None = None
@@ -143,6 +193,27 @@ class Tokenize(Section):
     """Column of the labels, for a sequence classification model; null: `label`."""
     seed: Floor = 0
     """Seed of the calibration sequences, and of the tokens that are masked for a model of masked tokens."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Tokenize":
+        conflicts(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        if isinstance(self.text, str):
+            return
+        if not self.text:
+            yield "tokenize.text lists no text; name one"
+        yield from _share_faults("tokenize.text", self.text)
+        for key in ("config", "revision", "split", "column", "streaming"):
+            if getattr(self, key) is not None:
+                yield f"tokenize.{key} is of a single text; with a list, write {key} into the entries of tokenize.text"
+        for key in ("config", "split", "column"):
+            if self.evaluation_text is None and getattr(self, f"evaluation_{key}") is not None:
+                yield (
+                    f"tokenize.evaluation_{key} is of a single text, and tokenize.text is a list; name a "
+                    "tokenize.evaluation_text, or set it to null"
+                )
 
 
 class Compute(Section):
@@ -558,43 +629,6 @@ class Slice(Section):
     """Storage type of the pruned model; `auto` keeps the dense model's."""
 
 
-class Share(Section):
-    """One of several texts that a model is trained on, and its share of the sequences."""
-
-    text: Source
-    """A text in one of the forms of `tokenize.text`."""
-    share: Annotated[float, Field(gt=0, le=1)]
-    """Share of all sequences that are drawn from this text; the shares of all texts make 1."""
-    config: str | None = None
-    """Configuration of a hub data set."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub data set."""
-    split: str | None = None
-    """Split of a hub data set; null: the preset's, or `train`."""
-    column: str | None = None
-    """Column that holds the text or the conversation; null: the preset's, or `text`."""
-    streaming: bool | None = None
-    """Read only as many documents as are needed."""
-
-
-def _kind(value: Any) -> str | None:
-    """Which form of `recover.text` a value has, so that an error speaks of this form alone."""
-    if isinstance(value, str):
-        return "name"
-    return "list" if isinstance(value, list | tuple) else None
-
-
-Texts = Annotated[
-    Annotated[Source, Tag("name")]
-    | Annotated[tuple[Share, ...], Field(strict=False, max_length=MOST_TEXTS), Tag("list")],
-    Discriminator(
-        _kind,
-        custom_error_type="text",
-        custom_error_message="Input should be a text, or a list of texts, each with the keys text and share",
-    ),
-]
-
-
 class Recover(Section):
     """Training of the pruned model on what the dense model predicts."""
 
@@ -662,8 +696,7 @@ class Recover(Section):
     def _conflicts(self) -> Iterator[str]:
         if self.text == ():
             yield "recover.text lists no text; null trains on the documents of the calibration text"
-        elif isinstance(self.text, tuple) and abs(sum(one.share for one in self.text) - 1) > 1e-6:
-            yield f"the shares of recover.text make {sum(one.share for one in self.text):g}, not 1"
+        yield from _share_faults("recover.text", self.text)
         if self.top_k is not None and self.hidden_states:
             yield "recover.hidden_states needs the dense model itself; set recover.top_k to null"
         if self.teacher is not None and self.hidden_states:

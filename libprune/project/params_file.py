@@ -108,15 +108,25 @@ def placed(changes: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = dict(changes)
     for key in set(_SOURCES) & found.keys():
-        if not isinstance(found[key], str):
-            continue
-        try:
-            path = resolve(found[key])
-        except SourceError as error:
-            raise SourceError(f"{key}: {error}") from error
-        if path is not None and not found[key].startswith("package://"):
-            found[key] = str(path.absolute())
+        if isinstance(found[key], str):
+            found[key] = _absolute(key, found[key])
+        elif isinstance(found[key], list):
+            found[key] = [_placed_text(key, one) for one in found[key]]
     return found
+
+
+def _placed_text(key: str, one: Any) -> Any:
+    """One of several texts with an absolute path; anything else as it is."""
+    named = isinstance(one, Mapping) and isinstance(one.get("text"), str)
+    return {**one, "text": _absolute(key, one["text"])} if named else one
+
+
+def _absolute(key: str, source: str) -> str:
+    try:
+        path = resolve(source)
+    except SourceError as error:
+        raise SourceError(f"{key}: {error}") from error
+    return source if path is None or source.startswith("package://") else str(path.absolute())
 
 
 def _defaults() -> str:

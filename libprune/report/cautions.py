@@ -1,8 +1,10 @@
 """Warnings of a report: signs in a result that it is worse, or less certain, than its headline looks."""
 
+import re
+
 from libprune.report.headline import Metrics, embeds, final_figures
 from libprune.report.markdown import code, prose
-from libprune.report.recovery import rose, trained_texts
+from libprune.report.recovery import rose
 
 MUCH_WORSE = 2.0
 """Perplexity ratio from which the text that a model writes is visibly worse."""
@@ -109,8 +111,16 @@ def _quality(result: Metrics) -> list[str]:
 
 
 def _same_text(evaluation: str, calibration: str) -> bool:
-    """Whether the evaluation text, by its name, is a part of the calibration text that the user has named."""
-    return evaluation != "self" and (evaluation == calibration or calibration.startswith(f"{evaluation}, "))
+    """Whether the evaluation text, by its name or names, is a part of the calibration text that the user has named."""
+    return evaluation != "self" and _names(evaluation) <= _names(calibration)
+
+
+def _names(text: str) -> set[str]:
+    """What the name of a text is made of: the names of several without their shares, or data set, split and so on."""
+    return {_SHARE.sub("", name) for name in text.split(", ")}
+
+
+_SHARE = re.compile(r"^[\d.e+-]+ % ")
 
 
 def _domain(evaluation: str, calibration: str) -> list[str]:
@@ -162,7 +172,7 @@ def _recovery(result: Metrics) -> list[str]:
     if not recovered or not recovery:
         return []
     evaluation = result["protocol"]["text"]
-    if recovery["step"] and evaluation != "self" and evaluation in trained_texts(recovery):
+    if recovery["step"] and _same_text(evaluation, recovery["text"]):
         lines.append(
             f"Recovered and evaluated on parts of one text, {code(evaluation)}: a part of the gain is adaptation to "
             "this text, and elsewhere the gain may be smaller. Name another `tokenize.evaluation_text`, or train on "

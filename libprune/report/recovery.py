@@ -76,12 +76,6 @@ def rose(recovery: Metrics) -> bool:
     return bool(0 < recovery["step"] < recovery["steps"])
 
 
-def trained_texts(recovery: Metrics) -> list[str]:
-    """The names of the texts that were trained on."""
-    given: Any = recovery["params"]["text"]
-    return [one["text"] for one in given] if isinstance(given, list | tuple) else [recovery["text"]]
-
-
 @styled()
 def draw_learning_curve(recovery: Mapping[str, Any]) -> Figure:
     """Draw the training loss as a line, the held-out loss as points, and the step whose weights were kept.

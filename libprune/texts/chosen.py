@@ -77,10 +77,16 @@ class TextSource:
 
 
 def calibration_source(settings: Tokenize, label: str | None = None) -> TextSource:
-    """The source of the calibration text, with the given label column; keys of the params win over the preset's."""
-    preset = PRESETS.get(settings.text, Preset(settings.text))
+    """The source of the calibration text, with the given label column; keys of the params win over the preset's.
+
+    Args:
+        settings: of one text, as `libprune.texts.shares.parts_of` gives them.
+        label: the column that holds the labels; None if no labels are wanted.
+    """
+    name = only_text(settings)
+    preset = PRESETS.get(name, Preset(name))
     return TextSource(
-        name=settings.text,
+        name=name,
         data_set=preset.data_set,
         config=settings.config or preset.config,
         revision=settings.revision or preset.revision,
@@ -91,13 +97,19 @@ def calibration_source(settings: Tokenize, label: str | None = None) -> TextSour
     )
 
 
+def only_text(settings: Tokenize) -> str:
+    """The name of the calibration text, where it is one."""
+    assert isinstance(settings.text, str), "several texts are read one by one"
+    return settings.text
+
+
 def evaluation_source(settings: Tokenize, label: str | None = None) -> TextSource | None:
     """The source of the evaluation text; None if documents of the calibration text should be held out.
 
     Without `evaluation_text` it is the held-out split of the calibration text, which is `evaluation_split` or the
     preset's; local files and `fineweb-edu` have none. Another text that is no preset shares `column`.
     """
-    name = settings.evaluation_text or settings.text
+    name = settings.evaluation_text or only_text(settings)
     preset = PRESETS.get(name, Preset(name))
     split = settings.evaluation_split or preset.held_out
     if settings.evaluation_text is None and (split is None or calibration_source(settings).path is not None):

@@ -1,19 +1,28 @@
 """Calibration and evaluation windows, drawn from disjoint texts, and the provenance of each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError
 from libprune.engine.heads import HeadName
-from libprune.models.sequences import Sequences
+from libprune.models.sequences import Sequences, joined
 from libprune.models.tokens import Ids, frame_of
 from libprune.pipeline.sections import Tokenize
-from libprune.texts.chosen import SELF, TextSource, calibration_source, evaluation_source, require_other_text
+from libprune.texts.chosen import (
+    SELF,
+    TextSource,
+    calibration_source,
+    evaluation_source,
+    only_text,
+    require_other_text,
+)
+from libprune.texts.shares import judging, judging_shares, mixed, named, parts_of, rows_of, shares_of
 from libprune.texts.source import Text, chat_writer, open_text
 from libprune.texts.windows import Windows, cut_windows, draw, split_documents, spread, training_rows, with_masks
 
@@ -41,15 +50,26 @@ class Drawn:
         provenance: how they were drawn.
         documents: the documents that they were cut from; empty if the model wrote them.
         read: what was read, in words; empty if the model wrote them.
+        parts: what was drawn from each text, if there are several.
     """
 
     sequences: Sequences
     provenance: TextProvenance
     documents: list[str]
     read: str = ""
+    parts: tuple["Drawn", ...] = ()
+
+    def sentences(self, what: str) -> list[str]:
+        """Lines for the terminal that say what was drawn, with one for each of several texts.
+
+        Args:
+            what: `calibration` or `evaluation`.
+        """
+        parts = (part.sentence(f"{what}, text {number}") for number, part in enumerate(self.parts, 1))
+        return [self.sentence(what), *parts]
 
     def sentence(self, what: str) -> str:
-        """A line for the terminal that says what was drawn; `what` is `calibration` or `evaluation`."""
+        """The first of these lines, which is about all texts."""
         (number, length), how = self.sequences.ids.shape, self.provenance
         if how["mode"] == "labelled":
             return (
@@ -59,6 +79,8 @@ class Drawn:
         drawn = f"{what}: {number:,} windows of {length:,} tokens"
         if how["mode"] == "sampled":
             return f"{drawn}, written by the dense model itself ({how['part']})"
+        if how["mode"] == "mixed":
+            return f"{drawn} ({number * length:,} tokens), from {how['source']}"
         skipped = f", {how['skipped']:,} of them shorter than a window" if how["skipped"] else ""
         return (
             f"{drawn} ({number * length:,} tokens), of {how['available']:,} in {how['documents']:,} documents"
@@ -72,7 +94,7 @@ def draw_texts(
     """Draw calibration and evaluation windows.
 
     Args:
-        settings: the texts, and the number and length of windows.
+        settings: the texts, one or several of each, and the number and length of windows.
         tokenizer: tokenizer of the dense model.
         sample: writes sequences, for the text `self`.
         head: head of the dense model: `causal_lm`, or `masked_lm` for windows with masked tokens.
@@ -80,15 +102,47 @@ def draw_texts(
     Raises:
         SourceError: if a text cannot be read, holds too little, or is in large part the other one.
     """
-    reader = _Reader(settings, tokenizer, head == "masked_lm")
-    other = settings.evaluation_text or settings.text
-    if settings.text == SELF or other == SELF:
-        calibration = _sampled(sample, settings, True) if settings.text == SELF else reader.calibration_alone()
-        evaluation = _sampled(sample, settings, False) if other == SELF else reader.evaluation_alone()
+    texts, masks = shares_of(settings.text), head == "masked_lm"
+    shares = [one.share for one in texts]
+    readers = [_Reader(part, tokenizer, masks, len(texts) > 1) for part in parts_of(settings)]
+    if settings.evaluation_text is None:
+        pairs = [reader.both(sample) for reader in readers]
+        calibrations = [calibration for calibration, _ in pairs]
+        evaluations = [evaluation for _, evaluation in pairs if evaluation is not None]
     else:
-        calibration, evaluation = reader.both()
-    require_disjoint(calibration, evaluation)
-    return calibration, evaluation
+        judge = judging(settings)
+        _require_other_texts(parts_of(settings), judge)
+        calibrations = [reader.calibration(sample) for reader in readers]
+        evaluations = [_Reader(judge, tokenizer, masks).evaluation(sample)]
+    require_disjoint(calibrations, evaluations)
+    judged = [share for share in judging_shares(texts) if share]
+    return _mixed(calibrations, shares, settings.seed), _mixed(evaluations, judged, EVALUATION_SEED)
+
+
+def _require_other_texts(parts: Sequence[Tokenize], judge: Tokenize) -> None:
+    other = None if judge.evaluation_text == SELF else evaluation_source(judge)
+    for part in parts:
+        if other is not None and part.text != SELF:
+            require_other_text(calibration_source(part), other)
+
+
+def _mixed(parts: Sequence[Drawn], shares: Sequence[float], seed: int) -> Drawn:
+    """The windows of several texts in one order, as `mixed` gives it; those of a single text as they are."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = [len(part.sequences) for part in parts]
+    order = mixed(counts, seed)
+    given = list(zip(parts, shares, rows_of(order, counts), strict=True))
+    how = {
+        "source": named([(part.provenance["source"], share) for part, share, _ in given]),
+        "mode": "mixed",
+        "part": f"{len(parts)} texts",
+        "frame": parts[0].provenance["frame"],
+        "sources": [part.provenance | {"share": share, "rows": rows.tolist()} for part, share, rows in given],
+    }
+    how |= {"seed": seed} if "seed" in parts[0].provenance else {}
+    sequences = joined(part.sequences for part in parts)[torch.from_numpy(order)]
+    return Drawn(sequences, how, [one for part in parts for one in part.documents], parts=tuple(parts))
 
 
 def draw_training_windows(
@@ -112,52 +166,76 @@ def draw_training_windows(
     return _Reader(settings, tokenizer, head == "masked_lm").training(held_out, whole)
 
 
-def require_disjoint(calibration: Drawn, evaluation: Drawn) -> None:
-    """Stop if the evaluation text is also the calibration text, under whatever name.
+def require_disjoint(calibrations: Sequence[Drawn], evaluations: Sequence[Drawn]) -> None:
+    """Stop if a text to evaluate on is also in the calibration text, under whatever name.
 
     For texts that are read, whole documents are compared. For texts that the model wrote, the beginnings of windows are
     compared: a model that writes the same again and again gives no evaluation text.
 
+    Args:
+        calibrations: what was drawn from each calibration text.
+        evaluations: what was drawn from each text to evaluate on; each is compared with all calibration texts together.
+
     Raises:
-        SourceError: if more than `MOST_SHARED` of the evaluation text is in the calibration text.
+        SourceError: if more than `MOST_SHARED` of a text to evaluate on is in the calibration text.
     """
-    if calibration.documents and evaluation.documents:
-        known = {document.strip() for document in calibration.documents}
-        sizes = {True: 0, False: 0}
-        for document in evaluation.documents:
-            sizes[document.strip() in known] += len(document)
-        shared = sizes[True] / sum(sizes.values())
-    elif not calibration.documents and not evaluation.documents:
-        rows, other = calibration.sequences.ids.numpy(), evaluation.sequences.ids.numpy()
+    known = {document.strip() for one in calibrations for document in one.documents}
+    written = [one.sequences.ids.numpy() for one in calibrations if not one.documents]
+    for one in evaluations:
+        shared = _shared_documents(known, one.documents) if one.documents else _shared_beginnings(written, one)
+        if shared > MOST_SHARED:
+            names = ", ".join(repr(other.provenance["source"]) for other in calibrations)
+            raise SourceError(
+                f"{100 * shared:.0f} % of the text to evaluate on ({one.provenance['source']!r}) is in the text to "
+                f"calibrate on ({names}) too; name another tokenize.evaluation_text, or take out what is repeated"
+            )
+
+
+def _shared_documents(known: set[str], documents: list[str]) -> float:
+    """The share of documents that are known, in characters."""
+    sizes = {True: 0, False: 0}
+    for document in documents:
+        sizes[document.strip() in known] += len(document)
+    return sizes[True] / sum(sizes.values())
+
+
+def _shared_beginnings(written: Sequence[Ids], evaluation: Drawn) -> float:
+    """The share of windows that begin as one of those that were written for the calibration, of the same length."""
+    other, shared = evaluation.sequences.ids.numpy(), np.zeros(len(evaluation.sequences), dtype=bool)
+    for rows in written:
         length = min(rows.shape[1], other.shape[1])
         begun = {row.tobytes() for row in rows[:, :length]}
-        shared = sum(row.tobytes() in begun for row in other[:, :length]) / len(other)
-    else:
-        return
-    if shared > MOST_SHARED:
-        raise SourceError(
-            f"{100 * shared:.0f} % of the text to evaluate on ({evaluation.provenance['source']!r}) is in the text to "
-            f"calibrate on ({calibration.provenance['source']!r}) too; name another tokenize.evaluation_text, or take "
-            "out what is repeated"
-        )
+        shared |= [row.tobytes() in begun for row in other[:, :length]]
+    return float(shared.mean())
 
 
 class _Reader:
-    """Reads documents and cuts them into the windows that the params ask for."""
+    """Reads the documents of one text, or lets the model write it, and cuts the windows that the params ask for."""
 
-    def __init__(self, settings: Tokenize, tokenizer: PreTrainedTokenizerBase, masks: bool) -> None:
+    def __init__(
+        self, settings: Tokenize, tokenizer: PreTrainedTokenizerBase, masks: bool, several: bool = False
+    ) -> None:
         self._settings, self._tokenizer, self._masks = settings, tokenizer, masks
         self._chat = chat_writer(tokenizer)
+        self._of = f" of {only_text(settings)!r}" if several else ""
 
-    def calibration_alone(self) -> Drawn:
+    def calibration(self, sample: Sample) -> Drawn:
+        if self._settings.text == SELF:
+            return _sampled(sample, self._settings, True)
         return self._whole_calibration(self._open(calibration_source(self._settings)))
 
-    def evaluation_alone(self) -> Drawn:
+    def evaluation(self, sample: Sample) -> Drawn:
+        if self._settings.evaluation_text == SELF:
+            return _sampled(sample, self._settings, False)
         source = evaluation_source(self._settings)
         assert source is not None, "only asked for where tokenize.evaluation_text names it"
         return self._whole_evaluation(self._open(source))
 
-    def both(self) -> tuple[Drawn, Drawn]:
+    def both(self, sample: Sample) -> tuple[Drawn, Drawn | None]:
+        """Windows of both kinds from one text; none to evaluate on from text that is written beside others."""
+        if self._settings.text == SELF:
+            written = _sampled(sample, self._settings, True)
+            return written, _sampled(sample, self._settings, False) if self._settings.evaluation_windows else None
         source, other = calibration_source(self._settings), evaluation_source(self._settings)
         if other is not None:
             require_other_text(source, other)
@@ -239,14 +317,14 @@ class _Reader:
     def _calibration(self, text: Text, documents: list[str], part: str) -> Drawn:
         settings = self._settings
         available = self._cut(documents, settings.calibration_length)
-        chosen = draw(available, settings.calibration_sequences, settings.seed, "calibration")
+        chosen = draw(available, settings.calibration_sequences, settings.seed, f"calibration{self._of}")
         how = self._provenance(text, available, chosen, part) | {"seed": settings.seed}
         read = text.told(documents, available.tokens)
         return Drawn(self._asked(available.ids[chosen], settings.seed), how, documents, read)
 
     def _evaluation(self, text: Text, documents: list[str], part: str) -> Drawn:
         available = self._cut(documents, self._settings.evaluation_length)
-        chosen = spread(available, self._settings.evaluation_windows, "evaluation")
+        chosen = spread(available, self._settings.evaluation_windows, f"evaluation{self._of}")
         how = self._provenance(text, available, chosen, part)
         read = text.told(documents, available.tokens)
         return Drawn(self._asked(available.ids[chosen], EVALUATION_SEED), how, documents, read)

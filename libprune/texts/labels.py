@@ -12,7 +12,14 @@ from libprune.engine.errors import SourceError
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import Ids, frame_of
 from libprune.pipeline.sections import Tokenize
-from libprune.texts.chosen import SELF, TextSource, calibration_source, evaluation_source, require_other_text
+from libprune.texts.chosen import (
+    SELF,
+    TextSource,
+    calibration_source,
+    evaluation_source,
+    only_text,
+    require_other_text,
+)
 from libprune.texts.draw import Drawn, TextProvenance, require_disjoint, source_provenance
 from libprune.texts.source import Text, open_text
 from libprune.texts.windows import at_random, evenly, training_rows
@@ -30,7 +37,7 @@ def draw_examples(
     documents at even distances are held out for evaluation, since data sets may be in the order of their labels.
 
     Args:
-        settings: the texts, and the number and length of sequences.
+        settings: the texts, one of each, and the number and length of sequences.
         tokenizer: tokenizer of the dense model.
         config: config of the dense model, which names the labels.
 
@@ -43,7 +50,7 @@ def draw_examples(
     calibration = _drawn(rest, chosen, settings.calibration_length, tokenizer, {"seed": settings.seed})
     chosen = _evenly(len(held_out.examples), settings.evaluation_windows)
     evaluation = _drawn(held_out, chosen, settings.evaluation_length, tokenizer, {})
-    require_disjoint(calibration, evaluation)
+    require_disjoint([calibration], [evaluation])
     return calibration, evaluation
 
 
@@ -66,7 +73,7 @@ def draw_training_examples(
     rest = _read_whole(settings, config) if whole else _read_both(settings, config)[0]
     shuffled = np.random.default_rng(settings.seed).permutation(len(rest.examples))  # may be in the order of labels
     number, count = len(shuffled), settings.calibration_sequences
-    chosen = shuffled[training_rows(number, count, held_out, settings.seed, settings.text)]
+    chosen = shuffled[training_rows(number, count, held_out, settings.seed, only_text(settings))]
     return _drawn(rest, chosen, settings.calibration_length, tokenizer, {"seed": settings.seed})
 
 
@@ -82,7 +89,7 @@ class _Part:
 def _read_whole(settings: Tokenize, config: PreTrainedConfig) -> _Part:
     """All documents of the calibration text."""
     source = calibration_source(settings, settings.label_column or "label")
-    _require_labels(source, settings.text)
+    _require_labels(source, source.name)
     return _part(*_read(source, config), "all documents")
 
 
@@ -90,7 +97,7 @@ def _read_both(settings: Tokenize, config: PreTrainedConfig) -> tuple[_Part, _Pa
     """The documents for calibration and those for evaluation."""
     column = settings.label_column or "label"
     source, other = calibration_source(settings, column), evaluation_source(settings, column)
-    _require_labels(source, settings.text, settings.evaluation_text)
+    _require_labels(source, source.name, settings.evaluation_text)
     if other is not None:
         require_other_text(source, other)
         return _read_whole(settings, config), _part(*_read(other, config), "all documents")

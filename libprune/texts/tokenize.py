@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from transformers import AutoTokenizer
 
-from libprune.engine.errors import ParamsError
+from libprune.engine.errors import ParamsError, SourceError
 from libprune.models.embeddings import FEWEST
 from libprune.models.folder import load_config, own_model, require_positions
 from libprune.models.tokens import require_known, write_tokens
@@ -14,6 +14,7 @@ from libprune.pipeline.sections import Tokenize
 from libprune.texts.draw import draw_texts
 from libprune.texts.labels import draw_examples
 from libprune.texts.self_text import SelfText
+from libprune.texts.shares import parts_of
 
 
 def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -> list[str]:
@@ -26,7 +27,7 @@ def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -
         dtype: the type that it computes in then, as `compute.dtype`.
 
     Returns:
-        A sentence for each of the two texts.
+        A sentence for each of the two texts, and behind it one for each of several that it is mixed from.
 
     Raises:
         LibpruneError: if the model is missing, a text cannot be read or is too short, or the windows are longer than
@@ -44,7 +45,7 @@ def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -
     tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True, trust_remote_code=False)
     writer = SelfText(layout, architecture, tokenizer, device, dtype)
     if architecture.head == "sequence_classification":
-        calibration, evaluation = draw_examples(params, tokenizer, config)
+        calibration, evaluation = draw_examples(_labelled(params), tokenizer, config)
     else:
         calibration, evaluation = draw_texts(params, tokenizer, writer.sample, architecture.head)
     calibration, evaluation = (
@@ -58,4 +59,12 @@ def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -
     beside = {"calibration": tokens}
     write_tokens(layout.evaluation_tokens, evaluation.sequences, meta | beside | evaluation.provenance)
     writer.forget()
-    return [calibration.sentence("calibration"), evaluation.sentence("evaluation")]
+    return [*calibration.sentences("calibration"), *evaluation.sentences("evaluation")]
+
+
+def _labelled(params: Tokenize) -> Tokenize:
+    """The params of the one text that a model takes which tells classes apart."""
+    first, *others = parts_of(params)
+    if others:
+        raise SourceError("tokenize.text lists several texts, but a model that tells classes apart takes one; name one")
+    return first

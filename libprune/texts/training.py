@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +10,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError
 from libprune.engine.heads import HeadName
-from libprune.models.sequences import NO_TARGET, Sequences
+from libprune.models.sequences import NO_TARGET, Sequences, joined
 from libprune.models.tokens import Ids
 from libprune.pipeline.sections import Recover, Share, Tokenize
 from libprune.texts.chosen import SELF
 from libprune.texts.draw import MOST_SHARED, Drawn, Sample, TextProvenance, draw_training_windows
 from libprune.texts.labels import draw_training_examples
+from libprune.texts.shares import divided, keys_of, named, parts_of, shares_of
 from libprune.texts.windows import training_rows
 
 RUN = 32
@@ -46,9 +46,7 @@ class TrainingText:
     @property
     def names(self) -> str:
         """The names of the texts, with their shares of the sequences if there are several."""
-        if len(self.sources) == 1:
-            return str(self.sources[0]["source"])
-        return ", ".join(f"{100 * one['share']:.3g} % {one['source']}" for one in self.sources)
+        return named([(one["source"], one["share"]) for one in self.sources])
 
     def sentence(self) -> str:
         """A line for the terminal that says what was drawn."""
@@ -83,38 +81,29 @@ def draw_training(
     Raises:
         SourceError: if a text cannot be read or holds too little.
     """
-    shares = params.text if isinstance(params.text, tuple) else (Share(text=params.text or settings.text, share=1),)
+    shares = shares_of(params.text or settings.text)
     if head == "sequence_classification" and len(shares) > 1:
         raise SourceError("recover.text lists several texts, but a model that tells classes apart takes one; name one")
     wanted = -(-params.tokens // params.length)
-    counts, held = (_divided(number, shares) for number in (wanted, params.held_out))
+    counts, held = (divided(number, [one.share for one in shares]) for number in (wanted, params.held_out))
     draw = _Draw(tokenizer, config, head, sample)
     parts = []
     for share, count, held_out in zip(shares, counts, held, strict=True):
-        whole = not _is_calibration(share, settings)
+        part = _part_of_calibration(share, settings)
         sizes = {"calibration_sequences": count, "calibration_length": params.length, "seed": params.seed}
-        own = settings.model_copy(update=(_EVALUATION | _keys(share) if whole else {}) | sizes)
-        parts.append(draw.of(own, held_out, whole))
+        own = part or settings.model_copy(update=_EVALUATION | keys_of(share))
+        parts.append(draw.of(own.model_copy(update=sizes), held_out, part is None))
     sequences = _joined([drawn.sequences for drawn, _ in parts], counts, held)
     sources = [drawn.provenance | {"share": share.share} for (drawn, _), share in zip(parts, shares, strict=True)]
     read = [drawn.read for drawn, _ in parts if drawn.read]
     return TrainingText(sequences, sum(held), sources, [row for _, rows in parts for row in rows], read)
 
 
-def _divided(number: int, shares: Sequence[Share]) -> list[int]:
-    """A number divided by shares, so that the parts make the number; but each part is at least 1."""
-    ends = np.round(np.cumsum([0, *(one.share for one in shares)]) * number)
-    return np.diff(ends).clip(1).astype(int).tolist()
-
-
-def _keys(share: Share) -> dict[str, Any]:
-    return share.model_dump(exclude={"share"})
-
-
-def _is_calibration(share: Share, settings: Tokenize) -> bool:
-    """Whether a text is the calibration text, by its name and the other keys that are given."""
-    given = {key: value for key, value in _keys(share).items() if value is not None}
-    return all(value == getattr(settings, key) for key, value in given.items())
+def _part_of_calibration(share: Share, settings: Tokenize) -> Tokenize | None:
+    """The settings of the calibration text that a text is, by its name and the other keys that are given, if any."""
+    given = {key: value for key, value in keys_of(share).items() if value is not None}
+    parts = parts_of(settings)
+    return next((part for part in parts if all(value == getattr(part, key) for key, value in given.items())), None)
 
 
 @dataclass(frozen=True)
@@ -154,10 +143,7 @@ def _joined(parts: list[Sequences], counts: list[int], held: list[int]) -> Seque
         given = len(part) - number
         trained.append(part[torch.arange(count) % given])
         last.append(part[given:])
-    ordered = [*trained, *last]
-    targets = [part.targets for part in ordered if part.targets is not None]
-    ids = torch.cat([part.ids for part in ordered])
-    return Sequences(ids, torch.cat(targets) if targets else None)
+    return joined([*trained, *last])
 
 
 def require_unseen(text: TrainingText, evaluation: Sequences, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -268,3 +268,23 @@ def test_a_config_that_is_no_json_is_told(told, tmp_path):
         (folder / "config.json").write_bytes(content)
         (fault,) = told(prepare={"model": str(folder)})
         assert fault.startswith("prepare.model: ") and "config.json cannot be read" in fault
+
+
+def test_each_of_several_texts_is_looked_at(told, tmp_path):
+    write_text(tmp_path / "other.txt")
+    (tmp_path / "rows.csv").write_text("body\na\n")
+
+    def texts(name: str, **keys: str) -> list[dict[str, Any]]:
+        return [{"text": "text.txt", "share": 0.5}, {"text": name, "share": 0.5, **keys}]
+
+    for good in (texts("other.txt"), texts("self"), texts("owner/text"), texts("rows.csv", column="body")):
+        assert told(tokenize={"text": good}) == []
+    (fault,) = told(tokenize={"text": texts("./nowhere.txt")})
+    assert fault.startswith("tokenize.text: ./nowhere.txt does not exist")
+    (fault,) = told(tokenize={"text": texts("rows.csv", column="text")})
+    assert fault.startswith("tokenize.text[1].column: text 'rows.csv' has no column 'text'; it has body")
+    (fault,) = told(tokenize={"text": texts("other.txt"), "evaluation_text": "other.txt"})
+    assert "the text to evaluate on is the text to calibrate on" in fault
+    model = write_config(tmp_path / "m", model_type="bert", architectures=["BertForSequenceClassification"])
+    faults = told(prepare={"model": model}, tokenize={"text": texts("owner/text")})
+    assert faults[0] == "tokenize.text lists several texts, but a model that tells classes apart takes one; name one"

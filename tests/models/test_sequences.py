@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libprune.models.sequences import NO_TARGET, Sequences
+from libprune.models.sequences import NO_TARGET, Sequences, joined
 
 IDS = torch.arange(12).view(3, 4)
 
@@ -70,3 +70,11 @@ def test_passes_hold_every_sequence_once_in_order_and_are_never_filled_up(length
     if sort:
         assert whole.lengths.tolist() == sorted(lengths)
         assert len(passes) <= -(-len(lengths) // at_once) + len(set(lengths)), "neighbours of one length go together"
+
+
+def test_joined_sequences_stand_behind_each_other_with_their_targets():
+    ids = torch.arange(12).reshape(3, 4)
+    plain = joined([Sequences(ids[:1], pooling="mean"), Sequences(ids[1:], pooling="mean")])
+    assert torch.equal(plain.ids, ids) and plain.targets is None and plain.pooling == "mean"
+    masked = joined([Sequences(ids[:2], ids[:2] + 1), Sequences(ids[2:], ids[2:] + 1)])
+    assert masked.targets is not None and torch.equal(masked.targets, ids + 1)

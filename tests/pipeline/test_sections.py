@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -218,3 +219,53 @@ def test_at_most_as_many_texts_are_listed_as_dvc_watches(load):
     data["recover"]["text"] = [{"text": "a", "share": 1 / 9}] * 9
     with pytest.raises(ParamsError, match=r"recover\.text: .*at most 8"):
         load(data)
+
+
+# Several texts to calibrate on
+
+
+def listed(**keys: Any) -> dict[str, Any]:
+    """The section tokenize with two texts."""
+    data = shipped()
+    data["tokenize"] |= {"text": [{"text": "a", "share": 0.5}, {"text": "b", "share": 0.5}]} | keys
+    return data
+
+
+def test_the_calibration_text_may_be_several(load):
+    assert load(listed()).tokenize.text == (Share(text="a", share=0.5), Share(text="b", share=0.5))
+    judged = {"evaluation_text": "c", "evaluation_split": "dev", "evaluation_config": "en", "evaluation_column": "body"}
+    assert load(listed(**judged)).tokenize.evaluation_split == "dev"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"text": []}, "tokenize.text lists no text; name one"),
+        ({"text": 3}, "tokenize.text: Input should be a text, or a list of texts, each with the keys text and share"),
+        ({"text": [{"text": "a", "share": 0.4}]}, "the shares of tokenize.text make 0.4, not 1"),
+        (
+            {"text": [{"text": "a", "share": 0.5}, {"text": "a", "share": 0.5}]},
+            "tokenize.text lists the text a twice; list it once, with the sum of its shares",
+        ),
+        (
+            {"column": "body"},
+            "tokenize.column is of a single text; with a list, write column into the entries of tokenize.text",
+        ),
+        ({"streaming": False}, "tokenize.streaming is of a single text"),
+        (
+            {"evaluation_split": "test"},
+            "tokenize.evaluation_split is of a single text, and tokenize.text is a list; name a "
+            "tokenize.evaluation_text, or set it to null",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_several_texts_is_refused(load, keys, message):
+    with pytest.raises(ParamsError) as error:
+        load(listed(**keys))
+    assert message in str(error.value)
+
+
+def test_a_text_may_be_listed_with_other_keys_again(load):
+    texts = [{"text": "a", "share": 0.5, "column": "x"}, {"text": "a", "share": 0.5, "column": "y"}]
+    assert load(listed(text=texts)).tokenize.text != ()

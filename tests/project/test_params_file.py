@@ -12,6 +12,7 @@ from libprune.engine.errors import ParamsError, SourceError
 from libprune.pipeline.params import Params, validate_params
 from libprune.project.params_file import changed, completed, params_text, replaced, settings
 from tests.support.closure import ROOT
+from tests.support.tiny import write_text
 
 REPOSITORY = (ROOT / "params.yaml").read_text()
 KEYS = [
@@ -111,3 +112,15 @@ def test_what_cannot_be_is_found_before_anything_runs(tmp_path):
     (tmp_path / "text.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ParamsError, match=r"^params: tokenize.text: text .* has no column 'text'; it has a, b"):
         params_text({"prepare.model": "org/model", "tokenize.text": str(tmp_path / "text.csv")})
+
+
+def test_the_paths_of_several_texts_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "a.txt")
+    texts = [{"text": "a.txt", "share": 0.5}, {"text": "self", "share": 0.5}]
+    changes = {"prepare.model": "org/model", "tokenize.text": texts, "recover.text": texts}
+    content = yaml.safe_load(params_text(changes))
+    placed = [{"text": str(tmp_path / "a.txt"), "share": 0.5}, {"text": "self", "share": 0.5}]
+    assert content["tokenize"]["text"] == content["recover"]["text"] == placed
+    with pytest.raises(SourceError, match=r"^tokenize\.text: .*nowhere\.txt does not exist"):
+        params_text({"prepare.model": "org/model", "tokenize.text": [{"text": "nowhere.txt", "share": 1.0}]})

@@ -78,3 +78,21 @@ def test_the_verdict_is_the_gravest_that_is_known(words):
 def test_the_verdict_of_a_recovered_model_is_of_its_own_perplexity():
     assert trust(trained() | WORSE, PROVENANCE.text) == trust(trained(), PROVENANCE.text)
     assert "do not use it" in trust(trained() | STILL_WORSE, PROVENANCE.text)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "calibration", "same"),
+    [
+        ("a.txt", "a.txt", True),
+        ("wikitext2", "wikitext2, Salesforce/wikitext, wikitext-2-raw-v1, train, 0123", True),
+        ("70 % a.txt, 30 % b.txt", "70 % a.txt, 30 % b.txt", True),
+        ("70 % a.txt, 30 % b.txt", "35 % a.txt, 15 % b.txt, 50 % self", True),
+        ("a.txt", "1e-05 % self, 100 % a.txt", True),
+        ("c.txt", "70 % a.txt, 30 % b.txt", False),
+        ("self", "50 % a.txt, 50 % self", False),
+    ],
+)
+def test_parts_of_one_text_are_told_among_several(evaluation, calibration, same):
+    result = changed(protocol={"text": evaluation})
+    assert any("parts of one text" in line for line in find_cautions(result, calibration)) is same
+    assert ("measure it on yours" in trust(result, calibration)) is same

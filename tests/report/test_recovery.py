@@ -3,7 +3,7 @@
 import pytest
 
 from libprune.report.canvas import png
-from libprune.report.recovery import draw_learning_curve, recovery_facts, rose, trained_texts, training_end
+from libprune.report.recovery import draw_learning_curve, recovery_facts, rose, training_end
 from tests.support.evaluated import RECOVERY, report_of, trained
 from tests.support.figures import legend, titles
 
@@ -56,12 +56,6 @@ def test_the_kept_weights_are_said_and_the_end_only_where_it_came_early(words):
 @pytest.mark.parametrize(("step", "expected"), [(0, False), (20, True), (40, False)])
 def test_the_loss_rose_where_a_step_between_the_ends_was_the_best(step, expected):
     assert rose(RECOVERY | {"step": step}) is expected
-
-
-def test_the_texts_are_named_one_by_one():
-    assert trained_texts(RECOVERY | {"params": RECOVERY["params"] | {"text": None}}) == ["another text"]
-    shares = [{"text": "a", "share": 0.5}, {"text": "b", "share": 0.5}]
-    assert trained_texts(RECOVERY | {"params": RECOVERY["params"] | {"text": shares}}) == ["a", "b"]
 
 
 def test_the_report_has_a_section_of_the_training_where_there_was_one():

@@ -248,6 +248,124 @@ def test_a_model_that_writes_the_same_again_and_again_is_refused():
         return Drawn(Sequences(torch.from_numpy(rows)), {"source": "self", "mode": "sampled", "part": ""}, [])
 
     known, partly = (drawn(rows) for rows in (ids, np.concatenate([ids[:1, :7], ids[:3, 1:8]])))
-    require_disjoint(known, drawn(ids[:, 1:] + 100))
+    require_disjoint([known], [drawn(ids[:, 1:] + 100)])
     with pytest.raises(SourceError, match=r"25 % of the text to evaluate on \('self'\)"):
-        require_disjoint(known, partly)
+        require_disjoint([known], [partly])
+    with pytest.raises(SourceError, match="25 %"):
+        require_disjoint([drawn(ids + 100), known], [drawn(ids + 200), partly])
+
+
+# Several texts
+
+
+@pytest.fixture
+def two(project, tmp_path) -> list[str]:
+    """A text of the first five words, and conversations of the next five."""
+    rng = np.random.default_rng(0)
+    documents = [[" ".join(rng.choice(words, 24)) for _ in range(60)] for words in (tiny.WORDS[:5], tiny.WORDS[5:10])]
+    (tmp_path / "a.txt").write_text("".join(f"{line}\n" for line in documents[0]))
+    chat = ({"chat": [{"role": "user", "content": line}]} for line in documents[1])
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
+    return [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
+
+
+def of_text(row: np.ndarray) -> int:
+    """The number of the text that a row is of; it has no token of another one."""
+    (number,) = set(((row - 2) // 5).tolist())
+    return number
+
+
+def listed(two: list[str], *, written: float = 0.0) -> list[dict]:
+    first = {"text": two[0], "share": 0.75 * (1 - written)}
+    second = {"text": two[1], "share": 0.25 * (1 - written), "column": "chat"}
+    return [first, second, *([{"text": "self", "share": written}] if written else [])]
+
+
+def test_texts_and_conversations_are_mixed_by_their_shares(run, two, tokenizer):
+    """In every half of the sequences, so that stages that take a part of them see all texts."""
+    for (ids, meta), number in zip(run(text=listed(two), calibration_sequences=16, evaluation_windows=8), (16, 8),
+                                   strict=True):  # fmt: skip
+        texts = [of_text(row) for row in ids]
+        assert texts.count(0) == 3 * number // 4
+        assert 0 < texts[: number // 2].count(1) < number // 4 + 1
+        assert meta["source"] == f"75 % {two[0]}, 25 % {two[1]}"
+        assert (meta["mode"], meta["part"], meta["sequences"]) == ("mixed", "2 texts", number)
+        for text, source in enumerate(meta["sources"]):
+            assert (source["source"], source["share"]) == (two[text], (0.75, 0.25)[text])
+            assert source["rows"] == [place for place, one in enumerate(texts) if one == text]
+
+
+def test_each_of_several_texts_is_drawn_as_it_is_alone(run, two):
+    """By the same seed, from the first documents of each; its last ones are set apart."""
+    (ids, meta), (judged, about) = run(text=listed(two), calibration_sequences=16, evaluation_windows=8)
+    for number, (name, keys) in enumerate(((two[0], {}), (two[1], {"column": "chat"}))):
+        own, other = meta["sources"][number], about["sources"][number]
+        sizes = {"calibration_sequences": len(own["rows"]), "evaluation_windows": len(other["rows"])}
+        (alone, how), (held_out, what) = run(text=name, **keys, **sizes)
+        np.testing.assert_array_equal(ids[own["rows"]], alone)
+        np.testing.assert_array_equal(judged[other["rows"]], held_out)
+        assert own["part"] == how["part"] == "the first 42 documents"
+        assert other["part"] == what["part"] == "the last 18 documents"
+        assert {key: own[key] for key in own.keys() & how.keys()} == {key: how[key] for key in own.keys() & how.keys()}
+
+
+def test_the_order_of_several_texts_is_the_same_again_and_other_under_another_seed(run, two):
+    sizes = {"text": listed(two), "calibration_sequences": 16, "evaluation_windows": 8}
+    first, again, other = (run(**sizes, seed=seed) for seed in (0, 0, 1))
+    assert first[0][1] == again[0][1]
+    np.testing.assert_array_equal(first[0][0], again[0][0])
+    assert first[0][1]["tokens"] != other[0][1]["tokens"]
+    assert first[1][1]["tokens"] == other[1][1]["tokens"], "what is evaluated on is the same under every seed"
+
+
+def test_written_text_beside_others_calibrates_and_judges_nothing(run, two):
+    (ids, meta), (judged, about) = run(text=listed(two, written=0.5), calibration_sequences=16)
+    assert [len(source["rows"]) for source in meta["sources"]] == [6, 2, 8]
+    (alone, _), _ = run(text="self", calibration_sequences=8)
+    np.testing.assert_array_equal(ids[meta["sources"][2]["rows"]], alone)
+    assert [source["source"] for source in about["sources"]] == two
+    assert sorted(map(of_text, judged)) == [0, 0, 0, 1]
+
+
+def test_a_text_of_its_own_judges_several(run, project, two):
+    (_, meta), (judged, about) = run(text=listed(two), evaluation_text=str(project / "text.txt"))
+    assert [source["part"] for source in meta["sources"]] == ["all documents"] * 2
+    assert (about["source"], about["sequences"], len(judged)) == (str(project / "text.txt"), 4, 4)
+
+
+def test_a_list_of_one_text_is_as_the_text_alone(run, two):
+    alone = run(text=two[1], column="chat")
+    for (ids, meta), (expected, how) in zip(run(text=[listed(two)[1] | {"share": 1}]), alone, strict=True):
+        np.testing.assert_array_equal(ids, expected)
+        assert meta == how
+
+
+def test_the_stage_says_what_it_drew_from_each_of_several_texts(run, two, capsys):
+    run(text=listed(two))
+    said = capsys.readouterr().out
+    assert f"calibration: 8 windows of 16 tokens (128 tokens), from 75 % {two[0]}, 25 % {two[1]}" in said
+    assert "calibration, text 1: 6 windows of 16 tokens (96 tokens), of 63 in 42 documents" in said
+    assert "evaluation, text 2: 1 windows of 12 tokens" in said
+
+
+def test_one_of_several_texts_that_judges_under_another_name_is_refused(run, two, tmp_path):
+    copy = tmp_path / "copy.txt"
+    copy.write_text(Path(two[0]).read_text())
+    with pytest.raises(SourceError, match=r"100 % of the text to evaluate on .*copy.* is in the text to calibrate on"):
+        run(text=listed(two), evaluation_text=str(copy))
+    texts = [{"text": two[0], "share": 0.9}, {"text": str(copy), "share": 0.1}]
+    copy.write_text("\n".join(reversed(Path(two[0]).read_text().splitlines())))
+    with pytest.raises(SourceError, match=r"of the text to evaluate on .* is in the text to calibrate on"):
+        run(text=texts)
+
+
+def test_one_of_several_texts_is_not_the_one_to_evaluate_on(run, two):
+    with pytest.raises(SourceError, match="the text to evaluate on is the text to calibrate on"):
+        run(text=listed(two), evaluation_text=two[1], evaluation_column="chat")
+
+
+def test_one_of_several_texts_that_is_too_short_is_named(run, two, tmp_path):
+    (tmp_path / "short.txt").write_text("the cat\n" * 2)
+    texts = [{"text": two[0], "share": 0.5}, {"text": str(tmp_path / "short.txt"), "share": 0.5}]
+    with pytest.raises(SourceError, match=r"calibration of '.*short\.txt' needs 4 windows of 16 tokens"):
+        run(text=texts)

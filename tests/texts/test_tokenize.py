@@ -15,7 +15,7 @@ from libprune.pipeline.sections import Tokenize
 from libprune.texts.tokenize import tokenize_layout
 from tests.support.measured import write_project
 from tests.support.models import FAMILIES, VOCAB
-from tests.support.tiny import write_model, write_text
+from tests.support.tiny import write_encoder, write_model, write_text
 
 SIZES = {"calibration_sequences": 4, "calibration_length": 8, "evaluation_windows": 3, "evaluation_length": 6}
 
@@ -89,3 +89,14 @@ def test_a_token_without_an_embedding_stops_the_stage(layout, tmp_path):
     ):
         tokenize_layout(layout, Tokenize(text=str(text), **sizes), "cpu", "float32")
     assert not layout.calibration_tokens.exists()
+
+
+def test_a_model_that_tells_classes_apart_takes_one_text(tmp_path):
+    layout = Layout(write_project(FAMILIES["bert_classifier"](0), tmp_path) / "artifacts")
+    write_encoder(tmp_path / "other", FAMILIES["bert"])
+    for path in (tmp_path / "other").glob("tokenizer*"):
+        path.rename(layout.model / path.name)
+    texts = [{"text": name, "share": 0.5} for name in ("a.csv", "b.csv")]
+    params = Tokenize.model_validate({"text": texts, **SIZES})
+    with pytest.raises(LibpruneError, match=r"tokenize\.text lists several texts, but .* takes one; name one"):
+        tokenize_layout(described(layout), params, "cpu", "float32")

@@ -237,6 +237,30 @@ def test_a_text_of_the_hub_that_cannot_be_reached_is_named(tokenizer, text):
         draw(tokenizer, settings(text), text="wikitext2")
 
 
+def test_without_a_text_the_documents_of_all_calibration_texts_are_trained_on(tokenizer, text, three):
+    texts = tuple(Share(text=name, share=share) for name, share in zip(three, (0.5, 0.25, 0.25), strict=True))
+    tokenize = Tokenize(text=texts, **(SIZES | {"calibration_sequences": 12}))
+    _, evaluation = draw_texts(tokenize, tokenizer, no_sample)
+    for found in (draw(tokenizer, tokenize), draw(tokenizer, tokenize, text=texts)):
+        assert [how["part"] for how in found.sources] == ["the first 28 documents"] * 3
+        assert [how["share"] for how in found.sources] == [0.5, 0.25, 0.25]
+        assert [of_texts(found.sequences.ids[:TRAINED]).count(text) for text in range(3)] == [10, 5, 5]
+        require_unseen(found, evaluation.sequences, tokenizer)
+    one = draw(tokenizer, tokenize, text=three[1])
+    assert [how["part"] for how in one.sources] == ["the first 28 documents"], "its last documents judge"
+    other = draw(tokenizer, tokenize, text=str(text))
+    assert [how["part"] for how in other.sources] == ["all documents"]
+
+
+def test_a_stream_among_several_calibration_texts_keeps_its_evaluation_documents(tokenizer, three):
+    texts = (Share(text=three[0], share=0.5, streaming=True), Share(text=three[1], share=0.5))
+    tokenize = Tokenize(text=texts, **SIZES)
+    calibration, evaluation = draw_texts(tokenize, tokenizer, no_sample)
+    found = draw(tokenizer, tokenize)
+    assert found.sources[0]["part"] == calibration.parts[0].provenance["part"] == "documents after the first 4"
+    require_unseen(found, evaluation.sequences, tokenizer)
+
+
 # Text that the model writes
 
 
@@ -375,7 +399,7 @@ def test_short_labelled_documents_that_begin_alike_are_not_the_same(framing, lab
 def test_a_model_that_tells_classes_apart_takes_one_text(framing, labelled):
     one = Share(text=labelled, share=0.5)
     with pytest.raises(SourceError, match=r"recover\.text lists several texts, but .* takes one; name one"):
-        draw(framing, settings(labelled), head=CLASSES, text=(one, one))
+        draw(framing, settings(labelled), head=CLASSES, text=(one, Share(text="another", share=0.5)))
     with pytest.raises(SourceError, match="'self' has no labels"):
         draw(framing, settings(labelled), head=CLASSES, text="self")
 
