@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from libprune.pipeline.artifacts import read_architecture, read_json, read_table, same_origin
-from libprune.pipeline.layout import Layout
+from libprune.pipeline.layout import NOTHING, Layout
 
 _INPUTS = ("params.yaml", "dvc.yaml", "libprune", "stages")
 
@@ -72,6 +72,78 @@ def _text(tokens: Mapping[str, Any]) -> str:
     if tokens.get("revision"):
         named += [tokens[key] for key in ("data_set", "config", "split", "revision")]
     return ", ".join(dict.fromkeys(filter(None, named)))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How much text a step saw.
+
+    Attributes:
+        step: the step, in words.
+        text: which text: calibration, training or evaluation.
+        sequences: number of different sequences.
+        length: tokens of each; the most, where documents with labels differ in length.
+        tokens: tokens of all, those that were seen again counted again.
+        exact: whether all sequences have this length.
+    """
+
+    step: str
+    text: str
+    sequences: int
+    length: int
+    tokens: int
+    exact: bool
+
+
+def gather_seen(layout: Layout, origin: Mapping[str, str], result: Mapping[str, Any]) -> list[Seen]:
+    """How much text each step of a result saw, in the order of the steps; a step that did nothing is left out.
+
+    Args:
+        origin: as for `gather_provenance`.
+        result: the content of `artifacts/evaluation.json`.
+
+    Raises:
+        ArtifactError: if an artifact is missing, or belongs to another model or text.
+    """
+    _, text = read_table(layout.calibration_tokens, "tokenize")
+    exact = text.get("mode") != "labelled"
+    found: dict[str, tuple[str, str, int, int]] = {}
+    for stage, name in _TABLES.items():
+        if (number := _collected_on(layout.root / name, stage, origin)) is not None:
+            found[stage] = (stage, "calibration", *number)
+    params, recovery, protocol = result["pruning"]["slice"], result.get("recovery"), result["protocol"]
+    if params["repair"] == "sequential":
+        number = params["sequences"] or text["sequences"]
+        found["repair"] = ("repair, sequential", "calibration", number, text["length"])
+    elif params["repair"] != "none":
+        found["repair"] = (f"repair, {params['repair']}, from the activations", *found["activations"][1:])
+    found["evaluation"] = ("evaluation", "evaluation", protocol["windows"], protocol["length"])
+    seen = [Seen(*one, tokens=one[2] * one[3], exact=exact) for one in found.values()]
+    if recovery:
+        drawn = ("training", "training", recovery["sequences"], recovery["length"])
+        seen.insert(-1, Seen(*drawn, tokens=recovery["tokens"], exact=exact))
+    return seen
+
+
+_TABLES = {
+    "gradients": "gradients/layers.parquet",
+    "hessian": "hessian/units.parquet",
+    "activations": "activations/units.parquet",
+    **{name: f"{name}.parquet" for name in ("ablation", "sensitivity", "depth", "levels", "width")},
+}
+"""The stages that collect statistics, each with a small table of what it wrote."""
+
+
+def _collected_on(path: Path, stage: str, origin: Mapping[str, str]) -> tuple[int, int] | None:
+    """Number and length of the sequences that a stage collected statistics on; None if it had nothing to do."""
+    if (path.parent / NOTHING).exists():
+        return None
+    _, meta = read_table(path, stage)
+    if "sequences" not in meta:
+        same_origin(path, meta, {"model": origin["model"]})
+        return None
+    same_origin(path, meta, origin)
+    return int(meta["sequences"]), int(meta["length"])
 
 
 def project_state(folder: Path) -> tuple[str | None, bool]:

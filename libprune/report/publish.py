@@ -11,7 +11,7 @@ from libprune.pipeline.layout import Layout
 from libprune.report.gallery import cut_gallery, gradient_gallery, recovery_gallery, sensitivity_gallery, write_gallery
 from libprune.report.markdown import Picture
 from libprune.report.page import html_page
-from libprune.report.provenance import gather_provenance
+from libprune.report.provenance import gather_provenance, gather_seen
 from libprune.report.report import PICTURES, compose_report, report_title
 from libprune.statistics.gradient_health import gradient_ratio
 
@@ -37,7 +37,7 @@ def publish_report(
     same_origin(layout.evaluation, meta, plan_meta)
     origin = {"model": meta["model"], "tokens": result["pruning"]["tokens"]}
     result = result | _exported(layout, plan_meta, result["protocol"]["tokens"])
-    result |= {"depth": _depth(layout, origin, plan)}
+    result |= {"depth": _depth(layout, origin, plan), "seen": gather_seen(layout, origin, result)}
     rows, gradients = read_table(layout.gradients / "layers.parquet", "gradients")
     same_origin(layout.gradients, gradients, origin)
     provenance = gather_provenance(layout, origin, project)

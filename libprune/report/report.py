@@ -14,7 +14,7 @@ from libprune.report.gradient_text import ratio_text
 from libprune.report.headline import HEADER, Metrics, decision, describe_protocol, headline_rows
 from libprune.report.markdown import Picture, code, markdown_table, picture_paragraphs, prose
 from libprune.report.programs import describe_loading
-from libprune.report.provenance import Provenance
+from libprune.report.provenance import Provenance, Seen
 from libprune.report.recovery import recovery_facts, training_end
 from libprune.statistics.gradient_health import verdict
 
@@ -462,8 +462,24 @@ def _provenance(result: Metrics, made: Provenance) -> Section:
     return [
         "## Provenance",
         _left_table(facts, ("what", "which")),
+        *_seen(result.get("seen", [])),
         f"Params of {named}, after presets:",
         _left_table(params, ("param", "value")),
+    ]
+
+
+def _seen(steps: Sequence[Seen]) -> Section:
+    """A table of how much text each step saw; none where that is not known."""
+    rows: Rows = []
+    for one in steps:
+        most = "" if one.exact else "up to "
+        rows.append((one.step, one.text, f"{one.sequences:,}", f"{most}{one.length:,}", f"{most}{one.tokens:,}"))
+    if not rows:
+        return []
+    header = ("step", "text", "sequences", "tokens of each", "tokens in all")
+    return [
+        "How much text each step saw; tokens that were trained on several times are counted each time:",
+        markdown_table(rows, header).replace("|---:", "|---", 1),
     ]
 
 

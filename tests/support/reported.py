@@ -10,7 +10,7 @@ from libprune.engine.describe import describe
 from libprune.engine.tables import unit_index
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import write_tokens
-from libprune.pipeline.artifacts import write_table
+from libprune.pipeline.artifacts import write_nothing, write_table
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.layout import Layout
 from libprune.statistics.depth import empty_table
@@ -36,7 +36,12 @@ def write_artifacts(root: Path, measured: int, recovered: bool = False) -> Layou
     origin = {"model": "cafe", "source": "a text", "documents": 3, "seed": 0}
     text = write_tokens(layout.calibration_tokens, Sequences(torch.zeros((2, 4), dtype=torch.long)), origin)
     made = {"model": "cafe", "tokens": text}
-    write_table(layout.gradients / "layers.parquet", gradient_rows(architecture.layers), made)
+    read = made | {"sequences": 2, "length": 4}
+    write_table(layout.gradients / "layers.parquet", gradient_rows(architecture.layers), read)
+    write_table(layout.activations / "units.parquet", unit_index(architecture), read)
+    write_nothing(layout.hessian, {"hessian.estimator": "none"})
+    for path in (layout.ablation, layout.levels, layout.widths):
+        write_table(path, empty_table(), {"model": "cafe"})
     rows = unit_index(architecture)
     scores = np.random.default_rng(0).normal(size=len(rows["layer_idx"]))
     plan = EVALUATION["plan"] | {"model": "cafe"}
@@ -44,6 +49,8 @@ def write_artifacts(root: Path, measured: int, recovered: bool = False) -> Layou
     write_json(layout.export, {"files": []})
     result = trained() if recovered else EVALUATION
     write_json(layout.evaluation, result | {"plan": plan, "pruning": result["pruning"] | {"tokens": text}})
-    write_table(layout.sensitivity, sensitivity_rows(measured), made)
+    write_table(
+        layout.sensitivity, sensitivity_rows(measured), made | ({"sequences": 1, "length": 4} if measured else {})
+    )
     write_table(layout.depth, empty_table(), {"model": "cafe"})
     return layout

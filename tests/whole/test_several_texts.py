@@ -77,6 +77,9 @@ def test_the_report_names_them_and_warns_of_parts_of_one_text(project):
     report = (project / "report/report.md").read_text()
     assert "`50 % plain.txt, 25 % chat.jsonl, 25 % self`, 12 sequences of 16 tokens" in report
     assert "Calibrated and evaluated on parts of one text" in report
+    assert "| gradients | calibration | 6 | 16 | 96 |" in report
+    assert "| repair, sequential | calibration | 12 | 16 | 192 |" in report
+    assert "| evaluation | evaluation | 6 | 16 | 96 |" in report
 
 
 def test_all_files_are_watched(project):
