@@ -73,18 +73,28 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
             found = descend(architecture, ladders, prices, settled, {**evidence, "scores": scores})
         except BudgetError:
             continue
-        if _as_asked(architecture, found, params, single, evidence):
+        if _as_asked(architecture, found, params, single, prices, evidence):
             return settled.model_copy(update={"nested": params.nested})
     return single
 
 
 def _as_asked(
-    architecture: Architecture, found: "Allocated", params: Allocate, single: Allocate, evidence: Evidence
+    architecture: Architecture,
+    found: "Allocated",
+    params: Allocate,
+    single: Allocate,
+    prices: Prices,
+    evidence: Evidence,
 ) -> bool:
-    """Whether a plan removes the share that was asked for, or what binds of the budgets, to within one point."""
+    """Whether a plan removes the share that was asked for, or what binds of the budgets, to within one point.
+
+    Args:
+        prices: at the width that the params give.
+    """
     if found.budgets:
         return min(one["share_asked"] - one["share"] for one in found.budgets) <= WITHIN
-    prices = cost.prices(architecture, params.objective, evidence.get("latency"), found.plan.width)
+    if found.plan.width != params.columns:
+        prices = cost.prices(architecture, params.objective, evidence.get("latency"), found.plan.width)
     return abs(removed_by(prices, found.plan, params) - target_of(prices, single)) <= WITHIN * base_of(prices, params)
 
 

@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csc_array
 
 from libprune.allocation.ladders import Ladders, empties_layer, spent
 from libprune.engine.architecture import WITH_LAYER, Architecture, Block
@@ -399,6 +397,8 @@ class Programme:
             nodes: after which the search ends.
             gap: at which it does.
         """
+        from scipy.optimize import Bounds, milp  # which takes longer to load than methods that solve no programme
+
         runs, layers = len(self._runs), len(self._layers)
         if not runs:
             return [], 0.0
@@ -423,8 +423,11 @@ class Programme:
         return options, float(least if least is not None else -inf) / scale
 
     @cached_property
-    def _structure(self) -> list[LinearConstraint]:
-        """One run a group; no way into a run that is not chosen; what is needed of layers that go."""
+    def _structure(self) -> list[Any]:
+        """Constraints: one run a group; no way into a run that is not chosen; what is needed of layers that go."""
+        from scipy.optimize import LinearConstraint
+        from scipy.sparse import csc_array
+
         runs, layers = len(self._runs), len(self._layers)
         one = csc_array(
             (np.ones(runs), ([run.group for run in self._runs], np.arange(runs))),
@@ -440,8 +443,10 @@ class Programme:
         rows = [LinearConstraint(one, 1, 1), LinearConstraint(within, -inf, 0)]
         return rows + ([LinearConstraint(*self._of_layers())] if layers else [])
 
-    def _of_layers(self) -> tuple[csc_array, NDArray[np.float64], NDArray[np.float64]]:
-        """A layer is gone if all its parts are; none may be, or at least one must stay."""
+    def _of_layers(self) -> tuple[Any, NDArray[np.float64], NDArray[np.float64]]:
+        """A sparse matrix and its bounds: a layer is gone if all its parts are; none may be, or one must stay."""
+        from scipy.sparse import csc_array
+
         runs, number = len(self._runs), len(self._layers)
         rows: list[tuple[dict[int, float], float, float]] = []
         for gone, (_, emptying) in enumerate(self._layers, start=2 * runs):
@@ -455,8 +460,11 @@ class Programme:
         matrix = csc_array((values, (at, columns)), shape=(len(rows), 2 * runs + number))
         return matrix, np.array([low for _, low, _ in rows]), np.array([high for _, _, high in rows])
 
-    def _budgets(self, bounds: Sequence[Range]) -> Iterator[LinearConstraint]:
-        """One row a limit, in units that keep its sum small."""
+    def _budgets(self, bounds: Sequence[Range]) -> Iterator[Any]:
+        """Constraints of one row a limit, in units that keep its sum small."""
+        from scipy.optimize import LinearConstraint
+        from scipy.sparse import csc_array
+
         for number, (low, high) in enumerate(bounds):
             if low is None and high is None:
                 continue

@@ -6,11 +6,13 @@ estimated; they are small beside the tensors unless the model is tiny.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from libprune.collection.accumulator import PENDING, ROWS, UNITS, Group, finished, state_bytes
+from libprune.collection.accumulator import PENDING, ROWS, UNITS, Group, state_bytes
+from libprune.collection.records import Statistic
 from libprune.engine import cost
 from libprune.engine.architecture import RESIDUAL, Architecture, Map
 from libprune.engine.plan import Plan
@@ -255,8 +257,18 @@ def _collected(
 def _shard(group: Group) -> int:
     """Bytes of a layer's shard, without the entries that go into tables or are dropped."""
     kept = {name: entry for name, entry in group.items() if not name.startswith((PENDING, ROWS, UNITS))}
-    tensors = finished(kept, {name: entry.init("meta") for name, entry in kept.items()})
-    return sum(tensor.nbytes for tensor in tensors.values()) + header_bytes(tensors)
+    sizes = {
+        f"{name}.{part}" if part else name: nbytes
+        for name, entry in kept.items()
+        for part, nbytes in _stored(entry).items()
+    }
+    return sum(sizes.values()) + header_bytes(sizes)
+
+
+@cache
+def _stored(statistic: Statistic) -> dict[str, int]:
+    """Bytes of the tensors that a statistic stores, by name; those of layers that are alike are asked for once."""
+    return {part: tensor.nbytes for part, tensor in statistic.finish(statistic.init("meta")).items()}
 
 
 def _losses(stage: str, rows: int, settings: str, keys: int) -> Footprint:

@@ -316,9 +316,9 @@ def stored_format(params: Prepare) -> str:
     """The format of `DEQUANTISED` that the dense model is stored in; "" for plain weights and GGUF files.
 
     Raises:
-        SourceError: as `load_dense_config`.
+        SourceError: as `load_dense_config`; of a GGUF file only if it does not exist.
     """
-    return _read_config(params)[1]
+    return "" if "gguf_file" in _place(params)[1] else _read_config(params)[1]
 
 
 def _read_config(params: Prepare) -> tuple[PreTrainedConfig, str]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
 
 from libprune.engine.errors import LibpruneError
 from libprune.engine.tables import Values
@@ -68,8 +67,16 @@ def fit_losses(criteria: Mapping[str, Values], increases: Values, part: str) -> 
             f"{len(increases)} measured ones, is not clearly above 0, which predicting their mean has; {_REMEDY}, or "
             f"name one criterion for score.{part}"
         )
-    coefficients = nnls(features, increases)[0] / np.where(scale > 0, scale, 1)
+    coefficients = _shares(features, increases) / np.where(scale > 0, scale, 1)
     return LossFit(dict(zip(names, coefficients.tolist(), strict=True)), r2, error, len(increases))
+
+
+def _shares(features: Values, target: Values) -> Values:
+    """The non-negative coefficients of least squares, ``[features]``."""
+    from scipy.optimize import nnls  # which takes longer to load than the stages that fit nothing
+
+    found: Values = nnls(features, target)[0]
+    return found
 
 
 def held_out_r2(features: Values, target: Values) -> tuple[float, float]:
@@ -83,7 +90,7 @@ def held_out_r2(features: Values, target: Values) -> tuple[float, float]:
     of_fit, of_mean = np.empty(len(target)), np.empty(len(target))
     for number in range(FOLDS):
         held, rest = fold == number, fold != number
-        predicted = features[held] @ nnls(features[rest], target[rest])[0]
+        predicted = features[held] @ _shares(features[rest], target[rest])
         of_fit[held] = (target[held] - predicted) ** 2
         of_mean[held] = (target[held] - target[rest].mean()) ** 2
     total = float(of_mean.sum())

@@ -144,6 +144,14 @@ def test_help_needs_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_what_checks_params_and_decides_loads_no_torch_and_no_scipy():
+    """They take seconds to load, in `libprune params` and in stages that compute for less."""
+    names = "libprune.foresight.foresee, libprune.scoring.score, libprune.allocation.decide"
+    program = f"import sys, {names}; print([m for m in ('torch', 'transformers', 'scipy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_help_of_every_stage_says_what_it_does():
     """Each is run as `python -m` runs it, all in one process."""
     done = subprocess.run([sys.executable, "-c", HELP, *PIPELINE], cwd=ROOT, capture_output=True, text=True, check=True)
