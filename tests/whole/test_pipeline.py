@@ -17,6 +17,7 @@ from libprune.pipeline.processes import runs
 from libprune.project.create import create_project
 from tests.support import tiny
 from tests.support.closure import ROOT
+from tests.support.preloaded import BIN, install
 
 ORDER = ["sources", "prepare", "tokenize", "gradients", "hessian", "activations", "ablation"]
 ORDER += ["score", "sensitivity", "depth", "levels", "width", "latency", "allocate", "slice"]
@@ -24,7 +25,7 @@ ORDER += ["teacher", "recover", "export", "evaluate", "report"]
 TRACKED = ["dvc.yaml", ".dvcignore", ".gitignore", "libprune", "stages"]
 
 
-PYTHON = ".venv/bin/python"
+PYTHON = f"{BIN}/python"
 """A folder's own, with everything heavy imported; of those on the PATH it is the first."""
 
 
@@ -83,7 +84,7 @@ def test_each_stage_needs_only_what_it_declares(tmp_path, sources, python):
         for package in ("libprune", "stages"):
             (folder / package / "__init__.py").touch()
         shutil.copyfile(params, folder / "params.yaml")
-        link(python, folder)
+        install(python, folder)
         run(["sh", "-c", stage["cmd"]], folder)
         for out in outputs(stage):
             copy(out, folder, made)
@@ -96,11 +97,6 @@ def test_each_stage_needs_only_what_it_declares(tmp_path, sources, python):
     assert "from_pretrained" in (made / "report/report.html").read_text()
 
 
-def link(python: Path, folder: Path) -> None:
-    (folder / PYTHON).parent.mkdir(parents=True, exist_ok=True)
-    (folder / PYTHON).symlink_to(python)
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, sources, python) -> Path:
     """A fresh repository with the tiny params, reproduced once."""
@@ -109,7 +105,7 @@ def project(tmp_path_factory, sources, python) -> Path:
         copy(path, ROOT, folder)
     copy(".dvc/config", ROOT, folder)
     copy(".dvc/.gitignore", ROOT, folder)
-    link(python, folder)
+    install(python, folder)
     tiny.write_params(folder / "params.yaml", **sources)
     run(["git", "init", "-q"], folder)
     run(["git", "config", "user.name", "t"], folder)
@@ -170,7 +166,7 @@ def test_a_project_on_the_built_package_gives_the_same_artifacts_and_notices_an_
         for key, value in keys.items()
     }
     create_project(folder, changes)
-    link(python, folder)
+    install(python, folder)
     done = run(["dvc", "repro"], folder, PYTHONPATH=str(tmp_path / "build/lib"))
     assert stages_run(done) == ["code", *ORDER]
     assert {path: digest for path, digest in digests(folder).items() if "/code/" not in path} == digests(project)
@@ -291,11 +287,12 @@ def test_a_stage_ends_with_its_dvc_and_the_next_repro_goes_on(project, python):
     `sh` waits for the stage, where bash becomes it: killing DVC then leaves the stage its parent. That stage is
     run by the real `python`.
     """
-    (project / PYTHON).unlink()
     change(project, "gradients", "batch_sequences", 1)
     for section, key in (("tokenize", "calibration_sequences"), ("gradients", "sequences")):
         change(project, section, key, 200)  # seconds of work, so that the kill comes before its end
     change(project, "compute", "batch_tokens", 16)
+    run(["dvc", "repro", "tokenize"], project)
+    (project / PYTHON).unlink()
     repro = subprocess.Popen(
         ["dvc", "repro", "gradients"],
         cwd=project,
@@ -312,7 +309,7 @@ def test_a_stage_ends_with_its_dvc_and_the_next_repro_goes_on(project, python):
     while runs(stage) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not runs(stage)
-    link(python, project)
-    done = run(["dvc", "repro", "gradients"], project)
+    (project / PYTHON).symlink_to(python)
+    done = run(["dvc", "repro", "gradients"], project, LIBPRUNE_CHECKPOINT_SECONDS="60")
     assert "continues from a saved state" in done.stdout
     assert not list((project / ".work/gradients").iterdir())
