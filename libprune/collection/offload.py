@@ -1,7 +1,7 @@
 """Where the weights of a model are while a stage runs it, in memory, on the host or on disk, and what a pass holds.
 
 With weights on disk a process holds the libraries, what one layer computes for one batch, the states in front of all
-layers of that batch where backward needs them, the logits, and the sums of one layer.
+layers of that batch where backward needs them, the logits, and what is made of one map or part at a time.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,12 @@ LIBRARIES = 350_000_000
 """Measured: bytes that Python and the libraries hold."""
 
 
+_COPIES = 3
+"""Measured: copies of a part while the rank of its units' vectors is taken."""
+_SUMMED = 20
+"""Measured: bytes of each weight of a map while its gradient is added to the sums."""
+
+
 @dataclass(frozen=True)
 class PassBytes:
     """Bytes that a pass over a batch of tokens holds.
@@ -31,7 +37,9 @@ class PassBytes:
         states: the inputs of all layers.
         kept: what backward keeps of all layers, where these are not computed again.
         logits: the logits, in float32.
-        made: three tensors in float64 of the largest part of a layer, of which tables are made.
+        described: the vectors of the units of the largest part, while their rank is taken.
+        summed: the gradient of the largest map, in the types that it takes on its way to the sums.
+        grams: the Gram matrices of a layer while they are written, the largest one twice.
     """
 
     weights: int
@@ -39,15 +47,21 @@ class PassBytes:
     states: int
     kept: int
     logits: int
-    made: int
+    described: int
+    summed: int
+    grams: int
 
 
-def consumer_inputs(architecture: Architecture) -> list[tuple[int, int, int]]:
+def consumer_inputs(architecture: Architecture, layer: int | None = None) -> list[tuple[int, int, int]]:
     """By map that reads prunable units: its inputs, how often a token meets it, and how many copies it has.
 
     Only a stack of experts has several copies; inputs are then those of one expert.
+
+    Args:
+        layer: the layer of the maps; None for all layers.
     """
-    consumers = (one for block in architecture.blocks() for one in architecture.consumers(*block))
+    blocks = [block for block in architecture.blocks() if layer in {None, block[0]}]
+    consumers = (one for block in blocks for one in architecture.consumers(*block))
     return [
         (
             one.each_input(architecture.sizes),
@@ -69,14 +83,20 @@ def pass_bytes(architecture: Architecture, tokens: int, dtype: torch.dtype) -> P
     widest = max(width * met for width, met, _ in consumer_inputs(architecture))
     model, size = architecture.sizes["model"], tokens * dtype.itemsize
     layer = size * (16 * model + 8 * widest)
-    parts = (sum(map(architecture.numel, architecture.parameters_of(*block))) for block in architecture.blocks())
+    parts = [list(map(architecture.numel, architecture.parameters_of(*block))) for block in architecture.blocks()]
+    grams = [
+        [copies * inputs**2 for inputs, _, copies in consumer_inputs(architecture, layer)]
+        for layer in range(architecture.layers)
+    ]
     return PassBytes(
         weights=architecture.total_parameters * dtype.itemsize,
         layer=layer,
         states=size * model * architecture.layers,
         kept=layer * architecture.layers,
         logits=tokens * architecture.sizes.get("vocab", 0) * torch.float32.itemsize,
-        made=3 * torch.float64.itemsize * max(parts),
+        described=_COPIES * dtype.itemsize * max(map(sum, parts)),
+        summed=_SUMMED * max(map(max, parts)),
+        grams=torch.float32.itemsize * max(sum(one) + max(one, default=0) for one in grams),
     )
 
 
@@ -141,6 +161,7 @@ def settle(compute: Compute, needs: PassBytes, device: torch.device, world: Worl
         note(
             f"weights are read from disk; a pass holds {gigabytes(LIBRARIES)} of libraries, {gigabytes(needs.layer)} "
             f"of one layer, {gigabytes(needs.states)} of states before all layers where it goes back, and up to "
-            f"{gigabytes(3 * needs.logits)} of logits; tables of a layer take {gigabytes(needs.made)}"
+            f"{gigabytes(3 * needs.logits)} of logits; what is made of one layer takes "
+            f"{gigabytes(max(needs.described, needs.summed, needs.grams))}"
         )
     return compute.model_copy(update={"offload": chosen})

@@ -344,7 +344,8 @@ def write_artifact(
     blocks: list[Columns] = []
     rows: dict[str, list[Columns]] = {name: [] for name in tables_of}
     with writing_folder(target) as folder:
-        for layer in range(architecture.layers):
+
+        def write(layer: int) -> None:
             tensors = sums.finish(layer)
             stored = {name: tensor for name, tensor in tensors.items() if not name.startswith((PENDING, ROWS, UNITS))}
             write_shard(folder, layer, stored, meta)
@@ -354,6 +355,9 @@ def write_artifact(
                 blocks.append(columns_of(architecture, spanned, run.weights, layer, part))
             for name, rows_of in tables_of.items():
                 rows[name].append(rows_of(architecture, tensors, layer))
+
+        for layer in range(architecture.layers):
+            write(layer)  # in a function, so that the tensors of one layer are gone before those of the next are made
         tables = {"units": unit_index(architecture) | _joined(blocks)}
         tables |= {name: _joined(parts) for name, parts in rows.items()}
         for name, table in tables.items():

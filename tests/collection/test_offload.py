@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 
 def needs(**changes: int) -> offload.PassBytes:
     return offload.PassBytes(
-        **{"weights": 400, "layer": 10, "states": 5, "kept": 80, "logits": 20, "made": 7} | changes
+        **{"weights": 400, "layer": 10, "states": 5, "kept": 80, "logits": 20, "described": 7, "summed": 9, "grams": 8}
+        | changes
     )
 
 
