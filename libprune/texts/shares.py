@@ -5,11 +5,13 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from libprune.models.tokens import Ids
 from libprune.pipeline.sections import MOST_TEXTS, Share, Tokenize
 from libprune.texts.chosen import SELF
 
+Places = NDArray[np.int64]
+"""Indices of sequences."""
 Named = str | tuple[Share, ...]
 """One text, or several with shares, as `tokenize.text` and `recover.text` name them."""
 
@@ -74,7 +76,7 @@ def judging(settings: Tokenize) -> Tokenize:
     )
 
 
-def mixed(counts: Sequence[int], seed: int) -> Ids:
+def mixed(counts: Sequence[int], seed: int) -> Places:
     """An order of the sequences of several texts in which every beginning and every end holds the shares.
 
     The first sequences of a text stay before its later ones. The places of the texts are drawn within even distances,
@@ -93,7 +95,7 @@ def mixed(counts: Sequence[int], seed: int) -> Ids:
     return np.argsort(np.concatenate(places), kind="stable")
 
 
-def rows_of(order: Ids, counts: Sequence[int]) -> list[Ids]:
+def rows_of(order: Places, counts: Sequence[int]) -> list[Places]:
     """Where the sequences of each text stand in an order that `mixed` gives, ascending."""
     ends = np.cumsum([0, *counts])
     return [np.flatnonzero((order >= first) & (order < last)) for first, last in pairwise(ends)]
