@@ -46,6 +46,8 @@ _DECODED = 50
 """Measured: the time of a token that is decoded alone, in tokens of a prompt."""
 _DESCRIBED, _SOLVED = 28_000, 90
 """Measured: operations to describe a parameter of the dense model, and to fit a map, times its kept inputs cubed."""
+_FITTED = 28
+"""Measured: bytes that fitting the widest map holds, for each pair of its inputs."""
 _MATRICES, _SECONDS = (1024, 2048, 2048), 0.3
 """Sizes of the measured product, and how long it is repeated."""
 
@@ -195,7 +197,7 @@ def _on_disk(
     architecture: Architecture, params: Params, needs: PassBytes, written: Sequence[Footprint]
 ) -> dict[str, int]:
     """Bytes that the processes hold with weights on disk, beside pages of files, which the system can drop."""
-    forward = needs.layer + round(2.5 * needs.logits)
+    forward = needs.layer // 2 + needs.logits
     states, mapped = {stage.stage: stage.sums for stage in written}, params.compute.sums
     sums = {
         stage: size if mapped == "memory" or (mapped == "auto" and fits_in_memory(size)) else 0
@@ -212,19 +214,18 @@ def _on_disk(
         return last + (max(loss, grown) if single else loss + grown)
 
     dequantised = read if params.prepare.model.endswith(".gguf") else 0
-    fitted = 4 * torch.float64.itemsize * max(width for width, _, _ in consumer_inputs(architecture)) ** 2
+    fitted = _FITTED * max(width for width, _, _ in consumer_inputs(architecture)) ** 2
     training = next((stage.training for stage in written if stage.stage == "recover"), 0)
     held = {
         "prepare": needs.described + dequantised,
         "gradients": backward("gradients", params.gradients.sequences),
         "hessian": backward("hessian", params.hessian.sequences),
-        "activations": needs.layer + sums["activations"] + needs.grams,
-        **dict.fromkeys(("ablation", "sensitivity", "depth"), forward + 2 * needs.logits),
-        **dict.fromkeys(("levels", "allocate"), max(fitted, forward + 2 * needs.logits)),
-        "width": max(fitted, forward + 2 * needs.logits),
-        "slice": max(fitted, LIBRARIES),
+        "activations": needs.layer // 2 + sums["activations"] + needs.grams,
+        **dict.fromkeys(("ablation", "sensitivity", "depth"), forward),
+        **dict.fromkeys(("levels", "width", "allocate"), max(fitted, forward)),
+        "slice": fitted + LIBRARIES,
         "recover": training + round(4.5 * needs.logits) + needs.kept,
-        "evaluate": needs.layer + 3 * needs.logits,
+        "evaluate": forward + needs.logits,
     }
     return {stage: size + LIBRARIES for stage, size in held.items()}
 
