@@ -42,7 +42,19 @@ from tests.support import tiny
 from tests.support.models import FAMILIES, VOCAB
 
 STAGES = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "latency", "score")
-STAGES += ("sensitivity", "depth", "levels", "allocate", "slice", "teacher", "recover", "export", "evaluate", "report")
+STAGES += (
+    "sensitivity",
+    "depth",
+    "levels",
+    "width",
+    "allocate",
+    "slice",
+    "teacher",
+    "recover",
+    "export",
+    "evaluate",
+    "report",
+)
 KINDS = {"bert": "masked_lm", "bert_classifier": "sequence_classification"}
 
 

@@ -16,7 +16,19 @@ from tests.support import tiny
 from tests.support.models import FAMILIES
 
 STAGES = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "latency", "score")
-STAGES += ("sensitivity", "depth", "levels", "allocate", "slice", "teacher", "recover", "export", "evaluate", "report")
+STAGES += (
+    "sensitivity",
+    "depth",
+    "levels",
+    "width",
+    "allocate",
+    "slice",
+    "teacher",
+    "recover",
+    "export",
+    "evaluate",
+    "report",
+)
 
 
 def run(*stages: str) -> None:
