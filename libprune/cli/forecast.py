@@ -185,7 +185,7 @@ def memory(
         "activations": weights + sums["activations"] + round(2.5 * logits) + layer,
         **dict.fromkeys(("ablation", "sensitivity", "depth", "levels", "allocate"), 2 * weights + 4 * logits),
         "width": 2 * weights + 4 * logits + sums["width"],
-        "slice": 3 * dense,
+        "slice": 2 * total * torch.float32.itemsize + LIBRARIES,  # the proof, by two processes
         "recover": trained.get("recover", 0) + round(4.5 * logits) + kept,
         "export": 3 * dense,
         "evaluate": 2 * weights + 4 * logits + layer + judged,
