@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import typer
 import yaml
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.gpu import write_words
 from bench.rows import add_row, read_rows
@@ -33,14 +33,14 @@ from libprune.pipeline.layout import Layout
 from libprune.report.markdown import markdown_table
 
 ROOT = Path(__file__).parents[1]
-SHAPES: dict[str, tuple[type[PreTrainedConfig], tuple[int, ...]]] = {
-    "135M": (LlamaConfig, (576, 1536, 30, 9, 3, 49_152)),
-    "0.5B": (Qwen2Config, (896, 4864, 24, 14, 2, 151_936)),
-    "1B": (LlamaConfig, (2048, 8192, 16, 32, 8, 128_256)),
+SHAPES = {
+    "135M": (576, 1536, 30, 9, 3, 49_152),
+    "0.5B": (896, 4864, 24, 14, 2, 151_936),
+    "1B": (2048, 8192, 16, 32, 8, 128_256),
 }
-"""By name the config and hidden size, channels, layers, query heads, groups and tokens: SmolLM2, Qwen2.5, Llama 3.2."""
+"""By name the sizes of Llamas: hidden, channels, layers, heads, groups, tokens: as SmolLM2, Qwen2.5, Llama 3.2."""
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-STAGES = ("prepare", "tokenize", "gradients", "activations", "score", "allocate", "slice", "evaluate")
+STAGES = ("prepare", "tokenize", "gradients", "activations", "score", "allocate", "slice", "recover", "evaluate")
 _WRITES = {
     "prepare": "model",
     "tokenize": "tokens",
@@ -49,6 +49,7 @@ _WRITES = {
     "score": "scores.parquet",
     "allocate": "plan.parquet",
     "slice": "pruned",
+    "recover": "recovered",
     "evaluate": "evaluation.json",
 }
 IMPORTS = "import libprune.statistics.gradients, libprune.results.evaluate"
@@ -66,10 +67,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 def write_project(folder: Path, name: str) -> None:
     """A model with random weights in bfloat16, a text, and params."""
-    kind, (*sizes, vocab) = SHAPES[name]
+    *sizes, vocab = SHAPES[name]
     torch.manual_seed(0)
     more = {"vocab_size": vocab, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 1}
-    config = kind(**dict(zip(_KEYS, sizes, strict=True)), **more, pad_token_id=1)
+    config = LlamaConfig(**dict(zip(_KEYS, sizes, strict=True)), **more, pad_token_id=1)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     write_words(folder, 8 * 1024)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
