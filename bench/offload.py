@@ -6,9 +6,9 @@
 Each stage is a process in a control group of its own (version 1 or 2, which takes the rights of root), so that the
 limit counts what its processes hold and the pages of files, which the system drops when it is reached. `private` is
 the most that the processes held beside pages of files, looked at every 20 ms; `law` is what `libprune` says of it
-before a run, asked inside such a group. With `--beside` all stages run once more
-without a limit and `compute.offload: none`; the seconds are of the same machine, one after the other, and every file of
-every artifact is compared by its digest.
+before a run, asked inside such a group. With `--beside` all stages run once more without a limit and
+`compute.offload: none`; the seconds are of the same machine, one after the other, and every file of every artifact is
+compared by its digest.
 """
 
 import hashlib
@@ -154,7 +154,12 @@ def say_law(folder: Path) -> None:
 def law(folder: Path, limit: int) -> dict[str, int]:
     """By stage the bytes that a run in a group of this limit is said to hold."""
     group = Group(limit)
-    command = [sys.executable, "-c", "from bench.offload import *; say_law(Path(sys.argv[1]))", str(folder)]
+    command = [
+        sys.executable,
+        "-c",
+        "import pathlib, sys, bench.offload as one; one.say_law(pathlib.Path(sys.argv[1]))",
+        str(folder),
+    ]
     told = subprocess.run(command, cwd=ROOT, preexec_fn=group.enter, check=True, capture_output=True, text=True)
     group.remove()
     found: dict[str, int] = json.loads(told.stdout)

@@ -27,7 +27,7 @@ from libprune.texts.chosen import (
     vocabulary_source,
 )
 from libprune.texts.local import read_rows, text_files
-from libprune.texts.shares import Named, judging, keys_of, parts_of, shares_of
+from libprune.texts.shares import Named, judging, keys_of, parts_of, several, shares_of
 
 ROWS = 10_000
 """Rows of a text that are looked at for a column; where more follow, a column may still come."""
@@ -179,10 +179,7 @@ def _several(params: Params) -> Iterator[Fault]:
     given |= {"recover": params.recover.text} if params.recover.method != "none" and params.recover.text else {}
     for section, text in given.items():
         if len(shares_of(text)) > 1:
-            yield Fault(
-                f"{section}.text lists several texts, but a model that tells classes apart takes one; name one",
-                (section, "text"),
-            )
+            yield Fault(several(section), (section, "text"))
 
 
 def _nested(family: Family, config: Config) -> bool:

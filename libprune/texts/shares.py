@@ -21,6 +21,11 @@ def shares_of(text: Named) -> tuple[Share, ...]:
     return text if isinstance(text, tuple) else (Share(text=text, share=1.0),)
 
 
+def several(section: str) -> str:
+    """What is wrong with a list of texts in a section, for a model that tells classes apart."""
+    return f"{section}.text lists several texts, but a model that tells classes apart takes one; name one"
+
+
 def keys_of(share: Share) -> dict[str, Any]:
     """The keys of one of several texts, as those of `tokenize` that say what is read."""
     return share.model_dump(exclude={"share"})

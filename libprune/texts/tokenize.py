@@ -14,7 +14,7 @@ from libprune.pipeline.sections import Tokenize
 from libprune.texts.draw import draw_texts
 from libprune.texts.labels import draw_examples
 from libprune.texts.self_text import SelfText
-from libprune.texts.shares import parts_of
+from libprune.texts.shares import parts_of, several
 
 
 def tokenize_layout(layout: Layout, params: Tokenize, device: str, dtype: str) -> list[str]:
@@ -66,5 +66,5 @@ def _labelled(params: Tokenize) -> Tokenize:
     """The params of the one text that a model takes which tells classes apart."""
     first, *others = parts_of(params)
     if others:
-        raise SourceError("tokenize.text lists several texts, but a model that tells classes apart takes one; name one")
+        raise SourceError(several("tokenize"))
     return first

@@ -16,7 +16,7 @@ from libprune.pipeline.sections import Recover, Share, Tokenize
 from libprune.texts.chosen import SELF
 from libprune.texts.draw import MOST_SHARED, Drawn, Sample, TextProvenance, draw_training_windows
 from libprune.texts.labels import draw_training_examples
-from libprune.texts.shares import divided, keys_of, named, parts_of, shares_of
+from libprune.texts.shares import divided, keys_of, named, parts_of, several, shares_of
 from libprune.texts.windows import training_rows
 
 RUN = 32
@@ -83,7 +83,7 @@ def draw_training(
     """
     shares = shares_of(params.text or settings.text)
     if head == "sequence_classification" and len(shares) > 1:
-        raise SourceError("recover.text lists several texts, but a model that tells classes apart takes one; name one")
+        raise SourceError(several("recover"))
     wanted = -(-params.tokens // params.length)
     counts, held = (divided(number, [one.share for one in shares]) for number in (wanted, params.held_out))
     draw = _Draw(tokenizer, config, head, sample)

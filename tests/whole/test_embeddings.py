@@ -1,7 +1,6 @@
 """Encoders without a head through the whole pipeline: what is measured, written and shown of their embeddings."""
 
 import json
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +19,7 @@ from libprune.results.check import check_folder
 from libprune.statistics.sensitivity import removal_plans
 from tests.support import tiny
 from tests.support.models import FAMILIES
-
-STAGES = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "latency", "score")
-STAGES += (
-    "sensitivity",
-    "depth",
-    "levels",
-    "width",
-    "allocate",
-    "slice",
-    "teacher",
-    "recover",
-    "export",
-    "evaluate",
-    "report",
-)
+from tests.support.stages import STAGES, run
 
 
 def write_project(folder: Path, name: str = "bert_embedding", **changes: dict) -> None:
@@ -48,11 +33,6 @@ def write_project(folder: Path, name: str = "bert_embedding", **changes: dict) -
 
 
 PATHS = ("", "1_Pooling", "2_Normalize")
-
-
-def run(*stages: str) -> None:
-    for stage in stages:
-        import_module(f"stages.{stage}").main()
 
 
 @pytest.fixture(scope="module")

@@ -40,21 +40,8 @@ from libprune.statistics.activations import activation_groups, collect_activatio
 from libprune.statistics.gradients import collect_gradients, gradient_groups
 from tests.support import tiny
 from tests.support.models import FAMILIES, VOCAB
+from tests.support.stages import STAGES, run
 
-STAGES = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "latency", "score")
-STAGES += (
-    "sensitivity",
-    "depth",
-    "levels",
-    "width",
-    "allocate",
-    "slice",
-    "teacher",
-    "recover",
-    "export",
-    "evaluate",
-    "report",
-)
 KINDS = {"bert": "masked_lm", "bert_classifier": "sequence_classification"}
 
 
@@ -72,11 +59,6 @@ def write_project(folder: Path, name: str, **changes: dict) -> Path:
     labelled = KINDS[name] == "sequence_classification"
     text = write_examples(folder / "data.jsonl") if labelled else tiny.write_text(folder / "text.txt")
     return tiny.write_params(folder / "params.yaml", str(source), str(text), **changes)
-
-
-def run(*stages: str) -> None:
-    for stage in stages:
-        import_module(f"stages.{stage}").main()
 
 
 # The whole pipeline

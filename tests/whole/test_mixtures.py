@@ -1,7 +1,6 @@
 """Mixtures of experts through every stage: whole experts go, and the folder is what it says."""
 
 import json
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,26 +13,7 @@ from libprune.pipeline.layout import Layout
 from libprune.results.check import check_folder
 from tests.support import tiny
 from tests.support.models import FAMILIES
-
-STAGES = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "latency", "score")
-STAGES += (
-    "sensitivity",
-    "depth",
-    "levels",
-    "width",
-    "allocate",
-    "slice",
-    "teacher",
-    "recover",
-    "export",
-    "evaluate",
-    "report",
-)
-
-
-def run(*stages: str) -> None:
-    for stage in stages:
-        import_module(f"stages.{stage}").main()
+from tests.support.stages import STAGES, run
 
 
 def write_project(folder: Path, name: str, **changes: dict) -> None:
