@@ -465,11 +465,13 @@ def complaints():
     known = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     heard, loggers = Heard(), [logging.root, *(logger for logger in known if not logger.propagate)]
     verbosity = transformers.logging.get_verbosity()
-    assert logging.getLogger("transformers") in loggers
     logging.Logger.warning_once.cache_clear()
     transformers.logging.set_verbosity_warning()
     for logger in loggers:
         logger.addHandler(heard)
+    logging.getLogger("transformers").warning("heard")
+    assert heard.messages == ["heard"]
+    heard.messages.clear()
     yield lambda: list(heard.messages)
     for logger in loggers:
         logger.removeHandler(heard)
