@@ -202,10 +202,11 @@ def _tokenize(params: Params) -> Footprint:
     section = params.tokenize
     shapes = {
         "calibration": (section.calibration_sequences, section.calibration_length),
+        "repair": section.repaired_on,
         "evaluation": (section.evaluation_windows, section.evaluation_length),
     }
     files = {f"tokens/{n}.parquet": _TABLE + _COLUMN + round(_TOKEN_ID * a * b) for n, (a, b) in shapes.items()}
-    return Footprint("tokenize", files, ", ".join(f"{a} × {b} tokens" for a, b in shapes.values()))
+    return Footprint("tokenize", files, ", ".join(dict.fromkeys(f"{a} × {b} tokens" for a, b in shapes.values())))
 
 
 def _gradients(architecture: Architecture, params: Params) -> Footprint:

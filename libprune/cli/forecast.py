@@ -128,9 +128,9 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
     number += (3 * models - 2) * tokens.evaluation_windows * tokens.evaluation_length
     checked = (recover.checks + 1) * recover.held_out * recover.length
     taught = 0 if recover.top_k is not None else passed
-    repaired = {"none": 0.0, "bias": 0.0, "local": fits}.get(
-        params.slice.repair, fits + (2 * passed + gram) * sequences(params.slice.sequences) * length
-    )
+    drawn, each = tokens.repaired_on
+    fitted = min(params.slice.sequences or drawn, drawn) * each
+    repaired = {"none": 0.0, "bias": 0.0, "local": fits}.get(params.slice.repair, fits + (2 * passed + gram) * fitted)
     draws = {"fisher": 3.0}.get(params.hessian.estimator, 3.0 * (1 + params.hessian.probes))
     return {
         "prepare": float(_DESCRIBED * architecture.total_parameters),

@@ -101,19 +101,23 @@ class Calibration(Run[Sequences]):
         return on_disk(tensor.cpu(), self.work) if self.compute.offload == "disk" else tensor
 
 
-def set_up(layout: Layout, compute: Compute, sequences: int | None, last: bool = False) -> Calibration:
+def set_up(
+    layout: Layout, compute: Compute, sequences: int | None, last: bool = False, text: Path | None = None
+) -> Calibration:
     """Load the model and the calibration sequences of a collecting stage.
 
     Args:
         sequences: calibration sequences to use; None for all.
         last: use the last ones instead of the first.
+        text: other sequences that `tokenize` has drawn, in the place of the calibration sequences.
 
     Raises:
         LibpruneError: if an artifact is missing or foreign, or the device cannot be used.
     """
     architecture = read_architecture(layout)
-    stored, tokens_meta = read_tokens(layout.calibration_tokens, architecture.fingerprint)
-    number = require_sequences(sequences, stored, layout.calibration_tokens)
+    text = text or layout.calibration_tokens
+    stored, tokens_meta = read_tokens(text, architecture.fingerprint)
+    number = require_sequences(sequences, stored, text)
     chosen = (stored[-number:] if last else stored[:number]).shortest_first()
     world = join_world()
     require_equal_passes(chosen, world)

@@ -222,7 +222,8 @@ def _positions(params: Params, family: Family, config: Config) -> Iterator[Fault
     limits = [config[key] for key in ("max_position_embeddings", "n_positions") if isinstance(config.get(key), int)]
     if not learned or not limits:
         return
-    lengths = {f"tokenize.{key}": getattr(params.tokenize, key) for key in ("calibration_length", "evaluation_length")}
+    keys = ("calibration_length", "repair_length", "evaluation_length")
+    lengths = {f"tokenize.{key}": getattr(params.tokenize, key) or 0 for key in keys}
     if family.cache is not None:
         text = params.tokenize.evaluation_windows * params.tokenize.evaluation_length
         timed = min(params.evaluate.prompt_tokens, text) + params.evaluate.decode_tokens

@@ -113,19 +113,23 @@ def _sequences(params: Params) -> Iterator[Fault]:
         "width": allocate.width is not None,
         "slice": params.slice.repair == "sequential",
     }
-    asked = {section: getattr(params, section).sequences or stored for section in used}
+    fitted, own = params.tokenize.repaired_on[0], params.tokenize.repair_sequences is not None
+    drawn = dict.fromkeys(used, (stored, "calibration")) | {"slice": (fitted, "repair" if own else "calibration")}
+    asked = {section: getattr(params, section).sequences or number for section, (number, _) in drawn.items()}
     for section, number in asked.items():
-        if used[section] and number > stored:
+        most, text = drawn[section]
+        if used[section] and number > most:
             yield Fault(
-                f"{section}.sequences: {number} is more than tokenize.calibration_sequences: {stored}; write null for "
-                f"all of them, at most {stored}, or raise tokenize.calibration_sequences",
+                f"{section}.sequences: {number} is more than tokenize.{text}_sequences: {most}; write null for "
+                f"all of them, at most {most}, or raise tokenize.{text}_sequences",
                 (section, "sequences"),
             )
     chosen_by = {"local": "activations", "sequential": "slice"}.get(params.slice.repair)
-    if chosen_by and params.slice.damping == "auto" and min(asked[chosen_by], stored) < HELD_OUT:
+    held = min(asked[chosen_by], drawn[chosen_by][0]) if chosen_by else 0
+    if chosen_by and params.slice.damping == "auto" and held < HELD_OUT:
         yield Fault(
-            f"slice.damping: auto holds out every eighth calibration sequence, and slice.repair: {params.slice.repair} "
-            f"has {min(asked[chosen_by], stored)}; use at least {HELD_OUT}, or write a number such as 0.001",
+            f"slice.damping: auto holds out every eighth sequence, and slice.repair: {params.slice.repair} "
+            f"has {held}; use at least {HELD_OUT}, or write a number such as 0.001",
             ("slice", "damping"),
         )
 

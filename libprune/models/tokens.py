@@ -41,7 +41,8 @@ class Frame:
         if length <= around:
             raise SourceError(
                 f"windows of {length} tokens have no room beside the {around} that the tokenizer puts around every "
-                "text; raise tokenize.calibration_length, tokenize.evaluation_length or recover.length"
+                "text; raise tokenize.calibration_length, tokenize.repair_length, tokenize.evaluation_length or "
+                "recover.length"
             )
         return length - around
 
@@ -140,7 +141,7 @@ def require_sequences(sequences: int | None, stored: Sequences, path: Path) -> i
     """
     if sequences is not None and sequences > len(stored):
         raise SourceError(
-            f"{sequences} calibration sequences are asked for, {path} holds {len(stored)}; "
-            "raise tokenize.calibration_sequences"
+            f"{sequences} {path.stem} sequences are asked for, {path} holds {len(stored)}; "
+            f"raise tokenize.{path.stem}_sequences"
         )
     return len(stored) if sequences is None else sequences

@@ -50,6 +50,8 @@ class Layout:
     """Per-unit costs and weight norms."""
     calibration_tokens = Place("tokens/calibration.parquet")
     """Token ids that statistics are collected on."""
+    repair_tokens = Place("tokens/repair.parquet")
+    """Token ids that the sequential repair is fitted to."""
     evaluation_tokens = Place("tokens/evaluation.parquet")
     """Token ids that both models are evaluated on."""
     recovery_tokens = Place("tokens/recovery.parquet")

@@ -185,6 +185,11 @@ class Tokenize(Section):
     """Number of calibration sequences."""
     calibration_length: Annotated[int, Field(ge=2)] = 128
     """Tokens of a calibration sequence."""
+    repair_sequences: Count | None = None
+    """Number of sequences that `slice.repair: sequential` is fitted to; null: as many as `calibration_sequences`. They
+    come from the same documents, drawn with the same seed. With null for both, these are the calibration sequences."""
+    repair_length: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of each of them; null: as `calibration_length`."""
     evaluation_windows: Annotated[int, Field(ge=2)] = 16
     """Number of evaluation windows; at least two, for a standard error."""
     evaluation_length: Annotated[int, Field(ge=2)] = 512
@@ -198,6 +203,11 @@ class Tokenize(Section):
     def _parts_fit(self) -> "Tokenize":
         conflicts(self._conflicts())
         return self
+
+    @property
+    def repaired_on(self) -> tuple[int, int]:
+        """Number and length of the sequences that the sequential repair is fitted to."""
+        return self.repair_sequences or self.calibration_sequences, self.repair_length or self.calibration_length
 
     def _conflicts(self) -> Iterator[str]:
         if isinstance(self.text, str):
@@ -620,7 +630,7 @@ class Slice(Section):
     """Conjugate gradient steps, at most, on the maps that compute the kept channels of each MLP in `sequential`, its
     gate and up projection; 0: only the maps that read the channels are fitted."""
     sequences: Count | None = None
-    """Calibration sequences of `sequential`, from the first; null: all."""
+    """Sequences that `sequential` is fitted to, from the first that `tokenize` drew for it; null: all."""
     rescale: Literal["auto", "none"] = "auto"
     """What is done behind whole layers or parts that are gone; `auto`: where the repair fits nothing there (all but
     `sequential`), later layers add as much less as the residual stream is shorter than the dense one; `none`: nothing.

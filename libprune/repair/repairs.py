@@ -138,7 +138,7 @@ def inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Ca
     """
     origin = {"model": architecture.fingerprint}
     if architecture.head != "network":  # whose samples are in memory
-        origin["tokens"] = read_table(layout.calibration_tokens, "tokenize")[1]["tokens"]
+        origin["tokens"] = _calibrated_on(layout)
     same_origin(layout.activations, read_meta(layout.activations, "activations"), origin)
     if curvature:
         same_origin(layout.gradients, read_meta(layout.gradients, "gradients"), origin)
@@ -156,10 +156,21 @@ def inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Ca
     return read
 
 
+def _calibrated_on(layout: Layout) -> str:
+    """The digest of the calibration text."""
+    digest: str = read_table(layout.calibration_tokens, "tokenize")[1]["tokens"]
+    return digest
+
+
 def sequential_fits(
     layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice
 ) -> list[Fit]:
-    """Fit layer by layer on what the pruned layers before hand on; goes on where an interrupted run stopped."""
+    """Fit layer by layer on what the pruned layers before hand on; goes on where an interrupted run stopped.
+
+    The sequences are those that `tokenize` has drawn for it.
+    """
+    drawn = read_table(layout.repair_tokens, "tokenize")[1]
+    same_origin(layout.repair_tokens, drawn, {"calibration": _calibrated_on(layout)})
     return _layer_by_layer(layout, architecture, plan, compute, params)
 
 
@@ -171,7 +182,8 @@ def _layer_by_layer(
     params: Slice,
     own_inputs: bool = False,
 ) -> list[Fit]:
-    run = set_up(layout, compute, params.sequences)
+    text = layout.calibration_tokens if own_inputs else layout.repair_tokens
+    run = set_up(layout, compute, params.sequences, text=text)
     require_own_weights(run)
     if run.world.size > 1:
         raise LibpruneError("the slice stage runs in one process; start it without torchrun")
@@ -181,7 +193,7 @@ def _layer_by_layer(
     steps = 0 if own_inputs else params.producer_steps
     narrow, identity = None, {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
     if plan.width is not None:
-        axes = read_axes(layout.width_axes, {key: run.meta[key] for key in ("model", "tokens")})
+        axes = read_axes(layout.width_axes, {"model": architecture.fingerprint, "tokens": _calibrated_on(layout)})
         narrow = Narrowed(run.weights, architecture, axes, plan.width, repair=True)
         turn_model(run.model, architecture, axes, run.keep)
         identity["axes"] = axes.digest

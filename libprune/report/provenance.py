@@ -80,7 +80,7 @@ class Seen:
 
     Attributes:
         step: the step, in words.
-        text: which text: calibration, training or evaluation.
+        text: which text: calibration, repair, training or evaluation.
         sequences: number of different sequences.
         length: tokens of each; the most, where documents with labels differ in length.
         tokens: tokens of all, those that were seen again counted again.
@@ -111,12 +111,12 @@ def gather_seen(layout: Layout, origin: Mapping[str, str], result: Mapping[str, 
     for stage, name in _TABLES.items():
         if (number := _collected_on(layout.root / name, stage, origin)) is not None:
             found[stage] = (stage, "calibration", *number)
-    params, recovery, protocol = result["pruning"]["slice"], result.get("recovery"), result["protocol"]
-    if params["repair"] == "sequential":
-        number = params["sequences"] or text["sequences"]
-        found["repair"] = ("repair, sequential", "calibration", number, text["length"])
-    elif params["repair"] != "none":
-        found["repair"] = (f"repair, {params['repair']}, from the activations", *found["activations"][1:])
+    pruning, recovery, protocol = result["pruning"], result.get("recovery"), result["protocol"]
+    if fitted := pruning["repair_text"]:
+        name = "calibration" if fitted["tokens"] == pruning["tokens"] else "repair"
+        found["repair"] = ("repair, sequential", name, fitted["sequences"], fitted["length"])
+    elif (repair := pruning["slice"]["repair"]) != "none":
+        found["repair"] = (f"repair, {repair}, from the activations", *found["activations"][1:])
     found["evaluation"] = ("evaluation", "evaluation", protocol["windows"], protocol["length"])
     seen = [Seen(*one, tokens=one[2] * one[3], exact=exact) for one in found.values()]
     if recovery:

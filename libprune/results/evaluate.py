@@ -232,9 +232,10 @@ def _facts(run: _Run) -> dict[str, Any]:
     """How the models were made, and what is left of the dense one."""
     architecture, provenance = run.architecture, run.provenance
     left, recovered = _left(run), run.recovered
+    recorded = ("tokens", "repair_text", "slice", "repair", "proof", "versions")
     return {
         "plan": provenance["plan"],
-        "pruning": {name: provenance[name] for name in ("tokens", "slice", "repair", "proof", "versions")},
+        "pruning": {name: provenance[name] for name in recorded},
         "recovery": None if recovered is None else recovered["recovery"],
         "model": {
             "type": run.config.model_type,

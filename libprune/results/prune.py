@@ -22,7 +22,7 @@ from libprune.models.memory import keeping
 from libprune.models.parallel import World
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens
-from libprune.pipeline.artifacts import read_architecture, read_json, read_plan, same_origin, write_table
+from libprune.pipeline.artifacts import read_architecture, read_json, read_plan, read_table, same_origin, write_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.processes import FreshPython
@@ -113,6 +113,7 @@ def prune(
         "origin": origin,
         "plan": meta,
         "tokens": about["tokens"],
+        "repair_text": _repair_text(layout, params),
         "slice": params.model_dump(),
         "repair": errors,
         "biases_added": added,
@@ -134,6 +135,14 @@ def prune(
     write_provenance(folder, made | versions())
     write_card(folder)
     return proof | errors | ({"rescale": factors} if factors else {}), fits
+
+
+def _repair_text(layout: Layout, params: Slice) -> dict[str, Any] | None:
+    """The text that the sequential repair was fitted to; None for other repairs, which read what was collected."""
+    if params.repair != "sequential":
+        return None
+    _, drawn = read_table(layout.repair_tokens, "tokenize")
+    return {name: drawn[name] for name in ("tokens", "length")} | {"sequences": params.sequences or drawn["sequences"]}
 
 
 def _disk(layout: Layout, compute: Compute, architecture: Architecture) -> Path | None:

@@ -63,7 +63,7 @@ class Drawn:
         """Lines for the terminal that say what was drawn, with one for each of several texts.
 
         Args:
-            what: `calibration` or `evaluation`.
+            what: `calibration`, `repair` or `evaluation`.
         """
         parts = (part.sentence(f"{what}, text {number}") for number, part in enumerate(self.parts, 1))
         return [self.sentence(what), *parts]

@@ -98,7 +98,7 @@ def _tabs(file: io.TextIOBase) -> Iterator[Row]:
 
 
 _KINDS: dict[str, tuple[tuple[str, ...], Callable[[io.TextIOBase], Iterator[Row]]]] = {
-    "text": ((".txt", ".text", ".cor"), _lines),
+    "text": ((".txt", ".text", ".cor", ".raw", ".tokens"), _lines),
     "json lines": ((".jsonl", ".ndjson"), _json_lines),
     "json": ((".json",), _json),
     "csv": ((".csv",), _commas),

@@ -179,6 +179,7 @@ def test_more_of_anything_is_predicted_to_take_more():
     assert after("activations", storage_dtype="bfloat16")["activations"].written < before["activations"].written
     assert before["hessian"].written == 0 < after("hessian", estimator="fisher")["hessian"].written
     assert after("tokenize", calibration_sequences=512)["tokenize"].written > before["tokenize"].written
+    assert after("tokenize", repair_length=256)["tokenize"].written > before["tokenize"].written
     assert after("slice", dtype="bfloat16")["slice"].written < before["slice"].written
     assert after("allocate", ratio=0.9)["slice"].written < before["slice"].written
     assert after("allocate", objective="cache")["slice"].written > before["slice"].written

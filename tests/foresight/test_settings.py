@@ -111,18 +111,21 @@ def test_criteria_that_do_not_add_up_and_methods_that_do_not_take_them_are_found
 
 @given(
     stored=st.integers(8, 40),
+    fitted=st.none() | st.integers(8, 60),
     asked=st.fixed_dictionaries({section: st.none() | st.integers(8, 60) for section in SECTIONS}),
     method=st.sampled_from(sorted(METHODS)),
     on=st.booleans(),
 )
 @settings(max_examples=60)
-def test_sequences_beyond_those_tokenized_are_found_where_they_are_used(stored, asked, method, on):
+def test_sequences_beyond_those_tokenized_are_found_where_they_are_used(stored, fitted, asked, method, on):
     changes: dict[str, dict[str, Any]] = {section: {"sequences": number} for section, number in asked.items()}
     changes["hessian"]["estimator"], changes["ablation"]["units"] = ("fisher", 9) if on else ("none", 0)
     changes |= {"allocate": {"method": method}, "tokenize": {"calibration_sequences": stored}}
+    changes["tokenize"]["repair_sequences"] = fitted
     used = {"gradients", "activations", "slice", *allocation_reads(method)} | ({"hessian", "ablation"} if on else set())
     found = {fault.place[0] for fault in setting_faults(params(**changes)) if fault.place[1] == "sequences"}
-    assert found == {section for section in used & set(SECTIONS) if (asked[section] or 0) > stored}
+    most = dict.fromkeys(SECTIONS, stored) | {"slice": fitted or stored}
+    assert found == {section for section in used & set(SECTIONS) if (asked[section] or 0) > most[section]}
 
 
 @pytest.mark.parametrize("repair", ["local", "sequential", "bias", "none"])

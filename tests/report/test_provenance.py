@@ -52,24 +52,26 @@ def test_each_step_tells_how_much_text_it_saw(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("params", "step", "sequences"),
+    ("repair", "fitted", "expected"),
     [
-        ({"repair": "none"}, None, 0),
-        ({"repair": "local", "sequences": 1}, "repair, local, from the activations", 2),
-        ({"repair": "bias", "sequences": None}, "repair, bias, from the activations", 2),
-        ({"repair": "sequential", "sequences": None}, "repair, sequential", 2),
-        ({"repair": "sequential", "sequences": 1}, "repair, sequential", 1),
+        ("none", None, []),
+        ("local", None, [("repair, local, from the activations", "calibration", 2, 8)]),
+        ("bias", None, [("repair, bias, from the activations", "calibration", 2, 8)]),
+        ("sequential", ("calibration", 1, 4), [("repair, sequential", "calibration", 1, 4)]),
+        ("sequential", ("another", 5, 9), [("repair, sequential", "repair", 5, 45)]),
     ],
 )
-def test_the_text_of_a_repair_is_its_own_or_that_of_the_activations(tmp_path, params, step, sequences):
+def test_the_text_of_a_repair_is_its_own_or_that_of_the_activations(tmp_path, repair, fitted, expected):
     layout = write_artifacts(tmp_path / "artifacts", 0)
     result = read_json(layout.evaluation, "evaluate")
     origin = {"model": "cafe", "tokens": result["pruning"]["tokens"]}
-    result["pruning"]["slice"] |= params
+    result["pruning"]["slice"] |= {"repair": repair}
+    if fitted:
+        text, sequences, length = fitted
+        digest = origin["tokens"] if text == "calibration" else text
+        result["pruning"]["repair_text"] = {"tokens": digest, "sequences": sequences, "length": length}
     found = [one for one in gather_seen(layout, origin, result) if one.step.startswith("repair")]
-    assert [(one.step, one.sequences, one.tokens) for one in found] == (
-        [(step, sequences, 4 * sequences)] if step else []
-    )
+    assert [(one.step, one.text, one.sequences, one.tokens) for one in found] == expected
 
 
 @pytest.mark.parametrize("stale", ["activations/units", "levels"])

@@ -74,6 +74,7 @@ EVALUATION: dict[str, Any] = {
     },
     "pruning": {
         "tokens": "0e0e",
+        "repair_text": None,
         "slice": {"repair": "local"},
         "repair": {
             "lost_before": 0.2211,

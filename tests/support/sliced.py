@@ -68,6 +68,7 @@ def write_collected(
     plan = random_plan(architecture, kind)
     write_architecture(layout, architecture)
     text = write_tokens(layout.calibration_tokens, Sequences(ids), {"model": origin})
+    write_tokens(layout.repair_tokens, Sequences(ids), {"model": origin, "calibration": text})
     layout.activations.mkdir()
     sums = activations(model, 4, ids)
     for layer in range(architecture.layers):

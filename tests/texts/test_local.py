@@ -37,6 +37,8 @@ WRITERS: dict[str, Callable[[Sequence[str]], str]] = {
     ".txt": "\n".join,
     ".text": lambda documents: "\r\n".join(documents) + "\r\n",
     ".cor": "\n".join,
+    ".raw": "\n".join,
+    ".tokens": "\n".join,
     ".jsonl": json_lines,
     ".ndjson": lambda documents: "\n" + json_lines(documents).rstrip(),
     ".json": lambda documents: json.dumps([{"text": text} for text in documents], indent=1),

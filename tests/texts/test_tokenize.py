@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from libprune.engine.errors import LibpruneError
 from libprune.models.folder import fingerprint
 from libprune.models.tokens import read_tokens
-from libprune.pipeline.artifacts import read_architecture, write_architecture
+from libprune.pipeline.artifacts import read_architecture, read_table, write_architecture
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Tokenize
 from libprune.texts.tokenize import tokenize_layout
@@ -48,11 +48,52 @@ def test_both_texts_are_written_for_the_model_and_described(layout, tmp_path):
     assert said[1].startswith("evaluation")
 
 
+@pytest.mark.parametrize("sizes", [{}, {"repair_sequences": 4, "repair_length": 8}])
+def test_the_repair_is_fitted_to_the_calibration_text_unless_asked_otherwise(layout, tmp_path, sizes):
+    text = str(write_text(tmp_path / "text.txt"))
+    said = tokenize_layout(layout, Tokenize(text=text, **SIZES | sizes), "cpu", "float32")
+    calibration, fitted = (
+        read_table(path, "tokenize")[1] for path in (layout.calibration_tokens, layout.repair_tokens)
+    )
+    assert fitted == calibration | {"calibration": calibration["tokens"]}
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [({"repair_sequences": 7}, (7, 8)), ({"repair_length": 12}, (4, 12)), ({"repair_length": 6}, (4, 6))],
+)
+@pytest.mark.parametrize("text", ["read", "self"])
+def test_the_repair_has_as_much_text_as_asked_and_the_other_texts_stay(layout, tmp_path, sizes, shape, text):
+    """From the documents that calibration windows are drawn from, never from those of the evaluation text."""
+    text = text if text == "self" else str(write_text(tmp_path / "text.txt"))
+    others = (layout.calibration_tokens, layout.evaluation_tokens)
+    tokenize_layout(layout, Tokenize(text=text, **SIZES), "cpu", "float32")
+    before = [path.read_bytes() for path in others]
+    said = tokenize_layout(layout, Tokenize(text=text, **SIZES | sizes), "cpu", "float32")
+    assert [path.read_bytes() for path in others] == before
+    sequences, meta = read_tokens(layout.repair_tokens, read_architecture(layout).fingerprint)
+    known = read_table(layout.calibration_tokens, "tokenize")[1]
+    assert tuple(sequences.ids.shape) == shape
+    assert [meta[key] for key in ("calibration", "part", "seed")] == [known[key] for key in ("tokens", "part", "seed")]
+    assert said[2].startswith(f"repair: {shape[0]} windows of {shape[1]} tokens")
+
+
+def test_a_text_that_is_too_short_for_the_repair_is_told_by_what_asks_for_it(layout, tmp_path):
+    layout.calibration_tokens.unlink()
+    text = str(write_text(tmp_path / "text.txt"))
+    asked = r"repair_sequences and tokenize\.repair_length ask for 99999 sequences of 8 tokens"
+    with pytest.raises(LibpruneError, match=asked):
+        tokenize_layout(layout, Tokenize(text=text, **SIZES | {"repair_sequences": 99_999}), "cpu", "float32")
+    assert not layout.calibration_tokens.exists()
+
+
 def test_windows_longer_than_the_models_positions_are_refused_and_nothing_is_written(layout, tmp_path):
     layout.calibration_tokens.unlink()
     text = str(write_text(tmp_path / "text.txt"))
-    with pytest.raises(LibpruneError, match=r"tokenize\.evaluation_length"):
-        tokenize_layout(layout, Tokenize(text=text, **SIZES | {"evaluation_length": 51}), "cpu", "float32")
+    for key in ("evaluation_length", "repair_length"):
+        with pytest.raises(LibpruneError, match=rf"tokenize\.{key} = 51"):
+            tokenize_layout(layout, Tokenize(text=text, **SIZES | {key: 51}), "cpu", "float32")
     assert not layout.calibration_tokens.exists()
 
 

@@ -32,7 +32,8 @@ def project(tmp_path_factory, by_forks) -> Path:
             folder / "params.yaml",
             str(tiny.write_model(folder / "model")),
             "plain.txt",
-            tokenize={"text": texts, "calibration_sequences": 12, "calibration_length": 16, "evaluation_windows": 6},
+            tokenize={"text": texts, "calibration_sequences": 12, "calibration_length": 16, "evaluation_windows": 6}
+            | {"repair_sequences": 16, "repair_length": 20},
             recover={"method": "full"},
         )
         foresee(folder / "params.yaml")
@@ -61,6 +62,11 @@ def test_every_text_gives_its_share_of_what_statistics_are_collected_on(project)
     assert gradients["tokens"] == meta["tokens"]
 
 
+def test_the_repair_sees_the_same_shares_of_text_of_its_own(project):
+    _, meta = read_table(Layout(project / "artifacts").repair_tokens, "tokenize")
+    assert [len(source["rows"]) for source in meta["sources"]] == [8, 4, 4]
+
+
 def test_the_texts_that_are_read_judge(project):
     evaluation = json.loads((project / "artifacts/evaluation.json").read_text())
     assert evaluation["protocol"]["text"] == "66.7 % plain.txt, 33.3 % chat.jsonl"
@@ -78,7 +84,7 @@ def test_the_report_names_them_and_warns_of_parts_of_one_text(project):
     assert "`50 % plain.txt, 25 % chat.jsonl, 25 % self`, 12 sequences of 16 tokens" in report
     assert "Calibrated and evaluated on parts of one text" in report
     assert "| gradients | calibration | 6 | 16 | 96 |" in report
-    assert "| repair, sequential | calibration | 12 | 16 | 192 |" in report
+    assert "| repair, sequential | repair | 16 | 20 | 320 |" in report
     assert "| evaluation | evaluation | 6 | 16 | 96 |" in report
 
 
