@@ -38,6 +38,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": tempfile.gettempdir()}
 
 
+@pytest.fixture(autouse=True)
+def scratch(tmp_path_factory, monkeypatch) -> None:
+    """A folder for scratch files that no test beside this one leaves files in."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("scratch")))
+
+
 @pytest.fixture
 def project(tmp_path) -> Path:
     """A project of DVC with one stage that takes a minute."""
