@@ -106,12 +106,15 @@ def masked(model: nn.Module, architecture: Architecture, plan: Plan) -> Iterator
 
 
 def _device(model: nn.Module, consumer: Map) -> torch.device:
-    return model.get_parameter(consumer.weight).device
+    """Where the weights of a map lie; of one that visits its device only while it runs, the host."""
+    device = model.get_parameter(consumer.weight).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _mask_input(mask: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    mask = mask.to(args[0].device)
     if isinstance(module, StackedMap):  # the rows of each expert have its own mask
-        mask = mask.to(args[0].device).view(module.copies, -1)[args[1].experts]
+        mask = mask.view(module.copies, -1)[args[1].experts]
         return (args[0].masked_fill(~mask, 0), *args[1:])
     return (args[0].masked_fill(~along_features(module, mask), 0), *args[1:])
 

@@ -8,11 +8,12 @@ import torch
 
 from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
+from libprune.engine.surgery import masked
 from libprune.models import memory
 from libprune.models.compute import sequence_losses
 from libprune.models.folder import load_model
 from libprune.models.sequences import Sequences
-from tests.support.models import FAMILIES, tokens
+from tests.support.models import FAMILIES, random_plan, tokens
 
 
 def test_offloaded_weights_are_on_the_device_only_while_their_map_works():
@@ -34,6 +35,19 @@ def test_offloaded_weights_are_on_the_device_only_while_their_map_works():
     model(ids).logits.sum().backward()
     assert len(seen) == 3 * len(maps)
     assert {module.weight.device.type for module in maps} == {"meta"}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_offloaded_weights_are_masked_like_those_in_memory(family):
+    model, ids = FAMILIES[family](0), tokens(2, 5)
+    architecture = describe(model)
+    plan = random_plan(architecture, "uniform")
+    with torch.no_grad():
+        with masked(model, architecture, plan):
+            expected = model(ids).logits
+        memory.offload_maps(model, architecture, torch.device("cpu"))
+        with masked(model, architecture, plan):
+            assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
