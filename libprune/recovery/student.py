@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def prepare(student: PreTrainedModel, params: Recover) -> nn.Module:
     Modules that a family leaves whole, such as a vision part, are not trained.
 
     Raises:
-        LibpruneError: if the package peft is not installed, or no map has a name that `recover.lora_targets` names.
+        LibpruneError: if the package peft is not installed, no map has a name that `recover.lora_targets` names, or it
+            names a head that shares its weight with the embedding.
     """
     family = described_by(student.config.model_type)
     whole = () if family is None or family.tower is None else family.tower.untouched
@@ -58,14 +59,27 @@ def prepare(student: PreTrainedModel, params: Recover) -> nn.Module:
     config = LoraConfig(
         r=rank, lora_alpha=params.lora_alpha or 2 * rank, target_modules=targets, exclude_modules=without
     )
+    tied = set(_tied(student))
     torch.manual_seed(params.seed)  # one of the two matrices beside each map begins with random numbers
     try:
         with warnings.catch_warnings():  # of names in transformers, and of maps that are stored as [in, out]
             warnings.simplefilter("ignore")
-            trained: nn.Module = get_peft_model(student, config)
+            trained = get_peft_model(student, config)
     except ValueError as error:
         raise LibpruneError(f"recover.lora_targets: {error}") from error
+    if caught := tied.intersection(trained.targeted_module_names):
+        raise LibpruneError(
+            f"recover.lora_targets names {min(caught)}, whose weight is that of {min(tied - {min(caught)})} too: what "
+            "is trained beside one of them cannot be added to both; take it out, or choose recover.method: full"
+        )
     return trained
+
+
+def _tied(model: PreTrainedModel) -> Iterator[str]:
+    """The paths of the embedding and of the head, where these have one weight."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        yield from (name for name, module in model.named_modules() if module in (embedding, head))
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -332,7 +332,7 @@ class Training:
             self.layers,
             self.sequences.pooling,
             model=model,
-            args=self._arguments(home, fresh=last is None),
+            args=self._on_own_device(self._arguments(home, fresh=last is None)),
             train_dataset=Rows(self.sequences, order),
             eval_dataset=Rows(self.sequences, list(range(number, len(self.sequences)))),
             callbacks=[
@@ -382,6 +382,16 @@ class Training:
             ddp_backend="gloo" if self.world.size > 1 and self.device.type == "cpu" else None,
             **self._sharding(),
         )
+
+    def _on_own_device(self, arguments: TrainingArguments) -> TrainingArguments:
+        """The arguments for a process that is alone: it trains on its own GPU, whatever others the machine has.
+
+        transformers would take the first one, and give every other GPU a pass of its own.
+        """
+        if self.world.size == 1 and self.device.type == "cuda":
+            arguments._n_gpu, arguments._setup_devices = 1, self.device
+            torch.cuda.set_device(self.device)
+        return arguments
 
     def _sharding(self) -> dict[str, Any]:
         """The arguments that share weights, gradients and optimizer states out over the processes (FSDP2).

@@ -74,6 +74,17 @@ def test_lora_trains_matrices_beside_the_maps_that_are_named(record):
     assert {parameter.shape["lora_B" in name] for name, parameter in names.items()} == {2}
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_matrices_beside_a_head_that_is_the_embedding_are_refused(record, place):
+    student = load_student(record, short())
+    both = [
+        name for name, module in student.named_modules() if getattr(module, "weight", None) is student.lm_head.weight
+    ]
+    named, other = both[place], both[1 - place]
+    with pytest.raises(LibpruneError, match=rf"^recover\.lora_targets names {named}, whose weight is that of {other} "):
+        prepare(student, short(method="lora", lora_targets=[named.rpartition(".")[2]]))
+
+
 def test_a_vision_part_is_not_trained_and_stays_as_it_is_stored(tmp_path, quick_proof):
     record = read_record(write_pruned_layout(tmp_path, "qwen3_vl", "uniform").pruned)
     student, lora = load_student(record, short()), short(method="lora")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from libprune.engine.errors import LibpruneError, ParamsError
 from libprune.models.parallel import World
+from libprune.recovery import training as recovery_training
 from libprune.recovery.losses import Taught
 from libprune.recovery.predictions import LiveTeacher
 from libprune.recovery.student import prepare, read_weights, trained_parameters
@@ -65,7 +66,7 @@ def test_rows_are_the_sequences_in_their_order():
 
 
 def run(
-    home: Path, changes: dict | None = None, model=None, batch_tokens: int = 32, teacher=None
+    home: Path, changes: dict | None = None, model=None, batch_tokens: int = 32, teacher=None, device: str = "cpu"
 ) -> tuple[Outcome, dict]:
     """Train a model towards another one; what came of it, and the trained parameters in the end."""
     params, sequences = short(**(changes or {})), training_sequences("llama")
@@ -77,7 +78,7 @@ def run(
         layers=range(4),
         params=params,
         schedule=make_schedule(params, batch_tokens, LENGTH, 1),
-        device=torch.device("cpu"),
+        device=torch.device(device),
         dtype=torch.float32,
         world=World(),
     )
@@ -209,6 +210,28 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
         next(broken.parameters()).fill_(float("nan"))
     with pytest.raises(LibpruneError, match=r"the loss is not finite after 0 steps; lower recover\.learning_rate"):
         run(tmp_path, model=broken)
+
+
+class GivenError(Exception):
+    pass
+
+
+def test_a_process_trains_on_its_own_gpu_alone(tmp_path, monkeypatch):
+    """One that is alone on a machine with three: transformers would put it on the first and use all of them."""
+    chosen, own = [], "cuda:1"
+    for name, answer in {"is_available": True, "device_count": 3}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+
+    def trainer(*args, **given):
+        raise GivenError(given["args"])
+
+    monkeypatch.setattr(recovery_training, "_Distiller", trainer)
+    with pytest.raises(GivenError) as caught:
+        run(tmp_path, device=own)
+    (arguments,) = caught.value.args
+    assert (arguments.n_gpu, str(arguments.device), str(chosen[-1])) == (1, own, own)
+    assert arguments.train_batch_size * arguments.gradient_accumulation_steps * LENGTH == short().batch_tokens
 
 
 def test_an_optimizer_without_its_package_says_what_to_install(tmp_path):
