@@ -100,10 +100,16 @@ def draw_training(
 
 
 def _part_of_calibration(share: Share, settings: Tokenize) -> Tokenize | None:
-    """The settings of the calibration text that a text is, by its name and the other keys that are given, if any."""
-    given = {key: value for key, value in keys_of(share).items() if value is not None}
-    parts = parts_of(settings)
-    return next((part for part in parts if all(value == getattr(part, key) for key, value in given.items())), None)
+    """The settings of the calibration text that a text is, by its name and the other keys that are given, if any.
+
+    Of several such texts it is the one with no other keys, or else the first.
+    """
+    keys = keys_of(share)
+    for wanted in (keys, {key: value for key, value in keys.items() if value is not None}):
+        for part in parts_of(settings):
+            if all(getattr(part, key) == value for key, value in wanted.items()):
+                return part
+    return None
 
 
 @dataclass(frozen=True)

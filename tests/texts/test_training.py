@@ -252,6 +252,17 @@ def test_without_a_text_the_documents_of_all_calibration_texts_are_trained_on(to
     assert [how["part"] for how in other.sources] == ["all documents"]
 
 
+def test_columns_of_one_file_are_texts_of_their_own(tokenizer, text, tmp_path):
+    """Each is known by all of its keys, those that are null among them."""
+    rows = [{"text": line, "body": line.upper()} for line in text.read_text().splitlines()]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = tuple(Share(text=str(tmp_path / "t.jsonl"), share=0.5, column=column) for column in ("body", None))
+    for order in (texts, texts[::-1]):
+        tokenize = Tokenize(text=order, **SIZES)
+        for found in (draw(tokenizer, tokenize), draw(tokenizer, tokenize, text=order)):
+            assert [how["column"] for how in found.sources] == [one.column or "text" for one in order]
+
+
 def test_a_stream_among_several_calibration_texts_keeps_its_evaluation_documents(tokenizer, three):
     texts = (Share(text=three[0], share=0.5, streaming=True), Share(text=three[1], share=0.5))
     tokenize = Tokenize(text=texts, **SIZES)
