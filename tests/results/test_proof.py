@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from libprune.engine.errors import LibpruneError
+from libprune.results import proof
 from libprune.results.proof import agrees, reference_logits, reload, verify_folder
 from tests.support.models import FAMILIES, tokens
 
@@ -65,6 +66,16 @@ def test_other_logits_are_refused_with_the_difference(saved, quick_proof):
     for wrong, message in ((other, r"something else: logits differ by \d.*a defect"), (expected * torch.nan, "by nan")):
         with pytest.raises(LibpruneError, match=message):
             verify_folder(folder, IDS, wrong, remote=False, head="causal_lm")
+
+
+@pytest.mark.parametrize("name", ["logits", "cached"])
+def test_an_output_that_is_not_finite_is_refused_in_whatever_way_it_was_computed(saved, monkeypatch, name):
+    folder, model = saved
+    expected = reference_logits(model, IDS)
+    computed = {"logits": expected, "cached": expected} | {name: expected * torch.nan}
+    monkeypatch.setattr(proof, "reload", lambda *args: computed)
+    with pytest.raises(LibpruneError, match="something else: logits differ by nan"):
+        verify_folder(folder, IDS, expected, remote=False, head="causal_lm")
 
 
 def test_a_folder_that_does_not_load_is_refused_with_the_last_line_of_its_error(tmp_path, quick_proof):
