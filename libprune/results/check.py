@@ -242,6 +242,8 @@ def _changers(record: Record) -> list[str]:
     changers = [] if repair == "none" else [f"slice.repair: {repair}"]
     if record.provenance.get("rescale", {}).get("factors"):
         changers.append("slice.rescale: auto")
+    if record.plan.width is not None:
+        changers.append(f"allocate.width: {record.plan.width}")
     if made is not None and made["step"]:
         changers.append(f"training (recover.method: {made['params']['method']})")
     return changers

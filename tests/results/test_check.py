@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from libprune.cli.main import app
+from libprune.collection.stream_axes import write_axes
 from libprune.engine.surgery import slice_state
-from libprune.models.folder import WeightFiles, fingerprint
+from libprune.models.folder import WeightFiles, fingerprint, load_model
+from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
@@ -26,6 +28,7 @@ from tests.support.models import FAMILIES, random_plan, write_dense
 from tests.support.models import prune as prune_tiny
 from tests.support.sealing import edit_json
 from tests.support.sliced import write_plan, write_project, write_trained
+from tests.support.widths import made_axes, width_of
 
 WEIGHTS = "model.safetensors"
 
@@ -283,6 +286,25 @@ def test_a_recovered_folder_passes_and_says_what_it_was_trained_on(
     assert f"{changers}" in said["dense"]
     assert "training (recover.method: full) changed weights" in said["dense"]
     assert str(folder) in said["dense"]
+
+
+def test_weights_along_other_axes_are_not_compared_with_the_dense_model(tmp_path, quick_proof):
+    layout = write_project(tmp_path)
+    architecture = read_architecture(layout)
+    plan = replace(random_plan(architecture, "uniform"), width=width_of(architecture))
+    write_plan(layout.plan, architecture, plan, "uniform")
+    origin = {
+        "model": architecture.fingerprint,
+        "tokens": read_tokens(layout.calibration_tokens, architecture.fingerprint)[1]["tokens"],
+    }
+    axes = made_axes(load_model(layout.model, torch.float32), architecture, "selected")
+    for folder in (layout.width_axes, layout.pruned):
+        folder.mkdir()
+    write_axes(layout.width_axes, axes, origin)
+    prune(layout, layout.pruned, Compute(device="cpu", dtype="float32"), Slice(repair="none"))
+    findings = list(check_folder(layout.pruned, dense=layout.model))
+    assert kinds(findings) == GOOD | {"dense": "note"}
+    assert f"allocate.width: {plan.width} changed weights" in findings[-1].text
 
 
 def test_where_no_step_was_kept_the_weights_are_compared_with_the_dense_model(layout, uniform, tmp_path, quick_proof):

@@ -50,6 +50,7 @@ def write_plan(path: Path, architecture: Architecture, plan: Plan, shape: str) -
     """A plan as `plan.parquet`, with the metadata that slice reads."""
     keep = np.concatenate(list(plan.keep.values()))
     meta = {"model": architecture.fingerprint, "shape": shape, **DECIDED}
+    meta |= {} if plan.width is None else {"width": plan.width}
     write_table(path, unit_index(architecture) | {"keep": keep}, meta)
 
 
