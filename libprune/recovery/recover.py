@@ -204,7 +204,8 @@ def _announce(run: _Run, home: Path, trained: int, whole: int, teacher: int) -> 
         f"recover: {gigabytes(memory)} of memory for weights, gradients, optimizer states{beside}, without "
         f"activations; up to {gigabytes(scratch)} of checkpoints in {home.parent}"
     )
-    require_room({home: scratch}, "recover", "free some, or train less (recover.method: lora)")
+    there = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
+    require_room({home: max(0, scratch - there)}, "recover", "free some, or train less (recover.method: lora)")
 
 
 def write_weights(folder: Path, record: Record, weights: Mapping[str, Tensor]) -> None:

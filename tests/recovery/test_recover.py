@@ -11,6 +11,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute
 from libprune.recovery import recover
 from libprune.recovery.curve import Recovery
+from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes
 from libprune.recovery.recover import recover_layout
 from libprune.results.check import check_folder
 from libprune.results.record import read_provenance
@@ -107,7 +108,13 @@ def test_an_interrupted_recovery_goes_on_to_the_same_folder(tmp_path, quick_proo
         with pytest.raises(KeyboardInterrupt):
             recovered(layouts[1])
     assert not layouts[1].recovered.exists()
-    recovered(layouts[1])
+    size = checkpoint_bytes(sum(one.numel() for one in WeightFiles(layouts[0].recovered).values()), short())
+    room = shutil._ntuple_diskusage(0, 0, (CHECKPOINTS * size) // 2)  # the checkpoints that are there take the rest
+    with monkeypatch.context() as patch:
+        patch.setattr("libprune.models.memory.shutil.disk_usage", lambda _: room)
+        recovered(layouts[1])
+        with pytest.raises(LibpruneError, match=r"recover needs .* are free; free some, or train less"):
+            recovered(layouts[1], tokens=1024)
     one, other = (WeightFiles(layout.recovered) for layout in layouts)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
