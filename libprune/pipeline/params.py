@@ -138,6 +138,8 @@ class Params(Section):
             yield "allocate.budgets.latency times layers of the whole width; leave it out with allocate.width"
         if allocate.width is not None and allocate.objective == "latency":
             yield "allocate.objective: latency times layers of the whole width; choose another one with allocate.width"
+        if allocate.width is not None and self.recover.method != "none" and self.recover.hidden_states:
+            yield "recover.hidden_states compares states of the whole width; set it to 0 with allocate.width"
         if allocate.collapse_below and not method.collapses:
             yield f"allocate.collapse_below belongs to allocate.method: hgsp, not {allocate.method}"
         if allocate.collapse_below and not allocate.may_empty:

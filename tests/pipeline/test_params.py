@@ -183,6 +183,16 @@ def test_whole_plans_are_not_measured_with_fewer_columns_unless_asked_for(load):
         load(data)
 
 
+def test_states_are_not_compared_with_those_of_fewer_columns(load):
+    data = shipped()
+    data["allocate"]["width"] = 256
+    data["recover"] |= {"method": "none", "hidden_states": 1.0}
+    assert load(data).recover.hidden_states
+    data["recover"]["method"] = "full"
+    with pytest.raises(ParamsError, match=r"recover\.hidden_states compares states of the whole width; set it to 0"):
+        load(data)
+
+
 # The file
 
 
