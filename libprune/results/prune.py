@@ -16,7 +16,7 @@ from libprune.engine.architecture import RESIDUAL, Architecture
 from libprune.engine.describe import added_biases, with_biases
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import require_sliceable, slice_state
-from libprune.models.compute import named_dtype
+from libprune.models.compute import named_dtype, resolve_device
 from libprune.models.folder import WeightFiles, load_config, load_model, own_model
 from libprune.models.memory import keeping
 from libprune.models.parallel import World
@@ -88,7 +88,7 @@ def prune(
     dense = WeightFiles(own_model(layout, architecture))
     require_sliceable(architecture, plan)
     disk = _disk(layout, compute, architecture)
-    compute = compute if disk is None else compute.model_copy(update={"offload": "disk"})
+    compute = compute if disk is None else _from_disk(compute, params)
     fits = REPAIRS[params.repair].repair(layout, architecture, plan, compute, params)
     rescaling = Rescaling({})
     if params.rescale == "auto" and not REPAIRS[params.repair].fits_behind:
@@ -150,6 +150,15 @@ def _disk(layout: Layout, compute: Compute, architecture: Architecture) -> Path 
     needs = pass_bytes(architecture, _CHECKED_SEQUENCES * _CHECKED_LENGTH, torch.float32)
     needs = replace(needs, weights=2 * needs.weights)
     return scratch_of(layout, settle(compute, needs, torch.device("cpu"), World()))
+
+
+def _from_disk(compute: Compute, params: Slice) -> Compute:
+    """How the dense model is run where the proof reads weights from disk: as the proof does.
+
+    A GPU that is to hold weights which change is asked for itself: they cannot visit it.
+    """
+    changes = params.repair == "sequential" and resolve_device(compute.device).type != "cpu"
+    return compute if changes else compute.model_copy(update={"offload": "disk"})
 
 
 def _weights(
