@@ -134,8 +134,8 @@ class SequenceLosses(Statistic):
 
     @property
     def fields(self) -> Mapping[str, Field]:
-        """The table ``[changes, sequences]``, whose rows are 0 until their change is measured."""
-        return {"rows": Field((self.changes, self.sequences))}
+        """The table ``[changes, sequences]`` on the host, whose rows are 0 until their change is measured."""
+        return {"rows": Field((self.changes, self.sequences), host=True)}
 
     def measure(self, *batch: Tensor) -> State:
         """The state that holds the losses ``[sequences]`` of one change, given with its number."""

@@ -24,7 +24,7 @@ from libprune.repair.sequential import SequentialRepair, split_batches
 from libprune.statistics.activations import activation_groups, collect_activations
 from libprune.statistics.gradients import collect_gradients, gradient_groups
 from libprune.statistics.hessian import collect_squared_gradients, hessian_groups
-from libprune.statistics.losses import Prefix
+from libprune.statistics.losses import LOSSES, Prefix, SequenceLosses
 from tests.support.models import FAMILIES, plan_of, tokens
 from tests.support.pretended import GPU, Pretended, on_gpu, pretending
 from tests.support.pretended import waited as waiting
@@ -129,7 +129,10 @@ def third(model: Any) -> Any:
 
 
 def losses(model: Any, ids: Tensor, device: torch.device) -> list[Tensor]:
-    return [Prefix(model, describe(model), Sequences(ids), 4, range(4)).losses_of(third(model))]
+    found = Prefix(model, describe(model), Sequences(ids), 4, range(4)).losses_of(third(model))
+    sums = Accumulator([{LOSSES: SequenceLosses(1, len(found))}], device=device)
+    sums.update(0, LOSSES, found, torch.tensor(0))
+    return [found, torch.from_numpy(sums.state(0, LOSSES)["rows"].numpy())]  # as the depth stage asks for them
 
 
 def local(model: Any, ids: Tensor, device: torch.device) -> list[Tensor]:
