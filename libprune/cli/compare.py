@@ -22,8 +22,8 @@ OUT = Path("report/compare")
 def compare_experiments(context: typer.Context, out: Out = OUT, all_commits: AllCommits = False) -> None:
     """Show DVC's experiments and the workspace as one table and one picture, the lowest perplexity first.
 
-    The order is by the perplexity before recovery, unless every row has one after it. The workspace's report is written
-    once more, with the curve of perplexity against size of all.
+    The order is by the perplexity before recovery, unless every row has one after it. The report of the workspace is
+    written again, with the perplexity and the size of all experiments as a curve.
     """
     if context.invoked_subcommand is not None:
         return
@@ -83,7 +83,7 @@ def run(file: File, out: Out = OUT, guide: Guide = None) -> None:
 
 @app.command("gather")
 def gather_only(file: File, out: Out = OUT, all_commits: AllCommits = False, guide: Guide = None) -> None:
-    """Show those results of a comparison file that experiments have already, by whatever name, and run nothing."""
+    """Show the results of a comparison file that experiments already have, under any name, and run nothing."""
     from libprune.experiments.file import read_comparison
     from libprune.experiments.report import gather_now, write_comparison
 

@@ -28,8 +28,8 @@ Out = Annotated[Path, typer.Option("--out", help="The folder for what is written
 def curve(ratios: Ratios = None, run: Run = None, nested: Nested = False, out: Out = OUT) -> None:
     """Plan many sizes of a model from one measurement, and draw loss against size, memory and speed.
 
-    What the plans read is measured first, if it is not up to date. Each size that --run names becomes a DVC experiment;
-    those that have results are not run again.
+    Measurements for the plans are made first, if they are not up to date. Each size that --run names becomes a DVC
+    experiment; sizes that have results are not run again.
     """
     from libprune.curves.measured import run_curve
     from libprune.curves.page import write_curve

@@ -28,7 +28,7 @@ def main(
 ) -> None:
     """Structured pruning of language models: `prune` does all at once, `new` makes a project for `dvc repro`.
 
-    What a kill of DVC has left unreadable in a project is mended first.
+    Files of a project that a kill of DVC has left unreadable are repaired first.
     """
     from libprune.pipeline.locks import mend
 
@@ -64,7 +64,7 @@ def show(artifacts: stage.Root = stage.ROOT) -> None:
 def validate(
     params: Annotated[Path, typer.Option("--params", help="The params file.")] = stage.PARAMS,
 ) -> None:
-    """Find every mistake in the params that can be known before anything runs."""
+    """Find every mistake in the params that can be found before anything runs."""
     from libprune.foresight.foresee import foresee
 
     with stage.user_errors():
@@ -142,7 +142,7 @@ What = Annotated[list[str] | None, typer.Argument(help="Any of leftovers, work, 
 
 @app.command()
 def clean(what: What = None) -> None:
-    """Say how much of what is no longer needed lies here and in the caches, and remove what is named."""
+    """Print how much of the disk can be freed here and in the caches, and remove what is named."""
     from libprune.cli.cleaning import clean as lines_of
 
     with stage.user_errors():

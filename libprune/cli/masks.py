@@ -49,7 +49,7 @@ Orig = Annotated[bool, typer.Option("--orig", help="Write the dense weights as X
 
 @app.callback()
 def main() -> None:
-    """From masks of torch.nn.utils.prune to structure, and back."""
+    """Turn masks of torch.nn.utils.prune into smaller matrices, and plans into masks."""
     stage.quiet()
 
 
@@ -84,7 +84,7 @@ def extract(
     inputs: Inputs = None,
     input_shape: InputShape = None,
 ) -> None:
-    """Remove the wholly masked units for real, and prove that the outputs are the same."""
+    """Remove the wholly masked units from the weights, and prove that the outputs are the same."""
     from libprune.engine.errors import LibpruneError
     from libprune.masks.options import extraction_of, save
 

@@ -90,17 +90,17 @@ class Prepare(Section):
     """Units of a mixture of experts: `whole` experts, or `channels` inside of them, alike in every expert of a layer.
     A run cuts one kind; its result can be the model of a run that cuts the other."""
     heads: Literal["groups", "queries"] = "groups"
-    """Units of an attention whose query heads share key-value heads: `groups` cuts a key-value head with its query
-    heads; `queries` cuts query heads, as many in every group that stays, and whole groups."""
+    """Units of an attention whose query heads share key-value heads: `groups` cuts a key-value head together with its
+    query heads; `queries` also cuts single query heads, the same number in every group that stays."""
     families: Source | None = None
     """File, or folder of YAML files, that describe model types which libprune ships no family for; null: none."""
     pooling: Literal["mean", "cls"] | None = None
     """How a model without a head makes the embedding of a text: by the mean of its last hidden states over the tokens,
     or by that of the first token; null: as the files of sentence-transformers beside it say, or `mean`."""
     vocabulary: Vocabulary | None = None
-    """The text whose tokens stay: rows of all others go from the embedding, the head and the tokenizer. A mapping with
-    the keys `text`, `minimum`, `multiple`, `keep`, `documents`, `config`, `revision`, `split` and `column`; null: all
-    tokens stay."""
+    """The text whose tokens stay; all others are removed from the embedding, the head and the tokenizer. A mapping
+    with the keys `text`, `minimum`, `multiple`, `keep`, `documents`, `config`, `revision`, `split` and `column`; null:
+    all tokens stay."""
 
 
 class Share(Section):
@@ -170,7 +170,8 @@ class Tokenize(Section):
     streaming: bool | None = None
     """Read only as many documents as the windows need; null: only of `c4` and `fineweb-edu`."""
     documents: Literal["joined", "apart"] = "joined"
-    """`joined`: by an empty line, windows cross their borders; `apart`: every window lies within one document."""
+    """`joined`: an empty line joins documents, and windows cross their borders; `apart`: every window lies within one
+    document."""
     evaluation_text: Source | None = None
     """Another text for evaluation, in the forms of `text`; null: the held-out split of `text`, or a share of it."""
     evaluation_config: str | None = None
@@ -189,7 +190,7 @@ class Tokenize(Section):
     """Number of sequences that `slice.repair: sequential` is fitted to; null: as many as `calibration_sequences`. They
     come from the same documents, drawn with the same seed. With null for both, these are the calibration sequences."""
     repair_length: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of each of them; null: as `calibration_length`."""
+    """Tokens of each of these sequences; null: as `calibration_length`."""
     evaluation_windows: Annotated[int, Field(ge=2)] = 16
     """Number of evaluation windows; at least two, for a standard error."""
     evaluation_length: Annotated[int, Field(ge=2)] = 512
@@ -238,11 +239,12 @@ class Compute(Section):
     gradient_checkpointing: bool = False
     """Keep one layer's activations for backward instead of all layers', for one more forward pass."""
     offload: Literal["auto", "none", "cpu", "disk"] = "auto"
-    """Where weights are that do not fit; `cpu`: in host memory, from where those of linear maps visit a GPU one at a
-    time; `disk`: in files, read as they are needed; `auto`: `none` where the memory is free, or else one of the two."""
+    """Where the weights of the dense model are while it runs. `none`: on the device; `cpu`: in host memory, and those
+    of linear maps visit a GPU one at a time; `disk`: in files, read as they are needed; `auto`: `none` if they fit, or
+    else one of the other two."""
     sums: Literal["auto", "memory", "disk"] = "auto"
-    """Where running sums are kept; `auto`: on the GPU where they take less than a third of its free memory, or else in
-    memory, and mapped from disk where they would take half of what is free."""
+    """Where running sums are kept; `auto`: on the GPU if they take less than a third of its free memory, else in
+    memory, or mapped from disk if they would take half of the free memory."""
 
 
 class Gradients(Section):
@@ -358,13 +360,13 @@ class Score(Section):
     experts: str | None = None
     """Criteria for whole experts of a mixture, such as `reap`; null: those of `criterion`."""
     fusion: Literal["weighted", "simple", "adaptive", "learned", "best"] = "weighted"
-    """How several criteria become one. Their mean, weighted as written before them, 1 where no weight is (`weighted`),
-    unweighted (`simple`), weighted by how far each distinguishes the units of a block (`adaptive`), or by weights
-    fitted to the measured losses of the ablation stage (`learned`); or for each part the criterion that ranks those
-    losses best (`best`)."""
+    """How several criteria become one. `weighted`: their mean, with the weights before them, or 1; `simple`: their mean
+    without weights; `adaptive`: their mean, each weighted by how far it distinguishes the units of a block; `learned`:
+    with weights fitted to the measured losses of the ablation stage; `best`: for each part the criterion that ranks
+    these losses best."""
     scaling: Literal["none", "zscore", "minmax", "rank"] = "none"
-    """Scaling of each criterion inside a block, before fusion. A criterion that compares only there can then enter
-    `global`."""
+    """Scaling of each criterion inside a block, before fusion. It lets `allocate.method: global` use a criterion that
+    compares only inside a block."""
     magnitude_norm: Literal["l1", "l2"] = "l1"
     """Norm of `magnitude`: the sum of absolute or of squared weights."""
     wanda_norm: Literal["l1", "l2", "mean", "max"] = "l2"
@@ -403,17 +405,17 @@ class Sensitivity(Section):
 
 
 class Depth(Section):
-    """The order in which whole layers or parts go, by divergence; for `allocate.depth: joint` or `cosine`."""
+    """The order in which whole layers or parts are removed; for `allocate.depth: joint` or `cosine`."""
 
     sequences: Count | None = 8
     """Calibration sequences used, from the last; null: all."""
     of: Literal["layers", "parts"] = "layers"
-    """What goes at a time: a whole layer, or an attention or MLP alone, which leaves layers that differ."""
+    """What is removed at a time: a whole layer, or one attention or MLP, so that the layers differ."""
     removals: Count | None = None
     """The most removals that are put into order; null: half of those that are possible."""
     candidates: Annotated[int, Field(ge=2)] | None = None
-    """How many removals `joint` measures in each step after the first: those that added least when they were last
-    measured; null: all that are left."""
+    """How many removals `joint` measures in each step after the first: the ones that added least divergence when they
+    were last measured; null: all that remain."""
 
 
 class Levels(Section):
@@ -431,14 +433,14 @@ class Width(Section):
     sequences: Count | None = 8
     """Calibration sequences that the divergence is measured on, from the last; null: all."""
     widths: Count | Annotated[tuple[Count, ...], Field(min_length=1, strict=False)] = 4
-    """Number of widths that are measured, at even distances from half of the columns to all of them, such as the
-    model's config can say; or a list of widths. Where `allocate.width` is a number, that one is measured alone."""
+    """Number of widths that are measured, at even distances from half of the columns to all of them, if the model's
+    config can have them; or a list of widths. If `allocate.width` is a number, only this width is measured."""
     multiple: Count = 8
-    """Widths are multiples of this, where they are not named."""
+    """Widths are multiples of this, unless they are listed."""
     axes: Literal["auto", "principal", "selected"] = "auto"
-    """`selected`: whole columns of the dense model stay, those with the largest values; `principal`: the stream is
-    turned to its principal axes, which loses less and needs an output head of its own and RMS norms; `auto`: the latter
-    where the model can have it."""
+    """`selected`: the columns of the dense model with the largest values stay; `principal`: the stream is rotated to
+    its principal axes, which loses less and needs an output head of its own and RMS norms; `auto`: `principal` if the
+    model can have it."""
 
     @property
     def number(self) -> int:
@@ -474,7 +476,7 @@ class Budgets(Section):
     total: Stays = None
     """All parameters, with embeddings and head."""
     active: Stays = None
-    """Parameters of the layers that a token goes through; of a mixture all but those of experts not chosen for it."""
+    """Parameters of the layers that a token goes through; in a mixture, without the experts not chosen for it."""
     macs: Stays = None
     """Multiply-accumulates a token, with the output head."""
     cache: Stays = None
@@ -516,45 +518,45 @@ class Allocate(Section):
     bits: Bits = Bits()
     """Bits that a weight takes where the model is served, for the budget `bytes`."""
     nested: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(default=(), strict=False)
-    """Smaller ratios whose plans this plan contains: what they remove is removed here too, so that each larger cut is a
-    part of the smaller ones."""
+    """Smaller ratios whose cuts this plan contains: what they remove is removed here too, so that each smaller model
+    is a part of the larger ones."""
     method: Literal["uniform", "global", "functional", "retention", "hgsp", "search"] = "uniform"
     """`uniform`: the same counts in every layer; `global`: the lowest scores anywhere; `functional`: layers that
     change their input less lose more; `retention`: blocks whose importance lies in few units lose more; `hgsp`: the
     lowest scores anywhere, weighed by the measured worth of their layer or block (the sensitivity stage); `search`:
     least measured divergence (the levels stage)."""
     network_type: Literal["transformer", "mixed", "snn", "rnn"] = "transformer"
-    """Share of the importance that `retention` keeps of a block whose units are alike: 85, 90, 90, 95 %. Conventions,
-    not measured; the higher, the further the kind of network carries an error. All described families are
-    transformers."""
+    """Share of the importance that `retention` keeps of a block whose units are alike: 85, 90, 90, 95 %. These are
+    conventions, not measured: the share is higher if the kind of network carries an error further. All described
+    families are transformers."""
     worth: Literal["none", "functional", "sensitivity"] = "none"
-    """Worth of a layer or block that is shared out among its units by their ranks (`score.scaling: rank`), which do not
-    compare between blocks: how far the layer changes its input (`functional`), or the measured loss of removing the
-    block (`sensitivity`)."""
+    """Worth of a layer or block. It is divided among the units by their ranks (`score.scaling: rank`), since ranks do
+    not compare between blocks. `functional`: how far the layer changes its input; `sensitivity`: the measured loss of
+    removing the block."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
     """How strongly `hgsp` weighs scores by their layer or block; 0 is `global`."""
     threshold: Threshold = "percentile:25"
     """Loss increase of a layer, in nats, up to which `hgsp` weighs by the layer instead of the block: a number
     (0: never), `blockwise` (never), `layerwise` (always), or `percentile:P` of the layers' own increases."""
     collapse_below: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """`hgsp` removes layers whole that would keep less than this share; 0: none. Needs `depth: units`."""
+    """`hgsp` removes whole layers that would keep less than this share; 0: none. Needs `depth: units`."""
     gradient_fix: Literal["none", "normalize", "adaptive", "depth", "adaptive+depth", "auto"] = "none"
-    """Multiplies each layer's gradients against vanishing, in the cached sums: by 1 / their mean norm, the median
-    norm / theirs (0.1 to 10), a weight that falls with depth, or both; `auto`: what the gradient ratio asks for.
-    `preset`: as the preset says."""
+    """Multiplies each layer's gradients in the cached sums, against vanishing. `normalize`: by 1 / their mean norm;
+    `adaptive`: by the median norm / theirs (0.1 to 10); `depth`: by a weight that falls with depth; `adaptive+depth`:
+    by both; `auto`: chosen by the gradient ratio; `preset`: as the preset says."""
     depth_weights: Literal["linear", "sqrt", "log"] = "sqrt"
     """How the weight of `depth` falls from the first layer to the last."""
     shape: Literal["auto", "uniform", "per_layer"] = "auto"
-    """`uniform` loads everywhere and is refused where the plan differs by layer; `auto` takes it where it can."""
+    """`uniform` loads everywhere, and is refused if the plan differs by layer; `auto`: `uniform` if possible."""
     split: Literal["auto", "proportional", "importance"] = "auto"
-    """How `uniform` divides the budget: near-equal shares of each part, or least summed importance;
-    `auto`: the latter where the scores compare between parts."""
+    """How `uniform` divides the budget. `proportional`: near-equal shares of each part; `importance`: least summed
+    importance; `auto`: `importance` if the scores compare between parts."""
     rank_by: Literal["score", "importance"] = "score"
     """Quantity that units are ranked by: importance per parameter (or per unit of another objective), or importance."""
     min_groups: Floor = 1
-    """Attention groups that each layer keeps; 0 lets a whole attention go."""
+    """Attention groups that each layer keeps at least; with 0, a whole attention can be removed."""
     min_channels: Floor = 1
-    """MLP channels that each layer keeps; 0 lets a whole MLP go."""
+    """MLP channels that each layer keeps at least; with 0, a whole MLP can be removed."""
     channel_multiple: Count | Literal["auto"] = "auto"
     """The kept channels of a pruned MLP are a multiple of this. `auto`: the largest of 256, 128, 64 and 32 (sizes of
     blocks of quantized weights) that divides the dense width and at which the share removed lies within one point
@@ -564,20 +566,21 @@ class Allocate(Section):
     freeze_last: Floor = 0
     """Layers at the output that keep everything."""
     depth: Literal["none", "units", "joint", "cosine"] = "none"
-    """How whole layers go. `none`: something of every layer stays; `units`: a layer goes when all of its units do, as
-    the method decides; `joint`: in the order of the depth stage, which removes what adds least divergence and measures
-    the rest again; `cosine`: the layers that change the direction of their input least go first."""
+    """Whether whole layers are removed. `none`: a part of every layer stays; `units`: a layer is removed if the method
+    removes all of its units; `joint`: the depth stage removes the layer that adds least divergence, measures the
+    others again, and so on; `cosine`: the layers that change the direction of their input least are removed first."""
     layers: Floor | None = None
-    """How many removals of that order go, for `depth: joint` and `cosine`; null: with `search` as many as it loses
-    least with, else as many as fit into the ratio. The method removes the rest of the ratio from what stays."""
+    """How many layers or parts of that order are removed, for `depth: joint` and `cosine`; null: with `search` the
+    number with the least loss, else as many as fit into the ratio. The method removes the rest of the ratio from the
+    layers that stay."""
     width: Count | Literal["auto"] | None = None
     """Columns of the residual stream that stay, in all layers, the embedding and the output head (the width stage);
-    null: all. What goes with them counts towards the ratio. `auto`: the width with which `search` loses least."""
+    null: all. The removed ones count towards the ratio. `auto`: the width with which `search` loses least."""
     evaluations: Floor = 0
     """Whole plans that `search` measures to improve on the first one: those of `functional`, `global` and `uniform`,
     then changes of single layers of the best one."""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Time after which `search` ends even so; null: none, which alone gives the same result everywhere."""
+    """Minutes after which `search` ends; null: no limit, which gives the same result on every machine."""
     seed: Floor = 0
     """Seed of the changes that `search` tries."""
 
@@ -615,26 +618,26 @@ class Slice(Section):
 
     repair: Literal["none", "bias", "local", "sequential"] = "sequential"
     """`bias`: the removed inputs' mean; `local`: least squares on the consumers' weights from the cached Gram
-    matrices; `sequential`: layer by layer on what the pruned layers before hand on (two forward passes)."""
+    matrices; `sequential`: layer by layer, on the outputs of the layers that are already pruned (two passes)."""
     damping: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Ridge of the repair, relative to each input's mean square; `auto`: the one that does best on
     calibration sequences that the fit does not see, for each map."""
     fisher_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the Gram matrices of `local` are weighted by the gradients at the inputs."""
     drift: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """How much of the drift of the residual stream each map of `sequential` takes back; `auto`: all of it in layers
-    that only add what their maps give, nothing in others, such as those with a norm behind each part."""
+    """How much of the drift of the residual stream each map of `sequential` corrects; `auto`: all of it in layers that
+    only add the outputs of their maps, nothing in others, such as those with a norm behind each part."""
     drift_cap: Annotated[float, Field(gt=0)] | None = 2.0
-    """The longest drift of a token that counts, in medians over its sequence; null: no limit."""
+    """Limit of the drift of a token, as a multiple of the median over its sequence; null: no limit."""
     producer_steps: Floor = 0
     """Conjugate gradient steps, at most, on the maps that compute the kept channels of each MLP in `sequential`, its
     gate and up projection; 0: only the maps that read the channels are fitted."""
     sequences: Count | None = None
     """Sequences that `sequential` is fitted to, from the first that `tokenize` drew for it; null: all."""
     rescale: Literal["auto", "none"] = "auto"
-    """What is done behind whole layers or parts that are gone; `auto`: where the repair fits nothing there (all but
-    `sequential`), later layers add as much less as the residual stream is shorter than the dense one; `none`: nothing.
-    """
+    """Rescaling behind whole layers or parts that are gone, where the residual stream is shorter than the dense one.
+    `auto`: with all repairs but `sequential`, which fits the maps there, later layers add less, by the same factor;
+    `none`: none."""
     dtype: Dtype = "auto"
     """Storage type of the pruned model; `auto` keeps the dense model's."""
 
@@ -647,7 +650,7 @@ class Recover(Section):
     the linear maps are trained, and added to the weights in the end; needs `pip install 'libprune[lora]'`."""
     teacher: Source | None = None
     """Another model to learn from, in the forms of `prepare.model`; it must have the same vocabulary. null: the dense
-    model. Where a model is pruned in several steps, the model that the first step began with."""
+    model. If you prune in several steps, name the model with which the first step began."""
     text: Texts | None = None
     """The text to train on, in the forms of `tokenize.text`, or a list of texts with shares; null: the documents that
     the calibration text is drawn from."""
@@ -660,7 +663,7 @@ class Recover(Section):
     checks: Count = 5
     """How often the loss on the held-out sequences is measured, and a checkpoint written, at even distances."""
     patience: Count = 2
-    """Training ends after so many checks in a row without a lower held-out loss."""
+    """Training ends after this number of checks in a row without a lower held-out loss."""
     batch_tokens: Count = 1024
     """Tokens of one step of the optimizer, in all processes together, rounded down to whole sequences (at least
     one). `compute.batch_tokens` is the most in one pass; a step that holds more takes several passes."""
@@ -680,7 +683,7 @@ class Recover(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps in which the learning rate rises to its largest value."""
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    """How the learning rate falls to 0 afterwards; or it stays."""
+    """How the learning rate falls to 0 afterwards; with `constant_with_warmup` it stays."""
     weight_decay: Weight = 0.0
     """Decoupled weight decay."""
     clip: Weight = 1.0
