@@ -618,7 +618,8 @@ class Slice(Section):
 
     repair: Literal["none", "bias", "local", "sequential"] = "sequential"
     """`bias`: the removed inputs' mean; `local`: least squares on the consumers' weights from the cached Gram
-    matrices; `sequential`: layer by layer, on the outputs of the layers that are already pruned (two passes)."""
+    matrices; `sequential`: the same layer by layer, on the outputs of the layers that are already pruned, by two to
+    three forward passes."""
     damping: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Ridge of the repair, relative to each input's mean square; `auto`: the one that does best on
     calibration sequences that the fit does not see, for each map."""
