@@ -12,7 +12,7 @@ from libprune.engine.errors import LibpruneError, SourceError, naming
 from libprune.engine.family import Family, described_by, family_of
 from libprune.foresight.settings import refused
 from libprune.models.families import use_families
-from libprune.models.given import require_content, require_model, require_safetensors
+from libprune.models.given import require_content, require_dequantised, require_model, require_safetensors
 from libprune.pipeline.faults import Fault, name_of
 from libprune.pipeline.methods import METHODS
 from libprune.pipeline.params import Params
@@ -121,10 +121,7 @@ def _read_model(model: str, trusted: bool) -> Config | None:
     if isinstance(kind := config.get("model_type"), str):
         family_of(kind, config)
     if isinstance(told := config.get("quantization_config"), dict):
-        raise SourceError(
-            f"prepare.model = {model!r} is quantized ({told.get('quant_method')}); prune the unquantized model and "
-            "quantize the result"
-        )
+        require_dequantised(model, told.get("quant_method"))
     return config
 
 

@@ -1,6 +1,7 @@
 """What is given for a model where it lies here: refused by name if it is something else. No weight is read."""
 
 from pathlib import Path
+from typing import Any
 
 from libprune.engine.errors import SourceError
 
@@ -63,6 +64,24 @@ def require_model(model: str, path: Path) -> None:
                 )
     elif not (path / "config.json").is_file():
         raise SourceError(f"prepare.model = {model!r} is a folder without a config.json, so that it holds no model")
+
+
+DEQUANTISED = ("fp8", "mxfp4")
+"""Formats in which models are trained or published, with no unquantized form beside them. transformers dequantises
+them where it loads them."""
+
+
+def require_dequantised(model: str, method: Any) -> None:
+    """Stop at a quantized model, unless its format is one of `DEQUANTISED`.
+
+    Args:
+        model: as in `prepare.model`.
+        method: the name of the format in the model's config.
+    """
+    if method not in DEQUANTISED:
+        raise SourceError(
+            f"prepare.model = {model!r} is quantized ({method}); prune the unquantized model and quantize the result"
+        )
 
 
 def require_safetensors(model: str, path: Path) -> None:

@@ -18,7 +18,7 @@ from libprune.engine.errors import SourceError, naming
 from libprune.engine.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, experts_of, head_of
 from libprune.engine.stock_config import keys_of
 from libprune.models.folder import PROCESSOR_FILES, require_own_files
-from libprune.models.given import require_model, require_safetensors
+from libprune.models.given import require_dequantised, require_model, require_safetensors
 from libprune.models.memory import loading_on_disk
 from libprune.models.sentences import sentence_files
 from libprune.models.tokens import frame_of
@@ -58,8 +58,8 @@ gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)  # transformers asks 
 def load_dense(params: Prepare, scratch: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the dense model, on the CPU, and its tokenizer.
 
-    A GGUF file is dequantised to float32 unless another dtype is asked for, and a checkpoint in a format of
-    `DEQUANTISED` to the type that its config names. The quantization marks are removed, so that the model can be saved
+    A GGUF file is dequantised to float32 unless another dtype is asked for, and a checkpoint in fp8 or
+    mxfp4 to the type that its config names. The quantization marks are removed, so that the model can be saved
     again.
 
     Args:
@@ -104,11 +104,6 @@ def load_dense(params: Prepare, scratch: Path | None = None) -> tuple[PreTrained
         written = str(model.dtype).removeprefix("torch.")
         say(f"the model is stored in {method}; it is dequantised, and what is made of it is written in {written}")
     return model.eval(), tokenizer
-
-
-DEQUANTISED = ("fp8", "mxfp4")
-"""Formats in which models are trained or published, with no unquantized form beside them. transformers dequantises
-them where it loads them."""
 
 
 @contextmanager
@@ -300,7 +295,7 @@ def find_sentence_files(params: Prepare) -> dict[str, Path]:
 def load_dense_config(params: Prepare) -> PreTrainedConfig:
     """Load the config of the dense model without its weights; of a GGUF file only the metadata are read.
 
-    The config of a model in a format of `DEQUANTISED` is that of the dequantised one.
+    The config of a model in fp8 or mxfp4 is that of the dequantised one.
 
     Raises:
         SourceError: if the config cannot be found or read, or says that the model is quantized in another format:
@@ -313,7 +308,7 @@ def load_dense_config(params: Prepare) -> PreTrainedConfig:
 
 
 def stored_format(params: Prepare) -> str:
-    """The format of `DEQUANTISED` that the dense model is stored in; "" for plain weights and GGUF files.
+    """The format, fp8 or mxfp4, that the dense model is stored in; "" for plain weights and GGUF files.
 
     Raises:
         SourceError: as `load_dense_config`; of a GGUF file only if it does not exist.
@@ -322,7 +317,7 @@ def stored_format(params: Prepare) -> str:
 
 
 def _read_config(params: Prepare) -> tuple[PreTrainedConfig, str]:
-    """The config as it is stored, and the format of `DEQUANTISED` that it names."""
+    """The config as it is stored, and the format that it names, if it is one that is dequantised."""
     name, where = _place(params)
     with naming(f"the config of prepare.model = {params.model!r} cannot be loaded"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
@@ -332,12 +327,8 @@ def _read_config(params: Prepare) -> tuple[PreTrainedConfig, str]:
     if quantization is None:
         return config, ""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    if method not in DEQUANTISED:
-        raise SourceError(
-            f"prepare.model = {params.model!r} is quantized ({method}); prune the unquantized model and quantize "
-            "the result"
-        )
-    return config, method
+    require_dequantised(params.model, method)
+    return config, str(method)
 
 
 def _refuse_experts(model: str, path: Path) -> None:

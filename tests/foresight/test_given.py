@@ -91,8 +91,11 @@ def test_what_is_no_model_is_found(told, tmp_path):
             assert fault.startswith(key) and message in fault
 
 
-def test_a_known_model_has_no_fault(told, tmp_path):
-    assert told(prepare={"model": write_config(tmp_path / "m", model_type="llama", num_hidden_layers=4)}) == []
+@pytest.mark.parametrize("stored", [{}, {"quant_method": "mxfp4"}, {"quant_method": "fp8"}])
+def test_a_known_model_has_no_fault(told, tmp_path, stored):
+    """Formats that transformers dequantises are no fault either."""
+    more = {"quantization_config": stored} if stored else {}
+    assert told(prepare={"model": write_config(tmp_path / "m", model_type="llama", num_hidden_layers=4, **more)}) == []
 
 
 def test_lengths_beyond_learned_positions_are_found_and_others_are_not(told, tmp_path):
