@@ -135,6 +135,18 @@ class Bar(tqdm):
             _clear()
         super().__init__(*args, **options)
 
+    def __iter__(self) -> Iterator[Any]:
+        """The items, each counted when the next one is asked for.
+
+        tqdm counts several at once by a clock of its own, and counts them again after `ticking` has shown the bar.
+        """
+        try:
+            for item in self.iterable:
+                yield item
+                self.update()
+        finally:
+            self.close()
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Show the bar as it stands."""
         _Open.moved = time.monotonic()

@@ -186,6 +186,16 @@ with ticking("slice"):
 """
 
 
+def test_items_are_counted_once_though_the_stage_has_shown_the_bar_meanwhile(stderr):
+    shown = []
+    with ticking("slice"):
+        for _ in (bar := Bar(range(40), desc="repair", unit="layer")):
+            shown.append(bar.n)
+            time.sleep(0.02)
+    assert shown == list(range(40))
+    assert bar.n == 40
+
+
 def test_on_a_terminal_the_bar_moves_in_place_and_vanishes_and_lines_stand_alone():
     """In a pseudo-terminal without a size, as those of programs are."""
     program = f"import os, pty, sys; sys.exit(pty.spawn([sys.executable, '-c', {ON_A_TERMINAL!r}]))"
