@@ -6,7 +6,6 @@ documents what it answers.
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from libprune.engine.errors import ExportError
+from libprune.pipeline.processes import isolated
 
 PACKAGE = "xllamacpp"
 """The package that brings llama.cpp."""
@@ -59,7 +59,7 @@ def llama_cpp(path: Path, context: int, threads: int) -> Iterator["LlamaCpp"]:
     Raises:
         ExportError: if llama.cpp does not load the file, with what it says.
     """
-    command = [sys.executable, "-I", "-c", _SERVE, str(path.resolve()), str(context), str(threads)]
+    command = isolated(_SERVE, str(path.resolve()), str(context), str(threads))
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, text=True, errors="replace", **pipes) as process:
         assert process.stdin is not None and process.stdout is not None

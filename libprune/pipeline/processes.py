@@ -42,6 +42,23 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
 
 
+def isolated(program: str, *arguments: str) -> list[str]:
+    """The command of a Python that finds the packages of this one, and is deaf to variables and to its own folder.
+
+    Its option for that alone would leave out packages that the user has installed for himself, or that `PYTHONPATH`
+    names.
+
+    Args:
+        program: the text of a Python program.
+        arguments: what it finds in `sys.argv[1:]`.
+    """
+    places = json.dumps([str(Path(place).absolute()) for place in sys.path if place])
+    return [sys.executable, "-I", "-c", _FINDING + program, places, *arguments]
+
+
+_FINDING = "import json, sys\nsys.path += json.loads(sys.argv.pop(1))\n"
+
+
 def runs(pid: int) -> bool:
     """Whether a process of this number exists and has not ended."""
     try:
@@ -71,10 +88,9 @@ class FreshPython:
         self.folder = folder
         self._errors = folder / "errors.txt"
         offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder)}
-        command = [sys.executable, "-I", "-c", _WAIT]
         streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
         with self._errors.open("w") as errors:
-            self._process = subprocess.Popen(command, stderr=errors, cwd=folder, env=offline, **streams)
+            self._process = subprocess.Popen(isolated(_WAIT), stderr=errors, cwd=folder, env=offline, **streams)
 
     def run(self, program: str, arguments: Sequence[str]) -> str | None:
         """Run a program to its end; the process runs no other one after it.

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from libprune.pipeline.processes import environment, fresh_python, runs
+from libprune.pipeline.processes import environment, fresh_python, isolated, runs
 
 STAGE = """
 import os, time
@@ -94,6 +94,17 @@ except ImportError:
         assert python.run(program, ["two", "words\n"]) is None
         assert (python.folder / "said.txt").read_text() == "two words\n"
     assert not python.folder.exists()
+
+
+def test_an_isolated_python_finds_what_this_one_does_but_nothing_in_its_folder(tmp_path, monkeypatch):
+    for place, name in (("packages", "of_a_user"), ("own", "of_a_folder")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    for name, found in (("of_a_user", 0), ("of_a_folder", 1)):
+        command = isolated("import importlib, sys\nimportlib.import_module(sys.argv[1])", name)
+        done = subprocess.run(command, cwd=tmp_path / "own", stderr=subprocess.DEVNULL)
+        assert done.returncode == found, name
 
 
 @pytest.mark.parametrize(
