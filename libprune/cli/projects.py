@@ -38,15 +38,17 @@ def prune(
     The statistics of the model stay in a project in the user's cache, so that another ratio or method starts from them.
     """
     from libprune.engine.errors import ProjectError
-    from libprune.project.run import hand_out, run, set_up
+    from libprune.project.run import hand_out, reserved, run, set_up
 
     with stage.user_errors():
         if out.exists():
             raise ProjectError(f"{out} exists; name a folder that does not")
-        project = set_up(_changes(model, text, ratio, preset, settings))
-        typer.echo(f"project: {project} (keeps the statistics; remove it to free the disk)")
-        run(project)
-        folder = hand_out(project, out)
+        changes = _changes(model, text, ratio, preset, settings)
+        with reserved(changes["prepare.model"]):
+            project = set_up(changes)
+            typer.echo(f"project: {project} (keeps the statistics; remove it to free the disk)")
+            run(project)
+            folder = hand_out(project, out)
     typer.echo(f"\nmodel:   {folder}\nreport:  {out / 'report/report.html'}\nparams:  {out / 'params.yaml'}")
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from libprune.engine.yaml_file import read_yaml
 from libprune.pipeline.artifacts import read_json
 from libprune.pipeline.atomic import writing, writing_folder
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.locks import mend, running
+from libprune.pipeline.locks import held, mend, running
 from libprune.pipeline.processes import environment
 from libprune.project.commands import dvc
 from libprune.project.create import create_project, update_project
@@ -31,6 +32,24 @@ def project_of(model: str) -> Path:
     """
     name = "".join(c if c.isalnum() or c in "-._" else "-" for c in Path(model).name)
     return user_cache_path("libprune") / "projects" / f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+
+
+@contextmanager
+def reserved(model: str) -> Iterator[None]:
+    """Inside the context no other run has the project of a model, whose params it would change before they are read.
+
+    Args:
+        model: as of `prepare.model`.
+
+    Raises:
+        LibpruneError: if another one has it, or the model is a path that does not exist.
+    """
+    project = project_of(placed({"prepare.model": model})["prepare.model"])
+    project.parent.mkdir(parents=True, exist_ok=True)
+    with held(project.parent / f".{project.name}.lock") as mine:
+        if not mine:
+            raise ProjectError(f"{project} is in use by another run of libprune; wait until it has ended")
+        yield
 
 
 def set_up(changes: Mapping[str, Any]) -> Path:

@@ -6,7 +6,10 @@ from typer.testing import CliRunner
 import libprune
 from libprune.cli import projects
 from libprune.cli.main import app
+from libprune.engine.errors import ProjectError
 from libprune.pipeline.params import load_params
+from libprune.project import run as runner
+from tests.support import tiny
 
 RUNNER = CliRunner()
 
@@ -41,6 +44,25 @@ def test_a_folder_that_exists_is_refused_before_anything_runs(tmp_path, monkeypa
     assert done.exit_code == 1
     assert "exists; name a folder that does not" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_for_one_model_do_not_share_its_project(tmp_path, monkeypatch):
+    """The second begins while the first has its project and runs nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tiny.write_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("one\ntwo\nthree\n")
+    asked, seconds = ["prune", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt")], []
+
+    def run(project):
+        before = (project / "params.yaml").read_text()
+        seconds.append(RUNNER.invoke(app, [*asked, str(tmp_path / "two"), "--ratio", "0.4"]))
+        assert (project / "params.yaml").read_text() == before
+        raise ProjectError("the first is over")
+
+    monkeypatch.setattr(runner, "run", run)
+    first = RUNNER.invoke(app, [*asked, str(tmp_path / "one"), "--ratio", "0.3"])
+    assert "the first is over" in first.stderr
+    assert "is in use by another run of libprune; wait until it has ended" in seconds[0].stderr
 
 
 def test_the_commands_are_those_of_this_module():
