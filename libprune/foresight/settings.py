@@ -11,7 +11,7 @@ from libprune.engine.errors import LibpruneError
 from libprune.engine.yaml_file import Place
 from libprune.export.packages import PACKAGES, require_packages
 from libprune.pipeline.faults import Fault
-from libprune.pipeline.methods import METHODS, allocation_reads
+from libprune.pipeline.methods import METHODS, REPAIRS, allocation_reads
 from libprune.pipeline.params import Params
 from libprune.scoring.criteria import CRITERIA, NOTHING_COLLECTED
 from libprune.scoring.expression import asked_of, expression_faults, parse_criteria
@@ -111,7 +111,7 @@ def _sequences(params: Params) -> Iterator[Fault]:
         "depth": allocate.ordered,
         "levels": "levels" in reads,
         "width": allocate.width is not None,
-        "slice": params.slice.repair == "sequential",
+        "slice": REPAIRS[params.slice.repair].layer_by_layer,
     }
     fitted, own = params.tokenize.repaired_on[0], params.tokenize.repair_sequences is not None
     drawn = dict.fromkeys(used, (stored, "calibration")) | {"slice": (fitted, "repair" if own else "calibration")}
@@ -124,7 +124,8 @@ def _sequences(params: Params) -> Iterator[Fault]:
                 f"all of them, at most {most}, or raise tokenize.{text}_sequences",
                 (section, "sequences"),
             )
-    chosen_by = {"local": "activations", "sequential": "slice"}.get(params.slice.repair)
+    by_layer = REPAIRS[params.slice.repair].layer_by_layer
+    chosen_by = "slice" if by_layer else {"local": "activations"}.get(params.slice.repair)
     held = min(asked[chosen_by], drawn[chosen_by][0]) if chosen_by else 0
     if chosen_by and params.slice.damping == "auto" and held < HELD_OUT:
         yield Fault(

@@ -156,7 +156,8 @@ class Repair:
         source: where the method comes from.
         reads: artifacts that it needs beside the plan and the dense weights.
         params: keys of the section `slice` that mean something to it.
-        fits_behind: whether it fits what lies behind a whole layer or part that is gone; if not, that is rescaled.
+        layer_by_layer: whether it runs the pruned model on a text, and fits each layer on the outputs of those before
+            it. Such a repair fits what lies behind a whole layer or part that is gone; with others, that is rescaled.
     """
 
     function: str | None
@@ -164,7 +165,7 @@ class Repair:
     source: str
     reads: tuple[str, ...] = ()
     params: tuple[str, ...] = ()
-    fits_behind: bool = False
+    layer_by_layer: bool = False
 
     @property
     def repair(self) -> Callable[..., Any]:
@@ -192,7 +193,14 @@ REPAIRS: dict[str, Repair] = {
         computes="least squares layer by layer, on what the pruned layers before hand on",
         source="Frantar & Alistarh 2022, on the inputs of the pruned model",
         params=("damping", "drift", "drift_cap", "producer_steps", "sequences"),
-        fits_behind=True,
+        layer_by_layer=True,
+    ),
+    "block": Repair(
+        "libprune.repair.repairs:block_fits",
+        computes="as `sequential`, then all weights of each layer by gradient steps, to give the dense layer's output",
+        source="Li et al. 2021, BRECQ, on the inputs of the pruned model",
+        params=("damping", "drift", "drift_cap", "sequences", "block_epochs", "block_rate"),
+        layer_by_layer=True,
     ),
 }
 """The repairs by their value of `slice.repair`."""

@@ -187,8 +187,9 @@ class Tokenize(Section):
     calibration_length: Annotated[int, Field(ge=2)] = 128
     """Tokens of a calibration sequence."""
     repair_sequences: Count | None = None
-    """Number of sequences that `slice.repair: sequential` is fitted to; null: as many as `calibration_sequences`. They
-    come from the same documents, drawn with the same seed. With null for both, these are the calibration sequences."""
+    """Number of sequences that `slice.repair: sequential` or `block` is fitted to; null: as many as
+    `calibration_sequences`. They come from the same documents, drawn with the same seed. With null for both, these are
+    the calibration sequences."""
     repair_length: Annotated[int, Field(ge=2)] | None = None
     """Tokens of each of these sequences; null: as `calibration_length`."""
     evaluation_windows: Annotated[int, Field(ge=2)] = 16
@@ -616,10 +617,11 @@ class Allocate(Section):
 class Slice(Section):
     """How the pruned model is made."""
 
-    repair: Literal["none", "bias", "local", "sequential"] = "sequential"
+    repair: Literal["none", "bias", "local", "sequential", "block"] = "sequential"
     """`bias`: the removed inputs' mean; `local`: least squares on the consumers' weights from the cached Gram
     matrices; `sequential`: the same layer by layer, on the outputs of the layers that are already pruned, by two to
-    three forward passes."""
+    three forward passes; `block`: after that in each layer, all its weights are trained to give the dense layer's
+    output."""
     damping: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Ridge of the repair, relative to each input's mean square; `auto`: the one that does best on
     calibration sequences that the fit does not see, for each map."""
@@ -633,12 +635,18 @@ class Slice(Section):
     producer_steps: Floor = 0
     """Conjugate gradient steps, at most, on the maps that compute the kept channels of each MLP in `sequential`, its
     gate and up projection; 0: only the maps that read the channels are fitted."""
+    block_epochs: Count = 2
+    """How often `block` goes through the text in each layer, at most; it ends earlier where the error on held-out
+    sequences rises."""
+    block_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """Largest learning rate of `block`."""
     sequences: Count | None = None
-    """Sequences that `sequential` is fitted to, from the first that `tokenize` drew for it; null: all."""
+    """Sequences that `sequential` and `block` are fitted to, from the first that `tokenize` drew for them; null: all.
+    """
     rescale: Literal["auto", "none"] = "auto"
     """Rescaling behind whole layers or parts that are gone, where the residual stream is shorter than the dense one.
-    `auto`: with all repairs but `sequential`, which fits the maps there, later layers add less, by the same factor;
-    `none`: none."""
+    `auto`: with all repairs but `sequential` and `block`, which fit the maps there, later layers add less, by the same
+    factor; `none`: none."""
     dtype: Dtype = "auto"
     """Storage type of the pruned model; `auto` keeps the dense model's."""
 

@@ -14,6 +14,7 @@ Structured optimal brain compression, with the ridge pulled towards the old weig
 (Frantar & Alistarh 2022, "Optimal Brain Compression").
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -261,7 +262,11 @@ class Fit:
         after: share lost by the new weights there.
         held_out_before: as `before`, on calibration sequences that the fit did not see; NaN without any.
         held_out_after: as `after`, of the fit without those sequences.
-        producers: new weights of maps that compute its inputs by parameter name, in storage order and dense shape.
+        others: new weights beside its own by parameter name, in storage order and dense shape: of the maps that compute
+            its inputs, or of the whole layer.
+        layer_before: where the whole layer was trained, what it missed of the dense layer's output on held-out
+            sequences, as a share of that; else NaN.
+        layer_after: what it misses after the training.
     """
 
     consumer: Map
@@ -272,7 +277,9 @@ class Fit:
     after: float
     held_out_before: float
     held_out_after: float
-    producers: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    layer_before: float = math.nan
+    layer_after: float = math.nan
 
 
 def require_choice(damping: float | None, held_out: bool) -> None:
@@ -431,7 +438,7 @@ def repair_local(
 def waiting(fit: Fit, keep: Keep) -> Fit:
     """A fit whose tensors wait elsewhere."""
     weight, bias = (None if tensor is None else keep(tensor) for tensor in (fit.weight, fit.bias))
-    return replace(fit, weight=weight, bias=bias, producers={name: keep(one) for name, one in fit.producers.items()})
+    return replace(fit, weight=weight, bias=bias, others={name: keep(one) for name, one in fit.others.items()})
 
 
 def fit_place(device: torch.device, gram: Tensor) -> torch.device:
@@ -525,7 +532,7 @@ def new_parameters(fits: Iterable[Fit]) -> dict[str, Tensor]:
             parameters[fit.consumer.weight] = fit.weight
         if fit.bias is not None:
             parameters[fit.consumer.bias] = fit.bias
-        parameters |= fit.producers
+        parameters |= fit.others
     return parameters
 
 
@@ -537,15 +544,16 @@ def mean_errors(fits: Sequence[Fit]) -> dict[str, float]:
     return {f"lost_{name}": float(np.mean([getattr(fit, name) for fit in fits])) for name in names}
 
 
+FIGURES = ("damping", "before", "after", "held_out_before", "held_out_after", "layer_before", "layer_after")
+"""The figures of a fit."""
+
+
 def fit_table(fits: list[Fit]) -> Columns:
     """One row a repaired consumer."""
     return {
         "layer_idx": np.array([fit.consumer.layer for fit in fits], dtype=np.int64),
         "group_type": np.array([fit.consumer.part for fit in fits], dtype=np.str_),
         "module": np.array([fit.consumer.module for fit in fits], dtype=np.str_),
-        **{
-            name: np.array([getattr(fit, name) for fit in fits], dtype=np.float64)
-            for name in ("damping", "before", "after", "held_out_before", "held_out_after")
-        },
-        "producers": np.array([bool(fit.producers) for fit in fits], dtype=np.bool_),
+        **{name: np.array([getattr(fit, name) for fit in fits], dtype=np.float64) for name in FIGURES},
+        "others": np.array([bool(fit.others) for fit in fits], dtype=np.bool_),
     }

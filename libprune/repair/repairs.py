@@ -28,7 +28,17 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.pipeline.shards import GRAM, HELD_OUT, read_meta, read_tensor
 from libprune.pipeline.terminal import Bar, note
-from libprune.repair.least_squares import CPU, Fit, Inputs, new_parameters, pruned_consumers, repair_bias, repair_local
+from libprune.repair.blocks import STEP_TOKENS, Epochs
+from libprune.repair.least_squares import (
+    CPU,
+    FIGURES,
+    Fit,
+    Inputs,
+    new_parameters,
+    pruned_consumers,
+    repair_bias,
+    repair_local,
+)
 from libprune.repair.sequential import SequentialRepair, split_batches
 
 Repairing = Callable[[Layout, Architecture, Plan, Compute, Slice], list[Fit]]
@@ -156,6 +166,11 @@ def inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Ca
     return read
 
 
+def block_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
+    """Fit layer by layer as `sequential_fits`, and train all weights of each layer that loses units."""
+    return sequential_fits(layout, architecture, plan, compute, params)
+
+
 def _calibrated_on(layout: Layout) -> str:
     """The digest of the calibration text."""
     digest: str = read_table(layout.calibration_tokens, "tokenize")[1]["tokens"]
@@ -189,7 +204,9 @@ def _layer_by_layer(
         raise LibpruneError("the slice stage runs in one process; start it without torchrun")
     damping = None if params.damping == "auto" else params.damping
     drift = 0.0 if own_inputs else None if params.drift == "auto" else params.drift
-    batches = split_batches(run.sequences.to(run.device), run.at_once)
+    trains = params.repair == "block" and not own_inputs
+    at_once = max(1, STEP_TOKENS // run.meta["length"]) if trains else run.at_once
+    batches = split_batches(run.sequences.to(run.device), at_once)
     steps = 0 if own_inputs else params.producer_steps
     narrow, identity = None, {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
     if plan.width is not None:
@@ -198,7 +215,18 @@ def _layer_by_layer(
         turn_model(run.model, architecture, axes, run.keep)
         identity["axes"] = axes.digest
     repair = SequentialRepair(
-        run.model, architecture, plan, batches, damping, drift, params.drift_cap, steps, own_inputs, narrow, run.keep
+        run.model,
+        architecture,
+        plan,
+        batches,
+        damping,
+        drift,
+        params.drift_cap,
+        steps,
+        own_inputs,
+        narrow,
+        Epochs(params.block_epochs, params.block_rate) if trains else None,
+        run.keep,
     )
     folder = run.work / "slice" / sums_identity(run, identity, ("repair",))
     fits = []
@@ -213,25 +241,22 @@ def _layer_by_layer(
     return fits
 
 
-_ERRORS = ("damping", "before", "after", "held_out_before", "held_out_after")
-
-
 def _save(path: Path, fits: list[Fit]) -> None:
     """Keep the fits of one layer, for a run after an interruption."""
-    numbers = {fit.consumer.weight: {name: getattr(fit, name) for name in _ERRORS} for fit in fits}
-    producers = {fit.consumer.weight: list(fit.producers) for fit in fits}
+    numbers = {fit.consumer.weight: {name: getattr(fit, name) for name in FIGURES} for fit in fits}
+    others = {fit.consumer.weight: list(fit.others) for fit in fits}
     with writing(path) as partial:
-        metadata = {"fits": json.dumps(numbers), "producers": json.dumps(producers)}
+        metadata = {"fits": json.dumps(numbers), "others": json.dumps(others)}
         save_file(new_parameters(fits), partial, metadata=metadata)
 
 
 def _load(path: Path, architecture: Architecture) -> list[Fit]:
     consumers = {entry.weight: entry for entry in architecture.maps}
     with safe_open(path, framework="pt") as file:
-        numbers, producers = (json.loads(file.metadata()[key]) for key in ("fits", "producers"))
+        numbers, others = (json.loads(file.metadata()[key]) for key in ("fits", "others"))
         return [
-            Fit(consumers[name], file.get_tensor(name), None, producers=_tensors(file, producers[name]), **errors)
-            for name, errors in numbers.items()
+            Fit(consumers[name], file.get_tensor(name), None, others=_tensors(file, others[name]), **figures)
+            for name, figures in numbers.items()
         ]
 
 
@@ -240,9 +265,10 @@ def _tensors(file: Any, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def print_fits(fits: Sequence[Fit]) -> None:
-    """Print what share of its output each repaired consumer loses, and whether its producers were fitted.
+    """Print what share of its output each repaired consumer loses, and what was fitted beside it.
 
-    Producers are the maps that compute the consumer's inputs.
+    Producers are the maps that compute the consumer's inputs. Of a layer that was trained as a whole, the shares of its
+    output are printed that it missed before and after.
     """
     if not fits:
         return
@@ -250,5 +276,6 @@ def print_fits(fits: Sequence[Fit]) -> None:
     for fit in fits:
         values = [100 * value for value in (fit.before, fit.after, fit.held_out_before, fit.held_out_after)]
         numbers = "".join(f"{value:>{width}.2f}" for value, width in zip(values, (9, 10, 10, 10), strict=True))
-        mark = "  + producers" if fit.producers else ""
+        trained = f"  layer {100 * fit.layer_before:.2f} to {100 * fit.layer_after:.2f}"
+        mark = trained if fit.layer_before == fit.layer_before else "  + producers" if fit.others else ""
         note(f"{fit.consumer.module:<36}{fit.damping:>9.0e}{numbers}{mark}")

@@ -42,6 +42,7 @@ from libprune.engine.surgery import hooked, masked, oriented
 from libprune.models.layers import first_output, layers_of, run_layer, set_parameters, values_of
 from libprune.models.memory import Keep, in_memory
 from libprune.models.sequences import Sequences
+from libprune.repair.blocks import Epochs, train_layer
 from libprune.repair.experts import Rows, fit_experts
 from libprune.repair.least_squares import (
     Fit,
@@ -97,6 +98,7 @@ class SequentialRepair:
         steps: int = 0,
         own_inputs: bool = False,
         narrow: Narrowed | None = None,
+        epochs: Epochs | None = None,
         keep: Keep = in_memory,
     ) -> None:
         """Begin before the first layer.
@@ -114,8 +116,17 @@ class SequentialRepair:
             own_inputs: fit only mixtures that lose experts, each on what the dense model gives it: `local` repair.
             narrow: the weights for a narrower residual stream, along whose axes the model lies; what reads the stream
                 gets them, and every consumer is fitted. None where the plan leaves the stream as wide as it is.
+            epochs: how all weights of a layer with fits are trained after them; None: they are not.
             keep: puts what waits on the host, such as states and new weights, where it takes no memory.
+
+        Raises:
+            LibpruneError: if layers are to be trained, and no sequence is held out to judge them by.
         """
+        if epochs is not None and len({batch.held_out for batch in batches}) < 2:
+            raise LibpruneError(
+                "slice.repair: block judges by every eighth sequence, and there are fewer than 8; use more sequences"
+            )
+        self._epochs = epochs
         self._keep = keep
         self._own_inputs, self._narrow = own_inputs, narrow
         self._model, self._architecture, self._plan = model, architecture, plan
@@ -171,11 +182,51 @@ class SequentialRepair:
                     refit = self._refit_stack if consumer.stack else self._refit
                     fit, states = refit(layer, consumers, index, outputs, drift, multiples)
                     fits.append(fit)
+            if self._epochs is not None and fits:
+                fits, states = self._train(layer, fits, after, self._epochs), None
             if states is None or factors is None:
                 numbers = range(len(self._batches))
                 states = [first_output(self._run(layer, number)[0]) for number in numbers]
         self._dense, self._pruned = after, after if self._own_inputs else [self._keep(state.cpu()) for state in states]
         return [waiting(fit, self._keep) for fit in fits]
+
+    def _train(self, layer: int, fits: list[Fit], after: Sequence[Tensor], epochs: Epochs) -> list[Fit]:
+        """Train all weights of a layer but those that choose experts, and put them in the place of the fitted ones."""
+        architecture, width = self._architecture, self._plan.width
+        parts = [part for part in architecture.parts_of(layer) if not self._plan.gone(layer, part)]
+        blocks = [architecture.parameters_of(layer, part) for part in parts]
+        routers = {shape.router for shape in architecture.parts.values() if shape.router}
+        names = [
+            parameter.name
+            for block in blocks
+            for parameter in block
+            if not any(f".{router}." in parameter.name for router in routers)
+        ]
+        old = values_of(self._model, names)
+        set_parameters(self._model, {name: tensor.clone() for name, tensor in old.items()})
+
+        def run(number: int) -> Tensor:
+            given = self._run(layer, number, differentiable=torch.is_grad_enabled())[0]
+            return first_output(given)[..., :width]
+
+        targets, held_out = [state[..., :width] for state in after], [batch.held_out for batch in self._batches]
+        needed = {name: self._model.get_parameter(name).requires_grad for name in names}
+        parameters = {name: self._model.get_parameter(name).requires_grad_() for name in names}
+        trained = train_layer(run, targets, held_out, parameters, epochs)
+        self._set(trained.tensors or old)
+        new = {name: tensor.cpu() for name, tensor in trained.tensors.items()}
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(needed[name])
+        first, *rest = (
+            replace(
+                fit,
+                weight=new.pop(fit.consumer.weight, fit.weight),
+                layer_before=trained.before,
+                layer_after=trained.after,
+            )
+            for fit in fits
+        )
+        return [replace(first, others={**first.others, **new}), *rest]
 
     def _set(self, tensors: Mapping[str, Tensor]) -> None:
         set_parameters(self._model, tensors, self._keep)
@@ -343,7 +394,7 @@ class SequentialRepair:
             second,
             before=first.before,
             held_out_before=first.held_out_before,
-            producers={name: tensor.cpu() for name, tensor in new.items()},
+            others={name: tensor.cpu() for name, tensor in new.items()},
         )
         return fit, moved
 

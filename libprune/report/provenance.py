@@ -114,7 +114,7 @@ def gather_seen(layout: Layout, origin: Mapping[str, str], result: Mapping[str, 
     pruning, recovery, protocol = result["pruning"], result.get("recovery"), result["protocol"]
     if fitted := pruning["repair_text"]:
         name = "calibration" if fitted["tokens"] == pruning["tokens"] else "repair"
-        found["repair"] = ("repair, sequential", name, fitted["sequences"], fitted["length"])
+        found["repair"] = (f"repair, {pruning['slice']['repair']}", name, fitted["sequences"], fitted["length"])
     elif (repair := pruning["slice"]["repair"]) != "none":
         found["repair"] = (f"repair, {repair}, from the activations", *found["activations"][1:])
     found["evaluation"] = ("evaluation", "evaluation", protocol["windows"], protocol["length"])

@@ -91,7 +91,7 @@ def prune(
     compute = compute if disk is None else _from_disk(compute, params)
     fits = REPAIRS[params.repair].repair(layout, architecture, plan, compute, params)
     rescaling = Rescaling({})
-    if params.rescale == "auto" and not REPAIRS[params.repair].fits_behind:
+    if params.rescale == "auto" and not REPAIRS[params.repair].layer_by_layer:
         rescaling = measure_rescaling(layout, architecture, plan, compute, len(text))
     added = sorted({fit.consumer.part for fit in fits if fit.bias is not None and fit.consumer.bias not in dense})
     own, (architecture, config) = architecture, with_biases(architecture, load_config(layout.model), added)
@@ -138,8 +138,8 @@ def prune(
 
 
 def _repair_text(layout: Layout, params: Slice) -> dict[str, Any] | None:
-    """The text that the sequential repair was fitted to; None for other repairs, which read what was collected."""
-    if params.repair != "sequential":
+    """The text that a repair layer by layer was fitted to; None for others, which read what was collected."""
+    if not REPAIRS[params.repair].layer_by_layer:
         return None
     _, drawn = read_table(layout.repair_tokens, "tokenize")
     return {name: drawn[name] for name in ("tokens", "length")} | {"sequences": params.sequences or drawn["sequences"]}
@@ -157,7 +157,7 @@ def _from_disk(compute: Compute, params: Slice) -> Compute:
 
     A GPU that is to hold weights which change is asked for itself: they cannot visit it.
     """
-    changes = params.repair == "sequential" and resolve_device(compute.device).type != "cpu"
+    changes = REPAIRS[params.repair].layer_by_layer and resolve_device(compute.device).type != "cpu"
     return compute if changes else compute.model_copy(update={"offload": "disk"})
 
 
@@ -171,12 +171,12 @@ def _weights(
 ) -> Mapping[str, Tensor]:
     """All weights in dense shape, along the axes of the residual stream where that is to be narrower.
 
-    A sequential repair has fitted its maps along these axes, every other one in the dense model.
+    A repair layer by layer has fitted its maps along these axes, every other one in the dense model.
     """
     if plan.width is None:
         return repaired
     axes, mends = read_axes(layout.width_axes, origin), params.repair != "none"
-    if params.repair == "sequential":
+    if REPAIRS[params.repair].layer_by_layer:
         return replace(repaired, dense=Narrowed(repaired.dense, architecture, axes, plan.width, mends))
     return Narrowed(repaired, architecture, axes, plan.width, mends)
 

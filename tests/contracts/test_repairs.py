@@ -28,7 +28,8 @@ VARIANTS: dict[str, list[Slice]] = {
     "sequential": [
         Slice(repair="sequential", damping=0.01),
         Slice(repair="sequential", producer_steps=4),
-    ]
+    ],
+    "block": [Slice(repair="block", block_epochs=1, block_rate=1e-4)],
 }
 CASES = {
     "-".join([name, *map(str, params.model_dump(exclude_defaults=True, exclude={"repair"}))]): params
@@ -105,7 +106,7 @@ def test_every_pruned_consumer_is_fitted_once_in_its_dense_shape_and_reads_nothi
     if repair.function is None:
         assert fits == []
         return
-    kept |= place.behind() if repair.fits_behind else {}
+    kept |= place.behind() if repair.layer_by_layer else {}
     assert sorted(fit.consumer.module for fit in fits) == sorted(kept)
     for fit in fits:
         assert (fit.weight is None) is (fit.bias is not None), "a repair of the weights or of the bias"
@@ -123,26 +124,29 @@ def test_only_pruned_consumers_change_and_of_their_producers_the_rows_of_the_uni
     place = places(name)
     architecture = place.architecture
     fits = place.fits(case)
-    assert bool(CASES[case].producer_steps) or not any(fit.producers for fit in fits)
+    whole = CASES[case].repair == "block"
+    assert bool(CASES[case].producer_steps) or whole or not any(fit.others for fit in fits)
     for fit in fits:
-        block = (fit.consumer.layer, fit.consumer.part)
-        maps = {entry.weight: entry for entry in architecture.maps_of(*block)}
+        layer, part = fit.consumer.layer, fit.consumer.part
+        parts = architecture.parts_of(layer) if whole else [part]
+        maps = {entry.weight: entry for one in parts for entry in architecture.maps_of(layer, one)}
+        known = {parameter.name for one in parts for parameter in architecture.parameters_of(layer, one)}
         own = {fit.consumer.weight} if fit.bias is None else {fit.consumer.bias}
-        assert set(new_parameters([fit])) == own | set(fit.producers)
-        assert fit.producers.keys() <= maps.keys() - {fit.consumer.weight}
-        gone = np.flatnonzero(~place.plan.keep[block])
-        for parameter, tensor in fit.producers.items():
-            entry = maps[parameter]
-            units = entry.output.units(architecture.parts[block[1]].axis, architecture.sizes)
+        assert set(new_parameters([fit])) == own | set(fit.others)
+        assert fit.others.keys() <= (known if whole else maps.keys()) - {fit.consumer.weight}
+        for parameter in fit.others.keys() & maps.keys():
+            entry, tensor = maps[parameter], fit.others[parameter]
+            units = entry.output.units(architecture.parts[entry.part].axis, architecture.sizes)
             changed = rows_changed(oriented(entry, tensor), oriented(entry, place.dense[parameter]))
             assert changed
-            assert not set(units[changed]) & {-1, *gone}
+            assert not set(units[changed]) & {*np.flatnonzero(~place.plan.keep[layer, entry.part])}
+            assert whole or -1 not in units[changed]
 
 
 def test_producers_are_fitted_where_each_channel_depends_on_its_own_token_alone(places):
     """So that the test of the producers sees some."""
     case = "sequential-producer_steps"
-    assert {name for name in LAYOUTS if any(fit.producers for fit in places(name).fits(case))} == set(LAYOUTS)
+    assert {name for name in LAYOUTS if any(fit.others for fit in places(name).fits(case))} == set(LAYOUTS)
 
 
 @every_case

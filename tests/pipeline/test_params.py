@@ -153,6 +153,9 @@ def test_gram_matrices_in_bfloat16_are_refused_where_the_repair_needs_them(load)
         ("drift", 0.5, "local"),
         ("drift_cap", 1.5, "local"),
         ("producer_steps", 4, "local"),
+        ("producer_steps", 4, "block"),
+        ("block_epochs", 3, "sequential"),
+        ("block_rate", 1e-4, "local"),
     ],
 )
 def test_settings_of_another_repair_are_refused(load, key, value, repair):

@@ -245,9 +245,9 @@ def test_the_logits_of_other_text_come_nearer_than_by_fitting_consumers_alone(na
         changed = {key for key, value in model.state_dict().items() if not torch.equal(value, state[key])}
         tied = {"lm_head.weight", "embed_out.weight"}
         assert changed - tied == set(new_parameters(fits[steps])) - tied
-    assert not any(fit.producers for fit in fits[0])
-    assert any(fit.producers for fit in fits[8])
-    assert all(fit.consumer.part == "mlp" for fit in fits[8] if fit.producers)
+    assert not any(fit.others for fit in fits[0])
+    assert any(fit.others for fit in fits[8])
+    assert all(fit.consumer.part == "mlp" for fit in fits[8] if fit.others)
     assert missed[8] < missed[0]
 
 
@@ -256,7 +256,7 @@ def test_a_run_that_goes_on_with_known_layers_ends_as_one_without_a_break(name):
     whole, resumed = MODELS[name](0), MODELS[name](0)
     plan, ids = two_thirds(describe(whole)), text(160, 2)
     fits = repair(whole, plan, ids, 8)
-    assert any(fit.producers for layer in fits[:2] for fit in layer)
+    assert any(fit.others for layer in fits[:2] for fit in layer)
     repair(resumed, plan, ids, 8, known=fits[:2])
     for key, value in resumed.state_dict().items():
         torch.testing.assert_close(value, whole.state_dict()[key], rtol=1e-3, atol=1e-5)
@@ -269,7 +269,7 @@ def test_nothing_is_fitted_to_text_of_which_none_is_held_out():
         for fit in layer
     ]
     assert fits
-    assert not any(fit.producers for fit in fits)
+    assert not any(fit.others for fit in fits)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -278,7 +278,7 @@ def test_checkpointed_blocks_give_the_same(name):
     plan, ids = two_thirds(describe(plain)), text(160, 2)
     recompute_layers(checkpointed, describe(plain))
     fits = [[fit for layer in repair(model, plan, ids, 8) for fit in layer] for model in (plain, checkpointed)]
-    assert any(fit.producers for fit in fits[0])
+    assert any(fit.others for fit in fits[0])
     for key, value in new_parameters(fits[0]).items():
         torch.testing.assert_close(new_parameters(fits[1])[key], value)
 
@@ -289,7 +289,7 @@ def test_an_activation_may_write_into_what_it_gets():
         block.mlp.act, own.mlp.act = torch.nn.ReLU(inplace=True), torch.nn.ReLU()
     plan, ids = two_thirds(describe(model)), text(160, 2)
     one, two = ([fit for layer in repair(m, plan, ids, 8) for fit in layer] for m in (model, other))
-    assert any(fit.producers for fit in one)
+    assert any(fit.others for fit in one)
     assert all(torch.equal(value, new_parameters(two)[key]) for key, value in new_parameters(one).items())
 
 
@@ -298,6 +298,6 @@ def test_where_nothing_is_won_on_held_out_text_the_producers_stay():
     model = FAMILIES["llama"](0)
     plan, before = two_thirds(describe(model)), deepcopy(model.state_dict())
     fits = [fit for layer in repair(model, plan, text(8, 2)[:, :3], 8) for fit in layer]
-    kept = {fit.consumer.weight for fit in fits} | {name for fit in fits for name in fit.producers}
-    assert any(not fit.producers for fit in fits if fit.consumer.part == "mlp")
+    kept = {fit.consumer.weight for fit in fits} | {name for fit in fits for name in fit.others}
+    assert any(not fit.others for fit in fits if fit.consumer.part == "mlp")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items() if key not in kept)

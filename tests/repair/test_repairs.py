@@ -97,7 +97,7 @@ def test_a_sequential_repair_that_is_interrupted_goes_on_with_the_layers_that_ar
         folder.mkdir(exist_ok=True)
         proof, fits = prune(layout, folder, Compute(), params)
         assert proof["logit_difference"] < 1e-4 * proof["logit_scale"]
-        assert any(fit.producers for fit in fits)
+        assert any(fit.others for fit in fits)
         return load_model(folder, torch.float32, trust_remote_code=True).state_dict(), fresh
 
     whole, _ = write_collected(tmp_path / "whole", name, "holes")

@@ -1,0 +1,160 @@
+"""Training the weights of one layer of the pruned model to give what the dense layer gave.
+
+Least squares refits one map at a time. Here all weights of a layer are fitted together, norms among them, by gradient
+steps, and the layers one after the other:
+
+    theta' = argmin E w |F(h^; theta) - h'|^2,   w = min(1, m / |h'|)^2
+
+F is the layer, h^ the residual stream that the pruned and fitted layers before it hand on, h' the dense model's stream
+behind the layer, and m the median length of h' over all tokens. So a layer corrects what the layers before it have lost
+as well. A few tokens have states hundreds of times longer than others, and w keeps them from being all that is fitted.
+
+Held-out sequences judge after every epoch. The weights with the lowest error are kept, those before the first step
+among them, since fits of this kind easily learn the text by heart (Shin et al. 2024, arXiv 2406.15524). Fitting a block
+to its dense output is known from quantization: Li et al. 2021, BRECQ, arXiv 2102.05426. The steps are those of Adam
+(Kingma & Ba 2015) on float32 copies of the weights.
+
+Memory: of one layer the weights six times in float32, and what backward needs for the tokens of a step; on the host
+the states of the whole text before and behind the layer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
+
+STEP_TOKENS = 1024
+"""Tokens of one step, rounded down to whole sequences, at least one."""
+_BETAS = (0.9, 0.98)
+_WARMUP = 5
+"""Steps in which the learning rate rises to its largest value."""
+_LAST = 0.1
+"""The share of the learning rate that is left in the last step; it falls linearly."""
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """How a layer is trained.
+
+    Attributes:
+        number: how often the text is gone through, at most.
+        rate: the largest learning rate.
+    """
+
+    number: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the training of a layer came to.
+
+    Attributes:
+        tensors: the weights that changed by parameter name, float32; none where no epoch was better than before.
+        before: the held-out error before training, as a share of the weighted squared length of the dense stream.
+        after: that of the weights that were kept.
+    """
+
+    tensors: dict[str, Tensor]
+    before: float
+    after: float
+
+
+def train_layer(
+    run: Callable[[int], Float[Tensor, "_ length model"]],
+    targets: Sequence[Float[Tensor, "_ length model"]],
+    held_out: Sequence[bool],
+    parameters: Mapping[str, nn.Parameter],
+    epochs: Epochs,
+) -> Trained:
+    """Train the weights of a layer; the parameters hold the best ones afterwards.
+
+    Args:
+        run: the output of the layer for a batch, of which gradients can be taken where they are enabled.
+        targets: what the layer is to give, by batch, on the host.
+        held_out: whether a batch is held out; at least one is, and one is not.
+        parameters: the weights to train, by name.
+        epochs: how they are trained.
+    """
+    errors = _Errors(run, targets, next(iter(parameters.values())).device)
+    judged, fitted = ([number for number, out in enumerate(held_out) if out is flag] for flag in (True, False))
+    before = least = errors.mean(judged)
+    kept: dict[str, Tensor] = {}
+    if not before:
+        return Trained(kept, before, before)
+    old = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    steps = _Steps(parameters, epochs, len(fitted))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(epochs.number):
+        for place in torch.randperm(len(fitted), generator=generator).tolist():
+            steps.take(lambda: errors.of(fitted[place]) / before)  # noqa: B023 - called at once
+        now = errors.mean(judged)
+        if not now < least:
+            break
+        kept, least = steps.weights(), now
+    _copy(kept or old, parameters)
+    changed = {name: tensor for name, tensor in kept.items() if not torch.equal(tensor, old[name].float())}
+    return Trained(changed, before, least)
+
+
+class _Errors:
+    """Weighted squared errors of a layer, as shares of the weighted squared length of what it is to give."""
+
+    def __init__(self, run: Callable[[int], Tensor], targets: Sequence[Tensor], device: torch.device) -> None:
+        self._run, self._targets, self._device = run, targets, device
+        lengths = [target.float().norm(dim=-1) for target in targets]
+        median, least = torch.cat([length.flatten() for length in lengths]).median(), torch.finfo(torch.float32).tiny
+        self._roots = [(median / length.clamp(min=least)).clamp(max=1)[..., None] for length in lengths]
+        self._squares = [
+            float((length[..., None] * w).square().sum()) for length, w in zip(lengths, self._roots, strict=True)
+        ]
+
+    def of(self, number: int) -> Tensor:
+        """The share that a batch misses; zero where it is to give nothing."""
+        target, root = (kind[number].to(self._device) for kind in (self._targets, self._roots))
+        return (root * (self._run(number).float() - target.float())).square().sum() / (self._squares[number] or 1.0)
+
+    @torch.no_grad()
+    def mean(self, numbers: Sequence[int]) -> float:
+        """The share that some batches miss together."""
+        squares = [self._squares[number] for number in numbers]
+        missed = sum(float(self.of(number)) * square for number, square in zip(numbers, squares, strict=True))
+        return missed / (sum(squares) or 1.0)
+
+
+class _Steps:
+    """Steps of Adam on float32 copies of some parameters."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], epochs: Epochs, batches: int) -> None:
+        self._parameters, number = parameters, epochs.number * batches
+        self._copies = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+        self._adam = Adam(self._copies.values(), lr=epochs.rate, betas=_BETAS)
+
+        def share(step: int) -> float:
+            return min(1.0, (step + 1) / _WARMUP) * (1 - (1 - _LAST) * step / number)
+
+        self._rate = LambdaLR(self._adam, share)
+
+    def take(self, loss: Callable[[], Tensor]) -> None:
+        """Take a step against the gradient of a loss, which is computed with the parameters."""
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(), list(self._parameters.values()), allow_unused=True)
+        for copy, gradient in zip(self._copies.values(), gradients, strict=True):
+            copy.grad = None if gradient is None else gradient.float()
+        self._adam.step()
+        self._rate.step()
+        _copy(self._copies, self._parameters)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights as they are now, float32."""
+        return {name: copy.clone() for name, copy in self._copies.items()}
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])

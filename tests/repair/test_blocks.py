@@ -1,0 +1,173 @@
+"""Training the layers of a pruned model, against its own definition and the repair that it begins with."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from libprune.engine.describe import describe
+from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
+from libprune.engine.stacks import exposed
+from libprune.models.memory import recompute_layers
+from libprune.models.sequences import Sequences
+from libprune.repair.blocks import Epochs, Trained, train_layer
+from libprune.repair.least_squares import Fit, new_parameters
+from libprune.repair.sequential import SequentialRepair, split_batches
+from tests.support.models import FAMILIES, LAYOUTS, MIXTURES, VOCAB, plan_of, tokens
+from tests.support.predictions import masked_logits
+
+MODELS = {name: FAMILIES[name] for name in LAYOUTS}
+FEW = Epochs(2, 1e-3)
+
+
+def linear(epochs: Epochs, dtype: torch.dtype = torch.float32, noise: float = 0.0) -> tuple[Trained, nn.Linear]:
+    """A linear map that is trained to another one; `noise` is added to what the batches of the fit are to give."""
+    generator = torch.Generator().manual_seed(0)
+    meant, found = (0.3 * torch.randn(5, 5, generator=generator) for _ in range(2))
+    inputs = torch.randn(16, 4, 6, 5, generator=generator)
+    held_out = [number % 8 == 7 for number in range(16)]
+    targets = [
+        x @ meant.T + (0.0 if out else noise) * torch.randn(x.shape, generator=generator)
+        for x, out in zip(inputs, held_out, strict=True)
+    ]
+    module = nn.Linear(5, 5, bias=False, dtype=dtype)
+    module.weight.data.copy_(found)
+    trained = train_layer(
+        lambda number: module(inputs[number].to(dtype)), targets, held_out, {"weight": module.weight}, epochs
+    )
+    return trained, module
+
+
+def test_a_linear_map_learns_what_it_is_to_give():
+    trained, module = linear(Epochs(60, 2e-2))
+    assert trained.after < 1e-3 * trained.before
+    torch.testing.assert_close(module.weight.detach(), trained.tensors["weight"])
+
+
+def test_steps_below_the_resolution_of_bfloat16_add_up():
+    """A step of 1e-5 is below half of the distance of two numbers near 0.3."""
+    trained, module = linear(Epochs(200, 1e-5), torch.bfloat16)
+    assert trained.after < trained.before
+    assert trained.tensors["weight"].dtype == torch.float32
+    assert torch.equal(module.weight.detach(), trained.tensors["weight"].bfloat16())
+
+
+def test_where_no_epoch_is_better_on_held_out_text_nothing_changes():
+    trained, module = linear(Epochs(3, 1.0), noise=50.0)
+    assert trained.tensors == {}
+    assert trained.after == trained.before
+    expected = linear(Epochs(1, 1e-9))[1].weight.detach()
+    torch.testing.assert_close(module.weight.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_the_error_is_that_of_the_definition():
+    """Against numpy: tokens that are longer than the median count as if they had its length."""
+    rng = np.random.default_rng(0)
+    targets = [rng.normal(size=(2, 3, 4)) * rng.choice([1.0, 300.0], size=(2, 3, 1)) for _ in range(2)]
+    given = [target + rng.normal(size=target.shape) for target in targets]
+    parameter = nn.Parameter(torch.zeros(1))
+    trained = train_layer(
+        lambda number: torch.from_numpy(given[number]).float() + 0 * parameter,
+        [torch.from_numpy(target).float() for target in targets],
+        [True, False],
+        {"none": parameter},
+        Epochs(1, 1e-3),
+    )
+    lengths = [np.linalg.norm(target, axis=-1) for target in targets]
+    middle = np.sort(np.concatenate([length.ravel() for length in lengths]))[5]  # torch takes the lower of two
+    weight = np.minimum(1, middle / lengths[0]) ** 2
+    missed = (weight * np.square(given[0] - targets[0]).sum(-1)).sum() / (weight * lengths[0] ** 2).sum()
+    assert trained.before == pytest.approx(missed, rel=1e-4)
+
+
+def two_thirds(name: str) -> Plan:
+    architecture = describe(FAMILIES[name](0))
+    return plan_of(architecture, lambda layer, part: -(-2 * architecture.units(part) // 3))
+
+
+def repair(
+    model: nn.Module, plan: Plan, ids: Tensor, epochs: Epochs | None = FEW, known: Sequence[Sequence[Fit]] = ()
+) -> list[list[Fit]]:
+    architecture = describe(model)
+    exposed(model, architecture)
+    run = SequentialRepair(model, architecture, plan, split_batches(Sequences(ids), 4), 1e-2, epochs=epochs)
+    return [
+        run.step(layer, new_parameters(known[layer]) if layer < len(known) else None)
+        for layer in range(architecture.layers)
+    ]
+
+
+def text(number: int, seed: int) -> Tensor:
+    return torch.randint(VOCAB, (number, 16), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_logits_of_other_text_come_nearer_than_by_least_squares_alone(name):
+    model, plan = FAMILIES[name](0), two_thirds(name)
+    others = text(16, 3)
+    dense = masked_logits(model, Plan.dense(describe(model)), others)
+    missed = {}
+    for epochs in (None, Epochs(4, 2e-3)):
+        repaired = deepcopy(model)
+        fits = [fit for layer in repair(repaired, plan, text(96, 2), epochs) for fit in layer]
+        missed[epochs is None] = float((masked_logits(repaired, plan, others) - dense).norm())
+        state, new = repaired.state_dict(), new_parameters(fits)
+        for key, value in new.items():
+            torch.testing.assert_close(state[key], value)
+        changed = {key for key, value in model.state_dict().items() if not torch.equal(value, state[key])}
+        tied = {"lm_head.weight", "embed_out.weight"}
+        assert changed - tied == set(new) - tied
+        assert all(fit.layer_after <= fit.layer_before for fit in fits) is (epochs is not None)
+    assert missed[False] < missed[True]
+
+
+@pytest.mark.parametrize("name", MIXTURES[:2])
+def test_what_chooses_experts_stays(name):
+    model = FAMILIES[name](0)
+    architecture = describe(model)
+    plan = plan_of(architecture, lambda layer, part: -(-2 * architecture.units(part) // 3))
+    before = deepcopy(model.state_dict())
+    fits = [fit for layer in repair(model, plan, text(16, 2)) for fit in layer]
+    assert any(fit.layer_after < fit.layer_before for fit in fits)
+    routers = {shape.router for shape in architecture.parts.values() if shape.router}
+    chosen = [name for name in before if any(f".{router}." in name for router in routers)]
+    assert chosen
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in chosen)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_run_that_goes_on_with_known_layers_ends_as_one_without_a_break(name):
+    whole, resumed, plan = FAMILIES[name](0), FAMILIES[name](0), two_thirds(name)
+    fits = repair(whole, plan, text(24, 2))
+    repair(resumed, plan, text(24, 2), known=fits[:2])
+    for key, value in resumed.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_checkpointed_layers_give_the_same(name):
+    plain, checkpointed, plan = FAMILIES[name](0), FAMILIES[name](0), two_thirds(name)
+    recompute_layers(checkpointed, describe(plain))
+    one, other = (
+        [fit for layer in repair(model, plan, text(24, 2)) for fit in layer] for model in (plain, checkpointed)
+    )
+    for key, value in new_parameters(one).items():
+        torch.testing.assert_close(new_parameters(other)[key], value)
+
+
+def test_text_of_which_nothing_is_held_out_is_refused():
+    with pytest.raises(LibpruneError, match="block judges by every eighth sequence, and there are fewer than 8"):
+        repair(FAMILIES["llama"](0), two_thirds("llama"), tokens(7, 12))
+
+
+def test_nothing_stays_on_the_model():
+    model = FAMILIES["llama"](0)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    repair(model, two_thirds("llama"), text(16, 2))
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
