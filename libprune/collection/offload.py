@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from libprune.engine.architecture import Architecture
-from libprune.models.memory import free_memory
+from libprune.models.memory import free_memory, free_on
 from libprune.models.parallel import World
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute
@@ -130,8 +130,7 @@ def _kept(compute: Compute, needs: PassBytes) -> int:
 
 def _free(device: torch.device, world: World) -> int:
     """Free bytes of the memory that the weights would lie in."""
-    gpu = device.type == "cuda"
-    return int(torch.cuda.mem_get_info(device)[0]) if gpu else free_memory() // world.local_size
+    return free_on(device) if device.type == "cuda" else free_memory() // world.local_size
 
 
 def settle(compute: Compute, needs: PassBytes, device: torch.device, world: World) -> Compute:

@@ -200,8 +200,14 @@ def fits_on(device: torch.device, size: int) -> bool:
     """Whether `size` bytes are less than a third of the memory that is free on a GPU; False for the CPU."""
     if device.type == "cpu":
         return False
-    free, _ = torch.get_device_module(device).mem_get_info(device)
-    return size < free // 3
+    return size < free_on(device) // 3
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes of a GPU's memory that this process can still take, with what PyTorch keeps of it for later tensors."""
+    of_kind = torch.get_device_module(device)
+    free, _ = of_kind.mem_get_info(device)
+    return int(free + of_kind.memory_reserved(device) - of_kind.memory_allocated(device))
 
 
 def require_room(needs: Mapping[Path, int], what: str, advice: str) -> None:

@@ -160,7 +160,8 @@ def test_bytes_for_folders_of_one_disk_are_added_up_and_compared_with_what_is_fr
 
 def test_sums_go_to_a_gpu_that_has_three_times_the_room(monkeypatch):
     assert not memory.fits_on(torch.device("cpu"), 0)
-    free = SimpleNamespace(mem_get_info=lambda device: (3_000, 9_000))
+    kept = {"memory_reserved": lambda device: 2_500, "memory_allocated": lambda device: 1_500}
+    free = SimpleNamespace(mem_get_info=lambda device: (2_000, 9_000), **kept)
     monkeypatch.setattr(torch, "get_device_module", lambda device: free)
     assert memory.fits_on(torch.device("cuda", 0), 999)
     assert not memory.fits_on(torch.device("cuda", 0), 1_000)
