@@ -216,6 +216,7 @@ def place(
         shard_layers(model, architecture, device)
     elif compute.offload == "cpu" or (compute.offload == "disk" and device.type != "cpu"):
         offload_maps(model, architecture, device)
+        model = exposed(model, architecture)  # by which the weights of experts visit it
     else:
         model = model.to(device)
     if compute.gradient_checkpointing or compute.offload != "none":  # offloaded weights must not wait for backward

@@ -157,7 +157,10 @@ def exposed(model: Model, architecture: Architecture) -> Model:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
     for entry in stacks:
         path, _, name = entry.module.rpartition(STAND_IN)
-        owner: Any = model.get_submodule(path)
+        try:
+            owner: Any = model.get_submodule(path)
+        except AttributeError:  # of a part that is gone from a pruned model
+            continue
         if getattr(owner, "has_post_expert_norm", True):
             raise FamilyError(f"{path} of this model runs its experts in a way that libprune does not know")
         if _PREFIX + name not in owner._modules:

@@ -30,7 +30,7 @@ from libprune.pipeline.terminal import Bar
 from libprune.results.continuations import Beginnings, choose_beginnings, decode_greedily, show_continuations
 from libprune.results.draft import Beside, Overlap, draft_figures
 from libprune.results.perplexity import Losses, accuracy, estimate_perplexity, estimate_ratio, label_hits, window_losses
-from libprune.results.record import read_recovered, read_whole
+from libprune.results.record import read_record, read_recovered, read_whole
 from libprune.results.routing import Choices, routing_changes, watched
 from libprune.results.similarity import Embeddings, similarity, window_embeddings
 from libprune.results.speed import Speed, SpeedComparison, compare_speed
@@ -168,7 +168,8 @@ class _Run:
         remote = self.provenance["plan"]["shape"] == "per_layer" and folder != self.layout.model
         scratch = scratch_of(self.layout, self.settled)
         model = load_model(folder, self.dtype, trust_remote_code=remote, scratch=scratch)
-        return place(model, self.architecture, self.settled, World(), self.device)
+        own = self.architecture if folder == self.layout.model else read_record(folder).architecture
+        return place(model, own, self.settled, World(), self.device)
 
     def measure_all(self) -> tuple[dict[str, _Measured], SpeedComparison]:
         """Measure all models, and time the dense and the pruned one alternately; at most two are in memory at once."""

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from libprune.collection.calibration import place
+from libprune.engine.architecture import STAND_IN
 from libprune.engine.errors import ArtifactError
 from libprune.engine.plan import Plan
 from libprune.models.folder import load_model
@@ -22,8 +24,9 @@ from libprune.results.draft import expected_speedup
 from libprune.results.evaluate import evaluate_result, headline_metrics
 from libprune.results.prune import prune
 from libprune.results.record import PROVENANCE
+from tests.support import tiny
 from tests.support.evaluated import RECOVERY
-from tests.support.models import random_plan
+from tests.support.models import FAMILIES, random_plan
 from tests.support.sealing import edit_json
 from tests.support.sliced import random_windows, write_plan, write_project, write_trained
 
@@ -180,6 +183,34 @@ def test_no_more_than_two_models_are_in_memory_at_once(layout, monkeypatch):
     monkeypatch.setattr("libprune.results.evaluate.load_model", loaded)
     evaluate_result(layout, COMPUTE, SHORT)
     assert before == {"model": 0, "pruned": 1, "recovered": 1}
+
+
+def test_where_weights_visit_their_device_experts_run_by_modules_in_every_layer_that_is_left(
+    tmp_path, quick_proof, monkeypatch
+):
+    """Also in the place of a layer that had no experts, and has gone."""
+    source, layout = tmp_path / "source", Layout(tmp_path / "artifacts")
+    FAMILIES["deepseek_v3"](0).save_pretrained(source)
+    tiny.write_tokenizer(source)
+    text, settings = tiny.write_text(tmp_path / "text.txt", documents=60), {"repair": "none", "rescale": "none"}
+    tiny.write_params(tmp_path / "params.yaml", str(source), str(text), slice=settings, compute={"offload": "cpu"})
+    tiny.run_stages(tmp_path, ("prepare", "tokenize"))
+    architecture = read_architecture(layout)
+    keep = {block: units & (block[0] > 0) for block, units in Plan.dense(architecture).keep.items()}
+    write_plan(layout.plan, architecture, Plan(keep), "uniform")
+    tiny.run_stages(tmp_path, ("slice", "teacher", "recover"))
+    numbers = []
+
+    def placed(*given: object) -> torch.nn.Module:
+        model = place(*given)
+        experts = [module for module in model.modules() if hasattr(module, "gate_up_proj")]
+        exposed = [[name for name, _ in one.named_children() if f".{name}".startswith(STAND_IN)] for one in experts]
+        numbers.append((len(experts), list(map(len, exposed))))
+        return model
+
+    monkeypatch.setattr("libprune.results.evaluate.place", placed)
+    tiny.run_stages(tmp_path, ("evaluate",))
+    assert numbers == [(2, [2, 2])] * 2
 
 
 ORIGINS = {"plan": "method", "slice": "repair", "proof": "logit_scale"}
