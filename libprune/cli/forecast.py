@@ -48,6 +48,8 @@ _DESCRIBED, _SOLVED = 28_000, 90
 """Measured: operations to describe a parameter of the dense model, and to fit a map, times its kept inputs cubed."""
 _FITTED = 28
 """Measured: bytes that fitting the widest map holds, for each pair of its inputs."""
+_TRAINED = 24
+"""Bytes that a trained layer holds for each of its weights: six times in float32, by `libprune.repair.blocks`."""
 _MATRICES, _SECONDS = (1024, 2048, 2048), 0.3
 """Sizes of the measured product, and how long it is repeated."""
 
@@ -130,7 +132,9 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
     taught = 0 if recover.top_k is not None else passed
     drawn, each = tokens.repaired_on
     fitted = min(params.slice.sequences or drawn, drawn) * each
-    repaired = {"none": 0.0, "bias": 0.0, "local": fits}.get(params.slice.repair, fits + (2 * passed + gram) * fitted)
+    by_layer = fits + (2 * passed + gram) * fitted
+    trained = 3 * params.slice.block_epochs * forward * fitted
+    repaired = {"none": 0.0, "bias": 0.0, "local": fits, "block": by_layer + trained}.get(params.slice.repair, by_layer)
     draws = {"fisher": 3.0}.get(params.hessian.estimator, 3.0 * (1 + params.hessian.probes))
     return {
         "prepare": float(_DESCRIBED * architecture.total_parameters),
@@ -216,6 +220,10 @@ def _on_disk(
     dequantised = read if params.prepare.model.endswith(".gguf") else 0
     fitted = _FITTED * max(width for width, _, _ in consumer_inputs(architecture)) ** 2
     training = next((stage.training for stage in written if stage.stage == "recover"), 0)
+    sizes = dict.fromkeys(range(architecture.layers), 0)
+    for layer, part in architecture.blocks():
+        sizes[layer] += sum(map(architecture.numel, architecture.parameters_of(layer, part)))
+    trained = needs.layer + _TRAINED * max(sizes.values()) if params.slice.repair == "block" else 0
     held = {
         "prepare": needs.described + dequantised,
         "gradients": backward("gradients", params.gradients.sequences),
@@ -223,7 +231,7 @@ def _on_disk(
         "activations": needs.layer // 2 + sums["activations"] + needs.grams,
         **dict.fromkeys(("ablation", "sensitivity", "depth"), forward),
         **dict.fromkeys(("levels", "width", "allocate"), max(fitted, forward)),
-        "slice": fitted + LIBRARIES,
+        "slice": max(fitted, trained) + LIBRARIES,
         "recover": training + round(4.5 * needs.logits) + needs.kept,
         "evaluate": forward + needs.logits,
     }

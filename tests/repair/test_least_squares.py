@@ -352,6 +352,7 @@ def test_fits_become_parameters_a_table_and_mean_errors():
     fits = [Fit(CONSUMER, weight, None, 0.1, 0.5, 0.2, 0.6, 0.3), Fit(other, None, bias, 0.0, 0.3, 0.1, 0.2, 0.1)]
     assert new_parameters(fits) == {"layers.3.out.weight": weight, "layers.4.out.bias": bias}
     table = fit_table(fits)
+    assert np.isnan([table.pop(name) for name in ("layer_before", "layer_after")]).all()
     assert {name: values.tolist() for name, values in table.items()} == {
         "layer_idx": [3, 4],
         "group_type": ["part", "part"],
@@ -361,7 +362,7 @@ def test_fits_become_parameters_a_table_and_mean_errors():
         "after": [0.2, 0.1],
         "held_out_before": [0.6, 0.2],
         "held_out_after": [0.3, 0.1],
-        "producers": [False, False],
+        "others": [False, False],
     }
     means = {"before": 0.4, "after": 0.15, "held_out_before": 0.4, "held_out_after": 0.2}
     assert mean_errors(fits) == pytest.approx({f"lost_{name}": value for name, value in means.items()})
