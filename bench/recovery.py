@@ -3,11 +3,11 @@
     python -m bench.recovery --text wiki.valid.raw --work /tmp/recovery "fast, 20 %, full"
     python -m bench.recovery --work /tmp/recovery --table
 
-The first half of the text calibrates and is trained on (256 sequences of 256 tokens for the statistics; all of its
-windows of 256 tokens but the last 16, which are held out, for the training). Its second half judges: `--windows` of 110
-windows of 1024 tokens, at even distances. `--other` names a second text that judges only. `--questions 0` asks no
-question, `--questions 300` the first 300 of each task in bench/tasks. Rows go to WORK/rows.jsonl; those that are there
-are not measured again.
+The first half of the text calibrates and is trained on (256 sequences of 256 tokens for the statistics, 64 of 512 for
+repairs layer by layer; all of its windows of 256 tokens but the last 16, which are held out, for the training). Its
+second half judges: `--windows` of 110 windows of 1024 tokens, at even distances. `--other` names a second text that
+judges only. `--questions 0` asks no question, `--questions 300` the first 300 of each task in bench/tasks. Rows go to
+WORK/rows.jsonl; those that are there are not measured again.
 """
 
 import shutil
@@ -76,6 +76,7 @@ class Setting:
 
 EPOCHS = {"tokens": 122_880, "checks": 8}
 PER_LAYER: dict[str, dict[str, Any]] = {"allocate": {"method": "functional"}}
+BLOCKS: dict[str, dict[str, Any]] = {"slice": {"repair": "block"}}
 SETTINGS = {
     "fast, 20 %, full": Setting("fast", 0.2),
     "balanced, 20 %, full": Setting("balanced", 0.2),
@@ -105,6 +106,9 @@ SETTINGS = {
     "dense, cross-entropy": Setting(None, 0.0, {"cross_entropy": 1.0}),
     "functional, local, 20 %, full": Setting("fast", 0.2, {}, PER_LAYER),
     "functional, local, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER),
+    "block, 20 %, full": Setting("fast", 0.2, {}, BLOCKS),
+    "block, 50 %, full": Setting("fast", 0.5, {}, BLOCKS),
+    "producers, 20 %, full": Setting("fast", 0.2, {}, {"slice": {"repair": "sequential", "producer_steps": 12}}),
     "wanda, local, 20 %, full": Setting("fast", 0.2, {}, {"score": {"criterion": "wanda"}}),
 }
 
@@ -128,6 +132,7 @@ def base_params(text: str) -> dict[str, Any]:
     params: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
     params["tokenize"] |= {"text": text, "calibration_sequences": 256, "calibration_length": 256}
     params["tokenize"] |= {"evaluation_length": 1024, "evaluation_share": 0.5, "evaluation_windows": 110}
+    params["tokenize"] |= {"repair_sequences": 64, "repair_length": 512}
     return params
 
 
