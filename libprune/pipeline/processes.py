@@ -100,14 +100,17 @@ class FreshPython:
             arguments: what it finds in `sys.argv[1:]`.
 
         Returns:
-            The last line of what it printed to standard error if it failed, else None.
+            Why it failed: the last line of what it printed to standard error, or the signal that ended it; else None.
         """
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has failed before, and has said why
             self._process.stdin.write(json.dumps([program, *arguments]) + "\n")
             self._process.stdin.flush()
-        if self._process.wait() == 0:
+        if (code := self._process.wait()) == 0:
             return None
+        if code < 0:
+            short = ", as the system does where memory is short" if -code == signal.SIGKILL else ""
+            return f"its process was ended by {signal.Signals(-code).name}{short}"
         return (self._errors.read_text().strip() or "no message").splitlines()[-1]
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from libprune.pipeline import processes
 from libprune.pipeline.processes import environment, fresh_python, isolated, runs
 
 STAGE = """
@@ -114,6 +115,16 @@ def test_an_isolated_python_finds_what_this_one_does_but_nothing_in_its_folder(t
 def test_a_program_that_fails_in_a_fresh_python_is_told_of_by_its_last_line(quick_proof, program, fault):
     with fresh_python() as python:
         assert python.run(program, []) == fault
+
+
+def test_a_fresh_python_that_the_system_ends_is_told_of_by_the_signal(monkeypatch):
+    """Whatever it printed before."""
+    shorter = processes._WAIT.replace("import torch\nimport transformers.modeling_utils\n", "")
+    monkeypatch.setattr(processes, "_WAIT", shorter)
+    program = "import os, sys\nprint('a warning', file=sys.stderr, flush=True)\nos.kill(os.getpid(), int(sys.argv[1]))"
+    for number, fault in ((9, "SIGKILL, as the system does where memory is short"), (11, "SIGSEGV")):
+        with fresh_python() as python:
+            assert python.run(program, [str(number)]) == f"its process was ended by {fault}"
 
 
 def test_a_fresh_python_that_is_not_needed_ends_with_the_block():
