@@ -279,7 +279,7 @@ class SequentialRepair:
         fit = None
         if all(batch.slopes for batch in seen):
             fit, seen = self._fit_producers(layer, consumer, weight, seen, producers)
-        fit = fit or self._fit(consumer, weight, seen, refit=True)
+        fit = fit or self._fit(consumer, weight, seen, refit=self._epochs is None)  # or it would have seen what judges
         self._set(new_parameters([fit]))
         device = module.get_parameter("weight").device
         return fit, [self._keep(batch.pruned + factors[index] * module(batch.x.to(device))) for batch in seen]

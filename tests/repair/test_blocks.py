@@ -159,6 +159,16 @@ def test_checkpointed_layers_give_the_same(name):
         torch.testing.assert_close(new_parameters(other)[key], value)
 
 
+def test_no_fit_sees_the_sequences_that_judge():
+    one, plan = text(16, 2), two_thirds("llama")
+    other = one.clone()
+    other[7::8] = text(2, 5)
+    fits = [repair(FAMILIES["llama"](0), plan, ids, Epochs(1, 1e-9))[0] for ids in (one, other)]
+    assert fits[0][0].layer_before != fits[1][0].layer_before
+    for first, second in zip(*fits, strict=True):
+        torch.testing.assert_close(first.weight, second.weight, rtol=1e-5, atol=1e-6)
+
+
 def test_text_of_which_nothing_is_held_out_is_refused():
     with pytest.raises(LibpruneError, match="block judges by every eighth sequence, and there are fewer than 8"):
         repair(FAMILIES["llama"](0), two_thirds("llama"), tokens(7, 12))
