@@ -49,8 +49,8 @@ def watch_dvc() -> None:
 def _watch(root: Path, pid: int) -> None:
     """Wait until a process has ended, then clear up after it; at once if another watcher does so already."""
     name = root / _TMP / f"libprune-{pid}.lock"
-    with held(name) as mine:
-        if mine:
+    with _held(name) as held:
+        if held:
             while runs(pid):
                 _keep_record(root)
                 time.sleep(_POLL_SECONDS)
@@ -79,8 +79,8 @@ def mend(root: Path) -> list[Path]:
     Args:
         root: the project's folder.
     """
-    with held(root / _TMP / "rwlock.lock") as mine:  # which DVC holds while it reads or writes the locks
-        broken = _broken(root) if mine else []
+    with _held(root / _TMP / "rwlock.lock") as held:  # which DVC holds while it reads or writes the locks
+        broken = _broken(root) if held else []
         if not broken or running(root, began_before=max(path.stat().st_mtime for path in broken)):
             return []
         for path in broken:
@@ -178,7 +178,7 @@ def _readable(lock: Path) -> bool:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[bool]:
+def _held(path: Path) -> Iterator[bool]:
     """Hold a lock inside the context; the value is False if another process holds it, or it has no folder."""
     try:
         file = path.open("a")

@@ -1,5 +1,6 @@
 """A model pruned by one call: in a project of its own in the user's cache, which keeps the statistics."""
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from libprune.engine.yaml_file import read_yaml
 from libprune.pipeline.artifacts import read_json
 from libprune.pipeline.atomic import writing, writing_folder
 from libprune.pipeline.layout import Layout
-from libprune.pipeline.locks import held, mend, running
+from libprune.pipeline.locks import mend, running
 from libprune.pipeline.processes import environment
 from libprune.project.commands import dvc
 from libprune.project.create import create_project, update_project
@@ -46,9 +47,14 @@ def reserved(model: str) -> Iterator[None]:
     """
     project = project_of(placed({"prepare.model": model})["prepare.model"])
     project.parent.mkdir(parents=True, exist_ok=True)
-    with held(project.parent / f".{project.name}.lock") as mine:
-        if not mine:
-            raise ProjectError(f"{project} is in use by another run of libprune; wait until it has ended")
+    with (project.parent / f".{project.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = f"{project} is in use by another run of libprune; wait until it has ended"
+            raise ProjectError(said) from None
+        except OSError:  # a file system without locks, on which nothing is known of others
+            pass
         yield
 
 

@@ -1,5 +1,6 @@
 """The project of a model lies in the user's cache, is found again, and gives its results."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import load_params
 from libprune.project import run as runner
 from libprune.project.pipeline_file import pipeline_text
-from libprune.project.run import hand_out, project_of, set_up, stages_before
+from libprune.project.run import hand_out, project_of, reserved, set_up, stages_before
 from tests.support import tiny
 
 
@@ -55,6 +56,15 @@ def test_a_project_in_use_is_left_alone(cache, changes, monkeypatch):
     with pytest.raises(ProjectError, match="in use by process 4711"):
         set_up(changes)
     assert list(project.iterdir()) == []
+
+
+def test_where_a_file_system_has_no_locks_nobody_is_refused(cache, changes, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runner.fcntl, "flock", flock)
+    with reserved(changes["prepare.model"]), reserved(changes["prepare.model"]):
+        pass
 
 
 def test_models_of_one_name_have_projects_of_their_own(cache):
