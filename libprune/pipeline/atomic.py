@@ -3,8 +3,10 @@
 Nothing is ever opened for writing in place: outputs may be hard links into a cache.
 """
 
+import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +17,22 @@ from typing import Any
 from libprune.engine.errors import LibpruneError, MeansError, lacking
 from libprune.pipeline.processes import runs
 
+HERE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""Names this machine in the names of half-written files, since several machines may write to one file system."""
+
+
+def left_unfinished(folder: Path, name: str = "*") -> Iterator[Path]:
+    """What processes of this machine that have ended left half-written in a folder.
+
+    Args:
+        folder: the folder.
+        name: of the file or folder that was written; by default of any.
+    """
+    for path in folder.glob(f".{name}.{HERE}.*.partial"):
+        number = path.name.split(".")[-2]
+        if number.isdecimal() and not runs(int(number)):
+            yield path
+
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
@@ -23,7 +41,7 @@ def writing(target: Path) -> Iterator[Path]:
     Raises:
         MeansError: where space, permission or memory lack, naming the target, and the bytes that are free.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{HERE}.{os.getpid()}.partial")
     try:
         with _partial(target, partial):
             yield partial
@@ -39,9 +57,8 @@ def writing(target: Path) -> Iterator[Path]:
 def _partial(target: Path, partial: Path) -> Iterator[None]:
     """Replace the target by what the block writes at another path; leave nothing there otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{target.name}.*.partial"):
-        if not runs(int(left.name.split(".")[-2])):  # a process that was killed cannot clear up
-            remove(left)
+    for left in left_unfinished(target.parent, target.name):  # a process that was killed cannot clear up
+        remove(left)
     remove(partial)
     spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(_SPARE)]
     try:

@@ -23,7 +23,7 @@ import psutil
 import yaml
 
 from libprune.engine.errors import LibpruneError
-from libprune.pipeline.atomic import remove, writing
+from libprune.pipeline.atomic import left_unfinished, remove, writing
 from libprune.pipeline.processes import dvc_of, runs
 
 _POLL_SECONDS, _LONGEST_SECONDS = 0.2, 60
@@ -150,10 +150,7 @@ def _asks_for_news(process: psutil.Process) -> bool:
 def leftovers(root: Path) -> Iterator[Path]:
     """Half-written files and folders of processes that have ended, of the project and in the place for scratch."""
     for place in (root, root / "artifacts", root / "artifacts/tokens", root / "metrics", root / "report"):
-        for path in place.glob(".*.partial"):
-            number = path.name.split(".")[-2]
-            if number.isdecimal() and not runs(int(number)):
-                yield path
+        yield from left_unfinished(place)
     for path in Path(tempfile.gettempdir()).glob("libprune-*-*"):
         number = path.name.split("-")[1]
         if number.isdecimal() and not runs(int(number)) and path.stat().st_uid == os.getuid():

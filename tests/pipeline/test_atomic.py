@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from libprune.pipeline.artifacts import read_json, write_table
-from libprune.pipeline.atomic import write_json, writing, writing_folder
+from libprune.pipeline.atomic import HERE, write_json, writing, writing_folder
 from tests.support.files import tree
 
 
@@ -91,8 +91,8 @@ def test_what_an_ended_process_left_is_removed_though_nobody_took_note_of_its_en
     ended = subprocess.Popen([sys.executable, "-c", ""])
     while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    left = tmp_path / f".target.{ended.pid}.partial"
-    running = tmp_path / f".target.{os.getppid()}.partial"
+    left = tmp_path / f".target.{HERE}.{ended.pid}.partial"
+    running = tmp_path / f".target.{HERE}.{os.getppid()}.partial"
     left.mkdir()
     running.touch()
     with writing(tmp_path / "target") as partial_file:

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from libprune.cli.main import app
+from libprune.pipeline.atomic import HERE
 from libprune.pipeline.locks import clear_up, leftovers, mend, running
 from libprune.pipeline.processes import runs
 from tests.support.closure import ROOT
@@ -118,9 +119,12 @@ def test_half_written_files_of_the_dead_are_left_over_and_those_of_the_living_ar
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         pass
     dead = ended(process.pid)
-    left = [tmp_path / f"artifacts/.pruned.{dead}.partial", tmp_path / f"scratch/libprune-{dead}-abc"]
-    kept = [tmp_path / f"artifacts/.plan.{os.getpid()}.partial", tmp_path / f"scratch/libprune-{os.getpid()}-abc"]
-    other = [tmp_path / "artifacts/.hidden.partial", tmp_path / "scratch/libprune-x"]
+    left = [tmp_path / f"artifacts/.pruned.{HERE}.{dead}.partial", tmp_path / f"scratch/libprune-{dead}-abc"]
+    kept = [
+        tmp_path / f"artifacts/.plan.{HERE}.{os.getpid()}.partial",
+        tmp_path / f"scratch/libprune-{os.getpid()}-abc",
+    ]
+    other = [tmp_path / f"artifacts/.pruned.another.{dead}.partial", tmp_path / "scratch/libprune-x"]
     for path in (*left, *kept, *other):
         path.mkdir(parents=True)
         (path / "content.json").write_text(json.dumps({}))
