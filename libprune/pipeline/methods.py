@@ -197,8 +197,9 @@ REPAIRS: dict[str, Repair] = {
     ),
     "block": Repair(
         "libprune.repair.repairs:block_fits",
-        computes="as `sequential`, then all weights of each layer by gradient steps, to give the dense layer's output",
+        computes="as `local`, then all weights of each layer by gradient steps, to give the dense layer's output",
         source="Li et al. 2021, BRECQ, on the inputs of the pruned model",
+        reads=("activations",),
         params=("damping", "drift", "drift_cap", "sequences", "block_epochs", "block_rate"),
         layer_by_layer=True,
     ),

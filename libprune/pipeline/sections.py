@@ -620,8 +620,8 @@ class Slice(Section):
     repair: Literal["none", "bias", "local", "sequential", "block"] = "sequential"
     """`bias`: the removed inputs' mean; `local`: least squares on the consumers' weights from the cached Gram
     matrices; `sequential`: the same layer by layer, on the outputs of the layers that are already pruned, by two to
-    three forward passes; `block`: after that in each layer, all its weights are trained to give the dense layer's
-    output."""
+    three forward passes; `block`: from `local` on, all weights of each layer are trained to give the dense layer's
+    output, layer by layer."""
     damping: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Ridge of the repair, relative to each input's mean square; `auto`: the one that does best on
     calibration sequences that the fit does not see, for each map."""

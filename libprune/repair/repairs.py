@@ -1,7 +1,7 @@
 """Carrying out a repair: from the artifacts to the fits of every pruned consumer."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,8 +167,15 @@ def inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Ca
 
 
 def block_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: Compute, params: Slice) -> list[Fit]:
-    """Fit layer by layer as `sequential_fits`, and train all weights of each layer that loses units."""
-    return sequential_fits(layout, architecture, plan, compute, params)
+    """Train all weights of each layer that loses units, from the fits of `local_fits` on.
+
+    Those of `sequential_fits` are nearer to the text of the fit, and come out worse after the training. They are where
+    the training begins behind what is gone as a whole, and where the residual stream is narrower.
+    """
+    local = local_fits(layout, architecture, plan, compute, params) if plan.width is None else []
+    given = {fit.consumer.module: fit for fit in local}
+    _require_drawn(layout)
+    return _layer_by_layer(layout, architecture, plan, compute, params, given=given)
 
 
 def _calibrated_on(layout: Layout) -> str:
@@ -184,9 +191,14 @@ def sequential_fits(
 
     The sequences are those that `tokenize` has drawn for it.
     """
+    _require_drawn(layout)
+    return _layer_by_layer(layout, architecture, plan, compute, params)
+
+
+def _require_drawn(layout: Layout) -> None:
+    """Stop if the sequences for the repair were drawn beside another calibration text."""
     drawn = read_table(layout.repair_tokens, "tokenize")[1]
     same_origin(layout.repair_tokens, drawn, {"calibration": _calibrated_on(layout)})
-    return _layer_by_layer(layout, architecture, plan, compute, params)
 
 
 def _layer_by_layer(
@@ -196,6 +208,7 @@ def _layer_by_layer(
     compute: Compute,
     params: Slice,
     own_inputs: bool = False,
+    given: Mapping[str, Fit] | None = None,
 ) -> list[Fit]:
     text = layout.calibration_tokens if own_inputs else layout.repair_tokens
     run = set_up(layout, compute, params.sequences, text=text)
@@ -204,11 +217,12 @@ def _layer_by_layer(
         raise LibpruneError("the slice stage runs in one process; start it without torchrun")
     damping = None if params.damping == "auto" else params.damping
     drift = 0.0 if own_inputs else None if params.drift == "auto" else params.drift
-    trains = params.repair == "block" and not own_inputs
-    at_once = max(1, STEP_TOKENS // run.meta["length"]) if trains else run.at_once
+    at_once = run.at_once if given is None else max(1, STEP_TOKENS // run.meta["length"])
     batches = split_batches(run.sequences.to(run.device), at_once)
     steps = 0 if own_inputs else params.producer_steps
     narrow, identity = None, {"plan": plan.digest, **params.model_dump(), "sequences": len(run.sequences)}
+    if given:
+        identity["collected"] = inputs_identity(layout)
     if plan.width is not None:
         axes = read_axes(layout.width_axes, {"model": architecture.fingerprint, "tokens": _calibrated_on(layout)})
         narrow = Narrowed(run.weights, architecture, axes, plan.width, repair=True)
@@ -225,10 +239,12 @@ def _layer_by_layer(
         steps,
         own_inputs,
         narrow,
-        Epochs(params.block_epochs, params.block_rate) if trains else None,
+        None if given is None else Epochs(params.block_epochs, params.block_rate),
+        given or {},
         run.keep,
     )
-    folder = run.work / "slice" / sums_identity(run, identity, ("repair",))
+    home = run.work / ("experts" if own_inputs else "slice")
+    folder = home / sums_identity(run, identity, ("repair",))
     fits = []
     for layer in Bar(range(architecture.layers), desc="repair", unit="layer"):
         path = folder / f"layer-{layer:03d}.safetensors"
@@ -237,7 +253,7 @@ def _layer_by_layer(
         if saved is None:
             _save(path, fitted)
         fits += fitted if saved is None else saved
-    remove(run.work / "slice")
+    remove(home)
     return fits
 
 

@@ -25,6 +25,7 @@ text, and the inputs of one consumer; with producers also what `libprune.repair.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ class SequentialRepair:
         own_inputs: bool = False,
         narrow: Narrowed | None = None,
         epochs: Epochs | None = None,
+        given: Mapping[str, Fit] = MappingProxyType({}),
         keep: Keep = in_memory,
     ) -> None:
         """Begin before the first layer.
@@ -117,6 +119,7 @@ class SequentialRepair:
             narrow: the weights for a narrower residual stream, along whose axes the model lies; what reads the stream
                 gets them, and every consumer is fitted. None where the plan leaves the stream as wide as it is.
             epochs: how all weights of a layer with fits are trained after them; None: they are not.
+            given: fits of consumers that are taken as they are, by module.
             keep: puts what waits on the host, such as states and new weights, where it takes no memory.
 
         Raises:
@@ -126,7 +129,7 @@ class SequentialRepair:
             raise LibpruneError(
                 "slice.repair: block judges by every eighth sequence, and there are fewer than 8; use more sequences"
             )
-        self._epochs = epochs
+        self._epochs, self._given = epochs, given
         self._keep = keep
         self._own_inputs, self._narrow = own_inputs, narrow
         self._model, self._architecture, self._plan = model, architecture, plan
@@ -178,7 +181,10 @@ class SequentialRepair:
             self._set(known or {})
             for index, consumer in enumerate(consumers if known is None else []):
                 states = None
-                if consumer.module in self._kept:
+                if consumer.module in self._given:
+                    fits.append(self._given[consumer.module])
+                    self._set(new_parameters(fits[-1:]))
+                elif consumer.module in self._kept:
                     refit = self._refit_stack if consumer.stack else self._refit
                     fit, states = refit(layer, consumers, index, outputs, drift, multiples)
                     fits.append(fit)
