@@ -36,7 +36,7 @@ IDS = np.arange(60).reshape(20, 3)
 
 
 def test_tokens_come_back_and_those_of_another_model_are_refused(tmp_path):
-    path = tmp_path / "tokens.parquet"
+    path = tmp_path / "repair.parquet"
     write_tokens(path, Sequences(torch.from_numpy(IDS)), {"model": "here", "source": "a text"})
     found, meta = read_tokens(path, "here")
     np.testing.assert_array_equal(found.ids, IDS)
@@ -44,7 +44,7 @@ def test_tokens_come_back_and_those_of_another_model_are_refused(tmp_path):
     np.testing.assert_array_equal(read_tokens(path, "here", 4)[0].ids, IDS[:4])
     with pytest.raises(ArtifactError, match="belongs to model 'here', but the current model is 'elsewhere'"):
         read_tokens(path, "elsewhere")
-    with pytest.raises(SourceError, match=r"21 calibration sequences are asked for, .* holds 20; raise tokenize\."):
+    with pytest.raises(SourceError, match=r"21 repair sequences .* holds 20; raise tokenize\.repair_sequences"):
         read_tokens(path, "here", 21)
 
 

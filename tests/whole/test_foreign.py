@@ -50,6 +50,7 @@ SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
     ("allocate", "width.parquet"): {"allocate": {**SEARCH["allocate"], "evaluations": 0, "width": "auto"}},
     ("score", "ablation.parquet"): {"score": {"fusion": "best"}},
     ("recover", "model"): {"recover": {"top_k": None}},
+    ("slice", "tokens/repair.parquet"): {"slice": {"repair": "sequential", "fisher_share": 0.0}},
 }
 """Settings with which a stage reads what it does not read with `CHANGES`."""
 FIRST = {
