@@ -94,7 +94,7 @@ def repair(
 ) -> list[list[Fit]]:
     architecture = describe(model)
     exposed(model, architecture)
-    run = SequentialRepair(model, architecture, plan, split_batches(Sequences(ids), 4), 1e-2, epochs=epochs)
+    run = SequentialRepair(model, architecture, plan, split_batches(Sequences(ids), 8), 1e-2, epochs=epochs)
     return [
         run.step(layer, new_parameters(known[layer]) if layer < len(known) else None)
         for layer in range(architecture.layers)
@@ -111,9 +111,9 @@ def test_the_logits_of_other_text_come_nearer_than_by_least_squares_alone(name):
     others = text(16, 3)
     dense = masked_logits(model, Plan.dense(describe(model)), others)
     missed = {}
-    for epochs in (None, Epochs(4, 2e-3)):
+    for epochs in (None, Epochs(2, 3e-3)):
         repaired = deepcopy(model)
-        fits = [fit for layer in repair(repaired, plan, text(96, 2), epochs) for fit in layer]
+        fits = [fit for layer in repair(repaired, plan, text(64, 2), epochs) for fit in layer]
         missed[epochs is None] = float((masked_logits(repaired, plan, others) - dense).norm())
         state, new = repaired.state_dict(), new_parameters(fits)
         for key, value in new.items():
