@@ -1,6 +1,7 @@
 """Carrying out a repair: from the artifacts to the fits of every pruned consumer."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -293,5 +294,5 @@ def print_fits(fits: Sequence[Fit]) -> None:
         values = [100 * value for value in (fit.before, fit.after, fit.held_out_before, fit.held_out_after)]
         numbers = "".join(f"{value:>{width}.2f}" for value, width in zip(values, (9, 10, 10, 10), strict=True))
         trained = f"  layer {100 * fit.layer_before:.2f} to {100 * fit.layer_after:.2f}"
-        mark = trained if fit.layer_before == fit.layer_before else "  + producers" if fit.others else ""
+        mark = trained if not math.isnan(fit.layer_before) else "  + producers" if fit.others else ""
         note(f"{fit.consumer.module:<36}{fit.damping:>9.0e}{numbers}{mark}")

@@ -15,6 +15,7 @@ tokens; so each token's drift is cut to a multiple of the median of its sequence
 not cut: later layers need these states.
 
 Where each unit depends on its own token alone, what computes the units can be fitted too: `libprune.repair.producers`.
+All weights of a layer can be trained after its fits, before the next layer begins: `libprune.repair.blocks`.
 The experts of a mixture are fitted together, on the tokens that the pruned router sends them; see
 `libprune.repair.experts`.
 
