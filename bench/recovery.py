@@ -233,7 +233,8 @@ def measure(
     layout = Layout(work / "run" / "artifacts")
     shutil.rmtree(layout.root.parent, ignore_errors=True)
     (layout.root / "tokens").mkdir(parents=True)
-    for path in ("model", "architecture.json", "pruned", "plan.parquet", "tokens/evaluation.parquet"):
+    tokens_of = [f"tokens/{text}.parquet" for text in ("calibration", "repair", "evaluation")]
+    for path in ("model", "architecture.json", "pruned", "plan.parquet", *tokens_of):
         (layout.root / path).symlink_to((source.root / path).resolve())
     more = {} if tokens is None else {"tokens": tokens}
     recover, start = Recover(**({"method": "full"} | setting.recover | more)), time.perf_counter()

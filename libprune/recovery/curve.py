@@ -20,6 +20,7 @@ class Recovery:
         sequences: number of different sequences that could be trained on.
         length: tokens of a sequence.
         held_out: number of held-out sequences.
+        read_before: the share of their tokens that the statistics or the repair have read too.
         trained_parameters: number of trained parameters.
         steps: steps that were run.
         step: the step whose weights were kept; 0 if they stayed as they were.
@@ -35,6 +36,7 @@ class Recovery:
     sequences: int
     length: int
     held_out: int
+    read_before: float
     trained_parameters: int
     steps: int
     step: int
@@ -62,6 +64,7 @@ class Recovery:
             sequences=sequences,
             length=length,
             held_out=text["held_out"],
+            read_before=text["read_before"],
             trained_parameters=trained,
             steps=outcome.steps,
             step=outcome.kept,

@@ -1,6 +1,7 @@
 """The text that the pruned model is trained on, and what the dense model predicts on it, as artifacts."""
 
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from libprune.models.folder import load_config, own_model, require_positions
 from libprune.models.memory import require_room
 from libprune.models.parallel import World, join_world
 from libprune.models.sequences import Sequences
-from libprune.models.tokens import read_tokens, require_known, write_tokens
-from libprune.pipeline.artifacts import read_architecture
+from libprune.models.tokens import Ids, read_tokens, require_known, write_tokens
+from libprune.pipeline.artifacts import read_architecture, same_origin
 from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover, Tokenize
@@ -35,7 +36,7 @@ from libprune.recovery.predictions import (
 )
 from libprune.recovery.teacher_model import load_teacher, prediction_origin, require_taught
 from libprune.texts.self_text import SelfText
-from libprune.texts.training import draw_training, require_unseen
+from libprune.texts.training import draw_training, originals, require_unseen
 
 
 def teach_layout(layout: Layout, compute: Compute, params: Recover, tokenize: Tokenize) -> None:
@@ -72,15 +73,25 @@ def _draw(layout: Layout, architecture: Architecture, compute: Compute, params: 
     judged, about = read_tokens(layout.evaluation_tokens, architecture.fingerprint)
     tokenizer = AutoTokenizer.from_pretrained(layout.model, local_files_only=True, trust_remote_code=False)
     writer = SelfText(layout, architecture, tokenizer, compute.device, compute.dtype)
-    text = draw_training(tokenize, params, tokenizer, config, architecture.head, writer.sample)
+    read = _read_before(layout, architecture, about)
+    text = draw_training(tokenize, params, tokenizer, config, architecture.head, writer.sample, read)
     require_unseen(text, judged, tokenizer)
     require_known(text.sequences, architecture.sizes["vocab"], tokenizer)
     sequences = replace(text.sequences, pooling=architecture.pooling)
     meta = {"model": architecture.fingerprint, "calibration": about["calibration"]}
-    meta |= {"held_out": text.held_out, "text": text.names, "sources": text.sources}
+    meta |= {"held_out": text.held_out, "text": text.names, "sources": text.sources, "read_before": text.read_before}
     write_tokens(layout.recovery_tokens, sequences, meta)
     writer.forget()
     say(text.sentence())
+
+
+def _read_before(layout: Layout, architecture: Architecture, evaluated: Mapping[str, Any]) -> list[Ids]:
+    """The tokens of each sequence that the statistics or the repair read, as they stand in the text."""
+    calibration, about = read_tokens(layout.calibration_tokens, architecture.fingerprint)
+    repair, drawn = read_tokens(layout.repair_tokens, architecture.fingerprint)
+    same_origin(layout.calibration_tokens, about, {"tokens": evaluated["calibration"]})
+    same_origin(layout.repair_tokens, drawn, {"calibration": evaluated["calibration"]})
+    return originals(calibration) + originals(repair)
 
 
 @dataclass(frozen=True)

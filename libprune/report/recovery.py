@@ -28,12 +28,19 @@ def recovery_facts(recovery: Metrics, total: int) -> Rows:
         ("loss", _loss(params)),
         ("text", code(recovery["text"])),
         ("sequences", f"{sequences:,} of {length:,} tokens, each read {read:.1f} times on average"),
-        ("held-out sequences", f"{recovery['held_out']:,}, never trained on"),
+        ("held-out sequences", f"{recovery['held_out']:,}, never trained on{_read_before(recovery)}"),
         ("tokens", f"{recovery['tokens']:,} in {recovery['steps']:,} steps"),
         ("time", duration(recovery["seconds"])),
         ("held-out loss before training", f"{recovery['held_out_before']:.4f}"),
         ("held-out loss after it", f"{recovery['held_out_after']:.4f}, at step {recovery['step']:,}"),
     ]
+
+
+def _read_before(recovery: Metrics) -> str:
+    share = recovery["read_before"]
+    if not share:
+        return ""
+    return f"; the statistics or the repair have read {100 * share:.0f} % of their tokens"
 
 
 def _loss(params: Metrics) -> str:

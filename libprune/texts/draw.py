@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError
@@ -37,6 +39,8 @@ EVALUATION_SEED = 0
 
 TextProvenance = dict[str, Any]
 """How a text was drawn, as it stands in the metadata of its tokens; docs/formats.md lists the keys."""
+Read = Callable[[Sequence[Ids]], Float[NDArray[np.float64], " rows"]]
+"""A function that gives the share of each of some rows of tokens that the statistics or the repair have read."""
 Sample = Callable[[int, int, int | None], tuple[Ids, TextProvenance]]
 """A function that lets the dense model write sequences, by number, length and seed (None for evaluation sequences)."""
 
@@ -146,9 +150,14 @@ def _mixed(parts: Sequence[Drawn], shares: Sequence[float], seed: int) -> Drawn:
 
 
 def draw_training_windows(
-    settings: Tokenize, tokenizer: PreTrainedTokenizerBase, head: HeadName, held_out: int, whole: bool
+    settings: Tokenize,
+    tokenizer: PreTrainedTokenizerBase,
+    head: HeadName,
+    held_out: int,
+    whole: bool,
+    read: Read,
 ) -> tuple[Drawn, Ids]:
-    """Draw windows to train on from a text, and behind them those that are held out, which are the text's last.
+    """Draw windows to train on from a text, and behind them those that are held out.
 
     Args:
         settings: the text, the most windows to train on as `calibration_sequences`, and their length.
@@ -156,6 +165,7 @@ def draw_training_windows(
         head: head of the dense model.
         held_out: number of held-out windows.
         whole: whether all documents may be used; else those that calibration windows are drawn from.
+        read: the share of each window that was read before; windows of which least was read are held out.
 
     Returns:
         The windows, and the token ids ``[windows, length]`` of all windows that they were drawn from.
@@ -163,7 +173,7 @@ def draw_training_windows(
     Raises:
         SourceError: if the text cannot be read or holds too little.
     """
-    return _Reader(settings, tokenizer, head == "masked_lm").training(held_out, whole)
+    return _Reader(settings, tokenizer, head == "masked_lm").training(held_out, whole, read)
 
 
 def require_disjoint(calibrations: Sequence[Drawn], evaluations: Sequence[Drawn]) -> None:
@@ -246,12 +256,13 @@ class _Reader:
     def _open(self, source: TextSource) -> Text:
         return open_text(source, self._chat)
 
-    def training(self, held_out: int, whole: bool) -> tuple[Drawn, Ids]:
+    def training(self, held_out: int, whole: bool, read_before: Read) -> tuple[Drawn, Ids]:
         settings, text = self._settings, self._open(calibration_source(self._settings))
         documents, part = self._training_documents(text, held_out, whole)
         available = self._cut(documents, settings.calibration_length)
         number, count, name = len(available.ids), settings.calibration_sequences, text.source.name
-        chosen = training_rows(number, count, held_out, settings.seed, name, available.shortage)
+        before = read_before(list(available.ids))
+        chosen = training_rows(number, count, held_out, settings.seed, name, available.shortage, before)
         how = self._provenance(text, available, chosen, part) | {"seed": settings.seed}
         read = text.told(documents, available.tokens)
         return Drawn(self._asked(available.ids[chosen], settings.seed), how, documents, read), available.ids

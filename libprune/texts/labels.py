@@ -20,7 +20,7 @@ from libprune.texts.chosen import (
     only_text,
     require_other_text,
 )
-from libprune.texts.draw import Drawn, TextProvenance, require_disjoint, source_provenance
+from libprune.texts.draw import Drawn, Read, TextProvenance, require_disjoint, source_provenance
 from libprune.texts.source import Text, open_text
 from libprune.texts.windows import at_random, evenly, training_rows
 
@@ -55,7 +55,12 @@ def draw_examples(
 
 
 def draw_training_examples(
-    settings: Tokenize, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, held_out: int, whole: bool
+    settings: Tokenize,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    held_out: int,
+    whole: bool,
+    read: Read,
 ) -> Drawn:
     """Draw labelled sequences to train on from the calibration documents, and behind them those that are held out.
 
@@ -65,6 +70,7 @@ def draw_training_examples(
         config: config of the dense model, which names the labels.
         held_out: number of held-out sequences.
         whole: whether all documents may be used; else those that calibration sequences are drawn from.
+        read: the share of each document that was read before; documents of which least was read are held out.
 
     Raises:
         SourceError: if the text cannot be read, has no label or too few documents.
@@ -73,7 +79,9 @@ def draw_training_examples(
     rest = _read_whole(settings, config) if whole else _read_both(settings, config)[0]
     shuffled = np.random.default_rng(settings.seed).permutation(len(rest.examples))  # may be in the order of labels
     number, count = len(shuffled), settings.calibration_sequences
-    chosen = shuffled[training_rows(number, count, held_out, settings.seed, only_text(settings))]
+    cut = tokenizer([rest.examples[i][0] for i in shuffled], truncation=True, max_length=settings.calibration_length)
+    before = read(list(map(np.array, cut["input_ids"])))
+    chosen = shuffled[training_rows(number, count, held_out, settings.seed, only_text(settings), read=before)]
     return _drawn(rest, chosen, settings.calibration_length, tokenizer, {"seed": settings.seed})
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -35,6 +36,7 @@ class TrainingText:
         rows: the token ids of all that the sequences were drawn from: a row for each document of a labelled text, cut
             off where evaluation documents are; else rows in which the text goes on.
         read: what was read of each text, in words.
+        read_before: the share of the held-out tokens that the statistics or the repair have read too.
     """
 
     sequences: Sequences
@@ -42,6 +44,7 @@ class TrainingText:
     sources: list[TextProvenance]
     rows: list[Ids]
     read: list[str]
+    read_before: float = 0.0
 
     @property
     def names(self) -> str:
@@ -54,7 +57,15 @@ class TrainingText:
         most = "" if self.sequences.lengths is None else "up to "
         return (
             f"recovery: {number:,} sequences of {most}{length:,} tokens to train on and {self.held_out:,} held out, "
-            f"from {'; '.join([self.names, *self.read])}"
+            f"from {'; '.join([self.names, *self.read])}{self._caution()}"
+        )
+
+    def _caution(self) -> str:
+        if self.read_before <= MOST_SHARED:
+            return ""
+        return (
+            f"; the statistics or the repair have read {100 * self.read_before:.0f} % of the held-out tokens, so the "
+            "loss there is too low, and may end the training too early: use more text, or name another recover.text"
         )
 
 
@@ -65,10 +76,13 @@ def draw_training(
     config: PreTrainedConfig,
     head: HeadName,
     sample: Sample,
+    read: Sequence[Ids] = (),
 ) -> TrainingText:
-    """Draw the sequences to train on.
+    """Draw the sequences to train on, and those that are held out.
 
-    Of one of several texts that gives too few sequences for its share, sequences are repeated.
+    A repair fits weights to text, and the loss on that text says little about others. So the sequences of which least
+    was read before are held out. Of one of several texts that gives too few sequences for its share, sequences are
+    repeated.
 
     Args:
         settings: the calibration text, whose documents are the default, and the evaluation text, which is left out.
@@ -77,6 +91,7 @@ def draw_training(
         config: config of the dense model.
         head: head of the dense model.
         sample: writes sequences, for the text `self`.
+        read: the tokens of each sequence that the statistics or the repair have read, as they stand in the text.
 
     Raises:
         SourceError: if a text cannot be read or holds too little.
@@ -86,7 +101,8 @@ def draw_training(
         raise SourceError(several("recover"))
     wanted = -(-params.tokens // params.length)
     counts, held = (divided(number, [one.share for one in shares]) for number in (wanted, params.held_out))
-    draw = _Draw(tokenizer, config, head, sample)
+    before = _ReadBefore(read, tokenizer, head)
+    draw = _Draw(tokenizer, config, head, sample, before)
     parts = []
     for share, count, held_out in zip(shares, counts, held, strict=True):
         part = _part_of_calibration(share, settings)
@@ -95,8 +111,10 @@ def draw_training(
         parts.append(draw.of(own.model_copy(update=sizes), held_out, part is None))
     sequences = _joined([drawn.sequences for drawn, _ in parts], counts, held)
     sources = [drawn.provenance | {"share": share.share} for (drawn, _), share in zip(parts, shares, strict=True)]
-    read = [drawn.read for drawn, _ in parts if drawn.read]
-    return TrainingText(sequences, sum(held), sources, [row for _, rows in parts for row in rows], read)
+    told = [drawn.read for drawn, _ in parts if drawn.read]
+    last = before.shares(originals(sequences[len(sequences) - sum(held) :]))
+    rows = [row for _, rows in parts for row in rows]
+    return TrainingText(sequences, sum(held), sources, rows, told, float(last.mean()))
 
 
 def _part_of_calibration(share: Share, settings: Tokenize) -> Tokenize | None:
@@ -120,24 +138,51 @@ class _Draw:
     config: PreTrainedConfig
     head: HeadName
     sample: Sample
+    read: "_ReadBefore"
 
     def of(self, settings: Tokenize, held_out: int, whole: bool) -> tuple[Drawn, list[Ids]]:
         """The sequences, and the rows of all that they were drawn from, as in `TrainingText`."""
         if self.head == "sequence_classification":
-            drawn = draw_training_examples(settings, self.tokenizer, self.config, held_out, whole)
+            drawn = draw_training_examples(settings, self.tokenizer, self.config, held_out, whole, self.read.shares)
             cut = self.tokenizer(drawn.documents, truncation=True, max_length=settings.evaluation_length)
             return drawn, list(map(np.array, cut["input_ids"]))
         if settings.text == SELF:
             return self._written(settings, held_out)
-        drawn, windows = draw_training_windows(settings, self.tokenizer, self.head, held_out, whole)
+        drawn, windows = draw_training_windows(settings, self.tokenizer, self.head, held_out, whole, self.read.shares)
         return drawn, [windows.flatten()]
 
     def _written(self, settings: Tokenize, held_out: int) -> tuple[Drawn, list[Ids]]:
         count = settings.calibration_sequences
         ids, how = self.sample(count + held_out, settings.calibration_length, settings.seed)
-        chosen = training_rows(len(ids), count, held_out, settings.seed, SELF)
+        chosen = training_rows(len(ids), count, held_out, settings.seed, SELF, read=self.read.shares(list(ids)))
         how |= {"source": SELF, "mode": "sampled", "seed": settings.seed}
         return Drawn(Sequences(torch.from_numpy(ids[chosen])), how, []), list(ids)
+
+
+class _ReadBefore:
+    """Sequences that were read before, and how much of others is in them."""
+
+    def __init__(self, read: Sequence[Ids], tokenizer: PreTrainedTokenizerBase, head: HeadName) -> None:
+        self._special, self._whole = np.array(tokenizer.all_special_ids), head == "sequence_classification"
+        self._read = self._plain(read)
+
+    def _plain(self, rows: Sequence[Ids]) -> list[Ids]:
+        return [row[~np.isin(row, self._special)] for row in rows]
+
+    def shares(self, rows: Sequence[Ids]) -> Float[NDArray[np.float64], " rows"]:
+        """The share of each row that was read, special tokens left out.
+
+        A labelled document was read as a whole if it begins as one that was, as far as both are kept. Of other rows,
+        tokens in runs that were read count: `RUN` tokens long, or half a row where rows are short.
+        """
+        plain = self._plain(rows)
+        if self._whole:
+            kept = min(max(map(len, some), default=0) for some in (plain, self._read))
+            begun = {row[:kept].tobytes() for row in self._read}
+            return np.array([row[:kept].tobytes() in begun for row in plain], dtype=np.float64)
+        run = max(1, min(RUN, max(map(len, plain), default=0) // 2))
+        known = np.unique(np.concatenate([np.zeros(0, dtype=np.uint64), *(_runs(row, run) for row in self._read)]))
+        return np.array([_inside(_runs(row, run), known, run) / max(1, len(row)) for row in plain])
 
 
 def _joined(parts: list[Sequences], counts: list[int], held: list[int]) -> Sequences:
@@ -216,6 +261,8 @@ def seen_share(rows: Sequence[Ids], judged: Sequence[Ids]) -> float:
 
 def _inside(hashes: NDArray[np.uint64], chosen: NDArray[np.uint64], run: int) -> int:
     """The number of tokens of a row that lie in chosen runs."""
+    if not len(hashes):
+        return 0
     return int((np.convolve(np.isin(hashes, chosen), np.ones(run, dtype=np.int64)) > 0).sum())
 
 

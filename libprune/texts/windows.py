@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from libprune.engine.errors import SourceError
@@ -154,8 +156,18 @@ def spread(available: Windows, count: int, what: str) -> Ids:
     return evenly(len(available.ids), count)
 
 
-def training_rows(available: int, count: int, held_out: int, seed: int, name: str, shortage: str = "") -> Ids:
-    """The indices of sequences to train on, and behind them those of the held-out ones, which are the text's last.
+def training_rows(
+    available: int,
+    count: int,
+    held_out: int,
+    seed: int,
+    name: str,
+    shortage: str = "",
+    read: Float[NDArray[Any], " available"] | None = None,
+) -> Ids:
+    """The indices of sequences to train on, and behind them those of the held-out ones.
+
+    Sequences of which least was read before are held out; the last of the text where several are alike in this.
 
     Args:
         available: number of sequences of the text.
@@ -164,6 +176,7 @@ def training_rows(available: int, count: int, held_out: int, seed: int, name: st
         seed: seed of the choice.
         name: the name of the text, for the message.
         shortage: what else the message says of too few sequences.
+        read: the share of each sequence that the statistics or the repair have read; None: nothing.
 
     Raises:
         SourceError: if the text has too few sequences for both.
@@ -174,7 +187,11 @@ def training_rows(available: int, count: int, held_out: int, seed: int, name: st
             f"the text to train on, {name!r}, gives {available} sequences, of which {held_out} are held out to choose "
             f"the best step{shortage}; use more text, or lower recover.held_out or recover.length"
         )
-    return np.concatenate([at_random(rest, min(count, rest), seed), np.arange(rest, available)])
+    order = np.arange(available)[::-1]
+    if read is not None:
+        order = order[np.argsort(read[order], kind="stable")]
+    last, others = np.sort(order[:held_out]), np.sort(order[held_out:])
+    return np.concatenate([others[at_random(rest, min(count, rest), seed)], last])
 
 
 def at_random(available: int, count: int, seed: int) -> Ids:

@@ -13,7 +13,7 @@ HISTORY = [
     {"step": 4, "seconds": 5.0, "eval_loss": 0.35},
 ]
 SCHEDULE = Schedule(steps=6, sequences=4, at_once=2, passes=2, checks=(2, 4, 6))
-TEXT = {"text": "news", "held_out": 3}
+TEXT = {"text": "news", "held_out": 3, "read_before": 0.0}
 
 
 def recovery() -> Recovery:

@@ -16,12 +16,14 @@ def test_the_facts_are_those_of_the_record():
         "loss": "100 % divergence from what the dense model predicts",
         "text": "`another text`",
         "sequences": "100 of 256 tokens, each read 1.6 times on average",
-        "held-out sequences": "16, never trained on",
+        "held-out sequences": "16, never trained on; the statistics or the repair have read 25 % of their tokens",
         "tokens": "40,960 in 40 steps",
         "time": "3.2 minutes",
         "held-out loss before training": "0.5000",
         "held-out loss after it": "0.4000, at step 40",
     }
+    unread = dict(recovery_facts({**RECOVERY, "read_before": 0.0}, 200_000_000))
+    assert unread["held-out sequences"] == "16, never trained on"
 
 
 LOSSES = {

@@ -144,6 +144,7 @@ RECOVERY: dict[str, Any] = {
     "sequences": 100,
     "length": 256,
     "held_out": 16,
+    "read_before": 0.25,
     "trained_parameters": 113_281_344,
     "steps": 40,
     "step": 40,

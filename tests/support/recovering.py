@@ -39,7 +39,7 @@ def write_pruned_layout(
         prune(layout, folder, CPU, Slice(repair="none"))
     origin = read_architecture(layout).fingerprint
     calibration = read_tokens(layout.calibration_tokens, origin)[1]["tokens"]
-    meta = {"model": origin, "calibration": calibration, "held_out": HELD_OUT, "text": "t"}
+    meta = {"model": origin, "calibration": calibration, "held_out": HELD_OUT, "read_before": 0.0, "text": "t"}
     about = {"model": origin, "teacher": origin}
     about["tokens"] = write_tokens(layout.recovery_tokens, training_sequences(family), meta)
     with writing_folder(layout.teacher) as folder:

@@ -61,10 +61,11 @@ def draw(
     tokenize: Tokenize,
     head: str = "causal_lm",
     sample: Callable[..., Any] = no_sample,
+    read: Sequence[np.ndarray] = (),
     **recover: Any,
 ) -> TrainingText:
     usual = {"method": "full", "length": LENGTH, "tokens": LENGTH * TRAINED, "held_out": HELD_OUT}
-    return draw_training(tokenize, Recover(**(usual | recover)), tokenizer, LABELS, head, sample)
+    return draw_training(tokenize, Recover(**(usual | recover)), tokenizer, LABELS, head, sample, read)
 
 
 def settings(text: Path | str, **changes: Any) -> Tokenize:
@@ -145,6 +146,45 @@ def test_the_last_windows_are_held_out_and_none_of_them_is_trained_on(tokenizer,
     assert windows[-HELD_OUT:] == list(range(number - HELD_OUT, number))
     assert len(set(windows)) == TRAINED + HELD_OUT
     np.testing.assert_array_equal(found.sequences.ids, available.ids[windows])
+
+
+@pytest.mark.parametrize("documents", ["joined", "apart"])
+@pytest.mark.parametrize("seed", range(3))
+def test_windows_that_the_repair_has_not_read_are_held_out(tokenizer, text, documents, seed):
+    """The windows that were read are of another length, so that they cover others in part."""
+    tokenize = settings(text, documents=documents, calibration_length=20, calibration_sequences=150, seed=seed)
+    calibration, _ = draw_texts(tokenize, tokenizer, no_sample)
+    read = originals(calibration.sequences)
+    found = draw(tokenizer, tokenize, read=read)
+    held_out = [row.numpy() for row in found.sequences.ids[-HELD_OUT:]]
+    assert seen_share(read, held_out) == found.read_before == 0
+    assert "too low" not in found.sentence()
+    assert len(set(found.sources[0]["windows"])) == TRAINED + HELD_OUT
+
+
+def test_the_last_windows_of_which_least_was_read_are_held_out(tokenizer, text):
+    last = draw(tokenizer, settings(text))
+    read = originals(last.sequences[-HELD_OUT:])
+    found = draw(tokenizer, settings(text), read=read)
+    windows = [draws.sources[0]["windows"][-HELD_OUT:] for draws in (last, found)]
+    assert windows == [[416, 417, 418, 419], [412, 413, 414, 415]]
+
+
+def test_where_all_was_read_the_last_windows_are_held_out_and_it_is_said(tokenizer, text):
+    tokenize = settings(text)
+    everything = [np.array(row) for row in cut_windows(text.read_text().splitlines(), tokenizer, 24, "joined").ids]
+    found, plain = draw(tokenizer, tokenize, read=everything), draw(tokenizer, tokenize)
+    assert found.read_before > 0.9
+    assert f"have read {100 * found.read_before:.0f} % of the held-out tokens" in found.sentence()
+    assert len(found.sequences) == len(plain.sequences)
+
+
+def test_a_framing_tokenizer_and_masks_hide_nothing_that_was_read(framing, text):
+    tokenize = settings(text, calibration_sequences=200)
+    calibration, _ = draw_texts(tokenize, framing, no_sample, "masked_lm")
+    read = originals(calibration.sequences)
+    found = draw(framing, tokenize, "masked_lm", read=read)
+    assert seen_share(read, originals(found.sequences[-HELD_OUT:])) == found.read_before == 0
 
 
 def test_a_text_that_gives_fewer_windows_gives_all_it_has(tokenizer, text):
@@ -405,6 +445,18 @@ def test_short_labelled_documents_that_begin_alike_are_not_the_same(framing, lab
     )
     require_unseen(found, short, framing)
     require_unseen(found, judged, framing)
+
+
+def test_labelled_documents_that_were_read_are_not_held_out(framing, labelled):
+    tokenize = settings(labelled, calibration_sequences=50)
+    read = originals(draw_examples(tokenize, framing, LABELS)[0].sequences)
+    found = draw(framing, tokenize, CLASSES, read=read, length=16)
+    kept = max(map(len, read))
+    begun = {row[:-1].tobytes() for row in read}  # the last token stands behind every text
+    assert not any(row[: kept - 1].tobytes() in begun for row in originals(found.sequences[-HELD_OUT:]))
+    assert found.read_before == 0
+    more = draw(framing, tokenize, CLASSES, read=read, length=16, held_out=60)
+    assert more.read_before == pytest.approx(26 / 60)  # 34 of 84 documents were not read
 
 
 def test_a_model_that_tells_classes_apart_takes_one_text(framing, labelled):

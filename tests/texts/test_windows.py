@@ -102,6 +102,17 @@ def test_rows_to_train_on_are_drawn_without_the_last_ones_which_stand_behind_the
     np.testing.assert_array_equal(training_rows(available, count, held_out, seed, "t"), rows)
 
 
+@given(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=2, max_size=40), st.integers(1, 40), st.integers(0, 99))
+def test_rows_of_which_least_was_read_are_held_out_and_the_last_of_those(read, count, seed):
+    available, held_out = len(read), len(read) // 2
+    rows = training_rows(available, count, held_out, seed, "t", read=np.array(read))
+    trained, last = rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+    assert sorted(last) == sorted(sorted(range(available), key=lambda row: (read[row], -row))[:held_out])
+    assert len(trained) == min(count, available - held_out)
+    assert len(set(rows.tolist())) == len(rows)
+    assert (np.diff(trained) > 0).all()
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """Whole words, each one token."""
