@@ -22,6 +22,7 @@ from libprune.pipeline.params import Params
 from libprune.pipeline.sections import Allocate, Compute, Recover
 from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes
 from libprune.recovery.predictions import BYTES, sequences_at_once, shard_path
+from libprune.recovery.teacher_model import described_teacher
 from libprune.scoring.expression import criteria_of
 from libprune.scoring.score import component_columns
 from libprune.statistics.activations import activation_groups
@@ -389,13 +390,13 @@ def _recover(architecture: Architecture, params: Params, sliced: Footprint) -> F
     beside = sum(architecture.numel(parameter) for parameter in architecture.parameters if parameter.whole)
     trained = left - beside if recover.method == "full" else _lora_parameters(architecture, recover, allocate)
     computed = compute_dtype(params.compute)
-    dense = 0 if recover.top_k is not None else architecture.total_parameters * computed.itemsize
+    learned_from = 0 if recover.top_k is not None else described_teacher(architecture, recover).total_parameters
     teacher = "teacher stored" if recover.top_k is not None else f"teacher in {dtype_name(computed)}"
     return Footprint(
         "recover",
         files,
         f"{recover.method} in {recover.dtype}, {trained:,} trained, {teacher}",
-        training=training_bytes(trained, left, recover) + dense,
+        training=training_bytes(trained, left, recover) + learned_from * computed.itemsize,
         checkpoints=CHECKPOINTS * checkpoint_bytes(trained, recover),
     )
 

@@ -19,7 +19,7 @@ import torch
 
 from libprune.cli.footprint import Footprint, compute_device, compute_dtype, footprints
 from libprune.cli.inspection import dense_architecture
-from libprune.collection.offload import LIBRARIES, PassBytes, choose, consumer_inputs, pass_bytes
+from libprune.collection.offload import LIBRARIES, PassBytes, choose, consumer_inputs, held_activations, pass_bytes
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
@@ -31,6 +31,8 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import Params, load_params
 from libprune.pipeline.story import read_memory
 from libprune.pipeline.terminal import gigabytes, masked
+from libprune.recovery.memory import working_bytes
+from libprune.recovery.teacher_model import described_teacher, teacher_needs
 from libprune.statistics.depth import measurements, most_removals
 from libprune.statistics.depth import removals as removals_in_order
 from libprune.statistics.levels import choose_levels
@@ -107,7 +109,7 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
 
     A multiply-accumulate is two operations, and a backward pass is two forward passes.
     """
-    tokens, forward = params.tokenize, 2.0 * cost.size(architecture, Plan.dense(architecture)).macs
+    tokens, forward = params.tokenize, _forward(architecture)
     passed, length = _FORWARD * forward, tokens.calibration_length
 
     def sequences(asked: int | None) -> int:
@@ -129,7 +131,9 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
     number += models * evaluate.continuation_tokens * (_DECODED + evaluate.continuations)
     number += (3 * models - 2) * tokens.evaluation_windows * tokens.evaluation_length
     checked = (recover.checks + 1) * recover.held_out * recover.length
-    taught = 0 if recover.top_k is not None else passed
+    learned = recover.method != "none" and recover.teacher is not None
+    teaching = _FORWARD * _forward(described_teacher(architecture, recover)) if learned else passed
+    taught = 0 if recover.top_k is not None else teaching
     drawn, each = tokens.repaired_on
     fitted = min(params.slice.sequences or drawn, drawn) * each
     by_layer = fits + (2 * passed + gram) * fitted
@@ -151,11 +155,16 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
         "latency": float(params.latency.rounds * params.latency.widths * params.latency.tokens) * passed,
         "allocate": params.allocate.evaluations * (levels + fits) + 1,
         "slice": repaired + 1,
-        "teacher": 1.0 if recover.top_k is None else recover.tokens * passed,
+        "teacher": 1.0 if recover.top_k is None else recover.tokens * teaching,
         "recover": recover.tokens * (3 * forward + taught) + checked * (passed + taught),
         "evaluate": number * passed,
         "report": 1.0,
     }
+
+
+def _forward(architecture: Architecture) -> float:
+    """Floating point operations of a forward pass, for each token."""
+    return 2.0 * cost.size(architecture, Plan.dense(architecture)).macs
 
 
 def _narrowing(architecture: Architecture, params: Params) -> int:
@@ -181,7 +190,6 @@ def memory(
     windows = params.tokenize.evaluation_windows * params.tokenize.evaluation_length
     judged = min(KEPT, windows * architecture.sizes.get("vocab", 0) * computed.itemsize)
     sums = {stage.stage: stage.sums for stage in written}
-    trained = {stage.stage: stage.training for stage in written}
     held = {
         "prepare": round(2.4 * dense),
         "gradients": 2 * weights + sums["gradients"] + 4 * logits + kept,
@@ -190,11 +198,26 @@ def memory(
         **dict.fromkeys(("ablation", "sensitivity", "depth", "levels", "allocate"), 2 * weights + 4 * logits),
         "width": 2 * weights + 4 * logits + sums["width"],
         "slice": 2 * total * torch.float32.itemsize + LIBRARIES,  # the proof, by two processes
-        "recover": trained.get("recover", 0) + round(4.5 * logits) + kept,
+        "recover": _training(architecture, params, needs, written),
         "export": 3 * dense,
         "evaluate": 2 * weights + 4 * logits + layer + judged,
     }
     return {stage: size + LIBRARIES for stage, size in held.items()}
+
+
+def _training(architecture: Architecture, params: Params, needs: PassBytes, written: Sequence[Footprint]) -> int:
+    """Bytes that a training holds at most, with the model to learn from if that is in memory; 0 without a training."""
+    recover, compute = params.recover, params.compute
+    if recover.method == "none":
+        return 0
+    training = next(stage.training for stage in written if stage.stage == "recover")
+    passes = working_bytes(held_activations(compute, needs), needs.logits)
+    if recover.top_k is None:
+        teacher = teacher_needs(architecture, recover, compute, compute_dtype(compute))
+        beside = training - teacher.weights + passes
+        if choose(compute, teacher, compute_device(compute), World(), beside) == "disk":
+            training -= teacher.weights
+    return training + passes
 
 
 def _on_disk(
@@ -219,7 +242,6 @@ def _on_disk(
 
     dequantised = read if params.prepare.model.endswith(".gguf") else 0
     fitted = _FITTED * max(width for width, _, _ in consumer_inputs(architecture)) ** 2
-    training = next((stage.training for stage in written if stage.stage == "recover"), 0)
     sizes = dict.fromkeys(range(architecture.layers), 0)
     for layer, part in architecture.blocks():
         sizes[layer] += sum(map(architecture.numel, architecture.parameters_of(layer, part)))
@@ -232,7 +254,7 @@ def _on_disk(
         **dict.fromkeys(("ablation", "sensitivity", "depth"), forward),
         **dict.fromkeys(("levels", "width", "allocate"), max(fitted, forward)),
         "slice": max(fitted, trained) + LIBRARIES,
-        "recover": training + round(4.5 * needs.logits) + needs.kept,
+        "recover": _training(architecture, params, needs, written),
         "evaluate": forward + needs.logits,
     }
     return {stage: size + LIBRARIES for stage, size in held.items()}

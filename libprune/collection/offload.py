@@ -113,18 +113,18 @@ Place = Literal["none", "cpu", "disk"]
 """Where weights are, as `compute.offload` names it."""
 
 
-def choose(compute: Compute, needs: PassBytes, device: torch.device, world: World) -> Place:
+def choose(compute: Compute, needs: PassBytes, device: torch.device, world: World, beside: int = 0) -> Place:
     """What `settle` chooses, without a word."""
     if compute.offload != "auto":
         return compute.offload
-    if world.sharded or needs.weights + _kept(compute, needs) < _free(device, world) // 2:
+    if world.sharded or needs.weights + held_activations(compute, needs) < (_free(device, world) - beside) // 2:
         return "none"
     on_host = device.type == "cuda" and needs.weights < free_memory() // 2 // world.local_size
     return "cpu" if on_host else "disk"
 
 
-def _kept(compute: Compute, needs: PassBytes) -> int:
-    """Bytes of activations that backward would keep with the weights on the device."""
+def held_activations(compute: Compute, needs: PassBytes) -> int:
+    """Bytes of activations that backward keeps with the weights on the device."""
     return needs.layer + needs.states if compute.gradient_checkpointing else needs.kept
 
 
@@ -133,7 +133,7 @@ def _free(device: torch.device, world: World) -> int:
     return free_on(device) if device.type == "cuda" else free_memory() // world.local_size
 
 
-def settle(compute: Compute, needs: PassBytes, device: torch.device, world: World) -> Compute:
+def settle(compute: Compute, needs: PassBytes, device: torch.device, world: World, beside: int = 0) -> Compute:
     """Choose where the weights are, if the params leave it open, and say what was chosen and why.
 
     They are on the device where they take less than half of its free memory, with what backward keeps. Otherwise they
@@ -145,16 +145,17 @@ def settle(compute: Compute, needs: PassBytes, device: torch.device, world: Worl
         needs: of the largest pass.
         device: where the model runs.
         world: the processes; those that share the weights out keep them on their devices.
+        beside: bytes of the same memory that something else is going to take, such as a model that is trained.
 
     Returns:
         The params, with `offload` as `none`, `cpu` or `disk`.
     """
-    chosen = choose(compute, needs, device, world)
+    chosen = choose(compute, needs, device, world, beside)
     if compute.offload == "auto" and world.first:
-        kept = _kept(compute, needs)
+        kept, taken = held_activations(compute, needs), f", {gigabytes(beside)} of which the training takes"
         note(
             f"compute.offload: auto is {chosen}: weights of {gigabytes(needs.weights)} and up to {gigabytes(kept)} of "
-            f"activations, where {gigabytes(_free(device, world))} are free"
+            f"activations, where {gigabytes(_free(device, world))} are free{taken if beside else ''}"
         )
     if chosen == "disk" and world.first:
         note(

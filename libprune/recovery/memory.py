@@ -19,6 +19,20 @@ def training_bytes(trained: int, whole: int, params: Recover) -> int:
     return _BYTES[params.dtype] * whole + tensors * _trained_bytes(params) * trained + _states(trained, params)
 
 
+def working_bytes(kept: int, logits: int) -> int:
+    """Bytes that a pass of the trained model takes beside its weights.
+
+    Args:
+        kept: bytes of what backward keeps of the layers.
+        logits: bytes of the logits in float32.
+    """
+    return kept + round(_LOGITS * logits)
+
+
+_LOGITS = 4.5
+"""Measured: how many times the logits of a pass are held, in float32, with those of the model to learn from."""
+
+
 def checkpoint_bytes(trained: int, params: Recover) -> int:
     """Bytes of a checkpoint: the trained parameters and the optimizer states."""
     return _trained_bytes(params) * trained + _states(trained, params)

@@ -65,16 +65,19 @@ class LiveTeacher:
         hidden: whether hidden states are wanted.
         held_out: the number of the first held-out sequence; None if there is none. On a CPU the model runs only once
             over these sequences, which every check compares again.
+        on_disk: whether the weights are read from disk as they are needed.
     """
 
     model: PreTrainedModel
     hidden: bool
     held_out: int | None = None
+    on_disk: bool = False
     _kept: KeptLogits = field(default_factory=KeptLogits, init=False, repr=False)
 
     def held(self) -> int:
-        """Bytes of the model's weights."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        """Bytes of the model's weights; 0 where they lie on disk."""
+        held = [] if self.on_disk else self.model.parameters()
+        return sum(parameter.numel() * parameter.element_size() for parameter in held)
 
     def predict(self, index: Tensor, inputs: Mapping[str, Tensor]) -> Taught:
         """What the dense model says of a batch, given the numbers of its sequences and its inputs."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from libprune.collection.accumulator import discard
 from libprune.collection.calibration import own_device
+from libprune.collection.offload import held_activations, pass_bytes
 from libprune.collection.resumable import ROOMS, mention_others, only_one, work_identity
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import stored_tensors
@@ -26,10 +27,10 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover
 from libprune.pipeline.terminal import gigabytes, note
 from libprune.recovery.curve import Recovery
-from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes
+from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes, working_bytes
 from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher, read_about
 from libprune.recovery.student import finished_weights, load_student, prepare, trained_parameters
-from libprune.recovery.teacher_model import load_teacher, prediction_origin, require_taught
+from libprune.recovery.teacher_model import load_teacher, prediction_origin, require_taught, settle_teacher
 from libprune.recovery.training import Outcome, Schedule, Training, make_schedule
 from libprune.results.card import write_card
 from libprune.results.folder import save_weights
@@ -119,20 +120,36 @@ class _Run:
         }
         return work_identity((*ROOMS, "recovery"), facts)
 
-    def teacher(self) -> Teacher:
-        """The dense model on its device, or its stored predictions."""
+    def beside_teacher(self, trained: int, whole: int) -> int:
+        """Bytes that the training is going to take of the memory of its device, beside the model to learn from.
+
+        Args:
+            trained: number of trained parameters.
+            whole: number of all parameters of the pruned model, which lie in the memory of the host already.
+        """
+        tokens = max(self.compute.batch_tokens, self.params.length)
+        needs = pass_bytes(self.architecture, tokens, self.dtype)
+        there = training_bytes(0, whole, self.params) if self.device.type == "cpu" else 0
+        passes = working_bytes(held_activations(self.compute, needs), needs.logits)
+        return training_bytes(trained, whole, self.params) - there + passes
+
+    def teacher(self, beside: int) -> Teacher:
+        """The dense model where it runs, or its stored predictions; `beside` is what the training takes, in bytes."""
         if self.params.top_k is not None:
             origin = self.origin | {"top_k": self.params.top_k, "temperature": self.params.temperature}
             return StoredTeacher(require(self.layout.teacher, "teacher"), origin)
         read_about(require(self.layout.teacher, "teacher"), self.origin)
-        where = (self.layout, self.architecture, self.params, self.compute, self.world, self.device, self.dtype)
+        where = (self.world, self.device, self.dtype)
+        compute = settle_teacher(self.architecture, self.params, self.compute, *where, beside)
+        model = load_teacher(self.layout, self.architecture, self.params, compute, *where)
         first = len(self.sequences) - self.text["held_out"]
-        return LiveTeacher(load_teacher(*where), hidden=self.params.hidden_states > 0, held_out=first)
+        hidden, on_disk = self.params.hidden_states > 0, compute.offload == "disk"
+        return LiveTeacher(model, hidden=hidden, held_out=first, on_disk=on_disk)
 
-    def training(self) -> Training:
-        """The training, with the teacher in memory."""
+    def training(self, teacher: Teacher) -> Training:
+        """The training with what it learns from."""
         return Training(
-            teacher=self.teacher(),
+            teacher=teacher,
             sequences=self.sequences,
             held_out=self.text["held_out"],
             layers=self.record.plan.layers,
@@ -183,7 +200,7 @@ def _train(run: _Run, home: Path) -> tuple[Outcome, int]:
         recompute_layers(student, run.architecture)
     model = prepare(student, run.params)
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
-    training = run.training()
+    training = run.training(run.teacher(run.beside_teacher(trained, whole)))
     if run.world.first:
         _announce(run, home, trained, whole, training.teacher.held())
     return training.run(model, home), trained

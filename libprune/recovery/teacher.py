@@ -34,7 +34,7 @@ from libprune.recovery.predictions import (
     top_predictions,
     write_predictions,
 )
-from libprune.recovery.teacher_model import load_teacher, prediction_origin, require_taught
+from libprune.recovery.teacher_model import load_teacher, prediction_origin, require_taught, settle_teacher
 from libprune.texts.self_text import SelfText
 from libprune.texts.training import draw_training, originals, require_unseen
 
@@ -173,8 +173,8 @@ class _Storing:
         world.barrier()  # where the weights are shared out, all processes must miss the same
         if not missing:
             return
-        where = (self.layout, self.architecture, self.params, self.compute, world, device, dtype)
-        model = load_teacher(*where)
+        compute = settle_teacher(self.architecture, self.params, self.compute, world, device, dtype)
+        model = load_teacher(self.layout, self.architecture, self.params, compute, world, device, dtype)
         for number in Bar(missing, desc="teacher", unit="file", disable=not world.first):
             rows = self.sequences[number * self._at_once : (number + 1) * self._at_once]
             starts = range(0, len(rows), self._passes)

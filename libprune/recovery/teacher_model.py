@@ -1,6 +1,8 @@
 """The model that the pruned one learns from: the dense model, or another one that `recover.teacher` names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +10,80 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from libprune.collection.calibration import place
-from libprune.collection.offload import pass_bytes, scratch_of, settle
+from libprune.collection.offload import PassBytes, pass_bytes, scratch_of, settle
 from libprune.engine.architecture import Architecture
-from libprune.engine.describe import describe
+from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ParamsError, SourceError
 from libprune.engine.stock_config import keys_of
 from libprune.models.folder import fingerprint, load_model, own_model
 from libprune.models.parallel import World
-from libprune.models.source import load_dense
+from libprune.models.source import load_dense, load_dense_config
 from libprune.pipeline.digests import KnownDigests
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Prepare, Recover
 from libprune.pipeline.sources import resolve
+
+
+def described_teacher(architecture: Architecture, params: Recover) -> Architecture:
+    """The description of the model to learn from, of which only the config is read.
+
+    Args:
+        architecture: the description of the dense model.
+        params: the name of another model, if one is named.
+
+    Raises:
+        LibpruneError: if that model's config cannot be read, or it is of no family that is known.
+    """
+    if params.teacher is None:
+        return architecture
+    with _under_its_key():
+        config = load_dense_config(Prepare(model=params.teacher))
+        return describe(without_weights(config), accept=keys_of(config.to_dict()))
+
+
+def teacher_needs(architecture: Architecture, params: Recover, compute: Compute, dtype: torch.dtype) -> PassBytes:
+    """What a pass of the model to learn from holds, which never goes back; its description is read from its config.
+
+    Args:
+        architecture: the description of the dense model.
+        params: the name of another model, if one is named, and the length of a sequence.
+        compute: tokens of a pass.
+        dtype: the type that it computes in.
+
+    Raises:
+        LibpruneError: as `described_teacher`.
+    """
+    needs = pass_bytes(described_teacher(architecture, params), max(compute.batch_tokens, params.length), dtype)
+    return replace(needs, kept=needs.layer + needs.states)
+
+
+def settle_teacher(
+    architecture: Architecture,
+    params: Recover,
+    compute: Compute,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+    beside: int = 0,
+) -> Compute:
+    """Choose where the weights of the model to learn from are, if the params leave it open, and say so.
+
+    Args:
+        architecture: the description of the dense model.
+        params: the name of another model, if one is named, and the length of a sequence.
+        compute: the params of how models run.
+        world: the processes.
+        device: where the model runs.
+        dtype: the type that it computes in.
+        beside: bytes of that memory that the training of the pruned model is going to take.
+
+    Returns:
+        The params, with `offload` settled.
+
+    Raises:
+        LibpruneError: as `described_teacher`.
+    """
+    return settle(compute, teacher_needs(architecture, params, compute, dtype), device, world, beside)
 
 
 def load_teacher(
@@ -37,7 +101,7 @@ def load_teacher(
         layout: holds the dense model.
         architecture: the description of the dense model.
         params: the name of another model, if one is named.
-        compute: whether weights visit the device one at a time.
+        compute: where its weights are, as `settle_teacher` has settled it.
         world: whether weights are shared out over processes.
         device: where the model runs.
         dtype: the type that it computes in.
@@ -45,17 +109,13 @@ def load_teacher(
     Raises:
         LibpruneError: if the model cannot be loaded, or has another vocabulary than the dense model.
     """
-    tokens = max(compute.batch_tokens, params.length)
-    compute = settle(compute, pass_bytes(architecture, tokens, dtype), device, world)
     compute = compute.model_copy(update={"gradient_checkpointing": False})
     scratch = scratch_of(layout, compute)
     if params.teacher is None:
         model = load_model(own_model(layout, architecture), dtype, scratch=scratch)
         return place(model, architecture, compute, world, device)
-    try:
+    with _under_its_key():
         model, tokenizer = load_dense(_source(params.teacher, dtype), scratch)
-    except SourceError as error:
-        raise SourceError(str(error).replace("prepare.model", "recover.teacher")) from error
     own = AutoTokenizer.from_pretrained(own_model(layout, architecture), local_files_only=True, trust_remote_code=False)
     if tokenizer.get_vocab() != own.get_vocab():
         raise ParamsError(
@@ -85,6 +145,15 @@ def require_taught(architecture: Architecture, params: Recover) -> None:
                 f"recover.{name} is of predicted tokens or labels, and this model gives embeddings, which are compared "
                 f"by their cosine; set it to {'null' if name == 'top_k' else 0}"
             )
+
+
+@contextmanager
+def _under_its_key() -> Iterator[None]:
+    """Inside the context, errors about a model that is named name the key of the model to learn from."""
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(str(error).replace("prepare.model", "recover.teacher")) from error
 
 
 def _source(name: str, dtype: torch.dtype) -> Prepare:

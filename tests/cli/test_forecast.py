@@ -68,6 +68,23 @@ def test_the_memory_of_each_stage_of_the_demo_is_about_what_was_measured(demo):
         assert found[stage] == pytest.approx(size, rel=0.15), stage
 
 
+def test_a_larger_model_to_learn_from_takes_its_own_time_and_memory(demo, tmp_path, monkeypatch):
+    architecture, params = demo
+    large = LlamaConfig(**SMOLLM2.to_dict() | {"num_hidden_layers": 90})
+    large.save_pretrained(tmp_path)
+    asked = with_changes(with_changes(params, "recover", teacher=str(tmp_path)), "compute", offload="auto")
+    weights = 2 * describe(without_weights(large)).total_parameters
+    ours = with_changes(params, "compute", offload="auto")
+    monkeypatch.setattr("libprune.collection.offload.free_memory", lambda: 10**12)
+    roomy = [memory(architecture, p, torch.float32, footprints(architecture, p, torch.float32)) for p in (ours, asked)]
+    assert roomy[1]["recover"] - roomy[0]["recover"] == weights - 2 * architecture.total_parameters
+    assert {stage for stage in roomy[0] if roomy[0][stage] != roomy[1][stage]} == {"recover"}
+    monkeypatch.setattr("libprune.collection.offload.free_memory", lambda: 5 * 10**9)
+    narrow = memory(architecture, asked, torch.float32, footprints(architecture, asked, torch.float32))
+    assert roomy[1]["recover"] - narrow["recover"] == weights, "read from disk, where the training takes the memory"
+    assert works(architecture, asked)["recover"] > 1.3 * works(architecture, ours)["recover"]
+
+
 def with_changes(params: Params, section: str, **values: object) -> Params:
     return params.model_copy(update={section: getattr(params, section).model_copy(update=values)})
 

@@ -55,6 +55,13 @@ def test_weights_are_on_disk_where_they_would_take_half_of_free_memory(asked, fr
     assert ("compute.offload: auto is " + chosen in said) == (compute.offload == "auto")
 
 
+@pytest.mark.parametrize(("beside", "chosen"), [(0, "none"), (38, "none"), (39, "disk"), (2000, "disk")])
+def test_what_something_else_is_going_to_take_is_not_free(beside, chosen, monkeypatch, capsys):
+    monkeypatch.setattr(offload, "free_memory", lambda: 1000)
+    assert settle(Compute(), needs(), CPU, World(), beside).offload == chosen
+    assert ("0.0 MB of which the training takes" in capsys.readouterr().out) == (beside > 0)
+
+
 @pytest.mark.parametrize(("on_gpu", "host", "chosen"), [(2000, 0, "none"), (900, 900, "cpu"), (900, 700, "disk")])
 def test_a_gpu_takes_weights_from_the_host_where_they_fit_there(on_gpu, host, chosen, monkeypatch):
     monkeypatch.setattr(offload, "free_memory", lambda: host)

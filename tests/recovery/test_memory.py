@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Adafactor
 
 from libprune.pipeline.sections import Recover
-from libprune.recovery.memory import checkpoint_bytes, training_bytes
+from libprune.recovery.memory import checkpoint_bytes, training_bytes, working_bytes
 from libprune.recovery.student import prepare, trained_parameters
 from tests.support.models import FAMILIES
 
@@ -45,6 +45,10 @@ def test_bytes_are_those_of_the_tensors_after_one_step(name, dtype, method):
     weights = sum(parameter.nbytes for parameter in model.parameters())
     gradients = sum(parameter.grad.nbytes for parameter in trained)
     assert training_bytes(number, whole, params) == weights + gradients + state_bytes(optimizer)
+
+
+def test_a_pass_of_the_training_holds_activations_and_a_few_times_the_logits():
+    assert working_bytes(kept=1000, logits=10) == 1045
 
 
 def test_adafactor_keeps_next_to_nothing():

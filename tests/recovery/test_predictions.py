@@ -90,6 +90,12 @@ def test_a_live_teacher_says_what_the_model_does_and_hidden_states_if_asked():
     assert LiveTeacher(model, hidden=False).predict(torch.tensor([0, 1]), model_inputs(ids, None)).hidden == ()
 
 
+def test_a_live_teacher_holds_its_weights_unless_they_lie_on_disk():
+    model = FAMILIES["llama"](0)
+    assert LiveTeacher(model, hidden=False).held() == sum(parameter.nbytes for parameter in model.parameters())
+    assert LiveTeacher(model, hidden=False, on_disk=True).held() == 0
+
+
 def test_a_live_teacher_runs_once_over_held_out_sequences():
     model, ids, calls = FAMILIES["llama"](0), tokens(4, 5), []
     handle = model.register_forward_hook(lambda *_: calls.append(1))

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from libprune.collection import offload
 from libprune.engine.errors import ArtifactError, LibpruneError
 from libprune.models.folder import WeightFiles, load_model
 from libprune.pipeline.artifacts import read_architecture
@@ -78,6 +79,25 @@ def test_weights_that_no_step_improved_stay_as_they_were(tmp_path, quick_proof):
     assert (one.step, one.after) == (0, one.before)
     own, other = WeightFiles(layout.pruned), WeightFiles(layout.recovered)
     assert all(torch.equal(own[name], other[name]) for name in own)
+
+
+def test_the_dense_model_is_read_from_disk_where_the_training_leaves_it_too_little_memory(
+    tmp_path, quick_proof, monkeypatch, capsys
+):
+    """Alone it takes less than half of what is free; the gradients and optimizer states beside it take the rest."""
+    layouts = [write_pruned_layout(tmp_path / name / "artifacts", "llama", "uniform") for name in ("room", "narrow")]
+    dense = 4 * read_architecture(layouts[0]).total_parameters
+    asked, said = CPU.model_copy(update={"batch_tokens": 8}), []
+    for layout, free in zip(layouts, (40 * dense, 4 * dense), strict=True):
+        monkeypatch.setattr(offload, "free_memory", lambda free=free: free)
+        recovered(layout, asked)
+        said.append(capsys.readouterr().out)
+    assert "compute.offload: auto is none: " in said[0]
+    assert "optimizer states and the model to learn from" in said[0]
+    assert "compute.offload: auto is disk: " in said[1]
+    assert "optimizer states, without activations" in said[1]
+    one, other = (WeightFiles(layout.recovered) for layout in layouts)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_recovered_folder_can_be_pruned_again(tmp_path, quick_proof):

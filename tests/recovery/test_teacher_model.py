@@ -1,14 +1,18 @@
 import pytest
 import torch
 
+from libprune.collection import offload
+from libprune.collection.offload import pass_bytes
+from libprune.engine.describe import describe
 from libprune.engine.errors import ArtifactError, ParamsError, SourceError
+from libprune.models.folder import load_model
 from libprune.models.parallel import World
 from libprune.pipeline.artifacts import read_architecture
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.params import load_params
 from libprune.recovery.recover import recover_layout
 from libprune.recovery.teacher import teach_layout
-from libprune.recovery.teacher_model import load_teacher, teacher_identity
+from libprune.recovery.teacher_model import described_teacher, load_teacher, settle_teacher, teacher_identity
 from tests.support import tiny
 from tests.support.recovering import CPU, short
 
@@ -31,8 +35,9 @@ def project(tmp_path_factory, by_forks):
 
 def load(layout: Layout, **changes):
     architecture = read_architecture(layout)
-    device, dtype = torch.device("cpu"), torch.float32
-    return load_teacher(layout, architecture, short(**changes), CPU, World(), device, dtype)
+    where = (World(), torch.device("cpu"), torch.float32)
+    compute = settle_teacher(architecture, short(**changes), CPU, *where)
+    return load_teacher(layout, architecture, short(**changes), compute, *where)
 
 
 def test_the_dense_model_is_the_teacher_unless_another_is_named(project):
@@ -42,6 +47,22 @@ def test_the_dense_model_is_the_teacher_unless_another_is_named(project):
     assert not other.training
     with torch.no_grad():
         assert (own(ids).logits - other(ids).logits).abs().max() > 1
+
+
+def test_a_larger_teacher_is_described_by_its_own_config_and_settled_by_its_own_size(project, tmp_path, monkeypatch):
+    architecture, where = (
+        read_architecture(Layout(project / "artifacts")),
+        (World(), torch.device("cpu"), torch.float32),
+    )
+    large = short(teacher=str(tiny.write_model(tmp_path / "large", layers=40)))
+    assert described_teacher(architecture, short()) is architecture
+    found, whole = described_teacher(architecture, large), describe(load_model(tmp_path / "large", torch.float32))
+    assert found.to_json() == whole.to_json()
+    own, other = (pass_bytes(one, CPU.batch_tokens, torch.float32).weights for one in (architecture, whole))
+    assert other > 4 * own
+    monkeypatch.setattr(offload, "free_memory", lambda: 2 * other)
+    for params, beside, chosen in ((short(), 0, "none"), (large, 0, "disk"), (short(), 2 * other - 2 * own, "disk")):
+        assert settle_teacher(architecture, params, CPU, *where, beside).offload == chosen
 
 
 def test_the_identity_is_of_the_files(project, tmp_path):

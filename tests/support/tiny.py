@@ -51,8 +51,8 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_model(folder: Path) -> Path:
-    """A Llama of four layers with grouped-query attention, in a Hugging Face folder."""
+def write_model(folder: Path, layers: int = 4) -> Path:
+    """A Llama of some layers with grouped-query attention, in a Hugging Face folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -61,7 +61,7 @@ def write_model(folder: Path) -> Path:
         vocab_size=len(VOCABULARY),
         hidden_size=48,
         intermediate_size=40,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=3,
         head_dim=8,
