@@ -109,13 +109,13 @@ def fit_experts(
     best = min(tried, key=lambda value: errors[value])
     new = tried[best]
     after, held_out_after = _error(fitted, new), errors[best]
-    if kept_out:
+    if kept_out and not normal.silent:
         new = _Normal(batches, old).solve(best)
     return Fit(
         consumer=consumer,
         weight=stacked(consumer, new.movedim(-1, 0).flatten(1).to(like.dtype), like).cpu(),
         bias=None,
-        damping=best,
+        damping=np.nan if normal.silent else best,
         before=_error(fitted, old),
         after=after,
         held_out_before=_error(kept_out, old) if kept_out else np.nan,
@@ -128,7 +128,7 @@ _TRIED = tuple(value for value in DAMPINGS if 1e-3 <= value <= 10)
 
 
 class _Normal:
-    """The normal equations of a fit."""
+    """The normal equations of a fit; `silent` where all inputs are 0, so that the old weights solve them."""
 
     def __init__(self, batches: Sequence[Rows], old: Float[Tensor, "copies input output"]) -> None:
         self._batches, self._old = batches, old
@@ -140,7 +140,8 @@ class _Normal:
             for copy, rows in enumerate(batch.x.to(old).split(batch.counts)):
                 self._grams[copy] += rows.T @ rows
         diagonal = self._grams.diagonal(dim1=1, dim2=2)
-        self._scale = diagonal.clamp_min(SILENT * float(diagonal.max()))
+        self.silent = not diagonal.any()
+        self._scale = diagonal.clamp_min(SILENT * (float(diagonal.max()) or 1.0))
 
     def solve(self, damping: float) -> Float[Tensor, "copies input output"]:
         """The weights for one ridge; each output by conjugate gradients of its own."""

@@ -257,7 +257,8 @@ class Fit:
         weight: new weights in storage order and dense shape, zero where inputs are removed; None for
             a repair of the bias alone.
         bias: the new bias, if that changes.
-        damping: the ridge that was used.
+        damping: the ridge that was used; NaN where all inputs that stay are 0 on the text of the fit, so that there is
+            nothing to fit and the old weights stay.
         before: share of the output lost by the old weights on the kept inputs, on the text of the fit.
         after: share lost by the new weights there.
         held_out_before: as `before`, on calibration sequences that the fit did not see; NaN without any.
@@ -305,7 +306,7 @@ def fit_consumer(
     refit: bool = False,
     floor: float = SILENT,
 ) -> Fit:
-    """Fit one consumer.
+    """Fit one consumer, whose weights stay as they are if all inputs that stay are 0: any weights would do there.
 
     Args:
         consumer: the map.
@@ -322,21 +323,24 @@ def fit_consumer(
     """
     old = weight[:, kept].double()
     require_choice(damping, held_out is not None)
-    if damping is None:
+    silent = not moments.gram.any()
+    if silent:
+        new, used, error = old, math.nan, held_out.error(old) if held_out else math.nan
+    elif damping is None:
         assert held_out is not None
         new, used, error = _choose(moments, held_out, old, floor)
     else:
         new, used = solve(moments, old, damping, floor)
-        error = held_out.error(new) if held_out else np.nan
+        error = held_out.error(new) if held_out else math.nan
     after = moments.error(new)
-    if refit and held_out:
+    if refit and held_out and not silent:
         assert isinstance(moments, Moments) and isinstance(held_out, Moments)
         new, used = solve(moments.join(held_out), old, used, floor)
     whole = weight.new_zeros(weight.shape)
     whole[:, kept] = new.to(weight.dtype)
     stored = (whole.T if consumer.transposed else whole).contiguous().cpu()
-    before = held_out.error(old) if held_out else np.nan
-    return Fit(consumer, stored, None, used, moments.error(old), after, float(before), float(error))
+    before = held_out.error(old) if held_out else math.nan
+    return Fit(consumer, stored, None, used, moments.error(old), after, before, error)
 
 
 def _choose(
@@ -393,7 +397,7 @@ def repair_local(
     architecture: Architecture,
     plan: Plan,
     weight_of: Callable[[str], Tensor],
-    inputs_of: Callable[[Map], Inputs | None],
+    inputs_of: Callable[[Map], Inputs],
     damping: float | None,
     fisher_share: float = 0.0,
     floor: float = SILENT,
@@ -409,7 +413,7 @@ def repair_local(
         plan: what is removed.
         weight_of: a parameter of the dense model by its name; columns behind those of the consumer's inputs, such as a
             bias, always stay.
-        inputs_of: what is known of a consumer's inputs, and of further columns; None for a consumer to leave as it is.
+        inputs_of: what is known of a consumer's inputs, and of further columns.
         damping: as in `fit_consumer`.
         fisher_share: as in `fisher_weighting`.
         floor: as in `solve`.
@@ -419,8 +423,9 @@ def repair_local(
     fits = []
     for consumer, own in pruned_consumers(architecture, plan):
         rerouted = consumer.stack is not None and architecture.parts[consumer.part].router != ""
-        if rerouted or (inputs := inputs_of(consumer)) is None:
+        if rerouted:
             continue
+        inputs = inputs_of(consumer)
         like = weight_of(consumer.weight)
         place = fit_place(device, inputs.gram)
         weight, inputs = oriented(consumer, like).to(place), inputs.on(place)

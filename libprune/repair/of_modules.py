@@ -14,7 +14,7 @@ from libprune.collection.calibration import held_out
 from libprune.collection.module_hooks import watched_inputs
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import input_mask, masked, oriented
+from libprune.engine.surgery import masked, oriented
 from libprune.models.samples import Samples
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.shards import GRAM, read_tensor
@@ -42,10 +42,10 @@ def repair_modules(
     read = inputs_of(layout, architecture, curvature=False)
     consumers = {consumer.weight: consumer for consumer in architecture.maps}
 
-    def inputs(consumer: Map) -> Inputs | None:
+    def inputs(consumer: Map) -> Inputs:
         own = read(consumer)
         if consumer.bias not in state:
-            return own if own.gram.diagonal()[input_mask(architecture, plan, consumer)].any() else None
+            return own
         mean = read_tensor(layout.activations, 0, f"{consumer.module}{GRAM}.mean", "activations").double()
         return Inputs(_bordered(own.gram.double(), mean), None if own.held_out is None else _with_ones(own.held_out))
 
@@ -79,10 +79,9 @@ def repair_modules_in_order(
             if consumer.bias in state:
                 kept = torch.cat([kept, torch.ones(1, dtype=torch.bool)])
             moments, kept_out = _moments(network, current, architecture, plan, consumer, whole, kept, batches)
-            if float(moments.gram.diagonal().max()) != 0:
-                fit = fit_consumer(consumer, whole, kept, moments, kept_out, damping, refit=True, floor=_FLOOR)
-                fits.append(_split(fit, state))
-                set_weights(current, fits[-1:])
+            fit = fit_consumer(consumer, whole, kept, moments, kept_out, damping, refit=True, floor=_FLOOR)
+            fits.append(_split(fit, state))
+            set_weights(current, fits[-1:])
     return fits
 
 

@@ -28,7 +28,7 @@ from libprune.pipeline.atomic import remove, writing
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.pipeline.shards import GRAM, HELD_OUT, read_meta, read_tensor
-from libprune.pipeline.terminal import Bar, note
+from libprune.pipeline.terminal import Bar, note, say
 from libprune.repair.blocks import STEP_TOKENS, Epochs
 from libprune.repair.least_squares import (
     CPU,
@@ -295,4 +295,11 @@ def print_fits(fits: Sequence[Fit]) -> None:
         numbers = "".join(f"{value:>{width}.2f}" for value, width in zip(values, (9, 10, 10, 10), strict=True))
         trained = f"  layer {100 * fit.layer_before:.2f} to {100 * fit.layer_after:.2f}"
         mark = trained if not math.isnan(fit.layer_before) else "  + producers" if fit.others else ""
-        note(f"{fit.consumer.module:<36}{fit.damping:>9.0e}{numbers}{mark}")
+        damping = "-" if math.isnan(fit.damping) else f"{fit.damping:.0e}"
+        note(f"{fit.consumer.module:<36}{damping:>9}{numbers}{mark}")
+    if silent := [fit.consumer.module for fit in fits if math.isnan(fit.damping)]:
+        others = f" and {len(silent) - 1} others" if len(silent) > 1 else ""
+        say(
+            f"{silent[0]}{others} kept the old weights: all inputs that stay are 0 on the text of the fit, so that "
+            "nothing can be fitted to them"
+        )

@@ -64,6 +64,8 @@ def obs_removal(
     count = int(units.max()) + 1
     positions = positions_of(units)
     w, c = weight.double().clone(), gram.double()
+    if not c.any():  # nothing is read, and nothing lost
+        return RemovalCost(np.zeros(count), np.zeros(count))
     if output_weights is not None:
         w *= output_weights.double().sqrt()[:, None]  # each output's error is its own, so that F goes into W
     inverse = _inverse(c, damping)

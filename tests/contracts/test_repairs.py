@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture
+from libprune.engine.describe import describe
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked, oriented, slice_state
 from libprune.models.folder import WeightFiles, load_model
@@ -20,8 +22,9 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.methods import REPAIRS
 from libprune.pipeline.sections import Compute, Slice
 from libprune.repair.least_squares import Fit, new_parameters, pruned_consumers
+from libprune.repair.repairs import print_fits
 from libprune.results.folder import write_pruned
-from tests.support.models import LAYOUTS, tokens
+from tests.support.models import FAMILIES, LAYOUTS, MODELS, random_plan, tokens
 from tests.support.sliced import write_collected
 
 VARIANTS: dict[str, list[Slice]] = {
@@ -155,6 +158,35 @@ def test_no_consumer_loses_more_than_without_the_repair(places, name, case):
     for fit in places(name).fits(case):
         assert 0 <= fit.after <= fit.before * (1 + 1e-6)
         assert 0 < fit.held_out_after <= fit.held_out_before * 1.01, fit.consumer.module
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_map_whose_inputs_that_stay_are_all_zero_keeps_its_weights_and_is_named(case, tmp_path, monkeypatch, capsys):
+    """As behind rectifiers that never open; the channels that go are open."""
+
+    def make(seed: int) -> PreTrainedModel:
+        model = FAMILIES["opt"](seed)
+        model.config.activation_function = "relu"
+        for layer in model.model.decoder.layers:
+            layer.activation_fn = torch.nn.ReLU()
+        stays = torch.from_numpy(random_plan(describe(model), "channels").keep[1, "mlp"])
+        first = model.model.decoder.layers[1].fc1
+        with torch.no_grad():
+            first.weight[stays], first.bias[stays] = 0, -1
+        return model
+
+    monkeypatch.setitem(MODELS, "silent", make)
+    layout, plan = write_collected(tmp_path / "artifacts", "silent", "channels")
+    architecture, dense = read_architecture(layout), WeightFiles(layout.model)
+    fits = REPAIRS[CASES[case].repair].repair(layout, architecture, plan, COMPUTE, CASES[case])
+    fitted = {fit.consumer.module: fit for fit in fits if fit.weight is not None}
+    print_fits(fits)
+    said, module = capsys.readouterr().out, "model.decoder.layers.1.fc2"
+    assert (f"{module} kept the old weights: all inputs that stay are 0" in said) == (module in fitted)
+    if module in fitted:
+        assert np.isnan(fitted[module].damping)
+        assert not np.isnan([fit.damping for name, fit in fitted.items() if name != module]).any()
+        assert torch.equal(fitted[module].weight, dense[f"{module}.weight"] * torch.from_numpy(plan.keep[1, "mlp"]))
 
 
 @every_case

@@ -1,5 +1,7 @@
 """Fits of experts: the joint least-squares problem, solved; and what they do to a mixture that loses experts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,17 @@ def test_nothing_held_out_is_refused_where_the_ridge_is_to_be_chosen():
         fit_experts(stack(), old, keep, [rows(0, 9)], None, CPU, stored_like(False))
     with pytest.raises(LibpruneError, match=r"set slice\.damping to a number"):
         fit_channels(stack(), old, ~keep, Inputs(torch.zeros(COPIES, WIDTH, WIDTH)), None, 0.0, stored_like(False))
+
+
+@pytest.mark.parametrize("damping", [None, 1e-3])
+def test_experts_whose_inputs_are_all_zero_stay_as_they_are(damping):
+    silent = [replace(b, x=torch.zeros_like(b.x)) for b in (rows(1, 30), rows(2, 20, held_out=True))]
+    old = torch.randn(OUT, COPIES * WIDTH, generator=torch.Generator().manual_seed(3))
+    keep = torch.ones(COPIES * WIDTH, dtype=torch.bool)
+    fit = fit_experts(stack(), old, keep, silent, damping, CPU, stored_like(False))
+    assert torch.equal(oriented(stack(), fit.weight), old)
+    assert np.isnan(fit.damping)
+    assert fit.before == fit.after == fit.held_out_before == fit.held_out_after == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -157,6 +157,22 @@ def test_an_input_that_is_always_zero_keeps_its_weight_and_disturbs_no_other():
     torch.testing.assert_close(found[:, [0, 3]], ridge_weights(w, gram(x), without, 1e-2)[:, [0, 3]])
 
 
+@pytest.mark.parametrize("problem", [DenseTarget, Moments])
+@pytest.mark.parametrize("damping", [None, 1e-3])
+def test_where_all_kept_inputs_are_zero_the_old_weights_stay(problem, damping):
+    """What the removed inputs gave cannot be given back; on other text the kept weights may still be of use."""
+    x, w, unseen = random_tensors(0, (50, 4), (2, 4), (20, 4))
+    kept = torch.tensor([True, False, True, False])
+    x[:, kept] = 0
+    given = DenseTarget.of(w, gram(x), kept) if problem is DenseTarget else moments_of(x, w, kept)
+    refit = {"held_out": moments_of(unseen, w, kept), "refit": problem is Moments}
+    fit = fit_consumer(CONSUMER, w, kept, given, damping=damping, **refit)
+    assert torch.equal(fit.weight, w * kept)
+    assert np.isnan(fit.damping)
+    assert fit.before == fit.after == pytest.approx(1.0)
+    assert 0 < fit.held_out_before == fit.held_out_after
+
+
 def indefinite(lowest: float) -> Tensor:
     """A symmetric matrix with a mean diagonal of 1 whose lowest eigenvalue is given, as rounded sums may have."""
     return torch.tensor([[1.0, 1.0 - lowest], [1.0 - lowest, 1.0]], dtype=torch.float64)
