@@ -1,6 +1,5 @@
 """What the params alone say of a run that would stop later: criteria, numbers of sequences, packages."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -22,7 +21,6 @@ PARTS = {"attention": "attention", "mlp": "mlp"}
 """Parts that layers of nearly every family have, by the key of their criteria."""
 HELD_OUT = 8
 """Calibration sequences that `slice.damping: auto` needs at least, since it holds out every eighth."""
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|mtia|xla|meta|vulkan|ipu|maia|privateuseone)(:\d+)?|auto")
 
 
 def setting_faults(params: Params) -> Iterator[Fault]:
@@ -31,11 +29,6 @@ def setting_faults(params: Params) -> Iterator[Fault]:
     yield from _sequences(params)
     yield from _shape(params)
     yield from _packages(params)
-    if not _DEVICE.fullmatch(params.compute.device):
-        yield Fault(
-            f"compute.device = {params.compute.device!r} is no device; write auto, cpu, cuda or cuda:0",
-            ("compute", "device"),
-        )
 
 
 def refused(place: Place, check: Callable[..., object], *args: object) -> Iterator[Fault]:

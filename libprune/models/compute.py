@@ -33,10 +33,21 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
+        require_known(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (LibpruneError, RuntimeError, AssertionError) as error:
         raise LibpruneError(f"compute.device = {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def require_known(device: torch.device) -> None:
+    """Stop at a device of a kind that libprune does not run on.
+
+    Raises:
+        LibpruneError: naming the device.
+    """
+    if device.type not in {"cpu", "cuda"}:
+        raise LibpruneError(f"libprune runs on CPUs and on GPUs that PyTorch calls cuda, not on {device}")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -19,7 +19,7 @@ from libprune.engine.module_family import NetworkFamily
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import masked
 from libprune.engine.tables import Columns
-from libprune.models.compute import require_precise
+from libprune.models.compute import require_known, require_precise
 from libprune.models.folder import WeightFiles
 from libprune.models.parallel import World
 from libprune.models.samples import Samples, digest, loss_signature
@@ -89,16 +89,17 @@ class Network:
 
         Raises:
             FamilyError: if the family does not describe the network.
-            LibpruneError: if it does not take and give one tensor, computes in half precision, or the folder holds
-                other things.
+            LibpruneError: if it does not take and give one tensor, computes in half precision or on a device of another
+                kind than `cpu` and `cuda`, or the folder holds other things.
         """
         self.family = NetworkFamily.of(family)
         self._network = copy.deepcopy(network).eval()
         self._samples, self._layout = samples, Layout(Path(folder))
         self._hessian = hessian or Hessian(estimator="fisher")
-        name = digest(stored(self._network).items(), self.family.model_dump_json())
         require_precise(self._network)
         self._device = next(self._network.parameters()).device
+        require_known(self._device)
+        name = digest(stored(self._network).items(), self.family.model_dump_json())
         few = samples[:_CHECKED].to(self._device)
         outputs(self._network, few.inputs)
         self.architecture = describe_module(self._network, self.family, few[:2].inputs, name)

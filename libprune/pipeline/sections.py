@@ -41,6 +41,16 @@ def _source(value: str) -> str:
 Source = Annotated[str, AfterValidator(_source)]
 
 
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        lacks = "; Apple's GPUs have no float64, in which sums are kept" if value.partition(":")[0] == "mps" else ""
+        raise ValueError(f"{value!r} is no device that libprune runs on{lacks}; write auto, cpu, cuda or cuda:0")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_device)]
+
+
 Threshold = Annotated[float | str, AfterValidator(_threshold)]
 
 
@@ -231,8 +241,8 @@ class Tokenize(Section):
 class Compute(Section):
     """Device, number type and memory of the stages that run the model."""
 
-    device: str = "auto"
-    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    device: Device = "auto"
+    """`auto` (a GPU if PyTorch finds one as `cuda`), `cpu`, `cuda`, `cuda:1`, ... Apple's GPUs (`mps`) are refused."""
     dtype: Dtype = "auto"
     """`auto`: bfloat16 on GPUs and on CPUs with bf16 matrix units, float32 elsewhere."""
     batch_tokens: Count = 1024

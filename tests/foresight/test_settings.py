@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from libprune.foresight import settings as foresight
@@ -167,21 +167,3 @@ def test_packages_that_are_not_installed_are_named_with_their_command(monkeypatc
     for module in (foresight, pytest.importorskip("libprune.export.packages")):
         monkeypatch.setattr(module, "find_spec", lambda name: object())
     assert told(**changes) == []
-
-
-@given(st.text("cpudamx:01 ", max_size=8))
-def test_a_name_of_no_device_is_found(name):
-    torch = pytest.importorskip("torch")
-    assume(name != "auto")
-    try:
-        torch.device(name)
-    except RuntimeError:
-        return
-    assert told(compute={"device": name}) == []
-
-
-@pytest.mark.parametrize("name", ["gpu", "CUDA", "cuda0", "nvidia", ""])
-def test_a_usual_mistake_for_a_device_is_found(name):
-    assert ["is no device; write auto, cpu, cuda or cuda:0" in fault for fault in told(compute={"device": name})] == [
-        True
-    ]

@@ -36,6 +36,12 @@ def test_auto_is_the_cpu_where_there_is_no_gpu_and_a_gpu_that_is_asked_for_is_re
         resolve_device("cuda", local_rank=1)
 
 
+@pytest.mark.parametrize("name", ["meta", "mps", "xpu:0"])
+def test_a_device_of_another_kind_is_refused(name):
+    with pytest.raises(LibpruneError, match=rf"compute\.device = '{name}' cannot be used: libprune runs on CPUs and"):
+        resolve_device(name)
+
+
 def test_a_device_that_does_not_exist_is_named():
     with pytest.raises(LibpruneError, match=r"compute\.device = 'abacus' cannot be used: "):
         resolve_device("abacus")

@@ -229,6 +229,8 @@ def test_what_cannot_be_watched_is_refused_by_name(tmp_path):
         Network(Uneasy("tuple"), described, samples, tmp_path / "work")
     with pytest.raises(LibpruneError, match=r"one.weight is bfloat16"):
         Network(Uneasy("").bfloat16(), described, samples, tmp_path / "work")
+    with pytest.raises(LibpruneError, match="on GPUs that PyTorch calls cuda, not on meta"):
+        Network(Uneasy("").to("meta"), described, samples, tmp_path / "work")
     with pytest.raises(LibpruneError, match="there are 4 samples, of which none is held out"):
         network = Network(Uneasy(""), described, samples, tmp_path / "work")
         network.prune(network.plan(Score(criterion="taylor"), Allocate(ratio=0.3, method="uniform")))

@@ -200,6 +200,21 @@ def test_the_learning_rate_is_the_methods_if_none_is_given():
     assert Recover(method="lora", learning_rate=0.5).rate == 0.5
 
 
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_a_device_is_a_cpu_or_a_cuda_gpu(load, name):
+    assert load(shipped() | {"compute": {"device": name}}).compute.device == name
+
+
+@pytest.mark.parametrize(
+    "name", ["gpu", "CUDA", "cuda0", "nvidia", "", "mps", "mps:0", "xpu", "meta", "cuda:", "cpu:0"]
+)
+def test_a_name_of_no_device_that_can_be_used_is_refused(load, name):
+    lacks = "; Apple's GPUs have no float64, in which sums are kept" if name.startswith("mps") else ""
+    message = f"compute.device: {name!r} is no device that libprune runs on{lacks}; write auto, cpu, cuda or cuda:0"
+    with pytest.raises(ParamsError, match=re.escape(message)):
+        load(shipped() | {"compute": {"device": name}})
+
+
 @pytest.mark.parametrize("key", ["prepare.model", "tokenize.text", "tokenize.evaluation_text", "recover.teacher"])
 def test_a_source_is_neither_empty_nor_an_address(load, key):
     section, name = key.split(".")
