@@ -6,7 +6,7 @@ model is needed: costs, score tables and plans are computed from the description
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
@@ -450,16 +450,21 @@ class Architecture:
         head_macs = self.head_macs * width // self.sizes[RESIDUAL]
         return replace(self, sizes={**self.sizes, RESIDUAL: width}, head_macs=head_macs)
 
+    @cached_property
+    def priced(self) -> dict[Hashable, Any]:
+        """The prices that were counted before, by what they were counted in; allocation asks for them many times."""
+        return {}
+
     def numel(self, parameter: Parameter, sizes: Mapping[str, int] | None = None) -> int:
         """Number of elements of a parameter, for other axis sizes if they are given."""
         return prod(dim.size(sizes or self.sizes) for dim in parameter.dims)
 
-    @property
+    @cached_property
     def decoder_parameters(self) -> int:
         """Parameters inside the layers."""
         return sum(self.numel(p) for p in self.parameters if p.layer is not None)
 
-    @property
+    @cached_property
     def total_parameters(self) -> int:
         """All parameters, tied ones counted once."""
         return sum(self.numel(p) for p in self.parameters)

@@ -49,7 +49,16 @@ class Expr:
 
     def size(self, sizes: Sizes) -> int:
         """The number of positions of the dimension, for the given axis sizes."""
-        return sum(prod(_factor_size(factor, sizes) for factor in term) for term in self.terms)
+        total = 0
+        for term in self.terms:
+            product = 1
+            for factor in term:  # most are names, and a call takes longer than looking them up
+                if isinstance(factor, str) and factor in sizes:
+                    product *= sizes[factor]
+                else:
+                    product *= _factor_size(factor, sizes)
+            total += product
+        return total
 
     def units(self, axis: str, sizes: Sizes) -> NDArray[np.int64]:
         """For each position the index of `axis` that it belongs to, or -1; shape ``[size]``."""

@@ -139,15 +139,30 @@ def prices(
     Raises:
         LibpruneError: for the cache or the states of a model that keeps none.
     """
-    if width is not None and objective != "latency":
-        whole, narrow = (
-            prices(one, objective, None, None, bits) for one in (architecture, architecture.narrowed(width))
-        )
-        narrowing = {"decoder": whole.decoder - narrow.decoder, "total": whole.total - narrow.total}
-        return replace(narrow, decoder=whole.decoder, total=whole.total, gone=whole.gone, narrowing=narrowing)
     if objective == "latency":
         assert latency is not None
         return _measured_prices(architecture, latency)
+    asked = (objective, width, None if bits is None else tuple(sorted(bits.items())))
+    if asked not in architecture.priced:
+        counted = _counted_prices(architecture, objective, bits)
+        architecture.priced[asked] = (
+            counted if width is None else _narrower(architecture, counted, width, objective, bits)
+        )
+    known: Prices = architecture.priced[asked]
+    return known
+
+
+def _narrower(
+    architecture: Architecture, whole: Prices, width: int, objective: str, bits: Mapping[str, float] | None
+) -> Prices:
+    """The prices in the model whose residual stream has another width, beside the totals of the whole one."""
+    narrow = _counted_prices(architecture.narrowed(width), objective, bits)
+    narrowing = {"decoder": whole.decoder - narrow.decoder, "total": whole.total - narrow.total}
+    return replace(narrow, decoder=whole.decoder, total=whole.total, gone=whole.gone, narrowing=narrowing)
+
+
+def _counted_prices(architecture: Architecture, objective: str, bits: Mapping[str, float] | None) -> Prices:
+    """The prices of everything that is counted, not measured."""
     for name, held, kept in (
         ("cache", architecture.cache, "KV cache"),
         ("state", architecture.state, "recurrent state"),
