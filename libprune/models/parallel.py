@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import LibpruneError
+from libprune.pipeline.processes import end_with_others
 
 T = TypeVar("T")
 
@@ -77,6 +78,8 @@ class World:
 def join_world() -> World:
     """Join the processes that a launcher such as `torchrun` started; without one, this process is alone.
 
+    From then on this process ends soon after another one has failed (`libprune.pipeline.processes.tell_others`).
+
     Raises:
         LibpruneError: if the weights should be shared out over fewer than two processes.
     """
@@ -89,6 +92,7 @@ def join_world() -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=_PATIENCE)
+        end_with_others(dist.distributed_c10d._get_default_store(), int(os.environ["RANK"]))
     local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     return World(int(os.environ["RANK"]), size, local_rank, max(1, local_size), sharded)
 

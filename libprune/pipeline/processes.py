@@ -1,9 +1,13 @@
-"""Whether a process still runs, and the end of processes whose parent has ended: stages of DVC, and those of stages."""
+"""Whether a process still runs, and the end of processes that others have left.
+
+These are stages whose DVC has ended, processes whose stage has, and those of a stage of which another one has failed.
+"""
 
 import _thread
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -188,3 +192,89 @@ def _runs(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+_FAILED = "libprune/failed"
+"""The key under which a process of a stage that has failed says so to the others."""
+_LEAVE_SECONDS = 3.0
+"""How long a process stays after another one has failed, so that a launcher sees that one end first."""
+_LOST = ("Connection closed by peer", "Connection reset by peer")
+"""What gloo says where another process has ended."""
+
+
+class _Others:
+    """The other processes of this stage, as far as this process knows of them.
+
+    Attributes:
+        store: where all processes can write and read; None for a process that is alone.
+        rank: number of this process.
+        failed: whether another one has said that it failed.
+    """
+
+    store: Any = None
+    rank = 0
+    failed = False
+
+
+def end_with_others(store: Any, rank: int) -> None:
+    """End this process soon after another one of its stage has failed, where it would wait for that one.
+
+    Args:
+        store: that of `torch.distributed`, which all processes share.
+        rank: number of this process.
+    """
+    _Others.store, _Others.rank = store.clone(), rank
+    own = store.clone()  # each call waits for the others of the same client
+    in_background(lambda: _end_with_others(own, rank))
+
+
+def leave_others() -> None:
+    """Go on without the other processes of this stage: its work is done, and they may end before this one."""
+    _Others.store = None
+
+
+def _end_with_others(store: Any, rank: int) -> None:
+    try:
+        while _Others.store is not None and not store.check([_FAILED]):
+            time.sleep(_POLL_SECONDS)
+        if _Others.store is None:
+            return
+        other, place, said = json.loads(store.get(_FAILED))
+    except RuntimeError:  # the process that holds the store has ended
+        return
+    if other == rank:
+        return
+    _Others.failed = True
+    told = f"error: process {other} of this stage, on {place}, has failed, so process {rank} ends: {said}"
+    print(told, file=sys.stderr)
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    time.sleep(_LEAVE_SECONDS)
+    os._exit(1)
+
+
+def tell_others(said: str) -> None:
+    """Tell the other processes of this stage that this one has failed, and leave them the time to hear it.
+
+    Args:
+        said: why, in one line.
+    """
+    if _Others.store is None or _Others.failed:
+        return
+    with suppress(RuntimeError):
+        _Others.store.compare_set(_FAILED, "", json.dumps([_Others.rank, socket.gethostname(), said]))
+        time.sleep(2 * _POLL_SECONDS)  # the store may end with this process
+
+
+def left_by_others(error: Exception) -> str | None:
+    """What to say of an error that arose because another process of this stage has ended; None for any other error.
+
+    It is empty where that process has told why.
+    """
+    if _Others.store is None:
+        return None
+    if _Others.failed:
+        return ""
+    if isinstance(error, RuntimeError) and any(said in str(error) for said in _LOST):
+        return "another process of this stage has ended without a word, as where memory is short; see what it printed"
+    return None

@@ -14,7 +14,7 @@ import typer
 
 from libprune.engine.errors import LibpruneError, MeansError, ParamsError, lacking, printable
 from libprune.pipeline.locks import watch_dvc
-from libprune.pipeline.processes import end_with_dvc
+from libprune.pipeline.processes import end_with_dvc, leave_others, left_by_others, tell_others
 
 P = ParamSpec("P")
 
@@ -65,14 +65,18 @@ def user_errors() -> Iterator[None]:
     """Print what the user can mend, each fault in one line, and exit with 1, or with 130 after an interruption.
 
     That is an error of the user's input, a file that the system refuses, and a lack of space, memory or threads.
-    Whatever else is raised is a defect of the code, and passes.
+    Whatever else is raised is a defect of the code, and passes. The other processes of the stage are told of it.
     """
     try:
         yield
+        leave_others()
     except KeyboardInterrupt:
         _end("stopped; what was finished is kept, unfinished work is saved in .work, and the same command goes on", 130)
     except Exception as error:
+        if (left := left_by_others(error)) is not None:
+            _end(f"error: {left}" if left else "", 1)
         if (said := _mendable(error)) is None or os.environ.get(TRACEBACK):
+            tell_others(_one_line(f"{type(error).__name__}: {error}"))
             raise
         *others, last = error.faults if isinstance(error, ParamsError) else (said,)
         for fault in others:
@@ -81,7 +85,9 @@ def user_errors() -> Iterator[None]:
 
 
 def _end(line: str, code: int) -> NoReturn:
-    typer.echo(_one_line(line), err=True)
+    if line:
+        typer.echo(_one_line(line), err=True)
+        tell_others(_one_line(line).removeprefix("error: "))
     raise SystemExit(code) from None
 
 

@@ -31,6 +31,13 @@ def launch(place: Path, program: str, **environment: str) -> subprocess.Complete
 
 def together(python: Path, place: Path, program: str, **environment: str) -> list[str]:
     """Run a program that ends well in two processes, without the launcher and its imports; return what each prints."""
+    done = both(python, place, program, **environment)
+    assert [process.returncode for process in done] == [0, 0], done
+    return [process.stdout for process in done]
+
+
+def both(python: Path, place: Path, program: str, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run a program in two processes, without the launcher and its imports."""
     (place / "program.py").write_text(HEAD + program)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -41,9 +48,10 @@ def together(python: Path, place: Path, program: str, **environment: str) -> lis
         subprocess.Popen([python, "program.py"], cwd=place, env=everything | rank, stdout=PIPE, stderr=PIPE, text=True)
         for rank in ranks
     ]
-    said = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    return [out for out, _ in said]
+    said = [process.communicate(timeout=60) for process in processes]
+    return [
+        subprocess.CompletedProcess(one.args, one.returncode, *two) for one, two in zip(processes, said, strict=True)
+    ]
 
 
 def require_to_wait(python: Path, place: Path, stage: str, made: str) -> None:
