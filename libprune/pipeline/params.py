@@ -161,7 +161,7 @@ class Params(Section):
         yield from self._of_budgets()
         yield from self._of_nesting()
         uses = {
-            "slice.repair: local": repair == "local",
+            f"slice.repair: {repair}": repair in {"local", "block"},  # which begins with the local one
             f"allocate.method: {allocate.method}": "levels" in method.reads,
             **{f"score.{key}: {text}": "obs" in text for key, text in self.score.expressions.items()},
         }

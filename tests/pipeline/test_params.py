@@ -134,6 +134,7 @@ def test_gram_matrices_in_bfloat16_are_refused_where_the_repair_needs_them(load)
     data["activations"]["storage_dtype"] = "bfloat16"
     for section, key, value in (
         ("slice", "repair", "local"),
+        ("slice", "repair", "block"),
         ("allocate", "method", "search"),
         ("score", "criterion", "obs"),
     ):
