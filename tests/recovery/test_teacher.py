@@ -1,6 +1,7 @@
 """The stage teacher: the text to train on, and what the dense model predicts there, stored so that it can go on."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.support.caches import private_cache
 from tests.support.closure import run_without_torch
 from tests.support.files import tree
 from tests.support.models import FAMILIES
-from tests.support.processes import require_to_wait, together
+from tests.support.processes import both, require_to_wait, together
 
 __all__ = ["private_cache"]
 
@@ -351,6 +352,22 @@ def test_two_processes_go_on_where_one_was_stopped(run, place, python, stopping)
     stop_after(run, stopping, 5)
     together(python, place, TWO)
     assert tree(place / "artifacts/teacher") == whole
+
+
+ALONE = """
+import sys
+sys.argv = ["teacher"]
+import_module("stages.teacher").app()
+"""
+
+
+def test_where_the_first_process_cannot_draw_the_text_the_second_ends_too(place, python):
+    """Which it does alone, with the model that this copy of the project lacks."""
+    first, second = both(python, place, ALONE)
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert first.stderr.splitlines()[-1] == "error: artifacts/model does not exist; run `dvc repro prepare` first"
+    said = second.stderr.splitlines()[-1]
+    assert re.match(r"error: process 0 of this stage, on .*, has failed, so process 1 ends: artifacts/model does", said)
 
 
 def test_a_second_run_waits_for_the_first(run, place, python):
