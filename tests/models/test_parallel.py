@@ -68,7 +68,6 @@ stage.app(main)()
 REFUSED, DEFECT, KILLED = 'raise LibpruneError("no room for eels")', "[][1]", "os.kill(os.getpid(), 9)"
 WAITS = {
     "barrier": "world.barrier()",
-    "shared": "world.shared(0)",
     "a collective that never hears of it": "time.sleep(300)",
 }
 
