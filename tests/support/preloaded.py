@@ -62,8 +62,9 @@ SERVER = """
 import atexit, gc, json, os, runpy, select, signal, socket, sys, threading
 from contextlib import suppress
 os.environ["MPLBACKEND"] = "agg"
-import datasets, gguf, jaxtyping, matplotlib.backends.backend_agg, matplotlib.figure, pydantic, scipy.optimize
-import scipy.stats, torch, transformers.models.llama.modeling_llama, typer
+import datasets, gguf, jaxtyping, markdown_it.presets, matplotlib.backends.backend_agg, scipy.optimize, scipy.stats
+import matplotlib.backends.backend_svg, matplotlib.figure, pydantic.root_model, torch, typer
+import transformers.modeling_gguf_pytorch_utils, transformers.models.llama.modeling_llama
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 sys.path[:] = [path for path in sys.path if path and path != sys.argv[1]]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
@@ -79,9 +80,9 @@ def load_dvc():
     # What its commands import, when the first of them is asked for.
     from dvc.cli.parser import get_main_parser
     import dpath, dulwich.client, dulwich.worktree, dvc.data_cloud, dvc.repo.artifacts, dvc.repo.index, dvc.repo.plots
-    import dvc.repo.experiments.executor.local, dvc.repo.experiments.queue.workspace, dvc.repo.reproduce
-    import dvc.utils.hydra, dvc.utils.strictyaml, dvc_data.hashfile.db.local, dvc_render, hydra, networkx, pygit2
-    import ruamel.yaml.cyaml, scmrepo.git
+    import dvc.repo.experiments.executor.local, dvc.repo.experiments.queue.celery, dvc.repo.reproduce
+    import dvc.repo.experiments.queue.workspace, dvc.utils.hydra, dvc.utils.strictyaml, dvc_data.hashfile.db.local
+    import dvc_render, hydra, networkx, pygit2, ruamel.yaml.cyaml, scmrepo.git
     get_main_parser()
     gc.freeze()
 
@@ -126,6 +127,7 @@ os.chdir(folder)
 os.environ.clear()
 os.environ.update(environment)
 sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
+sys.pycache_prefix = environment.get("PYTHONPYCACHEPREFIX") or None
 sys.executable = sys.argv[3]
 sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and arguments[0] != "-I"]
 

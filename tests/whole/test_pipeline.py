@@ -73,21 +73,25 @@ def copy(path: str, source: Path, target: Path) -> None:
 
 
 def test_each_stage_needs_only_what_it_declares(tmp_path, sources, python):
-    """Every stage runs in a folder that holds its declared code, inputs and params, and nothing else."""
-    pipeline, made = stages(), tmp_path / "made"
+    """Every stage runs in a folder that holds its declared code, inputs and params, and nothing else.
+
+    The folders have the same path, so that code which several stages declare is compiled once.
+    """
+    pipeline, made, folder = stages(), tmp_path / "made", tmp_path / "folder"
     made.mkdir()
     params = tiny.write_params(tmp_path / "params.yaml", **sources, recover={"method": "full"})
     for name in ORDER:
-        stage, folder = pipeline[name], tmp_path / name
+        stage = pipeline[name]
         for dep in stage["deps"]:
             copy(dep, ROOT if dep.startswith(("libprune/", "stages/")) else made, folder)
         for package in ("libprune", "stages"):
             (folder / package / "__init__.py").touch()
         shutil.copyfile(params, folder / "params.yaml")
         install(python, folder)
-        run(["sh", "-c", stage["cmd"]], folder)
+        run(["sh", "-c", stage["cmd"]], folder, PYTHONPYCACHEPREFIX=str(tmp_path / "compiled"))
         for out in outputs(stage):
             copy(out, folder, made)
+        shutil.rmtree(folder)
     evaluation = json.loads((made / "metrics/evaluation.json").read_text())
     assert evaluation["pruned"]["decoder_share_removed"] == pytest.approx(0.2, abs=0.02)
     assert evaluation["dense"]["perplexity"] > 1
