@@ -73,7 +73,7 @@ def compare(
     folder: Annotated[Path, typer.Argument(help="What train wrote.")],
     text: Text = NEWS,
     ratio: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share of the parameters to remove.")] = 0.5,
-    repair: Annotated[Literal["none", "local", "sequential"], typer.Option(help="Of the maps that read.")] = "none",
+    repair: Annotated[Literal["none", "local", "sequential", "block"], typer.Option(help="Of what is left.")] = "none",
     seeds: Annotated[int, typer.Option(min=1, help="Draws of the calibration sequences.")] = 3,
     sequences: Annotated[int, typer.Option(min=8, help="Calibration sequences, from the training part.")] = 128,
     length: Annotated[int, typer.Option(min=1, help="Bytes of each.")] = 128,

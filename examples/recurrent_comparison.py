@@ -160,7 +160,7 @@ def pruned(network: "Network", setting: Setting, ratio: float, repair: str, kind
         network: as `network_of` made it.
         setting: importance and allocation.
         ratio: share of the parameters to remove.
-        repair: `none`, `local` or `sequential`.
+        repair: `none`, `local`, `sequential` or `block`.
         kind: what `retention` takes the model for.
         seed: of the importance `random`.
 
@@ -182,7 +182,7 @@ def results_of(
         network: the same, on the calibration samples of a seed.
         judge: what the results are judged by.
         ratio: share of the parameters to remove.
-        repair: `none`, `local` or `sequential`.
+        repair: `none`, `local`, `sequential` or `block`.
         seed: of the calibration samples.
     """
     dense, kind = judge.loss(model), network_type(model)

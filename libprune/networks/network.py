@@ -28,8 +28,9 @@ from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Activations, Allocate, Compute, Gradients, Hessian, Score
 from libprune.pipeline.shards import read_meta
+from libprune.repair.blocks import Epochs
 from libprune.repair.least_squares import Fit
-from libprune.repair.of_modules import repair_modules, repair_modules_in_order, set_weights
+from libprune.repair.of_modules import EPOCHS, repair_modules, repair_modules_in_order, set_weights, train_modules
 from libprune.results.module_folder import (
     WEIGHTS,
     Pruned,
@@ -150,26 +151,28 @@ class Network:
         require_comparable(meta, allocate)
         return allocate_network(self.architecture, table, allocate)
 
-    def prune(self, plan: Plan, repair: str = "local", damping: float | None = None) -> Pruned:
+    def prune(self, plan: Plan, repair: str = "local", damping: float | None = None, epochs: Epochs = EPOCHS) -> Pruned:
         """Slice, repair, and prove that the sliced network computes what the masked one does.
 
         Args:
             plan: which units stay.
-            repair: `none`; `local`, from cached moments; `sequential`, map by map on what the pruned network hands on.
+            repair: `none`; `local`, from cached moments; `sequential`, map by map on what the pruned network hands on;
+                `block`, `local` and then a training of all weights to give the dense network's outputs.
             damping: ridge of the repair; None to choose it on held-out samples.
+            epochs: how `block` trains.
 
         Raises:
-            LibpruneError: for another repair, a plan of another network, or if the outputs differ.
+            LibpruneError: for another repair, a plan of another network, too few samples for the repair, outputs that
+                cannot be trained, or if the outputs differ.
         """
         if repair not in self._repairs:
             raise LibpruneError(f"repair = {repair!r} is unknown; choose {', '.join(self._repairs)}")
         require_fits(self.architecture, plan)
-        if repair != "none" and damping is None and len(self._samples) < HELD_OUT_EVERY:
-            raise LibpruneError(
-                f"there are {len(self._samples)} samples, of which none is held out to choose the damping of a repair "
-                f"by; take at least {HELD_OUT_EVERY}, or name one, such as damping=0.001"
-            )
+        self._require_held_out(repair, damping)
         fits = self._repairs[repair](plan, damping)
+        if repair == "block":
+            samples = self._samples.to(self._device)
+            fits = train_modules(self._network, self.architecture, plan, samples, fits, epochs)
         whole = copy.deepcopy(self._network)
         set_weights(whole, fits)
         smaller, numbers = sliced(whole, self.architecture, plan, self.family.numbers(whole))
@@ -177,7 +180,21 @@ class Network:
 
     @property
     def _repairs(self) -> dict[str, Callable[[Plan, float | None], list[Fit]]]:
-        return {"none": lambda plan, damping: [], "local": self._local, "sequential": self._sequential}
+        """By name the fits of a repair; of `block` those with which the training begins."""
+        fitted = {"local": self._local, "sequential": self._sequential, "block": self._local}
+        return {"none": lambda plan, damping: [], **fitted}
+
+    def _require_held_out(self, repair: str, damping: float | None) -> None:
+        if repair == "none" or len(self._samples) >= HELD_OUT_EVERY:
+            return
+        few = f"there are {len(self._samples)} samples, of which none is held out to"
+        if repair == "block":
+            raise LibpruneError(f"{few} judge the training by; take at least {HELD_OUT_EVERY}")
+        if damping is None:
+            raise LibpruneError(
+                f"{few} choose the damping of a repair by; take at least {HELD_OUT_EVERY}, or name one, such as "
+                "damping=0.001"
+            )
 
     def _local(self, plan: Plan, damping: float | None) -> list[Fit]:
         self._prepare()

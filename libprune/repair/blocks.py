@@ -14,18 +14,22 @@ among them, since fits of this kind easily learn the text by heart (Shin et al. 
 to its dense output is known from quantization: Li et al. 2021, BRECQ, arXiv 2102.05426. The steps are those of Adam
 (Kingma & Ba 2015) on float32 copies of the weights.
 
+A network that is not a transformer is described as one layer; `libprune.repair.of_modules` trains it whole.
+
 Memory: of one layer the weights six times in float32, and what backward needs for the tokens of a step; on the host
 the states of the whole text before and behind the layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
+
+from libprune.repair.least_squares import Fit
 
 STEP_TOKENS = 1024
 """Tokens of one step, rounded down to whole sequences, at least one."""
@@ -43,10 +47,12 @@ class Epochs:
     Attributes:
         number: how often the text is gone through, at most.
         rate: the largest learning rate.
+        patience: after so many epochs in a row of which none was better, the training ends.
     """
 
     number: int
     rate: float
+    patience: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Trained:
     """What the training of a layer came to.
 
     Attributes:
-        tensors: the weights that changed by parameter name, float32; none where no epoch was better than before.
+        tensors: the weights that changed by parameter name, float32 or finer; none where no epoch was better than
+            before.
         before: the held-out error before training, as a share of the weighted squared length of the dense stream.
         after: that of the weights that were kept.
     """
@@ -65,8 +72,8 @@ class Trained:
 
 
 def train_layer(
-    run: Callable[[int], Float[Tensor, "_ length model"]],
-    targets: Sequence[Float[Tensor, "_ length model"]],
+    run: Callable[[int], Float[Tensor, "... width"]],
+    targets: Sequence[Float[Tensor, "... width"]],
     held_out: Sequence[bool],
     parameters: Mapping[str, nn.Parameter],
     epochs: Epochs,
@@ -89,16 +96,37 @@ def train_layer(
     old = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     steps = _Steps(parameters, epochs, len(fitted))
     generator = torch.Generator().manual_seed(0)
+    worse = 0
     for _ in range(epochs.number):
         for place in torch.randperm(len(fitted), generator=generator).tolist():
             steps.take(lambda: errors.of(fitted[place]) / before)  # noqa: B023 - called at once
         now = errors.mean(judged)
-        if not now < least:
+        if now < least:
+            kept, least, worse = steps.weights(), now, 0
+        elif (worse := worse + 1) == epochs.patience:
             break
-        kept, least = steps.weights(), now
     _copy(kept or old, parameters)
-    changed = {name: tensor for name, tensor in kept.items() if not torch.equal(tensor, old[name].float())}
+    changed = {name: tensor for name, tensor in kept.items() if not torch.equal(tensor, old[name].to(tensor))}
     return Trained(changed, before, least)
+
+
+def trained_fits(fits: Sequence[Fit], trained: Trained) -> list[Fit]:
+    """Fits of a layer, at least one, with trained weights in their place and the errors of the whole layer.
+
+    What is not the weight of a fitted map goes to the first of them.
+    """
+    new = {name: tensor.cpu() for name, tensor in trained.tensors.items()}
+    first, *rest = (
+        replace(
+            fit,
+            weight=new.pop(fit.consumer.weight, fit.weight),
+            bias=fit.bias if fit.bias is None else new.pop(fit.consumer.bias, fit.bias),
+            layer_before=trained.before,
+            layer_after=trained.after,
+        )
+        for fit in fits
+    )
+    return [replace(first, others={**first.others, **new}), *rest]
 
 
 class _Errors:
@@ -127,11 +155,14 @@ class _Errors:
 
 
 class _Steps:
-    """Steps of Adam on float32 copies of some parameters."""
+    """Steps of Adam on copies of some parameters, float32 or finer."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], epochs: Epochs, batches: int) -> None:
         self._parameters, number = parameters, epochs.number * batches
-        self._copies = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+        self._copies = {
+            name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            for name, parameter in parameters.items()
+        }
         self._adam = Adam(self._copies.values(), lr=epochs.rate, betas=_BETAS)
 
         def share(step: int) -> float:
@@ -144,13 +175,13 @@ class _Steps:
         with torch.enable_grad():
             gradients = torch.autograd.grad(loss(), list(self._parameters.values()), allow_unused=True)
         for copy, gradient in zip(self._copies.values(), gradients, strict=True):
-            copy.grad = None if gradient is None else gradient.float()
+            copy.grad = None if gradient is None else gradient.to(copy)
         self._adam.step()
         self._rate.step()
         _copy(self._copies, self._parameters)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights as they are now, float32."""
+        """The weights as they are now, float32 or finer."""
         return {name: copy.clone() for name, copy in self._copies.items()}
 
 

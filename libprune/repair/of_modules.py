@@ -2,6 +2,9 @@
 
 The fit is that of `libprune.repair.least_squares`; where a map has a bias, this is the weight of a constant input of 1.
 A map whose inputs are all 0, as behind dead rectifiers, stays as it is: any weights would do.
+
+After the fits all weights can be trained together, `libprune.repair.blocks`. A network is described as one layer, so
+the block is the whole network: what it is to give are the dense network's outputs.
 """
 
 import copy
@@ -13,15 +16,31 @@ from torch import Tensor, nn
 from libprune.collection.calibration import held_out
 from libprune.collection.module_hooks import watched_inputs
 from libprune.engine.architecture import Architecture, Map
+from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
-from libprune.engine.surgery import masked, oriented
+from libprune.engine.surgery import hooked, masked, oriented
 from libprune.models.samples import Samples
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.shards import GRAM, read_tensor
-from libprune.repair.least_squares import Fit, Inputs, Moments, fit_consumer, pruned_consumers, repair_local
+from libprune.repair.blocks import Epochs, train_layer, trained_fits
+from libprune.repair.least_squares import (
+    Fit,
+    Inputs,
+    Moments,
+    fit_consumer,
+    new_parameters,
+    pruned_consumers,
+    repair_local,
+)
 from libprune.repair.repairs import inputs_of
 
 State = dict[str, Tensor]
+
+EPOCHS = Epochs(number=30, rate=1e-3, patience=30)
+"""How a network is trained if nothing else is asked for. The first epochs are often worse than the fits, and only the
+small steps at the end are better."""
+_STEP = 32
+"""Samples of a step of the training."""
 
 _FLOOR = 1e-2
 """The least mean square of an input in the ridge, as a share of the largest. A unit that hardly ever fires in the dense
@@ -85,14 +104,71 @@ def repair_modules_in_order(
     return fits
 
 
+def train_modules(
+    network: nn.Module,
+    architecture: Architecture,
+    plan: Plan,
+    samples: Samples,
+    fits: list[Fit],
+    epochs: Epochs,
+) -> list[Fit]:
+    """Train all weights of a pruned network together, to give what the dense one gives.
+
+    A sample is to a network what a token is to a layer. Batch norms keep their statistics.
+
+    Args:
+        network: the dense one, in evaluation mode.
+        plan: what is removed.
+        samples: calibration samples on the network's device, at least one of them held out.
+        fits: of the consumers, with which the training begins. Without any nothing is trained.
+        epochs: how to train.
+
+    Returns:
+        The fits with the trained weights.
+
+    Raises:
+        LibpruneError: if the outputs are no numbers by samples, or have no gradient by the weights.
+    """
+    if not fits:
+        return fits
+    current = copy.deepcopy(network)
+    set_weights(current, fits)
+    kept_back = held_out(0, len(samples))
+    parts = [(batch, out) for out in (False, True) for batch in samples[kept_back == out].passes(_STEP)]
+    with torch.no_grad():
+        targets = [_outputs(network, batch).cpu() for batch, _ in parts]
+    with hooked(current), masked(current, architecture, plan):
+        parameters = dict(current.requires_grad_().named_parameters())
+        trained = train_layer(
+            lambda number: _outputs(current, parts[number][0]), targets, [out for _, out in parts], parameters, epochs
+        )
+    return trained_fits(fits, trained)
+
+
+def _outputs(network: nn.Module, batch: Samples) -> Float[Tensor, "samples outputs"]:
+    """What a network gives, a row for each sample.
+
+    Raises:
+        LibpruneError: if that cannot be trained.
+    """
+    outputs: Tensor = network(batch.inputs)
+    if not outputs.is_floating_point() or outputs.shape[:1] != (len(batch),):
+        raise LibpruneError(
+            f"the outputs for {len(batch)} samples are {outputs.dtype} of shape {list(outputs.shape)}; repair = "
+            "'block' needs real numbers, samples in the first dimension; take 'local'"
+        )
+    if torch.is_grad_enabled() and not outputs.requires_grad:
+        raise LibpruneError(
+            "the outputs have no gradient by the weights, so repair = 'block' cannot train; take 'local'"
+        )
+    return outputs.reshape(len(batch), -1)
+
+
 def set_weights(network: nn.Module, fits: list[Fit]) -> None:
     """Put the repaired weights and biases into a network of the dense shape."""
     with torch.no_grad():
-        for fit in fits:
-            if fit.weight is not None:
-                network.get_parameter(fit.consumer.weight).copy_(fit.weight)
-            if fit.bias is not None:
-                network.get_parameter(fit.consumer.bias).copy_(fit.bias)
+        for name, tensor in new_parameters(fits).items():
+            network.get_parameter(name).copy_(tensor)
 
 
 def _with_bias(consumer: Map, state: State) -> Float[Tensor, "output inputs"]:

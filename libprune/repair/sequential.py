@@ -44,7 +44,7 @@ from libprune.engine.surgery import hooked, masked, oriented
 from libprune.models.layers import first_output, layers_of, run_layer, set_parameters, values_of
 from libprune.models.memory import Keep, in_memory
 from libprune.models.sequences import Sequences
-from libprune.repair.blocks import Epochs, train_layer
+from libprune.repair.blocks import Epochs, train_layer, trained_fits
 from libprune.repair.experts import Rows, fit_experts
 from libprune.repair.least_squares import (
     Fit,
@@ -221,19 +221,9 @@ class SequentialRepair:
         parameters = {name: self._model.get_parameter(name).requires_grad_() for name in names}
         trained = train_layer(run, targets, held_out, parameters, epochs)
         self._set(trained.tensors or old)
-        new = {name: tensor.cpu() for name, tensor in trained.tensors.items()}
         for name, parameter in parameters.items():
             parameter.requires_grad_(needed[name])
-        first, *rest = (
-            replace(
-                fit,
-                weight=new.pop(fit.consumer.weight, fit.weight),
-                layer_before=trained.before,
-                layer_after=trained.after,
-            )
-            for fit in fits
-        )
-        return [replace(first, others={**first.others, **new}), *rest]
+        return trained_fits(fits, trained)
 
     def _set(self, tensors: Mapping[str, Tensor]) -> None:
         set_parameters(self._model, tensors, self._keep)

@@ -64,6 +64,13 @@ def test_where_no_epoch_is_better_on_held_out_text_nothing_changes():
     torch.testing.assert_close(module.weight.detach(), expected, rtol=0, atol=1e-6)
 
 
+def test_epochs_that_are_worse_are_waited_out_as_often_as_asked_for():
+    """The first steps are too long; the training ends there, or goes on until the steps are shorter."""
+    (ended, _), (waited, _) = (linear(Epochs(40, 3.0, patience)) for patience in (1, 40))
+    assert ended.after == ended.before
+    assert waited.after < 0.1 * waited.before
+
+
 def test_the_error_is_that_of_the_definition():
     """Against numpy: tokens that are longer than the median count as if they had its length."""
     rng = np.random.default_rng(0)
