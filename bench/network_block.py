@@ -26,7 +26,7 @@ from torch import nn
 
 from bench.rows import read_rows
 from examples.lenet import FAMILY, Digits, accuracy, load_digits, train
-from libprune.experiments.agreement import mean_interval
+from libprune.experiments.agreement import paired_factor
 from libprune.networks import Network, NetworkFamily, Samples
 from libprune.pipeline.sections import Allocate, Score
 from libprune.report.markdown import markdown_table
@@ -34,6 +34,7 @@ from tests.support.networks import ResNet, resnet_family
 
 RATIOS = (0.5, 0.6, 0.7, 0.8)
 REPAIRS = ("none", "local", "sequential", "block")
+COMPARED = ("local", "sequential")
 EPOCHS = 20
 Made = tuple[Digits, nn.Module, NetworkFamily]
 
@@ -100,24 +101,28 @@ def rows_of(name: str, seed: int, done: set[tuple[Any, ...]]) -> Iterator[dict[s
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each network and ratio: accuracy and missed share with each repair, in %, over the seeds."""
+    """A line for each network and ratio, over the seeds: accuracies and missed shares in %, factors of the latter."""
     header = ["network", "removed", "seeds", "dense", *(f"accuracy, {repair}" for repair in REPAIRS)]
-    header += [f"missed, {repair}" for repair in REPAIRS] + [f"seconds, {repair}" for repair in REPAIRS[1:]]
+    header += [f"missed, {repair}" for repair in REPAIRS] + [f"block / {other}" for other in COMPARED]
+    header += [f"seconds, {repair}" for repair in REPAIRS[1:]]
     lines = []
     for name in NETWORKS:
         for ratio in RATIOS:
             own = [row for row in rows if (row["network"], row["ratio"]) == (name, ratio)]
-            if not own:
+            by = {repair: {row["seed"]: row for row in own if row["repair"] == repair} for repair in REPAIRS}
+            if not all(by.values()):
                 continue
-            dense = mean_interval([row["dense"] for row in own if row["repair"] == "none"])
-            cells = [name, f"{ratio:.0%}", str(len({row["seed"] for row in own})), f"{dense.mean:.1f}"]
-            for key in ("accuracy", "missed"):
-                found = [mean_interval([row[key] for row in own if row["repair"] == repair]) for repair in REPAIRS]
-                cells += [
-                    f"{one.mean:.3g} ± {one.high - one.mean:.2g}" if one.known else f"{one.mean:.3g}" for one in found
-                ]
-            cells += [f"{mean(row['seconds'] for row in own if row['repair'] == repair):.1f}" for repair in REPAIRS[1:]]
-            lines.append(cells)
+
+            def average(repair: str, key: str) -> float:
+                return mean(row[key] for row in by[repair].values())  # noqa: B023 - called at once
+
+            shares = {repair: {seed: row["missed"] for seed, row in found.items()} for repair, found in by.items()}
+            factors = [paired_factor(shares["block"], shares[other]) for other in COMPARED]
+            cells = [name, f"{ratio:.0%}", str(len(by["block"])), f"{average('none', 'dense'):.1f}"]
+            cells += [f"{average(repair, 'accuracy'):.1f}" for repair in REPAIRS]
+            cells += [f"{average(repair, 'missed'):.3g}" for repair in REPAIRS]
+            cells += [f"{one.mean:.2f} ({one.low:.2f} to {one.high:.2f})" if one else "" for one in factors]
+            lines.append(cells + [f"{average(repair, 'seconds'):.1f}" for repair in REPAIRS[1:]])
     return markdown_table(lines, header)
 
 
