@@ -76,6 +76,7 @@ class Setting:
 
 EPOCHS = {"tokens": 122_880, "checks": 8}
 PER_LAYER: dict[str, dict[str, Any]] = {"allocate": {"method": "functional"}}
+IN_32: dict[str, dict[str, Any]] = {"allocate": {"method": "functional", "channel_multiple": 32}}
 BLOCKS: dict[str, dict[str, Any]] = {"slice": {"repair": "block"}}
 SETTINGS = {
     "fast, 20 %, full": Setting("fast", 0.2),
@@ -106,6 +107,7 @@ SETTINGS = {
     "dense, cross-entropy": Setting(None, 0.0, {"cross_entropy": 1.0}),
     "functional, local, 20 %, full": Setting("fast", 0.2, {}, PER_LAYER),
     "functional, local, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER),
+    "functional in multiples of 32, local, 20 %, full": Setting("fast", 0.2, {}, IN_32),
     "block, 20 %, full": Setting("fast", 0.2, {}, BLOCKS),
     "block, 50 %, full": Setting("fast", 0.5, {}, BLOCKS),
     "producers, 20 %, full": Setting("fast", 0.2, {}, {"slice": {"repair": "sequential", "producer_steps": 12}}),
