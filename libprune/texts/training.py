@@ -163,11 +163,8 @@ class _ReadBefore:
     """Sequences that were read before, and how much of others is in them."""
 
     def __init__(self, read: Sequence[Ids], tokenizer: PreTrainedTokenizerBase, head: HeadName) -> None:
-        self._special, self._whole = np.array(tokenizer.all_special_ids), head == "sequence_classification"
-        self._read = self._plain(read)
-
-    def _plain(self, rows: Sequence[Ids]) -> list[Ids]:
-        return [row[~np.isin(row, self._special)] for row in rows]
+        self._tokenizer, self._whole = tokenizer, head == "sequence_classification"
+        self._read = _plain(read, tokenizer)
 
     def shares(self, rows: Sequence[Ids]) -> Float[NDArray[np.float64], " rows"]:
         """The share of each row that was read, special tokens left out.
@@ -175,7 +172,7 @@ class _ReadBefore:
         A labelled document was read as a whole if it begins as one that was, as far as both are kept. Of other rows,
         tokens in runs that were read count: `RUN` tokens long, or half a row where rows are short.
         """
-        plain = self._plain(rows)
+        plain = _plain(rows, self._tokenizer)
         if self._whole:
             kept = min(max(map(len, some), default=0) for some in (plain, self._read))
             begun = {row[:kept].tobytes() for row in self._read}
@@ -212,8 +209,7 @@ def require_unseen(text: TrainingText, evaluation: Sequences, tokenizer: PreTrai
     Raises:
         SourceError: if more than `MOST_SHARED` of the evaluation text was seen.
     """
-    special = np.array(tokenizer.all_special_ids)
-    rows, judged = ([row[~np.isin(row, special)] for row in rows] for rows in (text.rows, originals(evaluation)))
+    rows, judged = (_plain(rows, tokenizer) for rows in (text.rows, originals(evaluation)))
     shared = seen_documents(rows, judged) if evaluation.lengths is not None else seen_share(rows, judged)
     if shared > MOST_SHARED:
         raise SourceError(
@@ -221,6 +217,12 @@ def require_unseen(text: TrainingText, evaluation: Sequences, tokenizer: PreTrai
             f"({text.names}); name another tokenize.evaluation_text or another recover.text (null: the documents that "
             "calibration sequences are drawn from)"
         )
+
+
+def _plain(rows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
+    """The tokens of each row without special ones."""
+    special = np.array(tokenizer.all_special_ids)
+    return [row[~np.isin(row, special)] for row in rows]
 
 
 def originals(sequences: Sequences) -> list[Ids]:
@@ -260,10 +262,11 @@ def seen_share(rows: Sequence[Ids], judged: Sequence[Ids]) -> float:
 
 
 def _inside(hashes: NDArray[np.uint64], chosen: NDArray[np.uint64], run: int) -> int:
-    """The number of tokens of a row that lie in chosen runs."""
-    if not len(hashes):
+    """The number of tokens of a row that lie in chosen runs, which are ascending."""
+    if not len(hashes) or not len(chosen):
         return 0
-    return int((np.convolve(np.isin(hashes, chosen), np.ones(run, dtype=np.int64)) > 0).sum())
+    found = chosen[np.searchsorted(chosen, hashes).clip(max=len(chosen) - 1)] == hashes
+    return int((np.convolve(found, np.ones(run, dtype=np.int64)) > 0).sum())
 
 
 def _runs(row: Ids, run: int) -> NDArray[np.uint64]:
