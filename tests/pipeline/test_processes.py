@@ -1,6 +1,8 @@
 """A process of a stage ends with the DVC that started it, whatever stands between them."""
 
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -125,6 +127,16 @@ def test_a_fresh_python_that_the_system_ends_is_told_of_by_the_signal(monkeypatc
     for number, fault in ((9, "SIGKILL, as the system does where memory is short"), (11, "SIGSEGV")):
         with fresh_python() as python:
             assert python.run(program, [str(number)]) == f"its process was ended by {fault}"
+
+
+def test_a_program_of_the_tests_that_is_killed_before_it_says_what_to_run_harms_no_other(python):
+    (address,) = re.findall(r"connect\('(.*)'\)", python.read_text())
+    for said in (b"", b"0", b'0["/", {'):
+        with socket.socket(socket.AF_UNIX) as killed:
+            killed.connect(address)
+            killed.sendall(said)
+    done = subprocess.run([python, "-c", "print(2 + 3)"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
 
 
 def test_a_fresh_python_that_is_not_needed_ends_with_the_block():

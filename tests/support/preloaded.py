@@ -31,6 +31,7 @@ def preloaded(path: Path, environment: Mapping[str, str]) -> Iterator[None]:
             path.write_text(f"#!{sys.executable} -IS\n" + CLIENT.format(python=sys.executable, address=address))
             path.chmod(0o755)
             yield
+            assert server.poll() is None, "it ended before its time, and so did every program that came after"
 
 
 BIN = ".venv/bin"
@@ -103,8 +104,15 @@ while True:
                 connection.sendall(b"%d" % (os.waitstatus_to_exitcode(ended[1]) & 255))
     if listening in ready:
         connection = listening.accept()[0]
-        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-        folder, environment, arguments = json.loads(connection.makefile().read())
+        streams = []
+        try:
+            _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+            folder, environment, arguments = json.loads(connection.makefile().read())
+        except (OSError, ValueError):  # it was killed before it had said what to run
+            connection.close()
+            for stream in streams:
+                os.close(stream)
+            continue
         if arguments[:2] == ["-m", "dvc"]:
             load_dvc()
         if not (program := os.fork()):
