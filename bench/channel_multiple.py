@@ -2,11 +2,11 @@
 
     python -m bench.channel_multiple --artifacts artifacts --text wiki.valid.raw --rows /tmp/multiples.jsonl
 
-Reads the artifacts of a run up to the score stage, and writes only the rows. For each method and multiple, the masked
-and locally repaired dense model is judged on the evaluation windows of the artifacts and on windows of the text, which
-lie at even distances. A multiple may remove another share than the one asked for. So it is compared with single
-channels twice: at the share asked for, and at the share that the multiple has removed. A plan that is in the rows is
-not measured again.
+Reads the artifacts of a run up to the score stage, with what the methods need beside the scores, and writes only the
+rows. For each method and multiple, the masked and locally repaired dense model is judged on evaluation windows of the
+artifacts and on windows of the text, both at even distances. A multiple may remove another share than the one asked
+for. So it is compared with single channels twice: at the share asked for, and at the share that the multiple has
+removed. A plan that is in the rows is not measured again.
 """
 
 from pathlib import Path
@@ -32,11 +32,12 @@ from libprune.pipeline.sections import Allocate
 from libprune.repair.repairs import local_repair
 from libprune.report.markdown import markdown_table
 from libprune.results.perplexity import estimate_perplexity, estimate_ratio, window_losses
+from libprune.texts.windows import evenly
 
 SAME = 0.001
 """Shares removed that differ by less than this count as the same."""
 MULTIPLES = (1, 32, 64, 128, 256)
-METHODS = ("uniform", "global")
+METHODS = ["uniform", "global"]
 DENSE = "dense"
 
 
@@ -51,6 +52,7 @@ class Bench:
         self.scores = read_scores(self.layout)
         self.repair = local_repair(self.layout, self.architecture)
         own, _ = read_tokens(self.layout.evaluation_tokens, self.architecture.fingerprint)
+        own = own[torch.from_numpy(evenly(len(own), min(windows, len(own))))]
         self.windows = {"own": own, text.name: self._windows_of(text, windows, length)}
 
     def _windows_of(self, text: Path, windows: int, length: int) -> Sequences:
@@ -61,7 +63,7 @@ class Bench:
 
     def decide(self, method: str, multiple: int, ratio: float) -> Decision:
         """The plan of a method, as the allocate stage makes it."""
-        params = Allocate(method=method, ratio=ratio, channel_multiple=multiple)
+        params = Allocate(method=method, ratio=ratio, channel_multiple=multiple, evaluations=0)
         return decide(self.scores, params, read_evidence(self.layout, self.scores, params))
 
     def losses(self) -> dict[str, list[float]]:
@@ -88,12 +90,12 @@ class Bench:
         }
 
 
-def table(rows: list[dict[str, Any]], ratio: float) -> str:
+def table(rows: list[dict[str, Any]], methods: list[str], ratio: float) -> str:
     """One line a method and multiple: its perplexity, and its ratio to single channels at both shares."""
     found = {(row["method"], row["multiple"], row["ratio"]): row for row in rows}
     dense = found[DENSE, 0, 0.0]
     lines = []
-    for method in METHODS:
+    for method in methods:
         for multiple in MULTIPLES:
             row = found[method, multiple, ratio]
             counts = list(zip(*row["kept"], strict=True))
@@ -130,6 +132,7 @@ def main(
     windows: int = 24,
     length: int = 512,
     batch_tokens: int = 1024,
+    method: Annotated[list[str], typer.Option(help="Methods of allocation.")] = METHODS,
 ) -> None:
     """Measure all multiples and print the table."""
     measured = read_rows(rows)
@@ -149,13 +152,13 @@ def main(
     if DENSE not in known:
         dense = {"method": DENSE, "multiple": 0, "ratio": 0.0, "plan": DENSE, "removed": 0.0, "kept": []}
         keep(dense | {"losses": bench.losses()})
-    for method in METHODS:
-        single = measure(method, 1, ratio)["removed"]
+    for name in method:
+        single = measure(name, 1, ratio)["removed"]
         for multiple in MULTIPLES:
-            removed = measure(method, multiple, ratio)["removed"]
+            removed = measure(name, multiple, ratio)["removed"]
             if abs(removed - single) > SAME:
-                measure(method, 1, removed)
-    print(table(measured, ratio))
+                measure(name, 1, removed)
+    print(table(measured, method, ratio))
 
 
 if __name__ == "__main__":

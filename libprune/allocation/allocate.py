@@ -10,7 +10,7 @@ from libprune.allocation.hgsp import block_factors, collapsing, weighted
 from libprune.allocation.ladders import Ladders, build_ladders, forced_by, plan_of
 from libprune.allocation.methods import Depth, Evidence, Order, allocate_global
 from libprune.allocation.retention import wanted_removals, wanted_total
-from libprune.allocation.widths import WITHIN, fitting_multiples
+from libprune.allocation.widths import WITHIN, fine_enough, fitting_multiples
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture, Block
 from libprune.engine.cost import Prices
@@ -47,9 +47,10 @@ def share_of(prices: Prices, removed: int, params: Allocate) -> float:
 def settle(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence = NO_EVIDENCE) -> Allocate:
     """The params with numbers where they leave one open: the multiple of channels (`auto`), and the ratio (null).
 
-    `auto` is the largest multiple that the dense width is one of too, and at which the plan of the method, before a
-    search improves it, removes a share within one point of the one asked for. Where the ratio is null, the share is
-    compared with what is removed in single channels. 1 if there is none.
+    `auto` is the largest multiple that the dense width is one of too, that is at most half of what a layer loses on
+    average, and at which the plan of the method, before a search improves it, removes a share within one point of the
+    one asked for. Where the ratio is null, the share is compared with what is removed in single channels. 1 if there is
+    none.
 
     Args:
         scores: the importance table.
@@ -73,7 +74,7 @@ def settle(architecture: Architecture, scores: Columns, params: Allocate, eviden
             found = descend(architecture, ladders, prices, settled, {**evidence, "scores": scores})
         except BudgetError:
             continue
-        if _as_asked(architecture, found, params, single, prices, evidence):
+        if _as_asked(architecture, found, settled, single, prices, evidence):
             return settled.model_copy(update={"nested": params.nested})
     return single
 
@@ -88,14 +89,22 @@ def _as_asked(
 ) -> bool:
     """Whether a plan removes the share that was asked for, or what binds of the budgets, to within one point.
 
+    And in steps that are small enough for it.
+
     Args:
         prices: at the width that the params give.
     """
+    multiple = int(params.channel_multiple)
     if found.budgets:
-        return min(one["share_asked"] - one["share"] for one in found.budgets) <= WITHIN
+        share = 1 - min(one["share_asked"] for one in found.budgets)
+        near = min(one["share_asked"] - one["share"] for one in found.budgets) <= WITHIN
+        return near and fine_enough(architecture, multiple, share)
     if found.plan.width != params.columns:
         prices = cost.prices(architecture, params.objective, evidence.get("latency"), found.plan.width)
-    return abs(removed_by(prices, found.plan, params) - target_of(prices, single)) <= WITHIN * base_of(prices, params)
+    target = target_of(prices, single)
+    if not fine_enough(architecture, multiple, target / prices.decoder):
+        return False
+    return abs(removed_by(prices, found.plan, params) - target) <= WITHIN * base_of(prices, params)
 
 
 def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence) -> Allocate:

@@ -14,6 +14,12 @@ take multiples of 128 inputs and 64 outputs; groups of 32 and 128 weights are us
 """
 WITHIN = 0.01
 """How far the share removed at such a multiple may lie from the one asked for: one point."""
+STEP = 0.5
+"""How much of the channels that a layer loses on average one step of such a multiple may be at most.
+
+A layer that is to lose 307 channels loses 256 or 512 of them in steps of 256: layers can then no longer lose different
+shares, and attention makes up for what the channels cannot give. docs/least-loss.md has what this costs.
+"""
 
 
 def channel_parts(architecture: Architecture) -> list[str]:
@@ -24,8 +30,21 @@ def channel_parts(architecture: Architecture) -> list[str]:
 
 def fitting_multiples(architecture: Architecture) -> list[int]:
     """The `MULTIPLES` that the dense model's channels are a multiple of, the largest first; a network has none."""
-    widths = [architecture.units(part) for part in channel_parts(architecture)]
+    widths = _widths(architecture)
     return [multiple for multiple in MULTIPLES if widths and all(width % multiple == 0 for width in widths)]
+
+
+def fine_enough(architecture: Architecture, multiple: int, share: float) -> bool:
+    """Whether steps of a multiple are small beside what a layer loses, so that layers can lose different shares.
+
+    Args:
+        share: how much of the objective the layers are to lose.
+    """
+    return multiple <= STEP * share * min(_widths(architecture))
+
+
+def _widths(architecture: Architecture) -> list[int]:
+    return [architecture.units(part) for part in channel_parts(architecture)]
 
 
 def tensor_parallel_sizes(architecture: Architecture, plan: Plan) -> list[int]:
@@ -73,26 +92,22 @@ def explain_multiple(architecture: Architecture, asked: Allocate, multiple: int,
         return None
     *larger, last = map(str, MULTIPLES)
     known, width = f"{', '.join(larger)} and {last}", " and ".join(f"{architecture.units(part):,}" for part in parts)
-    if asked.budgets.asked:
-        met = "meets the tightest budget to within one point"
-        if multiple > 1:
-            return (
-                f"keeps channels in multiples of {multiple}: the largest of {known} that {width} is a multiple of and "
-                f"that {met}"
-            )
-        return f"keeps channels in no multiple: none of {known} that {width} is a multiple of {met}"
-    if multiple > 1:
-        wanted = (
-            "single channels remove about as much" if asked.ratio is None else f"{100 * asked.ratio:g} % was asked for"
-        )
-        return (
-            f"keeps channels in multiples of {multiple}: the largest of {known} that {width} is a multiple of and that "
-            f"removes {100 * removed:.1f} % where {wanted} (within one point)"
-        )
-    if not fitting_multiples(architecture):
+    if multiple == 1 and not asked.budgets.asked and not fitting_multiples(architecture):
         return f"keeps channels in no multiple: {width} is a multiple of none of {known}"
-    wanted = "what single channels remove" if asked.ratio is None else f"the {100 * asked.ratio:g} % asked for"
+    met = "meets the tightest budget to within one point"
+    if multiple > 1:
+        if not asked.budgets.asked:
+            alone, given = "single channels remove about as much", f"{100 * (asked.ratio or 0):g} % was asked for"
+            wanted = alone if asked.ratio is None else given
+            met = f"removes {100 * removed:.1f} % where {wanted} (within one point)"
+        return (
+            f"keeps channels in multiples of {multiple}: the largest of {known} that {width} is a multiple of, that is "
+            f"at most half of what a layer loses, and that {met}"
+        )
+    if not asked.budgets.asked:
+        wanted = "what single channels remove" if asked.ratio is None else f"the {100 * asked.ratio:g} % asked for"
+        met = f"comes within one point of {wanted}"
     return (
-        f"keeps channels in no multiple: none of {known} that {width} is a multiple of comes within one point of "
-        f"{wanted}"
+        f"keeps channels in no multiple: none of {known} that {width} is a multiple of, and that is at most half of "
+        f"what a layer loses, {met}"
     )

@@ -570,8 +570,9 @@ class Allocate(Section):
     """MLP channels that each layer keeps at least; with 0, a whole MLP can be removed."""
     channel_multiple: Count | Literal["auto"] = "auto"
     """The kept channels of a pruned MLP are a multiple of this. `auto`: the largest of 256, 128, 64 and 32 (sizes of
-    blocks of quantized weights) that divides the dense width and at which the share removed lies within one point
-    (0.01) of the one asked for; 1 if there is none, and for networks that are not transformers."""
+    blocks of quantized weights) that divides the dense width, that is at most half of the channels which a layer loses
+    on average, and at which the share removed lies within one point (0.01) of the one asked for; 1 if there is none,
+    and for networks that are not transformers."""
     freeze_first: Floor = 0
     """Layers at the input that keep everything."""
     freeze_last: Floor = 0
