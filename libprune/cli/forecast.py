@@ -1,11 +1,12 @@
 """What a run will do and take, told before it: stages, minutes, memory and disk, by arithmetic and one measurement.
 
 The work of a stage is counted in floating point operations, from the shapes and the params. Seconds follow from the
-last run of the same stage in this project, in proportion to the work, or else from a short measured product of
-matrices. `docs/inspect.md` gives the formulas and how near they came.
+last run of the same stage in this project, in proportion to the work, or else from a small layer that is timed for a
+moment. `docs/inspect.md` gives the formulas and how near they came.
 """
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -16,12 +17,14 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from libprune.cli.footprint import Footprint, compute_device, compute_dtype, footprints
 from libprune.cli.inspection import dense_architecture
 from libprune.collection.offload import LIBRARIES, PassBytes, choose, consumer_inputs, held_activations, pass_bytes
 from libprune.engine import cost
-from libprune.engine.architecture import Architecture
+from libprune.engine.architecture import RESIDUAL, Architecture
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.models.compute import KEPT
@@ -52,8 +55,8 @@ _FITTED = 28
 """Measured: bytes that fitting the widest map holds, for each pair of its inputs."""
 _TRAINED = 24
 """Bytes that a trained layer holds for each of its weights: six times in float32, by `libprune.repair.blocks`."""
-_MATRICES, _SECONDS = (1024, 2048, 2048), 0.3
-"""Sizes of the measured product, and how long it is repeated."""
+_SEQUENCES, _LENGTH, _HEAD, _WIDEST, _SECONDS = 4, 256, 64, 1024, 0.3
+"""Of the timed layer: sequences, tokens of each, width of a head, most width, and how long its passes are repeated."""
 
 
 @dataclass(frozen=True)
@@ -260,21 +263,42 @@ def _on_disk(
     return {stage: size + LIBRARIES for stage, size in held.items()}
 
 
-def measured_rate(params: Params) -> float:
-    """Floating point operations a second of a product of matrices in the type and on the device that passes use."""
-    rows, inner, columns = _MATRICES
+def measured_rate(architecture: Architecture, params: Params) -> float:
+    """Floating point operations a second of a layer, forward and backward, in the type and on the device of passes.
+
+    The layer is that of a Llama, with the model's width up to `_WIDEST`. The products of its six maps are counted.
+    Products alone can be twice as fast as passes.
+    """
+    width = min(architecture.sizes.get(RESIDUAL, _WIDEST), _WIDEST)
+    inner = min(max(size for size, _, _ in consumer_inputs(architecture)), 4 * width)
     options: dict[str, Any] = {"device": compute_device(params.compute), "dtype": compute_dtype(params.compute)}
-    one, two = torch.ones(rows, inner, **options), torch.ones(columns, inner, **options)
+    sizes = [(width, width), (width, width), (width, width), (inner, width), (inner, width), (width, inner)]
+    maps = [torch.full(size, 0.01, **options).requires_grad_() for size in sizes]
+    states = torch.linspace(-1, 1, width, **options).expand(_SEQUENCES, _LENGTH, width)
+    head = next(size for size in range(min(_HEAD, width), 0, -1) if width % size == 0)
 
-    def product() -> float:
-        return float(torch.nn.functional.linear(one, two)[0, 0])  # reading a number waits for the device
+    def normed(given: Tensor) -> Tensor:
+        exact = given.float()
+        return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-6)).to(given.dtype)
 
-    product()
+    def one_pass() -> float:
+        query, key, out, gate, up, down = maps
+        read = normed(states)
+        ours, theirs = (linear(read, one).unflatten(-1, (-1, head)).transpose(1, 2) for one in (query, key))
+        met = scaled_dot_product_attention(ours, theirs, theirs, is_causal=True).transpose(1, 2).flatten(-2)
+        there = states + linear(met, out)
+        read = normed(there)
+        there = there + linear(silu(linear(read, gate)) * linear(read, up), down)
+        found = torch.autograd.grad(there.float().square().sum(), maps)
+        return float(found[0][0, 0])  # reading a number waits for the device
+
+    one_pass()
     start, times = time.perf_counter(), 0
     while time.perf_counter() - start < _SECONDS:
-        product()
+        one_pass()
         times += 1
-    return times * 2.0 * rows * inner * columns / (time.perf_counter() - start)
+    counted = 6.0 * _SEQUENCES * _LENGTH * sum(map(math.prod, sizes))
+    return times * counted / (time.perf_counter() - start)
 
 
 def lines(architecture: Architecture, params: Params, found: Forecast, stages: Sequence[str], root: Path) -> list[str]:
@@ -296,9 +320,9 @@ def lines(architecture: Architecture, params: Params, found: Forecast, stages: S
     seconds = sum(found.seconds.values())
     free, whole = shutil.disk_usage(root).free, psutil.virtual_memory().total
     gone = [stage for stage in found.seconds if stage in found.recorded]
-    basis = "from earlier runs here" if len(gone) == len(found.seconds) else "from a measured product of matrices"
+    basis = "from earlier runs here" if len(gone) == len(found.seconds) else "from a small layer that was timed"
     if 0 < len(gone) < len(found.seconds):
-        basis = "from earlier runs here and a measured product of matrices"
+        basis = "from earlier runs here and a small layer that was timed"
     if params.prepare.vocabulary is not None and architecture.trimmed is None:
         asked = f"rows of the vocabulary will go, which are still counted here, and {asked}"
     late = "; the export comes on top" if "export" in stages else ""
@@ -329,7 +353,7 @@ def main(words: Sequence[str]) -> None:
         params = load_params(Path(file))
         architecture, stored = dense_architecture(params, Layout(Path(artifacts)), described="prepare" not in stages)
         record = read_memory(Path(costs))
-        found = forecast(architecture, params, stored, stages, record, measured_rate(params))
+        found = forecast(architecture, params, stored, stages, record, measured_rate(architecture, params))
         told = lines(architecture, params, found, stages, Path())
     except LibpruneError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
