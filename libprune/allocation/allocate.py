@@ -101,8 +101,9 @@ def _as_asked(
         return near and fine_enough(architecture, multiple, share)
     if found.plan.width != params.columns:
         prices = cost.prices(architecture, params.objective, evidence.get("latency"), found.plan.width)
-    target = target_of(prices, single)
-    if not fine_enough(architecture, multiple, target / prices.decoder):
+    target, columns = target_of(prices, single), prices.narrowing.get(params.ratio_of, 0)
+    share = (target - columns) / (prices.decoder - prices.narrowing.get("decoder", 0))
+    if not fine_enough(architecture, multiple, share):
         return False
     return abs(removed_by(prices, found.plan, params) - target) <= WITHIN * base_of(prices, params)
 

@@ -115,7 +115,7 @@ def collecting_stages(params: Params) -> tuple[str, ...]:
         *REPAIRS[params.slice.repair].reads,
         *read,
         *(["activations"] if {"levels", "depth"} & {*read} else []),  # for a local repair, and for cosines
-        *(["gradients"] if params.allocate.gradient_fix != "none" else []),
+        *(["gradients"] if params.allocate.gradient_fix != "none" or params.slice.fisher_share else []),
     }
     return tuple(stage for stage in ("gradients", "hessian", "activations", "ablation") if stage in used)
 

@@ -8,7 +8,7 @@ experiment carries those it started from, and so does a workspace whose params w
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -274,11 +274,18 @@ def outdated(params: Mapping[str, Any], lock: str) -> str | None:
         return "its dvc.lock is not valid YAML, as after a merge conflict; run `dvc repro`"
     made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
     for name, stage in stages.items():
-        read = {} if name == _CHECKS else leaves_of(stage.get("params", {}).get("params.yaml", {}))
-        for key, value in read.items():
-            if str(params.get(key)) != str(value):  # as text: YAML 1.1 and 1.2 disagree whether 1e-05 is a number
-                return f"{name} last ran with {key} {value}, not {params.get(key)}"
+        read = {} if name == _CHECKS else stage.get("params", {}).get("params.yaml", {})
+        ran, now = leaves_of(read), {key: value for key, value in params.items() if _is_of(key, read)}
+        for key in {**ran, **now}:
+            if str(now.get(key)) != str(ran.get(key)):  # as text: YAML 1.1 and 1.2 disagree whether 1e-05 is a number
+                return f"{name} last ran with {key} {ran.get(key)}, not {now.get(key)}"
         for dep in stage.get("deps", []):
             if made.get(dep["path"], dep.get("md5")) != dep.get("md5"):
                 return f"{name} has not run since {dep['path']} changed"
     return None
+
+
+def _is_of(leaf: str, read: Container[str]) -> bool:
+    """Whether a leaf is one of the params that a stage reads, or a part of one, such as `prepare.vocabulary.text`."""
+    parts = leaf.split(".")
+    return any(".".join(parts[:number]) in read for number in range(1, len(parts) + 1))

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -96,7 +97,7 @@ def run_all(
             echo(f"[{i} of {len(todo)}] {run.experiment}: {changes}")
             _write(PARAMS, content)  # without the changes of the experiment before
             log, start = logs / f"{run.experiment}.txt", time.monotonic()
-            settings = [override(key, value, key in present) for key, value in run.changes.items()]
+            settings = [one for key, value in run.changes.items() for one in overrides(key, value, key in present)]
             reason = run_experiment(run.experiment, settings, log)
             seconds.append(time.monotonic() - start)
             write_costs(costs, read_costs(costs) | costs_of(log.read_text(errors="replace"), read_lock(WORKSPACE)))
@@ -160,9 +161,19 @@ def reason_of(log: str, code: int) -> str:
     return f"DVC ended with {code}"
 
 
-def override(name: str, value: Any, present: bool) -> str:
-    """An argument of `dvc exp run -S`, in the grammar of Hydra's overrides; `++` adds what the file does not have."""
-    return f"{'' if present else '++'}{name}={_quoted(value)}"
+def overrides(name: str, value: Any, present: bool) -> list[str]:
+    """Arguments of `dvc exp run -S` that set a param, in the grammar of Hydra's overrides.
+
+    `++` adds what the file does not have. A mapping would be merged into one that stands there, which goes first.
+
+    Args:
+        name: the full name of the param.
+        value: as YAML can say it.
+        present: whether the file has this param, and not as a mapping.
+    """
+    if isinstance(value, Mapping):
+        return [f"++{name}=null", f"++{name}={_quoted(value)}"]
+    return [f"{'' if present else '++'}{name}={_quoted(value)}"]
 
 
 def _quoted(value: Any) -> str:
@@ -171,6 +182,8 @@ def _quoted(value: Any) -> str:
         return "'" + doubled.replace("'", "\\'") + "'"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(_quoted(one) for one in value) + "]"
+    if isinstance(value, Mapping):  # whose keys take no quotes
+        return "{" + ",".join(f"{key}:{_quoted(one)}" for key, one in value.items()) + "}"
     return json.dumps(value)
 
 
@@ -190,10 +203,14 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def workspace_kept(echo: Echo) -> Iterator[None]:
-    """At the end put back params.yaml, dvc.lock and the metrics, and the artifacts that this dvc.lock names."""
+    """At the end put back params.yaml, dvc.lock and the metrics, and the artifacts that this dvc.lock names.
+
+    SIGTERM, and SIGHUP of a terminal that closes, end what is inside as Ctrl-C does: DVC would otherwise go on alone.
+    """
     kept = {path: path.read_bytes() for path in _tracked()}
     try:
-        yield
+        with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+            yield
     finally:
         for path in _tracked():
             if path not in kept:
@@ -202,6 +219,23 @@ def workspace_kept(echo: Echo) -> Iterator[None]:
             _write(path, content)
         if LOCK in kept and (reason := _check_out(kept[LOCK].decode())) is not None:
             echo(f"params.yaml, dvc.lock and metrics are restored, but not all artifacts: {reason}; run `dvc repro`")
+
+
+@contextmanager
+def _interrupted_by(*signs: signal.Signals) -> Iterator[None]:
+    """Inside the context these signals raise KeyboardInterrupt, but for those that are ignored, as under `nohup`."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may handle signals
+        yield
+        return
+    before = {sign: signal.getsignal(sign) for sign in signs}
+    heard = [sign for sign, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for sign in heard:
+        signal.signal(sign, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for sign in heard:
+            signal.signal(sign, before[sign])
 
 
 def _check_out(lock: str) -> str | None:

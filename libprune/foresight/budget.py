@@ -30,6 +30,8 @@ def budget_faults(params: Params) -> Iterator[Fault]:
     counted = allocate.ratio is not None and allocate.objective != "latency" and _strained(allocate)
     if params.prepare.vocabulary is not None and allocate.ratio_of == "total":
         counted = False  # how much of it goes with the vocabulary is known when its text is read
+    if allocate.width == "auto":
+        counted = False  # how much of it goes with columns is known when these are measured
     if not counted and not biases:
         return
     if resolve(params.prepare.model) is None:

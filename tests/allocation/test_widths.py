@@ -172,6 +172,20 @@ def network(width: int) -> Architecture:
     return describe_module(layers, family, torch.zeros(2, 5))
 
 
+@pytest.mark.parametrize(
+    ("columns", "ratio", "multiple"), [(64, 0.3, 64), (48, 0.3, 32), (46, 0.3, 1), (46, 0.4, 64), (48, 0.2501, 1)]
+)
+def test_steps_are_small_beside_what_a_layer_loses_after_the_columns(columns, ratio, multiple):
+    """Of 1,536 channels that are to lose 41, steps of 128 took none, and seven of eight groups of attention instead."""
+    shape = Shape(layers=4, kv=8, d=2, q=2, model=64, ffn=1536)
+    architecture, scores = shape.architecture(), shape.table(np.random.default_rng(0).random(len(shape.unit_costs())))
+    params = Allocate(method="uniform", ratio=ratio, width=columns)
+    settled = settle(architecture, scores, params)
+    assert settled.channel_multiple == multiple
+    lost = 1536 - allocate(architecture, scores, settled).kept(0, "mlp")
+    assert multiple == 1 or multiple <= lost / 2
+
+
 def test_multiples_are_for_the_uncoupled_channels_of_language_models_alone():
     architecture = replace(WIDE, ffn=384).architecture()
     coupled = PartShape("ffn", "mlp", None, coupled=("norm",))

@@ -114,6 +114,10 @@ def params(**sections):
         ({"score": {"criterion": "wanda"}}, ("activations",)),
         ({"score": {"criterion": "taylor_2nd"}}, ("gradients", "hessian")),
         ({"score": {"criterion": "magnitude"}, "slice": {"repair": "local"}}, ("activations",)),
+        (
+            {"score": {"criterion": "magnitude"}, "slice": {"repair": "local", "fisher_share": 0.5}},
+            ("gradients", "activations"),
+        ),
         ({"score": {"criterion": "magnitude"}, "allocate": {"method": "functional"}}, ("activations",)),
         ({"score": {"criterion": "magnitude"}, "allocate": {"depth": "joint"}}, ("activations",)),
     ],

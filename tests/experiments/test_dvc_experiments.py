@@ -123,6 +123,23 @@ def test_a_param_of_several_parts_is_compared_part_by_part_in_any_order():
     assert changed == "allocate last ran with score.cooperative.uniqueness 0.7, not 0.6"
 
 
+@pytest.mark.parametrize(
+    ("ran", "now", "changed"),
+    [
+        (None, {".text": "b"}, ".text None, not b"),
+        ({"text": "b"}, {".text": "b", ".minimum": 2}, ".minimum None, not 2"),
+        ({"text": "b", "minimum": 2}, {".text": "b"}, ".minimum 2, not None"),
+        ({"text": "b"}, {"": None}, ".text b, not None"),
+        ({}, {".text": "b"}, ".text None, not b"),
+    ],
+)
+def test_a_param_that_has_got_or_lost_parts_has_changed(ran, now, changed):
+    """Results without a smaller vocabulary were shown as those of one, since only the leaves that ran were compared."""
+    params = {f"prepare.vocabulary{part}": value for part, value in now.items()}
+    said = outdated(params, lock_text({"prepare.vocabulary": ran}))
+    assert said == f"allocate last ran with prepare.vocabulary{changed}"
+
+
 def test_results_are_outdated_if_a_later_stage_has_not_run_again():
     assert outdated({}, lock_text({}, made="new", read="old")) == "slice has not run since plan changed"
 

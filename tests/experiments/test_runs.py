@@ -1,21 +1,23 @@
 """Running a comparison, as far as no DVC runs: names, arguments, reasons, times left, and the workspace put back."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from dvc.utils.hydra import to_hydra_overrides
+from dvc.utils.hydra import apply_overrides, to_hydra_overrides
 from hypothesis import given
 from hypothesis import strategies as st
 
 from libprune.engine.errors import LibpruneError
+from libprune.engine.yaml_file import read_yaml
 from libprune.experiments.runs import (
     duration,
     find_experiment,
     missing_runs,
-    override,
+    overrides,
     reason_of,
     remaining,
     run_experiment,
@@ -24,24 +26,35 @@ from libprune.experiments.runs import (
 from tests.support.compared import comparison, experiment
 
 words = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S", "Zs")), max_size=8)
-leaf_values = st.one_of(
+plain_values = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), words,
     st.lists(words, max_size=3),
 )  # fmt: skip
+mappings = st.dictionaries(st.sampled_from(["text", "share", "evaluation_split"]), plain_values)
 
 
-@given(leaf_values)
+@given(plain_values | st.lists(mappings, max_size=2))
 def test_dvc_reads_every_value_as_it_was_meant(value):
-    (read,) = to_hydra_overrides([override("score.criterion", value, present=True)])
+    (read,) = to_hydra_overrides(overrides("score.criterion", value, present=True))
     assert read.key_or_group == "score.criterion"
     assert read.value() == value
     assert not read.is_force_add()
 
 
 def test_a_param_that_the_file_lacks_is_added():
-    (read,) = to_hydra_overrides([override("score.new", 1, present=False)])
+    (read,) = to_hydra_overrides(overrides("score.new", 1, present=False))
     assert read.is_force_add()
     assert (read.key_or_group, read.value()) == ("score.new", 1)
+
+
+@pytest.mark.parametrize("there", ["", "vocabulary: null", "vocabulary: {text: a, keep: [b]}"])
+@pytest.mark.parametrize("value", [{"text": "it's", "minimum": 2, "keep": ["é", "a, b"]}, None, {}])
+def test_dvc_writes_a_mapping_in_the_place_of_what_the_file_has(tmp_path, there, value):
+    """A setting with one passed all checks, and then DVC could not read it."""
+    path = tmp_path / "params.yaml"
+    path.write_text(f"prepare:\n  model: m\n  {there}\n")
+    apply_overrides(path, overrides("prepare.vocabulary", value, present=there == "vocabulary: null"))
+    assert read_yaml(path)["prepare"] == {"model": "m", "vocabulary": value}
 
 
 def test_what_has_results_under_any_name_is_not_run_again(tmp_path):
@@ -119,6 +132,38 @@ def test_params_lock_and_metrics_are_put_back_however_it_ends(folder, ends):
         assert type(error) is ends
     assert contents(folder) == before
     assert said == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP], ids=str)
+def test_what_ends_a_program_ends_dvc_and_puts_the_workspace_back(folder, monkeypatch, sign):
+    """In the place of DVC a program that changes the params, and says when it is interrupted."""
+    before = contents(folder)
+    (folder / "dvc.py").write_text(
+        "import time\n"
+        "open('params.yaml', 'w').write('changed')\n"
+        "open('ready', 'w').close()\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: open('ended', 'w').close()\n"
+    )
+    program = (
+        "import os, signal, threading, time\n"
+        "from pathlib import Path\n"
+        "from libprune.experiments.runs import run_experiment, workspace_kept\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"signal.signal({int(sign)}, signal.SIG_DFL)\n"
+        "def end():\n"
+        "    while not Path('ready').exists(): time.sleep(0.01)\n"
+        f"    os.kill(os.getpid(), {int(sign)})\n"
+        "threading.Thread(target=end).start()\n"
+        "try:\n"
+        "    with workspace_kept(print): run_experiment('a', [], Path('logs/a.txt'))\n"
+        "except KeyboardInterrupt: print(Path('ended').exists())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{':'.join(sys.path)}")
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=120)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
+    assert {path: contents(folder)[path] for path in before} == before
 
 
 def test_artifacts_that_cannot_be_put_back_are_said(folder):

@@ -87,6 +87,7 @@ def test_a_model_that_lies_here_is_described_where_the_share_is_much(tmp_path):
     assert "allocate.ratio = 0.9 of the decoder parameters cannot be removed" in fault
     (fault,) = told(model, ratio=0.45, min_channels=40, method="search")
     assert "search removes at most 0." in fault
+    assert told(model, ratio=0.45, min_channels=40, method="search", width="auto") == [], "columns may go too"
     assert told(model, ratio=0.6) == []
     assert told(model, "bias") == [], "the config of a Llama can say biases"
     other = FAMILIES["phi3"](0)
