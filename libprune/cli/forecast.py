@@ -56,7 +56,7 @@ _FITTED = 28
 _TRAINED = 24
 """Bytes that a trained layer holds for each of its weights: six times in float32, by `libprune.repair.blocks`."""
 _SEQUENCES, _LENGTH, _HEAD, _WIDEST, _SECONDS = 4, 256, 64, 1024, 0.3
-"""Of the timed layer: sequences, tokens of each, width of a head, most width, and how long its passes are repeated."""
+"""The timed layer: sequences, tokens of each, width of a head, most width, and how long its passes are repeated."""
 
 
 @dataclass(frozen=True)
