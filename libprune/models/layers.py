@@ -111,6 +111,27 @@ class _SeenError(Exception):
     """Ends a pass whose results are there."""
 
 
+class _Seen:
+    """What hooks keep of a pass of so many sequences: the outputs of modules, and the result at which it ends."""
+
+    def __init__(self, sequences: int) -> None:
+        self.result: Any = None
+        self.outputs: dict[nn.Module, Tensor] = {}
+        self._sequences = sequences
+
+    def watch(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.outputs[module] = per_sequence(output, self._sequences)
+
+    def end_at_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        self.result = (x, args[1]) if isinstance(module, StackedMap) else per_sequence(x, self._sequences)
+        raise _SeenError
+
+    def end_at_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.result = output
+        raise _SeenError
+
+
 def run_layer(
     model: PreTrainedModel,
     layers: Sequence[nn.Module],
@@ -139,27 +160,13 @@ def run_layer(
         The output of the layer, or the input of `until`, of a stack its rows and their routing; and the outputs of the
         watched modules.
     """
-    result: list[Any] = []
-    outputs: dict[nn.Module, Tensor] = {}
-
-    def at_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        result.append((x, args[1]) if isinstance(module, StackedMap) else per_sequence(x, len(ids)))
-        raise _SeenError
-
-    def at_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        result.append(output)
-        raise _SeenError
-
-    def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        outputs[module] = per_sequence(output, len(ids))
-
+    seen = _Seen(len(ids))
     with hooked(model) as handles, torch.set_grad_enabled(differentiable):
-        handles += [module.register_forward_hook(watch) for module in watched]
+        handles += [module.register_forward_hook(seen.watch) for module in watched]
         if until is None:
-            handles.append(layers[layer].register_forward_hook(at_output))
+            handles.append(layers[layer].register_forward_hook(seen.end_at_output))
         else:
-            handles.append(until.register_forward_pre_hook(at_input, with_kwargs=True))
+            handles.append(until.register_forward_pre_hook(seen.end_at_input, with_kwargs=True))
         first = 0
         with ExitStack() as stack, suppress(_SeenError):
             for run, before in sorted({**earlier, layer: state}.items(), key=lambda item: item[0]):
@@ -167,4 +174,4 @@ def run_layer(
                     stack.enter_context(skipped(layers[first:run], before, ids.device, runs=first in earlier))
                 first = run
             model.base_model(input_ids=ids, use_cache=False)
-    return result[0], [outputs[module] for module in watched]
+    return seen.result, [seen.outputs[module] for module in watched]

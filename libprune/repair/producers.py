@@ -97,17 +97,20 @@ def producers_of(architecture: Architecture, consumer: Map, kept: Bool[Tensor, "
 def outputs_as_leaves(model: nn.Module, producers: Sequence[Producer]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Inside the context input and output of each producer are kept by module; its output is a leaf of the graph."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def cut(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
-        seen[name] = args[0].detach(), leaf
-        return leaf.clone()  # an activation may write into it
-
     with hooked(model) as handles:
         for producer in producers:
             name = producer.entry.module
-            handles.append(model.get_submodule(name).register_forward_hook(partial(cut, name)))
+            handles.append(model.get_submodule(name).register_forward_hook(partial(_cut, seen, name)))
         yield seen
+
+
+def _cut(
+    seen: dict[str, tuple[Tensor, Tensor]], name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """Keep the input and the output of a map, and let what follows read the output as a leaf of the graph."""
+    leaf = output.detach().requires_grad_()
+    seen[name] = args[0].detach(), leaf
+    return leaf.clone()  # an activation may write into it
 
 
 def slopes_of(
