@@ -96,6 +96,8 @@ class Experiment:
     """The commit, or `workspace`, that holds its `dvc.lock`; one of them if several are equal."""
     recovered: Recovered | None = None
     """The figures after recovery; None if the pruned model was not trained."""
+    made: str = ""
+    """When its commit was made, as DVC writes it; the latest of several equal ones, empty for the workspace alone."""
     measure: Measure = PERPLEXITY
     """What the results are compared by."""
     rank_correlation: float | None = None
@@ -181,9 +183,11 @@ def gather(shown: Shown, lock_of: Callable[[str], str | None]) -> tuple[list[Exp
         if isinstance(result, str):
             left_out[name] = result
             continue
-        content = repr(replace(result, names=(), revision=""))
-        names = [*(by_content[content].names if content in by_content else ()), name]
-        by_content[content] = replace(result, names=tuple(sorted(names, key=lambda one: one == WORKSPACE)))
+        content = repr(replace(result, names=(), revision="", made=""))
+        if (equal := by_content.get(content)) is not None:
+            names = sorted((*equal.names, name), key=lambda one: one == WORKSPACE)
+            result = replace(result, names=tuple(names), made=max(equal.made, result.made))
+        by_content[content] = result
     rows = list(by_content.values())
     order = sorted(zip(compared_figures(rows), rows, strict=True), key=lambda pair: pair[0].ratio)
     return [row for _, row in order], left_out
@@ -232,6 +236,7 @@ def _experiment(name: str, data: Mapping[str, Any]) -> Experiment:
         prefill=evaluation["speed"]["prefill_ratio"],
         size=data["outs"].get("artifacts/pruned", {}).get("size"),
         recovered=_recovered(evaluation["recovered"]) if "recovered" in evaluation else None,
+        made=data.get("timestamp") or "",
         measure=DISTANCE if "cosine" in pruned else PERPLEXITY,
         rank_correlation=final.get("rank_correlation"),
     )

@@ -54,8 +54,12 @@ def missing_runs(
 
 
 def find_experiment(run: ExperimentRun, rows: Sequence[Experiment]) -> Experiment | None:
-    """The experiment, under whatever name, whose params are those of a run; None if there is none."""
-    return next((row for row in rows if run.is_of(row.params)), None)
+    """The experiment, under whatever name, whose params are those of a run; None if there is none.
+
+    Of several, such as one before and one after an edit of the text, it is the one that was made last: rows come with
+    the best first, and the best of several would be too good.
+    """
+    return max((row for row in rows if run.is_of(row.params)), key=lambda row: row.made, default=None)
 
 
 def _taken(run: ExperimentRun, rows: Sequence[Experiment], left_out: Mapping[str, str]) -> str | None:

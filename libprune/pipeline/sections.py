@@ -710,7 +710,7 @@ class Recover(Section):
     """Largest norm of the gradient, to which larger ones are scaled down; 0: none is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights while they are trained, and of their gradients and optimizer states. Passes are computed in
-    `compute.dtype`; where that is float32 and the weights are bfloat16, in bfloat16."""
+    `compute.dtype`, but in this type where that is float32, or float16 on a CPU."""
     lora_rank: Count = 16
     """Rank of the matrices that `lora` trains."""
     lora_alpha: Count | None = None

@@ -39,6 +39,12 @@ def test_recorded_experiments_become_rows_in_the_order_of_perplexity():
     assert rows[1].size == master["outs"]["artifacts/pruned"]["size"]
 
 
+def test_equal_experiments_are_one_that_was_made_when_the_last_of_them_was():
+    """The workspace, which has no time, is the experiment that was applied to it."""
+    rows, _ = gather(RECORDED, no_lock)
+    assert [one.made for one in rows] == ["2026-11-22T11:39:20", "2026-11-22T11:37:41", "2026-11-22T11:38:32"]
+
+
 def test_metrics_that_an_experiment_started_from_are_not_its_result():
     """DVC shows them for a running and for a failed experiment."""
     states = {one["name"]: one["revs"][0] for one in RECORDED[1]["experiments"]}

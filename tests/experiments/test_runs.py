@@ -67,6 +67,15 @@ def test_what_has_results_under_any_name_is_not_run_again(tmp_path):
     assert missing_runs(made, [replace(there, revision="workspace")], {}) == runs
 
 
+def test_of_several_results_of_the_same_params_the_last_counts_and_not_the_best(tmp_path):
+    run = next(comparison(tmp_path).runs())
+    best = replace(experiment(run, 1.2), made="2026-11-22T11:39:20")
+    last = replace(experiment(run, 1.3), made="2026-11-23T08:00:00")
+    here = replace(experiment(run, 1.25), revision="workspace")
+    assert find_experiment(run, [best, here, last]) is last
+    assert find_experiment(run, [here]) is here
+
+
 def test_a_name_that_other_params_have_is_refused_with_the_difference(tmp_path):
     made = comparison(tmp_path)
     run = next(made.runs())
