@@ -129,14 +129,16 @@ def run_experiment(name: str, settings: Sequence[str], log: Path) -> str | None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         try:
-            process = subprocess.Popen(
-                command,
-                env=environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
+            # A job in the background ignores interrupts, and so would DVC, which must hear the one from here.
+            with _interrupted_by(signal.SIGINT, even_ignored=True):
+                process = subprocess.Popen(
+                    command,
+                    env=environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                )
         except OSError as error:
             raise LibpruneError(f"DVC cannot be run ({error}); install it beside libprune: pip install dvc") from error
         try:
@@ -226,13 +228,14 @@ def workspace_kept(echo: Echo) -> Iterator[None]:
 
 
 @contextmanager
-def _interrupted_by(*signs: signal.Signals) -> Iterator[None]:
-    """Inside the context these signals raise KeyboardInterrupt, but for those that are ignored, as under `nohup`."""
+def _interrupted_by(*signs: signal.Signals, even_ignored: bool = False) -> Iterator[None]:
+    """Inside the context these signals raise KeyboardInterrupt; those that are ignored, as under `nohup`, if asked."""
     if threading.current_thread() is not threading.main_thread():  # the only one that may handle signals
         yield
         return
     before = {sign: signal.getsignal(sign) for sign in signs}
-    heard = [sign for sign, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    kept = {None} if even_ignored else {None, signal.SIG_IGN}  # None: set by code that is not Python
+    heard = [sign for sign, handler in before.items() if handler not in kept]
     for sign in heard:
         signal.signal(sign, signal.default_int_handler)
     try:

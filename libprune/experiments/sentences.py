@@ -78,10 +78,11 @@ def _noise(gathered: Gathered, summaries: Sequence[Summary]) -> str:
         )
     if 1 in counts:
         said.append("With one seed nothing is known of what another calibration text would do.")
-    said.append(
-        "All are on the same evaluation windows; the error over these is taken as if two results were independent, "
-        "which is slow to call a difference larger."
-    )
+    if _on_same_windows(summaries):
+        said.append(
+            "All are on the same evaluation windows; the error over these is taken as if two results were independent, "
+            "which is slow to call a difference larger."
+        )
     if reference is summaries[0] and gathered.comparison.reference is None:
         said.append("The best of several is in part the luckiest.")
     return " ".join(said)
@@ -110,8 +111,7 @@ def _range(values: np.ndarray) -> str:
 
 def _cautions(summaries: Sequence[Summary]) -> list[str]:
     said = []
-    dense = [value for one in summaries for value in one.dense.values()]
-    if not all(isclose(value, dense[0], rel_tol=SAME_EVALUATION) for value in dense):
+    if not _on_same_windows(summaries):
         said.append(
             "The dense model's perplexity is not the same in all runs, so that they were on other windows or another "
             "dense model: the factors compare only roughly."
@@ -123,6 +123,11 @@ def _cautions(summaries: Sequence[Summary]) -> list[str]:
             f"larger model with less {summaries[0].measure.name} is not by that the better pruned one."
         )
     return said
+
+
+def _on_same_windows(summaries: Sequence[Summary]) -> bool:
+    dense = [value for one in summaries for value in one.dense.values()]
+    return all(isclose(value, dense[0], rel_tol=SAME_EVALUATION) for value in dense)
 
 
 def _missing(gathered: Gathered) -> list[str]:

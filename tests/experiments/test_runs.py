@@ -145,7 +145,10 @@ def test_params_lock_and_metrics_are_put_back_however_it_ends(folder, ends):
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP], ids=str)
 def test_what_ends_a_program_ends_dvc_and_puts_the_workspace_back(folder, monkeypatch, sign):
-    """In the place of DVC a program that changes the params, and says when it is interrupted."""
+    """In the place of DVC a program that changes the params, and says when it is interrupted.
+
+    The program that starts it ignores interrupts, as a job in the background does.
+    """
     before = contents(folder)
     (folder / "dvc.py").write_text(
         "import time\n"
@@ -158,7 +161,7 @@ def test_what_ends_a_program_ends_dvc_and_puts_the_workspace_back(folder, monkey
         "import os, signal, threading, time\n"
         "from pathlib import Path\n"
         "from libprune.experiments.runs import run_experiment, workspace_kept\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         f"signal.signal({int(sign)}, signal.SIG_DFL)\n"
         "def end():\n"
         "    while not Path('ready').exists(): time.sleep(0.01)\n"

@@ -31,6 +31,7 @@ def test_one_seed_is_said_to_tell_nothing_of_others(tmp_path):
     data = gathered(tmp_path, {"a": [1.2], "b": [1.9]}, reference="a")
     text = " ".join(explain_results(data, summarize(data)))
     assert "With one seed nothing is known of what another calibration text would do." in text
+    assert "All are on the same evaluation windows" in text
     assert "luckiest" not in text
     assert "Student" not in text
 
@@ -41,6 +42,7 @@ def test_other_windows_and_other_sizes_are_pointed_out(tmp_path):
     data = gather_results(made, rows, {}, lambda _: None, None, {})
     text = " ".join(explain_results(data, summarize(data)))
     assert "compare only roughly" in text
+    assert "on the same evaluation windows" not in text
     assert "% of the decoder: a larger model" in text
 
 
