@@ -49,14 +49,10 @@ def watched_inputs(
         By map, in the order of their first calls: the rows of each call.
     """
     seen: dict[Map, list[Tensor]] = {}
-
-    def keep(entry: Map, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        _require_samples_first(entry.module, args[0], samples)
-        seen.setdefault(entry, []).append(input_rows(module, args[0].detach(), samples))
-
     with hooked(network) as handles:
         for entry in maps:
-            handles.append(network.get_submodule(entry.module).register_forward_pre_hook(partial(keep, entry)))
+            hook = partial(_keep_input, seen, samples, entry)
+            handles.append(network.get_submodule(entry.module).register_forward_pre_hook(hook))
         yield seen
 
 
@@ -70,16 +66,10 @@ def watched_gradients(
         By map: the rows of each call.
     """
     seen: dict[Map, list[Tensor]] = {entry: [] for entry in architecture.maps}
-
-    def keep(entry: Map, module: nn.Module, gradient: Tensor) -> None:
-        seen[entry].append(output_rows(module, gradient.detach()))
-
-    def watch(entry: Map, module: nn.Module, args: Any, output: Tensor) -> None:
-        output.register_hook(partial(keep, entry, module))
-
     with hooked(network) as handles:
         for entry in architecture.maps:
-            handles.append(network.get_submodule(entry.module).register_forward_hook(partial(watch, entry)))
+            hook = partial(_watch_output, seen[entry])
+            handles.append(network.get_submodule(entry.module).register_forward_hook(hook))
         yield seen
 
 
@@ -112,6 +102,21 @@ def _places(architecture: Architecture, entry: Map, part: str) -> Int[np.ndarray
     """The unit of a part that each input feature of a map belongs to; the number of units for a feature of no unit."""
     units = entry.input.units(part, architecture.sizes)[:: entry.kernel]
     return np.where(units < 0, architecture.units(part), units)
+
+
+def _keep_input(
+    seen: dict[Map, list[Tensor]], samples: int, entry: Map, module: nn.Module, args: tuple[Tensor, ...]
+) -> None:
+    _require_samples_first(entry.module, args[0], samples)
+    seen.setdefault(entry, []).append(input_rows(module, args[0].detach(), samples))
+
+
+def _watch_output(seen: list[Tensor], module: nn.Module, args: Any, output: Tensor) -> None:
+    output.register_hook(partial(_keep_gradient, seen, module))
+
+
+def _keep_gradient(seen: list[Tensor], module: nn.Module, gradient: Tensor) -> None:
+    seen.append(output_rows(module, gradient.detach()))
 
 
 def _require_samples_first(name: str, x: Tensor, samples: int) -> None:

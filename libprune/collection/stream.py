@@ -216,9 +216,9 @@ Take = Callable[[Norm, Tensor, Tensor], None]
 
 def watch(model: nn.Module, stream: Stream, take: Take) -> list[Any]:
     """Call a function for every pass through a norm; returns the handles of the hooks."""
-
-    def hook(norm: Norm, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        take(norm, args[0].detach(), output.detach())
-
     norms = stream.norms.values()
-    return [model.get_submodule(norm.module).register_forward_hook(partial(hook, norm)) for norm in norms]
+    return [model.get_submodule(norm.module).register_forward_hook(partial(_give, take, norm)) for norm in norms]
+
+
+def _give(take: Take, norm: Norm, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    take(norm, args[0].detach(), output.detach())

@@ -155,14 +155,14 @@ def inputs_of(layout: Layout, architecture: Architecture, curvature: bool) -> Ca
         same_origin(layout.gradients, read_meta(layout.gradients, "gradients"), origin)
 
     def read(consumer: Map) -> Inputs:
-        def activation(kind: str) -> Tensor:
-            return read_tensor(layout.activations, consumer.layer, consumer.module + kind, "activations")
-
-        rows, filled = activation(HELD_OUT), int(activation(f"{HELD_OUT}.tokens"))
-        rows = rows if consumer.stack else rows[:filled]
+        gram, rows, filled = (
+            read_tensor(layout.activations, consumer.layer, consumer.module + kind, "activations")
+            for kind in (GRAM, HELD_OUT, f"{HELD_OUT}.tokens")
+        )
+        rows = rows if consumer.stack else rows[: int(filled)]
         name = f"{consumer.module}.input_gradient_square"
         squares = read_tensor(layout.gradients, consumer.layer, name, "gradients") if curvature else None
-        return Inputs(activation(GRAM), rows if filled else None, squares)
+        return Inputs(gram, rows if int(filled) else None, squares)
 
     return read
 
