@@ -68,6 +68,11 @@ def require_comparable(meta: Mapping[str, Any], params: Allocate) -> None:
         LibpruneError: saying what to set.
     """
     method, scaling, record = params.method, meta["scaling"], METHODS[params.method]
+    if record.splits and params.split == "importance" and not meta["comparable"] and scaling == "none":
+        raise LibpruneError(
+            f"{meta['criterion']} compares only within a layer and part, so allocate.split: importance would add up "
+            "unlike things; set it to auto or proportional"
+        )
     if not record.between:
         return
     if not meta["comparable"] and scaling == "none":

@@ -86,7 +86,8 @@ def _allocation(params: Params, meta: Mapping[str, Any] | None) -> Iterator[Faul
         )
     if meta is None:
         return
-    yield from refused(("allocate", "method"), require_comparable, meta, allocate)
+    key = "split" if METHODS[allocate.method].splits else "method"
+    yield from refused(("allocate", key), require_comparable, meta, allocate)
     fix = (allocate.gradient_fix, meta["criterion"], meta["gradient_orders"], scaling, allocate.method)
     yield from refused(("allocate", "gradient_fix"), require_defined, *fix)
 

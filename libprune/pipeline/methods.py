@@ -33,6 +33,7 @@ class Method:
         collapses: whether it can remove whole layers first (`allocate.collapse_below`).
         modules: whether networks that are not transformers have it.
         programme: whether an integer programme chooses, which knows several budgets (`allocate.budgets`).
+        splits: whether it divides a budget between the parts as `allocate.split` says.
     """
 
     function: str
@@ -49,6 +50,7 @@ class Method:
     collapses: bool = False
     modules: bool = False
     programme: bool = False
+    splits: bool = False
 
     @property
     def allocate(self) -> Callable[..., Any]:
@@ -63,6 +65,7 @@ METHODS: dict[str, Method] = {
         source="FANG, functional allocation",
         reads=("activations",),
         rival=True,
+        splits=True,
     ),
     "global": Method(
         "libprune.allocation.methods:allocate_global",
@@ -79,6 +82,7 @@ METHODS: dict[str, Method] = {
         alike=True,
         rival=True,
         modules=True,
+        splits=True,
     ),
     "retention": Method(
         "libprune.allocation.methods:allocate_retention",

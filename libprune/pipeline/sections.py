@@ -560,8 +560,9 @@ class Allocate(Section):
     shape: Literal["auto", "uniform", "per_layer"] = "auto"
     """`uniform` loads everywhere, and is refused if the plan differs by layer; `auto`: `uniform` if possible."""
     split: Literal["auto", "proportional", "importance"] = "auto"
-    """How `uniform` divides the budget. `proportional`: near-equal shares of each part; `importance`: least summed
-    importance; `auto`: `importance` if the scores compare between parts."""
+    """How `uniform` divides the budget, and `functional` that of a layer. `proportional`: near-equal shares of each
+    part; `importance`: least summed importance, for scores that compare between parts; `auto`: `importance` for such
+    scores."""
     rank_by: Literal["score", "importance"] = "score"
     """Quantity that units are ranked by: importance per parameter (or per unit of another objective), or importance."""
     min_groups: Floor = 1

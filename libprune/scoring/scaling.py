@@ -11,8 +11,8 @@ def scale(importance: Values, table: Columns, how: str) -> Values:
     Args:
         importance: ``[units]``.
         table: the index columns `layer_idx` and `group_type` of the units.
-        how: `zscore`: mean 0 and standard deviation 1; `minmax`: 0 to 1; `rank`: (rank + 1/2) / units. Where all units
-            of a block are equal, they become 0, 0 and 1/2.
+        how: `zscore`: mean 0 and standard deviation 1; `minmax`: 0 to 1; `rank`: (rank + 1/2) / units, of which equal
+            units share the mean. Where all units of a block are equal, they become 0, 0 and 1/2.
     """
     scaled = np.empty_like(importance)
     for rows in layers_and_parts(table):
@@ -31,9 +31,9 @@ def _minmax(values: Values) -> Values:
 
 
 def _rank(values: Values) -> Values:
-    if np.ptp(values) == 0:
-        return np.full_like(values, 0.5)
-    return (np.argsort(np.argsort(values, kind="stable"), kind="stable") + 0.5) / len(values)
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    middle = np.cumsum(counts) - counts / 2  # of the ranks that equal values share, plus 1/2
+    return middle[place] / len(values)
 
 
 SCALINGS = {"zscore": _zscore, "minmax": _minmax, "rank": _rank}

@@ -73,6 +73,16 @@ def test_scores_that_do_not_compare_are_refused_in_global_unless_scaled():
     assert decide(Scores(architecture, scores, meta), Allocate(method="uniform")).plan.uniform
 
 
+@pytest.mark.parametrize("method", ["uniform", "functional"])
+def test_the_importance_of_two_parts_is_added_up_only_where_it_compares(method):
+    """Of wanda, the parts of a layer shared the budget by the norms of their inputs."""
+    shape, params = Shape(), Allocate(method=method, split="importance")
+    architecture, scores, evidence = shape.architecture(), shape.table(np.arange(48.0)), shape.evidence(method)
+    with pytest.raises(LibpruneError, match=r"^wanda compares only .* allocate\.split: importance would add up unlike"):
+        decide(Scores(architecture, scores, META | {"comparable": False}), params, evidence)
+    assert decide(Scores(architecture, scores, META), params, evidence).params.split == "importance"
+
+
 @pytest.mark.parametrize(
     ("meta", "split"),
     [({}, "importance"), ({"comparable": False}, "proportional"), ({"scaling": "rank"}, "proportional")],

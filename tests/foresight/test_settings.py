@@ -102,6 +102,11 @@ def test_criteria_that_do_not_add_up_and_methods_that_do_not_take_them_are_found
     assert ["adds unlike things" in fault for fault in told(score={"criterion": "taylor + wanda"})] == [True]
     (fault,) = told(score={"criterion": "wanda"}, allocate={"method": "global"})
     assert "compares only within a layer and part" in fault
+    split = {"method": "uniform", "split": "importance"}
+    (fault,) = told(score={"criterion": "wanda"}, allocate=split)
+    assert "allocate.split: importance would add up unlike things" in fault
+    assert told(score={"criterion": "wanda"}, allocate=split | {"split": "auto"}) == []
+    assert told(score={"criterion": "unit_fisher"}, allocate=split) == []
     (fault,) = told(score={"criterion": "wanda", "scaling": "zscore"}, allocate={"method": "retention"})
     assert "retention" in fault and "zscore" in fault
     assert len(told(allocate={"worth": "functional"})) == 1

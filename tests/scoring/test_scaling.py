@@ -33,7 +33,7 @@ def test_every_block_gets_the_scale_it_is_promised(case):
             continue
         assert (z.mean(), z.std()) == pytest.approx((0, 1), abs=1e-9)
         assert (unit.min(), unit.max()) == (0, 1)
-        np.testing.assert_allclose(np.sort(rank), (np.arange(count) + 0.5) / count)
+        np.testing.assert_allclose(rank, [((own < one).sum() + (own <= one).sum()) / (2 * count) for one in own])
 
 
 @pytest.mark.parametrize("how", SCALINGS)
@@ -47,6 +47,12 @@ def test_the_order_is_kept_and_a_blocks_own_scale_is_taken_out(how, case, factor
     for rows in block_rows(table):
         order = np.argsort(values[rows], kind="stable")
         assert (np.diff(scaled[rows][order]) >= 0).all()
+
+
+def test_units_that_a_criterion_does_not_tell_apart_share_a_rank():
+    """Of several criteria, one that calls many units worthless would else order them by their place in the layer."""
+    assert SCALINGS["rank"](np.array([0.0, 5.0, 0.0, 1.0])).tolist() == [0.25, 0.875, 0.25, 0.625]
+    assert SCALINGS["rank"](np.array([3.0, 1.0, 2.0])).tolist() == pytest.approx([5 / 6, 1 / 6, 0.5])
 
 
 @given(st.floats(1e-6, 1e6), st.integers(2, 9))
