@@ -246,8 +246,13 @@ def _measured(figures: Mapping[str, Any]) -> tuple[float, float]:
     """What a model is compared by, with its standard error, from the metrics of all or of the recovered model."""
     of_embeddings = figures.get("pruned", figures)
     if "cosine" in of_embeddings:
-        return 1 - of_embeddings["cosine"], of_embeddings["cosine_se"]
+        return max(_NO_DISTANCE, 1 - of_embeddings["cosine"]), of_embeddings["cosine_se"]
     return figures["perplexity_ratio"]["value"], figures["perplexity_ratio"]["se"]
+
+
+_NO_DISTANCE = 1e-7
+"""One minus the cosine of embeddings that are equal up to rounding, which leaves it 0 or a little less: distances are
+compared by their logarithm."""
 
 
 def _recovered(figures: Mapping[str, Any]) -> Recovered:

@@ -110,19 +110,17 @@ def finished_weights(record: Record, params: Recover, checkpoint: Path | None) -
         params: how it was trained.
         checkpoint: the folder of the step that is kept; None to leave the weights as they were.
     """
-    student = load_student(record, params)
+    finest = torch.promote_types(record.dtype, getattr(torch, params.dtype))  # the type of the training may round
+    student = load_model(record.folder, finest, trust_remote_code=record.remote)
     if checkpoint is not None:
         trained: Any = prepare(student, params)
         read_weights(trained, checkpoint)
         if params.method == "lora":
             student = trained.merge_and_unload()
     weights = {name: tensor.detach() for name, tensor in stored_tensors(student).items()}
-    family, buffers = described_by(student.config.model_type), weights.keys() - dict(student.named_parameters()).keys()
-    if buffers or (family is not None and family.tower is not None):  # the type of the training may round what it keeps
-        own = load_model(record.folder, record.dtype, trust_remote_code=record.remote)
-        kept = [name for name in weights if name in buffers or (family is not None and family.untouched(name))]
-        weights |= {name: tensor.detach() for name, tensor in stored_tensors(own).items() if name in kept}
-    return {
-        name: tensor if name in buffers else tensor.to(record.dtype)  # a buffer has a type of its own
-        for name, tensor in weights.items()
-    }
+    buffers = weights.keys() - dict(student.named_parameters()).keys()
+    weights = {name: tensor if name in buffers else tensor.to(record.dtype) for name, tensor in weights.items()}
+    if buffers:  # which have types of their own
+        own = stored_tensors(load_model(record.folder, record.dtype, trust_remote_code=record.remote))
+        weights |= {name: own[name].detach() for name in buffers}
+    return weights

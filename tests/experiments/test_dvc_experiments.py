@@ -225,3 +225,12 @@ def test_results_of_embeddings_are_compared_by_one_minus_the_cosine():
 def _tips(shown: list) -> list[dict]:
     states = [one["revs"][0]["data"] for commit in shown for one in commit["experiments"] or []]
     return [state for state in states if state and "metrics/evaluation.json" in (state.get("metrics") or {})]
+
+
+@pytest.mark.parametrize("cosine", [1.0, 1.0 + 1e-9])
+def test_embeddings_that_are_equal_up_to_rounding_have_a_distance_that_can_be_compared(cosine):
+    shown = copy.deepcopy(RECORDED[1:])
+    measured = shown[0]["data"]["metrics"]["metrics/evaluation.json"]["data"]
+    measured["pruned"] |= {"cosine": cosine, "cosine_se": 0.0}
+    (found,) = [one for one in gather(shown, no_lock)[0] if "master" in one.names]
+    assert found.ratio == pytest.approx(1e-7)

@@ -58,10 +58,27 @@ def test_finished_weights_compute_what_the_trained_model_does(record, tmp_path, 
     assert (expected - before).abs().max() > 1e-2
 
 
-def test_without_a_checkpoint_the_weights_stay(record):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_a_checkpoint_the_weights_stay(record, dtype):
+    """Whatever type they would have been trained in; bfloat16 rounded them."""
     own = dict(load_student(record, short()).named_parameters())
-    weights = finished_weights(record, short(), None)
+    weights = finished_weights(record, short(dtype=dtype), None)
     assert all(torch.equal(weights[name], parameter) for name, parameter in own.items())
+
+
+def test_matrices_are_added_to_the_weights_as_they_are_stored(record, tmp_path):
+    """What no matrix stands beside keeps its bits, and the others are not rounded to the type of the training."""
+    params = short(method="lora", dtype="bfloat16")
+    trained = prepare(load_student(record, params), params)
+    write_checkpoint(tmp_path, trained, scale=1e-3)
+    own = dict(load_student(record, short()).named_parameters())
+    weights = finished_weights(record, params, tmp_path)
+    maps = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in trained_parameters(trained)}
+    for name, parameter in own.items():
+        if name.removesuffix(".weight") in maps:
+            assert not torch.equal(weights[name], weights[name].bfloat16().float())
+        else:
+            assert torch.equal(weights[name], parameter)
 
 
 def test_lora_trains_matrices_beside_the_maps_that_are_named(record):
