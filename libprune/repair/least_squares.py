@@ -542,11 +542,16 @@ def new_parameters(fits: Iterable[Fit]) -> dict[str, Tensor]:
 
 
 def mean_errors(fits: Sequence[Fit]) -> dict[str, float]:
-    """Shares of the output lost, averaged over the repaired consumers; empty without any."""
+    """Shares of the output lost, means over the repaired consumers and over the trained layers; empty without any."""
     if not fits:
         return {}
-    names = ("before", "after", "held_out_before", "held_out_after")
-    return {f"lost_{name}": float(np.mean([getattr(fit, name) for fit in fits])) for name in names}
+    trained = {fit.consumer.layer: fit for fit in fits if not math.isnan(fit.layer_before)}  # all fits of a layer agree
+    lost = {f"lost_{name}": _mean(fits, name) for name in ("before", "after", "held_out_before", "held_out_after")}
+    return lost | {name: _mean(trained.values(), name) for name in ("layer_before", "layer_after") if trained}
+
+
+def _mean(fits: Iterable[Fit], name: str) -> float:
+    return float(np.mean([getattr(fit, name) for fit in fits]))
 
 
 FIGURES = ("damping", "before", "after", "held_out_before", "held_out_after", "layer_before", "layer_after")

@@ -321,11 +321,17 @@ def _fitted(errors: Metrics) -> Section:
         return []
     names = ("lost_before", "lost_after", "lost_held_out_before", "lost_held_out_after")
     before, after, held_before, held_after = (f"{100 * errors[name]:.1f} %" for name in names)
-    return [
+    sentence = (
         f"On average over the repaired maps, pruning lost {before} of their squared output, and the repair left "
         f"{after}; on calibration sequences that the fit did not see, {held_before} and {held_after}. "
-        "`repair.parquet` in the model's folder has them map by map.",
-    ]
+    )
+    if "layer_before" in errors:
+        sentence += (
+            f"Then all weights of each layer were trained. On held-out sequences the layers missed "
+            f"{100 * errors['layer_before']:.1f} % of what the dense ones gave before it, and "
+            f"{100 * errors['layer_after']:.1f} % after it. "
+        )
+    return [f"{sentence}`repair.parquet` in the model's folder has them map by map."]
 
 
 def _routing(result: Metrics) -> Section:

@@ -1,5 +1,6 @@
 """The repair of a consumer, against the ridge problem that it claims to solve."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -382,6 +383,16 @@ def test_fits_become_parameters_a_table_and_mean_errors():
     }
     means = {"before": 0.4, "after": 0.15, "held_out_before": 0.4, "held_out_after": 0.2}
     assert mean_errors(fits) == pytest.approx({f"lost_{name}": value for name, value in means.items()})
+
+
+def test_of_a_trained_layer_all_fits_have_its_errors_and_the_mean_counts_it_once():
+    fit = Fit(CONSUMER, torch.ones(2, 3), None, 0.1, 0.5, 0.2, 0.6, 0.3)
+    other = Map("layers.4.out", 4, "part", parse_expr("d"), parse_expr("u"), transposed=False)
+    trained = replace(fit, layer_before=0.4, layer_after=0.2)
+    once = replace(fit, consumer=other, layer_before=0.1, layer_after=0.1)
+    found = mean_errors([trained, trained, once])
+    assert (found["layer_before"], found["layer_after"]) == pytest.approx((0.25, 0.15))
+    assert "layer_before" not in mean_errors([fit])
 
 
 def test_no_fits_make_no_parameters_no_errors_and_an_empty_table():

@@ -41,6 +41,14 @@ def test_the_multiple_of_the_channels_is_named_where_there_is_one():
     assert "mlp in channels." in report_of(EVALUATION)
 
 
+def test_trained_layers_are_told_of_beside_the_maps():
+    pruning = EVALUATION["pruning"]
+    trained = pruning | {"repair": pruning["repair"] | {"layer_before": 0.0612, "layer_after": 0.0345}}
+    sentence = "missed 6.1 % of what the dense ones gave before it, and 3.5 % after it."
+    assert sentence in report_of(changed(pruning=trained))
+    assert "trained" not in report_of(EVALUATION).split("## How it was repaired")[1].split("##")[0]
+
+
 def test_layers_that_keep_the_same_share_a_row():
     kept = [{"attention": 3, "mlp": n} for n in (9, 9, 9, 8, 9, 9)]
     rows = re.findall(r"^\| (\d.*?) \| 3 of 3 \| (\d) of 1,536", report_of(changed(kept=kept)), re.MULTILINE)
