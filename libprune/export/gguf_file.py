@@ -103,9 +103,19 @@ def told_by(source: Source) -> Gguf:
         raise ExportError(
             f"{source.folder} has {source.layers[0].heads} heads of {source.head_dim}, and llama.cpp's architecture "
             f"{told.architecture!r} wants heads that are together as wide as the hidden state, {config.hidden_size}; "
-            "keep all attention groups (allocate.min_groups), or take gguf out of export.formats"
+            f"{_kept(source)}or take gguf out of export.formats"
         )
     return told
+
+
+def _kept(source: Source) -> str:
+    """What a pruned model would have to keep, so that its heads are together as wide as the hidden state."""
+    made = source.record.provenance
+    if "columns" in made:
+        return "keep all columns of the residual stream (allocate.width: null), "
+    if source.record.heads == "queries":
+        return "keep all query heads (prepare.heads: groups, with allocate.min_groups), "
+    return "keep all attention groups (allocate.min_groups), " if source.record.files else ""
 
 
 def cautions(source: Source) -> list[str]:

@@ -1,6 +1,7 @@
 """Where a dense model comes from: what a model card says of it, and the metadata of exported files."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,35 @@ class Origin:
         name: its name, without a path.
         license: the name of its licence as hubs write it, such as `apache-2.0`; None if it does not say.
         base_model: its name on the hub, with the organization; None if it is not known to be there.
+        cuts: how often it had been pruned before this run.
+        decoder: number of parameters that its layers had before the first of these cuts; None where there was none.
     """
 
     name: str
     license: str | None
     base_model: str | None
+    cuts: int = 0
+    decoder: int | None = None
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> "Origin":
-        """Read what `dataclasses.asdict` makes of it."""
-        return Origin(data["name"], data["license"], data["base_model"])
+    def from_json(data: Mapping[str, Any]) -> "Origin":
+        """Read what `dataclasses.asdict` makes of it, in this version or in one that did not count the cuts."""
+        return Origin(data["name"], data["license"], data["base_model"], data.get("cuts", 0), data.get("decoder"))
+
+    def after(self, parameters: Mapping[str, Mapping[str, int]]) -> "Origin":
+        """The origin of a model that is to be pruned once more.
+
+        Args:
+            parameters: of the record of the last cut: by `dense` and `pruned` the numbers, with those of the layers as
+                `decoder`.
+        """
+        return replace(self, cuts=self.cuts + 1, decoder=self.decoder or parameters["dense"]["decoder"])
 
 
 def find_origin(params: Prepare) -> Origin:
     """The origin of a dense model: by its name on the hub, its folder's model card, or the metadata of its GGUF file.
 
-    A folder that libprune has written has the origin of the model that was pruned first.
+    A folder that libprune has written has the origin of the model that was pruned first, and one cut more.
 
     Args:
         params: name the model.
@@ -59,7 +73,7 @@ def find_origin(params: Prepare) -> Origin:
     if path.is_file():
         return _of_gguf(path)
     if (path / _RECORD).is_file() and "origin" in (record := read_json(path / _RECORD, "slice")):
-        return Origin.from_json(record["origin"])
+        return Origin.from_json(record["origin"]).after(record["parameters"])
     return Origin(path.resolve().name, _license(path / CARD), None)
 
 

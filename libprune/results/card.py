@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from libprune.engine.architecture import Experts, Heads
 from libprune.engine.errors import ArtifactError
 from libprune.engine.heads import CAUSAL_LM, EMBEDDING, IMAGE_TEXT_TO_TEXT, MASKED_LM, SEQUENCE_CLASSIFICATION, head_of
 from libprune.models.dialect import STOP
@@ -22,6 +23,12 @@ _TASKS = {
     EMBEDDING.name: "feature-extraction",
 }
 """The names of hubs for what a model does, by its head."""
+_HEADS: dict[Heads, str] = {
+    "groups": "attention groups, each a key-value head with its query heads",
+    "queries": "query heads, as many in each group that stays, and whole groups with their key-value head",
+}
+_EXPERTS: dict[Experts, str] = {"whole": "whole experts", "channels": "channels of experts, the same in all of a layer"}
+"""What the units of parts are called; those of attentions and mixtures by the units that a plan is of."""
 _FOLDERS = re.compile(r"(?<![^\s(])(?:package://|[~.]*/)(?:\S*/)?(?=\S)")
 """The folders in the path of a local file."""
 
@@ -74,14 +81,18 @@ def _opening(record: Record, origin: Origin) -> Iterator[str]:
     yield f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---"
     yield f"# {origin.name}, pruned" + (" and trained" if record.recovery else "")
     dense, pruned = (record.provenance["parameters"][name] for name in ("dense", "pruned"))
-    attention = "attention groups, each a key-value head with its query heads"
-    if record.heads == "queries":
-        attention = "query heads, as many in each group that stays, and whole groups with their key-value head"
+    removed = "; ".join(_removed(record)) or "none"
+    share = 1 - pruned["decoder"] / (origin.decoder or dense["decoder"])
+    how = "The last cut" if origin.cuts else "Structured pruning"
     yield (
-        f"This is `{origin.base_model or origin.name}` without "
-        f"{100 * (1 - pruned['decoder'] / dense['decoder']):.1f} % of the parameters of its layers. Whole units were "
-        f"removed by structured pruning: {attention}, and MLP channels. So the matrices are smaller; none is sparse."
+        f"This is `{origin.base_model or origin.name}` without {100 * share:.1f} % of the parameters of its layers. "
+        f"{how} removed whole units: {removed}. So the matrices are smaller; none is sparse."
     )
+    if origin.cuts:
+        yield (
+            f"It had been pruned before, in {origin.cuts} {'cut' if origin.cuts == 1 else 'cuts'}. All that follows is "
+            "about the last cut: there, *dense* is the model that this cut began with."
+        )
     rows = [
         ("parameters", f"{dense['all']:,}", f"{pruned['all']:,}"),
         ("parameters of the layers", f"{dense['decoder']:,}", f"{pruned['decoder']:,}"),
@@ -110,6 +121,18 @@ def _opening(record: Record, origin: Origin) -> Iterator[str]:
         )
 
 
+def _removed(record: Record) -> Iterator[str]:
+    """What was removed: whole layers, columns, and the units of each part that lost some in the layers that stay."""
+    layers, left = len({layer for layer, _ in record.plan.keep}), len(record.plan.layers)
+    if left < layers:
+        yield f"{layers - left:,} of {layers:,} layers"
+    if (columns := record.provenance.get("columns")) is not None:
+        yield f"{columns['before'] - columns['after']:,} of {columns['before']:,} columns of the residual stream"
+    names = {"mlp": "MLP channels", "experts": _EXPERTS[record.experts], "attention": _HEADS[record.heads]}
+    for part in dict.fromkeys(part for (_, part), keep in record.left.keep.items() if not keep.all()):
+        yield names.get(part, f"units of the part `{part}`")
+
+
 def _loading(record: Record) -> Iterator[str]:
     loader = head_of(record.config["architectures"]).auto_class
     remote = ", trust_remote_code=True" if record.remote else ""
@@ -124,8 +147,8 @@ def _loading(record: Record) -> Iterator[str]:
     )
     if record.remote:
         yield (
-            "Layers differ in width, which `modeling_pruned.py` in this folder builds from transformers' own layers. "
-            "It needs transformers 5.15 or newer."
+            "Each layer has widths of its own. `modeling_pruned.py` in this folder builds it from transformers' own "
+            "layers. It needs transformers 5.15 or newer."
         )
     else:
         versions = "5" if STOP.keys() & record.config.keys() else "4.57 and 5"

@@ -1,5 +1,6 @@
 """GGUF files, read back by the package gguf, and run by llama.cpp."""
 
+import re
 from pathlib import Path
 
 import gguf
@@ -153,6 +154,23 @@ def test_what_llama_cpp_cannot_hold_is_refused(tmp_path, name, kind, message):
     with pytest.raises(ExportError, match=message):
         write_gguf(tmp_path / "model.gguf", source, "f16")
     assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "cure"),
+    [
+        ({"files": {"config.json": {}}}, "keep all attention groups (allocate.min_groups), or take"),
+        ({"files": {"config.json": {}}, "columns": {"before": 48, "after": 36}}, "(allocate.width: null), or take"),
+        ({"plan": {"heads": {"attention": 3}, "shape": "uniform"}}, "all query heads (prepare.heads: groups, with"),
+        ({}, "the hidden state, 36; or take gguf out of export.formats"),
+    ],
+)
+def test_what_made_the_heads_too_narrow_is_named(tmp_path, made, cure):
+    """The groups, the columns, the query heads; nothing of a dense model, which was given so."""
+    _, source = write_pruned(tmp_path, "qwen2", "uniform")
+    record = Record(source.folder, {"plan": {"shape": "uniform"}} | made)
+    with pytest.raises(ExportError, match=re.escape(cure)):
+        told_by(Source(record))
 
 
 @pytest.mark.parametrize(

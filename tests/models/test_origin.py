@@ -1,7 +1,7 @@
 """Which model a dense model is, by what lies beside it."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import gguf
@@ -45,8 +45,11 @@ def test_a_folder_has_its_own_name_and_the_licence_of_its_model_card(tmp_path, m
 def test_a_folder_that_libprune_has_written_keeps_the_origin_of_the_first_model(tmp_path):
     first = Origin("SmolLM2-135M", "apache-2.0", "HuggingFaceTB/SmolLM2-135M")
     folder = folder_with("---\nlicense: mit\n---\n", tmp_path / "pruned")
-    (folder / "libprune.json").write_text(json.dumps({"origin": asdict(first)}))
-    assert origin(folder) == first
+    for cut in (1, 2, 3):
+        sizes = {"dense": {"decoder": 1000 // cut}, "pruned": {"decoder": 1000 // cut - 100}}
+        made = {"origin": asdict(first if cut == 1 else origin(folder)), "parameters": sizes}
+        (folder / "libprune.json").write_text(json.dumps(made))
+        assert origin(folder) == replace(first, cuts=cut, decoder=1000)
     (folder / "libprune.json").write_text("{}")
     assert origin(folder) == Origin("pruned", "mit", None)
     (folder / "libprune.json").write_text("{")
@@ -108,5 +111,7 @@ def test_a_path_that_is_not_there_is_refused(tmp_path):
 
 
 def test_it_reads_back_from_json():
-    one = Origin("a", None, "b/a")
+    one = Origin("a", None, "b/a", 2, 1000)
     assert Origin.from_json(json.loads(json.dumps(asdict(one)))) == one
+    older = {"name": "a", "license": None, "base_model": "b/a"}
+    assert Origin.from_json(older) == Origin("a", None, "b/a")

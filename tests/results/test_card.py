@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from libprune.engine.errors import ArtifactError
+from libprune.engine.plan import Plan
 from libprune.models.folder import load_model
 from libprune.models.origin import CARD, Origin
 from libprune.pipeline.artifacts import read_architecture
@@ -19,10 +21,10 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.results.card import card_text, origin_of, write_card
 from libprune.results.prune import prune
-from libprune.results.record import PROVENANCE, read_provenance
+from libprune.results.record import PLAN, PROVENANCE, read_provenance
 from tests.support import evaluated, tiny
 from tests.support.models import tokens
-from tests.support.sliced import write_collected, write_trained
+from tests.support.sliced import write_collected, write_plan, write_trained
 
 HUB = Origin("SmolLM2-135M", "apache-2.0", "HuggingFaceTB/SmolLM2-135M")
 LOCAL = Origin("My-Model", None, None)
@@ -85,6 +87,42 @@ def test_it_says_what_is_left_of_what(layout):
     assert (sizes["dense"]["all"], sizes["pruned"]["all"]) == (dense, everything)
     assert f"{100 * (1 - sizes['pruned']['decoder'] / sizes['dense']['decoder']):.1f} % of the parameters" in text
     assert f"at most {made['proof']['logit_difference']:.1e} of {made['proof']['logit_scale']:.1f}" in text
+
+
+def test_a_model_that_is_pruned_again_says_what_is_gone_of_the_first_one(tmp_path, quick_proof):
+    layout = sliced(tmp_path, "uniform")
+    made = read_provenance(layout.pruned)
+    left = made["parameters"]["pruned"]["decoder"]
+    assert "pruned before" not in card_text(layout.pruned)
+    for cuts, told in ((1, "1 cut."), (2, "2 cuts.")):
+        origin = vars(HUB) | {"cuts": cuts, "decoder": 4 * left}
+        write_json(layout.pruned / PROVENANCE, made | {"origin": origin})
+        text = card_text(layout.pruned)
+        assert "without 75.0 % of the parameters of its layers. The last cut removed whole units: " in text
+        assert f"It had been pruned before, in {told} All that follows is about the last cut" in text
+
+
+def test_it_names_what_was_removed_and_nothing_else(tmp_path, quick_proof):
+    """All sixteen sets of layers, columns, groups and channels."""
+    layout = sliced(tmp_path, "uniform")
+    path, made = layout.pruned / PLAN, read_provenance(layout.pruned)
+    architecture = read_architecture(layout)
+    phrases = {
+        "layers": "1 of 4 layers",
+        "columns": "8 of 32 columns of the residual stream",
+        "attention": "attention groups, each a key-value head with its query heads",
+        "mlp": "MLP channels",
+    }
+    for chosen in (set(some) for number in range(5) for some in combinations(phrases, number)):
+        keep = {block: units.copy() for block, units in Plan.dense(architecture).keep.items()}
+        for (layer, part), units in keep.items():
+            units[: 1 if part in chosen and layer == 0 else 0] = False
+            units[:] &= not ("layers" in chosen and layer == 2)
+        write_plan(path, architecture, Plan(keep), "uniform")
+        columns = {"columns": {"before": 32, "after": 24}} if "columns" in chosen else {}
+        write_json(layout.pruned / PROVENANCE, made | columns)
+        said = card_text(layout.pruned).partition("removed whole units: ")[2].partition(". So the matrices")[0]
+        assert said.split("; ") == ([phrases[name] for name in phrases if name in chosen] or ["none"])
 
 
 def test_what_is_not_known_of_the_base_model_is_left_out(tmp_path, quick_proof):
