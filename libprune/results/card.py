@@ -79,7 +79,7 @@ def _opening(record: Record, origin: Origin) -> Iterator[str]:
     }
     known = {key: value for key, value in head.items() if value is not None}
     yield f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---"
-    yield f"# {origin.name}, pruned" + (" and trained" if record.recovery else "")
+    yield f"# {origin.name}, pruned" + (" and trained" if record.recovery and record.recovery["step"] else "")
     dense, pruned = (record.provenance["parameters"][name] for name in ("dense", "pruned"))
     removed = "; ".join(_removed(record)) or "none"
     share = 1 - pruned["decoder"] / (origin.decoder or dense["decoder"])
@@ -169,10 +169,11 @@ def _making(record: Record) -> Iterator[str]:
     ]
     if recovery:
         teacher = _without_folders(recovery["params"]["teacher"] or "the dense model")
+        kept = "" if recovery["step"] else "; no step lowered it, so the weights are those before the training"
         lines.append(
             f"- trained afterwards by the method `{recovery['params']['method']}` on {recovery['tokens']:,} tokens of "
             f"{_without_folders(recovery['text'])}, to predict what {teacher} predicts; the loss on held-out sequences "
-            f"was {recovery['held_out_before']:.4f} before and {recovery['held_out_after']:.4f} after"
+            f"was {recovery['held_out_before']:.4f} before and {recovery['held_out_after']:.4f} after{kept}"
         )
     yield "## How it was made"
     yield "\n".join(lines)

@@ -163,6 +163,18 @@ def test_a_trained_model_says_so_without_the_place_of_its_text(tmp_path, quick_p
     assert "0.5000 before and 0.4000 after" in card
     assert "pruned model with the trained weights in memory" in card
     assert head_of_card(card) == head_of_card((layout.pruned / CARD).read_text())
+    assert "no step lowered it" not in card
+
+
+def test_a_training_that_lowered_no_loss_is_told_so(tmp_path, quick_proof):
+    layout = sliced(tmp_path, "uniform")
+    write_trained(layout.pruned, layout.recovered)
+    data = read_provenance(layout.recovered)
+    data["recovery"] |= {"step": 0}
+    (layout.recovered / PROVENANCE).write_text(json.dumps(data))
+    card = card_text(layout.recovered)
+    assert "# SmolLM2-135M, pruned\n" in card
+    assert "no step lowered it, so the weights are those before the training" in card
 
 
 def test_figures_come_with_their_text_and_tokens(tmp_path, quick_proof):
