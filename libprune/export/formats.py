@@ -142,8 +142,8 @@ class GgufFile(Format):
         return q4_k_m_bytes(path)
 
     def cautions(self, source: Source) -> list[str]:
-        """What llama.cpp does otherwise than the model, in sentences."""
-        return gguf_file.cautions(source)
+        """What llama.cpp does otherwise than the model, and what stays in 16 bits, in sentences."""
+        return gguf_file.cautions(source) + (gguf_file.unfilled(source) if self.kind == "q8_0" else [])
 
 
 class GraphFolder(Format):

@@ -29,6 +29,7 @@ TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 """The types that matrices can be stored in, with what the package gguf calls the matrix's and the file's type."""
+_SHOWN = 3
 
 
 def write_gguf(path: Path, source: Source, kind: str) -> None:
@@ -128,6 +129,21 @@ def cautions(source: Source) -> list[str]:
     return [
         f"The model attends to the last {window:,} tokens in some layers; llama.cpp attends to all of them, so that "
         f"texts of more than {window:,} tokens come out otherwise."
+    ]
+
+
+def unfilled(source: Source) -> list[str]:
+    """Which rows are no multiple of a block of quantised types, so that they stay in 16 bits, in a sentence."""
+    block, _ = gguf.GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
+    lengths = {source.config.hidden_size}
+    lengths |= {length for layer in source.layers for length in (layer.channels, layer.heads * source.head_dim)}
+    if not (odd := sorted(length for length in lengths if length % block)):
+        return []
+    shown = " or ".join(f"{length:,}" for length in odd[:_SHOWN]) + (" or others" if len(odd) > _SHOWN else "")
+    return [
+        f"Rows of {shown} numbers fill no blocks of {block}, so that matrices with such rows stay in 16 bits in Q8_0, "
+        "Q4_K_M and other quantised types; allocate.width, allocate.channel_multiple and export.pad_channels choose "
+        "the lengths of rows."
     ]
 
 

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from libprune.export.gguf_file import (
     stored_layers,
     stored_type,
     told_by,
+    unfilled,
     write_gguf,
 )
 from libprune.export.source import Source
@@ -213,6 +215,30 @@ def test_a_masked_language_model_has_no_gguf(tmp_path):
     _, source = write_pruned(tmp_path, "bert", "uniform")
     with pytest.raises(ExportError, match="BertForMaskedLM"):
         told_by(source)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "per_layer", "holes"])
+def test_rows_that_fill_no_blocks_are_told_where_a_matrix_stays_in_16_bits(tmp_path, kind):
+    """By the lengths of the model's rows; all matrices that have them are written in float16 in place of Q8_0."""
+    _, source = write_pruned(tmp_path, "llama_mha", kind)
+    reader = written(tmp_path / "model.gguf", source, "q8_0")
+    rounded = {int(tensor.shape[0]) for tensor in reader.tensors if tensor.tensor_type == GGMLQuantizationType.F16}
+    rows = {values.shape[-1] for values in source.weights.values() if values.ndim == 2}
+    lengths = sorted(length for length in rows if length % 32)
+    assert set(lengths) <= rounded <= {*lengths, 1}  # a channel of zeros stands where only the MLP is gone
+    (caution,) = unfilled(source)
+    shown = " or ".join(map(str, lengths[:3])) + (" or others" if len(lengths) > 3 else "")
+    assert caution.startswith(f"Rows of {shown} numbers fill no blocks of 32, ")
+    form = GgufFile("q8_0", threads=1)
+    assert caution in form.cautions(source)
+    assert caution not in GgufFile("f16", threads=1).cautions(source)
+
+
+def test_rows_that_fill_blocks_need_no_caution(tmp_path, monkeypatch):
+    even = tiny_model(LlamaConfig, intermediate_size=64, **heads(64, 2, 2, 16))
+    monkeypatch.setitem(FAMILIES, "even", even)
+    source, _ = write_pruned(tmp_path, "even", "uniform")
+    assert unfilled(source) == []
 
 
 @given(heads=st.integers(1, 4), half=st.integers(1, 4), width=st.integers(1, 3))
