@@ -28,8 +28,6 @@ _UNUSED = ("initializer_range", "init_std")
 
 _OF_THE_READER = {"name_or_path", "is_local", "local_files_only"}
 """What transformers notes down of how a tokenizer was read, not of the tokenizer."""
-OWN_TYPE = "pruned_"
-"""What `model_type` begins with in a folder with a modeling file, so that no stock code takes the model for its own."""
 
 
 def only_with_code(config: PreTrainedConfig) -> dict[str, str]:

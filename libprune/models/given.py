@@ -1,5 +1,6 @@
 """What is given for a model where it lies here: refused by name if it is something else. No weight is read."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ from libprune.engine.errors import SourceError
 
 _POINTER = b"version https://git-lfs"
 _GGUF = b"GGUF"
+OWN_TYPE = "pruned_"
+"""What `model_type` begins with in a folder with a modeling file, so that no stock code takes the model for its own."""
 
 
 def require_content(path: Path) -> None:
@@ -64,6 +67,20 @@ def require_model(model: str, path: Path) -> None:
                 )
     elif not (path / "config.json").is_file():
         raise SourceError(f"prepare.model = {model!r} is a folder without a config.json, so that it holds no model")
+    elif _has_own_widths(path / "config.json"):
+        raise SourceError(
+            f"prepare.model = {model!r} was pruned with allocate.shape: per_layer, and a model whose layers differ in "
+            "width cannot be taken; name the model that it came from, or what allocate.shape: uniform makes of it"
+        )
+
+
+def _has_own_widths(path: Path) -> bool:
+    """Whether a config is that of a pruned folder whose layers have widths of their own."""
+    try:
+        said = json.loads(path.read_text())
+    except ValueError:  # what reads the config says so
+        return False
+    return isinstance(said, dict) and str(said.get("model_type")).startswith(OWN_TYPE) and "per_layer_config" in said
 
 
 DEQUANTISED = ("fp8", "mxfp4")

@@ -27,8 +27,9 @@ from libprune.engine.family import Family, Part, families
 from libprune.engine.heads import EMBEDDING, HEADS, Head
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import new_config
-from libprune.models.dialect import OPEN, OWN_TYPE, STOP, only_with_code, tokenizer_settings, version_4
+from libprune.models.dialect import OPEN, STOP, only_with_code, tokenizer_settings, version_4
 from libprune.models.folder import PROCESSOR_FILES, load_config
+from libprune.models.given import OWN_TYPE
 from libprune.models.sentences import copy_sentence_files, sentence_files
 
 MODELING_FILE = "modeling_pruned.py"

@@ -22,8 +22,8 @@ from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import keys_of
-from libprune.models.dialect import OPEN, OWN_TYPE, STOP
-from libprune.models.given import require_files
+from libprune.models.dialect import OPEN, STOP
+from libprune.models.given import OWN_TYPE, require_files
 from libprune.models.origin import CARD
 from libprune.pipeline.artifacts import read_json, read_table, require, same_origin
 from libprune.pipeline.digests import KnownDigests, sealed, sha256

@@ -1,9 +1,11 @@
 """What is given for a model and is none."""
 
+import json
+
 import pytest
 
 from libprune.engine.errors import SourceError
-from libprune.models.given import require_content, require_model, require_safetensors
+from libprune.models.given import OWN_TYPE, require_content, require_model, require_safetensors
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
 
@@ -41,6 +43,19 @@ def test_an_adapter_and_an_empty_folder_are_no_models(tmp_path):
         require_model("m", tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(SourceError, match="is a LoRA adapter"):
+        require_model("m", tmp_path)
+
+
+def test_a_pruned_model_whose_layers_differ_in_width_is_told(tmp_path):
+    """It is known by its config, as `libprune.results.folder` writes it; other types of the same beginning pass."""
+    config = {"model_type": OWN_TYPE + "llama", "per_layer_config": {"0": {}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        SourceError, match=r"prepare\.model = 'm' was pruned with allocate\.shape: per_layer, .* name the"
+    ):
+        require_model("m", tmp_path)
+    for other in ({"model_type": "pruned_by_others"}, {"model_type": "llama", "per_layer_config": {}}, [config], "{"):
+        (tmp_path / "config.json").write_text(other if isinstance(other, str) else json.dumps(other))
         require_model("m", tmp_path)
 
 
