@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -282,6 +283,8 @@ def main(
     show: Annotated[bool, typer.Option("--table", help="Only print what was measured.")] = False,
 ) -> None:
     """Measure settings."""
+    if questions and find_spec("lm_eval") is None:
+        raise typer.BadParameter("--questions needs lm-evaluation-harness: pip install 'libprune[tasks]'")
     path = work / "rows.jsonl"
     rows = read_rows(path)
     if text is not None and not show:
