@@ -87,9 +87,7 @@ def _as_asked(
     prices: Prices,
     evidence: Evidence,
 ) -> bool:
-    """Whether a plan removes the share that was asked for, or what binds of the budgets, to within one point.
-
-    And in steps that are small enough for it.
+    """Whether a plan removes what was asked for, or what binds of the budgets, to within one point and in small steps.
 
     Args:
         prices: at the width that the params give.

@@ -94,20 +94,25 @@ def explain_multiple(architecture: Architecture, asked: Allocate, multiple: int,
     known, width = f"{', '.join(larger)} and {last}", " and ".join(f"{architecture.units(part):,}" for part in parts)
     if multiple == 1 and not asked.budgets.asked and not fitting_multiples(architecture):
         return f"keeps channels in no multiple: {width} is a multiple of none of {known}"
-    met = "meets the tightest budget to within one point"
+    met = _met(asked, multiple, removed)
     if multiple > 1:
-        if not asked.budgets.asked:
-            alone, given = "single channels remove about as much", f"{100 * (asked.ratio or 0):g} % was asked for"
-            wanted = alone if asked.ratio is None else given
-            met = f"removes {100 * removed:.1f} % where {wanted} (within one point)"
         return (
             f"keeps channels in multiples of {multiple}: the largest of {known} that {width} is a multiple of, that is "
             f"at most half of what a layer loses, and that {met}"
         )
-    if not asked.budgets.asked:
-        wanted = "what single channels remove" if asked.ratio is None else f"the {100 * asked.ratio:g} % asked for"
-        met = f"comes within one point of {wanted}"
     return (
         f"keeps channels in no multiple: none of {known} that {width} is a multiple of, and that is at most half of "
         f"what a layer loses, {met}"
     )
+
+
+def _met(asked: Allocate, multiple: int, removed: float) -> str:
+    """What the multiple of channels meets, or none does where it is 1."""
+    if asked.budgets.asked:
+        return "meets the tightest budget to within one point"
+    if multiple > 1:
+        alone = "single channels remove about as much"
+        wanted = alone if asked.ratio is None else f"{100 * asked.ratio:g} % was asked for"
+        return f"removes {100 * removed:.1f} % where {wanted} (within one point)"
+    wanted = "what single channels remove" if asked.ratio is None else f"the {100 * asked.ratio:g} % asked for"
+    return f"comes within one point of {wanted}"

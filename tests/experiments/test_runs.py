@@ -143,6 +143,21 @@ def test_params_lock_and_metrics_are_put_back_however_it_ends(folder, ends):
     assert said == []
 
 
+def run_signalled(folder, program: str, sign: signal.Signals, monkeypatch) -> subprocess.CompletedProcess[str]:
+    """Run a program, whose function `signalled` sends it a signal when DVC, or what is in its place, is ready."""
+    before = (
+        "import os, signal, threading, time\n"
+        "from pathlib import Path\n"
+        "from libprune.experiments.runs import run_experiment, workspace_kept\n"
+        "def signalled():\n"
+        "    while not Path('ready').exists(): time.sleep(0.01)\n"
+        f"    os.kill(os.getpid(), {int(sign)})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{':'.join(sys.path)}")
+    command = [sys.executable, "-c", before + program]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=120)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP], ids=str)
 def test_what_ends_a_program_ends_dvc_and_puts_the_workspace_back(folder, monkeypatch, sign):
     """In the place of DVC a program that changes the params, and says when it is interrupted.
@@ -158,22 +173,14 @@ def test_what_ends_a_program_ends_dvc_and_puts_the_workspace_back(folder, monkey
         "except KeyboardInterrupt: open('ended', 'w').close()\n"
     )
     program = (
-        "import os, signal, threading, time\n"
-        "from pathlib import Path\n"
-        "from libprune.experiments.runs import run_experiment, workspace_kept\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         f"signal.signal({int(sign)}, signal.SIG_DFL)\n"
-        "def end():\n"
-        "    while not Path('ready').exists(): time.sleep(0.01)\n"
-        f"    os.kill(os.getpid(), {int(sign)})\n"
-        "threading.Thread(target=end).start()\n"
+        "threading.Thread(target=signalled).start()\n"
         "try:\n"
         "    with workspace_kept(print): run_experiment('a', [], Path('logs/a.txt'))\n"
         "except KeyboardInterrupt: print(Path('ended').exists())\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{folder}:{':'.join(sys.path)}")
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=120)
+    done = run_signalled(folder, program, sign, monkeypatch)
     assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
     assert {path: contents(folder)[path] for path in before} == before
 
@@ -210,22 +217,14 @@ def test_an_interrupt_ends_dvc_once_and_waits_for_it(folder, monkeypatch):
         "json.dump(len(seen), open('seen', 'w'))\n"
     )
     program = (
-        "import os, signal, threading, time\n"
-        "from pathlib import Path\n"
-        "from libprune.experiments.runs import run_experiment\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in jobs that run in the background
-        "def interrupt():\n"
-        "    while not Path('ready').exists(): time.sleep(0.01)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "threading.Thread(target=interrupt).start()\n"
+        "threading.Thread(target=signalled).start()\n"
         "try:\n"
         "    run_experiment('a', [], Path('logs/a.txt'))\n"
         "except KeyboardInterrupt:\n"
         "    print(Path('seen').read_text())\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{folder}:{':'.join(sys.path)}")
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=120)
+    done = run_signalled(folder, program, signal.SIGINT, monkeypatch)
     assert (json.loads(done.stdout), done.returncode) == (1, 0), done.stderr
 
 
