@@ -34,6 +34,7 @@ from libprune.pipeline.artifacts import read_architecture, write_units
 from libprune.pipeline.atomic import writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover, Slice, Tokenize
+from libprune.recovery.curve import Recovery
 from libprune.recovery.recover import recover_layout
 from libprune.recovery.teacher import teach_layout
 from libprune.report.markdown import markdown_table
@@ -56,6 +57,8 @@ COLLECTED: tuple[str, ...] = (
     "activations",
 )
 COLLECTED += ("ablation.parquet", "scores.parquet")
+COLLECTING = ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "score")
+CUTTING = ("sensitivity", "levels", "latency", "allocate", "slice")
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,14 @@ class Setting:
         ratio: share of the decoder's parameters that is removed.
         recover: the params of the training.
         changes: sections of the params that differ from the preset's.
+        cuts: equal cuts that remove the ratio together; an equal part of the tokens is trained on after each.
     """
 
     preset: str | None
     ratio: float
     recover: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cuts: int = 1
 
 
 EPOCHS = {"tokens": 122_880, "checks": 8}
@@ -111,8 +116,14 @@ SETTINGS = {
     "functional in multiples of 32, local, 20 %, full": Setting("fast", 0.2, {}, IN_32),
     "block, 20 %, full": Setting("fast", 0.2, {}, BLOCKS),
     "block, 50 %, full": Setting("fast", 0.5, {}, BLOCKS),
+    "functional in multiples of 32, block, 20 %, full": Setting("fast", 0.2, {}, IN_32 | BLOCKS),
+    "functional, block, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | BLOCKS),
     "producers, 20 %, full": Setting("fast", 0.2, {}, {"slice": {"repair": "sequential", "producer_steps": 12}}),
     "wanda, local, 20 %, full": Setting("fast", 0.2, {}, {"score": {"criterion": "wanda"}}),
+    "magnitude, local, 20 %, full": Setting("fast", 0.2, {}, {"score": {"criterion": "magnitude"}}),
+    "random, local, 20 %, full": Setting("fast", 0.2, {}, {"score": {"criterion": "random"}}),
+    "fast, 50 %, full, two cuts": Setting("fast", 0.5, cuts=2),
+    "fast, 50 %, full, three cuts": Setting("fast", 0.5, cuts=3),
 }
 
 
@@ -142,7 +153,7 @@ def base_params(text: str) -> dict[str, Any]:
 def pruned_layout(work: Path, text: str, setting: Setting) -> tuple[Layout, dict[str, Any]]:
     """The layout of a pruned model, and its params; each is made once."""
     params, base = base_params(text), work / "base"
-    for stage in ("prepare", "tokenize", "gradients", "hessian", "activations", "ablation", "score"):
+    for stage in COLLECTING:
         run(stage, params, base)
     changed = "-".join(str(value) for section in setting.changes.values() for value in section.values())
     root = work / f"{setting.preset or 'dense'}-{round(100 * setting.ratio)}{'-' + changed if changed else ''}"
@@ -157,9 +168,34 @@ def pruned_layout(work: Path, text: str, setting: Setting) -> tuple[Layout, dict
     for section, changes in setting.changes.items():
         params[section] = params[section] | changes
     stages = ["score"] if "score" in setting.changes else []
-    for stage in (*stages, "sensitivity", "levels", "latency", "allocate", "slice"):
+    for stage in (*stages, *CUTTING):
         run(stage, params, root)
     return Layout(root), params
+
+
+def cut_again(work: Path, text: str, setting: Setting, recover: Recover) -> tuple[Layout, dict[str, Any]]:
+    """The layout of the last of several cuts, and its params; the model was trained after each of the others."""
+    model, ratio = work / "base" / "model", 1 - (1 - setting.ratio) ** (1 / setting.cuts)
+    for number in range(1, setting.cuts + 1):
+        params = base_params(text)
+        params |= {"preset": setting.preset, "allocate": params["allocate"] | {"ratio": ratio}}
+        params["prepare"] |= {"model": str(model.resolve())}
+        root = work / f"{setting.preset}-{round(100 * setting.ratio)}-cut-{number}-of-{setting.cuts}"
+        for stage in (*COLLECTING, *CUTTING):
+            run(stage, params, root)
+        layout = Layout(root)
+        if number < setting.cuts and not layout.recovered.exists():
+            train(layout, params, recover)
+        model = layout.recovered
+    return layout, params
+
+
+def train(layout: Layout, params: dict[str, Any], recover: Recover) -> Recovery:
+    """Train the pruned model of a layout."""
+    teach_layout(layout, Compute(), recover, Tokenize(**params["tokenize"]))
+    recovery = recover_layout(layout, Compute(), recover)
+    assert recovery is not None
+    return recovery
 
 
 def _write_dense(layout: Layout) -> None:
@@ -231,21 +267,25 @@ def measure(
     work: Path, text: str, name: str, tokens: int | None, judge_of: dict[str, Judge], **judging: Any
 ) -> dict[str, Any]:
     """One row: the model before and after training; `tokens` take the place of those of the setting."""
-    setting = SETTINGS[name]
-    source, params = pruned_layout(work, text, setting)
+    setting, more = SETTINGS[name], {} if tokens is None else {"tokens": tokens}
+    recover = Recover(**({"method": "full"} | setting.recover | more))
+    dense, params = pruned_layout(work, text, Setting(None, 0.0))
+    if setting.cuts == 1:
+        source, params = pruned_layout(work, text, setting)
+    else:
+        part = recover.tokens // setting.cuts // recover.batch_tokens * recover.batch_tokens
+        recover = recover.model_copy(update={"tokens": part, "teacher": str(dense.model.resolve())})
+        source, params = cut_again(work, text, setting, recover)
     layout = Layout(work / "run" / "artifacts")
     shutil.rmtree(layout.root.parent, ignore_errors=True)
     (layout.root / "tokens").mkdir(parents=True)
     tokens_of = [f"tokens/{text}.parquet" for text in ("calibration", "repair", "evaluation")]
     for path in ("model", "architecture.json", "pruned", "plan.parquet", *tokens_of):
         (layout.root / path).symlink_to((source.root / path).resolve())
-    more = {} if tokens is None else {"tokens": tokens}
-    recover, start = Recover(**({"method": "full"} | setting.recover | more)), time.perf_counter()
-    teach_layout(layout, Compute(), recover, Tokenize(**params["tokenize"]))
-    recovery = recover_layout(layout, Compute(), recover)
+    start = time.perf_counter()
+    recovery = train(layout, params, recover)
     seconds = time.perf_counter() - start
-    assert recovery is not None
-    judge = judge_of.setdefault("judge", Judge(work, layout, **judging))
+    judge = judge_of.setdefault("judge", Judge(work, dense, **judging))
     figures = judge.rows({"before": source.pruned, "after": layout.recovered})
     return {"setting": name, "asked_tokens": tokens, "seconds": seconds, **recovery.metrics(), **figures}
 
