@@ -168,6 +168,11 @@ class PartShape:
         return self.expressible is None or count in self.expressible
 
     @property
+    def norms(self) -> tuple[str, ...]:
+        """The modules that compute with all units of a model of the dense shape, whatever masks say of some of them."""
+        return (*self.coupled, *filter(None, [self.norm]))
+
+    @property
     def axes(self) -> frozenset[str]:
         """The axes that shrink with the part: that of its units, and that of their groups if there is one."""
         return frozenset({self.axis, self.outer} - {""})

@@ -139,10 +139,10 @@ def _removable(
             why.append(reason)
     if sent.drifts.any():
         why.append("what they send depends on no input, but changes with time, place or the input's size")
-    if shape.coupled and gone.any() and not gone.all():
-        gone[:], why = False, [f"{' and '.join(shape.coupled)} couple all units, which can only go together"]
+    if shape.norms and gone.any() and not gone.all():
+        gone[:], why = False, [f"all units are coupled by {' and '.join(shape.norms)}, and can only go together"]
     if architecture.layered and gone.all() and any(_adds(model, architecture, c, sent) for c in consumers):
-        gone[: len(gone) if shape.coupled else 1] = False
+        gone[: len(gone) if shape.norms else 1] = False
         why = ["the part adds the same vector to every token, and one unit stays to carry its bias"]
     return gone, "; ".join(why)
 
@@ -161,7 +161,7 @@ def _leave_layers(architecture: Architecture, gone: Units, stays: dict[Block, st
     for layer in range(architecture.layers):
         last = architecture.parts_of(layer)[-1]
         if all(gone[layer, part].all() for part in architecture.parts_of(layer)):
-            gone[layer, last][: None if architecture.parts[last].coupled else 1] = False
+            gone[layer, last][: None if architecture.parts[last].norms else 1] = False
             stays[layer, last] = f"{architecture.layers_stay}; something of a layer must stay"
 
 

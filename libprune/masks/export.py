@@ -24,6 +24,8 @@ from libprune.results.record import PLAN
 def plan_masks(architecture: Architecture, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """The masks of a plan: by parameter that loses something, bool in its shape, true where an entry stays.
 
+    The plan is one that `require_sayable` lets pass.
+
     The consumers' columns alone decide what the model computes; the producers' rows and biases are masked as well, so
     that the zeros are exactly what slicing removes. In a language model only maps have masks, and of a part that goes
     whole all is masked, the consumers' bias too.
@@ -37,6 +39,26 @@ def plan_masks(architecture: Architecture, plan: Plan) -> Iterator[tuple[str, Te
                 kept = torch.zeros_like(kept)
             if not kept.all():
                 yield parameter.name, kept
+
+
+def require_sayable(architecture: Architecture, plan: Plan) -> None:
+    """Stop at a plan that masks of the dense model's parameters cannot say.
+
+    Raises:
+        LibpruneError: if the residual stream is narrower, or some units behind a norm over all of them go.
+    """
+    if plan.width is not None:
+        raise LibpruneError(
+            f"the plan keeps {plan.width} columns of the residual stream, in an order or along axes of its own, which "
+            "masks of the dense model's parameters cannot say; take a plan with allocate.width: null"
+        )
+    for layer, part in architecture.blocks():
+        norms, kept = architecture.parts[part].norms, plan.kept(layer, part)
+        if norms and 0 < kept < architecture.units(part):
+            raise LibpruneError(
+                f"the plan removes some {part} units of layer {layer}, but {' and '.join(norms)} would still count "
+                "them as zeros; masks can only say a plan that keeps all or none of them"
+            )
 
 
 def register(model: nn.Module, architecture: Architecture, plan: Plan) -> None:
@@ -65,7 +87,7 @@ def export_masks(source: Path, dense: Path, target: Path, orig: bool) -> int:
         The number of masks.
 
     Raises:
-        LibpruneError: if the plan is missing, of another model, keeps everything, or narrows the residual stream.
+        LibpruneError: if the plan is missing, of another model, keeps everything, or cannot be said by masks.
     """
     if not (dense / "config.json").is_file():
         raise SourceError(f"{dense} holds no config.json; name the dense model's folder with --model")
@@ -78,11 +100,7 @@ def export_masks(source: Path, dense: Path, target: Path, orig: bool) -> int:
     model = without_weights(config)
     architecture = of_dense(describe(model, fingerprint(dense), accept=tuple(config.to_dict()), heads=units))
     plan, _ = read_plan(layout, architecture)
-    if plan.width is not None:
-        raise LibpruneError(
-            f"the plan in {source} keeps {plan.width} columns of the residual stream, in an order or along axes of its "
-            "own, which masks of the dense model's parameters cannot say; export a plan with allocate.width: null"
-        )
+    require_sayable(architecture, plan)
     masks = dict(plan_masks(architecture, plan))
     if not masks:
         raise LibpruneError(f"the plan in {source} keeps every unit; there is nothing to mask")

@@ -5,6 +5,7 @@ takes a language model of one of the families as it is, and a network of the use
 """
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 from typing import overload
 
@@ -13,13 +14,14 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from libprune.engine.architecture import Architecture, Block
 from libprune.engine.describe import describe
 from libprune.engine.describe_module import describe_module
-from libprune.engine.errors import LibpruneError
+from libprune.engine.errors import FamilyError, LibpruneError
 from libprune.engine.module_family import NetworkFamily
 from libprune.engine.plan import Plan
 from libprune.masks.decision import of_dense
-from libprune.masks.export import register
+from libprune.masks.export import register, require_sayable
 from libprune.masks.extraction import LanguageExtraction, extraction
 from libprune.masks.files import of_model
 from libprune.masks.inspection import MaskInspection, inspection, require_units
@@ -103,14 +105,14 @@ def apply(model: nn.Module, family: Family | Plan | None = None, plan: Plan | No
         plan: which units stay.
 
     Raises:
-        LibpruneError: if the plan is of another network, or leaves no unit of a part, or the arguments are not a
-            language model and a plan, or a network, its family and a plan.
+        LibpruneError: if the plan is of another model, or leaves no unit of a part of a network, or cannot be said by
+            masks, or the arguments are not a language model and a plan, or a network, its family and a plan.
     """
     asked, described = (family, None) if isinstance(family, Plan) and plan is None else (plan, family)
     if isinstance(asked, Plan) and described is None and isinstance(model, PreTrainedModel):
-        with torch.device("meta"):
-            bare = type(model)(copy.deepcopy(model.config))
-        register(model, of_dense(describe(bare, accept=tuple(model.config.to_dict()))), asked)
+        architecture = _described_as(model, asked)
+        require_sayable(architecture, asked)
+        register(model, architecture, asked)
     elif isinstance(asked, Plan) and described is not None and not isinstance(described, Plan):
         architecture = describe_module(of_model(model, language=False).model, NetworkFamily.of(described), None)
         require_fits(architecture, asked)
@@ -120,3 +122,31 @@ def apply(model: nn.Module, family: Family | Plan | None = None, plan: Plan | No
             "masks.apply takes a language model of transformers and a plan, or a network, its family and a plan; given "
             f"are {', '.join(type(given).__name__ for given in (model, family, plan))}"
         )
+
+
+def _described_as(model: PreTrainedModel, plan: Plan) -> Architecture:
+    """The description of a dense language model by the units that a plan is of: groups of heads, or query heads.
+
+    Raises:
+        LibpruneError: if the plan is of another model.
+    """
+    with torch.device("meta"):
+        bare = type(model)(copy.deepcopy(model.config))
+    known = tuple(model.config.to_dict())
+    own = of_dense(describe(bare, accept=known))
+    units = {block: len(keep) for block, keep in plan.keep.items()}
+    if units == _units(own):
+        return own
+    with suppress(FamilyError):
+        queries = describe(bare, accept=known, heads="queries")
+        if units == _units(queries):
+            return queries
+    layer, part = min(dict(units.items() ^ _units(own).items()))
+    raise LibpruneError(
+        f"the plan is of {units.get((layer, part), 0)} {part} units in layer {layer}, but this {own.family} model has "
+        f"{_units(own).get((layer, part), 0)}; take a plan of this model"
+    )
+
+
+def _units(architecture: Architecture) -> dict[Block, int]:
+    return {block: architecture.units(block[1]) for block in architecture.blocks()}

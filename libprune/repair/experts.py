@@ -29,6 +29,7 @@ from libprune.repair.least_squares import (
     Inputs,
     dense_problem,
     fit_consumer,
+    mean_of,
     require_choice,
 )
 
@@ -224,18 +225,12 @@ def fit_channels(
         consumer=consumer,
         weight=stacked(consumer, whole, like),
         bias=None,
-        damping=_mean([fit.damping for fit in fits]),
-        before=_mean([fit.before for fit in fits]),
-        after=_mean([fit.after for fit in fits]),
-        held_out_before=_mean([fit.held_out_before for fit in fits]),
-        held_out_after=_mean([fit.held_out_after for fit in fits]),
+        damping=mean_of(fits, "damping"),
+        before=mean_of(fits, "before"),
+        after=mean_of(fits, "after"),
+        held_out_before=mean_of(fits, "held_out_before"),
+        held_out_after=mean_of(fits, "held_out_after"),
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    """The mean of the values that are numbers; NaN without any."""
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else float("nan")
 
 
 _RARE = 0.1

@@ -542,16 +542,20 @@ def new_parameters(fits: Iterable[Fit]) -> dict[str, Tensor]:
 
 
 def mean_errors(fits: Sequence[Fit]) -> dict[str, float]:
-    """Shares of the output lost, means over the repaired consumers and over the trained layers; empty without any."""
-    if not fits:
-        return {}
-    trained = {fit.consumer.layer: fit for fit in fits if not math.isnan(fit.layer_before)}  # all fits of a layer agree
-    lost = {f"lost_{name}": _mean(fits, name) for name in ("before", "after", "held_out_before", "held_out_after")}
-    return lost | {name: _mean(trained.values(), name) for name in ("layer_before", "layer_after") if trained}
+    """Shares of the output lost, means over the repaired consumers and over the trained layers that have the figure.
+
+    A figure that none has, such as those of held-out sequences where nothing is held out, is left out.
+    """
+    layers = {fit.consumer.layer: fit for fit in fits}.values()  # all fits of a layer agree in what it misses
+    lost = {f"lost_{name}": mean_of(fits, name) for name in ("before", "after", "held_out_before", "held_out_after")}
+    found = lost | {name: mean_of(layers, name) for name in ("layer_before", "layer_after")}
+    return {name: mean for name, mean in found.items() if not math.isnan(mean)}
 
 
-def _mean(fits: Iterable[Fit], name: str) -> float:
-    return float(np.mean([getattr(fit, name) for fit in fits]))
+def mean_of(fits: Iterable[Fit], name: str) -> float:
+    """The mean of a figure over the fits that have it; NaN if none has."""
+    known = [value for fit in fits if not math.isnan(value := getattr(fit, name))]
+    return float(np.mean(known)) if known else math.nan
 
 
 FIGURES = ("damping", "before", "after", "held_out_before", "held_out_after", "layer_before", "layer_after")

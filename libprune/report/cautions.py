@@ -159,7 +159,7 @@ def _speed(speed: Metrics) -> list[str]:
 
 
 def _repair(errors: Metrics) -> list[str]:
-    if not errors or errors["lost_held_out_after"] <= errors["lost_held_out_before"]:
+    if errors.get("lost_held_out_after", 0.0) <= errors.get("lost_held_out_before", 0.0):
         return []
     return [
         "On calibration sequences that it did not see, the repair does harm: it is fitted to too little text. Raise "

@@ -1,6 +1,7 @@
 """Pictures of the decision: the kept share of every layer, the scores that decided, and the sensitivity to layers."""
 
 from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,11 @@ from numpy.typing import NDArray
 from libprune.engine.tables import Columns
 from libprune.report.canvas import (
     BLUE,
+    GREEN,
     INK,
     ORANGE,
+    PURPLE,
+    SKY,
     Axes,
     Figure,
     Patch,
@@ -27,12 +31,10 @@ _BINS = 60
 _REMOVED: dict[str, Any] = {"facecolor": ORANGE, "hatch": "///", "edgecolor": "white", "linewidth": 0}
 _BAND: dict[str, Any] = {"facecolor": "#e4e4e4", "linewidth": 0}
 _NAMES = {"attention": "attention groups", "mlp": "MLP channels"}
-_REMOVALS = {
-    "layer": ("whole layer", INK, "o", -0.22),
-    "attention": ("attention only", BLUE, "s", 0.0),
-    "mlp": ("MLP only", ORANGE, "^", 0.22),
-}
-"""Label, colour, marker and distance from the layer's number on the axis, by what is removed."""
+_REMOVALS = {"layer": "whole layer", "mlp": "MLP only"}
+"""What is removed in words, where that is not the name of a part with `only` behind it."""
+_LOOKS = ((INK, "o"), (BLUE, "s"), (ORANGE, "^"), (GREEN, "D"), (PURPLE, "v"), (SKY, "P"))
+"""Colour and marker of each kind of removal, in the order of the table."""
 
 
 def _units(part: str, meta: Mapping[str, Any]) -> str:
@@ -147,19 +149,21 @@ def _cut_text(named: str, keep: NDArray[np.bool_], cuts: NDArray[np.float64]) ->
 
 @styled()
 def draw_sensitivity(table: Columns) -> Figure:
-    """Draw the loss increase of removing each layer, its attention or its MLP, with standard errors.
+    """Draw the loss increase of removing each layer, or one of its parts, with standard errors.
 
     Args:
         table: rows of the sensitivity table, at least one; `loss_increase` and `standard_error` in nats per token.
     """
     figure, (axes,) = new_figure(1, 3.2)
     increase, error = table["loss_increase"], table["standard_error"]
-    for removed, (label, color, marker, shift) in _REMOVALS.items():
-        here = table["removed"] == removed
-        if here.any():
-            bars = np.where(np.isfinite(error[here]), error[here], 0.0)
-            look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "", "capsize": 1.5}
-            axes.errorbar(table["layer_idx"][here] + shift, increase[here], bars, label=label, elinewidth=0.8, **look)
+    kinds = list(dict.fromkeys(table["removed"].tolist()))
+    shifts = np.linspace(-0.22, 0.22, len(kinds))
+    for kind, shift, (color, marker) in zip(kinds, shifts, cycle(_LOOKS), strict=False):
+        here = table["removed"] == kind
+        bars = np.where(np.isfinite(error[here]), error[here], 0.0)
+        look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "", "capsize": 1.5}
+        label = _REMOVALS.get(kind, f"{kind} only")
+        axes.errorbar(table["layer_idx"][here] + shift, increase[here], bars, label=label, elinewidth=0.8, **look)
     value_scale(axes, increase, "y")
     layer_axis(axes, table["layer_idx"])
     axes.set_ylabel("loss increase, nats per token\n(bars: ± one standard error)")

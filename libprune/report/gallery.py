@@ -110,7 +110,7 @@ def sensitivity_gallery(table: Columns) -> list[Picture]:
         draw_picture(
             "sensitivity",
             cut_pictures.draw_sensitivity(table),
-            "loss increase of removing each layer, its attention and its MLP",
+            "loss increase of removing each layer, and each of its parts alone",
             "Measured on calibration sequences, one removal at a time, without repair.",
         )
     ]

@@ -319,17 +319,21 @@ def _rescaled(rescale: Metrics) -> Section:
 def _fitted(errors: Metrics) -> Section:
     if not errors:
         return []
-    names = ("lost_before", "lost_after", "lost_held_out_before", "lost_held_out_after")
-    before, after, held_before, held_after = (f"{100 * errors[name]:.1f} %" for name in names)
+    share = {name: f"{100 * value:.1f} %" for name, value in errors.items()}
+    unseen = "no calibration sequence was held out, so that nothing says what is left on another text"
+    if "lost_held_out_after" in errors:
+        unseen = (
+            f"on calibration sequences that the fit did not see, {share['lost_held_out_before']} and "
+            f"{share['lost_held_out_after']}"
+        )
     sentence = (
-        f"On average over the repaired maps, pruning lost {before} of their squared output, and the repair left "
-        f"{after}; on calibration sequences that the fit did not see, {held_before} and {held_after}. "
+        f"On average over the repaired maps, pruning lost {share['lost_before']} of their squared output, and the "
+        f"repair left {share['lost_after']}; {unseen}. "
     )
     if "layer_before" in errors:
         sentence += (
             f"Then all weights of each layer were trained. On held-out sequences the layers missed "
-            f"{100 * errors['layer_before']:.1f} % of what the dense ones gave before it, and "
-            f"{100 * errors['layer_after']:.1f} % after it. "
+            f"{share['layer_before']} of what the dense ones gave before it, and {share['layer_after']} after it. "
         )
     return [f"{sentence}`repair.parquet` in the model's folder has them map by map."]
 

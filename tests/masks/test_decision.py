@@ -26,7 +26,7 @@ from tests.support.masked_models import (
     under_plan,
     zero,
 )
-from tests.support.models import FAMILIES, FFN, heads, plan_of, random_plan, tiny_model
+from tests.support.models import FAMILIES, FFN, MAMBA, heads, plan_of, random_plan, tiny_model
 from tests.support.predictions import assert_same
 
 
@@ -120,6 +120,16 @@ def test_units_that_a_norm_couples_go_all_or_none():
     assert "self_attn.q_norm and self_attn.k_norm" in next(b.why for b in found.blocks if b.why)
     zero(model, {O: slice(None)})
     assert removed(masks.extract(model).plan) == {(2, "attention"): [0, 1, 2], (2, "mlp"): [3]}
+
+
+def test_units_that_a_norm_of_the_masked_model_still_counts_stay():
+    model = MAMBA(0)
+    model.model.layers[0].mixer.out_proj.weight.data[:, [*range(5), *range(20, 25)]] = 0
+    model.model.layers[1].mixer.down_proj.weight.data[:, 3] = 0
+    found = masks.extract(model)
+    assert removed(found.plan) == {(1, "mlp"): [3]}
+    assert found.decision.stays[0, "mamba"] == "all units are coupled by mixer.norm, and can only go together"
+    assert_outputs_stay(found, model)
 
 
 def test_something_of_every_layer_stays_where_norms_of_the_stream_forbid_that_it_goes():

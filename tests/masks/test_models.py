@@ -1,5 +1,7 @@
 """The face for models in memory: a plan goes out as masks and comes back."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from libprune.engine.surgery import masked
 from libprune.masks.files import of_model
 from libprune.masks.models import extract
 from tests.support.masked_models import DOWN, logits, removed, under_plan, zero
-from tests.support.models import FAMILIES, MIXTURES, random_plan
+from tests.support.models import FAMILIES, MAMBA, MIXTURES, random_plan
 from tests.support.predictions import assert_same
 
 CASES = [(family, "holes") for family in FAMILIES if family not in MIXTURES]
@@ -35,6 +37,35 @@ def test_a_plan_as_masks_computes_what_the_plan_does_and_is_extracted_again(fami
     assert not found.decision.folds
     assert_same(under_plan(found, family) if kind == "holes" else logits(found.smaller()), expected)
     assert all(torch.equal(p, before[name.removesuffix("_orig")]) for name, p in model.named_parameters())
+
+
+def test_a_plan_of_query_heads_is_applied_as_what_it_is():
+    model = FAMILIES["llama"](0)
+    architecture = describe(model, heads="queries")
+    plan = Plan.dense(architecture).without((1, "attention"), [0, 3, 4])
+    with masked(model, architecture, plan):
+        expected = logits(model)
+    masks.apply(model, plan)
+    assert_same(logits(model), expected)
+
+
+def test_what_masks_cannot_say_of_a_model_is_not_applied():
+    """A plan of another model, a narrower stream, and units behind a norm that goes on counting them."""
+    llama, mixers = FAMILIES["llama"](0), MAMBA(0)
+    plan = Plan.dense(describe(llama))
+    more = {block: np.ones(len(keep) + 1, dtype=bool) for block, keep in plan.keep.items()}
+    cases = [
+        (llama, Plan(more), r"the plan is of 4 attention units in layer 0, but this llama model has 3"),
+        (llama, Plan({(0, "mlp"): plan.keep[0, "mlp"]}), r"0 attention units in layer 0, but this llama model has 3"),
+        (llama, replace(plan, width=8), "the plan keeps 8 columns of the residual stream"),
+        (mixers, Plan.dense(describe(mixers)).without((0, "mamba"), [0, 4]), r"some mamba units .* but mixer\.norm"),
+    ]
+    for model, other, message in cases:
+        with pytest.raises(LibpruneError, match=message):
+            masks.apply(model, other)
+        assert not any(name.endswith("_mask") for name, _ in model.named_buffers())
+    masks.apply(mixers, Plan.dense(describe(mixers)).without((0, "mamba"), slice(None)))
+    assert removed(masks.extract(mixers).plan) == {(0, "mamba"): list(range(6))}
 
 
 def test_a_mixture_of_experts_is_refused_by_name():

@@ -395,6 +395,13 @@ def test_of_a_trained_layer_all_fits_have_its_errors_and_the_mean_counts_it_once
     assert "layer_before" not in mean_errors([fit])
 
 
+def test_a_figure_that_no_fit_has_is_left_out_and_the_mean_is_of_those_that_have_it():
+    fit = Fit(CONSUMER, torch.ones(2, 3), None, 0.1, 0.5, 0.2, 0.6, 0.3)
+    unseen = replace(fit, held_out_before=np.nan, held_out_after=np.nan)
+    assert mean_errors([unseen]) == {"lost_before": 0.5, "lost_after": 0.2}
+    assert mean_errors([unseen, fit])["lost_held_out_after"] == 0.3
+
+
 def test_no_fits_make_no_parameters_no_errors_and_an_empty_table():
     assert new_parameters([]) == mean_errors([]) == {}
     assert {len(values) for values in fit_table([]).values()} == {0}

@@ -15,6 +15,7 @@ def test_a_good_result_has_no_warning():
 ADVICE = {"advice": ["1. mind `x.y` and <b>", "# second", "layers lose much"]}
 SLOW = {"decode_spread": [0.9, 1.1]}
 HARM = EVALUATION["pruning"] | {"repair": EVALUATION["pruning"]["repair"] | {"lost_held_out_after": 0.3}}
+UNSEEN = EVALUATION["pruning"] | {"repair": {"lost_before": 0.22, "lost_after": 0.1}}
 WORSE = {"perplexity_ratio": {"value": 2.5, "se": 0.1}}
 STILL_WORSE = {"recovered": trained()["recovered"] | WORSE}
 HARMED = {"recovered": trained()["recovered"] | {"perplexity_ratio": {"value": 1.4, "se": 0.1}}}
@@ -35,6 +36,7 @@ WARNED = {
     "part gone": (changed(kept=[{"attention": 0, "mlp": 1}, {"attention": 1, "mlp": 1}]), ["any attention left: 0"]),
     "speed": (changed(speed=SLOW), ["decode speed"]),
     "repair": (EVALUATION | {"pruning": HARM}, ["does harm"]),
+    "nothing held out": (EVALUATION | {"pruning": UNSEEN}, []),
     "much worse before recovery": (trained() | WORSE, []),
     "much worse after recovery": (trained() | WORSE | STILL_WORSE, ["2.50 times the dense model's after reco"]),
     "recovered on the evaluated text": (trained(text=SAME), ["parts of one text, `some text`: a part of the gain is"]),

@@ -62,3 +62,5 @@ def test_the_sensitivity_names_the_layers_that_matter_most_and_least():
     figure = draw_sensitivity(rows)
     assert "most for layer 0 (0.5), least for layer 1 (0.01)" in titles(figure)[0]
     assert sorted(legend(figure)) == ["MLP only", "attention only", "whole layer"]
+    rows["removed"][2::3] = ["mamba", "mlp", "mamba"]
+    assert legend(draw_sensitivity(rows)) == ["whole layer", "attention only", "mamba only", "MLP only"]

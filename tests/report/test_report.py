@@ -49,6 +49,11 @@ def test_trained_layers_are_told_of_beside_the_maps():
     assert "trained" not in report_of(EVALUATION).split("## How it was repaired")[1].split("##")[0]
 
 
+def test_a_repair_without_held_out_text_is_told_as_that():
+    fitted = EVALUATION["pruning"] | {"repair": {"lost_before": 0.22, "lost_after": 0.1}}
+    assert "the repair left 10.0 %; no calibration sequence was held out" in report_of(changed(pruning=fitted))
+
+
 def test_layers_that_keep_the_same_share_a_row():
     kept = [{"attention": 3, "mlp": n} for n in (9, 9, 9, 8, 9, 9)]
     rows = re.findall(r"^\| (\d.*?) \| 3 of 3 \| (\d) of 1,536", report_of(changed(kept=kept)), re.MULTILINE)
