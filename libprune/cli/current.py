@@ -73,9 +73,7 @@ def _differing(stages: Stages, behind: list[str], data: Mapping[str, Any]) -> It
             now: Any = data
             for part in key.split("."):
                 now = now.get(part, _ABSENT) if isinstance(now, dict) else _ABSENT
-            if (
-                now != then and str(now) != str(then) and key not in seen
-            ):  # YAML 1.1 and 1.2 disagree whether 1e-05 is a number
+            if now != then and key not in seen:
                 seen.add(key)
                 yield key, "nothing" if now is _ABSENT else written(now), written(then)
 

@@ -1,5 +1,6 @@
 """YAML files that people write: one mapping of keys, each said once, of bounded size."""
 
+import re
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,26 @@ _MOST = 20_000
 """Entries of a file, those counted again that it repeats by reference."""
 
 
-class _OnceLoader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-5` as a number, as YAML 1.2 does, by which DVC writes it; to YAML 1.1 it is a text without a point."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parsed(text: str) -> Any:
+    """What a text of YAML holds, read as `read_yaml` reads files, but of any kind and size.
+
+    Raises:
+        yaml.YAMLError: if it is not YAML.
+        ValueError: if a value is none, such as a date that there is not.
+    """
+    return yaml.load(text, _Loader)
+
+
+class _OnceLoader(_Loader):
     """Refuses a key that is there twice, of which YAML would take the last, and names the place of every fault."""
 
     lines = NO_LINES

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from libprune.engine.errors import ParamsError, nearest
-from libprune.engine.yaml_file import Lines, Place
+from libprune.engine.yaml_file import Lines, Place, parsed
 from libprune.pipeline.terminal import masked
 
 MOST = 100
@@ -254,7 +254,7 @@ def _readings(value: Any, share: bool) -> Iterator[tuple[Any, str]]:
 def _read(text: str) -> Any:
     """A text as YAML would read it without quotes; None if it would not."""
     try:
-        return yaml.safe_load(text)
+        return parsed(text)
     except (yaml.YAMLError, ValueError):  # of a date that there is not
         return None
 

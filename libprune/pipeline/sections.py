@@ -17,8 +17,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 def _threshold(value: float | str) -> float | str:
     if isinstance(value, str) and value not in {"blockwise", "layerwise"}:
-        if re.fullmatch(r"-?\d*\.?\d+[eE][-+]?\d+", value):  # which YAML takes for text without a point
-            return float(value)
         kind, _, share = value.partition(":")
         if kind != "percentile" or not share.replace(".", "", 1).isdigit() or float(share) > 100:
             raise ValueError(f"{value!r} is neither a number of nats, nor blockwise, layerwise or percentile:0 to 100")

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from libprune.engine.errors import LibpruneError
+from libprune.engine.yaml_file import parsed
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.methods import allocation_reads
 from libprune.pipeline.params import Params, load_params
@@ -212,7 +211,7 @@ def earlier_result(
     home = memory_of(Path())
     if home is None:
         return None
-    now = _leaves(yaml.safe_load(params.read_text())) if params.exists() else {}
+    now = _leaves(parsed(params.read_text())) if params.exists() else {}
     runs_kept = read_memory(home / RESULTS).get("results", [])
     others = [one for one in runs_kept if one["figures"] != dict(figures)]
     if keep:
@@ -249,10 +248,10 @@ def stages_ahead(stage: str, done: list[str], words: list[str]) -> set[str]:
     """
     if not Path("dvc.yaml").exists():
         return {stage}
-    graph = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    graph = parsed(Path("dvc.yaml").read_text())["stages"]
     graph.pop(_CHECKS, None)
     lock = Path("dvc.lock")
-    locked = (yaml.safe_load(lock.read_text()) or {}).get("stages", {}) if lock.exists() else {}
+    locked = (parsed(lock.read_text()) or {}).get("stages", {}) if lock.exists() else {}
     before = {name: _before(name, graph) for name in graph}
     changed = {name for name in graph if name not in done and _changed(locked.get(name))} | {stage}
     ahead = {name for name in graph if name in changed or before[name] & changed} - set(done)
@@ -266,7 +265,7 @@ def _changed(entry: Mapping[str, Any] | None) -> bool:
     if entry is None:
         return True
     for file, values in entry.get("params", {}).items():
-        now = yaml.safe_load(Path(file).read_text()) if Path(file).exists() else {}
+        now = parsed(Path(file).read_text()) if Path(file).exists() else {}
         if any(_value(now, key) != value for key, value in values.items()):
             return True
     return False

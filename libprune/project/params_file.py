@@ -1,6 +1,7 @@
 """The params.yaml of a project: that of the repository with values of its own; comments and order stay."""
 
 import io
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,7 +9,9 @@ import yaml
 from ruamel.yaml import YAML
 
 from libprune.engine.errors import ParamsError, SourceError, missing_key
+from libprune.engine.yaml_file import parsed
 from libprune.foresight.foresee import require_possible
+from libprune.pipeline.faults import written
 from libprune.pipeline.params import validate_params
 from libprune.pipeline.sources import resolve
 from libprune.project.pipeline_file import TEMPLATES
@@ -16,8 +19,8 @@ from libprune.project.pipeline_file import TEMPLATES
 _OF_THE_DEMO = {"preset": "balanced", "recover.method": "none"}
 """Values for a project where those of the repository serve its demo."""
 _SOURCES = (
-    *("prepare.model", "prepare.families", "tokenize.text", "tokenize.evaluation_text"),
-    *("recover.teacher", "recover.text", "evaluate.task_folder"),
+    *("prepare.model", "prepare.families", "prepare.vocabulary", "prepare.vocabulary.text", "tokenize.text"),
+    *("tokenize.evaluation_text", "recover.teacher", "recover.text", "evaluate.task_folder"),
 )
 _WIDTH = 1 << 16
 _NAME = "params"
@@ -44,7 +47,7 @@ def changed(text: str, changes: Mapping[str, Any]) -> str:
         LibpruneError: as for `params_text`.
     """
     text = replaced(text, placed(changes))
-    require_possible(validate_params(yaml.safe_load(text), _NAME), _NAME)
+    require_possible(validate_params(parsed(text), _NAME), _NAME)
     return text
 
 
@@ -94,7 +97,7 @@ def settings(words: Iterable[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise ParamsError(f"--set {word!r}: write KEY=VALUE, for example --set allocate.ratio=0.3")
         try:
-            found[key.strip()] = yaml.safe_load(value)
+            found[key.strip()] = parsed(value)
         except (yaml.YAMLError, ValueError) as error:
             raise ParamsError(f"--set {word!r}: {value!r} is not a value of YAML; write text in quotes") from error
     return found
@@ -110,13 +113,15 @@ def placed(changes: Mapping[str, Any]) -> dict[str, Any]:
     for key in set(_SOURCES) & found.keys():
         if isinstance(found[key], str):
             found[key] = _absolute(key, found[key])
-        elif isinstance(found[key], list):
+        elif isinstance(found[key], list | tuple):
             found[key] = [_placed_text(key, one) for one in found[key]]
+        else:
+            found[key] = _placed_text(key, found[key])
     return found
 
 
 def _placed_text(key: str, one: Any) -> Any:
-    """One of several texts with an absolute path; anything else as it is."""
+    """A text with keys of its own with an absolute path; anything else as it is."""
     named = isinstance(one, Mapping) and isinstance(one.get("text"), str)
     return {**one, "text": _absolute(key, one["text"])} if named else one
 
@@ -136,10 +141,28 @@ def _defaults() -> str:
 def _yaml() -> YAML:
     round_trip = YAML()
     round_trip.width, round_trip.preserve_quotes = _WIDTH, True
-    round_trip.representer.add_representer(
-        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    for kind in (type(None), float, str):
+        round_trip.representer.add_representer(kind, _represent)
     return round_trip
+
+
+def _represent(representer: Any, value: float | str | None) -> Any:
+    """A value as YAML 1.1 and 1.2 read it alike: `yes` in quotes, and numbers with a point."""
+    if value is None:
+        return representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    if isinstance(value, str):
+        return representer.represent_scalar("tag:yaml.org,2002:str", value, style="'" if _looks_plain(value) else None)
+    return representer.represent_scalar(
+        "tag:yaml.org,2002:float", written(value) if math.isfinite(value) else f".{value}".replace(".-", "-.")
+    )
+
+
+def _looks_plain(value: str) -> bool:
+    """Whether a text would be read as a number or a truth value without quotes."""
+    try:
+        return isinstance(parsed(value), bool | int | float)
+    except (yaml.YAMLError, ValueError):
+        return False
 
 
 def _dump(round_trip: YAML, content: Any) -> str:

@@ -4,12 +4,20 @@ import pytest
 
 from libprune.engine.errors import ParamsError
 from libprune.engine.family import FOLDER
-from libprune.engine.yaml_file import read_shipped, read_yaml
+from libprune.engine.yaml_file import parsed, read_shipped, read_yaml
 
 
 def test_a_mapping_is_read(tmp_path):
     (tmp_path / "a.yaml").write_text("a: 1\nb: {c: [x, 2.5]}\n")
     assert read_yaml(tmp_path / "a.yaml") == {"a": 1, "b": {"c": ["x", 2.5]}}
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e-05", 1e-05), ("2E+3", 2e3), ("-1.5e3", -1.5e3), (".5e-4", 5e-05)])
+def test_a_number_with_an_exponent_needs_neither_point_nor_sign(text, number, tmp_path):
+    """DVC writes 0.00001 as 1e-05, which is a text by the rules that PyYAML keeps to."""
+    (tmp_path / "a.yaml").write_text(f"a: {text}\nb: '{text}'\nc: {text}x\n")
+    expected = {"a": number, "b": text, "c": f"{text}x"}
+    assert read_yaml(tmp_path / "a.yaml") == parsed((tmp_path / "a.yaml").read_text()) == expected
 
 
 @pytest.mark.parametrize(

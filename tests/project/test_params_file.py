@@ -4,11 +4,12 @@ import re
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from libprune.engine.errors import ParamsError, SourceError
+from libprune.engine.yaml_file import parsed
 from libprune.pipeline.params import Params, validate_params
 from libprune.project.params_file import changed, completed, params_text, replaced, settings
 from tests.support.closure import ROOT
@@ -39,11 +40,12 @@ SCALARS = st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats
 
 @effort(max_examples=10)
 @given(values=st.dictionaries(st.sampled_from(KEYS), SCALARS | st.lists(SCALARS), max_size=4))
+@example(values={"recover.learning_rate": 1e-05, "allocate.budgets": {"total": 2e-07}, "tokenize.column": "yes"})
 def test_any_value_is_read_as_it_was_set(values):
     content = yaml.safe_load(replaced(REPOSITORY, values))
     for key, value in values.items():
         section, leaf = key.split(".")
-        assert content[section][leaf] == value
+        assert content[section][leaf] == value, "as DVC and other programs read it"
     assert comments(replaced(REPOSITORY, values)) == comments(REPOSITORY)
 
 
@@ -86,6 +88,13 @@ def test_settings_are_values_of_yaml():
     words = ["allocate.ratio=0.3", "export.formats=[gguf, onnx]", "allocate.minutes=null", "prepare.model=a=b"]
     values = [0.3, ["gguf", "onnx"], None, "a=b"]
     assert [*settings(words).values()] == values
+    assert settings(["recover.learning_rate=2e-5"]) == {"recover.learning_rate": 2e-5}
+
+
+@pytest.mark.parametrize("rate", ["0.00002", "2e-5", "2.0e-05"])
+def test_a_small_number_arrives_however_it_is_written(rate):
+    given = {"prepare.model": "org/model", "tokenize.text": "org/text", **settings([f"recover.learning_rate={rate}"])}
+    assert validate_params(parsed(params_text(given)), "here").recover.learning_rate == 2e-5
 
 
 @pytest.mark.parametrize("word", ["allocate.ratio", "=3", "a=[", "a={b: "])
@@ -121,6 +130,20 @@ def test_the_paths_of_several_texts_become_absolute(tmp_path, monkeypatch):
     changes = {"prepare.model": "org/model", "tokenize.text": texts, "recover.text": texts}
     content = yaml.safe_load(params_text(changes))
     placed = [{"text": str(tmp_path / "a.txt"), "share": 0.5}, {"text": "self", "share": 0.5}]
+    tupled = yaml.safe_load(params_text({**changes, "recover.text": tuple(texts)}))
+    assert tupled["recover"]["text"] == placed
     assert content["tokenize"]["text"] == content["recover"]["text"] == placed
     with pytest.raises(SourceError, match=r"^tokenize\.text: .*nowhere\.txt does not exist"):
         params_text({"prepare.model": "org/model", "tokenize.text": [{"text": "nowhere.txt", "share": 1.0}]})
+
+
+def test_the_path_of_the_text_whose_tokens_stay_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "a.txt")
+    given = {"prepare.model": "org/model", "tokenize.text": "org/text", "prepare.vocabulary": {"text": "a.txt"}}
+    text = params_text(given)
+    assert yaml.safe_load(text)["prepare"]["vocabulary"] == {"text": str(tmp_path / "a.txt")}
+    again = changed(text.replace(str(tmp_path / "a.txt"), "org/other"), {"prepare.vocabulary.text": "a.txt"})
+    assert yaml.safe_load(again)["prepare"]["vocabulary"] == {"text": str(tmp_path / "a.txt")}
+    with pytest.raises(SourceError, match=r"^prepare\.vocabulary: .*nowhere\.txt does not exist"):
+        params_text(given | {"prepare.vocabulary": {"text": "nowhere.txt"}})
