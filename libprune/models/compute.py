@@ -54,8 +54,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that a params value names; `auto` is bfloat16 if the hardware multiplies it natively, else float32."""
     if name != "auto":
         return _DTYPES[name]
-    native = device.type != "cpu" or bool(_CPU_BF16 & _cpu_flags())
+    native = bool(_CPU_BF16 & _cpu_flags()) if device.type == "cpu" else _gpu_multiplies_bf16(device)
     return torch.bfloat16 if native else torch.float32
+
+
+def _gpu_multiplies_bf16(device: torch.device) -> bool:
+    """Whether a GPU has matrix units for bfloat16, as NVIDIA's have from Ampere on; True where none is here to ask."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def named_dtype(name: str, otherwise: torch.dtype) -> torch.dtype:

@@ -242,7 +242,7 @@ class Compute(Section):
     device: Device = "auto"
     """`auto` (a GPU if PyTorch finds one as `cuda`), `cpu`, `cuda`, `cuda:1`, ... Apple's GPUs (`mps`) are refused."""
     dtype: Dtype = "auto"
-    """`auto`: bfloat16 on GPUs and on CPUs with bf16 matrix units, float32 elsewhere."""
+    """`auto`: bfloat16 on GPUs and CPUs with bf16 matrix units (of NVIDIA from Ampere on), float32 elsewhere."""
     batch_tokens: Count = 1024
     """Tokens in one pass, rounded down to whole sequences (at least one)."""
     gradient_checkpointing: bool = False

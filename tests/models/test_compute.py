@@ -62,6 +62,14 @@ def test_auto_is_bfloat16_where_the_hardware_multiplies_it(monkeypatch, flags, d
     assert resolve_dtype("float16", torch.device(device)) == torch.float16
 
 
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_a_gpu_without_matrix_units_for_bfloat16_computes_in_float32(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_dtype("auto", torch.device("cuda")) == expected
+    assert resolve_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
+
+
 def test_a_named_dtype_is_what_it_says_unless_it_is_auto():
     assert named_dtype("bfloat16", torch.float32) == torch.bfloat16
     assert named_dtype("auto", torch.float32) == torch.float32

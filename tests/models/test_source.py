@@ -24,7 +24,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Prepare
 from libprune.statistics.dense import prepare_layout
 from tests.support.models import FAMILIES, TOWERS, Dense, heads, prune, random_plan
-from tests.support.tiny import VOCABULARY, write_model, write_tokenizer
+from tests.support.tiny import VOCABULARY, write_encoder, write_model, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +311,20 @@ def test_tensors_of_other_heads_in_published_checkpoints_are_left_out(tmp_path):
     others = ("bert.pooler.dense.weight", "cls.seq_relationship.bias", "bert.embeddings.position_ids")
     save_file(weights | {name: torch.ones(2) for name in others}, tmp_path / "model.safetensors")
     load_dense(Prepare(model=str(tmp_path)))
+
+
+def test_only_what_is_added_to_the_embeddings_of_tokens_may_be_all_zero(tmp_path):
+    """As the embeddings of RoBERTa's only type of text are in what was published."""
+    write_encoder(tmp_path, FAMILIES["roberta"])
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    types, words = (f"embeddings.{kind}_embeddings.weight" for kind in ("token_type", "word"))
+    save_file(weights | {types: torch.zeros_like(weights[types])}, file)
+    model, _ = load_dense(Prepare(model=str(tmp_path)))
+    assert not model.get_parameter(types).any()
+    save_file(weights | {words: torch.zeros_like(weights[words])}, file)
+    with pytest.raises(SourceError, match=f"'{words}', in which all [0-9,]+ values are zero"):
+        load_dense(Prepare(model=str(tmp_path)))
 
 
 def test_layers_that_predict_several_tokens_are_left_out_and_told(tmp_path, capsys):
