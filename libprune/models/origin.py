@@ -92,7 +92,7 @@ def _license(card: Path | None) -> str | None:
     before, _, rest = card.read_text(errors="replace").partition("---\n")
     try:
         head = None if before else yaml.safe_load(rest.partition("\n---")[0])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # of a date that there is not
         return None
     found = head.get("license") if isinstance(head, dict) else None
     return found if isinstance(found, str) else None

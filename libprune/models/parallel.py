@@ -87,7 +87,9 @@ def join_world() -> World:
     sharded = os.environ.get("LIBPRUNE_SHARD", "0") not in {"", "0"}
     if size == 1:
         if sharded:
-            raise LibpruneError("LIBPRUNE_SHARD is set for one process; start several with torchrun (see the README)")
+            raise LibpruneError(
+                "LIBPRUNE_SHARD is set for one process; start several with torchrun (docs/large-models.md)"
+            )
         return World()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

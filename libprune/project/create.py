@@ -7,6 +7,7 @@ from string import Template
 from typing import Any
 
 from libprune.engine.errors import ProjectError
+from libprune.engine.yaml_file import read_yaml
 from libprune.pipeline.atomic import writing, writing_folder
 from libprune.project.commands import dvc, git, has_git, in_repository
 from libprune.project.params_file import completed, params_text
@@ -44,6 +45,8 @@ def create_project(folder: Path, changes: Mapping[str, Any], scm: bool = True) -
         raise ProjectError(f"{folder} exists and is not empty; name a folder that does not exist")
     if folder.exists() and not folder.is_dir():
         raise ProjectError(f"{folder} is a file; name a folder that does not exist")
+    if folder.resolve() == Path.cwd():  # a shell would stay in the one that is replaced
+        raise ProjectError(f"{folder.resolve()} is the folder that this runs in; name one inside it, or another")
     with writing_folder(folder.absolute()) as partial:
         (partial / "params.yaml").write_text(params_text(changes))
         (partial / "dvc.yaml").write_text(pipeline_text())
@@ -84,6 +87,7 @@ def update_project(folder: Path) -> list[str]:
 
     Raises:
         ProjectError: if it is no project of `libprune new`, or somebody has changed its dvc.yaml by hand.
+        ParamsError: if params.yaml cannot be read.
     """
     pipeline, params = folder / "dvc.yaml", folder / "params.yaml"
     old = pipeline.read_text() if pipeline.is_file() else None
@@ -91,6 +95,7 @@ def update_project(folder: Path) -> list[str]:
         raise ProjectError(
             f"{folder.absolute()} is no project of `libprune new`: .dvc or params.yaml lacks, or dvc.yaml is another"
         )
+    read_yaml(params)
     before = params.read_text()
     if old is not None and is_current(old):
         done = []

@@ -15,6 +15,7 @@ from typing import Any
 from libprune.engine.errors import ProjectError
 from libprune.engine.plan import Plan
 from libprune.engine.tables import Columns
+from libprune.engine.yaml_file import read_yaml
 from libprune.pipeline.artifacts import read_architecture, read_json, read_plan, read_table
 from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
@@ -139,6 +140,7 @@ def _change(work: Work, *settings: Settings | None) -> None:
     path = work.folder / "params.yaml"
     values = {key: value for given in settings for key, value in (given or {}).items()}
     if values:
+        read_yaml(path)
         _write(work, changed(path.read_text(), values))
 
 

@@ -32,6 +32,7 @@ def folder_with(card: str | None, folder: Path) -> Path:
         ("---\nlicense: [mit, apache-2.0]\n---\n", None),
         ("---\nlicense: {a: b\n---\n", None),
         ("---\ntags: [x]\n---\n", None),
+        ("---\nlicense: mit\ndate: 2023-02-30\n---\n", None),
         ("---\njust words\n---\n", None),
     ],
 )

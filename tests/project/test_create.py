@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from libprune.engine.errors import LibpruneError, ProjectError
+from libprune.engine.errors import LibpruneError, ParamsError, ProjectError
 from libprune.pipeline.params import load_params
 from libprune.project import create
 from libprune.project.commands import git
 from libprune.project.create import create_project, update_project
 from libprune.project.pipeline_file import digest, pipeline_text
 from tests.support.closure import ROOT
+from tests.support.files import tree
 
 CHANGES = {"prepare.model": "org/model", "tokenize.text": "org/text", "allocate.ratio": 0.3}
 
@@ -70,6 +71,15 @@ def test_a_folder_with_something_in_it_is_refused_and_kept(tmp_path):
     assert (tmp_path / "mine/precious").read_text() == "x"
 
 
+def test_the_folder_that_a_shell_is_in_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    for name in (Path(), tmp_path / "mine"):
+        with pytest.raises(ProjectError, match="mine is the folder that this runs in"):
+            create_project(name, CHANGES)
+    assert list(Path().iterdir()) == []
+
+
 @pytest.fixture
 def old_project(tmp_path) -> Path:
     """A project that another version has written, with a value of the user."""
@@ -101,6 +111,15 @@ def test_an_update_does_not_write_over_what_a_user_has_changed(old_project):
     (old_project / "dvc.yaml").rename(old_project / "mine.yaml")
     update_project(old_project)
     assert (old_project / "dvc.yaml").read_text() == pipeline_text()
+
+
+@pytest.mark.parametrize("text", ["", "prepare:\n  model: [\n", "- a\n", "preset: fast\npreset: best\n"])
+def test_params_that_cannot_be_read_are_named_and_stay(old_project, text):
+    (old_project / "params.yaml").write_text(text)
+    before = tree(old_project)
+    with pytest.raises(ParamsError, match=r"params\.yaml (is not valid YAML: |holds )"):
+        update_project(old_project)
+    assert tree(old_project) == before
 
 
 def test_what_is_no_project_is_not_updated(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 import libprune
-from libprune.engine.errors import LibpruneError, ProjectError
+from libprune.engine.errors import LibpruneError, ParamsError, ProjectError
 from libprune.project import library
 from libprune.project.params_file import params_text
 
@@ -34,3 +34,10 @@ def test_settings_hold_for_later_steps_and_wrong_ones_change_nothing(tmp_path):
     with pytest.raises(LibpruneError, match=r"allocate\.ratio"):
         libprune.allocate(work, ratio=1.5)
     assert (tmp_path / "params.yaml").read_text() == before
+
+
+def test_params_that_cannot_be_read_are_named_and_stay(tmp_path):
+    (tmp_path / "params.yaml").write_text("prepare:\n  model: [\n")
+    with pytest.raises(ParamsError, match=r"params\.yaml is not valid YAML: line 3"):
+        libprune.allocate(libprune.Work(tmp_path), ratio=0.5)
+    assert (tmp_path / "params.yaml").read_text() == "prepare:\n  model: [\n"
