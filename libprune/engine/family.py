@@ -11,13 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from libprune.engine.architecture import NORMS_STAY, NUMBERED, OWN_FAMILIES, Units
 from libprune.engine.axes import Entry, Expr, LinearMap, parse_entry, parse_expr
-from libprune.engine.errors import FamilyError, cause, nearest
+from libprune.engine.errors import FamilyError, ParamsError, cause, nearest
 from libprune.engine.heads import EXPERTS, HeadName, experts_of
-from libprune.engine.yaml_file import read_shipped, read_yaml
+from libprune.engine.yaml_file import problems, read_shipped, read_yaml
 
 FOLDER = Path(__file__).parents[1] / "families"
 
@@ -408,7 +408,12 @@ def load_family(path: Path) -> Family:
         if "tower" in named:
             raise FamilyError(f"tower.family {reference.tower.family!r} is one of a tower itself; name that of its own")
         return reference.resolved(Family.model_validate(named))
-    except ValueError as error:  # of pydantic, or of read_yaml
+    except ValidationError as error:
+        raise FamilyError(f"family file {path}: {problems(error, Family)}") from error
+    except ParamsError as error:
+        other = "" if str(error).startswith(str(path)) else f"{path}: "  # of the family that a tower names
+        raise FamilyError(f"family file {other}{error}") from error
+    except ValueError as error:  # of what a tower names
         raise FamilyError(f"family file {path}: {cause(error)}") from error
 
 

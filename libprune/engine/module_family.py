@@ -10,8 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import nn
 
 from libprune.engine.axes import Expr, LinearMap, parse_expr, parse_map
-from libprune.engine.errors import FamilyError, NotationError, ParamsError, missing_key, nearest
-from libprune.engine.yaml_file import read_yaml
+from libprune.engine.errors import FamilyError, ParamsError, missing_key, nearest
+from libprune.engine.yaml_file import problems, read_yaml
 
 WILD = "*"
 RESERVED = re.compile(r"k\d+")
@@ -55,8 +55,10 @@ class NetworkFamily(BaseModel):
         """
         try:
             return NetworkFamily.model_validate(read_yaml(path))
-        except (ValidationError, NotationError, ParamsError) as error:
-            raise FamilyError(f"family file {path}: {error}") from error
+        except ValidationError as error:
+            raise FamilyError(f"family file {path}: {problems(error, NetworkFamily)}") from error
+        except ParamsError as error:
+            raise FamilyError(f"family file {error}") from error
 
     @staticmethod
     def of(family: "NetworkFamily | Path | str") -> "NetworkFamily":

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
-from libprune.engine.errors import MeansError, ParamsError, lacking
+from libprune.engine.errors import MeansError, ParamsError, lacking, nearest
 
 _FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The parser in C, where PyYAML was built with it."""
@@ -171,3 +172,31 @@ _HINTS = {
     "could not find expected ':'": "; a key ends in a colon and a space",
 }
 """What to do, by a part of what PyYAML says."""
+
+
+def problems(error: ValidationError, model: type[BaseModel]) -> str:
+    """What is wrong with the content of a file, in one line; of many faults only the first.
+
+    Args:
+        error: of pydantic.
+        model: the model of the whole file.
+    """
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    told = "; ".join(_explain(e["loc"], e["type"], e["msg"], model) for e in found[:_SHOWN])
+    return told + (f"; and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else "")
+
+
+_SHOWN = 10
+"""Problems of a file that are told."""
+
+
+def _explain(loc: Place, kind: str, message: str, model: type[BaseModel]) -> str:
+    place, said = ".".join(map(str, loc)), " ".join(message.removeprefix("Value error, ").split())
+    if loc[-1:] == ("[key]",):
+        return f"{'.'.join(map(str, loc[:-1]))}: write this key in quotes"
+    if kind != "extra_forbidden":
+        return f"{place}: {said}" if place else said
+    if len(loc) > 1:
+        return f"unknown key {place!r}"
+    known = [of.alias or name for name, of in model.model_fields.items()]
+    return f"unknown key {place!r}{nearest(place, known)} (known: {', '.join(known)})"

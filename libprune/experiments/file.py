@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from libprune.engine.errors import ParamsError, nearest
-from libprune.engine.yaml_file import read_yaml
+from libprune.engine.yaml_file import problems, read_yaml
 from libprune.foresight.settings import setting_faults
 from libprune.pipeline.params import Params, validate_params
 from libprune.pipeline.sections import Floor, Section
@@ -195,7 +195,7 @@ def read_file(path: Path) -> ComparisonFile:
     try:
         return ComparisonFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise ParamsError(f"{path}: {_problems(error)}") from error
+        raise ParamsError(f"{path}: {problems(error, ComparisonFile)}") from error
 
 
 def read_setting(name: str, changes: Mapping[str, Any], data: Data, seed: int, path: Path) -> Setting:
@@ -236,22 +236,3 @@ def _require_different(settings: tuple[Setting, ...], data: Data, path: Path) ->
         if content in seen:
             raise ParamsError(f"{path}: settings {seen[content]!r} and {setting.name!r} have the same params")
         seen[content] = setting.name
-
-
-def _problems(error: ValidationError) -> str:
-    """What is wrong with a file, in one line; of many faults only the first."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    told = "; ".join(_explain(e["loc"], e["type"], e["msg"]) for e in found[:_SHOWN])
-    return told + (f"; and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else "")
-
-
-_SHOWN = 10
-"""Problems of a file that are told."""
-
-
-def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
-    place = ".".join(map(str, loc))
-    if kind != "extra_forbidden":
-        return f"{place}: {message}" if place else message.removeprefix("Value error, ")
-    known = [of.alias or name for name, of in cast(type[BaseModel], ComparisonFile).model_fields.items()]
-    return f"unknown key {place!r}{nearest(str(loc[-1]), known)} (known: {', '.join(known)})"

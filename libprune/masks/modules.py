@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from libprune.engine.architecture import Map
 from libprune.engine.describe_module import describe_module
+from libprune.engine.errors import LibpruneError
 from libprune.engine.module_family import NetworkFamily
 from libprune.engine.surgery import CONVOLUTIONS
 from libprune.masks.contributions import network_contributions
@@ -84,9 +85,11 @@ def network_extraction(
     """What can be removed of a masked network.
 
     Raises:
-        LibpruneError: if the family does not describe it.
+        LibpruneError: if the family does not describe it, or there is no input.
     """
     network, described = masked.model, NetworkFamily.of(family)
+    if not inputs.ndim or not len(inputs):
+        raise LibpruneError(f"inputs of shape {list(inputs.shape)} hold no sample; give some, in the first dimension")
     inputs = inputs.detach().cpu()
     if inputs.is_floating_point():
         inputs = inputs.to(next(network.parameters()).dtype)

@@ -76,7 +76,7 @@ def edited(tmp_path):
 @pytest.mark.parametrize("old", ["layers: model.layers", "    axis: kv", "  inert:"])
 def test_an_unknown_key_is_refused_by_name(edited, old):
     indent = " " * (len(old) - len(old.lstrip()))
-    with pytest.raises(FamilyError, match=r"edited\.yaml(.|\n)*colour(.|\n)*Extra inputs are not permitted"):
+    with pytest.raises(FamilyError, match=r"edited\.yaml: unknown key '(\w+\.)*colour'"):
         edited(old, f"{indent}colour: red\n{old}")
 
 
@@ -91,7 +91,7 @@ def test_an_unknown_key_is_refused_by_name(edited, old):
     ids=["part", "outside", "config", "cache"],
 )
 def test_an_expression_that_cannot_be_read_is_refused_when_the_file_is(edited, old, new, message):
-    with pytest.raises(FamilyError, match=rf"edited\.yaml(.|\n)*{message}"):
+    with pytest.raises(FamilyError, match=rf"edited\.yaml: .*{message}[^\n]*$"):
         edited(old, new)
 
 
@@ -175,8 +175,8 @@ def test_the_family_of_a_tower_may_lie_beside_it(tmp_path):
         ("family: llama", "family: lama", r"seeing\.yaml: .*lama\.yaml does not exist"),
         ("family: llama", "family: mistral3", r"seeing\.yaml: tower\.family 'mistral3' is one of a tower itself"),
         ("family: llama", "family: bert", "tower.family 'bert' describes no models that predict the next token"),
-        ("  inert:", "  colour: red\n  inert:", r"seeing\.yaml(.|\n)*colour(.|\n)*Extra inputs"),
-        ("  prefix: model.reader\n", "", r"seeing\.yaml(.|\n)*prefix(.|\n)*Field required"),
+        ("  inert:", "  colour: red\n  inert:", r"seeing\.yaml: unknown key 'tower\.colour'$"),
+        ("  prefix: model.reader\n", "", r"seeing\.yaml: tower\.prefix: Field required$"),
     ],
     ids=["unknown", "a tower itself", "another head", "key", "missing"],
 )
