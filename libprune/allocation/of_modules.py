@@ -22,6 +22,9 @@ MODULE_METHODS = tuple(name for name, record in METHODS.items() if record.module
 OBJECTIVES = {"parameters": "decoder", "macs": "macs"}
 """By the value of `allocate.objective`, the field of `libprune.engine.cost.Size` that it counts."""
 
+_READ = ("ratio", "ratio_of", "objective", "method", "network_type", "rank_by", "min_channels", "channel_multiple")
+"""The params of allocation that networks have; all others keep their defaults."""
+
 
 def allocate_network(architecture: Architecture, scores: Columns, params: Allocate) -> Plan:
     """Decide which units stay.
@@ -32,11 +35,12 @@ def allocate_network(architecture: Architecture, scores: Columns, params: Alloca
 
     Args:
         scores: the importance table.
-        params: ratio, objective (`parameters` or `macs`), method, floors (`min_channels`), multiple (`auto`: 1).
+        params: ratio, objective (`parameters` or `macs`), method, floors (`min_channels`), multiple (`auto`: 1). What
+            networks do not have keeps its default.
 
     Raises:
         BudgetError: if the ratio cannot be reached under the floors, or `retention` finds nothing to remove.
-        LibpruneError: for a method or an objective that networks do not have.
+        LibpruneError: for a method, an objective or another param that networks do not have.
     """
     _require_known(params)
     if params.channel_multiple == "auto":
@@ -92,8 +96,11 @@ def _require_known(params: Allocate) -> None:
             raise LibpruneError(
                 f"{key} = {getattr(params, key)!r} needs a language model; for networks choose {', '.join(known)}"
             )
-    if params.width is not None:
-        raise LibpruneError(f"width = {params.width!r} needs a language model, whose layers share a residual stream")
+    for key, field in Allocate.model_fields.items():
+        if key not in _READ and getattr(params, key) != field.default:
+            raise LibpruneError(
+                f"{key} = {getattr(params, key)!r} needs a language model; networks know {', '.join(_READ)}"
+            )
     if params.min_channels < 1:
         raise LibpruneError("min_channels = 0, but a network needs at least one unit of each part")
 

@@ -88,7 +88,7 @@ def network_extraction(
         LibpruneError: if the family does not describe it, or there is no input.
     """
     network, described = masked.model, NetworkFamily.of(family)
-    if not inputs.ndim or not len(inputs):
+    if not len(inputs):
         raise LibpruneError(f"inputs of shape {list(inputs.shape)} hold no sample; give some, in the first dimension")
     inputs = inputs.detach().cpu()
     if inputs.is_floating_point():

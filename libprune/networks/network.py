@@ -91,8 +91,12 @@ class Network:
         Raises:
             FamilyError: if the family does not describe the network.
             LibpruneError: if it does not take and give one tensor, computes in half precision or on a device of another
-                kind than `cpu` and `cuda`, or the folder holds other things.
+                kind than `cpu` and `cuda`, the folder holds other things or is a file, or the batch holds no sample.
         """
+        if batch < 1:
+            raise LibpruneError(f"batch = {batch} is no number of samples; give a whole number from 1")
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise LibpruneError(f"{folder} is a file; name a folder for what is collected")
         self.family = NetworkFamily.of(family)
         self._network = copy.deepcopy(network).eval()
         self._samples, self._layout = samples, Layout(Path(folder))
@@ -162,8 +166,8 @@ class Network:
             epochs: how `block` trains.
 
         Raises:
-            LibpruneError: for another repair, a plan of another network, too few samples for the repair, outputs that
-                cannot be trained, or if the outputs differ.
+            LibpruneError: for another repair, a damping that is not above 0, a plan of another network, too few samples
+                for the repair, outputs that cannot be trained, or if the outputs differ.
         """
         if repair not in self._repairs:
             raise LibpruneError(f"repair = {repair!r} is unknown; choose {', '.join(self._repairs)}")

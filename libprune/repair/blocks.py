@@ -20,6 +20,7 @@ Memory: of one layer the weights six times in float32, and what backward needs f
 the states of the whole text before and behind the layer.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
+from libprune.engine.errors import LibpruneError
 from libprune.repair.least_squares import Fit
 
 STEP_TOKENS = 1024
@@ -48,11 +50,19 @@ class Epochs:
         number: how often the text is gone through, at most.
         rate: the largest learning rate.
         patience: after so many epochs in a row of which none was better, the training ends.
+
+    Raises:
+        LibpruneError: if one of them is not above 0.
     """
 
     number: int
     rate: float
     patience: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise LibpruneError(f"{name} = {value} of the epochs is no number above 0")
 
 
 @dataclass(frozen=True)

@@ -284,11 +284,13 @@ class Fit:
 
 
 def require_choice(damping: float | None, held_out: bool) -> None:
-    """Stop where a ridge is to be chosen and nothing is held out to choose it by.
+    """Stop at a ridge that is none, or where it is to be chosen and nothing is held out to choose it by.
 
     Raises:
         LibpruneError: saying what to change.
     """
+    if damping is not None and not 0 < damping < math.inf:
+        raise LibpruneError(f"damping = {damping} is no ridge; give a number above 0, such as 0.001")
     if damping is None and not held_out:
         raise LibpruneError(
             "slice.damping: auto chooses by every eighth calibration sequence, and there are fewer than 8; "
@@ -319,7 +321,7 @@ def fit_consumer(
         floor: as in `solve`.
 
     Raises:
-        LibpruneError: if the damping is to be chosen and nothing is held out.
+        LibpruneError: if the damping is not above 0, or is to be chosen and nothing is held out.
     """
     old = weight[:, kept].double()
     require_choice(damping, held_out is not None)

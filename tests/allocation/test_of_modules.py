@@ -78,7 +78,10 @@ def test_the_methods_of_networks_are_those_whose_record_says_so():
     [
         ({"method": "hgsp"}, r"method = 'hgsp' needs a language model; for networks choose"),
         ({"objective": "cache"}, r"objective = 'cache' needs a language model; for networks choose parameters, macs"),
-        ({"width": 12}, "width = 12 needs a language model"),
+        ({"width": 12}, "width = 12 needs a language model; networks know ratio, ratio_of, objective, method"),
+        ({"depth": "units"}, "depth = 'units' needs a language model"),
+        ({"worth": "sensitivity"}, "worth = 'sensitivity' needs a language model"),
+        ({"nested": [0.1]}, r"nested = \(0\.1,\) needs a language model"),
         ({"min_channels": 0}, "min_channels = 0, but a network needs at least one unit"),
         ({"ratio": None}, "ratio is None"),
     ],

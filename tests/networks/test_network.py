@@ -1,5 +1,6 @@
 """Statistics, repair and errors of networks, each against another way to the same number; and their folders."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from libprune.collection.module_hooks import input_rows
 from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import BudgetError, FamilyError, LibpruneError
 from libprune.engine.plan import Plan
-from libprune.networks import NetworkFamily, Samples, load
+from libprune.networks import Epochs, NetworkFamily, Samples, load
 from libprune.networks.network import Network
 from libprune.pipeline.artifacts import read_table
 from libprune.pipeline.sections import Allocate, Hessian, Score
@@ -246,10 +247,27 @@ def test_what_networks_do_not_have_is_refused(scored):
         network.plan(Score(criterion="taylor"), Allocate(min_channels=0))
     with pytest.raises(LibpruneError, match="repair = 'bias' is unknown"):
         network.prune(Plan.dense(network.architecture), "bias")
+    plan = network.plan(Score(criterion="magnitude"), Allocate(ratio=0.3))
+    for damping in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(LibpruneError, match=f"damping = {damping} is no ridge; give a number above 0"):
+            network.prune(plan, damping=damping)
+    for epochs in ({"number": 0}, {"rate": -1e-3}, {"patience": 0}):
+        with pytest.raises(LibpruneError, match="of the epochs is no number above 0"):
+            Epochs(**{"number": 1, "rate": 1e-3} | epochs)
     with pytest.raises(LibpruneError, match="compares only within a layer and part"):
         network.plan(Score(criterion="wanda"), Allocate(method="global"))
     with pytest.raises(BudgetError, match=r"ratio = 0.9.* at most 0\.\d+ can"):
         network.plan(Score(criterion="taylor"), Allocate(ratio=0.9, min_channels=3))
+
+
+def test_a_folder_that_is_a_file_and_a_batch_of_nothing_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, batch, message in (
+        (tmp_path / "file", 64, "is a file; name a folder"),
+        (tmp_path, 0, "batch = 0 is no"),
+    ):
+        with pytest.raises(LibpruneError, match=message):
+            Network(nn.Linear(3, 4), tmp_path / "none.yaml", Samples(torch.zeros(2, 3), torch.zeros(2)), folder, batch)
 
 
 @pytest.mark.parametrize("name", ["lenet", "lstm"])
