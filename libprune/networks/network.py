@@ -30,7 +30,14 @@ from libprune.pipeline.sections import Activations, Allocate, Compute, Gradients
 from libprune.pipeline.shards import read_meta
 from libprune.repair.blocks import Epochs
 from libprune.repair.least_squares import Fit
-from libprune.repair.of_modules import EPOCHS, repair_modules, repair_modules_in_order, set_weights, train_modules
+from libprune.repair.of_modules import (
+    EPOCHS,
+    fitted_state,
+    repair_modules,
+    repair_modules_in_order,
+    set_weights,
+    train_modules,
+)
 from libprune.results.module_folder import (
     WEIGHTS,
     Pruned,
@@ -203,7 +210,7 @@ class Network:
     def _local(self, plan: Plan, damping: float | None) -> list[Fit]:
         self._prepare()
         self._collect("activations")
-        state = {name: tensor.cpu() for name, tensor in self._network.state_dict().items()}
+        state = {name: tensor.cpu() for name, tensor in fitted_state(self._network).items()}
         return repair_modules(self._layout, self.architecture, plan, state, damping)
 
     def _sequential(self, plan: Plan, damping: float | None) -> list[Fit]:

@@ -1,6 +1,7 @@
 """Repair of networks that are not transformers: each consumer's weights and bias, fitted to the inputs that are left.
 
-The fit is that of `libprune.repair.least_squares`; where a map has a bias, this is the weight of a constant input of 1.
+The fit is that of `libprune.repair.least_squares`; where a map has a bias of its own, this is the weight of a constant
+input of 1. One that several maps share stays.
 A map whose inputs are all 0, as behind dead rectifiers, stays as it is: any weights would do.
 
 After the fits all weights can be trained together, `libprune.repair.blocks`. A network is described as one layer, so
@@ -8,6 +9,7 @@ the block is the whole network: what it is to give are the dense network's outpu
 """
 
 import copy
+from collections import Counter
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,6 +37,7 @@ from libprune.repair.least_squares import (
 from libprune.repair.repairs import inputs_of
 
 State = dict[str, Tensor]
+"""Tensors of a network by name."""
 
 EPOCHS = Epochs(number=30, rate=1e-3, patience=30)
 """How a network is trained if nothing else is asked for. The first epochs are often worse than the fits, and only the
@@ -47,6 +50,14 @@ _FLOOR = 1e-2
 network would get any weight, and may fire all the time in the pruned one; a recurrent network then diverges."""
 
 
+def fitted_state(network: nn.Module) -> State:
+    """A network's tensors by name, without biases that several modules share: a fit of one would change the others."""
+    owners = Counter(id(parameter) for module in network.modules() for parameter in module.parameters(recurse=False))
+    named = network.named_parameters(remove_duplicate=False)
+    shared = {name for name, parameter in named if owners[id(parameter)] > 1 and name.endswith("bias")}
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in shared}
+
+
 def repair_modules(
     layout: Layout, architecture: Architecture, plan: Plan, state: State, damping: float | None
 ) -> list[Fit]:
@@ -55,7 +66,7 @@ def repair_modules(
     Args:
         layout: where the activation statistics are.
         plan: what is removed.
-        state: the dense network's tensors.
+        state: the dense network's tensors, of `fitted_state`; a bias that is not among them stays.
         damping: the ridge; None to choose it on held-out samples.
     """
     read = inputs_of(layout, architecture, curvature=False)
@@ -88,7 +99,7 @@ def repair_modules_in_order(
         batches: calibration samples.
         damping: the ridge; None to choose it on held-out samples.
     """
-    current, state = copy.deepcopy(network), dict(network.state_dict())
+    current, state = copy.deepcopy(network), fitted_state(network)
     pruned = dict(pruned_consumers(architecture, plan))
     fits = []
     for consumer in _running_order(network, architecture, batches[0]):

@@ -78,6 +78,35 @@ def test_a_local_repair_is_the_best_fit_with_its_bias(name, tmp_path):
         assert float(error.square().sum()) <= float(best.square().sum()) + 1e-4 * scale
 
 
+class Sharing(nn.Module):
+    """Two maps with one bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(6, 12), nn.Linear(12, 5), nn.Linear(6, 12), nn.Linear(12, 5)
+        self.d.bias = self.b.bias
+
+    def forward(self, x):
+        return torch.cat([self.b(torch.relu(self.a(x)) + 1), self.d(torch.relu(self.c(x)) - 1)], 1)
+
+
+@pytest.mark.parametrize("repair", ["local", "sequential"])
+def test_a_bias_that_two_maps_share_stays_and_each_map_loses_what_its_fit_says(repair, tmp_path):
+    torch.manual_seed(0)
+    network, samples = Sharing(), Samples(torch.randn(40, 6), torch.randint(10, (40,)))
+    modules = {"a": "x -> h", "b": "h -> y", "c": "x -> g", "d": "g -> y"}
+    family = NetworkFamily(family="sharing", prunable=["h", "g"], modules=modules)
+    pruner = Network(network, family, samples, tmp_path / "work")
+    pruned = pruner.prune(pruner.plan(Score(criterion="magnitude"), Allocate(ratio=0.4)), repair, damping=1e-3)
+    assert torch.equal(pruned.network.b.bias, network.b.bias)
+    fitted = samples.inputs[torch.arange(40) % 8 != 7]
+    with torch.no_grad():
+        expected, found = network(fitted) - network.b.bias.repeat(2), pruned.network(fitted) - network.b.bias.repeat(2)
+    for fit, part in zip(pruned.fits, (slice(0, 5), slice(5, 10)), strict=True):
+        lost = (found - expected)[:, part].square().sum() / expected[:, part].square().sum()
+        assert fit.after == pytest.approx(float(lost), rel=1e-3 if repair == "local" else 0.3)
+
+
 def test_an_input_that_hardly_ever_varies_gets_no_large_weight(tmp_path):
     """A unit that is on for one sample alone could take over anything there; the repair leaves it almost as it was."""
     torch.manual_seed(0)
