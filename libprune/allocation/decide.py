@@ -256,7 +256,8 @@ def result_shape(architecture: Architecture, plan: Plan, params: Allocate) -> st
 
 
 def _not_uniform(architecture: Architecture, plan: Plan) -> str | None:
-    if not plan.uniform:
+    sizes = {axis_and_size for layer in plan.layers for axis_and_size in plan.sizes(architecture, layer).items()}
+    if not plan.uniform or len(sizes) > len(dict(sizes)):
         return "the layers of this plan differ in width"
     for layer, part in plan.keep:
         shape, kept = architecture.parts[part], plan.kept(layer, part)

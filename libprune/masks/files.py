@@ -142,7 +142,7 @@ def read_masked(folder: Path, masks: Path | None = None) -> Masked:
     pairs = [name for name in files if name.endswith((_ORIG, _MASK))]
     if pairs and masks is not None:
         raise LibpruneError(f"{folder} has masks of its own ({pairs[0]}); leave out {masks}")
-    dtype = files[next(name for name in files if not name.endswith(_MASK))].dtype
+    dtype = next((files[name].dtype for name in files if not name.endswith(_MASK)), torch.float32)
     if pairs:
         state, names = multiplied(files, str(folder))
         return finite(Masked(_loaded_from(folder, state), dtype, names))

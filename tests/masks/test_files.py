@@ -135,6 +135,7 @@ def edited(dense: Dense, folder: Path, change: Callable[[dict[str, Tensor]], obj
     [
         (lambda t: t.update({f"{NAME}_orig": t.pop(NAME)}), f"holds {NAME}_orig without {NAME}_mask"),
         (lambda t: t.update({f"{NAME}_mask": t[NAME].clone()}), f"holds {NAME}_mask without {NAME}_orig"),
+        (lambda t: (t.clear(), t.update({f"{NAME}_mask": OTHER})), f"holds {NAME}_mask without {NAME}_orig"),
         (lambda t: t.pop(NAME), f"lack 1 tensors, the first {NAME}"),
         (lambda t: t.update({"extra": OTHER}), "hold, for no parameter, 1 tensors, the first extra"),
     ],

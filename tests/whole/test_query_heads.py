@@ -113,6 +113,13 @@ def test_a_floor_of_all_groups_leaves_query_heads_alone_to_go():
     assert shape_path(ladders_of(drawn(0), method="global", min_groups=3), 0) == [(3, 9), (3, 6), (3, 3)]
 
 
+def test_layers_with_as_many_heads_in_other_numbers_of_groups_are_not_alike():
+    for first, shape in (((1, 2), "uniform"), ((2, 1), "per_layer")):
+        plan = plan_of_heads(architecture("llama"), lambda layer, first=first: (1, 2) if layer else first)
+        assert plan.uniform
+        assert result_shape(architecture("llama"), plan, Allocate()) == shape
+
+
 @given(SEEDS, st.sampled_from(["global", "uniform", "retention"]), st.floats(0.1, 0.5))
 @settings(max_examples=15)
 def test_plans_meet_their_target_and_can_be_written(seed, method, ratio):
