@@ -390,8 +390,10 @@ def _recover(architecture: Architecture, params: Params, sliced: Footprint) -> F
     beside = sum(architecture.numel(parameter) for parameter in architecture.parameters if parameter.whole)
     trained = left - beside if recover.method == "full" else _lora_parameters(architecture, recover, allocate)
     computed = compute_dtype(params.compute)
-    learned_from = 0 if recover.top_k is not None else described_teacher(architecture, recover).total_parameters
-    teacher = "teacher stored" if recover.top_k is not None else f"teacher in {dtype_name(computed)}"
+    learned_from = described_teacher(architecture, recover).total_parameters if recover.runs_teacher else 0
+    teacher = "teacher stored" if recover.compares else "no teacher"
+    if recover.runs_teacher:
+        teacher = f"teacher in {dtype_name(computed)}"
     return Footprint(
         "recover",
         files,

@@ -136,7 +136,7 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
     checked = (recover.checks + 1) * recover.held_out * recover.length
     learned = recover.method != "none" and recover.teacher is not None
     teaching = _FORWARD * _forward(described_teacher(architecture, recover)) if learned else passed
-    taught = 0 if recover.top_k is not None else teaching
+    taught = teaching if recover.runs_teacher else 0
     drawn, each = tokens.repaired_on
     fitted = min(params.slice.sequences or drawn, drawn) * each
     by_layer = fits + (2 * passed + gram) * fitted
@@ -215,7 +215,7 @@ def _training(architecture: Architecture, params: Params, needs: PassBytes, writ
         return 0
     training = next(stage.training for stage in written if stage.stage == "recover")
     passes = working_bytes(held_activations(compute, needs), needs.logits)
-    if recover.top_k is None:
+    if recover.runs_teacher:
         teacher = teacher_needs(architecture, recover, compute, compute_dtype(compute))
         beside = training - teacher.weights + passes
         if choose(compute, teacher, compute_device(compute), World(), beside) == "disk":

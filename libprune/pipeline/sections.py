@@ -733,6 +733,25 @@ class Recover(Section):
             yield "recover.hidden_states needs the dense model itself; set recover.top_k to null"
         if self.teacher is not None and self.hidden_states:
             yield "recover.hidden_states compares with the dense model's layers; set recover.teacher to null"
+        if self.cross_entropy == 1:
+            asked = {"teacher": self.teacher is not None, "top_k": self.top_k is not None}
+            without = [("temperature", "1")] if self.temperature != 1 else []
+            without += [(name, "null") for name, named in asked.items() if named and not self.compares]
+            for name, value in without:
+                yield (
+                    "recover.cross_entropy: 1 compares no predictions with another model's, so that "
+                    f"recover.{name} changes nothing; set it to {value}"
+                )
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss compares with another model: not where it is the cross-entropy to the text alone."""
+        return self.cross_entropy < 1 or self.hidden_states > 0
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the model to learn from runs beside the trained one."""
+        return self.compares and self.top_k is None
 
     @property
     def rate(self) -> float:

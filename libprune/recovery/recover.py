@@ -133,12 +133,18 @@ class _Run:
         passes = working_bytes(held_activations(self.compute, needs), needs.logits)
         return training_bytes(trained, whole, self.params) - there + passes
 
-    def teacher(self, beside: int) -> Teacher:
-        """The dense model where it runs, or its stored predictions; `beside` is what the training takes, in bytes."""
+    def teacher(self, beside: int) -> Teacher | None:
+        """The dense model where it runs, its stored predictions, or None where the loss compares with neither.
+
+        Args:
+            beside: what the training takes, in bytes.
+        """
         if self.params.top_k is not None:
             origin = self.origin | {"top_k": self.params.top_k, "temperature": self.params.temperature}
             return StoredTeacher(require(self.layout.teacher, "teacher"), origin)
         read_about(require(self.layout.teacher, "teacher"), self.origin)
+        if not self.params.compares:
+            return None
         where = (self.world, self.device, self.dtype)
         compute = settle_teacher(self.architecture, self.params, self.compute, *where, beside)
         model = load_teacher(self.layout, self.architecture, self.params, compute, *where)
@@ -146,7 +152,7 @@ class _Run:
         hidden, on_disk = self.params.hidden_states > 0, compute.offload == "disk"
         return LiveTeacher(model, hidden=hidden, held_out=first, on_disk=on_disk)
 
-    def training(self, teacher: Teacher) -> Training:
+    def training(self, teacher: Teacher | None) -> Training:
         """The training with what it learns from."""
         return Training(
             teacher=teacher,
@@ -202,7 +208,7 @@ def _train(run: _Run, home: Path) -> tuple[Outcome, int]:
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     training = run.training(run.teacher(run.beside_teacher(trained, whole)))
     if run.world.first:
-        _announce(run, home, trained, whole, training.teacher.held())
+        _announce(run, home, trained, whole, training.teacher.held() if training.teacher else 0)
     return training.run(model, home), trained
 
 

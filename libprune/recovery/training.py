@@ -125,7 +125,7 @@ class _Distiller(Trainer):
     """The Trainer with a teacher: its loss, and checkpoints that hold what is trained by the parameters' own names."""
 
     def __init__(
-        self, teacher: Teacher, params: Recover, layers: Sequence[int], pooling: Pooling | None, **given: Any
+        self, teacher: Teacher | None, params: Recover, layers: Sequence[int], pooling: Pooling | None, **given: Any
     ) -> None:
         super().__init__(**given)
         self._pooling = pooling
@@ -138,7 +138,7 @@ class _Distiller(Trainer):
         params = self._recover
         given = model_inputs(inputs["input_ids"], inputs.get("attention_mask"))
         said = model(**given, output_hidden_states=bool(params.hidden_states), use_cache=False)
-        taught = self._teacher.predict(inputs["index"], given) if self._needs_teacher else Taught(said[0].detach())
+        taught = self._teacher.predict(inputs["index"], given) if self._teacher else Taught(said[0].detach())
         if self._pooling is not None:
             assert isinstance(taught.predictions, Tensor), "hidden states are never stored"
             loss = distances(pooled(said[0], self._pooling), pooled(taught.predictions, self._pooling)).mean()
@@ -154,10 +154,6 @@ class _Distiller(Trainer):
                 "or set compute.dtype: float32"
             )
         return (loss, said) if return_outputs else loss
-
-    @property
-    def _needs_teacher(self) -> bool:
-        return self._recover.cross_entropy < 1 or self._recover.hidden_states > 0
 
     def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[Tensor, None, None]:
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -275,7 +271,7 @@ class Training:
     """A training of a pruned model on what the dense model says.
 
     Attributes:
-        teacher: the dense model, or its stored predictions.
+        teacher: the dense model, or its stored predictions; None where the loss compares with neither.
         sequences: those to train on, and behind them the held-out ones.
         held_out: number of held-out sequences.
         layers: index in the dense model of each layer of the trained one.
@@ -286,7 +282,7 @@ class Training:
         world: the processes; each takes its share of every step.
     """
 
-    teacher: Teacher
+    teacher: Teacher | None
     sequences: Sequences
     held_out: int
     layers: Sequence[int]

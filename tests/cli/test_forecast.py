@@ -102,6 +102,7 @@ GROWS = [
     ("slice", "slice", {"repair": "local"}, {"repair": "sequential"}),
     ("teacher", "recover", {"top_k": None}, {"top_k": 8}),
     ("recover", "recover", {"top_k": 8}, {"top_k": None}),
+    ("recover", "recover", {"cross_entropy": 1.0}, {"cross_entropy": 0.5}),
     ("recover", "recover", {"tokens": 1000}, {"tokens": 9000}),
     ("evaluate", "evaluate", {"rounds": 2}, {"rounds": 9}),
 ]

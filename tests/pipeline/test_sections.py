@@ -195,6 +195,15 @@ def test_hidden_states_need_the_dense_model_and_not_its_stored_predictions(load)
         assert load(data | {"recover": data["recover"] | {key: value}})
 
 
+@pytest.mark.parametrize(("key", "value"), [("temperature", 2.0), ("top_k", 8), ("teacher", "other")])
+def test_what_only_another_models_predictions_need_is_refused_beside_cross_entropy_alone(load, key, value):
+    data = shipped()
+    data["recover"] |= {"cross_entropy": 1.0, key: value}
+    with pytest.raises(ParamsError, match=rf"compares no predictions .* recover\.{key} changes nothing"):
+        load(data)
+    assert load(data | {"recover": data["recover"] | {"cross_entropy": 0.5}}).recover.compares
+
+
 def test_the_learning_rate_is_the_methods_if_none_is_given():
     assert [Recover(method=method).rate for method in ("none", "full", "lora")] == [1e-4, 1e-4, 1e-3]
     assert Recover(method="lora", learning_rate=0.5).rate == 0.5

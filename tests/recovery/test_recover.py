@@ -116,6 +116,14 @@ def test_a_recovered_folder_can_be_pruned_again(tmp_path, quick_proof):
     assert torch.equal(*logits)
 
 
+def test_cross_entropy_alone_loads_no_model_to_learn_from(tmp_path, quick_proof, monkeypatch, capsys):
+    layout = write_pruned_layout(tmp_path / "artifacts", "llama", "uniform")
+    monkeypatch.setattr(recover, "load_teacher", None)
+    one = recovered(layout, cross_entropy=1.0)
+    assert one.after < one.before
+    assert "the model to learn from" not in capsys.readouterr().err
+
+
 def test_an_interrupted_recovery_goes_on_to_the_same_folder(tmp_path, quick_proof, monkeypatch):
     layouts = [write_pruned_layout(tmp_path / name / "artifacts", "llama", "uniform") for name in ("whole", "stopped")]
     recovered(layouts[0])
