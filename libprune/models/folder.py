@@ -33,6 +33,8 @@ from libprune.pipeline.layout import Layout
 class WeightFiles(Mapping[str, Tensor]):
     """The tensors of a model folder by name, read from its safetensors files one at a time.
 
+    The file of the tensor that was asked for last stays open.
+
     Raises:
         ArtifactError: if the folder holds no safetensors file, or one that cannot be read; on access, if it holds no
             tensor of that name.
@@ -46,12 +48,16 @@ class WeightFiles(Mapping[str, Tensor]):
         if not self._files:
             raise ArtifactError(f"{folder} holds no .safetensors file; a model folder needs one")
         self._folder = folder
+        self._opened: tuple[Path, Any] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files:
             raise ArtifactError(missing_key(name, self._files, f"the weights in {self._folder}"))
-        with open_tensors(self._files[name]) as file:
-            return file.get_tensor(name)
+        path = self._files[name]
+        with naming(_UNREADABLE.format(path), ArtifactError):
+            if self._opened is None or self._opened[0] != path:  # to open one is to read the names of all its tensors
+                self._opened = path, safe_open(path, framework="pt")
+            return self._opened[1].get_tensor(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -76,10 +82,13 @@ def open_tensors(path: Path) -> Iterator[Any]:
     Raises:
         ArtifactError: if it cannot be read, with the reason; inside the context, too.
     """
-    with naming(f"{path} cannot be read as safetensors", ArtifactError):
+    with naming(_UNREADABLE.format(path), ArtifactError):
         require_content(path)
         with safe_open(path, framework="pt") as file:
             yield file
+
+
+_UNREADABLE = "{} cannot be read as safetensors"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

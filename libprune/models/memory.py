@@ -57,17 +57,31 @@ def keeping(folder: Path | None) -> Keep:
     return in_memory if folder is None else partial(on_disk, folder=folder)
 
 
-def _mapped(tensor: Tensor) -> bool:
-    """Whether a tensor lies in a mapped file; False where the system does not tell."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
+class _Mapped:
+    """The tensors that lie in mapped files; none where the system does not tell.
+
+    To ask the system is to read the list of all mappings. It is not asked for storages that PyTorch has allocated: they
+    alone can grow. An answer counts for all tensors in the same mapping. The first of them is kept: without it the
+    system could give its addresses to other memory.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[int, int, Tensor]] = []
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        address = tensor.data_ptr()
+        if tensor.untyped_storage().resizable():
+            return False
+        if any(first <= address < last for first, last, _ in self._known):
+            return True
+        maps = Path("/proc/self/maps")
+        for line in maps.read_text().splitlines() if maps.exists() else []:
+            extent, _, _, _, inode = line.split(maxsplit=5)[:5]
+            first, last = (int(end, 16) for end in extent.split("-"))
+            if first <= address < last:
+                self._known += [(first, last, tensor)] if inode != "0" else []
+                return inode != "0"
         return False
-    for line in maps.read_text().splitlines():
-        extent, _, _, _, inode = line.split(maxsplit=5)[:5]
-        first, last = (int(end, 16) for end in extent.split("-"))
-        if first <= tensor.data_ptr() < last:
-            return inode != "0"
-    return False
 
 
 @contextmanager
@@ -78,9 +92,10 @@ def loading_on_disk(folder: Path) -> Iterator[None]:
     """
     put, variable = core_model_loading.set_param_for_module, "HF_DEACTIVATE_ASYNC_LOAD"
     numbers, before = modeling_gguf_pytorch_utils.np, os.environ.get(variable)
+    mapped = _Mapped()
 
     def put_mapped(model: Any, name: str, value: Tensor, *rest: Any) -> None:
-        put(model, name, value if _mapped(value) else on_disk(value, folder), *rest)
+        put(model, name, value if value in mapped else on_disk(value, folder), *rest)
 
     core_model_loading.set_param_for_module = put_mapped
     modeling_gguf_pytorch_utils.np = _Arrays(numbers, folder)
@@ -112,7 +127,7 @@ LOADING_CODE = "\n".join(
         *("import os", "import tempfile", "from contextlib import contextmanager", "from pathlib import Path"),
         *("from typing import Any", "from collections.abc import Iterator", "import torch", "from torch import Tensor"),
         "from transformers import core_model_loading, modeling_gguf_pytorch_utils",
-        *(getsource(part) for part in (on_disk, _mapped, _Arrays, loading_on_disk)),
+        *(getsource(part) for part in (on_disk, _Mapped, _Arrays, loading_on_disk)),
     ]
 )
 """`loading_on_disk` as a text, for a process that is not to import libprune."""

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
@@ -72,8 +74,20 @@ def test_a_tensor_on_disk_is_the_tensor_and_leaves_no_file(dtype, shape, tmp_pat
     assert torch.equal(kept, expected)
     assert (kept.dtype, kept.shape) == (expected.dtype, expected.shape)
     assert list(tmp_path.rglob("*")) in ([], [tmp_path / "new"])
-    assert memory._mapped(kept) == bool(tensor.numel())
-    assert not memory._mapped(tensor.clone())
+    assert (kept in memory._Mapped()) == bool(tensor.numel())
+    assert tensor.clone() not in memory._Mapped()
+
+
+def test_the_list_of_mappings_is_read_once_for_all_tensors_of_a_file(tmp_path, monkeypatch):
+    tensors = {str(number): torch.full((2000,), float(number)) for number in range(9)}
+    save_file(tensors, tmp_path / "weights.safetensors")
+    mapped, asked, read_text = memory._Mapped(), [], memory.Path.read_text
+    with safe_open(tmp_path / "weights.safetensors", framework="pt") as file:
+        read = [file.get_tensor(name) for name in tensors]
+    monkeypatch.setattr(memory.Path, "read_text", lambda path: asked.append(path) or read_text(path))
+    assert all(tensor in mapped for tensor in read)
+    assert len(asked) == 1
+    assert not any(tensor in mapped for tensor in tensors.values())
 
 
 def test_writing_to_weights_on_disk_leaves_the_files_as_they_were(tmp_path):
@@ -91,6 +105,7 @@ def test_writing_to_weights_on_disk_leaves_the_files_as_they_were(tmp_path):
 @pytest.mark.parametrize("name", ["llama_mha", "mixtral", "gpt_oss", "bert_classifier"])
 def test_every_weight_is_mapped_whatever_transformers_has_to_convert(name, tmp_path):
     """Another type, experts that are published one by one, and a head of its own."""
+    mapped = memory._Mapped()
     FAMILIES[name](0).save_pretrained(tmp_path / "model")
     for dtype in (torch.float32, torch.bfloat16):
         expected = load_model(tmp_path / "model", dtype)
@@ -98,7 +113,7 @@ def test_every_weight_is_mapped_whatever_transformers_has_to_convert(name, tmp_p
         found, tensors = dict(model.named_parameters()), dict(expected.named_parameters())
         assert found.keys() == tensors.keys(), "what is tied is tied"
         assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
-        assert all(memory._mapped(parameter) for parameter in found.values())
+        assert all(parameter in mapped for parameter in found.values())
         assert list((tmp_path / "scratch").iterdir() if (tmp_path / "scratch").exists() else []) == []
 
 
@@ -118,7 +133,7 @@ def test_dequantised_tensors_of_a_gguf_file_lie_on_disk(tmp_path):
     with memory.loading_on_disk(tmp_path):
         copy = memory.modeling_gguf_pytorch_utils.np.copy(array)
         assert memory.modeling_gguf_pytorch_utils.np.pi == np.pi
-    assert memory._mapped(torch.from_numpy(copy))
+    assert torch.from_numpy(copy) in memory._Mapped()
     assert (copy == array).all()
 
 
