@@ -69,8 +69,13 @@ class MeansError(LibpruneError):
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
-    """The known words nearest to `word`, as the end of a message: ``; did you mean 'kv'?``."""
-    matches = get_close_matches(word, list(known), n=count, cutoff=0.5)
+    """The known words nearest to `word`, as the end of a message: ``; did you mean 'kv'?``.
+
+    Those of the same letters in another order come first.
+    """
+    words = list(known)
+    turned = [one for one in words if sorted(one) == sorted(word)]
+    matches = list(dict.fromkeys([*turned, *get_close_matches(word, words, n=count, cutoff=0.5)]))[:count]
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 

@@ -1,4 +1,4 @@
-"""What the description of a model that lies here forbids: the share, and biases that its config cannot say."""
+"""What the description of a model that lies here forbids: the share, its width, biases that its config cannot say."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +10,12 @@ from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.plan import Plan
+from libprune.foresight.settings import refused
 from libprune.pipeline.faults import Fault
 from libprune.pipeline.params import Params
-from libprune.pipeline.sections import Allocate
+from libprune.pipeline.sections import Allocate, Prepare
 from libprune.pipeline.sources import resolve
+from libprune.scoring.expression import named_criteria
 
 SAFE = 0.5
 """A share of the layers' parameters that every described family can lose, if nothing else is asked for: two thirds of
@@ -21,7 +23,7 @@ a layer are channels, of which all but one may go."""
 
 
 def budget_faults(params: Params) -> Iterator[Fault]:
-    """The faults of a share that cannot be removed from this model, and of a repair that it cannot hold.
+    """The faults of a share or a width that this model cannot have, and of a repair or a criterion that it cannot.
 
     The model is described only where the settings ask for what some model cannot give, since that takes seconds. Of a
     model of the hub nothing is known.
@@ -32,40 +34,58 @@ def budget_faults(params: Params) -> Iterator[Fault]:
         counted = False  # how much of it goes with the vocabulary is known when its text is read
     if allocate.width == "auto":
         counted = False  # how much of it goes with columns is known when these are measured
-    if not counted and not biases:
+    compares, narrows = "cooperative" in named_criteria(params.score), allocate.width is not None
+    if not (counted or biases or compares or narrows) or resolve(params.prepare.model) is None:
         return
-    if resolve(params.prepare.model) is None:
-        return
-    from libprune.engine.describe import describe, require_shared, without_weights
-    from libprune.engine.stock_config import bias_key
-    from libprune.models.source import load_dense_config
-
     try:
-        config = load_dense_config(params.prepare)
-        model = without_weights(config, params.prepare.trust_remote_code)
-        section = params.prepare
-        architecture = describe(model, accept=section.accept_config, experts=section.experts, heads=section.heads)
-        require_shared(architecture)
+        config, architecture = _described(params.prepare)
     except LibpruneError as error:
         yield Fault(f"prepare.model: {error}", ("prepare", "model"))
         return
-    names = {parameter.name for parameter in architecture.parameters}
-    if biases and not any(
-        bias_key(architecture.family, config, part)
-        or all(consumer.bias in names for consumer in architecture.consumers(architecture.with_part(part)[0], part))
-        for part in architecture.parts
-    ):
+    if biases and not _holds_biases(architecture, config):
         yield Fault(
             "slice.repair: bias needs a bias on the maps that read what is removed, and the config of this "
             f"{config.model_type} model cannot say one; choose slice.repair: local or sequential",
             ("slice", "repair"),
         )
+    if compares:
+        from libprune.scoring.gram_columns import require_one_text
+
+        yield from refused(("score", "criterion"), require_one_text, architecture)
+    if narrows:
+        from libprune.narrowing.measure import choose_widths
+
+        yield from refused(("allocate", "width"), choose_widths, architecture, config, params.width, allocate.width)
     try:
         if counted:
             removable(architecture, allocate)
     except LibpruneError as error:
         told = str(error).replace("global removes", f"{allocate.method} removes")  # which is no more
         yield Fault(told, ("allocate", "ratio" if isinstance(error, BudgetError) else "method"))
+
+
+def _described(section: Prepare) -> tuple[Any, Architecture]:
+    """The config and the description of a model, of which no weight is read."""
+    from libprune.engine.describe import describe, require_shared, without_weights
+    from libprune.models.source import load_dense_config
+
+    config = load_dense_config(section)
+    model = without_weights(config, section.trust_remote_code)
+    architecture = describe(model, accept=section.accept_config, experts=section.experts, heads=section.heads)
+    require_shared(architecture)
+    return config, architecture
+
+
+def _holds_biases(architecture: Architecture, config: Any) -> bool:
+    """Whether the maps that read some part have biases, or can have them by the config."""
+    from libprune.engine.stock_config import bias_key
+
+    names = {parameter.name for parameter in architecture.parameters}
+    return any(
+        bias_key(architecture.family, config, part)
+        or all(consumer.bias in names for consumer in architecture.consumers(architecture.with_part(part)[0], part))
+        for part in architecture.parts
+    )
 
 
 def _strained(allocate: Allocate) -> bool:

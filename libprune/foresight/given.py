@@ -1,7 +1,9 @@
 """What is given and lies here: models, texts, folders of tasks. Of texts the beginning is read, of models no weight."""
 
 import json
+import re
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from libprune.models.given import require_content, require_dequantised, require_
 from libprune.pipeline.faults import Fault, name_of
 from libprune.pipeline.methods import METHODS
 from libprune.pipeline.params import Params
-from libprune.pipeline.sections import Recover, Tokenize, Vocabulary
+from libprune.pipeline.sections import Prepare, Recover, Tokenize, Vocabulary
 from libprune.pipeline.sources import resolve
 from libprune.texts.chosen import (
     SELF,
@@ -46,6 +48,7 @@ def given_faults(params: Params) -> Iterator[Fault]:
         yield from own
         return
     config = yield from _model("prepare.model", params.prepare.model, params.prepare.trust_remote_code)
+    yield from _revision(params.prepare)
     if params.recover.method != "none" and params.recover.teacher is not None:
         yield from _model("recover.teacher", params.recover.teacher, False)
     if config is not None:
@@ -99,6 +102,17 @@ def _model(key: str, model: str, trusted: bool) -> Generator[Fault, None, Config
         told = str(error) if "prepare.model" in str(error) else f"prepare.model: {error}"
         yield Fault(told.replace("prepare.model", key), tuple(key.split(".")))
         return None
+
+
+def _revision(given: Prepare) -> Iterator[Fault]:
+    """A revision of a model that has none."""
+    with suppress(SourceError):  # which is told of the model
+        if given.revision is not None and resolve(given.model) is not None:
+            yield Fault(
+                f"prepare.revision is for models of the hub, and prepare.model = {given.model!r} lies here; set it to "
+                "null",
+                ("prepare", "revision"),
+            )
 
 
 def _read_model(model: str, trusted: bool) -> Config | None:
@@ -254,7 +268,7 @@ def _texts(params: Params, kind: str | None) -> Iterator[Fault]:
     if isinstance(settings.text, tuple):
         faults += _listed("tokenize", settings.text, settings, label)
     elif sources:
-        keys = ["config", "revision", "split"]
+        keys = [*_HUB_KEYS]
         keys += ["evaluation_config", "evaluation_split"] if settings.evaluation_text is None else []
         faults += _text(("tokenize", ""), sources[0], settings, keys)
     other = None
@@ -277,7 +291,7 @@ def _vocabulary(given: Vocabulary) -> Iterator[Fault]:
         yield from faults
         return
     keys = given.model_dump(include={"text", "config", "revision", "split", "column"})
-    for fault in _text(("prepare.vocabulary", ""), vocabulary_source(given), Tokenize.model_validate(keys), ()):
+    for fault in _text(("prepare.vocabulary", ""), vocabulary_source(given), Tokenize.model_validate(keys), _HUB_KEYS):
         yield Fault(fault.text, place)
 
 
@@ -296,9 +310,14 @@ def _listed(
             continue
         own = settings.model_copy(update=keys_of(share))
         place = (section, "text", number) if isinstance(text, tuple) else (section, "text")
-        for fault in _text((section, ""), calibration_source(own, label), own, ()):
-            said = fault.text.replace(f"{section}.column: ", f"{name_of(place)}.column: ")
+        keys = _HUB_KEYS if isinstance(text, tuple) else ()
+        for fault in _text((section, ""), calibration_source(own, label), own, keys):
+            said = re.sub(rf"^{section}\.({'|'.join(('column', *_HUB_KEYS))})\b", rf"{name_of(place)}.\1", fault.text)
             yield Fault(said, place)
+
+
+_HUB_KEYS = ("config", "revision", "split")
+"""Keys of a text that only a data set of the hub has."""
 
 
 def _text(where: tuple[str, str], source: TextSource, settings: Tokenize, hub_keys: Iterable[str]) -> Iterator[Fault]:

@@ -158,6 +158,12 @@ class Params(Section):
                 f"allocate.ratio: null leaves the ratio to allocate.method: retention, not to {allocate.method}; or to "
                 "allocate.budgets, for allocate.method: search"
             )
+        ways = {
+            f"compute.offload: {self.compute.offload}": self.compute.offload in {"cpu", "disk"},
+            "compute.gradient_checkpointing: true": self.compute.gradient_checkpointing,
+        }
+        for way in [way for way, used in ways.items() if used and self.hessian.estimator == "hutchinson"]:
+            yield f"hessian.estimator: hutchinson cannot be used with {way}; choose fisher, or switch it off"
         yield from self._of_budgets()
         yield from self._of_nesting()
         uses = {

@@ -54,6 +54,19 @@ def read_gram_columns(layout: Layout, architecture: Architecture, params: Score,
     return {"obs": np.concatenate(errors), "obs_share": np.concatenate(shares)}
 
 
+def require_one_text(architecture: Architecture) -> None:
+    """Stop the criterion `cooperative` at a mixture, whose experts see different tokens.
+
+    Raises:
+        LibpruneError: saying so.
+    """
+    if architecture.experts is not None:
+        raise LibpruneError(
+            "the criterion cooperative compares inputs that the same tokens have, which those of different experts are "
+            "not; choose another criterion for a mixture of experts"
+        )
+
+
 def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> Columns:
     """The columns `unit_connection`, `unit_uniqueness`, `unit_centrality` and `unit_cooperation`.
 
@@ -63,13 +76,9 @@ def graph_columns(layout: Layout, architecture: Architecture, params: Score) -> 
         params: the threshold.
 
     Raises:
-        ArtifactError: if statistics are missing.
+        LibpruneError: if statistics are missing, or the model is a mixture of experts.
     """
-    if architecture.experts is not None:
-        raise LibpruneError(
-            "the criterion cooperative compares inputs that the same tokens have, which those of different experts are "
-            "not; choose another criterion for a mixture of experts"
-        )
+    require_one_text(architecture)
     weights = WeightFiles(own_model(layout, architecture))
     columns: dict[str, list[Values]] = {}
     for layer, part in Bar(list(architecture.blocks()), desc="score", unit="block", delay=PATIENCE):

@@ -31,6 +31,7 @@ def test_every_error_that_users_cause_is_one_kind():
     [
         ("kw", ["kv", "model"], "; did you mean 'kv'?"),
         ("layer", ["layers", "layer0"], "; did you mean 'layers' or 'layer0'?"),
+        ("esed", ["nested", "seed"], "; did you mean 'seed' or 'nested'?"),
         ("xyz", ["kv", "model"], ""),
         ("kv", [], ""),
     ],

@@ -74,9 +74,9 @@ def test_what_is_not_looked_at_can_be_removed(kv):
     removable(shape.architecture(), Allocate(ratio=SAFE))
 
 
-def told(model: str, repair: str = "none", **allocation: object) -> list[str]:
+def told(model: str, repair: str = "none", criterion: str = "unit_fisher", **allocation: object) -> list[str]:
     data = untrained()
-    data["prepare"]["model"], data["slice"]["repair"] = model, repair
+    data["prepare"]["model"], data["slice"]["repair"], data["score"]["criterion"] = model, repair, criterion
     data["allocate"] |= {"method": "uniform"} | allocation
     return [fault.text for fault in budget_faults(validate_params(data, ""))]
 
@@ -94,5 +94,20 @@ def test_a_model_that_lies_here_is_described_where_the_share_is_much(tmp_path):
     other.save_pretrained(tmp_path / "other")
     (fault,) = told(str(tmp_path / "other"), "bias")
     assert "slice.repair: bias needs a bias on the maps" in fault
-    assert told("owner/model", ratio=0.9) == []
+    assert told("owner/model", ratio=0.9) == told("owner/model", width=3) == []
     assert told(model, ratio=0.9, objective="latency") == []
+
+
+def test_a_width_and_a_criterion_that_a_model_cannot_have_are_told(tmp_path):
+    for name in ("bert", "mixtral", "llama_mha"):
+        FAMILIES[name](0).save_pretrained(tmp_path / name)
+    for width in (3, "auto"):
+        more = {"method": "search", "evaluations": 0} if width == "auto" else {}
+        (fault,) = told(str(tmp_path / "bert"), width=width, **more)
+        assert "the residual stream of a bert model cannot be narrower" in fault
+    (fault,) = told(str(tmp_path / "llama_mha"), width=36)
+    assert "the residual stream of this model has 36 columns" in fault
+    assert told(str(tmp_path / "llama_mha"), width=24) == []
+    for name, number in (("mixtral", 1), ("llama_mha", 0)):
+        faults = told(str(tmp_path / name), criterion="cooperative")
+        assert ["cooperative compares inputs" in fault for fault in faults] == [True] * number

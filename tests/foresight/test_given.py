@@ -238,6 +238,19 @@ def test_keys_of_the_hub_are_found_on_a_text_that_lies_here(told):
     (fault,) = told(tokenize={"evaluation_split": "test"})
     assert fault.startswith("tokenize.evaluation_split is for data sets of the hub")
     assert told(tokenize={"evaluation_split": "test", "evaluation_text": "owner/text"}) == []
+    (fault,) = told(tokenize={"text": [{"text": "text.txt", "share": 1.0, "revision": "v1"}]})
+    assert fault.startswith("tokenize.text[0].revision is for data sets of the hub")
+    (fault,) = told(prepare={"vocabulary": {"text": "text.txt", "split": "train"}})
+    assert fault.startswith("prepare.vocabulary.split is for data sets of the hub")
+
+
+def test_a_revision_is_found_on_a_model_that_lies_here(told, tmp_path):
+    model = write_config(tmp_path / "model", model_type="llama")
+    (fault,) = told(prepare={"model": model, "revision": "main"})
+    assert (
+        fault == f"prepare.revision is for models of the hub, and prepare.model = '{model}' lies here; set it to null"
+    )
+    assert told(prepare={"revision": "main"}) == []
 
 
 def test_the_text_to_calibrate_on_is_found_as_that_to_evaluate_on(told):

@@ -166,6 +166,18 @@ def test_settings_of_another_repair_are_refused(load, key, value, repair):
         load(data)
 
 
+@pytest.mark.parametrize("compute", [{"offload": "cpu"}, {"offload": "disk"}, {"gradient_checkpointing": True}])
+def test_probes_need_the_whole_graph_in_one_place(load, compute):
+    data = shipped()
+    data["hessian"]["estimator"] = "hutchinson"
+    load(data)
+    data["compute"] |= compute
+    with pytest.raises(ParamsError, match=rf"hutchinson cannot be used with compute\.{next(iter(compute))}"):
+        load(data)
+    data["hessian"]["estimator"] = "fisher"
+    load(data)
+
+
 def test_whole_plans_are_measured_by_the_preset_best_unless_every_layer_is_to_have_one_shape(load):
     data = shipped() | {"preset": "best"}
     assert load(data).allocate.evaluations == PRESETS["best"]["allocate"]["evaluations"] > len(RIVALS)
