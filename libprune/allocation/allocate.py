@@ -7,7 +7,7 @@ from typing import Any
 from libprune.allocation.advice import held_whole
 from libprune.allocation.frames import Frame, find, require_ordered, without
 from libprune.allocation.hgsp import block_factors, collapsing, weighted
-from libprune.allocation.ladders import Ladders, build_ladders, forced_by, plan_of
+from libprune.allocation.ladders import Ladders, build_ladders, forced_by, free_steps, plan_of
 from libprune.allocation.methods import Depth, Evidence, Order, allocate_global
 from libprune.allocation.retention import wanted_removals, wanted_total
 from libprune.allocation.widths import WITHIN, fine_enough, fitting_multiples
@@ -368,7 +368,7 @@ def _check_reached(
 ) -> None:
     """Stop when more is asked for than the method can remove at all; coarse steps alone are no error."""
     removed = prices.removed(plan)
-    cheapest = min((step.cost for steps in ladders.values() for step in steps), default=0)
+    cheapest = min((step.cost for steps in ladders.values() for step in free_steps(steps)), default=0)
     if target - removed <= cheapest:
         return
     deepest = METHODS[params.method].allocate(architecture, ladders, prices.total, params, evidence)

@@ -263,6 +263,16 @@ def test_a_smaller_ratio_that_is_none_is_refused():
         allocate(shape.architecture(), table_of(shape, 0), Allocate(method="global", ratio=0.3, nested=(0.4,)))
 
 
+@pytest.mark.parametrize("nested", [(), (0.2, 0.628)])
+@pytest.mark.parametrize("method", ["global", "uniform"])
+def test_what_the_floors_forbid_is_refused_with_smaller_plans_inside_too(method, nested):
+    """The forced removals of the smaller plans are one large step, which is not the distance to what is asked for."""
+    shape = Shape()
+    params = Allocate(method=method, ratio=0.68, nested=nested, min_groups=2, min_channels=2)
+    with pytest.raises(BudgetError, match=rf"ratio = 0\.68 .* {method} removes at most 0\.\d+"):
+        allocate(shape.architecture(), table_of(shape, 0), params)
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "nemotron_h", "llama"])
 @pytest.mark.parametrize("objective", ["active", "state", "bytes", "total"])
 def test_the_prices_of_budgets_are_what_the_exact_size_loses(name, objective):
