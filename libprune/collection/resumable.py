@@ -31,7 +31,7 @@ from libprune.collection.accumulator import (
 )
 from libprune.collection.calibration import Items, Run
 from libprune.engine.architecture import Architecture
-from libprune.engine.errors import StatisticsError
+from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.tables import Columns, unit_index
 from libprune.models.memory import fits_in_memory, fits_on, require_room
 from libprune.models.parallel import World
@@ -194,7 +194,7 @@ def collecting(
     Raises:
         LibpruneError: if the disk has no room, or a value is not finite.
     """
-    seconds = float(os.environ.get("LIBPRUNE_CHECKPOINT_SECONDS", "30"))
+    seconds = _seconds_between()
     home = run.work / stage / sums_identity(run, {**identity, "batch_sequences": size}, ("statistics", *rooms))
     folder = _rank_folder(home, run.world)
     with only_one(run.work / f"{stage}.lock") if run.world.first else nullcontext():
@@ -227,6 +227,22 @@ def collecting(
         run.world.barrier()
         if run.world.first:
             discard(home)
+
+
+def _seconds_between() -> float:
+    """Seconds between two saved states, by the environment.
+
+    Raises:
+        LibpruneError: if it says no number.
+    """
+    said = os.environ.get(_SECONDS, "30")
+    try:
+        return float(said)
+    except ValueError:
+        raise LibpruneError(f"{_SECONDS} = {said!r} is no number of seconds") from None
+
+
+_SECONDS = "LIBPRUNE_CHECKPOINT_SECONDS"
 
 
 def _on_disk(run: Run, states: int) -> bool:

@@ -180,6 +180,9 @@ def _fits(params: Params, config: Config) -> Iterator[Fault]:
             "none",
             ("allocate", "depth"),
         )
+    shares = any(part.sharing for part in family.parts.values()) and config.get("num_kv_shared_layers")
+    if family.tower is not None or shares:
+        yield from _alike(params, family)
     if family.tower is not None:
         yield from _of_a_tower(params, family)
 
@@ -198,8 +201,8 @@ def _nested(family: Family, config: Config) -> bool:
     return family.tower is None or isinstance(config.get(family.tower.config), dict)
 
 
-def _of_a_tower(params: Params, family: Family) -> Iterator[Fault]:
-    """Settings that need layers of different widths, or a program that runs no language model inside another model."""
+def _alike(params: Params, family: Family) -> Iterator[Fault]:
+    """Settings that need layers of different widths, for a model that has no code for them."""
     allocate = params.allocate
     alike = f"and the layers of a {family.family} model can only be written all alike"
     method = METHODS[allocate.method]
@@ -219,6 +222,10 @@ def _of_a_tower(params: Params, family: Family) -> Iterator[Fault]:
     for key in ("freeze_first", "freeze_last"):
         if getattr(allocate, key):
             yield Fault(f"allocate.{key} keeps layers wider than the others, {alike}; set it to 0", ("allocate", key))
+
+
+def _of_a_tower(params: Params, family: Family) -> Iterator[Fault]:
+    """Programs that run no language model inside another model."""
     for kind in params.export.formats:
         if kind in {"onnx", "openvino"}:
             yield Fault(

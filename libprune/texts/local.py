@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -115,8 +116,8 @@ def _zstd(path: Path) -> Any:
 _OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
 KNOWN = f"{', '.join(_ENDINGS)}; all but .parquet also with {', '.join(_OPENERS)}"
 """The endings of files that are read."""
-_ABOUT = ("readme", "license", "licence", "citation")
-"""Beginnings of the names of files that tell about a text."""
+_ABOUT = re.compile(r"(readme|licen[cs]e|citation)(?![a-z])", re.IGNORECASE)
+"""The first word of the names of files that tell about a text."""
 
 
 def text_files(path: Path) -> list[Path]:
@@ -141,7 +142,7 @@ def text_files(path: Path) -> list[Path]:
 
 
 def _tells_about(path: Path) -> bool:
-    return path.name.lower().startswith(_ABOUT) and path.suffix.lower() in {"", ".md", ".rst", ".txt", ".cff"}
+    return _ABOUT.match(path.name) is not None and path.suffix.lower() in {"", ".md", ".rst", ".txt", ".cff"}
 
 
 def _first(names: Sequence[str]) -> str:

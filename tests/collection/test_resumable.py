@@ -109,6 +109,12 @@ def stopping(monkeypatch) -> Iterator[SimpleNamespace]:
 # Interruption
 
 
+def test_an_interval_that_is_no_number_is_told(place, monkeypatch):
+    monkeypatch.setenv("LIBPRUNE_CHECKPOINT_SECONDS", "30s")
+    with pytest.raises(LibpruneError, match="LIBPRUNE_CHECKPOINT_SECONDS = '30s' is no number of seconds"):
+        stage("gradients", place)
+
+
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("sums", ["memory", "disk"])
 def test_a_stopped_stage_goes_on_and_ends_with_the_same_bytes(project, place, stopping, name, sums, capsys):

@@ -152,6 +152,15 @@ def test_what_a_language_model_inside_another_cannot_do_is_found(told, tmp_path)
     assert told(prepare={"model": llama}, allocate=usual) == []
 
 
+@pytest.mark.parametrize(("sharing", "number"), [(2, 1), (0, 0)])
+def test_layers_that_use_the_keys_of_others_are_written_alike(told, tmp_path, sharing, number):
+    model = write_config(tmp_path / "gemma", model_type="gemma4_text", num_kv_shared_layers=sharing)
+    faults = told(prepare={"model": model}, allocate={"method": "search", "shape": "auto"})
+    assert ["the layers of a gemma4_text model can only be written all alike" in fault for fault in faults] == (
+        [True] * number
+    )
+
+
 WRITERS = {
     "jsonl": lambda path: path.write_text('{"body": "a", "n": 1}\n{"body": "b", "n": 2}\n'),
     "json": lambda path: path.write_text('[{"body": "a", "n": 1}]'),

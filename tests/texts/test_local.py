@@ -145,6 +145,7 @@ def test_of_a_folder_hidden_files_and_those_about_the_text_are_left_out(tmp_path
         "readme.txt",
         "LICENSE",
         "license.txt",
+        "README_de.txt",
         "CITATION.cff",
     ):
         (tmp_path / name).write_text("wrong")
@@ -153,7 +154,8 @@ def test_of_a_folder_hidden_files_and_those_about_the_text_are_left_out(tmp_path
         text_files(tmp_path)
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"b"))
-    assert texts(tmp_path) == ["a", "b"]
+    (tmp_path / "citations.txt").write_text("c")
+    assert texts(tmp_path) == ["a", "b", "c"]
     (tmp_path / "c.csv").write_text("a")
     with pytest.raises(SourceError, match="holds files of 2 kinds: csv, text"):
         text_files(tmp_path)
