@@ -98,12 +98,15 @@ class Network:
         Raises:
             FamilyError: if the family does not describe the network.
             LibpruneError: if it does not take and give one tensor, computes in half precision or on a device of another
-                kind than `cpu` and `cuda`, the folder holds other things or is a file, or the batch holds no sample.
+                kind than `cpu` and `cuda`, the folder holds other things or is a file, the batch holds no sample, or
+                second order is not to be estimated.
         """
         if batch < 1:
             raise LibpruneError(f"batch = {batch} is no number of samples; give a whole number from 1")
         if Path(folder).exists() and not Path(folder).is_dir():
             raise LibpruneError(f"{folder} is a file; name a folder for what is collected")
+        if hessian is not None and hessian.estimator == "none":
+            raise LibpruneError("hessian.estimator is none; choose fisher, fisher_sample or hutchinson")
         self.family = NetworkFamily.of(family)
         self._network = copy.deepcopy(network).eval()
         self._samples, self._layout = samples, Layout(Path(folder))
@@ -142,6 +145,8 @@ class Network:
         """
         if score.fusion in READS_LOSSES:
             raise LibpruneError(f"fusion = {score.fusion!r} needs the ablation stage, which networks do not have")
+        if score.fisher_over == "token":
+            raise LibpruneError("fisher_over = 'token' needs a language model; networks have samples; set 'sequence'")
         self._prepare()
         for name in named_criteria(score):
             for stage in find_criterion(name).stages:

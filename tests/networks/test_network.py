@@ -243,6 +243,8 @@ def test_what_networks_do_not_have_is_refused(scored):
         network.plan(Score(criterion="taylor"), Allocate(method="hgsp"))
     with pytest.raises(LibpruneError, match="objective = 'cache' needs a language model"):
         network.plan(Score(criterion="taylor"), Allocate(objective="cache"))
+    with pytest.raises(LibpruneError, match="fisher_over = 'token' needs a language model"):
+        network.scores(Score(criterion="unit_fisher", fisher_over="token"))
     with pytest.raises(LibpruneError, match="at least one unit"):
         network.plan(Score(criterion="taylor"), Allocate(min_channels=0))
     with pytest.raises(LibpruneError, match="repair = 'bias' is unknown"):
@@ -268,6 +270,8 @@ def test_a_folder_that_is_a_file_and_a_batch_of_nothing_are_refused(tmp_path):
     ):
         with pytest.raises(LibpruneError, match=message):
             Network(nn.Linear(3, 4), tmp_path / "none.yaml", Samples(torch.zeros(2, 3), torch.zeros(2)), folder, batch)
+    with pytest.raises(LibpruneError, match=r"hessian\.estimator is none; choose fisher"):
+        Network(CASE.network(), CASE.family, CASE.samples(), tmp_path / "work", hessian=Hessian(probes=4))
 
 
 @pytest.mark.parametrize("name", ["lenet", "lstm"])
