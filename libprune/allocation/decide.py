@@ -206,7 +206,7 @@ def budget_line(budget: Mapping[str, Any]) -> str:
     )
 
 
-def _amount(value: float) -> str:
+def _amount(value: int | float) -> str:
     return f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
 
 
