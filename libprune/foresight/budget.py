@@ -55,7 +55,9 @@ def budget_faults(params: Params) -> Iterator[Fault]:
     if narrows:
         from libprune.narrowing.measure import choose_widths
 
-        yield from refused(("allocate", "width"), choose_widths, architecture, config, params.width, allocate.width)
+        wrong = list(refused(("allocate", "width"), choose_widths, architecture, config, params.width, allocate.width))
+        yield from wrong
+        counted = counted and not wrong
     try:
         if counted:
             removable(architecture, allocate)
@@ -94,7 +96,12 @@ def _strained(allocate: Allocate) -> bool:
     """
     frozen = allocate.freeze_first + allocate.freeze_last
     demand = (allocate.ratio or 0) * (2 if allocate.ratio_of == "total" else 1) * (2 if frozen else 1)
-    return demand > SAFE or frozen > 2 or any(getattr(allocate, key) != value for key, value in _USUAL.items())
+    return (
+        demand > SAFE
+        or frozen > 2
+        or allocate.columns is not None
+        or any(getattr(allocate, key) != value for key, value in _USUAL.items())
+    )
 
 
 _LIMITS = ("objective", "min_groups", "min_channels", "channel_multiple", "collapse_below")

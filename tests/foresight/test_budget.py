@@ -107,7 +107,9 @@ def test_a_width_and_a_criterion_that_a_model_cannot_have_are_told(tmp_path):
         assert "the residual stream of a bert model cannot be narrower" in fault
     (fault,) = told(str(tmp_path / "llama_mha"), width=36)
     assert "the residual stream of this model has 36 columns" in fault
-    assert told(str(tmp_path / "llama_mha"), width=24) == []
+    assert told(str(tmp_path / "llama_mha"), width=24, ratio=0.4) == []
+    (fault,) = told(str(tmp_path / "llama_mha"), width=24, ratio=0.1)
+    assert "allocate.width = 24 alone takes 0.333 of the decoder parameters" in fault
     for name, number in (("mixtral", 1), ("llama_mha", 0)):
         faults = told(str(tmp_path / name), criterion="cooperative")
         assert ["cooperative compares inputs" in fault for fault in faults] == [True] * number
