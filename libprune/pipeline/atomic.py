@@ -39,6 +39,7 @@ def writing(target: Path) -> Iterator[Path]:
     """A path to write a file or a folder at; it replaces `target` when the block ends without an error.
 
     Raises:
+        LibpruneError: if a file was written, and the target is a folder.
         MeansError: where space, permission or memory lack, naming the target, and the bytes that are free.
     """
     partial = target.with_name(f".{target.name}.{HERE}.{os.getpid()}.partial")
@@ -66,6 +67,8 @@ def _partial(target: Path, partial: Path) -> Iterator[None]:
         _let_others_read(partial)
         if partial.is_dir():
             remove(target)
+        elif target.is_dir() and not target.is_symlink():
+            raise LibpruneError(f"{target} is a folder, and a file is to be written there; name another, or remove it")
         partial.replace(target)
     finally:
         for number in spare:

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+from libprune.engine.errors import LibpruneError
 from libprune.pipeline.artifacts import read_json, write_table
 from libprune.pipeline.atomic import HERE, write_json, writing, writing_folder
 from tests.support.files import tree
@@ -77,6 +78,14 @@ def test_files_have_the_mode_that_the_user_asks_of_new_files(tmp_path, mask, mod
     assert (tmp_path / "folder/inner/private").stat().st_mode & 0o777 == mode
     assert (tmp_path / "file").stat().st_mode & 0o777 == mode
     assert (tmp_path / "folder/inner").is_dir()
+
+
+def test_a_file_takes_no_place_of_a_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "own").write_text("mine")
+    with pytest.raises(LibpruneError, match="folder is a folder, and a file is to be written there"):
+        write_json(tmp_path / "folder", {})
+    assert tree(tmp_path) == {"folder/own": b"mine"}
 
 
 def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path):
