@@ -34,8 +34,9 @@ def budget_faults(params: Params) -> Iterator[Fault]:
         counted = False  # how much of it goes with the vocabulary is known when its text is read
     if allocate.width == "auto":
         counted = False  # how much of it goes with columns is known when these are measured
-    compares, narrows = "cooperative" in named_criteria(params.score), allocate.width is not None
-    if not (counted or biases or compares or narrows) or resolve(params.prepare.model) is None:
+    compares = _COOPERATIVE in named_criteria(params.score)
+    asked = counted or biases or compares or allocate.times or allocate.width is not None
+    if not asked or resolve(params.prepare.model) is None:
         return
     try:
         config, architecture = _described(params.prepare)
@@ -48,22 +49,32 @@ def budget_faults(params: Params) -> Iterator[Fault]:
             f"{config.model_type} model cannot say one; choose slice.repair: local or sequential",
             ("slice", "repair"),
         )
-    if compares:
-        from libprune.scoring.gram_columns import require_one_text
-
-        yield from refused(("score", "criterion"), require_one_text, architecture)
-    if narrows:
-        from libprune.narrowing.measure import choose_widths
-
-        wrong = list(refused(("allocate", "width"), choose_widths, architecture, config, params.width, allocate.width))
-        yield from wrong
-        counted = counted and not wrong
+    unfit = list(_unfit(params, config, architecture))
+    yield from unfit
     try:
-        if counted:
+        if counted and not unfit:
             removable(architecture, allocate)
     except LibpruneError as error:
         told = str(error).replace("global removes", f"{allocate.method} removes")  # which is no more
         yield Fault(told, ("allocate", "ratio" if isinstance(error, BudgetError) else "method"))
+
+
+_COOPERATIVE = "cooperative"
+
+
+def _unfit(params: Params, config: Any, architecture: Architecture) -> Iterator[Fault]:
+    """What a model of this description refuses of a criterion, a width, or the time of a layer."""
+    from libprune.narrowing.measure import choose_widths
+    from libprune.scoring.gram_columns import require_one_text
+    from libprune.statistics.latency import measured_widths
+
+    width = params.allocate.width
+    if _COOPERATIVE in named_criteria(params.score):
+        yield from refused(("score", "criterion"), require_one_text, architecture)
+    if width is not None:
+        yield from refused(("allocate", "width"), choose_widths, architecture, config, params.width, width)
+    if params.allocate.times:
+        yield from refused(("allocate", "objective"), measured_widths, architecture, params.latency.widths)
 
 
 def _described(section: Prepare) -> tuple[Any, Architecture]:
