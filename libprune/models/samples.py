@@ -80,8 +80,8 @@ class Samples:
 
     @property
     def counted(self) -> int:
-        """Number of targets that the loss of a sample is the mean over; it is the same for all samples."""
-        return 1 if self.targets.ndim == 1 else int((self.targets[0] != NO_TARGET).sum())
+        """Number of targets that the loss of a sample is the mean over; where samples differ, their mean, rounded."""
+        return 1 if self.targets.ndim == 1 else round(int((self.targets != NO_TARGET).sum()) / len(self))
 
     def losses(self, network: nn.Module) -> Float[Tensor, " samples"]:
         """The loss of each sample, ``[samples]``.

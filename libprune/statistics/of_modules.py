@@ -39,7 +39,7 @@ def measure_module_gradients(run: Run, network: nn.Module, target: Path, section
     groups = gradient_groups(architecture, samples.counted, number, section)
     with collecting(run, "gradients", target, groups, run.at_once, {}) as work:
         for step, first, batch in work.batches():
-            _add_gradients(network, architecture, work.accumulator, step, first, batch)
+            _add_gradients(network, architecture, work.accumulator, step, first, batch, samples.counted)
         write_gradients(run, target, work.accumulator, number, _columns_by_sample)
 
 
@@ -113,7 +113,13 @@ def _gradients(losses: Tensor, wanted: Mapping[str, Tensor], first: int) -> dict
 
 
 def _add_gradients(
-    network: nn.Module, architecture: Architecture, sums: Accumulator, number: int, first: int, batch: Samples
+    network: nn.Module,
+    architecture: Architecture,
+    sums: Accumulator,
+    number: int,
+    first: int,
+    batch: Samples,
+    counted: int,
 ) -> None:
     """Add the gradients by parameters and unit masks of one batch, and its second moments."""
     with (
@@ -136,9 +142,9 @@ def _add_gradients(
         weight = network.get_parameter(entry.weight).detach()
         unused = [] if rows else [weight.new_zeros(entry.rows * len(batch), len(weight))]  # no loss depends on the map
         delta = torch.cat([*unused, *rows]).float()
-        add_second_moment(sums, entry, "output", delta, batch.counted)
+        add_second_moment(sums, entry, "output", delta, counted)
         if f"{entry.module}.input_gradient_square" in sums.groups[0]:
-            add_second_moment(sums, entry, "input", delta @ oriented(entry, weight).float(), batch.counted)
+            add_second_moment(sums, entry, "input", delta @ oriented(entry, weight).float(), counted)
     sums.update(1, "loss", losses.detach().double().sum().cpu(), samples)
 
 

@@ -13,8 +13,11 @@ from libprune.collection.module_hooks import input_rows
 from libprune.engine.describe_module import describe_module
 from libprune.engine.errors import BudgetError, FamilyError, LibpruneError
 from libprune.engine.plan import Plan
+from libprune.models.sequences import NO_TARGET
 from libprune.networks import Epochs, NetworkFamily, Samples, load
 from libprune.networks.network import Network
+from libprune.networks.recurrent import RecurrentLM
+from libprune.networks.recurrent_family import family
 from libprune.pipeline.artifacts import read_table
 from libprune.pipeline.sections import Allocate, Hessian, Score
 from libprune.pipeline.shards import GRAM, read_tensor
@@ -72,6 +75,21 @@ def test_statistics_do_not_depend_on_the_size_of_batches(name, tmp_path):
 
 
 _STAGES = ("gradients", "hessian", "activations")
+
+
+def test_samples_with_fewer_targets_count_alike_whatever_batch_they_are_in(tmp_path):
+    torch.manual_seed(0)
+    model, ids = RecurrentLM(vocab=20, embedding=6, hidden=8, layers=1).eval(), torch.randint(20, (16, 10))
+    targets = ids[:, 1:].clone()
+    for number, row in enumerate(targets):
+        row[2 + number % 7 :] = NO_TARGET
+    samples = Samples(ids[:, :-1], targets)
+    assert samples.counted == 5
+    found = [
+        Network(model, family(model), samples, tmp_path / str(batch), batch).scores(Score(criterion="obs_fisher"))[0]
+        for batch in (16, 3)
+    ]
+    np.testing.assert_allclose(found[0]["importance"], found[1]["importance"], rtol=1e-4)
 
 
 def test_squared_gradients_are_those_of_single_samples(tmp_path):
