@@ -10,7 +10,7 @@ from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.errors import BudgetError, LibpruneError
 from libprune.engine.plan import Plan
-from libprune.foresight.settings import refused
+from libprune.foresight.settings import refused, whole_layers
 from libprune.pipeline.faults import Fault
 from libprune.pipeline.params import Params
 from libprune.pipeline.sections import Allocate, Prepare
@@ -35,7 +35,7 @@ def budget_faults(params: Params) -> Iterator[Fault]:
     if allocate.width == "auto":
         counted = False  # how much of it goes with columns is known when these are measured
     compares = _COOPERATIVE in named_criteria(params.score)
-    asked = counted or biases or compares or allocate.times or allocate.width is not None
+    asked = counted or biases or compares or allocate.times or allocate.width is not None or allocate.depth != "none"
     if not asked or resolve(params.prepare.model) is None:
         return
     try:
@@ -63,12 +63,13 @@ _COOPERATIVE = "cooperative"
 
 
 def _unfit(params: Params, config: Any, architecture: Architecture) -> Iterator[Fault]:
-    """What a model of this description refuses of a criterion, a width, or the time of a layer."""
+    """What a model of this description refuses of a criterion, a width, the time of a layer, or its removal."""
     from libprune.narrowing.measure import choose_widths
     from libprune.scoring.gram_columns import require_one_text
     from libprune.statistics.latency import measured_widths
 
     width = params.allocate.width
+    yield from whole_layers(params, architecture.family, architecture.layers_stay)
     if _COOPERATIVE in named_criteria(params.score):
         yield from refused(("score", "criterion"), require_one_text, architecture)
     if width is not None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from libprune.engine.errors import LibpruneError, SourceError, naming
 from libprune.engine.family import Family, described_by, family_of
-from libprune.foresight.settings import refused
+from libprune.foresight.settings import refused, whole_layers
 from libprune.models.families import use_families
 from libprune.models.given import require_content, require_dequantised, require_model, require_safetensors
 from libprune.pipeline.faults import Fault, name_of
@@ -173,13 +173,7 @@ def _fits(params: Params, config: Config) -> Iterator[Fault]:
             f"{params.allocate.freeze_last} keep all {layers} layers of this model whole, so that nothing can go",
             ("allocate", "freeze_first" if params.allocate.freeze_first else "freeze_last"),
         )
-    depth = params.allocate.depth
-    if (why := family.why_layers_stay) and (depth == "units" or (depth != "none" and params.depth.of == "layers")):
-        yield Fault(
-            f"allocate.depth is {depth}, but no layer of family {family.family!r} can be deleted: {why}; set it to "
-            "none",
-            ("allocate", "depth"),
-        )
+    yield from whole_layers(params, family.family, family.why_layers_stay or "")
     shares = any(part.sharing for part in family.parts.values()) and config.get("num_kv_shared_layers")
     if family.tower is not None or shares:
         yield from _alike(params, family)

@@ -45,6 +45,21 @@ def refused(place: Place, check: Callable[..., object], *args: object) -> Iterat
         yield Fault(str(error), place)
 
 
+def whole_layers(params: Params, family: str, why: str) -> Iterator[Fault]:
+    """The fault of layers that are to go as a whole from a model that can lose none.
+
+    Args:
+        family: of the model.
+        why: it can lose none; empty if it can.
+    """
+    depth = params.allocate.depth
+    if why and (depth == "units" or (depth != "none" and params.depth.of == "layers")):
+        yield Fault(
+            f"allocate.depth is {depth}, but no layer of family {family!r} can be deleted: {why}; set it to none",
+            ("allocate", "depth"),
+        )
+
+
 def _criteria(params: Params) -> Iterator[Fault]:
     """Expressions, what they read, and what the fusion and the allocation ask of them."""
     score = params.score

@@ -99,7 +99,7 @@ def test_a_model_that_lies_here_is_described_where_the_share_is_much(tmp_path):
 
 
 def test_a_width_and_a_criterion_that_a_model_cannot_have_are_told(tmp_path):
-    for name in ("bert", "mixtral", "llama_mha", "qwen3_moe"):
+    for name in ("bert", "mixtral", "llama_mha", "qwen3_moe", "gemma4_text"):
         FAMILIES[name](0).save_pretrained(tmp_path / name)
     for width in (3, "auto"):
         more = {"method": "search", "evaluations": 0} if width == "auto" else {}
@@ -110,6 +110,9 @@ def test_a_width_and_a_criterion_that_a_model_cannot_have_are_told(tmp_path):
     assert told(str(tmp_path / "llama_mha"), width=24, ratio=0.4) == []
     (fault,) = told(str(tmp_path / "llama_mha"), width=24, ratio=0.1)
     assert "allocate.width = 24 alone takes 0.333 of the decoder parameters" in fault
+    (fault,) = told(str(tmp_path / "gemma4_text"), depth="cosine")
+    assert "no layer of family 'gemma4_text' can be deleted: some of its layers use the units of others" in fault
+    assert told(str(tmp_path / "llama_mha"), depth="cosine") == []
     (fault,) = told(str(tmp_path / "qwen3_moe"), objective="latency")
     assert "the layers of this model are not alike" in fault
     assert told(str(tmp_path / "llama_mha"), objective="latency") == []
