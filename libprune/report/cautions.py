@@ -172,7 +172,7 @@ def _recovery(result: Metrics) -> list[str]:
     if not recovered or not recovery:
         return []
     evaluation = result["protocol"]["text"]
-    if recovery["step"] and _same_text(evaluation, recovery["text"]):
+    if recovery["step"] and _gained(result) and _same_text(evaluation, recovery["text"]):
         lines.append(
             f"Recovered and evaluated on parts of one text, {code(evaluation)}: a part of the gain is adaptation to "
             "this text, and elsewhere the gain may be smaller. Name another `tokenize.evaluation_text`, or train on "
@@ -203,3 +203,11 @@ def _recovery(result: Metrics) -> list[str]:
             "like that which the model is to be used on (`recover.text`), or use the pruned model."
         )
     return lines
+
+
+def _gained(result: Metrics) -> bool:
+    """Whether recovery has brought the model nearer to the dense one on the evaluation text."""
+    recovered = result["recovered"]
+    if embeds(result):
+        return bool(recovered["cosine"] > result["pruned"]["cosine"])
+    return bool(recovered["perplexity_ratio"]["value"] < result["perplexity_ratio"]["value"])

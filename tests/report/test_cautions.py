@@ -47,6 +47,7 @@ WARNED = {
     "recovered in vain": (trained(step=0, text=SAME), ["No step of the recovery lowered the held-out loss"]),
     "recovered too long": (trained(step=20), ["rose again after step 20 of 40"]),
     "recovered to its harm": (trained() | HARMED, ["worse, × 1.400 after × 1.272"]),
+    "without a gain on one text": (trained(text=SAME) | HARMED, ["worse, × 1.400 after × 1.272"]),
 }
 
 
