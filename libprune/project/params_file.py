@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
 from libprune.engine.errors import ParamsError, SourceError, missing_key
 from libprune.engine.yaml_file import parsed
@@ -67,7 +68,7 @@ def replaced(text: str, changes: Mapping[str, Any]) -> str:
                 known = [*inner] if isinstance(inner, Mapping) else []
                 raise ParamsError(missing_key(part, known, f"{key}: {_NAME}"))
             inner = inner if part is leaf else inner[part]
-        inner[leaf] = value
+        inner[leaf] = _quoted(value)
     return _dump(round_trip, content)
 
 
@@ -141,20 +142,27 @@ def _defaults() -> str:
 def _yaml() -> YAML:
     round_trip = YAML()
     round_trip.width, round_trip.preserve_quotes = _WIDTH, True
-    for kind in (type(None), float, str):
+    for kind in (type(None), float):
         round_trip.representer.add_representer(kind, _represent)
     return round_trip
 
 
-def _represent(representer: Any, value: float | str | None) -> Any:
-    """A value as YAML 1.1 and 1.2 read it alike: `yes` in quotes, and numbers with a point."""
+def _represent(representer: Any, value: float | None) -> Any:
+    """A value as YAML 1.1 and 1.2 read it alike: numbers with a point."""
     if value is None:
         return representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    if isinstance(value, str):
-        return representer.represent_scalar("tag:yaml.org,2002:str", value, style="'" if _looks_plain(value) else None)
     return representer.represent_scalar(
         "tag:yaml.org,2002:float", written(value) if math.isfinite(value) else f".{value}".replace(".-", "-.")
     )
+
+
+def _quoted(value: Any) -> Any:
+    """A value whose texts YAML 1.1 and 1.2 read alike: `yes` in quotes. What a file holds already stays as it is."""
+    if isinstance(value, str) and _looks_plain(value):
+        return SingleQuotedScalarString(value)
+    if isinstance(value, Mapping):
+        return {key: _quoted(one) for key, one in value.items()}
+    return [_quoted(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _looks_plain(value: str) -> bool:

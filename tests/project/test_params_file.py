@@ -84,6 +84,13 @@ def test_a_file_that_lacks_nothing_stays_to_the_letter():
     assert completed(text) == text
 
 
+def test_truth_values_that_users_wrote_as_words_stay():
+    text = params_text({"prepare.model": "org/model", "tokenize.text": "org/text"}).replace("speed: true", "speed: no")
+    again = completed(changed(text, {"allocate.ratio": 0.3, "tokenize.column": "no"}))
+    params = validate_params(parsed(again), "here")
+    assert (params.export.speed, params.tokenize.column) == (False, "no")
+
+
 def test_settings_are_values_of_yaml():
     words = ["allocate.ratio=0.3", "export.formats=[gguf, onnx]", "allocate.minutes=null", "prepare.model=a=b"]
     values = [0.3, ["gguf", "onnx"], None, "a=b"]
