@@ -10,8 +10,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from libprune.engine.errors import LibpruneError, SourceError, naming
+from libprune.engine.errors import FamilyError, LibpruneError, SourceError, naming
 from libprune.engine.family import Family, described_by, family_of
+from libprune.engine.heads import EMBEDDING, head_of
 from libprune.foresight.settings import refused, whole_layers
 from libprune.models.families import use_families
 from libprune.models.given import require_content, require_dequantised, require_model, require_safetensors
@@ -152,6 +153,9 @@ def _fits(params: Params, config: Config) -> Iterator[Fault]:
         return
     yield from _positions(params, family, config)
     name = _ending(config)
+    with suppress(FamilyError):  # which is told of the model
+        if head_of(config.get("architectures")) is EMBEDDING and params.recover.method != "none":
+            yield from (Fault(said, ("recover", key)) for key, said in params.recover.of_predictions.items())
     writes = not name.endswith(("ForMaskedLM", "ForSequenceClassification"))
     if params.evaluate.tasks and not writes:
         yield Fault(

@@ -754,6 +754,17 @@ class Recover(Section):
         return self.compares and self.top_k is None
 
     @property
+    def of_predictions(self) -> dict[str, str]:
+        """The keys that are set and mean nothing for a model that gives embeddings, each with what to say of it."""
+        without = {"top_k": "null"} if self.top_k is not None else {}
+        without |= {"cross_entropy": "0"} if self.cross_entropy else {}
+        return {
+            key: f"recover.{key} is of predicted tokens or labels, and this model gives embeddings, which are compared "
+            f"by their cosine; set it to {value}"
+            for key, value in without.items()
+        }
+
+    @property
     def rate(self) -> float:
         """The largest learning rate."""
         return self.learning_rate or {"full": 1e-4, "lora": 1e-3}.get(self.method, 1e-4)

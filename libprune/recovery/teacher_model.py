@@ -137,14 +137,8 @@ def require_taught(architecture: Architecture, params: Recover) -> None:
     Raises:
         ParamsError: naming the key.
     """
-    if architecture.pooling is None:
-        return
-    for name, asked in {"top_k": params.top_k is not None, "cross_entropy": params.cross_entropy > 0}.items():
-        if asked:
-            raise ParamsError(
-                f"recover.{name} is of predicted tokens or labels, and this model gives embeddings, which are compared "
-                f"by their cosine; set it to {'null' if name == 'top_k' else 0}"
-            )
+    for said in params.of_predictions.values() if architecture.pooling is not None else ():
+        raise ParamsError(said)
 
 
 @contextmanager

@@ -122,6 +122,19 @@ def test_what_this_model_cannot_do_is_found(told, tmp_path):
     assert told(prepare={"model": gemma}, allocate={"depth": "none"}) == []
 
 
+def test_what_a_model_that_gives_embeddings_cannot_learn_is_found(told, tmp_path):
+    model = write_config(tmp_path / "bert", model_type="bert", architectures=["BertModel"])
+    learns = {"method": "full", "top_k": 8, "cross_entropy": 0.5}
+    found = told(prepare={"model": model}, recover=learns)
+    assert [fault.partition(" is of predicted tokens")[0] for fault in found] == [
+        "recover.top_k",
+        "recover.cross_entropy",
+    ]
+    assert told(prepare={"model": model}, recover=learns | {"method": "none"}) == []
+    written = write_config(tmp_path / "gpt2", model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    assert told(prepare={"model": written}, recover=learns) == []
+
+
 def test_what_a_language_model_inside_another_cannot_do_is_found(told, tmp_path):
     nested = {"model_type": "qwen3_vl_text", "num_hidden_layers": 4}
     seeing = write_config(
