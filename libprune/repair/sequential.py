@@ -138,7 +138,7 @@ class SequentialRepair:
         self._layers = layers_of(model, architecture)
         self._kept = {c.module: kept for c, kept in _fitted_consumers(architecture, plan, own_inputs)}
         first = [run_layer(model, self._layers, 0, batch.ids, None, until=self._layers[0])[0] for batch in batches]
-        self._dense = self._pruned = [keep(state.cpu()) for state in first]
+        self._dense = self._pruned = [self._wait(state) for state in first]
         self._read: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def step(self, layer: int, known: Mapping[str, Tensor] | None = None) -> list[Fit]:
@@ -165,8 +165,7 @@ class SequentialRepair:
         with hooked(self._model) as handles:
             handles += watch_norms(self._model, self._architecture, layer, self._keep_scale)
             ran = [self._run_dense(layer, number, modules) for number in range(len(self._batches))]
-        after = [self._keep(first_output(state).cpu()) for state, _ in ran]
-        outputs = [[self._keep(output) for output in given] for _, given in ran]
+        after, outputs = [state for state, _ in ran], [given for _, given in ran]
         factors = factors_of(self._dense[0], after[0], outputs[0])
         drift = float(factors is not None) if self._drift is None else self._drift
         if drift and factors is None:
@@ -194,7 +193,7 @@ class SequentialRepair:
             if states is None or factors is None:
                 numbers = range(len(self._batches))
                 states = [first_output(self._run(layer, number)[0]) for number in numbers]
-        self._dense, self._pruned = after, after if self._own_inputs else [self._keep(state.cpu()) for state in states]
+        self._dense, self._pruned = after, after if self._own_inputs else [self._wait(state) for state in states]
         return [waiting(fit, self._keep) for fit in fits]
 
     def _train(self, layer: int, fits: list[Fit], after: Sequence[Tensor], epochs: Epochs) -> list[Fit]:
@@ -228,9 +227,15 @@ class SequentialRepair:
     def _set(self, tensors: Mapping[str, Tensor]) -> None:
         set_parameters(self._model, tensors, self._keep)
 
-    def _run_dense(self, layer: int, number: int, watched: Sequence[nn.Module]) -> tuple[Any, list[Tensor]]:
+    def _run_dense(self, layer: int, number: int, watched: Sequence[nn.Module]) -> tuple[Tensor, list[Tensor]]:
+        """The stream behind a layer of the dense model and the outputs of modules in it, for a batch, on the host."""
         self._scales.append({})
-        return self._run(layer, number, watched, dense=True)
+        state, given = self._run(layer, number, watched, dense=True)
+        return self._wait(first_output(state)), [self._wait(output) for output in given]
+
+    def _wait(self, tensor: Tensor) -> Tensor:
+        """Put what is needed later on the host, or on disk where weights lie there."""
+        return self._keep(tensor.cpu())
 
     def _keep_scale(self, consumer: Map, x: Tensor, scale: Tensor) -> None:
         """Keep by how much the norm behind a consumer divides each token of the batch that runs."""
@@ -279,7 +284,9 @@ class SequentialRepair:
         fit = fit or self._fit(consumer, weight, seen, refit=self._epochs is None)  # or it would have seen what judges
         self._set(new_parameters([fit]))
         device = module.get_parameter("weight").device
-        return fit, [self._keep(batch.pruned + factors[index] * module(batch.x.to(device))) for batch in seen]
+        return fit, [
+            self._wait(batch.pruned.to(device) + factors[index] * module(batch.x.to(device))) for batch in seen
+        ]
 
     @torch.no_grad()
     def _refit_stack(
@@ -301,17 +308,17 @@ class SequentialRepair:
             (x, routing), given = self._run(layer, number, before, until=module)
             pruned, drift = self._drifted(number, given, outputs[number], factors)
             x = x.masked_fill(~stays[routing.experts], 0)
-            target = outputs[number][index].float() + share / factors[index] * drift
+            target = outputs[number][index].to(drift.device).float() + share / factors[index] * drift
             target = target.flatten(0, -2) - module(torch.zeros_like(x), routing).float()
-            kept_x, kept_target = self._keep(x.cpu()), self._keep(target.cpu())
-            batches.append(Rows(kept_x, routing.tokens.cpu(), routing.counts, kept_target, batch.held_out))
+            rows = (self._wait(x), routing.tokens.cpu(), routing.counts, self._wait(target))
+            batches.append(Rows(*rows, batch.held_out))
             routes.append(routing)
-            streams.append(self._keep(pruned))
+            streams.append(self._wait(pruned))
         weight = oriented(consumer, like.float()).cpu()
         fit = fit_experts(consumer, weight, kept, batches, self._damping, like.device, like)
         self._set(new_parameters([fit]))
         states = [
-            stream + factors[index] * module(rows.x.to(like), routing).view_as(stream)
+            stream.to(like.device) + factors[index] * module(rows.x.to(like), routing).view_as(stream)
             for stream, rows, routing in zip(streams, batches, routes, strict=True)
         ]
         return fit, states
@@ -334,11 +341,11 @@ class SequentialRepair:
             slopes = slopes_of(x[..., self._kept[consumers[-1].module]], producers, watched) if producers else ()
         x, given = x.detach(), [output.detach() for output in given]
         pruned, drift = self._drifted(number, given, outputs, factors)
-        y = _without_bias(module, outputs[len(given)]).float() + share / factors[len(given)] * drift
-        inputs = tuple(watched[producer.entry.module][0].flatten(0, -2).cpu() for producer in producers if slopes)
-        keep = self._keep
-        waiting = (tuple(map(keep, inputs)), tuple(keep(part.cpu()) for part in slopes))
-        return _Seen(keep(x.cpu()), keep(y.cpu()), keep(pruned), *waiting)
+        own = _without_bias(module, outputs[len(given)].to(drift.device))
+        y = own.float() + share / factors[len(given)] * drift
+        inputs = tuple(watched[producer.entry.module][0].flatten(0, -2) for producer in producers if slopes)
+        wait = self._wait
+        return _Seen(wait(x), wait(y), wait(pruned), tuple(map(wait, inputs)), tuple(map(wait, slopes)))
 
     def _drifted(
         self, number: int, given: Sequence[Tensor], outputs: Sequence[Tensor], factors: Sequence[float]
@@ -351,10 +358,10 @@ class SequentialRepair:
             outputs: what they and those behind them gave in the dense model.
             factors: as of `factors_of`.
         """
-        device = outputs[0].device
+        device = self._batches[number].ids.device
         pruned, dense = self._pruned[number].to(device), self._dense[number].to(device)
         for factor, now, then in zip(factors, given, outputs, strict=False):
-            pruned, dense = pruned + factor * now, dense + factor * then
+            pruned, dense = pruned + factor * now, dense + factor * then.to(device)
         return pruned, _capped(dense.float() - pruned.float(), self._cap)
 
     def _fit_producers(
@@ -381,7 +388,7 @@ class SequentialRepair:
         }
         self._set(new)
         numbers = range(len(self._batches))
-        inputs = [self._keep(self._run(layer, number, until=module)[0].cpu()) for number in numbers]
+        inputs = [self._wait(self._run(layer, number, until=module)[0]) for number in numbers]
         moved = [replace(pair, x=x, inputs=(), slopes=()) for pair, x in zip(seen, inputs, strict=True)]
         second = self._fit(consumer, fitted, moved, refit=True)
         if not second.held_out_after < first.held_out_after:
@@ -402,7 +409,7 @@ class SequentialRepair:
             x, y = pair.x[..., kept].float(), pair.y
             if consumer.module in scales:
                 x, y = (one * scales[consumer.module] for one in (x, y))
-            sums[batch.held_out].add(x.to(pair.pruned.device), y.to(pair.pruned.device))
+            sums[batch.held_out].add(x.to(batch.ids.device), y.to(batch.ids.device))
         fitted = sums[False].finish()
         place = fitted.gram.device
         kept_out = sums[True].finish(place) if sums[True].tokens else None
@@ -436,7 +443,7 @@ def _fitted_consumers(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a batch shows of one consumer; on the host, but for the stream.
+    """What a batch shows of one consumer; on the host.
 
     Attributes:
         x: its inputs in the pruned model.

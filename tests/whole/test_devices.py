@@ -178,6 +178,30 @@ def test_measuring_and_repairing_mix_no_devices(run, name):
     assert_bytes(plain, found)
 
 
+@every_model
+def test_what_the_sequential_repair_keeps_of_the_text_waits_on_the_host(name):
+    """Of each token: states, inputs and targets, which would fill a GPU; weights stay where they are."""
+
+    def run(model: nn.Module, ids: Tensor, device: torch.device) -> list[Tensor]:
+        weights = {tuple(parameter.shape) for parameter in model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            assert tensor.device == CPU or tuple(tensor.shape) in weights
+            kept.append(tensor)
+            return tensor
+
+        kept: list[Tensor] = []
+        repair = SequentialRepair(
+            model, describe(model), third(model), split_batches(Sequences(ids), 4), 0.01, steps=1, keep=keep
+        )
+        fits = [fit for layer in range(4) for fit in repair.step(layer)]
+        assert len(kept) > len(fits)
+        return [fit.weight for fit in fits if fit.weight is not None]
+
+    plain, found, _ = both(name, run)
+    assert_bytes(plain, found)
+
+
 def test_a_pretended_gpu_refuses_what_a_real_one_does():
     with pretending() as waited:
         x = torch.arange(3.0).to("cuda")
