@@ -390,9 +390,9 @@ def _recover(architecture: Architecture, params: Params, sliced: Footprint) -> F
     beside = sum(architecture.numel(parameter) for parameter in architecture.parameters if parameter.whole)
     trained = left - beside if recover.method == "full" else _lora_parameters(architecture, recover, allocate)
     computed = compute_dtype(params.compute)
-    learned_from = described_teacher(architecture, recover).total_parameters if recover.runs_teacher else 0
-    teacher = "teacher stored" if recover.compares else "no teacher"
+    learned_from, teacher = 0, "teacher stored" if recover.compares else "no teacher"
     if recover.runs_teacher:
+        learned_from = described_teacher(architecture, recover).total_parameters
         teacher = f"teacher in {dtype_name(computed)}"
     return Footprint(
         "recover",

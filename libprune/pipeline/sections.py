@@ -734,10 +734,10 @@ class Recover(Section):
         if self.teacher is not None and self.hidden_states:
             yield "recover.hidden_states compares with the dense model's layers; set recover.teacher to null"
         if self.cross_entropy == 1:
-            asked = {"teacher": self.teacher is not None, "top_k": self.top_k is not None}
-            without = [("temperature", "1")] if self.temperature != 1 else []
-            without += [(name, "null") for name, named in asked.items() if named and not self.compares]
-            for name, value in without:
+            in_vain = {} if self.temperature == 1 else {"temperature": "1"}
+            if not self.compares:
+                in_vain |= {name: "null" for name in ("teacher", "top_k") if getattr(self, name) is not None}
+            for name, value in in_vain.items():
                 yield (
                     "recover.cross_entropy: 1 compares no predictions with another model's, so that "
                     f"recover.{name} changes nothing; set it to {value}"

@@ -137,8 +137,10 @@ class SequentialRepair:
         self._batches, self._damping, self._drift, self._cap, self._steps = batches, damping, drift, cap, steps
         self._layers = layers_of(model, architecture)
         self._kept = {c.module: kept for c, kept in _fitted_consumers(architecture, plan, own_inputs)}
-        first = [run_layer(model, self._layers, 0, batch.ids, None, until=self._layers[0])[0] for batch in batches]
-        self._dense = self._pruned = [self._wait(state) for state in first]
+        start = self._layers[0]
+        self._dense = self._pruned = [
+            self._wait(run_layer(model, self._layers, 0, batch.ids, None, until=start)[0]) for batch in batches
+        ]
         self._read: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def step(self, layer: int, known: Mapping[str, Tensor] | None = None) -> list[Fit]:
@@ -192,8 +194,8 @@ class SequentialRepair:
                 fits, states = self._train(layer, fits, after, self._epochs), None
             if states is None or factors is None:
                 numbers = range(len(self._batches))
-                states = [first_output(self._run(layer, number)[0]) for number in numbers]
-        self._dense, self._pruned = after, after if self._own_inputs else [self._wait(state) for state in states]
+                states = [self._wait(first_output(self._run(layer, number)[0])) for number in numbers]
+        self._dense, self._pruned = after, after if self._own_inputs else states
         return [waiting(fit, self._keep) for fit in fits]
 
     def _train(self, layer: int, fits: list[Fit], after: Sequence[Tensor], epochs: Epochs) -> list[Fit]:
@@ -318,7 +320,7 @@ class SequentialRepair:
         fit = fit_experts(consumer, weight, kept, batches, self._damping, like.device, like)
         self._set(new_parameters([fit]))
         states = [
-            stream.to(like.device) + factors[index] * module(rows.x.to(like), routing).view_as(stream)
+            self._wait(stream.to(like.device) + factors[index] * module(rows.x.to(like), routing).view_as(stream))
             for stream, rows, routing in zip(streams, batches, routes, strict=True)
         ]
         return fit, states
