@@ -80,10 +80,16 @@ class Setting:
     cuts: int = 1
 
 
+def _drawing(sequences: int) -> dict[str, dict[str, Any]]:
+    """As many sequences of 512 tokens for repairs layer by layer."""
+    return {"tokenize": {"repair_sequences": sequences}}
+
+
 EPOCHS = {"tokens": 122_880, "checks": 8}
 PER_LAYER: dict[str, dict[str, Any]] = {"allocate": {"method": "functional"}}
 IN_32: dict[str, dict[str, Any]] = {"allocate": {"method": "functional", "channel_multiple": 32}}
 BLOCKS: dict[str, dict[str, Any]] = {"slice": {"repair": "block"}}
+PRODUCERS: dict[str, dict[str, Any]] = {"slice": {"repair": "sequential", "producer_steps": 12}}
 SETTINGS = {
     "fast, 20 %, full": Setting("fast", 0.2),
     "balanced, 20 %, full": Setting("balanced", 0.2),
@@ -118,7 +124,14 @@ SETTINGS = {
     "block, 50 %, full": Setting("fast", 0.5, {}, BLOCKS),
     "functional in multiples of 32, block, 20 %, full": Setting("fast", 0.2, {}, IN_32 | BLOCKS),
     "functional, block, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | BLOCKS),
-    "producers, 20 %, full": Setting("fast", 0.2, {}, {"slice": {"repair": "sequential", "producer_steps": 12}}),
+    "producers, 20 %, full": Setting("fast", 0.2, {}, PRODUCERS),
+    "functional, producers, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | PRODUCERS),
+    "block of 16k tokens, 20 %, full": Setting("fast", 0.2, {}, BLOCKS | _drawing(32)),
+    "block of 110k tokens, 20 %, full": Setting("fast", 0.2, {}, BLOCKS | _drawing(215)),
+    "functional in multiples of 32, block of 110k tokens, 20 %, full": Setting(
+        "fast", 0.2, {}, IN_32 | BLOCKS | _drawing(215)
+    ),
+    "functional, block of 110k tokens, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | BLOCKS | _drawing(215)),
     "wanda, local, 20 %, full": Setting("fast", 0.2, {}, {"score": {"criterion": "wanda"}}),
     "magnitude, local, 20 %, full": Setting("fast", 0.2, {}, {"score": {"criterion": "magnitude"}}),
     "random, local, 20 %, full": Setting("fast", 0.2, {}, {"score": {"criterion": "random"}}),
@@ -158,8 +171,10 @@ def pruned_layout(work: Path, text: str, setting: Setting) -> tuple[Layout, dict
     changed = "-".join(str(value) for section in setting.changes.values() for value in section.values())
     root = work / f"{setting.preset or 'dense'}-{round(100 * setting.ratio)}{'-' + changed if changed else ''}"
     root.mkdir(exist_ok=True)
+    again = [stage for stage in ("tokenize", "score") if stage in setting.changes]
+    own = {"tokenize": "tokens", "score": "scores.parquet"}
     for name in COLLECTED:
-        if not (root / name).exists() and not (name == "scores.parquet" and "score" in setting.changes):
+        if not (root / name).exists() and name not in [own[stage] for stage in again]:
             (root / name).symlink_to((base / name).resolve())
     if setting.preset is None:
         _write_dense(Layout(root))
@@ -167,8 +182,7 @@ def pruned_layout(work: Path, text: str, setting: Setting) -> tuple[Layout, dict
     params |= {"preset": setting.preset, "allocate": params["allocate"] | {"ratio": setting.ratio}}
     for section, changes in setting.changes.items():
         params[section] = params[section] | changes
-    stages = ["score"] if "score" in setting.changes else []
-    for stage in (*stages, *CUTTING):
+    for stage in (*again, *CUTTING):
         run(stage, params, root)
     return Layout(root), params
 

@@ -53,8 +53,8 @@ _DESCRIBED, _SOLVED = 28_000, 90
 """Measured: operations to describe a parameter of the dense model, and to fit a map, times its kept inputs cubed."""
 _FITTED = 28
 """Measured: bytes that fitting the widest map holds, for each pair of its inputs."""
-_TRAINED = 24
-"""Bytes that a trained layer holds for each of its weights: six times in float32, by `libprune.repair.blocks`."""
+_TRAINED = 28
+"""Bytes that a trained layer holds for each of its weights: seven times in float32, by `libprune.repair.blocks`."""
 _SEQUENCES, _LENGTH, _HEAD, _WIDEST, _SECONDS = 4, 256, 64, 1024, 0.3
 """The timed layer: sequences, tokens of each, width of a head, most width, and how long its passes are repeated."""
 
@@ -140,7 +140,9 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
     drawn, each = tokens.repaired_on
     fitted = min(params.slice.sequences or drawn, drawn) * each
     by_layer = fits + (2 * passed + gram) * fitted
-    trained = 3 * params.slice.block_epochs * forward * fitted
+    trained = (
+        (5 if params.slice.block_ahead else 3) * params.slice.block_epochs * forward * fitted
+    )  # 2: without weights
     repaired = {"none": 0.0, "bias": 0.0, "local": fits, "block": by_layer + trained}.get(params.slice.repair, by_layer)
     draws = {"fisher": 3.0}.get(params.hessian.estimator, 3.0 * (1 + params.hessian.probes))
     return {
@@ -248,7 +250,8 @@ def _on_disk(
     sizes = dict.fromkeys(range(architecture.layers), 0)
     for layer, part in architecture.blocks():
         sizes[layer] += sum(map(architecture.numel, architecture.parameters_of(layer, part)))
-    trained = needs.layer + _TRAINED * max(sizes.values()) if params.slice.repair == "block" else 0
+    layers = 2 if params.slice.block_ahead else 1
+    trained = layers * needs.layer + _TRAINED * max(sizes.values()) if params.slice.repair == "block" else 0
     held = {
         "prepare": needs.described + dequantised,
         "gradients": backward("gradients", params.gradients.sequences),

@@ -204,7 +204,7 @@ REPAIRS: dict[str, Repair] = {
         computes="as `local`, then all weights of each layer by gradient steps, to give the dense layer's output",
         source="Li et al. 2021, BRECQ, on the inputs of the pruned model",
         reads=("activations",),
-        params=("damping", "drift", "drift_cap", "sequences", "block_epochs", "block_rate"),
+        params=("damping", "drift", "drift_cap", "sequences", "block_epochs", "block_rate", "block_ahead"),
         layer_by_layer=True,
     ),
 }

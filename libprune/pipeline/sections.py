@@ -650,6 +650,9 @@ class Slice(Section):
     sequences rises."""
     block_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
     """Largest learning rate of `block`."""
+    block_ahead: bool = True
+    """Whether `block` trains each layer for the output of the next layer too, which takes about half as long again and
+    the memory of two layers."""
     sequences: Count | None = None
     """Sequences that `sequential` and `block` are fitted to, from the first that `tokenize` drew for them; null: all.
     """

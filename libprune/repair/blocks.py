@@ -10,14 +10,19 @@ behind the layer, and m the median length of h' over all tokens. So a layer corr
 as well. A few tokens have states hundreds of times longer than others, and w keeps them from being all that is fitted.
 
 Held-out sequences judge after every epoch. The weights with the lowest error are kept, those before the first step
-among them, since fits of this kind easily learn the text by heart (Shin et al. 2024, arXiv 2406.15524). Fitting a block
-to its dense output is known from quantization: Li et al. 2021, BRECQ, arXiv 2102.05426. The steps are those of Adam
-(Kingma & Ba 2015) on float32 copies of the weights.
+among them, since fits of this kind easily learn the text by heart (Shin et al. 2024, arXiv 2406.15524). The weights
+half way between those before the first step and those after the epoch are judged too: where an epoch goes too far, they
+often are the better ones. Fitting a block to its dense output is known from quantization: Li et al. 2021, BRECQ, arXiv
+2102.05426. The steps are those of Adam (Kingma & Ba 2015) on float32 copies of the weights.
+
+With a look ahead, F is the layer and the next one behind it, h' the dense model's streams behind both, side by side,
+and theta still the weights of the first layer alone. The next layer has the weights of its own fits meanwhile. So a
+layer is fitted to what the next one makes of its output as well.
 
 A network that is not a transformer is described as one layer; `libprune.repair.of_modules` trains it whole.
 
-Memory: of one layer the weights six times in float32, and what backward needs for the tokens of a step; on the host
-the states of the whole text before and behind the layer.
+Memory: of one layer the weights seven times in float32, and what backward needs for the tokens of a step; on the host
+the states of the whole text before and behind the layer, and with a look ahead also behind the next one.
 """
 
 import math
@@ -38,6 +43,8 @@ STEP_TOKENS = 1024
 _BETAS = (0.9, 0.98)
 _WARMUP = 5
 """Steps in which the learning rate rises to its largest value."""
+_SHARES = (1.0, 0.5)
+"""Where weights that are judged lie between those before the first step, 0, and those after the epoch, 1."""
 _LAST = 0.1
 """The share of the learning rate that is left in the last step; it falls linearly."""
 
@@ -110,11 +117,15 @@ def train_layer(
     for _ in range(epochs.number):
         for place in torch.randperm(len(fitted), generator=generator).tolist():
             steps.take(lambda: errors.of(fitted[place]) / before)  # noqa: B023 - called at once
-        now = errors.mean(judged)
-        if now < least:
-            kept, least, worse = steps.weights(), now, 0
-        elif (worse := worse + 1) == epochs.patience:
+        worse += 1
+        for share in _SHARES:
+            weights = steps.weights(old, share)
+            _copy(weights, parameters)
+            if (now := errors.mean(judged)) < least:
+                kept, least, worse = weights, now, 0
+        if worse == epochs.patience:
             break
+        steps.go_on()
     _copy(kept or old, parameters)
     changed = {name: tensor for name, tensor in kept.items() if not torch.equal(tensor, old[name].to(tensor))}
     return Trained(changed, before, least)
@@ -188,11 +199,15 @@ class _Steps:
             copy.grad = None if gradient is None else gradient.to(copy)
         self._adam.step()
         self._rate.step()
-        _copy(self._copies, self._parameters)
+        self.go_on()
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights as they are now, float32 or finer."""
-        return {name: copy.clone() for name, copy in self._copies.items()}
+    def weights(self, first: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """The weights that lie so far between the first ones, 0, and those of now, 1; float32 or finer."""
+        return {name: first[name].to(copy).lerp(copy, share) for name, copy in self._copies.items()}
+
+    def go_on(self) -> None:
+        """Give the parameters the weights of now."""
+        _copy(self._copies, self._parameters)
 
 
 @torch.no_grad()

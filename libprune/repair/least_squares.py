@@ -266,7 +266,7 @@ class Fit:
         others: new weights beside its own by parameter name, in storage order and dense shape: of the maps that compute
             its inputs, or of the whole layer.
         layer_before: where the whole layer was trained, what it missed of the dense layer's output on held-out
-            sequences, as a share of that; else NaN.
+            sequences, as a share of that; with a look ahead of its output and the next layer's together; else NaN.
         layer_after: what it misses after the training.
     """
 

@@ -241,6 +241,7 @@ def _layer_by_layer(
         own_inputs,
         narrow,
         None if given is None else Epochs(params.block_epochs, params.block_rate),
+        params.block_ahead,
         given or {},
         run.keep,
     )

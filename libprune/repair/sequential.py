@@ -25,6 +25,7 @@ text, and the inputs of one consumer; with producers also what `libprune.repair.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -101,6 +102,7 @@ class SequentialRepair:
         own_inputs: bool = False,
         narrow: Narrowed | None = None,
         epochs: Epochs | None = None,
+        look_ahead: bool = False,
         given: Mapping[str, Fit] = MappingProxyType({}),
         keep: Keep = in_memory,
     ) -> None:
@@ -120,6 +122,7 @@ class SequentialRepair:
             narrow: the weights for a narrower residual stream, along whose axes the model lies; what reads the stream
                 gets them, and every consumer is fitted. None where the plan leaves the stream as wide as it is.
             epochs: how all weights of a layer with fits are trained after them; None: they are not.
+            look_ahead: train a layer for the output of the next one too, where all fits of that one are given.
             given: fits of consumers that are taken as they are, by module.
             keep: puts what waits on the host, such as states and new weights, where it takes no memory.
 
@@ -130,7 +133,7 @@ class SequentialRepair:
             raise LibpruneError(
                 "slice.repair: block judges by every eighth sequence, and there are fewer than 8; use more sequences"
             )
-        self._epochs, self._given = epochs, given
+        self._epochs, self._look_ahead, self._given = epochs, look_ahead, given
         self._keep = keep
         self._own_inputs, self._narrow = own_inputs, narrow
         self._model, self._architecture, self._plan = model, architecture, plan
@@ -176,6 +179,7 @@ class SequentialRepair:
                 f"{layer} does more with the outputs of {consumers[0].module} than to add them, or a multiple; set "
                 "slice.drift to auto"
             )
+        ahead = self._ahead(layer, after) if known is None else None
         multiples, fits = factors or (1.0,) * len(consumers), list[Fit]()
         states: list[Tensor] | None = None
         with masked(self._model, self._architecture, self._plan):
@@ -191,40 +195,76 @@ class SequentialRepair:
                     fit, states = refit(layer, consumers, index, outputs, drift, multiples)
                     fits.append(fit)
             if self._epochs is not None and fits:
-                fits, states = self._train(layer, fits, after, self._epochs), None
+                fits, states = self._train(layer, fits, after, ahead, self._epochs), None
             if states is None or factors is None:
                 numbers = range(len(self._batches))
                 states = [self._wait(first_output(self._run(layer, number)[0])) for number in numbers]
         self._dense, self._pruned = after, after if self._own_inputs else states
         return [waiting(fit, self._keep) for fit in fits]
 
-    def _train(self, layer: int, fits: list[Fit], after: Sequence[Tensor], epochs: Epochs) -> list[Fit]:
-        """Train all weights of a layer but those that choose experts, and put them in the place of the fitted ones."""
-        architecture, width = self._architecture, self._plan.width
-        parts = [part for part in architecture.parts_of(layer) if not self._plan.gone(layer, part)]
-        blocks = [architecture.parameters_of(layer, part) for part in parts]
-        routers = {shape.router for shape in architecture.parts.values() if shape.router}
-        names = [
-            parameter.name
-            for block in blocks
-            for parameter in block
-            if not any(f".{router}." in parameter.name for router in routers)
+    def _ahead(self, layer: int, after: Sequence[Tensor]) -> list[Tensor] | None:
+        """The dense streams behind a layer and the next one, side by side, if the training is to look at both."""
+        following = self._architecture.consumers_in(layer + 1) if layer + 1 < self._architecture.layers else ()
+        pruned = [consumer.module for consumer in following if consumer.module in self._kept]
+        if not self._look_ahead or not following or not self._given.keys() >= set(pruned):
+            return None
+        runs = (self._run(layer + 1, number, dense=True, state=state)[0] for number, state in enumerate(after))
+        return [
+            self._wait(torch.cat([state, first_output(given).cpu()], -1))
+            for state, given in zip(after, runs, strict=True)
         ]
+
+    def _train(
+        self,
+        layer: int,
+        fits: list[Fit],
+        after: Sequence[Tensor],
+        ahead: Sequence[Tensor] | None,
+        epochs: Epochs,
+    ) -> list[Fit]:
+        """Train all weights of a layer but those that choose experts, and put them in the place of the fitted ones."""
+        width, names = self._plan.width, self._trained_in(layer)
         old = values_of(self._model, names)
         set_parameters(self._model, {name: tensor.clone() for name, tensor in old.items()})
 
         def run(number: int) -> Tensor:
-            given = self._run(layer, number, differentiable=torch.is_grad_enabled())[0]
-            return first_output(given)[..., :width]
+            trains = torch.is_grad_enabled()
+            given = first_output(self._run(layer, number, differentiable=trains)[0])
+            if ahead is None:
+                return given[..., :width]
+            behind = first_output(self._run(layer + 1, number, differentiable=trains, state=given)[0])
+            return torch.cat([given, behind], -1)
 
-        targets, held_out = [state[..., :width] for state in after], [batch.held_out for batch in self._batches]
+        targets = ahead or [state[..., :width] for state in after]
+        held_out = [batch.held_out for batch in self._batches]
         needed = {name: self._model.get_parameter(name).requires_grad for name in names}
         parameters = {name: self._model.get_parameter(name).requires_grad_() for name in names}
-        trained = train_layer(run, targets, held_out, parameters, epochs)
+        with nullcontext() if ahead is None else self._fitted(layer + 1):
+            trained = train_layer(run, targets, held_out, parameters, epochs)
         self._set(trained.tensors or old)
         for name, parameter in parameters.items():
             parameter.requires_grad_(needed[name])
         return trained_fits(fits, trained)
+
+    def _trained_in(self, layer: int) -> list[str]:
+        """The parameters of a layer that are trained: those of the parts that stay, but for what chooses experts."""
+        architecture = self._architecture
+        routers = {shape.router for shape in architecture.parts.values() if shape.router}
+        parts = [part for part in architecture.parts_of(layer) if not self._plan.gone(layer, part)]
+        names = [parameter.name for part in parts for parameter in architecture.parameters_of(layer, part)]
+        return [name for name in names if not any(f".{router}." in name for router in routers)]
+
+    @contextmanager
+    def _fitted(self, layer: int) -> Iterator[None]:
+        """Give a layer the weights of its given fits for a while."""
+        modules = [consumer.module for consumer in self._architecture.consumers_in(layer)]
+        new = new_parameters([self._given[module] for module in modules if module in self._given])
+        old = values_of(self._model, new)
+        self._set(new)
+        try:
+            yield
+        finally:
+            set_parameters(self._model, old)
 
     def _set(self, tensors: Mapping[str, Tensor]) -> None:
         set_parameters(self._model, tensors, self._keep)
@@ -251,9 +291,11 @@ class SequentialRepair:
         until: nn.Module | None = None,
         differentiable: bool = False,
         dense: bool = False,
+        state: Tensor | None = None,
     ) -> tuple[Any, list[Tensor]]:
-        """Run a layer of the pruned model, or of the dense one, on the stream behind the layer before it."""
-        ids, state = self._batches[number].ids, (self._dense if dense else self._pruned)[number]
+        """Run a layer of the pruned model, or of the dense one, on a stream, by default the one before it."""
+        ids = self._batches[number].ids
+        state = (self._dense if dense else self._pruned)[number] if state is None else state
         owners = {owner for owner, _ in self._architecture.uses(layer)} - {layer}
         earlier = {owner: self._read[owner][0 if dense else 1][number] for owner in owners}
         return run_layer(self._model, self._layers, layer, ids, state, watched, until, differentiable, earlier)

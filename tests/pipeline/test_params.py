@@ -157,6 +157,7 @@ def test_gram_matrices_in_bfloat16_are_refused_where_the_repair_needs_them(load)
         ("producer_steps", 4, "block"),
         ("block_epochs", 3, "sequential"),
         ("block_rate", 1e-4, "local"),
+        ("block_ahead", False, "local"),
     ],
 )
 def test_settings_of_another_repair_are_refused(load, key, value, repair):
