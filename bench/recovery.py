@@ -88,6 +88,7 @@ def _drawing(sequences: int) -> dict[str, dict[str, Any]]:
 EPOCHS = {"tokens": 122_880, "checks": 8}
 PER_LAYER: dict[str, dict[str, Any]] = {"allocate": {"method": "functional"}}
 IN_32: dict[str, dict[str, Any]] = {"allocate": {"method": "functional", "channel_multiple": 32}}
+GLOBAL: dict[str, dict[str, Any]] = {"allocate": {"method": "global"}}
 BLOCKS: dict[str, dict[str, Any]] = {"slice": {"repair": "block"}}
 PRODUCERS: dict[str, dict[str, Any]] = {"slice": {"repair": "sequential", "producer_steps": 12}}
 SETTINGS = {
@@ -128,6 +129,7 @@ SETTINGS = {
     "functional, producers, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | PRODUCERS),
     "block of 16k tokens, 20 %, full": Setting("fast", 0.2, {}, BLOCKS | _drawing(32)),
     "block of 110k tokens, 20 %, full": Setting("fast", 0.2, {}, BLOCKS | _drawing(215)),
+    "global, block, 20 %, full": Setting("fast", 0.2, {}, GLOBAL | BLOCKS),
     "functional in multiples of 32, block of 110k tokens, 20 %, full": Setting(
         "fast", 0.2, {}, IN_32 | BLOCKS | _drawing(215)
     ),

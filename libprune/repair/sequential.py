@@ -179,7 +179,8 @@ class SequentialRepair:
                 f"{layer} does more with the outputs of {consumers[0].module} than to add them, or a multiple; set "
                 "slice.drift to auto"
             )
-        ahead = self._ahead(layer, after) if known is None else None
+        trained = self._look_ahead and known is None and any(consumer.module in self._kept for consumer in consumers)
+        ahead = self._ahead(layer, after) if trained else None
         multiples, fits = factors or (1.0,) * len(consumers), list[Fit]()
         states: list[Tensor] | None = None
         with masked(self._model, self._architecture, self._plan):
@@ -203,10 +204,10 @@ class SequentialRepair:
         return [waiting(fit, self._keep) for fit in fits]
 
     def _ahead(self, layer: int, after: Sequence[Tensor]) -> list[Tensor] | None:
-        """The dense streams behind a layer and the next one, side by side, if the training is to look at both."""
+        """The dense streams behind a layer and the next one, side by side; None if fits of the next one are missing."""
         following = self._architecture.consumers_in(layer + 1) if layer + 1 < self._architecture.layers else ()
         pruned = [consumer.module for consumer in following if consumer.module in self._kept]
-        if not self._look_ahead or not following or not self._given.keys() >= set(pruned):
+        if not following or not self._given.keys() >= set(pruned):
             return None
         runs = (self._run(layer + 1, number, dense=True, state=state)[0] for number, state in enumerate(after))
         return [
