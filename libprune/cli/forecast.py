@@ -140,9 +140,8 @@ def works(architecture: Architecture, params: Params) -> dict[str, float]:
     drawn, each = tokens.repaired_on
     fitted = min(params.slice.sequences or drawn, drawn) * each
     by_layer = fits + (2 * passed + gram) * fitted
-    trained = (
-        (5 if params.slice.block_ahead else 3) * params.slice.block_epochs * forward * fitted
-    )  # 2: without weights
+    ahead = 2 if params.slice.block_ahead else 0  # forward, and backward to the input of the next layer
+    trained = (3 + ahead) * params.slice.block_epochs * forward * fitted
     repaired = {"none": 0.0, "bias": 0.0, "local": fits, "block": by_layer + trained}.get(params.slice.repair, by_layer)
     draws = {"fisher": 3.0}.get(params.hessian.estimator, 3.0 * (1 + params.hessian.probes))
     return {

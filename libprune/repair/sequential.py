@@ -133,7 +133,7 @@ class SequentialRepair:
             raise LibpruneError(
                 "slice.repair: block judges by every eighth sequence, and there are fewer than 8; use more sequences"
             )
-        self._epochs, self._look_ahead, self._given = epochs, look_ahead, given
+        self._epochs, self._look_ahead, self._given = epochs, look_ahead and epochs is not None, given
         self._keep = keep
         self._own_inputs, self._narrow = own_inputs, narrow
         self._model, self._architecture, self._plan = model, architecture, plan

@@ -230,6 +230,20 @@ def test_no_fit_sees_the_sequences_that_judge():
         torch.testing.assert_close(first.weight, second.weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("epochs", [None, FEW])
+def test_the_next_layer_is_run_only_where_a_layer_is_trained(epochs):
+    model = FAMILIES["llama"](0)
+    architecture = describe(model)
+    exposed(model, architecture)
+    plan = plan_of(architecture, lambda layer, part: architecture.units(part) - (layer != 1))
+    batches, runs = split_batches(Sequences(text(16, 2)), 8), []
+    repair = SequentialRepair(model, architecture, plan, batches, 1e-2, epochs=epochs, look_ahead=True)
+    handle = model.get_submodule(f"{architecture.layers_path}.1").register_forward_hook(lambda *_: runs.append(1))
+    repair.step(0)
+    handle.remove()
+    assert bool(runs) == (epochs is not None)
+
+
 def test_text_of_which_nothing_is_held_out_is_refused():
     with pytest.raises(LibpruneError, match="block judges by every eighth sequence, and there are fewer than 8"):
         repair(FAMILIES["llama"](0), two_thirds("llama"), tokens(7, 12))
