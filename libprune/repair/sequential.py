@@ -21,7 +21,8 @@ The experts of a mixture are fitted together, on the tokens that the pruned rout
 
 Cost for each layer: the layer once in the dense model; in the pruned one the layer once, and once
 more up to every consumer after the first. Memory on the host: four times the hidden states of the
-text, and the inputs of one consumer; with producers also what `libprune.repair.producers.Flow` holds.
+text, six times where the training of a layer looks ahead, and the inputs of one consumer; with producers
+also what `libprune.repair.producers.Flow` holds.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,7 +123,8 @@ class SequentialRepair:
             narrow: the weights for a narrower residual stream, along whose axes the model lies; what reads the stream
                 gets them, and every consumer is fitted. None where the plan leaves the stream as wide as it is.
             epochs: how all weights of a layer with fits are trained after them; None: they are not.
-            look_ahead: train a layer for the output of the next one too, where all fits of that one are given.
+            look_ahead: train a layer for the output of the next one too, where all fits of that one are given and the
+                stream stays as wide as it is.
             given: fits of consumers that are taken as they are, by module.
             keep: puts what waits on the host, such as states and new weights, where it takes no memory.
 
@@ -133,7 +135,8 @@ class SequentialRepair:
             raise LibpruneError(
                 "slice.repair: block judges by every eighth sequence, and there are fewer than 8; use more sequences"
             )
-        self._epochs, self._look_ahead, self._given = epochs, look_ahead and epochs is not None, given
+        self._epochs, self._given = epochs, given
+        self._look_ahead = look_ahead and epochs is not None and narrow is None  # fits are missing there
         self._keep = keep
         self._own_inputs, self._narrow = own_inputs, narrow
         self._model, self._architecture, self._plan = model, architecture, plan

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from libprune.engine.describe import describe
+from libprune.collection.stream import read_stream
+from libprune.collection.stream_axes import Narrowed, choose_kind, turn_model
+from libprune.engine.describe import describe, stored_tensors
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.stacks import exposed
@@ -21,6 +24,7 @@ from libprune.repair.least_squares import Fit, new_parameters
 from libprune.repair.sequential import SequentialRepair, split_batches
 from tests.support.models import FAMILIES, LAYOUTS, MIXTURES, VOCAB, plan_of, tokens
 from tests.support.predictions import masked_logits
+from tests.support.widths import made_axes, width_of
 
 MODELS = {name: FAMILIES[name] for name in LAYOUTS}
 FEW = Epochs(2, 1e-3)
@@ -107,15 +111,29 @@ def repair(
     given: Sequence[Fit] = (),
 ) -> list[list[Fit]]:
     """Repair a model layer by layer; with given fits, each layer looks ahead at the next one."""
-    architecture = describe(model)
-    exposed(model, architecture)
-    fits = {fit.consumer.module: fit for fit in given}
-    batches = split_batches(Sequences(ids), 8)
-    run = SequentialRepair(model, architecture, plan, batches, 1e-2, epochs=epochs, look_ahead=bool(given), given=fits)
+    run = begin(model, plan, ids, epochs, given, look_ahead=bool(given))
     return [
         run.step(layer, new_parameters(known[layer]) if layer < len(known) else None)
-        for layer in range(architecture.layers)
+        for layer in range(describe(model).layers)
     ]
+
+
+def begin(
+    model: nn.Module,
+    plan: Plan,
+    ids: Tensor,
+    epochs: Epochs | None,
+    given: Sequence[Fit],
+    look_ahead: bool,
+    narrow: Narrowed | None = None,
+) -> SequentialRepair:
+    """A repair before the first layer."""
+    architecture = describe(model)
+    exposed(model, architecture)
+    fits, batches = {fit.consumer.module: fit for fit in given}, split_batches(Sequences(ids), 8)
+    return SequentialRepair(
+        model, architecture, plan, batches, 1e-2, narrow=narrow, epochs=epochs, look_ahead=look_ahead, given=fits
+    )
 
 
 def text(number: int, seed: int) -> Tensor:
@@ -160,10 +178,7 @@ def test_with_a_look_ahead_a_layer_is_judged_by_the_stream_behind_the_next_one_t
     weight = (lengths.median() / wanted.norm(dim=-1, keepdim=True)).clamp(max=1)
     share = ((weight * missed).square().sum() / (weight * wanted).square().sum()).item()
 
-    exposed(model, architecture)
-    fits = {fit.consumer.module: fit for fit in given}
-    batches = split_batches(Sequences(ids), 8)
-    run = SequentialRepair(model, architecture, plan, batches, 1e-2, epochs=FEW, look_ahead=True, given=fits)
+    run = begin(model, plan, ids, FEW, given, look_ahead=True)
     behind = f"{architecture.layers_path}.1."
     before = {key: value.clone() for key, value in model.state_dict().items() if key.startswith(behind)}
     (first, *_) = run.step(0)
@@ -232,16 +247,31 @@ def test_no_fit_sees_the_sequences_that_judge():
 
 @pytest.mark.parametrize("epochs", [None, FEW])
 def test_the_next_layer_is_run_only_where_a_layer_is_trained(epochs):
-    model = FAMILIES["llama"](0)
+    model, runs = FAMILIES["llama"](0), []
     architecture = describe(model)
-    exposed(model, architecture)
     plan = plan_of(architecture, lambda layer, part: architecture.units(part) - (layer != 1))
-    batches, runs = split_batches(Sequences(text(16, 2)), 8), []
-    repair = SequentialRepair(model, architecture, plan, batches, 1e-2, epochs=epochs, look_ahead=True)
+    run = begin(model, plan, text(16, 2), epochs, (), look_ahead=True)
     handle = model.get_submodule(f"{architecture.layers_path}.1").register_forward_hook(lambda *_: runs.append(1))
-    repair.step(0)
+    run.step(0)
     handle.remove()
     assert bool(runs) == (epochs is not None)
+
+
+def test_with_a_narrower_stream_the_next_layer_is_not_run_even_if_it_is_gone():
+    """It would get a stream of another width than the one that it reads."""
+    model, runs = FAMILIES["llama"](0), []
+    architecture, dense = describe(model), {name: p.detach().clone() for name, p in stored_tensors(model).items()}
+    exposed(model, architecture)
+    width = width_of(architecture)
+    axes = made_axes(model, architecture, choose_kind("auto", read_stream(model, architecture)))
+    turn_model(model, architecture, axes)
+    plan = replace(plan_of(architecture, lambda layer, part: architecture.units(part) * (layer != 1)), width=width)
+    narrow = Narrowed(dense, architecture, axes, width, repair=True)
+    run = begin(model, plan, text(16, 2), FEW, (), look_ahead=True, narrow=narrow)
+    handle = model.get_submodule(f"{architecture.layers_path}.1").register_forward_hook(lambda *_: runs.append(1))
+    assert run.step(0)
+    handle.remove()
+    assert not runs
 
 
 def test_text_of_which_nothing_is_held_out_is_refused():
