@@ -173,10 +173,10 @@ def pruned_layout(work: Path, text: str, setting: Setting) -> tuple[Layout, dict
     changed = "-".join(str(value) for section in setting.changes.values() for value in section.values())
     root = work / f"{setting.preset or 'dense'}-{round(100 * setting.ratio)}{'-' + changed if changed else ''}"
     root.mkdir(exist_ok=True)
-    again = [stage for stage in ("tokenize", "score") if stage in setting.changes]
     own = {"tokenize": "tokens", "score": "scores.parquet"}
+    own = {stage: name for stage, name in own.items() if stage in setting.changes}
     for name in COLLECTED:
-        if not (root / name).exists() and name not in [own[stage] for stage in again]:
+        if not (root / name).exists() and name not in own.values():
             (root / name).symlink_to((base / name).resolve())
     if setting.preset is None:
         _write_dense(Layout(root))
@@ -184,7 +184,7 @@ def pruned_layout(work: Path, text: str, setting: Setting) -> tuple[Layout, dict
     params |= {"preset": setting.preset, "allocate": params["allocate"] | {"ratio": setting.ratio}}
     for section, changes in setting.changes.items():
         params[section] = params[section] | changes
-    for stage in (*again, *CUTTING):
+    for stage in (*own, *CUTTING):
         run(stage, params, root)
     return Layout(root), params
 
