@@ -29,6 +29,7 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import input_mask, oriented
 from libprune.engine.tables import Columns
 from libprune.models.memory import Keep, fits_on, in_memory
+from libprune.repair.cholesky import cholesky
 
 CPU = torch.device("cpu")
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -218,7 +219,7 @@ def solve(
 ) -> tuple[Float[Tensor, "output kept"], float]:
     """Solve the damped least-squares problem for the weights of the kept inputs.
 
-    Where the damped Gram matrix is not positive definite, because the calibration text has fewer
+    Where the damped Gram matrix is not positive definite beyond rounding, because the calibration text has fewer
     tokens than inputs or sums were rounded, the damping grows by tens until it is.
 
     Args:
@@ -238,8 +239,7 @@ def solve(
     while True:
         damped = moments.gram.to(torch.float64, copy=True)
         damped.diagonal().add_(damping * scale)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
+        if (factor := cholesky(damped)) is not None:
             return moments.solution(factor, weight, damping * scale), damping
         if not damping < _LARGEST:
             raise StatisticsError(
