@@ -124,12 +124,18 @@ SETTINGS = {
     "block, 20 %, full": Setting("fast", 0.2, {}, BLOCKS),
     "block, 50 %, full": Setting("fast", 0.5, {}, BLOCKS),
     "functional in multiples of 32, block, 20 %, full": Setting("fast", 0.2, {}, IN_32 | BLOCKS),
+    "functional in multiples of 32, block, 20 %, full, seed 1": Setting("fast", 0.2, {"seed": 1}, IN_32 | BLOCKS),
+    "functional in multiples of 32, block, 20 %, full, seed 2": Setting("fast", 0.2, {"seed": 2}, IN_32 | BLOCKS),
     "functional, block, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | BLOCKS),
     "producers, 20 %, full": Setting("fast", 0.2, {}, PRODUCERS),
     "functional, producers, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | PRODUCERS),
+    "functional, producers, 50 %, full, seed 1": Setting("fast", 0.5, {"seed": 1}, PER_LAYER | PRODUCERS),
+    "functional, producers, 50 %, full, seed 2": Setting("fast", 0.5, {"seed": 2}, PER_LAYER | PRODUCERS),
+    "functional, producers of 110k tokens, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | PRODUCERS | _drawing(215)),
     "block of 16k tokens, 20 %, full": Setting("fast", 0.2, {}, BLOCKS | _drawing(32)),
     "block of 110k tokens, 20 %, full": Setting("fast", 0.2, {}, BLOCKS | _drawing(215)),
     "global, block, 20 %, full": Setting("fast", 0.2, {}, GLOBAL | BLOCKS),
+    "global, block of 110k tokens, 20 %, full": Setting("fast", 0.2, {}, GLOBAL | BLOCKS | _drawing(215)),
     "functional in multiples of 32, block of 110k tokens, 20 %, full": Setting(
         "fast", 0.2, {}, IN_32 | BLOCKS | _drawing(215)
     ),
