@@ -24,7 +24,8 @@ from libprune.models.tokens import read_tokens
 from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
 from libprune.repair.least_squares import Moments, fit_consumer
-from libprune.repair.sequential import SequentialRepair, split_batches
+from libprune.repair.sequential import SequentialRepair
+from libprune.repair.streams import split_batches
 
 WIDTHS = (512, 1024, 2048, 4096)
 ANY = Map("map", 0, "mlp", parse_expr("kept"), parse_expr("out"), transposed=False)
@@ -68,7 +69,7 @@ def layer_ratios(root: Path, sequences: int, layers: int) -> list[float]:
     )
     ratios = []
     for layer in range(layers):
-        states = list(repair._dense)
+        states = list(repair._streams.dense)
 
         def forward(layer: int = layer, states: list[torch.Tensor] = states) -> None:
             for batch, state in zip(batches, states, strict=True):

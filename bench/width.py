@@ -27,7 +27,8 @@ from libprune.narrowing.measure import collect_axes
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute
 from libprune.repair.repairs import inputs_of, local_repair
-from libprune.repair.sequential import SequentialRepair, split_batches
+from libprune.repair.sequential import SequentialRepair
+from libprune.repair.streams import split_batches
 
 
 def perplexity(run: Calibration, model: nn.Module, plan: Plan, text: Sequences) -> float:

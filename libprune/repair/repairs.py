@@ -40,7 +40,9 @@ from libprune.repair.least_squares import (
     repair_bias,
     repair_local,
 )
-from libprune.repair.sequential import SequentialRepair, split_batches
+from libprune.repair.sequential import SequentialRepair
+from libprune.repair.streams import split_batches
+from libprune.repair.trained_layers import Training
 
 Repairing = Callable[[Layout, Architecture, Plan, Compute, Slice], list[Fit]]
 """From the artifacts, the dense model's description, the plan, how to run the model, and the params to the fits."""
@@ -229,6 +231,9 @@ def _layer_by_layer(
         narrow = Narrowed(run.weights, architecture, axes, plan.width, repair=True)
         turn_model(run.model, architecture, axes, run.keep)
         identity["axes"] = axes.digest
+    training = None
+    if given is not None:
+        training = Training(Epochs(params.block_epochs, params.block_rate), params.block_ahead, given)
     repair = SequentialRepair(
         run.model,
         architecture,
@@ -240,9 +245,7 @@ def _layer_by_layer(
         steps,
         own_inputs,
         narrow,
-        None if given is None else Epochs(params.block_epochs, params.block_rate),
-        params.block_ahead,
-        given or {},
+        training,
         run.keep,
     )
     home = run.work / ("experts" if own_inputs else "slice")

@@ -9,13 +9,12 @@ the dense consumer gave but also the drift that the layers before it have left i
 c is what the layer multiplies the consumer's output by before it adds it to the stream: 1 in most models, and measured
 on the dense one. A layer that does more with it, such as a norm, takes no drift back.
 
-A few tokens, often the first of a sequence, have states hundreds of times larger than the others, and as much
-larger a drift, which is small beside the state and which no later layer can predict. In squares it outweighs all other
-tokens; so each token's drift is cut to a multiple of the median of its sequence. What the dense consumer gave is
-not cut: later layers need these states.
+A few tokens, often the first of a sequence, have a drift that is hundreds of times larger than that of the others. It
+is small beside their states, and no later layer can predict it. In squares it outweighs all other tokens; so each
+token's drift is cut (`libprune.repair.drift`). What the dense consumer gave is not cut: later layers need these states.
 
 Where each unit depends on its own token alone, what computes the units can be fitted too: `libprune.repair.producers`.
-All weights of a layer can be trained after its fits, before the next layer begins: `libprune.repair.blocks`.
+All weights of a layer can be trained after its fits, before the next layer begins: `libprune.repair.trained_layers`.
 The experts of a mixture are fitted together, on the tokens that the pruned router sends them; see
 `libprune.repair.experts`.
 
@@ -26,27 +25,23 @@ also what `libprune.repair.producers.Flow` holds.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from libprune.collection.calibration import held_out
 from libprune.collection.stream_axes import Narrowed
 from libprune.collection.stream_norms import watch_norms
 from libprune.engine.architecture import Architecture, Map
 from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import hooked, masked, oriented
-from libprune.models.layers import first_output, layers_of, run_layer, set_parameters, values_of
+from libprune.models.layers import first_output, set_parameters, values_of
 from libprune.models.memory import Keep, in_memory
-from libprune.models.sequences import Sequences
-from libprune.repair.blocks import Epochs, train_layer, trained_fits
+from libprune.repair.drift import capped, factors_of
 from libprune.repair.experts import Rows, fit_experts
 from libprune.repair.least_squares import (
     Fit,
@@ -66,21 +61,8 @@ from libprune.repair.producers import (
     producers_of,
     slopes_of,
 )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Calibration sequences that go through the model together; all of them held out, or none."""
-
-    ids: Int[Tensor, "batch length"]
-    held_out: bool
-
-
-def split_batches(sequences: Sequences, at_once: int) -> list[Batch]:
-    """All sequences in batches, every eighth sequence among the held-out ones."""
-    kept_out = held_out(0, len(sequences))
-    chosen = ((sequences[~kept_out], False), (sequences[kept_out], True))
-    return [Batch(part.ids, flag) for group, flag in chosen for part in group.passes(at_once)]
+from libprune.repair.streams import Batch, Streams
+from libprune.repair.trained_layers import LayerTraining, Training
 
 
 class SequentialRepair:
@@ -102,9 +84,7 @@ class SequentialRepair:
         steps: int = 0,
         own_inputs: bool = False,
         narrow: Narrowed | None = None,
-        epochs: Epochs | None = None,
-        look_ahead: bool = False,
-        given: Mapping[str, Fit] = MappingProxyType({}),
+        training: Training | None = None,
         keep: Keep = in_memory,
     ) -> None:
         """Begin before the first layer.
@@ -122,32 +102,23 @@ class SequentialRepair:
             own_inputs: fit only mixtures that lose experts, each on what the dense model gives it: `local` repair.
             narrow: the weights for a narrower residual stream, along whose axes the model lies; what reads the stream
                 gets them, and every consumer is fitted. None where the plan leaves the stream as wide as it is.
-            epochs: how all weights of a layer with fits are trained after them; None: they are not.
-            look_ahead: train a layer for the output of the next one too, where all fits of that one are given and the
-                stream stays as wide as it is.
-            given: fits of consumers that are taken as they are, by module.
+            training: how all weights of a layer with fits are trained after them; the fits that it gives are taken as
+                they are. None: no layer is trained.
             keep: puts what waits on the host, such as states and new weights, where it takes no memory.
 
         Raises:
             LibpruneError: if layers are to be trained, and no sequence is held out to judge them by.
         """
-        if epochs is not None and len({batch.held_out for batch in batches}) < 2:
-            raise LibpruneError(
-                "slice.repair: block judges by every eighth sequence, and there are fewer than 8; use more sequences"
-            )
-        self._epochs, self._given = epochs, given
-        self._look_ahead = look_ahead and epochs is not None and narrow is None  # fits are missing there
         self._keep = keep
         self._own_inputs, self._narrow = own_inputs, narrow
         self._model, self._architecture, self._plan = model, architecture, plan
         self._batches, self._damping, self._drift, self._cap, self._steps = batches, damping, drift, cap, steps
-        self._layers = layers_of(model, architecture)
         self._kept = {c.module: kept for c, kept in _fitted_consumers(architecture, plan, own_inputs)}
-        start = self._layers[0]
-        self._dense = self._pruned = [
-            self._wait(run_layer(model, self._layers, 0, batch.ids, None, until=start)[0]) for batch in batches
-        ]
-        self._read: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._streams = Streams(model, architecture, batches, keep)
+        self._given = {} if training is None else training.given
+        self._training = None
+        if training is not None:
+            self._training = LayerTraining(self._streams, plan, training, self._kept, keep)
 
     def step(self, layer: int, known: Mapping[str, Tensor] | None = None) -> list[Fit]:
         """Repair one layer and take both streams through it.
@@ -164,17 +135,15 @@ class SequentialRepair:
             LibpruneError: if the drift is to be taken back, and the layers of this architecture do more
                 with what a consumer gives than to add it to the residual stream.
         """
-        architecture = self._architecture
-        consumers = architecture.consumers_in(layer)
-        if any(layer in architecture.read(part) for part in architecture.parts):
-            self._read[layer] = self._dense, self._pruned
+        streams, consumers = self._streams, self._architecture.consumers_in(layer)
+        streams.begin(layer)
         modules = [self._model.get_submodule(consumer.module) for consumer in consumers]
         self._scales = list[dict[str, Tensor]]()
         with hooked(self._model) as handles:
             handles += watch_norms(self._model, self._architecture, layer, self._keep_scale)
             ran = [self._run_dense(layer, number, modules) for number in range(len(self._batches))]
         after, outputs = [state for state, _ in ran], [given for _, given in ran]
-        factors = factors_of(self._dense[0], after[0], outputs[0])
+        factors = factors_of(streams.dense[0], after[0], outputs[0])
         drift = float(factors is not None) if self._drift is None else self._drift
         if drift and factors is None:
             raise LibpruneError(
@@ -182,8 +151,9 @@ class SequentialRepair:
                 f"{layer} does more with the outputs of {consumers[0].module} than to add them, or a multiple; set "
                 "slice.drift to auto"
             )
-        trained = self._look_ahead and known is None and any(consumer.module in self._kept for consumer in consumers)
-        ahead = self._ahead(layer, after) if trained else None
+        fitted = known is None and any(consumer.module in self._kept for consumer in consumers)
+        training = self._training if fitted else None
+        ahead = None if training is None else training.ahead(layer, after)
         multiples, fits = factors or (1.0,) * len(consumers), list[Fit]()
         states: list[Tensor] | None = None
         with masked(self._model, self._architecture, self._plan):
@@ -198,77 +168,12 @@ class SequentialRepair:
                     refit = self._refit_stack if consumer.stack else self._refit
                     fit, states = refit(layer, consumers, index, outputs, drift, multiples)
                     fits.append(fit)
-            if self._epochs is not None and fits:
-                fits, states = self._train(layer, fits, after, ahead, self._epochs), None
+            if training is not None:
+                fits, states = training.train(layer, fits, after, ahead), None
             if states is None or factors is None:
-                numbers = range(len(self._batches))
-                states = [self._wait(first_output(self._run(layer, number)[0])) for number in numbers]
-        self._dense, self._pruned = after, after if self._own_inputs else states
+                states = streams.behind(layer)
+        streams.go_on(after, after if self._own_inputs else states)
         return [waiting(fit, self._keep) for fit in fits]
-
-    def _ahead(self, layer: int, after: Sequence[Tensor]) -> list[Tensor] | None:
-        """The dense streams behind a layer and the next one, side by side; None if fits of the next one are missing."""
-        following = self._architecture.consumers_in(layer + 1) if layer + 1 < self._architecture.layers else ()
-        pruned = [consumer.module for consumer in following if consumer.module in self._kept]
-        if not following or not self._given.keys() >= set(pruned):
-            return None
-        runs = (self._run(layer + 1, number, dense=True, state=state)[0] for number, state in enumerate(after))
-        return [
-            self._wait(torch.cat([state, first_output(given).cpu()], -1))
-            for state, given in zip(after, runs, strict=True)
-        ]
-
-    def _train(
-        self,
-        layer: int,
-        fits: list[Fit],
-        after: Sequence[Tensor],
-        ahead: Sequence[Tensor] | None,
-        epochs: Epochs,
-    ) -> list[Fit]:
-        """Train all weights of a layer but those that choose experts, and put them in the place of the fitted ones."""
-        width, names = self._plan.width, self._trained_in(layer)
-        old = values_of(self._model, names)
-        set_parameters(self._model, {name: tensor.clone() for name, tensor in old.items()})
-
-        def run(number: int) -> Tensor:
-            trains = torch.is_grad_enabled()
-            given = first_output(self._run(layer, number, differentiable=trains)[0])
-            if ahead is None:
-                return given[..., :width]
-            behind = first_output(self._run(layer + 1, number, differentiable=trains, state=given)[0])
-            return torch.cat([given, behind], -1)
-
-        targets = ahead or [state[..., :width] for state in after]
-        held_out = [batch.held_out for batch in self._batches]
-        needed = {name: self._model.get_parameter(name).requires_grad for name in names}
-        parameters = {name: self._model.get_parameter(name).requires_grad_() for name in names}
-        with nullcontext() if ahead is None else self._fitted(layer + 1):
-            trained = train_layer(run, targets, held_out, parameters, epochs)
-        self._set(trained.tensors or old)
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(needed[name])
-        return trained_fits(fits, trained)
-
-    def _trained_in(self, layer: int) -> list[str]:
-        """The parameters of a layer that are trained: those of the parts that stay, but for what chooses experts."""
-        architecture = self._architecture
-        routers = {shape.router for shape in architecture.parts.values() if shape.router}
-        parts = [part for part in architecture.parts_of(layer) if not self._plan.gone(layer, part)]
-        names = [parameter.name for part in parts for parameter in architecture.parameters_of(layer, part)]
-        return [name for name in names if not any(f".{router}." in name for router in routers)]
-
-    @contextmanager
-    def _fitted(self, layer: int) -> Iterator[None]:
-        """Give a layer the weights of its given fits for a while."""
-        modules = [consumer.module for consumer in self._architecture.consumers_in(layer)]
-        new = new_parameters([self._given[module] for module in modules if module in self._given])
-        old = values_of(self._model, new)
-        self._set(new)
-        try:
-            yield
-        finally:
-            set_parameters(self._model, old)
 
     def _set(self, tensors: Mapping[str, Tensor]) -> None:
         set_parameters(self._model, tensors, self._keep)
@@ -276,33 +181,12 @@ class SequentialRepair:
     def _run_dense(self, layer: int, number: int, watched: Sequence[nn.Module]) -> tuple[Tensor, list[Tensor]]:
         """The stream behind a layer of the dense model and the outputs of modules in it, for a batch, on the host."""
         self._scales.append({})
-        state, given = self._run(layer, number, watched, dense=True)
-        return self._wait(first_output(state)), [self._wait(output) for output in given]
-
-    def _wait(self, tensor: Tensor) -> Tensor:
-        """Put what is needed later on the host, or on disk where weights lie there."""
-        return self._keep(tensor.cpu())
+        state, given = self._streams.run(layer, number, watched, dense=True)
+        return self._streams.wait(first_output(state)), [self._streams.wait(output) for output in given]
 
     def _keep_scale(self, consumer: Map, x: Tensor, scale: Tensor) -> None:
         """Keep by how much the norm behind a consumer divides each token of the batch that runs."""
         self._scales[-1][consumer.module] = scale.cpu()
-
-    def _run(
-        self,
-        layer: int,
-        number: int,
-        watched: Sequence[nn.Module] = (),
-        until: nn.Module | None = None,
-        differentiable: bool = False,
-        dense: bool = False,
-        state: Tensor | None = None,
-    ) -> tuple[Any, list[Tensor]]:
-        """Run a layer of the pruned model, or of the dense one, on a stream, by default the one before it."""
-        ids = self._batches[number].ids
-        state = (self._dense if dense else self._pruned)[number] if state is None else state
-        owners = {owner for owner, _ in self._architecture.uses(layer)} - {layer}
-        earlier = {owner: self._read[owner][0 if dense else 1][number] for owner in owners}
-        return run_layer(self._model, self._layers, layer, ids, state, watched, until, differentiable, earlier)
 
     @torch.no_grad()
     def _refit(
@@ -329,11 +213,12 @@ class SequentialRepair:
         fit = None
         if all(batch.slopes for batch in seen):
             fit, seen = self._fit_producers(layer, consumer, weight, seen, producers)
-        fit = fit or self._fit(consumer, weight, seen, refit=self._epochs is None)  # or it would have seen what judges
+        trains = self._training is not None  # held-out sequences judge a training, and no fit before it may see them
+        fit = fit or self._fit(consumer, weight, seen, refit=not trains)
         self._set(new_parameters([fit]))
         device = module.get_parameter("weight").device
         return fit, [
-            self._wait(batch.pruned.to(device) + factors[index] * module(batch.x.to(device))) for batch in seen
+            self._streams.wait(batch.pruned.to(device) + factors[index] * module(batch.x.to(device))) for batch in seen
         ]
 
     @torch.no_grad()
@@ -351,22 +236,22 @@ class SequentialRepair:
         *before, module = (self._model.get_submodule(c.module) for c in consumers[: index + 1])
         like = self._model.get_parameter(consumer.weight).detach()
         stays = kept.view(consumer.copies(self._architecture.sizes), -1).to(like.device)
-        batches, routes, streams = [], [], []
+        wait, batches, routes, streams = self._streams.wait, [], [], []
         for number, batch in enumerate(self._batches):
-            (x, routing), given = self._run(layer, number, before, until=module)
+            (x, routing), given = self._streams.run(layer, number, before, until=module)
             pruned, drift = self._drifted(number, given, outputs[number], factors)
             x = x.masked_fill(~stays[routing.experts], 0)
             target = outputs[number][index].to(drift.device).float() + share / factors[index] * drift
             target = target.flatten(0, -2) - module(torch.zeros_like(x), routing).float()
-            rows = (self._wait(x), routing.tokens.cpu(), routing.counts, self._wait(target))
+            rows = (wait(x), routing.tokens.cpu(), routing.counts, wait(target))
             batches.append(Rows(*rows, batch.held_out))
             routes.append(routing)
-            streams.append(self._wait(pruned))
+            streams.append(wait(pruned))
         weight = oriented(consumer, like.float()).cpu()
         fit = fit_experts(consumer, weight, kept, batches, self._damping, like.device, like)
         self._set(new_parameters([fit]))
         states = [
-            self._wait(stream.to(like.device) + factors[index] * module(rows.x.to(like), routing).view_as(stream))
+            wait(stream.to(like.device) + factors[index] * module(rows.x.to(like), routing).view_as(stream))
             for stream, rows, routing in zip(streams, batches, routes, strict=True)
         ]
         return fit, states
@@ -384,7 +269,7 @@ class SequentialRepair:
         """Run a batch up to the last of some consumers; record what this one gets and should give."""
         *before, module = (self._model.get_submodule(consumer.module) for consumer in consumers)
         with outputs_as_leaves(self._model, producers) as watched:
-            x, given = self._run(layer, number, before, until=module, differentiable=bool(producers))
+            x, given = self._streams.run(layer, number, before, until=module, differentiable=bool(producers))
         with torch.enable_grad():
             slopes = slopes_of(x[..., self._kept[consumers[-1].module]], producers, watched) if producers else ()
         x, given = x.detach(), [output.detach() for output in given]
@@ -392,7 +277,7 @@ class SequentialRepair:
         own = _without_bias(module, outputs[len(given)].to(drift.device))
         y = own.float() + share / factors[len(given)] * drift
         inputs = tuple(watched[producer.entry.module][0].flatten(0, -2) for producer in producers if slopes)
-        wait = self._wait
+        wait = self._streams.wait
         return _Seen(wait(x), wait(y), wait(pruned), tuple(map(wait, inputs)), tuple(map(wait, slopes)))
 
     def _drifted(
@@ -407,10 +292,10 @@ class SequentialRepair:
             factors: as of `factors_of`.
         """
         device = self._batches[number].ids.device
-        pruned, dense = self._pruned[number].to(device), self._dense[number].to(device)
+        pruned, dense = self._streams.pruned[number].to(device), self._streams.dense[number].to(device)
         for factor, now, then in zip(factors, given, outputs, strict=False):
             pruned, dense = pruned + factor * now, dense + factor * then.to(device)
-        return pruned, _capped(dense.float() - pruned.float(), self._cap)
+        return pruned, capped(dense.float() - pruned.float(), self._cap)
 
     def _fit_producers(
         self, layer: int, consumer: Map, weight: Tensor, seen: Sequence["_Seen"], producers: Sequence[Producer]
@@ -436,7 +321,7 @@ class SequentialRepair:
         }
         self._set(new)
         numbers = range(len(self._batches))
-        inputs = [self._wait(self._run(layer, number, until=module)[0]) for number in numbers]
+        inputs = [self._streams.wait(self._streams.run(layer, number, until=module)[0]) for number in numbers]
         moved = [replace(pair, x=x, inputs=(), slopes=()) for pair, x in zip(seen, inputs, strict=True)]
         second = self._fit(consumer, fitted, moved, refit=True)
         if not second.held_out_after < first.held_out_after:
@@ -538,51 +423,6 @@ class _Sums:
         place = place or fit_place(self.gram.device, self.gram)
         gram, cross = (total.to(place).double() / self.tokens for total in (self.gram, self.cross))
         return Moments(gram, cross, float(self.square) / self.tokens, self.tokens)
-
-
-def factors_of(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> tuple[float, ...] | None:
-    """What a layer multiplies each consumer's output by before it adds it to the residual stream.
-
-    Factors of 1 are tried first. Others are fitted, each element weighed by what rounding does to it, and must explain
-    all elements.
-
-    Returns:
-        The factors, none of them 0; None if the layer does more with the outputs.
-    """
-    stream, given = before.double(), torch.stack([output.cpu().double() for output in outputs])
-    ones = torch.ones(len(outputs), dtype=torch.float64)
-    if _explained(stream, after, given, ones):
-        return tuple(ones.tolist())
-    factors = ones
-    for _ in range(2):  # the first factors give the weights of the second
-        size = _terms(stream, given, factors).abs().sum(0).clamp(min=torch.finfo(torch.float64).tiny)
-        columns, change = (given / size).flatten(1), ((after.double() - stream) / size).flatten()
-        factors = torch.linalg.lstsq(columns @ columns.T, columns @ change, driver="gelsd").solution
-    return tuple(factors.tolist()) if factors.all() and _explained(stream, after, given, factors) else None
-
-
-def _explained(before: Tensor, after: Tensor, outputs: Tensor, factors: Tensor) -> bool:
-    """Whether a layer adds its consumers' outputs times some factors, as far as rounding can tell.
-
-    Every element is asked by itself, against what the rounding of so many additions can do to it: in the norm of all, a
-    few large states would hide what a norm behind the consumers does to the others.
-    """
-    terms = _terms(before, outputs, factors)
-    rounding = len(outputs) * torch.finfo(after.dtype).eps
-    missed = (terms.sum(0) - after.double()).abs()
-    return bool((missed <= rounding * terms.abs().sum(0)).all())
-
-
-def _terms(before: Tensor, outputs: Tensor, factors: Tensor) -> Tensor:
-    return torch.cat([before[None], outputs * factors.view(-1, *[1] * before.ndim)])
-
-
-def _capped(drift: Float[Tensor, "batch length model"], cap: float | None) -> Float[Tensor, "batch length model"]:
-    if cap is None:
-        return drift
-    norm = drift.norm(dim=-1, keepdim=True)
-    limit = cap * norm.median(dim=1, keepdim=True).values
-    return drift * torch.where(norm > limit, limit / norm, 1.0)
 
 
 def _without_bias(module: nn.Module, output: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from libprune.engine.surgery import masked, oriented
 from libprune.models.sequences import Sequences
 from libprune.repair.experts import Rows, fit_channels, fit_experts
 from libprune.repair.least_squares import Inputs, Moments, fisher_weighting, new_parameters, solve
-from libprune.repair.sequential import SequentialRepair, split_batches
+from libprune.repair.sequential import SequentialRepair
+from libprune.repair.streams import split_batches
 from tests.support.models import FAMILIES, VOCAB
 
 COPIES, WIDTH, OUT = 3, 2, 4

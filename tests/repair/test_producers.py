@@ -27,7 +27,8 @@ from libprune.repair.producers import (
     producers_of,
     slopes_of,
 )
-from libprune.repair.sequential import SequentialRepair, split_batches
+from libprune.repair.sequential import SequentialRepair
+from libprune.repair.streams import split_batches
 from tests.support.models import FAMILIES, LAYOUTS, VOCAB, plan_of, tokens
 from tests.support.predictions import masked_logits
 

@@ -2,15 +2,11 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
 from itertools import chain
-from types import MethodType
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,9 +17,11 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import input_mask, masked, oriented
 from libprune.models.sequences import Sequences
 from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_local
-from libprune.repair.sequential import SequentialRepair, factors_of, split_batches
+from libprune.repair.sequential import SequentialRepair
+from libprune.repair.streams import split_batches
 from tests.support.collected import activations, assert_untouched, of_layers
-from tests.support.models import ENCODERS, FAMILIES, LAYOUTS, MAMBA, MIXTURES, VOCAB, plan_of, random_plan, tokens
+from tests.support.models import FAMILIES, LAYOUTS, MAMBA, VOCAB, plan_of, random_plan, tokens
+from tests.support.passes import forward, in_order
 from tests.support.predictions import masked_logits
 
 MODELS = {name: FAMILIES[name] for name in LAYOUTS}
@@ -72,60 +70,7 @@ def assert_weights_close(found: dict[str, Tensor], expected: dict[str, Tensor], 
         torch.testing.assert_close(found[name].double(), weight.double(), rtol=rtol, atol=atol, msg=name)
 
 
-# The text
-
-
-@given(st.integers(1, 40), st.integers(1, 10))
-def test_every_sequence_is_in_one_batch_and_every_eighth_is_held_out(number, at_once):
-    batches = split_batches(Sequences(torch.arange(number)[:, None].repeat(1, 3)), at_once)
-    assert all(1 <= len(batch.ids) <= at_once for batch in batches)
-    seen = {flag: [int(row[0]) for b in batches if b.held_out is flag for row in b.ids] for flag in (False, True)}
-    assert seen[True] == list(range(7, number, 8))
-    assert seen[False] == [row for row in range(number) if row % 8 != 7]
-
-
 # The slow way
-
-
-@dataclass
-class Pass:
-    """What a whole forward pass shows: the inputs of blocks, and inputs and outputs of consumers, by module."""
-
-    states: dict[str, Tensor] = field(default_factory=dict)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-def forward(model: PreTrainedModel, architecture: Architecture, ids: Tensor) -> Pass:
-    found, handles = Pass(), []
-
-    def in_sequences(x: Tensor) -> Tensor:
-        return x.detach().reshape(*ids.shape, -1)
-
-    for layer in range(architecture.layers):
-        name = f"{architecture.layers_path}.{layer}"
-
-        def block(_, args, kwargs, name=name):
-            found.states[name] = (args[0] if args else kwargs["hidden_states"]).detach()
-
-        handles.append(model.get_submodule(name).register_forward_pre_hook(block, with_kwargs=True))
-    for layer, part in architecture.blocks():
-        for consumer in architecture.consumers(layer, part):
-
-            def watch(_, args, output, name=consumer.module):
-                found.inputs[name], found.outputs[name] = in_sequences(args[0]), in_sequences(output)
-
-            handles.append(model.get_submodule(consumer.module).register_forward_hook(watch))
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def in_order(architecture: Architecture, layer: int) -> list[Map]:
-    """The consumers of a layer in the order in which they add to the residual stream."""
-    return architecture.consumers_in(layer)
 
 
 def slow_repair(
@@ -366,50 +311,6 @@ def test_auto_chooses_a_damping_for_every_consumer_by_its_own_held_out_error():
 
 
 # Blocks that do more than add
-
-
-def halving(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, with every MLP's output halved behind its consumer."""
-    for block in model.model.layers:
-        own = type(block.mlp).forward
-        block.mlp.forward = MethodType(lambda mlp, x, own=own: 0.5 * own(mlp, x), block.mlp)
-    return model
-
-
-def factors_in(model: PreTrainedModel) -> tuple[float, ...] | None:
-    """What the first layer multiplies the outputs of its consumers by."""
-    architecture = describe(model)
-    seen = forward(model, architecture, tokens())
-    first, second = (seen.states[f"{architecture.layers_path}.{layer}"] for layer in (0, 1))
-    return factors_of(first, second, [seen.outputs[entry.module] for entry in in_order(architecture, 0)])
-
-
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {*ENCODERS, *MIXTURES}))
-def test_what_a_layer_multiplies_its_consumers_by_is_measured(name):
-    model = FAMILIES[name](0)
-    factor = getattr(model.config, "residual_multiplier", 1.0)
-    assert factors_in(model) == (None if name in POST_NORM else pytest.approx((factor, factor), rel=1e-5))
-
-
-def test_every_consumer_has_its_own_factor():
-    assert factors_in(halving(FAMILIES["llama"](0))) == pytest.approx((1.0, 0.5), rel=1e-5)
-
-
-@given(
-    st.lists(st.floats(0.01, 20), min_size=1, max_size=3),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.integers(0, 99),
-)
-def test_factors_are_found_in_what_was_rounded(factors, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    before, *outputs = (torch.randn(4, 16, 32, generator=generator).to(dtype) for _ in range(1 + len(factors)))
-    after = before
-    for factor, output in zip(factors, outputs, strict=True):
-        after = after + factor * output
-    nearly = pytest.approx(tuple(factors), abs=8 * torch.finfo(dtype).eps * max(1, *factors))
-    assert factors_of(before, after, outputs) == nearly
-    other = after * (1 + (torch.arange(32) == 0) * 64 * torch.finfo(dtype).eps).to(dtype)
-    assert factors_of(before, other, outputs) is None
 
 
 def test_drift_is_refused_where_a_block_does_more_than_add_the_outputs():

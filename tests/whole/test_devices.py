@@ -20,7 +20,8 @@ from libprune.narrowing.measure import collect_axes
 from libprune.pipeline.sections import Activations, Compute, Gradients, Hessian
 from libprune.repair import experts, least_squares, producers
 from libprune.repair.least_squares import Inputs, repair_local
-from libprune.repair.sequential import SequentialRepair, split_batches
+from libprune.repair.sequential import SequentialRepair
+from libprune.repair.streams import split_batches
 from libprune.statistics.activations import activation_groups, collect_activations
 from libprune.statistics.gradients import collect_gradients, gradient_groups
 from libprune.statistics.hessian import collect_squared_gradients, hessian_groups
