@@ -24,9 +24,8 @@ def main(
 
     from libprune.recovery.recover import recover_layout
 
-    recovery = recover_layout(layout, settings.compute, settings.recover)
+    recovery = recover_layout(layout, settings.compute, settings.recover, metrics)
     if recovery is not None:
-        write_figures(metrics, recovery.metrics(), recovery.curve)
         for line in recovery.sentences():
             say(line)
         say(f"{layout.recovered} loads in a fresh process without libprune")

@@ -17,12 +17,13 @@ def main(
 
     layout, settings = Layout(artifacts), load_params(params)
     with fresh_python() as python, writing_folder(layout.pruned) as folder:
-        from libprune.repair.repairs import print_fits
+        from libprune.repair.repairs import discard_fits, print_fits
         from libprune.results.prune import prune
 
         result, fits = prune(layout, folder, settings.compute, settings.slice, python)
     print_fits(fits)
     write_json(metrics / "slice.json", result)
+    discard_fits(layout)
     say(
         f"{layout.pruned} loads in a fresh process without libprune; logits differ from the masked dense model's "
         f"by {result['logit_difference']:.1e} of {result['logit_scale']:.1f}"

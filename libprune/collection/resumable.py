@@ -38,7 +38,7 @@ from libprune.models.parallel import World
 from libprune.pipeline.artifacts import damage, write_table
 from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.shards import write_shard
-from libprune.pipeline.terminal import Bar, gigabytes, note, say
+from libprune.pipeline.terminal import CONTINUES, Bar, gigabytes, note, say
 
 ColumnsOf = Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Tensor], int, str], Columns]
 """Per-unit columns of a block, from the layer's tensors, the weights, the layer and the part."""
@@ -153,7 +153,7 @@ class Collection(Generic[Items]):
             world.barrier()
             self.saved.keep_only(done, items)
             if world.first:
-                say(f"continues from a saved state: {items} of {self.items} are done")
+                say(f"{CONTINUES}: {items} of {self.items} are done")
 
     def _bar(self) -> Any:
         total, done = self.items * self.tokens, self._seen() * self.tokens

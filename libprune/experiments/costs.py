@@ -18,11 +18,11 @@ from libprune.pipeline.artifacts import read_json
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.methods import REPAIRS, allocation_reads
 from libprune.pipeline.params import Params
+from libprune.pipeline.terminal import CONTINUES
 
 LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # ten times faster; a lock file is long
 _STARTS = re.compile(r"Running stage '(\w+)'")
 _ENDS = re.compile(r"(\w+): (\d+\.\d) s, peak memory ([\d,]+) MB")
-_CONTINUES = "continues from a saved state"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def printed_costs(log: str) -> dict[str, Cost]:
     for line in log.splitlines():
         if starts := _STARTS.match(line):
             stage, whole = starts[1], True
-        whole = whole and _CONTINUES not in line
+        whole = whole and CONTINUES not in line
         if whole and (ends := _ENDS.fullmatch(line.strip())) and ends[1] == stage:
             costs[stage] = Cost(float(ends[2]), int(ends[3].replace(",", "")) * 1_000_000)
     return costs

@@ -27,6 +27,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover
 from libprune.pipeline.terminal import gigabytes, note
 from libprune.recovery.curve import Recovery
+from libprune.recovery.idle import write_figures
 from libprune.recovery.memory import CHECKPOINTS, checkpoint_bytes, training_bytes, working_bytes
 from libprune.recovery.predictions import LiveTeacher, StoredTeacher, Teacher, read_about
 from libprune.recovery.student import finished_weights, load_student, prepare, trained_parameters
@@ -40,7 +41,7 @@ from libprune.results.record import Record, copy_files, read_whole, versions, wr
 _CHECKED_SEQUENCES, _CHECKED_LENGTH = 2, 64
 
 
-def recover_layout(layout: Layout, compute: Compute, params: Recover) -> Recovery | None:
+def recover_layout(layout: Layout, compute: Compute, params: Recover, metrics: Path | None = None) -> Recovery | None:
     """Train the pruned model of a layout, write the recovered one and prove that it loads.
 
     A training that was stopped goes on from its last checkpoint; checkpoints of other settings are kept. The weights
@@ -52,6 +53,7 @@ def recover_layout(layout: Layout, compute: Compute, params: Recover) -> Recover
             recovered model is written into it.
         compute: where and in which type the models are run.
         params: how the model is trained; `method` is not `none`.
+        metrics: the folder for the figures and the learning curve; None if they are not to be written.
 
     Returns:
         What the training came to; None in all processes but the first.
@@ -78,7 +80,9 @@ def recover_layout(layout: Layout, compute: Compute, params: Recover) -> Recover
                 weights = finished_weights(run.record, params, outcome.checkpoint)
                 write_weights(folder, run.record, weights)
                 write_recovery(folder, run.record, recovery, run.prove(folder, weights))
-            discard(home)
+            if metrics is not None:
+                write_figures(metrics, recovery.metrics(), recovery.curve)
+            discard(home)  # last, or a run that is stopped before would train again
         world.barrier()
     return recovery
 

@@ -22,7 +22,7 @@ from libprune.pipeline.artifacts import read_architecture, same_origin
 from libprune.pipeline.atomic import remove, writing_folder
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Recover, Tokenize
-from libprune.pipeline.terminal import Bar, gigabytes, note, say
+from libprune.pipeline.terminal import CONTINUES, Bar, gigabytes, note, say
 from libprune.recovery.losses import TopPredictions
 from libprune.recovery.predictions import (
     BYTES,
@@ -163,7 +163,7 @@ class _Storing:
         advice = "store fewer predictions (recover.top_k), or none (null)"
         require_room({home: max(0, missing)}, "teacher", advice)
         if files:
-            say(f"continues from a saved state: {len(files)} of {self._shards} files are there")
+            say(f"{CONTINUES}: {len(files)} of {self._shards} files are there")
 
     def _write(self, home: Path, device: torch.device, dtype: torch.dtype, about: dict[str, Any]) -> None:
         """Write the files that this process has to; where the weights are shared out, all processes run all passes."""

@@ -23,7 +23,7 @@ from libprune.models.parallel import World
 from libprune.models.sequences import Sequences
 from libprune.pipeline.atomic import remove
 from libprune.pipeline.sections import Recover
-from libprune.pipeline.terminal import Bar, say
+from libprune.pipeline.terminal import CONTINUES, Bar, say
 from libprune.recovery.losses import Taught, hidden_loss, prediction_loss
 from libprune.recovery.predictions import Teacher, attention_mask, model_inputs
 from libprune.recovery.student import WEIGHTS, read_weights, trained_parameters
@@ -307,7 +307,7 @@ class Training:
         last = _last_checkpoint(home, self.world)
         state = None if last is None else TrainerState.load_from_json(str(last / STATE))
         if state is not None and self.world.first:
-            say(f"continues from a saved state: {state.global_step} of {self.schedule.steps} steps are done")
+            say(f"{CONTINUES}: {state.global_step} of {self.schedule.steps} steps are done")
         if state is None or not self._ended(state):
             state = self._train(model, home, last)
         history = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]

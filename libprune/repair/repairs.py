@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from libprune.collection.accumulator import discard
 from libprune.collection.calibration import require_own_weights, set_up
 from libprune.collection.offload import scratch_of
 from libprune.collection.resumable import sums_identity
@@ -24,11 +26,11 @@ from libprune.models.compute import resolve_device
 from libprune.models.folder import WeightFiles, load_config, own_model
 from libprune.models.memory import Keep, in_memory, keeping
 from libprune.pipeline.artifacts import read_table, same_origin
-from libprune.pipeline.atomic import remove, writing
+from libprune.pipeline.atomic import writing
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.pipeline.shards import GRAM, HELD_OUT, read_meta, read_tensor
-from libprune.pipeline.terminal import Bar, note, say
+from libprune.pipeline.terminal import CONTINUES, Bar, note, say
 from libprune.repair.blocks import STEP_TOKENS, Epochs
 from libprune.repair.least_squares import (
     CPU,
@@ -192,7 +194,7 @@ def sequential_fits(
 ) -> list[Fit]:
     """Fit layer by layer on what the pruned layers before hand on; goes on where an interrupted run stopped.
 
-    The sequences are those that `tokenize` has drawn for it.
+    The sequences are those that `tokenize` has drawn for it. The fits stay saved until `discard_fits`.
     """
     _require_drawn(layout)
     return _layer_by_layer(layout, architecture, plan, compute, params)
@@ -234,6 +236,14 @@ def _layer_by_layer(
     training = None
     if given is not None:
         training = Training(Epochs(params.block_epochs, params.block_rate), params.block_ahead, given)
+    home = run.work / (_EXPERTS if own_inputs else _LAYERS)
+    folder = home / sums_identity(run, identity, ("repair",))
+    paths = [folder / f"layer-{layer:03d}.safetensors" for layer in range(architecture.layers)]
+    saved = [_load(path, architecture) for path in takewhile(Path.exists, paths)]
+    if saved:
+        say(f"{CONTINUES}: {len(saved)} of {len(paths)} layers are repaired")
+    if len(saved) == len(paths):
+        return list(chain(*saved))
     repair = SequentialRepair(
         run.model,
         architecture,
@@ -248,18 +258,23 @@ def _layer_by_layer(
         training,
         run.keep,
     )
-    home = run.work / ("experts" if own_inputs else "slice")
-    folder = home / sums_identity(run, identity, ("repair",))
-    fits = []
-    for layer in Bar(range(architecture.layers), desc="repair", unit="layer"):
-        path = folder / f"layer-{layer:03d}.safetensors"
-        saved = _load(path, architecture) if path.exists() else None
-        fitted = repair.step(layer, None if saved is None else new_parameters(saved))
-        if saved is None:
-            _save(path, fitted)
-        fits += fitted if saved is None else saved
-    remove(home)
-    return fits
+    for layer, path in enumerate(Bar(paths, desc="repair", unit="layer")):
+        if layer < len(saved):
+            repair.step(layer, new_parameters(saved[layer]))
+        else:
+            saved.append(repair.step(layer))
+            _save(path, saved[-1])
+    return list(chain(*saved))
+
+
+_LAYERS, _EXPERTS = "slice", "experts"
+"""Folders of the fits that are saved, layer by layer."""
+
+
+def discard_fits(layout: Layout) -> None:
+    """Delete the fits that repairs layer by layer have saved; the pruned model with them must be there."""
+    for name in (_LAYERS, _EXPERTS):
+        discard(layout.work / name)
 
 
 def _save(path: Path, fits: list[Fit]) -> None:

@@ -63,6 +63,7 @@ def test_the_plan_is_sliced_and_proved_with_every_repair(measured, quick_proof, 
     tiny.change_params(measured, "slice", repair=repair)
     tiny.run_stages(measured, ["slice"])
     layout = Layout(measured / "artifacts")
+    assert not (layout.work / "slice").exists(), "no fits are left"
     architecture = read_architecture(layout)
     plan, meta = read_plan(layout, architecture)
     record = read_record(layout.pruned)

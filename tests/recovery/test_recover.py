@@ -175,6 +175,24 @@ def test_other_params_neither_go_on_from_a_checkpoint_that_is_not_theirs_nor_rem
     assert files(first) == left
 
 
+def test_checkpoints_stay_until_the_figures_are_written(tmp_path, quick_proof, monkeypatch):
+    layout, work = write_pruned_layout(tmp_path / "artifacts", "llama", "uniform"), tmp_path / ".work" / "recover"
+    metrics = tmp_path / "metrics"
+    metrics.mkdir()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recover, "write_figures", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            recover_layout(layout, CPU, short(), metrics)
+    assert list(work.glob("*/checkpoint-*"))
+    assert recover_layout(layout, CPU, short(), metrics) is not None
+    assert {path.name for path in metrics.iterdir()} == {"recovery.json", "learning_curve.csv"}
+    assert list(work.iterdir()) == []
+
+
 def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe
 from libprune.engine.errors import LibpruneError
+from libprune.engine.plan import Plan
 from libprune.engine.surgery import oriented
 from libprune.models.folder import fingerprint, load_model
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import write_tokens
+from libprune.pipeline.artifacts import read_architecture, read_plan
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute, Slice
 from libprune.pipeline.shards import write_shard
 from libprune.repair.least_squares import pruned_consumers
-from libprune.repair.repairs import Repairing, bias_fits, local_fits
+from libprune.repair.repairs import Repairing, bias_fits, discard_fits, local_fits
 from libprune.repair.sequential import SequentialRepair
 from libprune.results.prune import prune
 from tests.support.collected import activations, captured
@@ -100,9 +103,9 @@ def test_a_sequential_repair_that_is_interrupted_goes_on_with_the_layers_that_ar
         assert any(fit.others for fit in fits)
         return load_model(folder, torch.float32, trust_remote_code=True).state_dict(), fresh
 
-    whole, _ = write_collected(tmp_path / "whole", name, "holes")
+    whole, _ = write_collected(tmp_path / "whole" / "artifacts", name, "holes")
     whole.root.with_suffix(".on").touch()
-    broken, _ = write_collected(tmp_path / "broken", name, "holes")
+    broken, _ = write_collected(tmp_path / "broken" / "artifacts", name, "holes")
     expected, _ = run(whole)
     with pytest.raises(KeyboardInterrupt):
         run(broken)
@@ -110,3 +113,34 @@ def test_a_sequential_repair_that_is_interrupted_goes_on_with_the_layers_that_ar
     assert fresh == [2, 3]
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("repair", ["sequential", "block"])
+def test_fits_stay_saved_until_the_pruned_model_is_there(tmp_path, quick_proof, monkeypatch, capsys, repair):
+    """A run that is stopped while it writes or proves the model has lost none of them."""
+    layout, _ = write_collected(tmp_path / "artifacts", "llama", "holes")
+    params, folders = Slice(repair=repair, block_rate=1e-3), [tmp_path / name for name in ("stopped", "whole")]
+    for folder in folders:
+        folder.mkdir()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("libprune.results.prune.write_pruned", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prune(layout, folders[0], Compute(), params)
+    monkeypatch.setattr(SequentialRepair, "__init__", interrupt)
+    capsys.readouterr()
+    _, fits = prune(layout, folders[1], Compute(), params)
+    assert "continues from a saved state: 4 of 4 layers are repaired" in capsys.readouterr().out
+    assert len(fits) == sum(1 for _ in pruned_consumers(*described(layout)))
+    assert (layout.work / "slice").exists()
+    discard_fits(layout)
+    assert not (layout.work / "slice").exists()
+
+
+def described(layout: Layout) -> tuple[Architecture, Plan]:
+    """The dense model, and what is removed."""
+    architecture = read_architecture(layout)
+    return architecture, read_plan(layout, architecture)[0]
