@@ -14,7 +14,8 @@ def main(params: stage.ParamsFile = stage.PARAMS, artifacts: stage.Root = stage.
     for line in tokenize_layout(layout, settings.tokenize, settings.compute.device, settings.compute.dtype):
         said, _, read = line.partition("; read were ")
         say(said)
-        note(f"read were {read}")
+        if read:
+            note(f"read were {read}")
 
 
 app = stage.app(main)

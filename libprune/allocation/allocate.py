@@ -218,13 +218,30 @@ def allocation(
         if params.ratio is not None and ratio >= params.ratio:
             raise BudgetError(f"allocate.nested has {ratio}, which is not smaller than the ratio {params.ratio:.4g}")
         smaller = params.model_copy(update={"ratio": ratio})
-        within = descend(architecture, ladders, prices, smaller, evidence, within=within)
+        try:
+            within = _containing(architecture, ladders, prices, smaller, evidence, None, within)
+        except BudgetError as error:
+            raise BudgetError(f"allocate.nested, for its ratio {ratio} in place of {params.ratio}: {error}") from error
         ladders = forced_by(ladders, within.plan)
+    return _containing(architecture, ladders, prices, params, evidence, improve, within)
+
+
+def _containing(
+    architecture: Architecture,
+    ladders: Ladders,
+    prices: Prices,
+    params: Allocate,
+    evidence: Evidence,
+    improve: Improve | None,
+    within: Allocated | None,
+) -> Allocated:
+    """`descend`, refused where the plan keeps what that of a smaller ratio removes."""
     found = descend(architecture, ladders, prices, params, evidence, improve, within)
     if within is not None and any((keep & ~within.plan.keep[block]).any() for block, keep in found.plan.keep.items()):
+        whole = ", set allocate.layers, or allocate.depth: none" if params.ordered else ""
         raise BudgetError(
-            f"allocate.method: {params.method} finds no plan for the ratio {params.ratio:.4g} that contains those of "
-            f"allocate.nested: {list(params.nested)}; leave some of them out, or choose another method, such as global"
+            f"allocate.method: {params.method} finds no plan for the ratio {params.ratio} that contains those of the "
+            f"smaller ratios in allocate.nested; leave some of them out{whole}, or choose another method"
         )
     return found
 
@@ -256,7 +273,7 @@ def descend(
     if METHODS[params.method].programme:
         return _by_programme(architecture, ladders, params, evidence, improve, within)
     target = left_to_go(prices, params)
-    gone = removed_whole(architecture, target, prices, params, evidence)
+    gone = removed_whole(architecture, target, prices, params, evidence, within)
     left = {block: steps for block, steps in ladders.items() if block not in gone}
     rest = target - prices.removed(without(architecture, gone))
     depth = METHODS[params.method].allocate(architecture, left, rest, params, evidence)
@@ -280,7 +297,7 @@ def _by_programme(
         prices = cost.prices(architecture, params.objective, evidence.get("latency"), params.columns)
         left = left_to_go(prices, params)
         if params.ordered and params.layers is not None:
-            _first_of_the_order(architecture, left, prices, params, evidence["depth"])
+            _first_of_the_order(architecture, left, prices, params, evidence["depth"], within)
     found = find(architecture, ladders, params, evidence, None if within is None else within.frame)
     frame, depth = found.frame, found.solution.depth
     prices = cost.prices(architecture, params.objective, evidence.get("latency"), frame.width)
@@ -297,7 +314,12 @@ def _by_programme(
 
 
 def removed_whole(
-    architecture: Architecture, target: int, prices: Prices, params: Allocate, evidence: Evidence
+    architecture: Architecture,
+    target: int,
+    prices: Prices,
+    params: Allocate,
+    evidence: Evidence,
+    within: Allocated | None = None,
 ) -> frozenset[Block]:
     """The blocks that go whole before the method removes units: by a measured order, or as layers that collapse.
 
@@ -306,12 +328,13 @@ def removed_whole(
         prices: what it is counted in.
         params: limits, settled.
         evidence: the order, or what `hgsp` weighs layers by.
+        within: the plan of a smaller ratio, which is removed in any case.
 
     Raises:
         BudgetError: if more removals are asked for than were measured, or than the target has room for.
     """
     if params.ordered:
-        return _first_of_the_order(architecture, target, prices, params, evidence["depth"])
+        return _first_of_the_order(architecture, target, prices, params, evidence["depth"], within)
     if not params.collapse_below:
         return frozenset()
     require_layers_priced(prices, params)
@@ -324,10 +347,19 @@ def removed_whole(
 
 
 def _first_of_the_order(
-    architecture: Architecture, target: int, prices: Prices, params: Allocate, order: Order
+    architecture: Architecture,
+    target: int,
+    prices: Prices,
+    params: Allocate,
+    order: Order,
+    within: Allocated | None,
 ) -> frozenset[Block]:
-    """What the first removals of an order take away: as many as asked for, or as many as fit into the target."""
-    costs = [prices.removed(without(architecture, gone)) for gone, _ in order]
+    """What the first removals of an order take away: as many as asked for, or as many as fit into the target.
+
+    What the plan of a smaller ratio removes from the layers that stay takes its share of the target, too.
+    """
+    plans = [without(architecture, gone) for gone, _ in order]
+    costs = [prices.removed(plan if within is None else plan.and_also(within.plan)) for plan in plans]
     fitting = max(number for number, price in enumerate(costs) if price <= target)
     require_ordered(params.layers, order)
     wanted = fitting if params.layers is None else params.layers
@@ -336,7 +368,7 @@ def _first_of_the_order(
         beside = f", with the columns beyond allocate.width = {params.width}" if columns else ""
         share, what = share_of(prices, columns + costs[wanted], params), params.objective
         raise BudgetError(
-            f"allocate.layers: {wanted} removals take {share:.3f} of the {params.ratio_of} {what}{beside}, more "
+            f"allocate.layers: {wanted} would take {share:.3f} of the {params.ratio_of} {what}{beside}, more "
             f"than allocate.ratio = {params.ratio}, which has room for {fitting}; lower allocate.layers, or raise the "
             "ratio"
         )

@@ -160,6 +160,11 @@ def decide_layout(layout: Layout, asked: Allocate, compute: Compute, levels: Lev
 
 def _lines(architecture: Architecture, result: Mapping[str, Any], asked: Allocate, decision: Decision) -> Iterator[str]:
     yield _removed(result, asked, decision.params, decision.shape)
+    if asked.ratio and not result["share_removed"]:
+        yield (
+            f"note: nothing is removed, since one step of allocate.method: {asked.method} takes more than the ratio "
+            f"{asked.ratio:.3g}; raise it, lower allocate.channel_multiple, or set allocate.shape: per_layer"
+        )
     yield from map(budget_line, decision.budgets)
     if decision.programme:
         yield programme_line(decision.programme)

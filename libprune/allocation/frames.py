@@ -10,9 +10,10 @@ import heapq
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache
 from itertools import product
-from math import ceil, inf
+from math import ceil, floor, inf
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,12 @@ class Counted:
         if name == "ratio":
             self.least = max(0, round((1 - share) * self.dense) - before)
         else:
-            self.least = max(0, self.dense - int(share * self.dense) - before)
+            self.least = max(0, self.dense - self.limit - before)
+
+    @property
+    def limit(self) -> int:
+        """What may stay, rounded down; the share counts as the decimal number that was written."""
+        return floor(Fraction(repr(self.share)) * self.dense)
 
     def _prices(self, width: int | None) -> Prices:
         return cost.prices(self._architecture.narrowed(width), self._objective, self._latency, bits=self._bits)
@@ -118,7 +124,7 @@ class Counted:
         """What is said of the budget when so much is removed beyond what went with the vocabulary."""
         left = self._whole(None) - removed
         scale = SCALES.get(self.name)
-        amounts = {"dense": self.dense, "limit": int(self.share * self.dense), "reached": left}
+        amounts = {"dense": self.dense, "limit": self.limit, "reached": left}
         shown = amounts if scale is None else {key: amount / scale for key, amount in amounts.items()}
         return {"name": self.name, **shown, "share_asked": self.share, "share": left / self.dense, "binds": binds}
 

@@ -39,6 +39,10 @@ class Plan:
         keep[units] = False
         return replace(self, keep={**self.keep, block: keep})
 
+    def and_also(self, other: "Plan") -> "Plan":
+        """The plan that removes also what another plan of the same model removes, but for columns."""
+        return replace(self, keep={block: keep & other.keep[block] for block, keep in self.keep.items()})
+
     def kept(self, layer: int, part: str) -> int:
         """Number of units kept."""
         return int(self.keep[layer, part].sum())

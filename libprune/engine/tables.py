@@ -27,10 +27,12 @@ def numbers(table: Columns, name: str) -> NDArray[np.float64]:
     return np.asarray(column(table, name, "the joined statistics tables"), dtype=np.float64)
 
 
-def layers_and_parts(table: Columns) -> Iterator[NDArray[np.bool_]]:
-    """For each block, which rows of a table belong to it, ``[rows]``; blocks in the order of layer and part."""
-    for layer, part in sorted(set(zip(table["layer_idx"].tolist(), table["group_type"].tolist(), strict=True))):
-        yield (table["layer_idx"] == layer) & (table["group_type"] == part)
+def layers_and_parts(table: Columns) -> list[NDArray[np.intp]]:
+    """For each block, the numbers of the rows of a table that belong to it, ascending; blocks by their first rows."""
+    rows: dict[tuple[Any, Any], list[int]] = {}
+    for row, block in enumerate(zip(table["layer_idx"].tolist(), table["group_type"].tolist(), strict=True)):
+        rows.setdefault(block, []).append(row)
+    return [np.array(own) for own in rows.values()]
 
 
 def column(table: Columns, name: str, where: str) -> NDArray[Any]:

@@ -87,7 +87,7 @@ def compare(program: Program, source: Source, texts: Int[Tensor, "prompts length
         prompts=len(texts),
         tokens=length,
         difference=float((predicted - expected).abs().max()),
-        divergence=max(0.0, float((expected.exp() * (expected - predicted)).sum(-1).mean())),
+        divergence=float((expected.exp() * (expected - predicted)).sum(-1).mean().clamp(min=0)),  # keeps NaN
         same_first=int((predicted.argmax(-1) == expected.argmax(-1)).sum()),
         written=len(written),
         same_written=int((likely == torch.tensor(written)).sum()),

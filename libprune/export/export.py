@@ -25,7 +25,7 @@ from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Export
 from libprune.pipeline.terminal import Bar
 from libprune.results.proof import reload, verify_folder
-from libprune.results.record import Record, read_recovered, read_whole
+from libprune.results.record import Record, files_in, read_recovered, read_whole
 from libprune.results.speed import SpeedComparison, compare_timed
 
 SCRATCH = Path(".work/export")
@@ -241,4 +241,4 @@ class _Run:
 
 def _bytes(path: Path) -> int:
     """Bytes of a file, or of all files of a folder."""
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else files_in(path).values()))

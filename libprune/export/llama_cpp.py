@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -131,6 +132,8 @@ class LlamaCpp:
         try:
             with urlopen(request, timeout=_SECONDS) as answer:
                 result: dict[str, Any] = json.load(answer)
-        except OSError as error:
+        except TimeoutError as error:
+            raise ExportError(f"llama.cpp has not answered {path} within {_SECONDS} seconds") from error
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: half an answer
             raise ExportError(f"llama.cpp stopped while it was asked for {path}: {error}") from error
         return result

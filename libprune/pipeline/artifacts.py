@@ -34,6 +34,8 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     """
     with damage(path, stage):
         content: dict[str, Any] = unsealed(path, json.loads(require(path, stage).read_text()))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} in place of an object with keys")
     return content
 
 

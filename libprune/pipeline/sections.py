@@ -787,7 +787,8 @@ class Evaluate(Section):
     continuation_tokens: Count = 32
     """Tokens of each such beginning and of each continuation; at most half of an evaluation window."""
     tasks: tuple[str, ...] = Field(default=(), strict=False)
-    """Zero-shot tasks of lm-evaluation-harness, such as `piqa`; needs `pip install 'libprune[tasks]'`."""
+    """Zero-shot tasks of lm-evaluation-harness that have an accuracy, such as `piqa`, or groups of tasks, such as
+    `mmlu`; needs `pip install 'libprune[tasks]'`."""
     task_folder: Source | None = None
     """Folder of YAML files of further tasks, such as tasks on local data."""
     task_limit: Count | None = None

@@ -64,9 +64,14 @@ def replaced(text: str, changes: Mapping[str, Any]) -> str:
         *sections, leaf = key.split(".")
         inner = content
         for part in (*sections, leaf):
-            if not isinstance(inner, Mapping) or part not in inner:
-                known = [*inner] if isinstance(inner, Mapping) else []
-                raise ParamsError(missing_key(part, known, f"{key}: {_NAME}"))
+            if not isinstance(inner, Mapping):
+                above = key.removesuffix(f".{part}") if part is leaf else key.partition(f".{part}")[0]
+                raise ParamsError(
+                    f"{key}: params has no keys in {above}, which is {inner!r}; set it whole, such as "
+                    f"{above}={{{part}: ...}}"
+                )
+            if part not in inner:
+                raise ParamsError(missing_key(part, [*inner], f"{key}: {_NAME}"))
             inner = inner if part is leaf else inner[part]
         inner[leaf] = _quoted(value)
     return _dump(round_trip, content)

@@ -45,14 +45,16 @@ class Taught:
 
 
 def divergence(
-    student: Float[Tensor, "rows vocab"], teacher: Float[Tensor, "rows vocab"], temperature: float
+    student: Float[Tensor, "rows vocab"], teacher: Float[Tensor, "rows others"], temperature: float
 ) -> Float[Tensor, " rows"]:
     """Kullback-Leibler divergence of each row's predictions from the teacher's, nats, times the squared temperature.
 
     The factor keeps the size of the gradient as the temperature rises (Hinton et al. 2015, Distilling the Knowledge in
-    a Neural Network, arXiv 1503.02531).
+    a Neural Network, arXiv 1503.02531). Rows of a vocabulary that only one of both models has stand for no token, and
+    are left out.
     """
-    ours, theirs = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
+    known = min(student.shape[-1], teacher.shape[-1])
+    ours, theirs = ((logits[..., :known].float() / temperature).log_softmax(-1) for logits in (student, teacher))
     return kl_div(ours, theirs, log_target=True, reduction="none").sum(-1) * temperature**2
 
 
@@ -61,7 +63,8 @@ def top_divergence(
 ) -> Float[Tensor, " rows"]:
     """Divergence as `divergence` has it, where all but the teacher's largest predictions count as one.
 
-    It is never larger than the divergence of all predictions, and 0 where those agree.
+    It is at most the divergence of all predictions, and 0 where those agree, but for the rounding of stored
+    log-probabilities to float16: some 0.001 nats of a position.
     """
     ours = (student.float() / temperature).log_softmax(-1).gather(-1, teacher.ids.long())
     theirs = teacher.log_probabilities.float()
@@ -131,7 +134,7 @@ def _kept(dtype: torch.dtype) -> torch.dtype:
 
 def _part_loss(
     student: Float[Tensor, "rows vocab"],
-    teacher: Float[Tensor, "rows vocab"] | TopPredictions,
+    teacher: Float[Tensor, "rows others"] | TopPredictions,
     targets: Int[Tensor, " rows"],
     counted: Bool[Tensor, " rows"],
     temperature: float,

@@ -186,7 +186,9 @@ class _Storing:
         mask = attention_mask(rows)
         inputs = model_inputs(rows.ids.to(device), None if mask is None else mask.to(device))
         with torch.no_grad():
-            return top_predictions(model(**inputs, use_cache=False).logits, self._k, self.params.temperature)
+            logits = model(**inputs, use_cache=False).logits
+        known = self.architecture.sizes["vocab"] if self.architecture.head != "sequence_classification" else None
+        return top_predictions(logits[..., :known], self._k, self.params.temperature)  # no other rows have tokens
 
     def _finish(self, home: Path, about: dict[str, Any]) -> None:
         with writing_folder(self.layout.teacher) as folder:

@@ -15,7 +15,7 @@ from libprune.engine.architecture import Architecture
 from libprune.engine.describe import describe, without_weights
 from libprune.engine.errors import ParamsError, SourceError
 from libprune.engine.stock_config import keys_of
-from libprune.models.folder import fingerprint, load_model, own_model
+from libprune.models.folder import fingerprint, load_config, load_model, own_model
 from libprune.models.parallel import World
 from libprune.models.source import load_dense, load_dense_config
 from libprune.pipeline.digests import KnownDigests
@@ -121,6 +121,18 @@ def load_teacher(
         raise ParamsError(
             f"recover.teacher: {params.teacher} has another vocabulary ({len(tokenizer):,} tokens) than the model that "
             f"is pruned ({len(own):,} tokens); their predictions cannot be compared"
+        )
+    rows, needed = model.get_input_embeddings().weight.shape[0], max(own.get_vocab().values()) + 1
+    if rows < min(needed, architecture.sizes["vocab"]):
+        raise ParamsError(
+            f"recover.teacher: {params.teacher} has {rows:,} rows of embeddings for {needed:,} tokens; its tokenizer "
+            "is that of another model"
+        )
+    labels = load_config(own_model(layout, architecture)).num_labels
+    if architecture.head == "sequence_classification" and model.config.num_labels != labels:
+        raise ParamsError(
+            f"recover.teacher: {params.teacher} tells {model.config.num_labels} labels apart, the model that is pruned "
+            f"{labels}; they cannot be compared"
         )
     width = architecture.sizes["model"]
     if architecture.pooling is not None and model.config.hidden_size != width:

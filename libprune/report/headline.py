@@ -109,7 +109,11 @@ def _accuracy(task: str, models: Metrics) -> Rows:
     """The rows of a task: the dense and the pruned model, and below them the recovered one if there is one."""
     dense = models["dense"]
     metric = "acc_norm" if "acc_norm" in dense else "acc"
-    share = {name: f"{100 * one[metric]:.1f} ± {100 * one[f'{metric}_se']:.1f}" for name, one in models.items()}
+    error = f"{metric}_se"
+    share = {
+        name: f"{100 * one[metric]:.1f}" + (f" ± {100 * one[error]:.1f}" if error in one else "")
+        for name, one in models.items()
+    }
     change = {name: f"{100 * (one[metric] - dense[metric]):+.1f}" for name, one in models.items()}
     rows: Rows = [(f"{task}, {metric}, %", share["dense"], share["pruned"], change["pruned"])]
     return rows + [(f"{task}, recovered", "", share[name], change[name]) for name in models if name == "recovered"]

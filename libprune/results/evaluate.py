@@ -15,7 +15,7 @@ from libprune.collection.offload import pass_bytes, scratch_of, settle
 from libprune.engine import cost
 from libprune.engine.architecture import Architecture
 from libprune.engine.describe import with_biases
-from libprune.engine.errors import LibpruneError
+from libprune.engine.errors import LibpruneError, StatisticsError
 from libprune.engine.heads import writes
 from libprune.engine.plan import Plan
 from libprune.models.compute import KEPT, resolve_device, resolve_dtype
@@ -216,6 +216,11 @@ class _Run:
                 losses, overlap = beside.read(model, bar)
             else:
                 losses = window_losses(model, self.windows, tokens, bar)
+        if not np.isfinite(losses).all():
+            raise StatisticsError(
+                f"evaluate: the loss of the {name} model is not finite in window {np.isfinite(losses).argmin()}; try "
+                "compute.dtype: float32, and check that the model is sound on this text"
+            )
         if params.tasks:
             given = (params.tasks, params.task_folder, params.task_limit, params.task_batch)
             tasks = zero_shot(model, self.tokenizer, *given)

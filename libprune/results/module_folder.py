@@ -29,10 +29,19 @@ WEIGHTS = "model.safetensors"
 
 
 def stored(network: nn.Module) -> dict[str, Tensor]:
-    """What a network stores, each tensor once under its first name."""
+    """What a network stores, each tensor once under its first name.
+
+    Raises:
+        LibpruneError: if it stores something else than tensors.
+    """
     seen: set[int] = set()
     tensors = {}
     for name, tensor in network.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise LibpruneError(
+                f"the network stores {name!r}, a {type(tensor).__name__} and no tensor (get_extra_state), which cannot "
+                "be sliced; keep it in a tensor, or out of what is stored"
+            )
         if id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[name] = tensor.detach()
@@ -106,7 +115,7 @@ def with_tensors(network: nn.Module, state: Mapping[str, Tensor], numbers: Mappi
     for name in sorted(known.keys() ^ state.keys()):
         where, names = ("the network", known) if name in state else ("the file", state)
         raise LibpruneError(f"{missing_key(name, names, where)}; load it into the network that it was made from")
-    tied: dict[int, nn.Parameter] = {}
+    tied, buffers = dict[int, nn.Parameter](), dict[int, Tensor]()
     for path, module in list(new.named_modules()):
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -114,10 +123,11 @@ def with_tensors(network: nn.Module, state: Mapping[str, Tensor], numbers: Mappi
                 if id(parameter) not in tied:
                     tied[id(parameter)] = nn.Parameter(state[full].clone(), parameter.requires_grad)
                 module._parameters[name] = tied[id(parameter)]
-        for name in list(module._buffers):
+        for name, buffer in list(module._buffers.items()):
             full = f"{path}.{name}".removeprefix(".")
             if full in state:
-                module._buffers[name] = state[full].clone()
+                buffers[id(buffer)] = state[full].clone()
+            module._buffers[name] = buffers.get(id(buffer), buffer)
         _note_shapes(module)
     for path, value in numbers.items():
         owner, _, name = path.rpartition(".")
@@ -247,7 +257,7 @@ class Pruned:
             made |= {"errors": mean_errors(self.fits), "proof": self.proof}
             write_provenance(partial_folder, meta | made | versions())
             again = stored(load(partial_folder, self.network))
-            if any(not torch.equal(tensor, again[name]) for name, tensor in tensors.items()):
+            if any(not torch.equal(tensor.cpu(), again[name].cpu()) for name, tensor in tensors.items()):
                 raise ArtifactError(f"the weights written to {folder} do not read back as they were")
 
 

@@ -22,6 +22,7 @@ from libprune.engine.errors import ArtifactError, LibpruneError, naming
 from libprune.engine.family import family_of
 from libprune.engine.plan import Plan
 from libprune.engine.stock_config import keys_of
+from libprune.engine.tables import layers_and_parts
 from libprune.models.dialect import OPEN, STOP
 from libprune.models.given import OWN_TYPE, require_files
 from libprune.models.origin import CARD
@@ -98,12 +99,11 @@ class Record:
         table, meta = read_table(path, "slice")
         if meta["model"] != model:
             raise ArtifactError(f"{path} is of the model {meta['model']}, {PROVENANCE} says {model}")
-        layers, parts = table["layer_idx"], table["group_type"]
-        blocks = dict.fromkeys(zip(layers.tolist(), parts.tolist(), strict=True))
-        return Plan(
-            {(layer, part): table["keep"][(layers == layer) & (parts == part)] for layer, part in blocks},
-            meta.get("width"),
-        )
+        keep = {
+            (int(table["layer_idx"][rows[0]]), table["group_type"][rows[0]]): table["keep"][rows]
+            for rows in layers_and_parts(table)
+        }
+        return Plan(keep, meta.get("width"))
 
     @cached_property
     def left(self) -> Plan:

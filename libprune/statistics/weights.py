@@ -40,7 +40,7 @@ def weight_columns(
         "weight_variance": (squares / cost - (sums(torch.clone) / cost) ** 2).clip(min=0),
         "weight_nonzero": sums(lambda w: (w != 0).double()) / cost,
         "weight_entropy": _evenness(squares, sums(_times_own_logarithm), cost),
-        "weight_effective_rank": _rank_share(unit_vectors(architecture, weights, layer, part)).numpy(),
+        "weight_effective_rank": _rank_share(unit_vectors(architecture, weights, layer, part)).cpu().numpy(),
     }
 
 

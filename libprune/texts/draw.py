@@ -78,7 +78,8 @@ class Drawn:
         if how["mode"] == "labelled":
             return (
                 f"{what}: {number:,} labelled documents of up to {length:,} tokens ({self.sequences.tokens:,} tokens), "
-                f"{how['cut']:,} of them cut off, of {how['documents']:,}: {how['source']}, {how['part']}; {self.read}"
+                f"{how['cut']:,} of them that long or cut off, of {how['documents']:,}: {how['source']}, "
+                f"{how['part']}; {self.read}"
             )
         drawn = f"{what}: {number:,} windows of {length:,} tokens"
         if how["mode"] == "sampled":

@@ -160,7 +160,10 @@ def _evenly(available: int, count: int) -> Ids:
 
 def _require(available: int, count: int, what: str) -> None:
     if available < count:
-        raise SourceError(f"{what} needs {count} labelled documents, the text gives {available}; use fewer")
+        raise SourceError(
+            f"{what} needs {count} labelled documents, the text gives {available}; use fewer, more text, or another "
+            "tokenize.evaluation_share"
+        )
 
 
 def _drawn(part: _Part, chosen: Ids, length: int, tokenizer: PreTrainedTokenizerBase, more: TextProvenance) -> Drawn:

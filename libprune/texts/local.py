@@ -66,11 +66,15 @@ def _json(file: io.TextIOBase) -> Iterator[Row]:
     text, end = file.read(_WHOLE + 1), 0
     if len(text) > _WHOLE:
         raise ValueError(f"it has more than {_WHOLE:,} characters; write one object a line, as .jsonl")
-    while rest := text[end:].lstrip():
-        end = len(text) - len(rest)
-        value, end = json.JSONDecoder().raw_decode(text, end)
-        for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+    decoder, number = json.JSONDecoder(), 0
+    while (end := _SPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr] # it matches anywhere
+        value, end = decoder.raw_decode(text, end)
+        for row in value if isinstance(value, list) else [value]:
+            number += 1
             yield _object(row, f"entry {number}")
+
+
+_SPACE = re.compile(r"\s*")
 
 
 def _object(value: object, where: str) -> Row:

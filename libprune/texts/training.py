@@ -255,18 +255,25 @@ def seen_share(rows: Sequence[Ids], judged: Sequence[Ids]) -> float:
     runs = [hashes for row in judged if len(hashes := _runs(row, run))]
     if not runs:
         return 0.0
-    every, times = np.unique(np.concatenate(runs), return_counts=True)
-    counted = every[times == 1] if (times == 1).any() else every
-    seen = np.intersect1d(counted, np.concatenate([_runs(row, run) for row in rows]))
+    known, times = np.unique(np.concatenate(runs), return_counts=True)
+    counted = known[times == 1] if (times == 1).any() else known
+    every = (_runs(row, run) for row in rows)
+    seen = np.unique(np.concatenate([hashes[_among(hashes, counted)] for hashes in every]))
     return sum(_inside(hashes, seen, run) for hashes in runs) / sum(_inside(hashes, counted, run) for hashes in runs)
 
 
 def _inside(hashes: NDArray[np.uint64], chosen: NDArray[np.uint64], run: int) -> int:
     """The number of tokens of a row that lie in chosen runs, which are ascending."""
-    if not len(hashes) or not len(chosen):
+    if not len(hashes):
         return 0
-    found = chosen[np.searchsorted(chosen, hashes).clip(max=len(chosen) - 1)] == hashes
-    return int((np.convolve(found, np.ones(run, dtype=np.int64)) > 0).sum())
+    return int((np.convolve(_among(hashes, chosen), np.ones(run, dtype=np.int64)) > 0).sum())
+
+
+def _among(hashes: NDArray[np.uint64], chosen: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which hashes are among ascending ones."""
+    if not len(chosen):
+        return np.zeros(len(hashes), dtype=bool)
+    return chosen[np.searchsorted(chosen, hashes).clip(max=len(chosen) - 1)] == hashes
 
 
 def _runs(row: Ids, run: int) -> NDArray[np.uint64]:

@@ -59,8 +59,9 @@ def split_documents(documents: list[str], evaluation_share: float) -> tuple[list
     cut = len(documents) - max(1, round(len(documents) * evaluation_share))
     if cut < 1:
         raise SourceError(
-            f"the text has {len(documents)} document(s); two are needed to set some apart for evaluation "
-            "(a text file holds one a line), or name tokenize.evaluation_text"
+            f"the text has {len(documents)} document(s), and tokenize.evaluation_share = {evaluation_share:g} sets all "
+            "of them apart for evaluation; lower it, use a text with more documents (a text file holds one a line), or "
+            "name tokenize.evaluation_text"
         )
     return documents[:cut], documents[cut:]
 

@@ -52,9 +52,14 @@ class Cut:
                 "are now); set it to null"
             )
         pairs = list(zip(outputs(model, self.choice.proof), self.expected, strict=True))
-        difference = max((float((found - other).abs().max()) for found, other in pairs), default=0.0)
-        scale = max((float(other.abs().max()) for _, other in pairs), default=0.0)
-        if difference > _ROUNDING * torch.finfo(model.dtype).eps * scale:
+        if not pairs:
+            raise LibpruneError(
+                "prepare.vocabulary: no document of the text begins with tokens that the model can be run on, so that "
+                "the smaller vocabulary cannot be proved; name another prepare.vocabulary.text"
+            )
+        difference = float(torch.stack([(found - other).abs().max() for found, other in pairs]).max())
+        scale = float(torch.stack([other.abs().max() for _, other in pairs]).max())
+        if not difference <= _ROUNDING * torch.finfo(model.dtype).eps * scale:  # also where it is no number
             raise LibpruneError(
                 f"without the rows of unused tokens the model computes something else: its outputs differ by "
                 f"{difference:.3g} of {scale:.3g}. This is a defect of libprune; please report the model, and set "

@@ -247,3 +247,9 @@ def test_the_overlap_with_the_only_component_is_whole_under_every_objective():
         params = Allocate(method="global", ratio=0.3, objective=objective, shape="per_layer")
         decision = decide(Scores(shape.architecture(), scores, META), params, {"latency": lines})
         assert decision.overlap["taylor"] == 1
+
+
+def test_a_ratio_below_one_step_is_said_to_remove_nothing(project, capsys):
+    allocated(project, gradient_fix="none", shape="uniform", method="uniform", objective="cache", ratio=0.01)
+    said = capsys.readouterr().out
+    assert "note: nothing is removed, since one step of allocate.method: uniform takes more than the ratio 0.01" in said

@@ -1,7 +1,7 @@
 """Budgets, frames of whole removals and widths, and plans that contain each other."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -179,7 +179,7 @@ def test_layers_and_columns_that_are_together_more_than_the_ratio_are_refused(me
     order = [(frozenset(), 0.0), (frozenset((0, part) for part in ("attention", "mlp")), 0.2)]
     params = Allocate(method=method, shape="per_layer", ratio=0.5, depth="joint", layers=1, width=4, channel_multiple=1)
     evidence = given_to(shape, 0) | {"depth": order}
-    with pytest.raises(BudgetError, match=r"1 removals take 0\.55.* with the columns beyond allocate\.width = 4, more"):
+    with pytest.raises(BudgetError, match=r"layers: 1 would take 0\.55.* the columns beyond allocate\.width = 4, more"):
         allocation(shape.architecture(), table_of(shape, 0), params, evidence)
 
 
@@ -255,6 +255,45 @@ def test_each_larger_cut_contains_the_smaller_ones(method, data):
     removed = shape.decoder - cost.size(architecture, larger).decoder
     step = max(shape.group_cost, shape.channel_cost) * (1 if method != "uniform" else shape.layers)
     assert abs(removed - two * shape.decoder) <= step + 1
+
+
+@pytest.mark.parametrize("method", ["uniform", "global", "functional", "retention"])
+@settings(max_examples=20)
+@given(st.data())
+def test_whole_layers_leave_room_for_what_smaller_ratios_remove(method, data):
+    """Units that go from other layers in any case take their share of the target before one more layer fits."""
+    seed = data.draw(st.integers(0, 10**6))
+    shape = Shape(layers=7, kv=4, ffn=12)
+    ratios = sorted(data.draw(st.sets(st.sampled_from([0.1, 0.2, 0.25, 0.3, 0.4]), min_size=2, max_size=3)))
+    limits = {"channel_multiple": 1, "min_groups": 0, "min_channels": 0, "split": "proportional"}
+    params = Allocate(method=method, shape="per_layer", ratio=ratios[-1], depth="joint", layers=None, **limits)
+    order = order_of(shape, np.random.default_rng(seed), parts=False)
+    evidence = shape.evidence(method, seed) | {"depth": order}
+    architecture, scores, plans = shape.architecture(), table_of(shape, seed), []
+    for number, ratio in enumerate(ratios):
+        changes = {"ratio": ratio, "nested": tuple(ratios[:number])}
+        try:
+            plans.append(allocate(architecture, scores, params.model_copy(update=changes), evidence))
+        except BudgetError as error:
+            assert "finds no plan" in str(error)
+            return
+    for smaller, larger in pairwise(plans):
+        assert all(not (keep & ~smaller.keep[block]).any() for block, keep in larger.keep.items())
+    step = max(shape.group_cost, shape.channel_cost) * (1 if method != "uniform" else shape.layers)
+    for ratio, plan in zip(ratios, plans, strict=True):
+        removed = shape.decoder - cost.size(architecture, plan).decoder
+        assert removed <= ratio * shape.decoder + step
+
+
+@pytest.mark.parametrize("share", [0.29, 0.57, 0.58, 0.6, 0.7])
+def test_a_budget_counts_as_the_decimal_number_that_was_written(share):
+    """0.7 times 11,520 is a little less than 8,064 for a computer, and one group more went for it."""
+    shape = Shape(layers=10, kv=10, q=10, d=8, ffn=8, model=16)
+    limits = {"ratio": None, "channel_multiple": 1, "min_groups": 0, "evaluations": 0}
+    params = Allocate(method="search", shape="per_layer", budgets={"cache": share}, **limits)
+    plan = allocate(shape.architecture(), table_of(shape, 0), params, shape.evidence("search"))
+    kept = sum(int(keep.sum()) for (_, part), keep in plan.keep.items() if part == "attention")
+    assert kept == round(100 * share)
 
 
 def test_a_smaller_ratio_that_is_none_is_refused():

@@ -87,7 +87,10 @@ def test_scores_under_a_fix_are_those_of_gradients_times_the_factors(model, arch
         assert found.keys() == expected.keys()
         for name, values in expected.items():
             if values.dtype.kind == "f":
-                np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=f"{params.criterion}, {name}")
+                finite = np.abs(values[np.isfinite(values)])
+                least = 1e-6 * finite.max(initial=0)  # where sums cancel, rounding is left
+                about = f"{params.criterion}, {name}"
+                np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=least, err_msg=about)
 
 
 def test_the_squares_that_weigh_obs_fisher_grow_with_the_square_of_the_factor(model, architecture):

@@ -35,7 +35,11 @@ def test_a_column_is_cut_into_the_blocks_that_it_was_made_of(shape):
 @given(shapes())
 def test_the_rows_of_all_blocks_are_all_rows_once(shape):
     index = unit_index(shape.architecture())
-    assert (sum(rows.astype(int) for rows in layers_and_parts(index)) == 1).all()
+    blocks = layers_and_parts(index)
+    assert sorted(np.concatenate(blocks).tolist()) == list(range(len(index["layer_idx"])))
+    for rows in blocks:
+        assert len({(index["layer_idx"][row], index["group_type"][row]) for row in rows}) == 1
+        assert (np.diff(rows) > 0).all()
 
 
 @given(shapes())

@@ -154,3 +154,18 @@ def test_the_path_of_the_text_whose_tokens_stay_becomes_absolute(tmp_path, monke
     assert yaml.safe_load(again)["prepare"]["vocabulary"] == {"text": str(tmp_path / "a.txt")}
     with pytest.raises(SourceError, match=r"^prepare\.vocabulary: .*nowhere\.txt does not exist"):
         params_text(given | {"prepare.vocabulary": {"text": "nowhere.txt"}})
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (
+            "prepare.vocabulary.text",
+            r"no keys in prepare\.vocabulary, which is None; set it whole, such as prepare",
+        ),
+        ("tokenize.text.column", r"no keys in tokenize\.text, which is 'package:.*'; set it whole"),
+    ],
+)
+def test_a_key_inside_of_what_has_no_keys_says_what_is_there(key, message):
+    with pytest.raises(ParamsError, match=message):
+        replaced(REPOSITORY, {key: "x"})

@@ -98,6 +98,35 @@ def test_another_vocabulary_is_refused(project, tmp_path):
         load(Layout(project / "artifacts"), teacher=str(other))
 
 
+@pytest.mark.parametrize("top_k", [None, 4, 25])
+def test_rows_that_only_the_teacher_has_stand_for_no_token(project, tmp_path, quick_proof, top_k):
+    """Larger models of a family often have more rows of embeddings for the same tokens."""
+    layout, params = Layout(project / "artifacts"), load_params(project / "params.yaml")
+    padded = load_model(project / "other", torch.float32)
+    padded.resize_token_embeddings(32, mean_resizing=False)
+    with torch.no_grad():
+        padded.get_input_embeddings().weight[19:] = 9.0
+    padded.save_pretrained(tmp_path / "padded")
+    tiny.write_tokenizer(tmp_path / "padded")
+    losses = []
+    for teacher in (project / "other", tmp_path / "padded"):
+        asked = short(length=16, top_k=top_k, teacher=str(teacher))
+        teach_layout(layout, CPU, asked, params.tokenize)
+        recovery = recover_layout(layout, CPU, asked)
+        assert recovery is not None
+        losses.append((recovery.before, recovery.after))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_teacher_without_a_row_for_every_token_is_refused(project, tmp_path):
+    short_one = load_model(project / "other", torch.float32)
+    short_one.resize_token_embeddings(10)
+    short_one.save_pretrained(tmp_path / "short")
+    tiny.write_tokenizer(tmp_path / "short")
+    with pytest.raises(ParamsError, match=r"has 10 rows of embeddings for 19 tokens"):
+        load(Layout(project / "artifacts"), teacher=str(tmp_path / "short"))
+
+
 def test_predictions_of_one_teacher_do_not_serve_for_another(project, quick_proof):
     layout, params = Layout(project / "artifacts"), load_params(project / "params.yaml")
     asked = short(length=16, top_k=4, teacher=str(project / "other"))

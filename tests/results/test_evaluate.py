@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from libprune.collection.calibration import place
 from libprune.engine.architecture import STAND_IN
-from libprune.engine.errors import ArtifactError
+from libprune.engine.errors import ArtifactError, StatisticsError
 from libprune.engine.plan import Plan
 from libprune.models.folder import load_model
 from libprune.models.tokens import read_tokens, write_tokens
@@ -233,3 +233,11 @@ def test_without_a_folder_of_the_recovered_model_the_stage_is_named(layout, tmp_
     shutil.rmtree(copied.recovered)
     with pytest.raises(ArtifactError, match=r"recovered does not exist; run `dvc repro recover` first"):
         evaluate_result(copied, COMPUTE, SHORT)
+
+
+def test_a_loss_that_is_no_number_is_no_worse_text(layout, monkeypatch):
+    """Such as of a dense model in float16 that overflows: no ratio of it means anything."""
+    one = torch.tensor([1.0, torch.nan, 1.0])
+    monkeypatch.setattr("libprune.results.draft.logits_losses", lambda *_: one)
+    with pytest.raises(StatisticsError, match=r"loss of the dense model is not finite in window 1; .*float32"):
+        evaluate_result(layout, COMPUTE, SHORT)

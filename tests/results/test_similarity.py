@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, rankdata, spearmanr
 
 from libprune.models.sequences import Sequences
 from libprune.results.similarity import mean_cosine, rank_correlation, similarity, window_embeddings
@@ -32,6 +32,20 @@ def test_its_error_is_near_the_spread_over_other_texts():
     found = [rank_correlation(*made(seed)) for seed in range(200)]
     spread = float(np.std([one.value for one in found]))
     assert 0.8 * spread < np.mean([one.error for one in found]) < 1.6 * spread
+
+
+@given(st.integers(0, 99), st.integers(3, 9))
+def test_its_error_is_that_of_leaving_out_one_window_after_the_other(seed, windows):
+    """With the ranks of all pairs; against scipy's correlation of what is left."""
+    dense, other = made(seed, windows)
+    pairs = np.triu_indices(windows, 1)
+    ranks = [rankdata((one @ one.T)[pairs]) for one in (dense, other)]
+    left_out = []
+    for window in range(windows):
+        stays = (pairs[0] != window) & (pairs[1] != window)
+        one, two = (rank[stays] for rank in ranks)
+        left_out.append(pearsonr(one, two).statistic if stays.sum() > 1 and np.ptp(one) and np.ptp(two) else 0.0)
+    assert rank_correlation(dense, other).error == pytest.approx(np.sqrt((windows - 1) * np.var(left_out)))
 
 
 def test_an_unchanged_model_is_at_1_and_a_constant_one_at_0():

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -19,6 +20,67 @@ def test_without_the_harness_the_pip_command_is_named(monkeypatch):
     message = r"^evaluate\.tasks needs lm-evaluation-harness .*; install it with: pip install 'libprune\[tasks\]'$"
     with pytest.raises(LibpruneError, match=message):
         zero_shot(*_model_and_tokenizer(None), ("piqa",), None, None, 8)
+
+
+# A harness that only gives results, in the shapes of lm_eval 0.4.13.
+
+RESULTS = {
+    "results": {
+        "one": {"alias": "one", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 1.0},
+        "single": {"alias": "single", "acc,none": 1.0, "acc_stderr,none": "N/A"},
+        "words": {"alias": "words", "exact_match,strict": 0.25, "exact_match_stderr,strict": 0.1},
+        "whole": {"alias": "whole", "acc,none": 0.6, "acc_stderr,none": 0.05},
+        "loose": {"alias": "loose"},
+    },
+    "n-samples": {
+        "one": {"original": 9, "effective": 4},
+        "single": {"original": 9, "effective": 1},
+        "words": {"original": 9, "effective": 4},
+    },
+    "group_subtasks": {"whole": ["one", "single"], "loose": ["whole", "words"]},
+}
+
+
+@pytest.fixture
+def harness(monkeypatch) -> None:
+    """Stands in for lm_eval."""
+
+    class Manager:
+        all_tasks, all_tags = [*RESULTS["results"], "marked"], ["marked"]
+
+        def __init__(self, include_path: str | None = None) -> None:
+            pass
+
+    for name, given in {
+        "lm_eval": {"simple_evaluate": lambda **_: RESULTS},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": lambda **_: None},
+        "lm_eval.tasks": {"TaskManager": Manager},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(given)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("one", {"one": {"n": 4.0, "acc": 0.5, "acc_se": 0.1, "acc_norm": 1.0}}),
+        ("single", {"single": {"n": 1.0, "acc": 1.0}}),
+        ("whole", {"whole": {"n": 5.0, "acc": 0.6, "acc_se": 0.05}}),
+        ("loose", {"whole": {"n": 5.0, "acc": 0.6, "acc_se": 0.05}}),
+        ("words", {}),
+    ],
+)
+def test_groups_and_tasks_have_the_figures_that_the_harness_gives(harness, capsys, task, expected):
+    assert zero_shot(*_model_and_tokenizer(None), (task,), None, None, 8) == expected
+    left_out = task in ("loose", "words")
+    assert ("words has no accuracy (its metrics: exact_match) and is left out" in capsys.readouterr().out) is left_out
+
+
+def test_a_tag_is_refused_before_anything_runs(harness):
+    with pytest.raises(LibpruneError, match="'marked' is a tag of several tasks"):
+        zero_shot(*_model_and_tokenizer(None), ("marked",), None, None, 8)
 
 
 # With the harness, where it is installed. Its own warnings are not ours.
@@ -66,7 +128,7 @@ def _model_and_tokenizer(folder: Path | None) -> tuple:
 
         from tests.support.models import FAMILIES
 
-        return FAMILIES["llama"](0), PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({}, "?")))
+        return FAMILIES["llama"](0), PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, "?")))
     return AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
 
 

@@ -301,7 +301,7 @@ def test_single_parts_go_by_the_order_and_the_result_is_per_layer(project):
 
 def test_more_layers_than_fit_or_were_measured_are_refused(project):
     measure(project, depth="joint", ratio=0.3, layers=2)
-    with pytest.raises(BudgetError, match=r"2 removals take 0\.500 of the decoder parameters.* has room for 1"):
+    with pytest.raises(BudgetError, match=r"layers: 2 would take 0\.500 of the decoder parameters.* has room for 1"):
         tiny.run_stages(project, ["allocate"])
     change_params(project, "allocate", layers=4, ratio=0.9)
     change_params(project, "depth", removals=None)

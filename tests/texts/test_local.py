@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,6 +87,15 @@ def test_parquet_gives_the_same_documents(tmp_path):
 def test_json_objects_may_stand_one_after_the_other(tmp_path):
     (tmp_path / "t.json").write_text(json_lines(DOCUMENTS))
     assert texts(tmp_path / "t.json") == DOCUMENTS
+
+
+def test_many_json_objects_are_read_in_seconds(tmp_path):
+    """In time proportional to their number; it took 40 seconds when it grew with the square."""
+    line = json.dumps({"text": "a word " * 60}) + "\n"
+    (tmp_path / "t.json").write_text(line * 20_000)
+    start = time.process_time()
+    assert sum(1 for _ in texts(tmp_path / "t.json")) == 20_000
+    assert time.process_time() - start < 15
 
 
 def test_what_looks_like_nothing_in_a_table_is_text(tmp_path):
@@ -176,6 +186,7 @@ def test_a_data_set_cloned_from_a_hub_is_not_read_by_what_it_says_of_itself(tmp_
         ("t.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3: Expecting value at column"),
         ("t.jsonl", b'{"text": "a"}\n"b"\n', "line 2 is a str, not an object with columns"),
         ("t.json", b'[{"text": "a"}, 5]', "entry 2 is a int, not an object"),
+        ("t.json", b'{"text": "a"}\n[{"text": "b"}, 5]', "entry 3 is a int, not an object"),
         ("t.json", b'[{"text": "a"}', "Expecting ',' delimiter: line 1 column 15"),
         ("t.csv", b"text,b\na,1\nb\n", "line 3 has 1 fields, the first line 2"),
         ("t.csv", b'text\n"a" b\n', "expected after"),

@@ -64,6 +64,22 @@ def test_a_model_that_computes_something_else_is_refused(tmp_path):
         made.prove(model, after)
 
 
+@pytest.mark.parametrize("sequence", [0, 1])
+def test_a_model_that_computes_no_numbers_is_refused(tmp_path, sequence):
+    """Also where other sequences give numbers: NaN is neither larger nor smaller than another number."""
+    made, model, after = written("llama", tmp_path)
+    expected = list(made.expected)
+    expected[sequence] = torch.full_like(expected[sequence], torch.nan)
+    with pytest.raises(LibpruneError, match="its outputs differ by nan"):
+        replace(made, expected=expected).prove(model, after)
+
+
+def test_a_text_of_which_nothing_can_be_run_proves_nothing(tmp_path):
+    made, model, after = written("llama", tmp_path)
+    with pytest.raises(LibpruneError, match=r"cannot be proved; name another prepare\.vocabulary\.text"):
+        replace(made, choice=replace(made.choice, proof=()), expected=made.expected[:0]).prove(model, after)
+
+
 def test_positions_behind_a_token_that_moves_are_refused(tmp_path):
     made, model, after = written("roberta", tmp_path, (1, 2, 3, 4, 9, 30, 36))
     with pytest.raises(FamilyError, match="2 positions were unused before, 1 are now"):

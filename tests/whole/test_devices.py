@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,9 @@ from libprune.engine.stacks import exposed
 from libprune.models.parallel import World
 from libprune.models.sequences import Sequences
 from libprune.narrowing.measure import collect_axes
-from libprune.pipeline.sections import Activations, Compute, Gradients, Hessian
+from libprune.networks import Epochs, Network, NetworkFamily, Samples
+from libprune.networks import load as load_network
+from libprune.pipeline.sections import Activations, Allocate, Compute, Gradients, Hessian, Score
 from libprune.repair import experts, least_squares, producers
 from libprune.repair.least_squares import Inputs, repair_local
 from libprune.repair.sequential import SequentialRepair
@@ -27,6 +31,7 @@ from libprune.statistics.gradients import collect_gradients, gradient_groups
 from libprune.statistics.hessian import collect_squared_gradients, hessian_groups
 from libprune.statistics.losses import LOSSES, Prefix, SequenceLosses
 from tests.support.models import FAMILIES, plan_of, tokens
+from tests.support.networks import LENET, LeNet
 from tests.support.pretended import GPU, Pretended, on_gpu, pretending
 from tests.support.pretended import waited as waiting
 
@@ -212,3 +217,23 @@ def test_a_pretended_gpu_refuses_what_a_real_one_does():
             x.numpy()
         assert (x.sum().item(), x.tolist(), x.cpu().tolist()) == (3.0, [0, 1, 2], [0, 1, 2])
     assert sum(waited.values()) == 4
+
+
+@pytest.mark.parametrize("repair", ["local", "sequential", "block"])
+def test_a_network_on_a_gpu_is_scored_repaired_and_saved(tmp_path, monkeypatch, repair):
+    """From the statistics to the folder; the numbers of a GPU are those of a CPU."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 36, 1 << 36))
+    samples, found = Samples(torch.randn(16, 1, 14, 14), torch.randint(3, (16,))), []
+    for name, device in (("cpu", nullcontext()), ("gpu", pretending())):
+        with device:
+            torch.manual_seed(0)
+            dense = LeNet() if name == "cpu" else on_gpu(LeNet())
+            network = Network(dense, NetworkFamily(**LENET), samples, tmp_path / name)
+            plan = network.plan(Score(criterion="unit_fisher"), Allocate(ratio=0.3, method="uniform"))
+            pruned = network.prune(plan, repair, epochs=Epochs(1, 1e-3))
+            pruned.save(tmp_path / f"{name}-pruned")
+        found.append((plan, load_network(tmp_path / f"{name}-pruned", LeNet()).state_dict()))
+    (one, on_cpu), (other, on_gpu_) = found
+    assert all(np.array_equal(one.keep[block], other.keep[block]) for block in one.keep)
+    for key, value in on_cpu.items():
+        torch.testing.assert_close(on_gpu_[key], value, rtol=1e-4, atol=1e-5)
