@@ -131,11 +131,15 @@ SETTINGS = {
     "functional, producers, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | PRODUCERS),
     "functional, producers, 50 %, full, seed 1": Setting("fast", 0.5, {"seed": 1}, PER_LAYER | PRODUCERS),
     "functional, producers, 50 %, full, seed 2": Setting("fast", 0.5, {"seed": 2}, PER_LAYER | PRODUCERS),
+    "functional, producers of 65k tokens, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | PRODUCERS | _drawing(128)),
     "functional, producers of 110k tokens, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | PRODUCERS | _drawing(215)),
     "block of 16k tokens, 20 %, full": Setting("fast", 0.2, {}, BLOCKS | _drawing(32)),
     "block of 110k tokens, 20 %, full": Setting("fast", 0.2, {}, BLOCKS | _drawing(215)),
     "global, block, 20 %, full": Setting("fast", 0.2, {}, GLOBAL | BLOCKS),
     "global, block of 110k tokens, 20 %, full": Setting("fast", 0.2, {}, GLOBAL | BLOCKS | _drawing(215)),
+    "functional in multiples of 32, block of 65k tokens, 20 %, full": Setting(
+        "fast", 0.2, {}, IN_32 | BLOCKS | _drawing(128)
+    ),
     "functional in multiples of 32, block of 110k tokens, 20 %, full": Setting(
         "fast", 0.2, {}, IN_32 | BLOCKS | _drawing(215)
     ),
