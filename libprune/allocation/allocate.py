@@ -360,10 +360,12 @@ def _first_of_the_order(
     """
     plans = [without(architecture, gone) for gone, _ in order]
     costs = [prices.removed(plan if within is None else plan.and_also(within.plan)) for plan in plans]
-    fitting = max(number for number, price in enumerate(costs) if price <= target)
+    # the plan of a smaller ratio may have taken one step more than its own target, and so more than this one
+    already = 0 if within is None else max(n for n, (gone, _) in enumerate(order) if gone <= within.plan.removed)
+    fitting = max((number for number, price in enumerate(costs) if price <= target), default=already)
     require_ordered(params.layers, order)
     wanted = fitting if params.layers is None else params.layers
-    if costs[wanted] > target:
+    if params.layers is not None and costs[wanted] > target:
         columns = prices.narrowing.get(params.ratio_of, 0)
         beside = f", with the columns beyond allocate.width = {params.width}" if columns else ""
         share, what = share_of(prices, columns + costs[wanted], params), params.objective

@@ -264,7 +264,7 @@ def test_whole_layers_leave_room_for_what_smaller_ratios_remove(method, data):
     """Units that go from other layers in any case take their share of the target before one more layer fits."""
     seed = data.draw(st.integers(0, 10**6))
     shape = Shape(layers=7, kv=4, ffn=12)
-    ratios = sorted(data.draw(st.sets(st.sampled_from([0.1, 0.2, 0.25, 0.3, 0.4]), min_size=2, max_size=3)))
+    ratios = sorted(data.draw(st.sets(st.sampled_from([0.1, 0.2, 0.201, 0.25, 0.3, 0.4]), min_size=2, max_size=3)))
     limits = {"channel_multiple": 1, "min_groups": 0, "min_channels": 0, "split": "proportional"}
     params = Allocate(method=method, shape="per_layer", ratio=ratios[-1], depth="joint", layers=None, **limits)
     order = order_of(shape, np.random.default_rng(seed), parts=False)

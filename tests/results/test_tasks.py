@@ -128,7 +128,9 @@ def _model_and_tokenizer(folder: Path | None) -> tuple:
 
         from tests.support.models import FAMILIES
 
-        return FAMILIES["llama"](0), PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, "?")))
+        return FAMILIES["llama"](0), PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, "?"))
+        )
     return AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
 
 
