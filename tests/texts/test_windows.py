@@ -29,7 +29,7 @@ def test_the_documents_for_evaluation_are_the_last_and_no_others(numbers, share)
     documents = [f"{i} {number}" for i, number in enumerate(numbers)]
     expected = max(1, round(len(documents) * share))
     if expected == len(documents):
-        with pytest.raises(SourceError, match="two are needed to set some apart"):
+        with pytest.raises(SourceError, match="sets all of them apart for evaluation"):
             split_documents(documents, share)
         return
     calibration, evaluation = split_documents(documents, share)
@@ -39,7 +39,7 @@ def test_the_documents_for_evaluation_are_the_last_and_no_others(numbers, share)
 
 
 def test_one_document_cannot_be_divided():
-    with pytest.raises(SourceError, match=r"the text has 1 document\(s\); .* or name tokenize\.evaluation_text"):
+    with pytest.raises(SourceError, match=r"the text has 1 document\(s\), and .* or name tokenize\.evaluation_text"):
         split_documents(["all in one line"], 0.3)
 
 
