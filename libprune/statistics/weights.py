@@ -1,6 +1,7 @@
 """Per-unit columns of the weights alone: cost, norms, spread, and how evenly and independently they carry a unit."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -89,10 +90,22 @@ def singular_values(matrices: Float[Tensor, "units rows columns"]) -> Float[Tens
     """Singular values of each matrix, ascending, float64, through the smaller of its two Gram matrices."""
     rows, columns = matrices.shape[1:]
     values = []
-    for some in matrices.split(max(1, _AT_ONCE // (rows * columns))):
-        tall = some.double() if rows <= columns else some.double().mT
-        values.append(torch.linalg.eigvalsh(tall @ tall.mT).clamp(min=0).sqrt())
+    with _one_thread():
+        for some in matrices.split(max(1, _AT_ONCE // (rows * columns))):
+            tall = some.double() if rows <= columns else some.double().mT
+            values.append(torch.linalg.eigvalsh(tall @ tall.mT).clamp(min=0).sqrt())
     return torch.cat(values)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run on one thread: matrices are small, and threads that wait for each other are slow beside other programs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def effective_rank(values: Float[Tensor, "units values"]) -> Float[Tensor, " units"]:
