@@ -319,7 +319,7 @@ def removed_whole(
     prices: Prices,
     params: Allocate,
     evidence: Evidence,
-    within: Allocated | None = None,
+    within: Allocated | None,
 ) -> frozenset[Block]:
     """The blocks that go whole before the method removes units: by a measured order, or as layers that collapse.
 
@@ -361,8 +361,8 @@ def _first_of_the_order(
     plans = [without(architecture, gone) for gone, _ in order]
     costs = [prices.removed(plan if within is None else plan.and_also(within.plan)) for plan in plans]
     # the plan of a smaller ratio may have taken one step more than its own target, and so more than this one
-    already = 0 if within is None else max(n for n, (gone, _) in enumerate(order) if gone <= within.plan.removed)
-    fitting = max((number for number, price in enumerate(costs) if price <= target), default=already)
+    room = target if within is None else max(target, prices.removed(within.plan))
+    fitting = max(number for number, price in enumerate(costs) if price <= room)
     require_ordered(params.layers, order)
     wanted = fitting if params.layers is None else params.layers
     if params.layers is not None and costs[wanted] > target:

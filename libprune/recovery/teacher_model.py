@@ -128,12 +128,13 @@ def load_teacher(
             f"recover.teacher: {params.teacher} has {rows:,} rows of embeddings for {needed:,} tokens; its tokenizer "
             "is that of another model"
         )
-    labels = load_config(own_model(layout, architecture)).num_labels
-    if architecture.head == "sequence_classification" and model.config.num_labels != labels:
-        raise ParamsError(
-            f"recover.teacher: {params.teacher} tells {model.config.num_labels} labels apart, the model that is pruned "
-            f"{labels}; they cannot be compared"
-        )
+    if architecture.head == "sequence_classification":
+        theirs, ours = model.config.num_labels, load_config(own_model(layout, architecture)).num_labels
+        if theirs != ours:
+            raise ParamsError(
+                f"recover.teacher: {params.teacher} tells {theirs} labels apart, the model that is pruned {ours}; "
+                "they cannot be compared"
+            )
     width = architecture.sizes["model"]
     if architecture.pooling is not None and model.config.hidden_size != width:
         raise ParamsError(

@@ -236,28 +236,36 @@ def _layer_by_layer(
     training = None
     if given is not None:
         training = Training(Epochs(params.block_epochs, params.block_rate), params.block_ahead, given)
+
+    def begin() -> SequentialRepair:
+        return SequentialRepair(
+            run.model,
+            architecture,
+            plan,
+            batches,
+            damping,
+            drift,
+            params.drift_cap,
+            steps,
+            own_inputs,
+            narrow,
+            training,
+            run.keep,
+        )
+
     home = run.work / (_EXPERTS if own_inputs else _LAYERS)
-    folder = home / sums_identity(run, identity, ("repair",))
+    return _repair_layers(begin, home / sums_identity(run, identity, ("repair",)), architecture)
+
+
+def _repair_layers(begin: Callable[[], SequentialRepair], folder: Path, architecture: Architecture) -> list[Fit]:
+    """Repair all layers but those whose fits a folder has, and save the fits of each; nothing begins if it has all."""
     paths = [folder / f"layer-{layer:03d}.safetensors" for layer in range(architecture.layers)]
     saved = [_load(path, architecture) for path in takewhile(Path.exists, paths)]
     if saved:
         say(f"{CONTINUES}: {len(saved)} of {len(paths)} layers are repaired")
     if len(saved) == len(paths):
         return list(chain(*saved))
-    repair = SequentialRepair(
-        run.model,
-        architecture,
-        plan,
-        batches,
-        damping,
-        drift,
-        params.drift_cap,
-        steps,
-        own_inputs,
-        narrow,
-        training,
-        run.keep,
-    )
+    repair = begin()
     for layer, path in enumerate(Bar(paths, desc="repair", unit="layer")):
         if layer < len(saved):
             repair.step(layer, new_parameters(saved[layer]))

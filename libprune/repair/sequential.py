@@ -66,7 +66,7 @@ from libprune.repair.trained_layers import LayerTraining, Training
 
 
 class SequentialRepair:
-    """The residual stream of the dense and of the pruned model before one layer, for the whole text.
+    """The repair of a model, layer by layer, on what a text makes of the dense and of the pruned model.
 
     Call `step` for every layer in turn. The model's consumers get their new weights as it goes, so
     that under the plan's mask it is the repaired model in the end.

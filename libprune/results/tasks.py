@@ -71,7 +71,7 @@ def zero_shot(
 def _answers(results: Any, task: str) -> Iterator[tuple[str, dict[str, float]]]:
     """The figures of a task or of a group, and for a group without an accuracy those of its tasks."""
     values = results["results"].get(task, {})
-    found = {metric: values[f"{metric},none"] for metric in METRICS if f"{metric},none" in values}
+    found = {metric: float(values[f"{metric},none"]) for metric in METRICS if f"{metric},none" in values}
     if found:
         errors = {f"{metric}_se": values.get(f"{metric}_stderr,none") for metric in found}
         known = {name: error for name, error in errors.items() if isinstance(error, float) and math.isfinite(error)}

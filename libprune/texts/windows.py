@@ -60,8 +60,8 @@ def split_documents(documents: list[str], evaluation_share: float) -> tuple[list
     if cut < 1:
         raise SourceError(
             f"the text has {len(documents)} document(s), and tokenize.evaluation_share = {evaluation_share:g} sets all "
-            "of them apart for evaluation; lower it, use a text with more documents (a text file holds one a line), or "
-            "name tokenize.evaluation_text"
+            "of them apart for evaluation; use a text with more documents (a text file holds one a line), a smaller "
+            "share, or name tokenize.evaluation_text"
         )
     return documents[:cut], documents[cut:]
 
