@@ -5,8 +5,8 @@ output gradient and its input. So nothing waits for the end of backward, sharded
 weights need no gradient of their own, and gradients of single sequences are known.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -173,6 +173,33 @@ def watching(
 
 def _require_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+
+@contextmanager
+def watching_parameters(
+    model: PreTrainedModel, architecture: Architecture, parameters: Mapping[str, Callable[[Tensor], None]]
+) -> Iterator[None]:
+    """Inside the context, backward gives the gradients of parameters themselves.
+
+    Args:
+        model: the model, `exposed` if it is a mixture.
+        architecture: its description.
+        parameters: for the name of each parameter a function. It is called in backward with a tensor whose `grad` is
+            the parameter's, and may set that to None. It is called once for each use of a stack of experts, and once
+            for any other parameter.
+    """
+    stacks = {name: entry.module for entry in architecture.maps if entry.stack for name in (entry.weight, entry.bias)}
+    with ExitStack() as stack:
+        for name, take in parameters.items():
+            if name in stacks:
+                hooks = model.get_submodule(stacks[name]).on_gradient
+                own = name.rpartition(".")[2]
+                hooks[own] = take
+                stack.callback(hooks.pop, own)
+            else:
+                tensor = model.get_parameter(name).requires_grad_(True)
+                stack.callback(tensor.register_post_accumulate_grad_hook(take).remove)
+        yield
 
 
 def weight_gradient(

@@ -122,7 +122,6 @@ def set_up(
     world = join_world()
     require_equal_passes(chosen, world)
     device, dtype = own_device(compute, world)
-    require_whole_stacks(architecture, world)
     at_once = max(1, compute.batch_tokens // stored.ids.shape[1])
     compute = settle(compute, pass_bytes(architecture, at_once * stored.ids.shape[1], dtype), device, world)
     if world.first and architecture.experts is not None:
@@ -149,19 +148,6 @@ def set_up(
         model=exposed(model, architecture),
         available=len(stored),
     )
-
-
-def require_whole_stacks(architecture: Architecture, world: World) -> None:
-    """Stop where the experts of a mixture would be shared out over processes.
-
-    Raises:
-        LibpruneError: saying which setting to change.
-    """
-    if world.sharded and architecture.experts is not None:
-        raise LibpruneError(
-            "the experts of a mixture cannot be shared out over processes so far; unset LIBPRUNE_SHARD, and use "
-            "compute.offload: cpu or disk where they do not fit"
-        )
 
 
 def own_device(compute: Compute, world: World) -> tuple[torch.device, torch.dtype]:

@@ -69,6 +69,9 @@ class StackedMap(nn.Module):
     Attributes:
         copies: number of experts.
         watch: called with what each row adds to its token and the routing, where the map consumes; None for nothing.
+        on_gradient: by the name that a tensor has in its module, such as ``gate_up_proj_bias``: called in backward with
+            a tensor whose `grad` is that of one use. Autograd then gives the parameter itself no gradient, so that
+            processes that share it out (FSDP2) each see their own.
     """
 
     watch: Callable[[Tensor, Routing], None] | None = None
@@ -85,13 +88,8 @@ class StackedMap(nn.Module):
         super().__init__()
         self._owner, self._name = [owner], name  # in a list, so that the owner is no submodule of its own child
         self._transposed, self._consumes = transposed, consumes
+        self.on_gradient: dict[str, Callable[[Tensor], None]] = {}
         self.copies = int(getattr(owner, name).shape[0])
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The biases of all experts, ``[experts, output]``; None without."""
-        bias: Tensor | None = getattr(self._owner[0], f"{self._name}_bias", None)
-        return bias
 
     def forward(self, x: Float[Tensor, "rows input"], routing: Routing) -> Float[Tensor, "_ output"]:
         """Run each row through its expert.
@@ -103,12 +101,13 @@ class StackedMap(nn.Module):
         Returns:
             An output for each row; of maps that consume, for each token the sum of its rows.
         """
-        weights = getattr(self._owner[0], self._name).unbind(0)
+        weights, biases = self._tensor(self._name), self._tensor(f"{self._name}_bias")
+        assert weights is not None
         rows = torch.split(x, list(routing.counts))
-        each = [self._one(part, weight) for part, weight in zip(rows, weights, strict=True)]
+        each = [self._one(part, weight) for part, weight in zip(rows, weights.unbind(0), strict=True)]
         out = torch.cat(each)
-        if self.bias is not None:
-            bias = self.bias.to(x.device)[routing.experts]
+        if biases is not None:
+            bias = biases.to(x.device)[routing.experts]
             out = out + (bias * routing.weights[:, None].to(bias.dtype) if self._consumes else bias)
         if not self._consumes:
             return out
@@ -116,6 +115,15 @@ class StackedMap(nn.Module):
             self.watch(out, routing)
         by_token = out[torch.argsort(routing.order)].unflatten(0, (routing.total, -1))
         return by_token.sum(1, dtype=torch.promote_types(out.dtype, torch.float32)).to(out.dtype)
+
+    def _tensor(self, name: str) -> Tensor | None:
+        """The tensor of all experts by its name; None where there is none. With `on_gradient` it is a leaf."""
+        tensor: Tensor | None = getattr(self._owner[0], name, None)
+        if tensor is None or name not in self.on_gradient or not torch.is_grad_enabled():
+            return tensor
+        leaf = tensor.detach().requires_grad_(True)
+        leaf.register_post_accumulate_grad_hook(self.on_gradient[name])
+        return leaf
 
     def _one(self, rows: Float[Tensor, "rows input"], weight: Tensor) -> Float[Tensor, "rows output"]:
         """What one expert makes of its rows; where it has none, its weights are not read."""

@@ -100,15 +100,16 @@ def join_world() -> World:
 
 
 def shard_layers(model: PreTrainedModel, architecture: Architecture, device: torch.device) -> None:
-    """Share the weights of all linear maps out over the processes, layer by layer (FSDP2).
+    """Share the weights of all linear maps out over the processes, those of experts too, layer by layer (FSDP2).
 
-    Norms stay whole in every process: they are small, and their gradients are read from their parameters.
+    Before a layer runs, every process gathers the whole layer, all of its experts included. Norms stay whole in every
+    process: they are small, and their gradients are read from their parameters.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    shared = {f"{entry.module}.{kind}" for entry in architecture.maps for kind in ("weight", "bias")}
+    shared = {name for entry in architecture.maps for name in (entry.weight, entry.bias)}
     whole = {parameter for name, parameter in model.named_parameters() if name not in shared}
     for parameter in [*whole, *model.buffers()]:
         parameter.data = parameter.data.to(device)

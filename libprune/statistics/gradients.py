@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from libprune.collection.accumulator import PENDING, ROWS, UNITS, Accumulator, Group
-from libprune.collection.backward import Tape, watching, weight_gradient
+from libprune.collection.backward import Tape, watching, watching_parameters, weight_gradient
 from libprune.collection.calibration import Run, set_up
 from libprune.collection.records import BatchRows, Gram, MaskGradient, Pending, Statistic, Sum, count
 from libprune.collection.resumable import ColumnsOf, RowsOf, collecting, write_artifact
@@ -162,21 +161,16 @@ def collect_gradients(
     collector = _Collector(model, architecture, sums)
     finite = collector.finite
     blocks = (p for block in architecture.blocks() for p in architecture.parameters_of(*block))
-    vectors = {p.name: p for p in blocks if p.name not in architecture.mapped}
+    vectors = {p.name: partial(collector.vector, p) for p in blocks if p.name not in architecture.mapped}
     watched = watching(model, architecture, collector.output, collector.input, recompute, collector.rows, finite)
-    with watched as tape, torch.enable_grad():
-        handles = [_watch_vector(model, parameter, collector) for parameter in vectors.values()]
-        try:
-            for number, first, batch in batches:
-                end = first + len(batch)
-                for chunk in batch.passes(at_once):
-                    last = first + len(chunk) == end
-                    begin = (number, len(batch), first, len(chunk), chunk.counted, last)
-                    finite.run(partial(_pass, tape, collector, model, chunk, begin), sums.uncounted)
-                    first += len(chunk)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with watched as tape, watching_parameters(model, architecture, vectors), torch.enable_grad():
+        for number, first, batch in batches:
+            end = first + len(batch)
+            for chunk in batch.passes(at_once):
+                last = first + len(chunk) == end
+                begin = (number, len(batch), first, len(chunk), chunk.counted, last)
+                finite.run(partial(_pass, tape, collector, model, chunk, begin), sums.uncounted)
+                first += len(chunk)
 
 
 def _pass(
@@ -190,12 +184,6 @@ def _pass(
     tape.backward(losses.sum())
     total = losses.detach().double().sum()
     collector.sums.update(collector.architecture.layers, "loss", total, count(len(chunk)))
-
-
-def _watch_vector(model: PreTrainedModel, parameter: Parameter, collector: "_Collector") -> RemovableHandle:
-    tensor = model.get_parameter(parameter.name).requires_grad_(True)
-    assert parameter.layer is not None
-    return tensor.register_post_accumulate_grad_hook(partial(collector.vector, parameter.name, parameter.layer))
 
 
 class _Collector:
@@ -225,16 +213,16 @@ class _Collector:
         self._n_tok = n_tok
         self._masks.clear()
 
-    def vector(self, name: str, layer: int, parameter: Tensor) -> None:
-        """Add the gradient that autograd gave a parameter of no map, such as a norm's weight."""
-        assert parameter.grad is not None
-        gradient, parameter.grad = parameter.grad, None
+    def vector(self, parameter: Parameter, tensor: Tensor) -> None:
+        """Add the gradient that autograd gave a parameter of no map, such as a norm's weight, or of a stack."""
+        assert tensor.grad is not None and parameter.layer is not None
+        gradient, tensor.grad = tensor.grad, None
         if not self.finite.holds(gradient) and not torch.isfinite(gradient).all():
             raise StatisticsError(
-                f"the gradient of {name} is not finite in the pass from calibration sequence {self._first}; "
+                f"the gradient of {parameter.name} is not finite in the pass from calibration sequence {self._first}; "
                 "try compute.dtype: float32"
             )
-        self._take(name, layer, gradient)
+        self._take(parameter.name, parameter.layer, gradient)
 
     def output(self, entry: Map, x: Tensor, delta: Tensor) -> None:
         """Add the gradients of a map's weight and bias, and the second moment of the gradient at its output.

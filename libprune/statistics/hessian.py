@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from libprune.collection.accumulator import UNITS, Accumulator, Group
-from libprune.collection.backward import Tape, watching, weight_gradient
+from libprune.collection.backward import Tape, watching, watching_parameters, weight_gradient
 from libprune.collection.calibration import set_up
 from libprune.collection.records import Statistic, Sum, WeightedMean, count
 from libprune.collection.resumable import collecting, write_artifact
@@ -140,19 +140,12 @@ def collect_squared_gradients(
         _require_no_overflow(tape.finite, squares, bare.name, tape.first)
         sums.update(bare.layer, bare.name, squares, count(1))
 
-    bare = bare_parameters(architecture)
-    with watching(model, architecture, add, recompute=recompute) as tape, torch.enable_grad():
-        taken = [
-            model.get_parameter(name).requires_grad_(True).register_post_accumulate_grad_hook(partial(add_bare, own))
-            for name, own in bare.items()
-        ]
-        try:
-            for _, first, sequences in batches:
-                assert not bare or len(sequences) == 1
-                tape.finite.run(partial(_pass, tape, model, first, sequences), sums.uncounted)
-        finally:
-            for handle in taken:
-                handle.remove()
+    bare = {name: partial(add_bare, own) for name, own in bare_parameters(architecture).items()}
+    watched = watching(model, architecture, add, recompute=recompute)
+    with watched as tape, watching_parameters(model, architecture, bare), torch.enable_grad():
+        for _, first, sequences in batches:
+            assert not bare or len(sequences) == 1
+            tape.finite.run(partial(_pass, tape, model, first, sequences), sums.uncounted)
 
 
 def _pass(tape: Tape, model: PreTrainedModel, first: int, sequences: Sequences) -> None:

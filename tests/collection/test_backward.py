@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from libprune.collection.backward import watching, weight_gradient
+from libprune.collection.backward import watching, watching_parameters, weight_gradient
 from libprune.engine.architecture import Map
 from libprune.engine.describe import describe
 from libprune.engine.errors import StatisticsError
+from libprune.engine.stacks import exposed
 from libprune.models.compute import sequence_losses
 from libprune.models.memory import recompute_layers
 from libprune.models.sequences import Sequences
-from tests.support.models import FAMILIES, LAYOUTS, tokens
+from tests.support.models import FAMILIES, LAYOUTS, MIXTURES, tokens
 
 SEQUENCES = Sequences(tokens(3, 9))
 
@@ -84,3 +85,35 @@ def test_a_gradient_that_is_not_finite_names_the_map_and_the_sequence():
         tape.begin(40, len(SEQUENCES))
         with pytest.raises(StatisticsError, match=r"output of model\.layers\.3\..* calibration sequence 41"):
             tape.backward((sequence_losses(model, SEQUENCES) * factors).sum())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_parameters_get_their_gradients_whether_they_are_stacks_or_not(family, recompute):
+    model = FAMILIES[family](0)
+    architecture = describe(model)
+    exposed(model, architecture)
+    sequence_losses(model, SEQUENCES).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if name not in architecture.mapped}
+    model.zero_grad()
+    if recompute:
+        recompute_layers(model, architecture)
+    found: dict[str, Tensor] = {}
+
+    def taking(name):
+        def take(tensor):
+            assert name not in found
+            found[name], tensor.grad = tensor.grad, None
+
+        return take
+
+    model.requires_grad_(False)
+    with watching_parameters(model, architecture, {name: taking(name) for name in expected}):
+        sequence_losses(model, SEQUENCES).sum().backward()
+    assert found.keys() == {name for name, gradient in expected.items() if gradient is not None}
+    assert any(entry.stack and entry.weight in found for entry in architecture.maps)
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    found.clear()
+    assert not any(getattr(module, "on_gradient", None) for module in model.modules())

@@ -27,7 +27,7 @@ from libprune.models.sequences import Sequences
 from libprune.pipeline.artifacts import read_table
 from libprune.pipeline.layout import Layout
 from libprune.pipeline.sections import Compute
-from tests.support import tiny
+from tests.support import measured, tiny
 from tests.support.closure import ROOT, closure
 from tests.support.measured import write_project
 from tests.support.models import FAMILIES
@@ -493,7 +493,7 @@ found = set_up(Layout(Path("artifacts")), load_params(Path("params.yaml")).compu
 with torch.no_grad():
     found.model(torch.ones(1, 3, dtype=torch.long))
 for entry in found.architecture.maps:
-    weight = found.model.get_submodule(entry.module).weight
+    weight = found.model.get_parameter(entry.weight)
     assert isinstance(weight, DTensor)
     assert weight.to_local().shape != weight.shape
 """
@@ -507,6 +507,24 @@ def test_two_processes_give_the_artifacts_of_one(project, place, python, sharded
         assert_same(place / "artifacts" / name, project / name, exact=False)
         assert_same_tables(project / name / "units.parquet", place / "artifacts" / name / "units.parquet")
     assert_same_tables(project / "ablation.parquet", place / "artifacts/ablation.parquet")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_two_processes_share_experts_out(kind, tmp_path, python):
+    """With biases, without gates, and beside layers that have no experts."""
+    folder = measured.write_project(FAMILIES[kind](0), tmp_path)
+    for section, values in SETTINGS.items():
+        change_params(folder, section, **values)
+    change_params(folder, "hessian", estimator="fisher")
+    stages = [*STAGES, "ablation"]
+    for name in stages:
+        stage(name, folder)
+    (folder / "artifacts").rename(folder / "whole")
+    shutil.copytree(folder / "whole", folder / "artifacts", ignore=shutil.ignore_patterns(*STAGES, "ablation.parquet"))
+    together(python, folder, SHARDED + ALL, LIBPRUNE_SHARD="1")
+    for name in STAGES:
+        assert_same(folder / "artifacts" / name, folder / "whole" / name, exact=False)
+    assert_same_tables(folder / "whole/ablation.parquet", folder / "artifacts/ablation.parquet")
 
 
 def assert_same_tables(one: Path, two: Path) -> None:
