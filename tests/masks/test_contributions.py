@@ -97,4 +97,5 @@ def test_an_output_that_reads_constants_alone_is_one(rows, goes):
     assert not sent.silent.any()
     with torch.no_grad():
         expected = torch.tanh(network.second(torch.tanh(network.first.bias)))
-    np.testing.assert_allclose(sent.constants["third"], expected if goes else np.full(5, np.nan), rtol=1e-6)
+    given = expected if goes else np.full(5, np.nan)
+    np.testing.assert_allclose(sent.constants["third"], given, rtol=1e-6, atol=1e-7)  # of terms that may cancel
