@@ -71,6 +71,7 @@ class Setting:
         recover: the params of the training.
         changes: sections of the params that differ from the preset's.
         cuts: equal cuts that remove the ratio together; an equal part of the tokens is trained on after each.
+        draw: seed of the draw of the text that statistics and repairs read.
     """
 
     preset: str | None
@@ -78,6 +79,7 @@ class Setting:
     recover: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     cuts: int = 1
+    draw: int = 0
 
 
 def _drawing(sequences: int) -> dict[str, dict[str, Any]]:
@@ -85,6 +87,7 @@ def _drawing(sequences: int) -> dict[str, dict[str, Any]]:
     return {"tokenize": {"repair_sequences": sequences}}
 
 
+UNTRAINED = {"method": "none"}
 EPOCHS = {"tokens": 122_880, "checks": 8}
 PER_LAYER: dict[str, dict[str, Any]] = {"allocate": {"method": "functional"}}
 IN_32: dict[str, dict[str, Any]] = {"allocate": {"method": "functional", "channel_multiple": 32}}
@@ -144,6 +147,10 @@ SETTINGS = {
         "fast", 0.2, {}, IN_32 | BLOCKS | _drawing(215)
     ),
     "functional, block of 110k tokens, 50 %, full": Setting("fast", 0.5, {}, PER_LAYER | BLOCKS | _drawing(215)),
+    "functional in multiples of 32, block, 20 %, draw 1": Setting("fast", 0.2, UNTRAINED, IN_32 | BLOCKS, draw=1),
+    "functional in multiples of 32, block, 20 %, draw 2": Setting("fast", 0.2, UNTRAINED, IN_32 | BLOCKS, draw=2),
+    "functional, producers, 50 %, draw 1": Setting("fast", 0.5, UNTRAINED, PER_LAYER | PRODUCERS, draw=1),
+    "functional, producers, 50 %, draw 2": Setting("fast", 0.5, UNTRAINED, PER_LAYER | PRODUCERS, draw=2),
     "wanda, local, 20 %, full": Setting("fast", 0.2, {}, {"score": {"criterion": "wanda"}}),
     "magnitude, local, 20 %, full": Setting("fast", 0.2, {}, {"score": {"criterion": "magnitude"}}),
     "random, local, 20 %, full": Setting("fast", 0.2, {}, {"score": {"criterion": "random"}}),
@@ -166,22 +173,23 @@ def run(stage: str, params: dict[str, Any], root: Path) -> None:
     done.touch()
 
 
-def base_params(text: str) -> dict[str, Any]:
-    """The params of the repository with the bench's text."""
+def base_params(text: str, draw: int = 0) -> dict[str, Any]:
+    """The params of the repository with the bench's text, and a seed of its draw."""
     params: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
     params["tokenize"] |= {"text": text, "calibration_sequences": 256, "calibration_length": 256}
     params["tokenize"] |= {"evaluation_length": 1024, "evaluation_share": 0.5, "evaluation_windows": 110}
-    params["tokenize"] |= {"repair_sequences": 64, "repair_length": 512}
+    params["tokenize"] |= {"repair_sequences": 64, "repair_length": 512, "seed": draw}
     return params
 
 
 def pruned_layout(work: Path, text: str, setting: Setting) -> tuple[Layout, dict[str, Any]]:
     """The layout of a pruned model, and its params; each is made once."""
-    params, base = base_params(text), work / "base"
+    drawn = f"-draw-{setting.draw}" if setting.draw else ""
+    params, base = base_params(text, setting.draw), work / f"base{drawn}"
     for stage in COLLECTING:
         run(stage, params, base)
     changed = "-".join(str(value) for section in setting.changes.values() for value in section.values())
-    root = work / f"{setting.preset or 'dense'}-{round(100 * setting.ratio)}{'-' + changed if changed else ''}"
+    root = work / f"{setting.preset or 'dense'}-{round(100 * setting.ratio)}{'-' + changed if changed else ''}{drawn}"
     root.mkdir(exist_ok=True)
     own = {"tokenize": "tokens", "score": "scores.parquet"}
     own = {stage: name for stage, name in own.items() if stage in setting.changes}
@@ -302,18 +310,23 @@ def measure(
         part = recover.tokens // setting.cuts // recover.batch_tokens * recover.batch_tokens
         recover = recover.model_copy(update={"tokens": part, "teacher": str(dense.model.resolve())})
         source, params = cut_again(work, text, setting, recover)
-    layout = Layout(work / "run" / "artifacts")
+    layout, folders, learned = Layout(work / "run" / "artifacts"), {"before": source.pruned}, {}
+    if recover.method != "none":
+        _link_to(source, layout)
+        start = time.perf_counter()
+        learned = train(layout, params, recover).metrics() | {"seconds": time.perf_counter() - start}
+        folders["after"] = layout.recovered
+    judge = judge_of.setdefault("judge", Judge(work, dense, **judging))
+    return {"setting": name, "asked_tokens": tokens, **learned, **judge.rows(folders)}
+
+
+def _link_to(source: Layout, layout: Layout) -> None:
+    """A new layout with links to what a training reads of another."""
     shutil.rmtree(layout.root.parent, ignore_errors=True)
     (layout.root / "tokens").mkdir(parents=True)
     tokens_of = [f"tokens/{text}.parquet" for text in ("calibration", "repair", "evaluation")]
     for path in ("model", "architecture.json", "pruned", "plan.parquet", *tokens_of):
         (layout.root / path).symlink_to((source.root / path).resolve())
-    start = time.perf_counter()
-    recovery = train(layout, params, recover)
-    seconds = time.perf_counter() - start
-    judge = judge_of.setdefault("judge", Judge(work, dense, **judging))
-    figures = judge.rows({"before": source.pruned, "after": layout.recovered})
-    return {"setting": name, "asked_tokens": tokens, "seconds": seconds, **recovery.metrics(), **figures}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -321,12 +334,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
         before, after = (
-            [f"× {row[name][text]['ratio']:.3f} ± {row[name][text]['se']:.3f}" for text in row["windows"]]
+            [
+                f"× {row[name][text]['ratio']:.3f} ± {row[name][text]['se']:.3f}" if name in row else ""
+                for text in row["windows"]
+            ]
             for name in ("before", "after")
         )
         pairs = [cell for pair in zip(before, after, strict=True) for cell in pair]
-        held = f"{row['held_out_before']:.4f} → {row['held_out_after']:.4f}"
-        cells.append((row["setting"], f"{row['tokens']:,}", f"{row['seconds']:.0f}", held, *pairs))
+        training = ("", "", "")
+        if "after" in row:
+            held = f"{row['held_out_before']:.4f} → {row['held_out_after']:.4f}"
+            training = (f"{row['tokens']:,}", f"{row['seconds']:.0f}", held)
+        cells.append((row["setting"], *training, *pairs))
     texts = rows[0]["windows"] if rows else {}
     header = (
         "setting",
