@@ -173,16 +173,21 @@ def run(stage: str, params: dict[str, Any], root: Path) -> None:
     done.touch()
 
 
-def base_params(text: str, draw: int = 0) -> dict[str, Any]:
+Text = str | list[dict[str, Any]]
+"""A text as `tokenize.text` names it, or several with shares."""
+
+
+def base_params(text: Text, draw: int = 0) -> dict[str, Any]:
     """The params of the repository with the bench's text, and a seed of its draw."""
     params: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
     params["tokenize"] |= {"text": text, "calibration_sequences": 256, "calibration_length": 256}
-    params["tokenize"] |= {"evaluation_length": 1024, "evaluation_share": 0.5, "evaluation_windows": 110}
+    params["tokenize"] |= {"evaluation_length": 1024, "evaluation_share": 0.5}
+    params["tokenize"] |= {"evaluation_windows": 110 if isinstance(text, str) else 48}
     params["tokenize"] |= {"repair_sequences": 64, "repair_length": 512, "seed": draw}
     return params
 
 
-def pruned_layout(work: Path, text: str, setting: Setting) -> tuple[Layout, dict[str, Any]]:
+def pruned_layout(work: Path, text: Text, setting: Setting) -> tuple[Layout, dict[str, Any]]:
     """The layout of a pruned model, and its params; each is made once."""
     drawn = f"-draw-{setting.draw}" if setting.draw else ""
     params, base = base_params(text, setting.draw), work / f"base{drawn}"
