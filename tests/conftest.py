@@ -64,6 +64,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Random tensors of a test are the same whichever tests ran before it in the process."""
+    import torch  # not above: the environment comes first
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def python(tmp_path_factory) -> Iterator[Path]:
     """A `python` whose programs need no time for the imports of torch and transformers."""
