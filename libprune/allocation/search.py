@@ -224,7 +224,7 @@ class Search:
             params: limits, with the ratio and the split settled.
         """
         architecture = self._scores.architecture
-        run = set_up(self._layout, self._compute, self._levels.sequences, last=True)
+        run = set_up(self._layout, self._compute, self._levels.sequences, last=True, alone="allocate")
         require_own_weights(run)
         sequences = run.sequences.to(run.device)
         repair = local_repair(self._layout, architecture, keep=run.keep)

@@ -102,9 +102,19 @@ def forecast(
     held = {name: size for name, size in memory(architecture, params, stored, written).items() if name in stages}
     most = max(held, key=held.__getitem__, default="report")
     chosen = [stage for stage in written if stage.stage in stages]
-    scratch = max((max(2 * stage.sums, stage.checkpoints) for stage in chosen), default=0)
+    scratch = max((max(_scratch(params, stage.sums), stage.checkpoints) for stage in chosen), default=0)
     disk = sum(stage.written for stage in chosen) + scratch
     return Forecast(work, seconds, frozenset(known), (held.get(most, LIBRARIES), most), disk)
+
+
+def _in_memory(params: Params, sums: int) -> bool:
+    """Whether running sums of so many bytes will lie in memory, and not in files that are mapped from disk."""
+    return params.compute.sums == "memory" or (params.compute.sums == "auto" and fits_in_memory(sums))
+
+
+def _scratch(params: Params, sums: int) -> int:
+    """Bytes on disk of running sums: two saved states, and the sums themselves where they are mapped."""
+    return (2 if _in_memory(params, sums) else 3) * sums
 
 
 def works(architecture: Architecture, params: Params) -> dict[str, float]:
@@ -193,7 +203,7 @@ def memory(
     kept = layer + needs.states if params.compute.gradient_checkpointing or place != "none" else needs.kept
     windows = params.tokenize.evaluation_windows * params.tokenize.evaluation_length
     judged = min(KEPT, windows * architecture.sizes.get("vocab", 0) * computed.itemsize)
-    sums = {stage.stage: stage.sums for stage in written}
+    sums = {stage.stage: stage.sums if _in_memory(params, stage.sums) else 0 for stage in written}
     held = {
         "prepare": round(2.4 * dense),
         "gradients": 2 * weights + sums["gradients"] + 4 * logits + kept,
@@ -229,11 +239,7 @@ def _on_disk(
 ) -> dict[str, int]:
     """Bytes that the processes hold with weights on disk, beside pages of files, which the system can drop."""
     forward = needs.layer // 2 + needs.logits
-    states, mapped = {stage.stage: stage.sums for stage in written}, params.compute.sums
-    sums = {
-        stage: size if mapped == "memory" or (mapped == "auto" and fits_in_memory(size)) else 0
-        for stage, size in states.items()
-    }
+    sums = {stage.stage: stage.sums if _in_memory(params, stage.sums) else 0 for stage in written}
     read = 2 * torch.float32.itemsize * max(map(architecture.numel, architecture.parameters))
 
     def backward(stage: str, sequences: int | None) -> int:

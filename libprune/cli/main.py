@@ -30,11 +30,12 @@ def main(
 
     Files of a project that a kill of DVC has left unreadable are repaired first.
     """
-    from libprune.pipeline.locks import mend
+    from libprune.pipeline.locks import RECORD, UNREADABLE, mend
 
     with suppress(OSError):
         for path in mend(Path()):
-            typer.echo(f"{path}: unreadable since a kill, mended", err=True)
+            kept = f"; what it held is in {UNREADABLE}" if path.name == RECORD else ""
+            typer.echo(f"{path}: unreadable since a kill, mended{kept}", err=True)
 
 
 app.command()(projects.prune)

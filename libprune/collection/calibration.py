@@ -16,7 +16,7 @@ from libprune.engine.stacks import IMPLEMENTATION, exposed
 from libprune.models.compute import PATIENCE, resolve_device, resolve_dtype
 from libprune.models.folder import WeightFiles, load_model, own_model
 from libprune.models.memory import offload_maps, on_disk, recompute_layers
-from libprune.models.parallel import World, join_world, shard_layers
+from libprune.models.parallel import World, by_itself, join_world, shard_layers
 from libprune.models.samples import Samples
 from libprune.models.sequences import Sequences
 from libprune.models.tokens import read_tokens, require_sequences
@@ -102,31 +102,38 @@ class Calibration(Run[Sequences]):
 
 
 def set_up(
-    layout: Layout, compute: Compute, sequences: int | None, last: bool = False, text: Path | None = None
+    layout: Layout,
+    compute: Compute,
+    sequences: int | None,
+    last: bool = False,
+    text: Path | None = None,
+    alone: str = "",
 ) -> Calibration:
-    """Load the model and the calibration sequences of a collecting stage.
+    """Load the model and the calibration sequences of a stage that runs the model on text.
 
     Args:
         sequences: calibration sequences to use; None for all.
         last: use the last ones instead of the first.
         text: other sequences that `tokenize` has drawn, in the place of the calibration sequences.
+        alone: name of a stage that runs in one process; "" for one that several may share.
 
     Raises:
-        LibpruneError: if an artifact is missing or foreign, or the device cannot be used.
+        LibpruneError: if an artifact is missing or foreign, or the device or several processes cannot be used.
     """
     architecture = read_architecture(layout)
     text = text or layout.calibration_tokens
     stored, tokens_meta = read_tokens(text, architecture.fingerprint)
     number = require_sequences(sequences, stored, text)
     chosen = (stored[-number:] if last else stored[:number]).shortest_first()
-    world = join_world()
+    world = by_itself(alone) if alone else join_world()
     require_equal_passes(chosen, world)
     device, dtype = own_device(compute, world)
     at_once = max(1, compute.batch_tokens // stored.ids.shape[1])
     compute = settle(compute, pass_bytes(architecture, at_once * stored.ids.shape[1], dtype), device, world)
     if world.first and architecture.experts is not None:
         note(f"experts run by the implementation {IMPLEMENTATION}, which shows each expert's tokens")
-    model = load_model(own_model(layout, architecture), dtype, scratch=scratch_of(layout, compute))
+    scratch = layout.work if world.sharded else scratch_of(layout, compute)  # a process keeps its share alone
+    model = load_model(own_model(layout, architecture), dtype, scratch=scratch)
     model = place(model, architecture, compute, world, device)
     meta = {
         "model": architecture.fingerprint,

@@ -67,13 +67,12 @@ class Stacked(Statistic):
         if state[_ROWS].is_meta:  # shapes alone are asked for, and hundreds of experts have the same
             first = self.each.finish(self._one(state, 0))
             return {name: tensor.new_empty(self.copies, *tensor.shape) for name, tensor in first.items()}
-        each = [self.each.finish(self._one(state, copy)) for copy in range(self.copies)]
-        stacked = {name: torch.stack([one[name] for one in each]) for name in each[0]}
-        seen = state[_ROWS] > 0
-        return {
-            name: torch.where(seen.view(-1, *[1] * (tensor.ndim - 1)), tensor, torch.zeros_like(tensor))
-            for name, tensor in stacked.items()
-        }
+        stacked = self.finish(self.init("meta"))
+        stacked = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in stacked.items()}
+        for copy in state[_ROWS].nonzero().flatten().tolist():  # one by one, beside which nothing else is held
+            for name, tensor in self.each.finish(self._one(state, copy)).items():
+                stacked[name][copy] = tensor
+        return stacked
 
     def _one(self, state: State, copy: int) -> State:
         """A view of the state of one expert."""

@@ -50,10 +50,15 @@ def require_model(model: str, path: Path) -> None:
         path: where it lies.
     """
     require_files(path)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if (path / "adapter_config.json").is_file():
+        also = (
+            ", or remove adapter_config.json to take the model beside it"
+            if any(path.glob("model*.safetensors"))
+            else ""
+        )
         raise SourceError(
             f"prepare.model = {model!r} is a LoRA adapter, not a model; merge it into its base model first: "
-            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            f"AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...){also}"
         )
     files = [path] if path.is_file() else sorted(path.iterdir())
     for file in files:

@@ -99,6 +99,17 @@ def join_world() -> World:
     return World(int(os.environ["RANK"]), size, local_rank, max(1, local_size), sharded)
 
 
+def by_itself(stage: str) -> World:
+    """The one process of a stage that no launcher starts; LIBPRUNE_SHARD, set for other stages, is of no account.
+
+    Raises:
+        LibpruneError: if a launcher has started several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LibpruneError(f"the {stage} stage runs in one process; start it without torchrun")
+    return World()
+
+
 def shard_layers(model: PreTrainedModel, architecture: Architecture, device: torch.device) -> None:
     """Share the weights of all linear maps out over the processes, those of experts too, layer by layer (FSDP2).
 

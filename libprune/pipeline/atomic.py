@@ -109,7 +109,7 @@ def writing_folder(target: Path) -> Iterator[Path]:
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """An empty folder for passing files, named by this process, so that it can be cleared away if that is killed."""
-    with tempfile.TemporaryDirectory(prefix=f"libprune-{os.getpid()}-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"libprune-{HERE}-{os.getpid()}-") as folder:
         yield Path(folder)
 
 

@@ -23,12 +23,14 @@ import psutil
 import yaml
 
 from libprune.engine.errors import LibpruneError
-from libprune.pipeline.atomic import left_unfinished, remove, writing
+from libprune.pipeline.atomic import HERE, left_unfinished, remove, writing
 from libprune.pipeline.processes import dvc_of, runs
 
 _POLL_SECONDS, _LONGEST_SECONDS = 0.2, 60
 _TMP = Path(".dvc/tmp")
-_RECORD, _COPY = "dvc.lock", Path(".dvc/tmp/libprune/dvc.lock")
+RECORD, _COPY = "dvc.lock", Path(".dvc/tmp/libprune/dvc.lock")
+UNREADABLE = _COPY.with_name("dvc.lock.unreadable")
+"""Where a `dvc.lock` that could not be read is kept, below the folder of a project."""
 
 
 def watch_dvc() -> None:
@@ -73,8 +75,9 @@ def clear_up(root: Path) -> list[Path]:
 def mend(root: Path) -> list[Path]:
     """Mend files of DVC that cannot be read, if nothing runs that may write them; return those that were mended.
 
-    The file of locks is removed. `dvc.lock` becomes what it last was, or is removed where that is not known: DVC then
-    finds in its cache what was made.
+    The file of locks is removed. `dvc.lock` becomes what it last was, or goes where that is not known: DVC then finds
+    in its cache what was made. What it held is kept beside its copy, as `dvc.lock.unreadable`: a person may have
+    written it. With the marks of a merge it is left to that person.
 
     Args:
         root: the project's folder.
@@ -84,21 +87,35 @@ def mend(root: Path) -> list[Path]:
         if not broken or running(root, began_before=max(path.stat().st_mtime for path in broken)):
             return []
         for path in broken:
-            path.unlink()
-            if path.name == _RECORD and _whole(root / _COPY):
+            if path.name != RECORD:
+                path.unlink()
+                continue
+            kept = root / UNREADABLE
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(kept)
+            if _whole(root / _COPY):
                 shutil.copyfile(root / _COPY, path)
         return broken
 
 
 def _broken(root: Path) -> list[Path]:
-    """The files of DVC that are there and cannot be read."""
-    lock, record = root / _TMP / "rwlock", root / _RECORD
-    return [path for path, good in ((lock, _readable(lock)), (record, _whole(record))) if not good and path.exists()]
+    """The files of DVC that are there and cannot be read, but for a merge."""
+    lock, record = root / _TMP / "rwlock", root / RECORD
+    good = {lock: _readable(lock), record: _whole(record) or _merged(record)}
+    return [path for path in good if not good[path] and path.exists()]
+
+
+def _merged(record: Path) -> bool:
+    """Whether a file has the marks that git leaves where both sides of a merge changed it."""
+    try:
+        return any(line.startswith(b"<<<<<<< ") for line in record.read_bytes().splitlines())
+    except OSError:
+        return False
 
 
 def _keep_record(root: Path) -> None:
     """Keep a copy of `dvc.lock`, if it has changed and is whole."""
-    record, copy = root / _RECORD, root / _COPY
+    record, copy = root / RECORD, root / _COPY
     with suppress(OSError, LibpruneError):
         if not copy.exists() or copy.stat().st_mtime_ns < record.stat().st_mtime_ns:
             content = record.read_bytes()
@@ -151,8 +168,8 @@ def leftovers(root: Path) -> Iterator[Path]:
     """Half-written files and folders of processes that have ended, of the project and in the place for scratch."""
     for place in (root, root / "artifacts", root / "artifacts/tokens", root / "metrics", root / "report"):
         yield from left_unfinished(place)
-    for path in Path(tempfile.gettempdir()).glob("libprune-*-*"):
-        number = path.name.split("-")[1]
+    for path in Path(tempfile.gettempdir()).glob(f"libprune-{HERE}-*-*"):
+        number = path.name.split("-")[2]
         if number.isdecimal() and not runs(int(number)) and path.stat().st_uid == os.getuid():
             yield path
 

@@ -143,11 +143,13 @@ class _Run:
     def _announce(self, stages: list[str], params: Path, artifacts: Path) -> None:
         command = [sys.executable, "-m", _FORECAST, str(params), str(artifacts), str(self._home / COSTS), *stages]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
+        told = None
+        with suppress(ValueError, IndexError):
+            told = json.loads(done.stdout.splitlines()[-1])  # code of the model may print lines of its own before
+        if done.returncode or not isinstance(told, dict):
             last = (done.stderr.strip() or "no message").splitlines()[-1]
             say(f"{len(stages)} stages will run. What they take cannot be told: {last}")
             return
-        told = json.loads(done.stdout)
         self._state["work"] = told["work"]
         for line in told["lines"]:
             say(line)

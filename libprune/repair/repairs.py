@@ -216,10 +216,8 @@ def _layer_by_layer(
     given: Mapping[str, Fit] | None = None,
 ) -> list[Fit]:
     text = layout.calibration_tokens if own_inputs else layout.repair_tokens
-    run = set_up(layout, compute, params.sequences, text=text)
+    run = set_up(layout, compute, params.sequences, text=text, alone="slice")
     require_own_weights(run)
-    if run.world.size > 1:
-        raise LibpruneError("the slice stage runs in one process; start it without torchrun")
     damping = None if params.damping == "auto" else params.damping
     drift = 0.0 if own_inputs else None if params.drift == "auto" else params.drift
     at_once = run.at_once if given is None else max(1, STEP_TOKENS // run.meta["length"])

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from libprune.collection.calibration import Calibration, set_up
 from libprune.engine.architecture import NUMBERED, SHARING, Architecture
-from libprune.engine.errors import LibpruneError
 from libprune.engine.plan import Plan
 from libprune.engine.surgery import hooked, masked
 from libprune.models.layers import first_output, layers_of, run_layer
@@ -90,9 +89,7 @@ def measure_rescaling(
         return Rescaling({})
     if architecture.layers_stay in {NUMBERED, SHARING}:
         return _left_out(architecture.layers_stay)
-    run = set_up(layout, compute, min(SEQUENCES, available))
-    if run.world.size > 1:
-        raise LibpruneError("the slice stage runs in one process; start it without torchrun")
+    run = set_up(layout, compute, min(SEQUENCES, available), alone="slice")
     if not rescales_exactly(run.model, architecture, plan, places[0], next(run.sequences.passes(1)).ids.to(run.device)):
         return _left_out("the outputs of this model depend on the length of its residual stream")
     factors = factors_behind(run, plan, places)

@@ -50,7 +50,8 @@ def measure_gradients(layout: Layout, compute: Compute, section: Gradients) -> C
     identity = {"second_moments": section.second_moments}
     with collecting(run, "gradients", layout.gradients, groups, size, identity) as work:
         sums = work.accumulator
-        collect_gradients(run.model, run.architecture, work.batches(), sums, run.at_once, run.recompute)
+        least = -(-min(size, len(run.sequences)) // run.at_once) if run.world.sharded else 1
+        collect_gradients(run.model, run.architecture, work.batches(), sums, run.at_once, run.recompute, least)
         return write_gradients(run, layout.gradients, sums, -(-len(run.sequences) // size)) if work.merge() else None
 
 
@@ -142,6 +143,7 @@ def collect_gradients(
     sums: Accumulator,
     at_once: int,
     recompute: bool = False,
+    least: int = 1,
 ) -> None:
     """Add batches to the sums, with one forward and backward pass over each sequence.
 
@@ -153,6 +155,8 @@ def collect_gradients(
         sums: of the `gradient_groups`.
         at_once: sequences in one pass; batches are cut to that.
         recompute: whether the layers are computed again in backward.
+        least: the fewest passes of a batch. Processes that share the weights need as many as each other; a batch of
+            fewer passes repeats the last one without counting it.
 
     Raises:
         StatisticsError: naming the first layer, from the output, and the sequence whose loss or
@@ -165,12 +169,15 @@ def collect_gradients(
     watched = watching(model, architecture, collector.output, collector.input, recompute, collector.rows, finite)
     with watched as tape, watching_parameters(model, architecture, vectors), torch.enable_grad():
         for number, first, batch in batches:
-            end = first + len(batch)
-            for chunk in batch.passes(at_once):
+            end, chunks = first + len(batch), list(batch.passes(at_once))
+            for chunk in chunks:
                 last = first + len(chunk) == end
                 begin = (number, len(batch), first, len(chunk), chunk.counted, last)
                 finite.run(partial(_pass, tape, collector, model, chunk, begin), sums.uncounted)
                 first += len(chunk)
+            for _ in range(len(chunks), least):
+                with sums.uncounted():
+                    finite.run(partial(_pass, tape, collector, model, chunk, (*begin[:-1], False)), sums.uncounted)
 
 
 def _pass(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from libprune.cli import forecast as forecasting
 from libprune.cli.footprint import footprints
 from libprune.cli.forecast import forecast, lines, main, measured_rate, memory, works
 from libprune.collection.offload import consumer_inputs
@@ -132,6 +133,21 @@ def test_a_stage_that_has_run_here_takes_as_long_again_in_proportion_to_its_work
     assert found.seconds["gradients"] == pytest.approx(100.0)
     assert found.recorded == {"gradients"}
     assert found.seconds.keys() == {"gradients", "prepare", "score"}
+
+
+def test_sums_that_are_mapped_from_disk_take_disk_and_no_memory(demo, monkeypatch):
+    architecture, params = demo
+
+    def expected(sums: str, fits: bool) -> tuple[int, int]:
+        monkeypatch.setattr(forecasting, "fits_in_memory", lambda size: fits)
+        changed = with_changes(params, "compute", sums=sums)
+        found = forecast(architecture, changed, torch.float32, ["gradients"], {}, 1e11)
+        return found.memory[0], found.disk
+
+    sums = next(one.sums for one in footprints(architecture, params, torch.float32) if one.stage == "gradients")
+    memory, disk = expected("memory", False)
+    assert expected("auto", True) == (memory, disk)
+    assert expected("disk", True) == expected("auto", False) == (memory - sums, disk + sums)
 
 
 def test_the_lines_say_what_will_happen_and_that_it_is_an_estimate(demo, tmp_path):

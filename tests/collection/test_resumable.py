@@ -527,6 +527,19 @@ def test_two_processes_share_experts_out(kind, tmp_path, python):
     assert_same_tables(folder / "whole/ablation.parquet", folder / "artifacts/ablation.parquet")
 
 
+@pytest.mark.parametrize("sequences", [6, 5])
+def test_processes_that_share_weights_make_equally_many_passes_over_unequal_batches(sequences, tmp_path, python):
+    """The first process has a batch of four passes, the second one of two or one."""
+    folder = measured.write_project(FAMILIES["llama"](0), tmp_path)
+    change_params(folder, "compute", batch_tokens=measured.LENGTH)
+    change_params(folder, "gradients", sequences=sequences, batch_sequences=4, storage_dtype="float32")
+    stage("gradients", folder)
+    (folder / "artifacts/gradients").rename(folder / "whole")
+    together(python, folder, "run('gradients')\n", LIBPRUNE_SHARD="1")
+    assert_same(folder / "artifacts/gradients", folder / "whole", exact=False)
+    assert_same_tables(folder / "whole/units.parquet", folder / "artifacts/gradients/units.parquet")
+
+
 def assert_same_tables(one: Path, two: Path) -> None:
     expected, found = (read_table(path, "stage")[0] for path in (one, two))
     assert expected.keys() == found.keys()

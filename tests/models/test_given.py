@@ -42,7 +42,13 @@ def test_an_adapter_and_an_empty_folder_are_no_models(tmp_path):
     with pytest.raises(SourceError, match=r"is a folder without a config\.json"):
         require_model("m", tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(SourceError, match="is a LoRA adapter"):
+    with pytest.raises(SourceError, match=r"is a LoRA adapter.*\.save_pretrained\(\.\.\.\)$"):
+        require_model("m", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # as some trainers write it beside the adapter
+    with pytest.raises(SourceError, match=r"is a LoRA adapter.*\.save_pretrained\(\.\.\.\)$"):
+        require_model("m", tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(SourceError, match=r"or remove adapter_config\.json to take the model beside it$"):
         require_model("m", tmp_path)
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from libprune.engine.errors import LibpruneError
-from libprune.models.parallel import World, join_world
+from libprune.models.parallel import World, by_itself, join_world
 from tests.support.processes import both, together
 
 
@@ -33,9 +33,17 @@ def test_weights_cannot_be_shared_out_over_one_process(monkeypatch):
         join_world()
 
 
+def test_a_stage_of_one_process_does_not_ask_whether_others_share_weights(monkeypatch):
+    monkeypatch.setenv("LIBPRUNE_SHARD", "1")
+    assert by_itself("slice") == World()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LibpruneError, match="the slice stage runs in one process; start it without torchrun"):
+        by_itself("slice")
+
+
 def test_the_first_process_gives_its_value_to_all_after_they_have_met(tmp_path, python):
     program = """
-from libprune.models.parallel import join_world
+from libprune.models.parallel import World, by_itself, join_world
 
 world = join_world()
 assert join_world() == world
@@ -51,7 +59,7 @@ print(world, world.first, sorted(path.name for path in Path().glob("here-*")), w
 FAILING = """
 import os, sys, time
 from libprune.engine.errors import LibpruneError
-from libprune.models.parallel import join_world
+from libprune.models.parallel import World, by_itself, join_world
 from libprune.pipeline import stage
 
 def main() -> None:

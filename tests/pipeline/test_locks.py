@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from libprune.cli.main import app
 from libprune.pipeline.atomic import HERE
-from libprune.pipeline.locks import clear_up, leftovers, mend, running
+from libprune.pipeline.locks import UNREADABLE, clear_up, leftovers, mend, running
 from libprune.pipeline.processes import runs
 from tests.support.closure import ROOT
 
@@ -119,12 +119,12 @@ def test_half_written_files_of_the_dead_are_left_over_and_those_of_the_living_ar
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         pass
     dead = ended(process.pid)
-    left = [tmp_path / f"artifacts/.pruned.{HERE}.{dead}.partial", tmp_path / f"scratch/libprune-{dead}-abc"]
+    left = [tmp_path / f"artifacts/.pruned.{HERE}.{dead}.partial", tmp_path / f"scratch/libprune-{HERE}-{dead}-abc"]
     kept = [
         tmp_path / f"artifacts/.plan.{HERE}.{os.getpid()}.partial",
-        tmp_path / f"scratch/libprune-{os.getpid()}-abc",
+        tmp_path / f"scratch/libprune-{HERE}-{os.getpid()}-abc",
     ]
-    other = [tmp_path / f"artifacts/.pruned.another.{dead}.partial", tmp_path / "scratch/libprune-x"]
+    other = [tmp_path / f"artifacts/.pruned.another.{dead}.partial", tmp_path / f"scratch/libprune-another-{dead}-abc"]
     for path in (*left, *kept, *other):
         path.mkdir(parents=True)
         (path / "content.json").write_text(json.dumps({}))
@@ -157,7 +157,21 @@ def test_a_record_that_a_kill_has_cut_off_is_what_it_was_or_is_removed(tmp_path,
     record.write_text(cut)
     assert mend(tmp_path) == [record]
     assert (record.read_text() if record.exists() else None) == (RECORD if kept == RECORD else None)
+    assert (tmp_path / UNREADABLE).read_text() == cut
     assert mend(tmp_path) == []
+
+
+@pytest.mark.parametrize("kept", [RECORD, None])
+def test_a_record_with_the_marks_of_a_merge_is_left_to_the_user(tmp_path, kept):
+    record, copy = tmp_path / "dvc.lock", tmp_path / ".dvc/tmp/libprune/dvc.lock"
+    copy.parent.mkdir(parents=True)
+    if kept is not None:
+        copy.write_text(kept)
+    merged = "schema: '2.0'\nstages:\n<<<<<<< HEAD\n  one: 1\n=======\n  one: 2\n>>>>>>> theirs\n"
+    record.write_text(merged)
+    assert mend(tmp_path) == []
+    assert clear_up(tmp_path) == []
+    assert record.read_text() == merged
 
 
 def test_any_command_mends_what_a_kill_before_the_first_stage_has_left(tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ def test_the_first_stage_announces_the_run_each_says_its_number_and_its_cost_is_
     (project / ".dvc/tmp").mkdir(parents=True)
     (project / "dvc.lock").unlink()
     told = {"lines": ["it takes long"], "work": {"prepare": 5.0}}
-    (project / "forecast.py").write_text(f"print({json.dumps(told)!r})")
+    (project / "forecast.py").write_text(f"print('a line of the model\\'s own code')\nprint({json.dumps(told)!r})")
     order = ["sources", "prepare", "ablation", "tokenize"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), "."]), "STAGES": " ".join(order)}
     command = [sys.executable, "-c", DVC]
@@ -161,6 +161,16 @@ def test_the_first_stage_announces_the_run_each_says_its_number_and_its_cost_is_
     costs = read_memory(project / ".dvc/tmp/libprune/costs.json")
     assert costs.keys() == {"prepare"}, "only of it the work is known"
     assert (costs["prepare"]["work"], costs["prepare"]["memory"]) == (5.0, 10**6)
+
+
+@pytest.mark.parametrize("printed", ["", "print('no JSON')", "print(5)"])
+def test_a_forecast_that_says_nothing_stops_nothing(project, monkeypatch, capsys, printed):
+    (project / "silent_forecast.py").write_text(printed)
+    monkeypatch.setattr(story, "_FORECAST", "silent_forecast")
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    run = story._Run(project, 1, [], params())
+    assert run.enter("report", Path("params.yaml"), Path("artifacts")) == "1/1"
+    assert capsys.readouterr().out == "1 stages will run. What they take cannot be told: no message\n"
 
 
 def test_a_forecast_that_fails_says_why_and_stops_nothing(project, monkeypatch, capsys):
