@@ -31,7 +31,7 @@ def curve(ratios: Ratios = None, run: Run = None, nested: Nested = False, out: O
     Measurements for the plans are made first, if they are not up to date. Each size that --run names becomes a DVC
     experiment; sizes that have results are not run again.
     """
-    from libprune.curves.measured import run_curve
+    from libprune.curves.measured import require_curve, run_curve
     from libprune.curves.page import write_curve
     from libprune.curves.plans import DEFAULT, parse_ratios, plan_curve
     from libprune.curves.table import Drawn
@@ -56,6 +56,7 @@ def curve(ratios: Ratios = None, run: Run = None, nested: Nested = False, out: O
                 "--run out, or run `git init` and `dvc config core.no_scm false`, and commit the project"
             )
         params = load_params(stage.PARAMS)
+        require_curve(stage.PARAMS, params.allocate, wanted, nested)
         run_stages(Path(), needed)
         start = time.monotonic()
         planned = plan_curve(layout, params, wanted, nested)

@@ -20,7 +20,8 @@ from libprune.experiments.report import COSTS
 from libprune.experiments.results import cache_folder, cached_file
 from libprune.experiments.runs import Echo, find_experiment, missing_runs, run_all
 from libprune.pipeline.artifacts import read_json
-from libprune.pipeline.sections import Tokenize
+from libprune.pipeline.methods import METHODS
+from libprune.pipeline.sections import Allocate, Tokenize
 from libprune.project.commands import in_repository
 from libprune.report.headline import ratio_interval
 
@@ -102,6 +103,23 @@ def curve_comparison(
 
     settings = tuple(map(setting, ratios))
     return Comparison(name, name, settings, (seed,), None, data)
+
+
+def require_curve(path: Path, params: Allocate, ratios: Sequence[float], nested: bool) -> None:
+    """Stop at params that a ratio makes wrong, before anything is measured for it.
+
+    Args:
+        path: the params file.
+        params: what it says of the allocation.
+        ratios: those of the curve, ascending.
+        nested: whether each smaller model is to be a part of the larger ones.
+
+    Raises:
+        LibpruneError: naming the ratio and what is wrong.
+    """
+    smaller = {ratio: ratios[:index] for index, ratio in enumerate(ratios) if nested and index}
+    fixed = {"allocate.evaluations": 0} if nested and METHODS[params.method].improves else {}
+    curve_comparison(path, ratios, smaller, fixed)
 
 
 def _seed(data: Data) -> int:

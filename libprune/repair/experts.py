@@ -8,7 +8,7 @@ e(r) of the pruned mixture, times the router's weight, and y_t what token t is t
 
 with D_e the diagonal of sum x_r x_r^T over the rows of the expert. The experts of a token share its error, so that
 they are fitted jointly: by conjugate gradients on the rows, preconditioned with each expert's own damped Gram matrix.
-Memory: the rows, and for each expert its weights three times and its Gram matrix.
+Memory: the rows, and in float32 for each expert its weights ten times and its Gram matrix three times.
 """
 
 from collections.abc import Sequence
@@ -105,18 +105,22 @@ def fit_experts(
     fitted, kept_out = [b for b in batches if not b.held_out], [b for b in batches if b.held_out]
     require_choice(damping, bool(kept_out))
     normal = _Normal(fitted, old)
-    tried = {value: normal.solve(value) for value in (_TRIED if damping is None else (damping,))}
-    errors = {value: _error(kept_out, new) if kept_out else np.nan for value, new in tried.items()}
-    best = min(tried, key=lambda value: errors[value])
-    new = tried[best]
-    after, held_out_after = _error(fitted, new), errors[best]
-    if kept_out and not normal.silent:
+    best, new, held_out_after = np.nan, old, np.inf
+    for value in _TRIED if damping is None else (damping,):
+        solved = normal.solve(value)
+        error = _error(kept_out, solved) if kept_out else np.nan
+        if not error >= held_out_after:  # the first one, or a better one
+            best, new, held_out_after = value, solved, error
+        del solved
+    after, silent = _error(fitted, new), normal.silent
+    if kept_out and not silent:
+        del normal, new  # before the normal equations of all rows
         new = _Normal(batches, old).solve(best)
     return Fit(
         consumer=consumer,
         weight=stacked(consumer, new.movedim(-1, 0).flatten(1).to(like.dtype), like).cpu(),
         bias=None,
-        damping=np.nan if normal.silent else best,
+        damping=np.nan if silent else best,
         before=_error(fitted, old),
         after=after,
         held_out_before=_error(kept_out, old) if kept_out else np.nan,
@@ -147,7 +151,10 @@ class _Normal:
     def solve(self, damping: float) -> Float[Tensor, "copies input output"]:
         """The weights for one ridge; each output by conjugate gradients of its own."""
         ridge = damping * self._scale
-        factors, info = torch.linalg.cholesky_ex(self._grams + torch.diag_embed(ridge))
+        damped = self._grams.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(ridge)
+        factors, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if info.any():  # rounding of few rows; the ridge alone is a preconditioner too
             factors[info != 0] = torch.diag_embed(ridge[info != 0].sqrt())
         change = torch.zeros_like(self._old)

@@ -42,7 +42,7 @@ from libprune.repair.least_squares import (
     repair_bias,
     repair_local,
 )
-from libprune.repair.sequential import SequentialRepair
+from libprune.repair.sequential import SequentialRepair, behind_what_is_gone
 from libprune.repair.streams import split_batches
 from libprune.repair.trained_layers import Training
 
@@ -178,7 +178,8 @@ def block_fits(layout: Layout, architecture: Architecture, plan: Plan, compute: 
     the training begins behind what is gone as a whole, and where the residual stream is narrower.
     """
     local = local_fits(layout, architecture, plan, compute, params) if plan.width is None else []
-    given = {fit.consumer.module: fit for fit in local}
+    behind = behind_what_is_gone(architecture, plan)
+    given = {fit.consumer.module: fit for fit in local if fit.consumer.module not in behind}
     _require_drawn(layout)
     return _layer_by_layer(layout, architecture, plan, compute, params, given=given)
 

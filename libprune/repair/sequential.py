@@ -170,8 +170,8 @@ class SequentialRepair:
                     fits.append(fit)
             if training is not None:
                 fits, states = training.train(layer, fits, after, ahead), None
-            if states is None or factors is None:
-                states = streams.behind(layer)
+            if states is None or factors is None or not streams.gives(layer, states[0]):
+                states = streams.behind(layer)  # as where the weights of this layer are known beforehand
         streams.go_on(after, after if self._own_inputs else states)
         return [waiting(fit, self._keep) for fit in fits]
 
@@ -347,6 +347,16 @@ class SequentialRepair:
         place = fitted.gram.device
         kept_out = sums[True].finish(place) if sums[True].tokens else None
         return fit_consumer(consumer, weight.to(place), kept.to(place), fitted, kept_out, self._damping, refit)
+
+
+def behind_what_is_gone(architecture: Architecture, plan: Plan) -> frozenset[str]:
+    """The modules of the consumers in or behind the first part that is gone as a whole."""
+    found, gone = set[str](), False
+    for layer in range(architecture.layers):
+        for part in architecture.parts_of(layer):
+            gone |= plan.gone(layer, part)
+            found |= {consumer.module for consumer in architecture.consumers(layer, part)} if gone else set()
+    return frozenset(found)
 
 
 def _fitted_consumers(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -106,6 +107,10 @@ class Streams:
     def behind(self, layer: int, dense: bool = False) -> list[Tensor]:
         """The states behind a layer, by batch, on the host."""
         return [self.wait(first_output(self.run(layer, n, dense=dense)[0])) for n in range(len(self.batches))]
+
+    def gives(self, layer: int, state: Tensor) -> bool:
+        """Whether a layer gives this state for the first batch, bit by bit."""
+        return torch.equal(first_output(self.run(layer, 0)[0]).cpu(), state.cpu())
 
     def wait(self, tensor: Tensor) -> Tensor:
         """Put what is needed later on the host, or on disk where weights lie there."""

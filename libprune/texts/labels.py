@@ -121,7 +121,8 @@ def _read_both(settings: Tokenize, config: PreTrainedConfig) -> tuple[_Part, _Pa
 def _require_labels(source: TextSource, *names: str | None) -> None:
     if SELF in names or source.streaming:
         what = "is streamed" if source.streaming else "has no labels"
-        raise SourceError(f"the text {names[0]!r} {what}; a model that tells classes apart needs a labelled text")
+        name = SELF if SELF in names else names[0]
+        raise SourceError(f"the text {name!r} {what}; a model that tells classes apart needs a labelled text")
 
 
 def _part(examples: Sequence[Example], text: Text, part: str) -> _Part:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -83,17 +82,15 @@ def cut_windows(documents: list[str], tokenizer: PreTrainedTokenizerBase, length
     texts = [_SEPARATOR.join(documents)] if mode == "joined" else documents
     encoded = [_encode(tokenizer, text) for text in texts]
     whole = [ids[: len(ids) // width * width] for ids in encoded]
-    joined = np.fromiter(chain.from_iterable(whole), dtype=np.int64).reshape(-1, width)
-    skipped = sum(not ids for ids in whole) if mode == "apart" else 0
+    joined = np.concatenate(whole).astype(np.int64).reshape(-1, width)
+    skipped = sum(not len(ids) for ids in whole) if mode == "apart" else 0
     return Windows(frame.around(joined), len(documents), skipped, sum(map(len, encoded)))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The token ids of a text, without those that stand around it."""
-    ids: list[int] = []
-    for piece in pieces(text):
-        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int32]:
+    """The token ids of a text, without those that stand around it, in four bytes each."""
+    encoded = (tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in pieces(text))
+    return np.concatenate([np.asarray(ids, dtype=np.int32) for ids in encoded])
 
 
 def pieces(text: str) -> Iterator[str]:

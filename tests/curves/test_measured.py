@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from libprune.curves import measured as module
-from libprune.curves.measured import EVALUATION, curve_comparison, gather_measured, run_curve
+from libprune.curves.measured import EVALUATION, curve_comparison, gather_measured, require_curve, run_curve
 from libprune.engine.errors import ParamsError
 from libprune.experiments.dvc_experiments import Experiment
 from libprune.pipeline.atomic import write_json
 from libprune.pipeline.digests import sealed
+from libprune.pipeline.params import load_params
 from tests.support import evaluated
 from tests.support.curved import made_up
 from tests.support.params import untrained
@@ -72,6 +73,19 @@ def test_other_nested_ratios_and_params_that_runs_must_share_give_other_names(pa
     assert {key: run.changes[key] for key in fixed} == fixed
     names = {curve_comparison(params, [0.3], {0.3: (smaller,)}).name for smaller in (0.1, 0.2)} | {found.name}
     assert len(names) == 3
+
+
+def test_nested_sizes_that_the_params_forbid_are_refused_before_anything_is_measured(params):
+    def require(nested: bool, **allocate: object) -> None:
+        data = yaml.safe_load(params.read_text())
+        params.write_text(yaml.safe_dump(data | {"allocate": data["allocate"] | allocate}))
+        require_curve(params, load_params(params).allocate, [0.1, 0.2, 0.3], nested)
+
+    require(True)
+    require(True, method="search")
+    require(False, method="functional", depth="joint", layers=None, shape="per_layer")
+    with pytest.raises(ParamsError, match=r"setting '0\.2': .*nested"):
+        require(True)
 
 
 def test_a_ratio_that_makes_the_params_wrong_is_refused(params):

@@ -17,7 +17,7 @@ from libprune.engine.plan import Plan
 from libprune.engine.surgery import input_mask, masked, oriented
 from libprune.models.sequences import Sequences
 from libprune.repair.least_squares import Fit, Inputs, new_parameters, pruned_consumers, repair_local
-from libprune.repair.sequential import SequentialRepair
+from libprune.repair.sequential import SequentialRepair, behind_what_is_gone
 from libprune.repair.streams import split_batches
 from tests.support.collected import activations, assert_untouched, of_layers
 from tests.support.models import FAMILIES, LAYOUTS, MAMBA, VOCAB, plan_of, random_plan, tokens
@@ -279,6 +279,32 @@ def test_a_run_that_goes_on_with_known_layers_ends_as_one_without_a_break(name, 
     assert later[:done] == [[]] * done
     assert_weights_close(weights_of(later), weights_of(fits[done:]))
     assert_weights_close(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "granite"])
+def test_known_layers_give_the_same_bits_where_parts_are_parallel_or_outputs_multiplied_too(name, dtype):
+    plan, ids = random_plan(describe(FAMILIES[name](0)), "per_layer", seed=2), tokens(18, 12)
+    whole, resumed = FAMILIES[name](0).to(dtype), FAMILIES[name](0).to(dtype)
+    fits = repair(whole, plan, ids)
+    repair(resumed, plan, ids, known=fits[:2])
+    assert all(torch.equal(tensor, whole.state_dict()[key]) for key, tensor in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_consumers_behind_what_is_gone_begin_with_the_first_part_that_is(name):
+    architecture = describe(FAMILIES[name](0))
+    assert behind_what_is_gone(architecture, Plan.dense(architecture)) == set()
+    plan = Plan.dense(architecture)
+    gone = next(block for block in architecture.blocks() if block[0] == 1)
+    plan.keep[gone][:] = False
+    expected = {
+        consumer.module
+        for layer in range(1, architecture.layers)
+        for part in architecture.parts_of(layer)
+        for consumer in architecture.consumers(layer, part)
+    }
+    assert behind_what_is_gone(architecture, plan) == expected
 
 
 def test_only_pruned_consumers_change_and_only_where_inputs_stay():
