@@ -211,12 +211,24 @@ def memory(
         "activations": weights + sums["activations"] + round(2.5 * logits) + layer,
         **dict.fromkeys(("ablation", "sensitivity", "depth", "levels", "allocate"), 2 * weights + 4 * logits),
         "width": 2 * weights + 4 * logits + sums["width"],
-        "slice": 2 * total * torch.float32.itemsize + LIBRARIES,  # the proof, by two processes
+        # the proof, by two processes
+        "slice": max(2 * total * torch.float32.itemsize + LIBRARIES, weights + _experts_fit(architecture, params)),
         "recover": _training(architecture, params, needs, written),
         "export": 3 * dense,
         "evaluate": 2 * weights + 4 * logits + layer + judged,
     }
     return {stage: size + LIBRARIES for stage, size in held.items()}
+
+
+def _experts_fit(architecture: Architecture, params: Params) -> int:
+    """Bytes of the fit of a layer's experts, all together, where experts go whole (`libprune.repair.experts`)."""
+    if params.prepare.experts != "whole" or params.slice.repair in {"none", "bias"}:
+        return 0
+    model = architecture.sizes.get(RESIDUAL, 0)
+    sizes = [
+        copies * (10 * model * width + 3 * width**2) for width, _, copies in consumer_inputs(architecture) if copies > 1
+    ]
+    return torch.float32.itemsize * max(sizes, default=0)
 
 
 def _training(architecture: Architecture, params: Params, needs: PassBytes, written: Sequence[Footprint]) -> int:
@@ -264,7 +276,7 @@ def _on_disk(
         "activations": needs.layer // 2 + sums["activations"] + needs.grams,
         **dict.fromkeys(("ablation", "sensitivity", "depth"), forward),
         **dict.fromkeys(("levels", "width", "allocate"), max(fitted, forward)),
-        "slice": max(fitted, trained) + LIBRARIES,
+        "slice": max(fitted, trained, _experts_fit(architecture, params)) + LIBRARIES,
         "recover": _training(architecture, params, needs, written),
         "evaluate": forward + needs.logits,
     }

@@ -186,6 +186,18 @@ def test_steps_are_small_beside_what_a_layer_loses_after_the_columns(columns, ra
     assert multiple == 1 or multiple <= lost / 2
 
 
+def test_what_goes_with_whole_layers_does_not_count_as_lost_by_the_others():
+    """A layer of the dense model is a share of `1 / layers`; a twentieth of what stays goes in channels."""
+    architecture, scores = WIDE.architecture(), WIDE.table(attention_last(WIDE))
+    gone = frozenset((0, part) for part in architecture.parts_of(0))
+    evidence = WIDE.evidence("functional") | {"depth": [(frozenset(), 0.0), (gone, 0.1)]}
+    ratio = 1 / WIDE.layers + 0.05 * (1 - 1 / WIDE.layers)
+    params = Allocate(method="functional", ratio=ratio, shape="per_layer")
+    assert settle(architecture, scores, params, evidence).channel_multiple == 32
+    without = params.model_copy(update={"depth": "joint", "layers": 1})
+    assert settle(architecture, scores, without, evidence).channel_multiple <= WIDE.ffn * 0.05 / 2
+
+
 def test_multiples_are_for_the_uncoupled_channels_of_language_models_alone():
     architecture = replace(WIDE, ffn=384).architecture()
     coupled = PartShape("ffn", "mlp", None, coupled=("norm",))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from libprune.cli import forecast as forecasting
 from libprune.cli.footprint import footprints
@@ -208,3 +208,18 @@ def test_experts_count_one_by_one():
 
 def consumers_of(architecture: Architecture) -> list[Map]:
     return [one for block in architecture.blocks() for one in architecture.consumers(*block)]
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_the_joint_fit_of_a_layers_experts_is_part_of_the_memory(demo, offload):
+    config = MixtralConfig(num_hidden_layers=2, vocab_size=100, architectures=["MixtralForCausalLM"])
+    architecture, params = describe(without_weights(config)), with_changes(demo[1], "compute", offload=offload)
+
+    def held(experts: str, repair: str) -> int:
+        changed = with_changes(with_changes(params, "prepare", experts=experts), "slice", repair=repair)
+        return memory(architecture, changed, torch.bfloat16, footprints(architecture, changed, torch.bfloat16))["slice"]
+
+    copies, model, width = 8, 4096, 14336
+    fit = 4 * copies * (10 * model * width + 3 * width**2)
+    assert fit < held("whole", "local") < 2 * fit
+    assert held("channels", "local") == held("whole", "none") < fit
