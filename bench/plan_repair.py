@@ -6,10 +6,9 @@
 BASE from `bench.recovery`. The plans are those of some methods for the same target, and random moves away from the two
 of them with the least divergence behind the local repair, 1, 4 and 16 moves of `search` each (`functional + 4`). As no
 levels are measured, moves are filled by the summed importance. Each plan is repaired locally, and by the sequential
-repair on `--sequences` of the repair text; `--producers` adds the sequential repair with 12 steps for producers. Behind
-each repair the divergence from the dense model is measured on the last `--last` calibration sequences, as `search` does
-it, and the loss on `--windows` evaluation windows at even distances, which judge. Rows go to WORK/rows.jsonl; those
-that are there are not measured again.
+repair on `--sequences` of the repair text. Behind each repair the divergence from the dense model is measured on the
+last `--last` calibration sequences, as `search` does it, and the loss on `--windows` evaluation windows at even
+distances, which judge. Rows go to WORK/rows.jsonl; those that are there are not measured again.
 """
 
 import time
@@ -51,7 +50,7 @@ from libprune.statistics.losses import Prefix
 
 METHODS = ("uniform", "functional", "global", "retention")
 MOVES = (1, 4, 16)
-STEPS = {"sequential": 0, "producers": 12}
+SEQUENTIAL = "sequential"
 Row = dict[str, Any]
 
 
@@ -112,8 +111,8 @@ class Bench:
         """New weights for a plan."""
         if repair == "local":
             return self._local(plan)
-        section = Slice(repair="sequential", sequences=self.sequences, producer_steps=STEPS[repair])
-        fits = REPAIRS["sequential"].repair(self.layout, self.architecture, plan, self.compute, section)
+        section = Slice(repair=SEQUENTIAL, sequences=self.sequences, producer_steps=0)
+        fits = REPAIRS[SEQUENTIAL].repair(self.layout, self.architecture, plan, self.compute, section)
         discard_fits(self.layout)
         return new_parameters(fits)
 
@@ -169,13 +168,13 @@ class Rows:
 DENSE = (0.0, "dense", "none")
 
 
-def measure_ratio(bench: Bench, rows: Rows, ratio: float, plans: Plans, repairs: list[str]) -> None:
+def measure_ratio(bench: Bench, rows: Rows, ratio: float, plans: Plans) -> None:
     """Measure all candidates of a ratio: behind the local repair first, which says where the moves begin."""
     candidates = plans.of_methods()
     nats = {name: _nats(rows.measured(bench, ratio, name, plan, "local")) for name, plan in candidates.items()}
     for method in sorted(nats, key=lambda name: nats[name])[:2]:
         candidates |= plans.moved(method)
-    for repair in ["local", *repairs]:
+    for repair in ("local", SEQUENTIAL):
         for name, plan in candidates.items():
             rows.measured(bench, ratio, name, plan, repair)
 
@@ -190,9 +189,9 @@ def _paired(values: list[float], others: list[float]) -> str:
     return f"{found.value:+.4f} ± {found.error:.4f}"
 
 
-def table(rows: Rows, ratio: float, repair: str) -> str:
+def table(rows: Rows, ratio: float) -> str:
     """A line a plan, those that lose least on the evaluation windows first; differences are to the first."""
-    local, real = rows.of(ratio, "local"), rows.of(ratio, repair)
+    local, real = rows.of(ratio, "local"), rows.of(ratio, SEQUENTIAL)
     plans = sorted(local.keys() & real.keys(), key=lambda plan: float(np.mean(real[plan]["losses"])))
     lines = []
     for plan in plans:
@@ -200,18 +199,18 @@ def table(rows: Rows, ratio: float, repair: str) -> str:
         cells = [f"{one.value:.3f} ± {one.error:.3f}" for one in ratios]
         change = _paired(real[plan]["losses"], real[plans[0]]["losses"]) if plan != plans[0] else ""
         lines.append((plan, f"{_nats(local[plan]):.4f}", f"{_nats(real[plan]):.4f}", *cells, change))
-    header = ("plan", "nats, local", f"nats, {repair}", "× dense, local", f"× dense, {repair}", "nats to the first")
+    header = ("plan", "nats, local", "nats, sequential", "× dense, local", "× dense, sequential", "nats to the first")
     return markdown_table(lines, header)
 
 
-def verdict(rows: Rows, ratio: float, repair: str) -> Iterator[str]:
+def verdict(rows: Rows, ratio: float) -> Iterator[str]:
     """The rank correlations, and what is lost behind a repair by choosing by the local figure."""
-    local, real = rows.of(ratio, "local"), rows.of(ratio, repair)
+    local, real = rows.of(ratio, "local"), rows.of(ratio, SEQUENTIAL)
     plans = sorted(local.keys() & real.keys())
     figures = {
         "local nats": np.array([_nats(local[plan]) for plan in plans]),
-        f"{repair} nats": np.array([_nats(real[plan]) for plan in plans]),
-        f"{repair} losses on windows": np.array([np.mean(real[plan]["losses"]) for plan in plans]),
+        "sequential nats": np.array([_nats(real[plan]) for plan in plans]),
+        "sequential losses on windows": np.array([np.mean(real[plan]["losses"]) for plan in plans]),
     }
     (a, x), (b, y), (c, z) = figures.items()
     for first, second, pair in ((a, b, (x, y)), (a, c, (x, z)), (b, c, (y, z))):
@@ -232,23 +231,20 @@ def main(
     last: int = 8,
     sequences: int = 24,
     seed: int = 0,
-    producers: bool = False,
     show: Annotated[bool, typer.Option("--table", help="Only print what was measured.")] = False,
 ) -> None:
     """Measure all candidates, and say how well the local figure chooses."""
     rows = Rows(work / "rows.jsonl")
-    repairs = ["sequential", "producers"] if producers else ["sequential"]
     if not show:
         bench = Bench(_linked(base, work / "artifacts"), windows, last, sequences)
         if DENSE not in rows.found:
             names = dict(zip(("ratio", "plan", "repair"), DENSE, strict=True))
             rows.add(names | {"losses": bench.losses(), "seconds": []})
         for share in ratio:
-            measure_ratio(bench, rows, share, Plans(bench.layout, share, method, seed), repairs)
+            measure_ratio(bench, rows, share, Plans(bench.layout, share, method, seed))
     for share in ratio:
-        for repair in repairs:
-            if rows.of(share, repair):
-                print(f"\n{100 * share:g} %\n\n{table(rows, share, repair)}\n", *verdict(rows, share, repair), sep="\n")
+        if rows.of(share, SEQUENTIAL):
+            print(f"\n{100 * share:g} %\n\n{table(rows, share)}\n", *verdict(rows, share), sep="\n")
     print(f"\n{sum(chain(*(row['seconds'] for row in rows.found.values()))):.0f} CPU seconds")
 
 
