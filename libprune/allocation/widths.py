@@ -95,6 +95,8 @@ def explain_multiple(architecture: Architecture, asked: Allocate, multiple: int,
     if multiple == 1 and not asked.budgets.asked and not fitting_multiples(architecture):
         return f"keeps channels in no multiple: {width} is a multiple of none of {known}"
     met = _met(asked, multiple, removed)
+    if asked.nested:
+        met += f"; runs of the nested ratios are parts of this one with allocate.channel_multiple: {multiple}"
     if multiple > 1:
         return (
             f"keeps channels in multiples of {multiple}: the largest of {known} that {width} is a multiple of, that is "

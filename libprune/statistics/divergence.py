@@ -16,13 +16,15 @@ class Divergence:
     position counts too, although its target is not known.
 
     The first call for a pass is taken as the dense model and gives 0. Its log-probabilities, tokens x vocabulary, are
-    kept on the host in the model's dtype. Between embeddings it is the distance of `libprune.models.embeddings`, one
+    kept on the host in the model's dtype. What this rounding alone gives is taken off later, so that an unchanged model
+    gives 0 again. Between embeddings it is the distance of `libprune.models.embeddings`, one
     minus the cosine.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._dense: dict[int, Tensor] = {}
+        self._rounding: dict[int, Tensor] = {}
 
     def __call__(self, number: int, sequences: Sequences) -> Float[Tensor, " batch"]:
         """The divergence of each sequence of a pass, ``[batch]``, given the number of the pass and its sequences."""
@@ -35,9 +37,9 @@ class Divergence:
         changed = nn.functional.log_softmax(logits.float(), -1)
         if number not in self._dense:
             self._dense[number] = changed.to(logits.dtype).cpu()
-            return changed.new_zeros(len(sequences))
         dense = self._dense[number].to(changed.device).float()
-        return (dense.exp() * (dense - changed)).sum(-1).mean(-1)
+        found = (dense.exp() * (dense - changed)).sum(-1).mean(-1)
+        return found - self._rounding.setdefault(number, found)
 
 
 def stored_bytes(tokens: int, vocabulary: int, dtype: torch.dtype) -> int:

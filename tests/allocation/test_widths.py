@@ -237,6 +237,9 @@ def test_the_sentence_says_what_was_chosen_and_why(width, ratio, multiple, said)
     sentence = explain_multiple(architecture, asked, multiple, 0.21)
     assert sentence is not None
     assert re.match(f"keeps channels {said}", sentence)
+    nested = explain_multiple(architecture, asked.model_copy(update={"nested": (0.1,)}), multiple, 0.21)
+    beside = f"; runs of the nested ratios are parts of this one with allocate.channel_multiple: {multiple}"
+    assert nested == sentence + (beside if width == 64 else "")
     assert (
         explain_multiple(architecture, asked.model_copy(update={"channel_multiple": multiple}), multiple, 0.2) is None
     )

@@ -56,4 +56,4 @@ def test_dense_predictions_are_kept_in_the_models_type():
         measure(0, Sequences(ids))
         kept = measure._dense[0]
         assert kept.nbytes == stored_bytes(ids.numel(), model.config.vocab_size, torch.bfloat16)
-        assert (measure(0, Sequences(ids)).abs() < 0.01).all()
+        assert (measure(0, Sequences(ids)) == 0).all(), "the rounding alone is no divergence"
