@@ -190,7 +190,7 @@ REPAIRS: dict[str, Repair] = {
         computes="least squares on each consumer's weights, from Gram matrices of the dense model's inputs",
         source="Frantar & Alistarh 2022, structured optimal brain compression",
         reads=("activations",),
-        params=("damping", "fisher_share", "sequences"),
+        params=("damping", "fisher_share"),
     ),
     "sequential": Repair(
         "libprune.repair.repairs:sequential_fits",

@@ -122,8 +122,7 @@ class Params(Section):
         method = METHODS[allocate.method]
         if self.slice.fisher_share and "fisher_share" not in REPAIRS[repair].params:
             yield f"slice.fisher_share weights the Gram matrices of slice.repair: local, not {repair}"
-        keys = ("damping", "sequences", "drift", "drift_cap", "producer_steps")
-        for key in (*keys, "block_epochs", "block_rate", "block_ahead"):
+        for key in ("drift", "drift_cap", "producer_steps", "block_epochs", "block_rate", "block_ahead"):
             owners = [name for name, record in REPAIRS.items() if key in record.params]
             if getattr(self.slice, key) != getattr(Slice(), key) and repair not in owners:
                 yield f"slice.{key} belongs to slice.repair: {' or '.join(owners)}, not {repair}"
