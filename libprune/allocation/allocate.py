@@ -100,18 +100,13 @@ def _as_asked(
     if found.plan.width != params.columns:
         prices = cost.prices(architecture, params.objective, evidence.get("latency"), found.plan.width)
     target, columns = target_of(prices, single), prices.narrowing.get(params.ratio_of, 0)
-    gone = [block for block in found.plan.keep if _layer_gone(architecture, found.plan, block[0])]
+    gone = [block for block in found.plan.keep if block[0] not in found.plan.layers]
     whole = prices.removed(without(architecture, gone))
     left = prices.decoder - prices.narrowing.get("decoder", 0) - whole  # of the layers whose channels can go
     share = (target - columns - whole) / left if left else 0.0
     if not fine_enough(architecture, multiple, share):
         return False
     return abs(removed_by(prices, found.plan, params) - target) <= WITHIN * base_of(prices, params)
-
-
-def _layer_gone(architecture: Architecture, plan: Plan, layer: int) -> bool:
-    """Whether a layer goes whole."""
-    return all(plan.gone(layer, part) for part in architecture.parts_of(layer))
 
 
 def _settle_ratio(architecture: Architecture, scores: Columns, params: Allocate, evidence: Evidence) -> Allocate:

@@ -112,6 +112,11 @@ def _in_memory(params: Params, sums: int) -> bool:
     return params.compute.sums == "memory" or (params.compute.sums == "auto" and fits_in_memory(sums))
 
 
+def _held_sums(params: Params, written: Sequence[Footprint]) -> dict[str, int]:
+    """Bytes of the running sums of each stage that lie in memory."""
+    return {stage.stage: stage.sums if _in_memory(params, stage.sums) else 0 for stage in written}
+
+
 def _scratch(params: Params, sums: int) -> int:
     """Bytes on disk of running sums: two saved states, and the sums themselves where they are mapped."""
     return (2 if _in_memory(params, sums) else 3) * sums
@@ -203,7 +208,7 @@ def memory(
     kept = layer + needs.states if params.compute.gradient_checkpointing or place != "none" else needs.kept
     windows = params.tokenize.evaluation_windows * params.tokenize.evaluation_length
     judged = min(KEPT, windows * architecture.sizes.get("vocab", 0) * computed.itemsize)
-    sums = {stage.stage: stage.sums if _in_memory(params, stage.sums) else 0 for stage in written}
+    sums = _held_sums(params, written)
     held = {
         "prepare": round(2.4 * dense),
         "gradients": 2 * weights + sums["gradients"] + 4 * logits + kept,
@@ -251,7 +256,7 @@ def _on_disk(
 ) -> dict[str, int]:
     """Bytes that the processes hold with weights on disk, beside pages of files, which the system can drop."""
     forward = needs.layer // 2 + needs.logits
-    sums = {stage.stage: stage.sums if _in_memory(params, stage.sums) else 0 for stage in written}
+    sums = _held_sums(params, written)
     read = 2 * torch.float32.itemsize * max(map(architecture.numel, architecture.parameters))
 
     def backward(stage: str, sequences: int | None) -> int:

@@ -368,16 +368,16 @@ def _fitted_consumers(
     whole part or layer all of them, and in a layer whose mixture loses experts those of the later parts, such as a
     shared expert. Where the residual stream is narrower these are all but those of mixtures.
     """
-    whole_before = plan.width is not None
+    behind_gap = behind_what_is_gone(architecture, plan)
     pruned = {consumer.module: (consumer, kept) for consumer, kept in pruned_consumers(architecture, plan)}
     for layer in range(architecture.layers):
         parts = architecture.parts_of(layer)
         routed = [part for part in parts if architecture.parts[part].router and not plan.keep[layer, part].all()]
         behind = {part for part in parts if routed and parts.index(part) >= parts.index(routed[0])}
         for part in parts:
-            whole_before |= plan.gone(layer, part)
             for consumer in architecture.consumers(layer, part):
-                stays = (whole_before and not consumer.stack) or (part in behind and part not in routed)
+                drifted = plan.width is not None or consumer.module in behind_gap
+                stays = (drifted and not consumer.stack) or (part in behind and part not in routed)
                 if consumer.module in pruned and (consumer.part in routed or not own_inputs):
                     yield pruned.pop(consumer.module)
                 elif stays and not own_inputs and not plan.gone(layer, part):

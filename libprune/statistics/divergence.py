@@ -17,8 +17,7 @@ class Divergence:
 
     The first call for a pass is taken as the dense model and gives 0. Its log-probabilities, tokens x vocabulary, are
     kept on the host in the model's dtype. What this rounding alone gives is taken off later, so that an unchanged model
-    gives 0 again. Between embeddings it is the distance of `libprune.models.embeddings`, one
-    minus the cosine.
+    gives 0 again. Between embeddings it is the distance of `libprune.models.embeddings`, one minus the cosine.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

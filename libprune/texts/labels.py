@@ -120,8 +120,7 @@ def _read_both(settings: Tokenize, config: PreTrainedConfig) -> tuple[_Part, _Pa
 
 def _require_labels(source: TextSource, *names: str | None) -> None:
     if SELF in names or source.streaming:
-        what = "is streamed" if source.streaming else "has no labels"
-        name = SELF if SELF in names else names[0]
+        name, what = (SELF, "has no labels") if SELF in names else (names[0], "is streamed")
         raise SourceError(f"the text {name!r} {what}; a model that tells classes apart needs a labelled text")
 
 
